@@ -1,0 +1,57 @@
+"""Every error the planner raises on purpose. Each says what, where, the numbers, and what to do."""
+
+from __future__ import annotations
+
+
+class PlannerError(Exception):
+    """Base class: catch this to train unplanned when planning is not possible."""
+
+
+class BudgetError(PlannerError, ValueError):
+    """The budget cannot be read as a positive number of bytes or a fraction of the plain step."""
+
+
+class InfeasibleBudgetError(PlannerError):
+    """No schedule of this graph fits the budget.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        floor_bytes: the least any schedule of this graph, in its captured backward order, can reach.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.floor_bytes = floor_bytes
+
+
+class NoScheduleFoundError(PlannerError):
+    """The time given ran out before a schedule was found; the budget was not proven infeasible."""
+
+
+class SolverMissingError(PlannerError):
+    """Neither HiGHS (highspy) nor CBC can be run."""
+
+
+class GraphError(PlannerError):
+    """A Graph is malformed (an op reads a value nobody wrote, a name occurs twice, ...)."""
+
+
+class ScheduleError(PlannerError):
+    """A Schedule cannot run on its Graph (a read before its write, a forbidden recompute, ...)."""
+
+
+class PlanFileError(PlannerError):
+    """A plan file is corrupt, of an unknown version, or made for another model."""
+
+
+class CaptureError(PlannerError):
+    """The model cannot be captured as one joint graph; the model is left as it was."""
+
+
+class InputError(PlannerError, ValueError):
+    """The model or its example inputs cannot be planned as given (mode, device, no gradients, ...)."""
+
+
+class BackwardError(PlannerError, RuntimeError):
+    """Backward was asked for something the plan does not hold (another output, a second derivative)."""

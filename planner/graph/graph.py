@@ -1,0 +1,153 @@
+"""The language every room speaks: a training step as values (storages) and ops that read and write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from planner.errors import GraphError
+
+
+class Kind(StrEnum):
+    """What a value is to the user; decides which row of the table its bytes are counted in."""
+
+    INPUT = "input"
+    PARAM = "param"
+    BUFFER = "buffer"
+    TANGENT = "tangent"
+    """Gradient of a forward output, handed in by the caller: lives from the start of the backward."""
+    RESERVED = "reserved"
+    """Bytes the user sets aside (optimizer state, ...): read by nobody, resident all the time."""
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+
+
+RESIDENT_KINDS = frozenset({Kind.INPUT, Kind.PARAM, Kind.BUFFER, Kind.TANGENT, Kind.RESERVED})
+"""Kinds that come from outside the step; ACTIVATION and GRADIENT are written by ops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One storage. Views are folded into the storage they look at, so bytes are never counted twice."""
+
+    name: str
+    nbytes: int
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One schedulable unit: a kernel, with the getitems and views of its outputs.
+
+    Attributes:
+        name: unique among ops.
+        nodes: names of the fx nodes it stands for, the kernel's first.
+        reads, writes: value names; a value is written by exactly one op.
+        cost_ns: time of one execution.
+        workspace_bytes: what the kernel holds while it runs, above its reads and writes.
+        recomputable: False where a second execution could give another result (mutation, reads of a
+            mutated buffer, random numbers without a saved state).
+        source: the user's module path and file:line, or "".
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    cost_ns: int
+    workspace_bytes: int = 0
+    recomputable: bool = True
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The joint forward + backward graph: ops in topological order, forward first. Checked when built.
+
+    Attributes:
+        ops: executed in this order by a plain step.
+        values: every storage that an op reads or writes, or that is resident.
+        inputs: values of a resident kind; alive before the first step, never freed.
+        forward_outputs: values the caller keeps from the forward on; never freed.
+        backward_outputs: gradients handed to the caller, at full size; never freed.
+        num_forward_ops: ops[:num_forward_ops] are the forward.
+
+    Raises:
+        GraphError: from the constructor, naming the op or value.
+    """
+
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    inputs: tuple[str, ...]
+    forward_outputs: tuple[str, ...]
+    backward_outputs: tuple[str, ...]
+    num_forward_ops: int
+    value: dict[str, Value] = field(init=False, repr=False, compare=False)
+    """Value by name."""
+    producer: dict[str, int] = field(init=False, repr=False, compare=False)
+    """Index of the op that writes a value; resident values are missing."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", {value.name: value for value in self.values})
+        object.__setattr__(self, "producer", {name: i for i, op in enumerate(self.ops) for name in op.writes})
+        _check_values(self)
+        _check_ops(self)
+
+    @property
+    def backward_ops(self) -> range:
+        """Indices of the backward ops."""
+        return range(self.num_forward_ops, len(self.ops))
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Values that never die once they exist: resident ones and outputs."""
+        return frozenset((*self.inputs, *self.forward_outputs, *self.backward_outputs))
+
+
+def _check_values(graph: Graph) -> None:
+    if len(graph.value) != len(graph.values):
+        raise GraphError(f"value names occur twice: {_twice(v.name for v in graph.values)}")
+    if len({op.name for op in graph.ops}) != len(graph.ops):
+        raise GraphError(f"op names occur twice: {_twice(op.name for op in graph.ops)}")
+    if not 0 <= graph.num_forward_ops <= len(graph.ops):
+        raise GraphError(f"num_forward_ops is {graph.num_forward_ops}, but there are {len(graph.ops)} ops")
+    for value in graph.values:
+        if value.nbytes < 0:
+            raise GraphError(f"value {value.name} has {value.nbytes} bytes")
+        resident = value.kind in RESIDENT_KINDS
+        if resident and value.name in graph.producer:
+            raise GraphError(f"value {value.name} of kind {value.kind} is written by op {graph.ops[graph.producer[value.name]].name}")
+        if resident != (value.name in graph.inputs):
+            raise GraphError(f"value {value.name} of kind {value.kind} must {'' if resident else 'not '}be among the inputs")
+        if not resident and value.name not in graph.producer:
+            raise GraphError(f"no op writes value {value.name}")
+    for name in (*graph.inputs, *graph.forward_outputs, *graph.backward_outputs):
+        if name not in graph.value:
+            raise GraphError(f"input or output {name} is not a value of the graph")
+
+
+def _check_ops(graph: Graph) -> None:
+    written: set[str] = set(graph.inputs)
+    tangents = {value.name for value in graph.values if value.kind is Kind.TANGENT}
+    for i, op in enumerate(graph.ops):
+        for name in op.reads:
+            if name not in written:
+                raise GraphError(f"op {op.name} reads {name}, which is not written before it")
+            if i < graph.num_forward_ops and name in tangents:
+                raise GraphError(f"forward op {op.name} reads the tangent {name}")
+        for name in op.writes:
+            if name not in graph.value:
+                raise GraphError(f"op {op.name} writes {name}, which is not a value of the graph")
+            if name in written:
+                raise GraphError(f"value {name} is written twice, the second time by op {op.name}")
+            written.add(name)
+        if op.cost_ns < 0 or op.workspace_bytes < 0:
+            raise GraphError(f"op {op.name} has cost {op.cost_ns} ns and workspace {op.workspace_bytes} bytes")
+    for name in graph.forward_outputs:
+        if graph.producer.get(name, 0) >= graph.num_forward_ops:
+            raise GraphError(f"forward output {name} is written by backward op {graph.ops[graph.producer[name]].name}")
+
+
+def _twice(names: object) -> str:
+    seen: set[str] = set()
+    return ", ".join(sorted({n for n in names if n in seen or seen.add(n)}))  # type: ignore[attr-defined,func-returns-value]

@@ -1,0 +1,94 @@
+"""A solver's answer and the plan a user holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Timeline, simulate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What a solver returns. It states no peak: only `simulate` does.
+
+    Attributes:
+        status: "optimal" (within the solver's gap), or "feasible" (out of time, best found).
+        schedule: the schedule on the graph the solver was given.
+        bound_ns: no schedule with the captured backward order and these costs that fits the budget
+            takes less time than this.
+        solve_s: wall seconds spent.
+        solver: which one, for example "closure/HiGHS".
+    """
+
+    status: str
+    schedule: Schedule
+    bound_ns: int
+    solve_s: float
+    solver: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The product's data: a graph, a budget and the schedule that fits it. Prints as a table.
+
+    Attributes:
+        graph: what was planned, with the costs that were used.
+        budget_bytes: bound on everything live on the device during a step.
+        margin_bytes: part of the budget the schedule leaves free for the allocator.
+        solution: schedule, bound and how it was found.
+        made_on: pairs such as ("torch", "2.13.0"), ("device", "cpu"), ("costs", "measured").
+    """
+
+    graph: Graph
+    budget_bytes: int
+    margin_bytes: int
+    solution: Solution
+    made_on: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def timeline(self) -> Timeline:
+        """The planned step, simulated."""
+        return simulate(self.graph, self.solution.schedule)
+
+    @property
+    def plain(self) -> Timeline:
+        """The step that keeps everything, simulated."""
+        return simulate(self.graph, keep_all(self.graph))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the planned step."""
+        return self.timeline.peak_bytes
+
+    @property
+    def overhead(self) -> float:
+        """Predicted extra time, as a fraction of the plain step."""
+        return self.timeline.time_ns / max(1, self.plain.time_ns) - 1
+
+    @property
+    def gap(self) -> float:
+        """At most this fraction of the plain step could be saved by a better schedule."""
+        return max(0, self.timeline.time_ns - self.solution.bound_ns) / max(1, self.plain.time_ns)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON (docs: planner/graph/planfile.py)."""
+        from planner.graph import planfile
+
+        planfile.save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PlanFileError: not JSON, another schema version, or inconsistent.
+        """
+        from planner.graph import planfile
+
+        return planfile.load(path)

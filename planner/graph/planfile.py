@@ -1,0 +1,174 @@
+"""Graph and Plan as JSON: sorted keys, one op a line, a schema version and a fingerprint.
+
+Layout (schema 1): {"schema": 1, "fingerprint": hex, "graph": {...}, "plan": {...}}. `graph` holds
+`values` (rows [name, nbytes, kind]), `ops` (rows [name, nodes, reads, writes, cost_ns,
+workspace_bytes, recomputable, source]), `forward_outputs`, `backward_outputs`, `num_forward_ops`.
+`plan` is missing in a file that holds a graph alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from planner.errors import GraphError, PlanFileError, ScheduleError
+from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
+from planner.graph.plan import Plan, Solution
+from planner.graph.schedule import Schedule
+from planner.graph.simulate import simulate
+
+SCHEMA = 1
+
+
+def fingerprint(graph: Graph) -> str:
+    """Hex digest of the graph's structure: names, bytes, reads and writes, but not costs or sources."""
+    rows: list[Any] = [[v.name, v.nbytes, v.kind.value] for v in graph.values if v.kind is not Kind.RESERVED]
+    rows += [[op.name, op.nodes, op.reads, op.writes, op.recomputable] for op in graph.ops]
+    rows += [graph.forward_outputs, graph.backward_outputs, graph.num_forward_ops]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+def dumps(graph: Graph, plan: Plan | None = None) -> str:
+    """The file's text. With `plan`, its schedule and how it was found travel too."""
+    document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": _graph_fields(graph)}
+    if plan is not None:
+        document["plan"] = {
+            "budget_bytes": plan.budget_bytes,
+            "margin_bytes": plan.margin_bytes,
+            "made_on": dict(plan.made_on),
+            "status": plan.solution.status,
+            "bound_ns": plan.solution.bound_ns,
+            "solve_s": plan.solution.solve_s,
+            "solver": plan.solution.solver,
+            "steps": plan.solution.schedule.steps,
+        }
+    return _write(document)
+
+
+def save(plan: Plan, path: str | Path) -> None:
+    """Write a plan and its graph."""
+    Path(path).write_text(dumps(plan.graph, plan), encoding="utf-8")
+
+
+def load(path: str | Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        PlanFileError: unreadable, not JSON, another schema, or a graph or schedule that does not check.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"cannot read plan file {path}: {error}") from error
+    return loads(text, str(path))
+
+
+def loads(text: str, where: str = "plan") -> Plan:
+    """Read a plan from the text of a file; `where` names it in errors."""
+    document = _read(text, where)
+    graph = _graph(document, where)
+    try:
+        fields = document["plan"]
+        solution = Solution(
+            status=str(fields["status"]),
+            schedule=Schedule(tuple(int(i) for i in fields["steps"])),
+            bound_ns=int(fields["bound_ns"]),
+            solve_s=float(fields["solve_s"]),
+            solver=str(fields["solver"]),
+        )
+        plan = Plan(
+            graph=graph,
+            budget_bytes=int(fields["budget_bytes"]),
+            margin_bytes=int(fields["margin_bytes"]),
+            solution=solution,
+            made_on=tuple(sorted((str(k), str(v)) for k, v in fields["made_on"].items())),
+        )
+        peak = simulate(graph, solution.schedule).peak_bytes
+    except (KeyError, TypeError, ValueError, AttributeError, ScheduleError) as error:
+        raise PlanFileError(f"{where} holds no valid plan: {type(error).__name__}: {error}") from error
+    if peak > plan.budget_bytes:
+        raise PlanFileError(f"{where}: its schedule peaks at {peak} bytes, above its own budget of {plan.budget_bytes}")
+    return plan
+
+
+def load_graph(path: str | Path) -> Graph:
+    """Read the graph of a plan file or of a graph file.
+
+    Raises:
+        PlanFileError: as for `load`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"cannot read graph file {path}: {error}") from error
+    return _graph(_read(text, str(path)), str(path))
+
+
+def _graph_fields(graph: Graph) -> dict[str, Any]:
+    return {
+        "values": [[v.name, v.nbytes, v.kind.value] for v in graph.values],
+        "ops": [
+            [op.name, op.nodes, op.reads, op.writes, op.cost_ns, op.workspace_bytes, op.recomputable, op.source]
+            for op in graph.ops
+        ],
+        "forward_outputs": graph.forward_outputs,
+        "backward_outputs": graph.backward_outputs,
+        "num_forward_ops": graph.num_forward_ops,
+    }
+
+
+def _write(document: dict[str, Any]) -> str:
+    """JSON in which the long lists stand one row a line, so that a diff shows which op changed."""
+
+    def rows(items: list[Any]) -> str:
+        return "[\n" + ",\n".join("   " + json.dumps(item) for item in items) + "\n  ]"
+
+    parts = []
+    for key, fields in sorted(document.items()):
+        if not isinstance(fields, dict):
+            parts.append(f" {json.dumps(key)}: {json.dumps(fields)}")
+            continue
+        lines = [
+            f"  {json.dumps(name)}: {rows(fields[name]) if name in ('ops', 'values') else json.dumps(fields[name], sort_keys=True)}"
+            for name in sorted(fields)
+        ]
+        parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _read(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanFileError(f"{where} is not JSON: {error}") from error
+    if not isinstance(document, dict) or "schema" not in document:
+        raise PlanFileError(f"{where} is not a plan file: it names no schema version")
+    if document["schema"] != SCHEMA:
+        raise PlanFileError(f"{where} has schema {document['schema']}; this release reads schema {SCHEMA}. Make the plan again.")
+    return document
+
+
+def _graph(document: dict[str, Any], where: str) -> Graph:
+    try:
+        fields = document["graph"]
+        values = tuple(Value(str(name), int(nbytes), Kind(kind)) for name, nbytes, kind in fields["values"])
+        ops = tuple(
+            Op(str(name), tuple(nodes), tuple(reads), tuple(writes), int(cost), int(workspace), bool(again), str(source))
+            for name, nodes, reads, writes, cost, workspace, again, source in fields["ops"]
+        )
+        graph = Graph(
+            ops=ops,
+            values=values,
+            inputs=tuple(value.name for value in values if value.kind in RESIDENT_KINDS),
+            forward_outputs=tuple(fields["forward_outputs"]),
+            backward_outputs=tuple(fields["backward_outputs"]),
+            num_forward_ops=int(fields["num_forward_ops"]),
+        )
+        stored = document["fingerprint"]
+    except (KeyError, TypeError, ValueError, GraphError) as error:
+        raise PlanFileError(f"{where} holds no valid graph: {type(error).__name__}: {error}") from error
+    if fingerprint(graph) != stored:
+        raise PlanFileError(f"{where} was altered: its graph does not match its fingerprint {stored}")
+    return graph
