@@ -1,0 +1,190 @@
+"""The one home of torch's private names. Everything here is probed by feature, never by version.
+
+When a torch release moves something, `selfcheck()` and tests/test_torch_private.py name what moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.traceback
+import torch._functorch.config
+from torch import fx, nn
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._functorch._aot_autograd import descriptors
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.graph import _BoxedCodeGen
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as outside_modes
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "ExportedJoint",
+    "FakeTensor",
+    "TorchDispatchMode",
+    "UnsupportedOperatorException",
+    "box",
+    "export_joint",
+    "fake_inputs",
+    "kernels_kept",
+    "outside_modes",
+    "pytree",
+    "release_saved",
+    "storage_id",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedJoint:
+    """A captured joint graph, its inputs and outputs told apart by plain words.
+
+    Attributes:
+        graph_module: the joint graph as torch made it.
+        inputs: per placeholder ("param", name), ("buffer", name), ("input", index) or ("tangent", output index).
+        outputs: per forward output ("output", index) or ("mutation", *input); then per non-tangent
+            input ("gradient", *input). In the order of the graph's output node.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[tuple[Any, ...], ...]
+    outputs: tuple[tuple[Any, ...], ...]
+
+
+def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Stand-ins without data, static in shape, under one mode that lets the model's own constants in."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
+def export_joint(
+    module: nn.Module, fakes: Sequence[torch.Tensor], replaced: Mapping[str, Callable[..., Any]]
+) -> ExportedJoint:
+    """Trace forward and backward of `module(*fakes)` into one functional ATen graph.
+
+    Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
+    survives on `node.meta["custom"]`, on backward nodes too. `replaced`: see `kernels_kept`.
+
+    Raises:
+        NotImplementedError: an input or output of a kind that is not understood.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
+        stack.enter_context(kernels_kept(replaced))
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
+        graph_module = joint._aot_graph_capture.graph_module
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    output = graph_module.graph.output_node()
+    inputs = tuple(_input_role(node.meta["desc"]) for node in placeholders)
+    plain = [role for role in inputs if role[0] != "tangent"]
+    descs = output.meta["desc"]
+    forward = descs[: len(descs) - len(plain)]
+    outputs = tuple(_output_role(desc) for desc in forward) + tuple(("gradient", *role) for role in plain)
+    return ExportedJoint(graph_module, inputs, outputs)
+
+
+def _input_role(desc: Any) -> tuple[Any, ...]:
+    match desc:
+        case descriptors.ParamAOTInput():
+            return ("param", desc.target)
+        case descriptors.BufferAOTInput():
+            return ("buffer", desc.target)
+        case descriptors.PlainAOTInput():
+            return ("input", desc.idx)
+        case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput() as output):
+            return ("tangent", output.idx)
+    raise NotImplementedError(f"graph input {desc!r}")
+
+
+def _output_role(desc: Any) -> tuple[Any, ...]:
+    match desc:
+        case descriptors.PlainAOTOutput():
+            return ("output", desc.idx)
+        case descriptors.InputMutationAOTOutput():
+            return ("mutation", *_input_role(desc.mutated_input))
+    raise NotImplementedError(f"graph output {desc!r}")
+
+
+# Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on
+# purpose: LSTM and GRU, which cannot be traced fused, and native_batch_norm, whose functional form is exact
+# and says what it writes.
+_KEPT_KERNELS = (
+    "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa",
+    "_upsample_lanczos2d_aa",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+    "cudnn_batch_norm",
+    "hardshrink",
+    "matmul",
+    "miopen_batch_norm",
+    "multi_margin_loss",
+    "multilabel_margin_loss_forward",
+    "softshrink",
+    "upsample_bicubic2d",
+    "upsample_bilinear2d",
+    "upsample_linear1d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_trilinear3d",
+)
+_REPLACING_KEYS = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+@contextlib.contextmanager
+def kernels_kept(replaced: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While tracing, keep the kernels eager runs: torch's Python decompositions of them step aside.
+
+    Args:
+        replaced: ATen name -> decomposition to use instead of torch's.
+    """
+    removed: list[tuple[Any, Any, Callable[..., Any]]] = []
+    try:
+        for name in (*_KEPT_KERNELS, *replaced):
+            packet = getattr(torch.ops.aten, name, None)
+            for overload in packet.overloads() if packet is not None else ():
+                op = getattr(packet, overload)
+                for key in _REPLACING_KEYS:
+                    if key in op.py_kernels:
+                        removed.append((op, key, op.py_kernels.pop(key)))
+                        if name in replaced:
+                            op.py_kernels[key] = replaced[name]
+                        op._dispatch_cache.clear()
+        yield
+    finally:
+        for op, key, kernel in removed:
+            op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage: equal for a fake tensor and its views."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def box(graph: fx.Graph) -> None:
+    """Make the graph's code take one list and empty it, so that inputs can be freed midway."""
+    graph.set_codegen(_BoxedCodeGen())
+
+
+def release_saved(ctx: Any) -> list[torch.Tensor]:
+    """Take the saved tensors off an autograd context; unless the graph is retained, it forgets them."""
+    saved = list(ctx.saved_tensors)
+    if not _get_current_graph_task_keep_graph():
+        ctx.maybe_clear_saved_tensors()
+    return saved

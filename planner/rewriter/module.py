@@ -1,0 +1,237 @@
+"""CheckpointedModule: the model with its training step replaced by a planned one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from planner._torch import box, pytree
+from planner.graph.graph import Kind
+from planner.graph.plan import Plan
+from planner.rewriter import guard, portable
+from planner.rewriter.partition import Halves
+from planner.rewriter.runtime import Boxed, Program, run
+from planner.rewriter.stages import cut_stages
+from planner.tracer.joint import Joint
+
+DEFAULT_STAGES = 8
+
+
+class PlanMissWarning(UserWarning):
+    """A call was not the one planned for; the original forward ran instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Everything a planned call needs besides the model: no parameter, no buffer.
+
+    Attributes:
+        joint: how calls map onto the graphs.
+        halves: the rewritten forward and backward.
+        key: what they are right for.
+        num_stages: in how many parts the backward hands out gradients, at most.
+    """
+
+    joint: Joint
+    halves: Halves
+    key: guard.CallKey
+    num_stages: int = DEFAULT_STAGES
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        joint, halves = self.joint, self.halves
+        graphs = (joint.graph, joint.guards, halves.forward, halves.backward)
+        rows = tuple(None if graph is None else portable.to_rows(graph) for graph in graphs)
+        bare = (replace(joint, graph=None, guards=None), replace(halves, forward=None, backward=None))  # type: ignore[arg-type]
+        return _restore_step, (*bare, rows, self.key, self.num_stages)
+
+
+def _restore_step(joint: Joint, halves: Halves, rows: Sequence[Any], key: guard.CallKey, num_stages: int) -> Step:
+    graph, guards, forward, backward = (None if row is None else portable.from_rows(row) for row in rows)
+    return Step(
+        replace(joint, graph=graph, guards=guards),  # type: ignore[arg-type]
+        replace(halves, forward=forward, backward=backward),  # type: ignore[arg-type]
+        key,
+        num_stages,
+    )
+
+
+class CheckpointedModule(fx.GraphModule):
+    """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
+
+    In training, on calls it was planned for, it runs the planned step. Otherwise (eval, no_grad, other
+    shapes, ...) it runs the original forward and warns once per reason. `graph` is the planned forward,
+    `backward_graph` the planned backward; recomputed nodes end in `_recomputed`, kept activations enter
+    the backward as `saved_...`. Submodules, parameters and hooks are shared with the original model.
+
+    Attributes:
+        plan: the Plan.
+        backward_graph: fx graph of the backward, before it is cut into stages.
+    """
+
+    def __init__(self, model: nn.Module, step: Step, plan: Plan) -> None:
+        object.__setattr__(self, "_original", model)
+        super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
+        fresh = vars(nn.Module())
+        for name, held in vars(model).items():
+            if name in fresh and isinstance(held, (dict, set)):
+                self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
+        self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set())
+        self.graph = step.halves.forward
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """Training mode, shared with the original model."""
+        return self._original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self._original.training = mode
+
+    @property
+    def original(self) -> nn.Module:
+        """The model this was made from."""
+        return self._original  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("_original", "__deepcopy__"):
+                raise
+            return getattr(self._original, name)
+
+    def recompile(self) -> Any:
+        """Compile the graphs again, after an edit of `graph` or `backward_graph`."""
+        code = self._graph.python_code("self")
+        self._code = code.src
+        if "_step" in self.__dict__:
+            self.__dict__["_weights"] = guard.Weights(self._original, [name for name, _ in self._step.key.weights])
+            self.__dict__["_program"] = _compile(self._step, self._graph, self.backward_graph)
+            self.__dict__["_sources"] = _sources(self._step)
+            self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
+        return code
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of the model; planned if this is the call that was planned for."""
+        step, device = self._step, self._step.joint.device
+        tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
+        if tensors is None:
+            return self._fall_back(miss, args, kwargs)
+        held = self._weights.now()
+        miss = guard.difference(step.key, self._weights, held, tensors, device)
+        if miss:
+            return self._fall_back(miss, args, kwargs)
+        pools = {Kind.PARAM: held, Kind.INPUT: tensors, Kind.BUFFER: list(step.joint.constants.values())}
+        inputs = [pools[kind][i] for kind, i in self._sources]
+        miss = self._host_reads_differ(inputs)
+        if miss:
+            return self._fall_back(miss, args, kwargs)
+        with torch.autocast(device.type, enabled=False):  # every cast is a node of the graph
+            results = run(self._program, inputs)
+        leaves = [
+            results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
+            for out in step.joint.outputs
+        ]
+        return pytree.tree_unflatten(leaves, step.joint.call.out_spec)
+
+    def _fall_back(self, miss: str, args: Any, kwargs: Any) -> Any:
+        reason = miss.split(" (")[0]
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"{type(self._original).__name__}: not the planned step, {miss} differs; the original forward runs, unplanned",
+                PlanMissWarning,
+                stacklevel=4,
+            )
+        return self._original.forward(*args, **kwargs)
+
+    def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> str:
+        """Name of a tensor value that Python read during capture and that is another now; '' if none is."""
+        if self._guards is None:
+            return ""
+        joint = self._step.joint
+        given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
+        with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
+            read = self._guards([given[node.name] for node in joint.guards.find_nodes(op="placeholder")])
+        for tensor, expected in zip(read, joint.host_reads, strict=True):
+            value = tensor.item()
+            if value != expected.value and not (value != value and expected.value != expected.value):
+                return f"the value read at {expected.source} ({value}, planned for {expected.value})"
+        return ""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original model's state_dict."""
+        return self._original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the original model, whose tensors these are."""
+        return self._original.load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
+        return CheckpointedModule(copy.deepcopy(self._original, memo), self._step, self.plan)
+
+    def __copy__(self) -> CheckpointedModule:
+        return CheckpointedModule(self._original, self._step, self.plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CheckpointedModule, (self._original, self._step, self.plan)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
+
+
+def _boxed(graph: fx.Graph) -> Boxed:
+    twin = fx.Graph()  # a copy: the one people print keeps its readable signature
+    twin.output(twin.graph_copy(graph, {}))
+    box(twin)
+    return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
+
+
+def _sources(step: Step) -> list[tuple[Kind, int]]:
+    """Per graph input, where it comes from at call time: the model's tensors, the call's, or a constant."""
+    names = {name: i for i, (name, _) in enumerate(step.key.weights)}
+    constants = {node: i for i, node in enumerate(step.joint.constants)}
+    sources = []
+    for given in step.joint.inputs:
+        if given.kind is Kind.TANGENT:
+            continue
+        if given.node in constants:
+            sources.append((Kind.BUFFER, constants[given.node]))
+        elif given.kind is Kind.INPUT:
+            sources.append((Kind.INPUT, int(given.key)))
+        else:
+            sources.append((Kind.PARAM, names[str(given.key)]))
+    return sources
+
+
+def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
+    """Positions and code for the runtime."""
+    joint, halves = step.joint, step.halves
+    inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
+    position = {given.node: i for i, given in enumerate(inputs)}
+    stages = cut_stages(backward, step.num_stages)
+    checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
+    unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
+    owned = [position[given.node] for given, _ in joint.gradients]
+    results = list(forward.output_node().args[0])[: len(joint.results)]
+    leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
+    return Program(
+        forward=_boxed(forward),
+        stages=tuple(_boxed(stage.graph) for stage in stages),
+        num_outputs=len(joint.results),
+        aliased=tuple(node.op == "placeholder" or node in results[:i] for i, node in enumerate(results)),
+        differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
+        tangents=halves.tangents,
+        checked_inputs=tuple(position[name] for name in checked),
+        unchecked_inputs=tuple(position[name] for name in unchecked),
+        saved_inputs=tuple((name in checked, (checked if name in checked else unchecked).index(name)) for name in halves.saved_inputs),
+        owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
+        describe=tuple(leaf[i].name for i in range(len(joint.results))),
+        device=joint.device,
+    )

@@ -1,0 +1,191 @@
+"""Joint + Schedule -> a forward and a backward fx graph in which every recompute is an explicit node.
+
+The schedule's steps are written down one after the other; views are made where they are needed. The
+code fx makes of a graph drops every name after its last use, which is what frees the tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from planner.errors import PlannerError
+from planner.graph.graph import Graph, Kind
+from planner.graph.schedule import Schedule, check
+from planner.tracer import kernels
+from planner.tracer.joint import Joint
+from planner.tracer.mutation import blind_arguments, updates_statistics
+from planner.tracer.storage import Storages, items
+
+_CLONE = torch.ops.aten.clone.default
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """The rewritten step.
+
+    Attributes:
+        forward: placeholders are the joint's inputs (no tangents) in order; results are the joint's
+            results, then the saved activations.
+        backward: placeholders are the saved activations, then the inputs in `saved_inputs`, then the
+            tangents; results are the gradients in the joint's order.
+        saved: names of the saved activations (storages).
+        saved_inputs: names of the inputs that the backward reads.
+        tangents: positions of the results whose tangents the backward takes, in its order.
+    """
+
+    forward: fx.Graph
+    backward: fx.Graph
+    saved: tuple[str, ...]
+    saved_inputs: tuple[str, ...]
+    tangents: tuple[int, ...]
+
+
+def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
+    """Write `schedule` down as two graphs.
+
+    Args:
+        joint: the captured step.
+        graph: `lower(joint)`.
+        schedule: valid for `graph` (checked).
+
+    Raises:
+        ScheduleError: the schedule cannot run on the graph.
+    """
+    check(graph, schedule)
+    nodes = {node.name: node for node in joint.graph.nodes}
+    storages = Storages(joint.graph)
+    boundary = schedule.boundary(graph)
+    rerun = frozenset(schedule.steps[t] for t in schedule.recomputes())
+    results = [nodes[name] for name in joint.results]
+    gradients = [nodes[name] for _, name in joint.gradients]
+
+    saved, read = _crossing(graph, schedule, boundary, [storages.root[node] for node in gradients])
+    given_before = [given.node for given in joint.inputs if given.kind is not Kind.TANGENT]
+    saved_inputs = tuple(name for name in given_before if storages.root[nodes[name]] in read)
+    ran: set[int] = set()
+    before = _Writer(joint, graph, storages, rerun)
+    for name in given_before:
+        before.take(nodes[name], name)
+    for i in schedule.steps[:boundary]:
+        before.run(nodes[graph.ops[i].name], again=i in ran)
+        ran.add(i)
+    before.finish([before.get(node) for node in results] + [before.root(nodes[name]) for name in saved])
+
+    after = _Writer(joint, graph, storages, rerun)
+    for name in saved:
+        after.take(nodes[name], f"saved_{name}")
+    for name in saved_inputs:
+        after.take(nodes[name], name)
+    tangents = [given for given in joint.inputs if given.kind is Kind.TANGENT]
+    for given in tangents:
+        after.take(nodes[given.node], given.node)
+    for i in schedule.steps[boundary:]:
+        after.run(nodes[graph.ops[i].name], again=i in ran)
+        ran.add(i)
+    after.finish([after.get(node) for node in gradients])
+    return Halves(before.out, after.out, saved, saved_inputs, tuple(int(given.key) for given in tangents))
+
+
+def _crossing(
+    graph: Graph, schedule: Schedule, boundary: int, results: list[str]
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Activations alive at the boundary that the backward reads (or hands out); everything it reads from before."""
+    read: dict[str, None] = {}
+    written: set[str] = set()
+    for i in schedule.steps[boundary:]:
+        op = graph.ops[i]
+        read.update((name, None) for name in op.reads if name not in written)
+        written.update(op.writes)
+    read.update((name, None) for name in results if name not in written)
+    saved = tuple(sorted((n for n in read if graph.value[n].kind is Kind.ACTIVATION), key=lambda n: graph.producer[n]))
+    return saved, frozenset(read)
+
+
+class _Writer:
+    """Writes one half: keeps, per node of the joint graph, the node that now holds its value."""
+
+    def __init__(self, joint: Joint, graph: Graph, storages: Storages, rerun: frozenset[int]) -> None:
+        self.out = fx.Graph()
+        self._joint, self._storages = joint, storages
+        self._rerun = {graph.ops[i].name for i in rerun}
+        self._now: dict[fx.Node, fx.Node] = {}
+        self._views: dict[str, list[fx.Node]] = {}
+        self._nodes = {node.name: node for node in joint.graph.nodes}
+        self._gradients: dict[str, list[fx.Node]] = {}
+        for _, name in joint.gradients:
+            self._gradients.setdefault(storages.root[self._nodes[name]], []).append(self._nodes[name])
+
+    def take(self, node: fx.Node, name: str) -> None:
+        """Make `node`'s value an input of this half."""
+        self._now[node] = self.out.placeholder(name.replace(".", "_"))
+        self._now[node].meta = dict(node.meta)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node that holds the whole storage `node` names."""
+        return self._now[node]
+
+    def get(self, node: fx.Node) -> fx.Node:
+        """The node that holds `node`'s value, its view being taken now if need be."""
+        if node not in self._now:
+            if not self._storages.is_view(node):
+                raise PlannerError(f"internal error: {node.name} is read but not there; please report it with the model")
+            self._now[node] = self._copy(node, node.name)
+            if node in self._storages.root:
+                self._views.setdefault(self._storages.root[node], []).append(node)
+            else:  # a view with several results: forget it with its base
+                base = next(self._storages.root[arg] for arg in node.all_input_nodes if arg in self._storages.root)
+                self._views.setdefault(base, []).append(node)
+        return self._now[node]
+
+    def run(self, node: fx.Node, *, again: bool = False) -> None:
+        """Write down one execution of the kernel `node`; `again`: it ran before, in this half or the other."""
+        if node.target is kernels.rng_state and not self._is_replayed(node):
+            return
+        previous = self._set_rng(node) if again and node.name in self._joint.rng_states else None
+        for name, _ in self._storages.writes[node]:
+            for view in self._views.pop(name, ()):
+                del self._now[view]
+        blind = {arg: self._clone(arg) for arg in blind_arguments(node)} if again and updates_statistics(node) else {}
+        suffix = "_recomputed" if again else ""
+        copy = self._copy(node, node.name + suffix, blind)
+        self._now[node] = copy
+        for item in items(node):
+            if self._storages.root.get(item) in {name for name, _ in self._storages.writes[node]}:
+                self._now[item] = self._copy(item, item.name + suffix)
+        for name, _ in self._storages.writes[node]:
+            for gradient in self._gradients.get(name, ()):
+                self.get(gradient)  # at once, so that it can be handed out with its stage
+        if previous is not None:
+            self.out.call_function(kernels.swap_rng_state, (previous, self._joint.device))
+
+    def finish(self, results: list[fx.Node]) -> None:
+        """End the half with its results; getitems nobody uses would only hold their tensors longer."""
+        self.out.output(tuple(results))
+        for node in reversed(list(self.out.nodes)):
+            if node.op == "call_function" and not node.users and _is_getitem(node):
+                self.out.erase_node(node)
+        self.out.lint()
+
+    def _copy(self, node: fx.Node, name: str, replaced: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
+        known = replaced or {}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: known.get(arg) or self.get(arg))
+        copy = self.out.create_node("call_function", node.target, args, kwargs, name=name)
+        copy.meta = dict(node.meta)
+        return copy
+
+    def _clone(self, node: fx.Node) -> fx.Node:
+        return self.out.call_function(_CLONE, (self.get(node),))
+
+    def _is_replayed(self, state: fx.Node) -> bool:
+        return any(name == state.name and kernel in self._rerun for kernel, name in self._joint.rng_states.items())
+
+    def _set_rng(self, node: fx.Node) -> fx.Node:
+        state = self._nodes[self._joint.rng_states[node.name]]
+        return self.out.call_function(kernels.swap_rng_state, (self.get(state), self._joint.device))
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"

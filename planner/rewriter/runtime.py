@@ -1,0 +1,152 @@
+"""The autograd Functions that run a planned step: one runs the forward, taps hand out gradients in stages.
+
+    token <- Tap(last stage's inputs) <- ... <- Tap(second stage's inputs)      forward order
+    outputs <- Forward(token, first stage's inputs)
+
+Backward visits them the other way round: Forward's backward runs the first stage, each tap the next
+one. What is alive between two stages travels in the run's `alive` list, which every stage empties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from planner._torch import release_saved
+from planner.errors import BackwardError
+
+Boxed = Callable[[list[Any]], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The compiled step; knows tensors by position only.
+
+    Attributes:
+        forward: boxed; all inputs -> outputs, then saved activations.
+        stages: boxed; see rewriter/stages.py.
+        num_outputs: how many of the forward's results are outputs.
+        aliased: per output: it is an input or another output too, and is handed out as a view of it.
+        differentiable: per output: eager's output requires grad.
+        tangents: positions (among the outputs) whose tangents the backward takes, in its order.
+        checked_inputs: positions of inputs the backward reads; a write to one before backward is an error.
+        unchecked_inputs: likewise, but written by the forward itself (running statistics).
+        saved_inputs: the backward's order of them: (checked?, position among those).
+        owners: per stage, positions of the inputs whose gradients it completes, in its results' order.
+        describe: per output, its name in errors.
+    device: where the step runs.
+        device: where the step runs.
+    """
+
+    forward: Boxed
+    stages: tuple[Boxed, ...]
+    num_outputs: int
+    aliased: tuple[bool, ...]
+    differentiable: tuple[bool, ...]
+    tangents: tuple[int, ...]
+    checked_inputs: tuple[int, ...]
+    unchecked_inputs: tuple[int, ...]
+    saved_inputs: tuple[tuple[bool, int], ...]
+    owners: tuple[tuple[int, ...], ...]
+    describe: tuple[str, ...]
+    device: torch.device
+
+
+@dataclass(slots=True)
+class Run:
+    """One call: hands the inputs to the forward and what is alive from stage to stage of the backward."""
+
+    program: Program
+    inputs: list[torch.Tensor]
+    alive: list[torch.Tensor] = field(default_factory=list)
+
+
+def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Outputs of the forward on `inputs`, wired for backward."""
+    this = Run(program, list(inputs))
+    token: torch.Tensor | None = None
+    for k in range(len(program.owners) - 1, 0, -1):
+        token = _Tap.apply(this, k, token, *(inputs[i] for i in program.owners[k]))
+    return _Forward.apply(this, token, *(inputs[i] for i in program.owners[0]))  # type: ignore[no-any-return]
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, this: Run, token: torch.Tensor | None, *_owned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        program, inputs = this.program, this.inputs
+        ctx.run, ctx.has_token = this, token is not None
+        checked = [inputs[i] for i in program.checked_inputs]
+        ctx.unchecked = [inputs[i] for i in program.unchecked_inputs]
+        ctx.num_checked = len(checked)
+        this.inputs = []
+        results = program.forward(inputs)
+        outputs = tuple(
+            out.view_as(out) if aliased else out for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
+        )
+        ctx.save_for_backward(*checked, *results[program.num_outputs :])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(out for out, can in zip(outputs, program.differentiable, strict=True) if not can))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
+        this: Run = ctx.run
+        program = this.program
+        _check_backward(program, tangents)
+        held = release_saved(ctx)
+        checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
+        unchecked = ctx.unchecked
+        alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in program.saved_inputs]
+        alive += [tangents[i] for i in program.tangents]
+        del held, checked, tangents
+        grads = _run_stage(this, 0, alive)
+        token = torch.empty(0, device=program.device) if ctx.has_token else None
+        return (None, token, *grads)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, this: Run, stage: int, token: torch.Tensor | None, *_owned: torch.Tensor) -> torch.Tensor:
+        ctx.run, ctx.stage, ctx.has_token = this, stage, token is not None
+        return torch.empty(0, device=this.program.device)
+
+    @staticmethod
+    def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
+        this: Run = ctx.run
+        alive, this.alive = this.alive, []
+        grads = _run_stage(this, ctx.stage, alive)
+        return (None, None, torch.empty(0, device=this.program.device) if ctx.has_token else None, *grads)
+
+
+def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    program = this.program
+    with torch.autocast(program.device.type, enabled=False):
+        results = program.stages[stage](alive)
+    num_gradients = len(program.owners[stage])
+    this.alive = list(results[num_gradients:])
+    return results[:num_gradients]
+
+
+def _check_backward(program: Program, tangents: Sequence[torch.Tensor | None]) -> None:
+    """Refuse, before anything is changed, what this plan's backward cannot do."""
+    if torch.is_grad_enabled():
+        raise BackwardError(
+            "a planned module has no second derivative: backward was called with create_graph=True. "
+            "Use the original model for this step."
+        )
+    for i, tangent in enumerate(tangents):
+        planned = i in program.tangents
+        if tangent is not None and not planned:
+            raise BackwardError(
+                f"backward came through output {program.describe[i]}, but the plan differentiates only "
+                f"{', '.join(program.describe[j] for j in program.tangents)}. Plan with loss={program.describe[i]!r}, "
+                "or loss=a function of the output that returns all the tensors your loss is made of."
+            )
+        if tangent is None and planned:
+            raise BackwardError(
+                f"no gradient came through output {program.describe[i]}, which the plan differentiates. "
+                "Plan with loss= naming just the outputs your loss is made of."
+            )

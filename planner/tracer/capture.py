@@ -1,0 +1,248 @@
+"""nn.Module + example inputs -> Joint: trace forward and backward of the module itself, under fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner import _torch
+from planner._torch import pytree
+from planner.errors import CaptureError, InputError, PlannerError
+from planner.tracer import fidelity
+from planner.tracer.joint import CallSpec, Joint, Output
+from planner.tracer.normalize import normalize
+from planner.tracer.randomness import DECOMPOSITIONS
+
+Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, loss: Loss = None) -> Joint:
+    """Capture one training step of `model(*args, **kwargs)` as a joint graph.
+
+    Nothing is allocated and the model is left as it was. If the model reads tensor values (`.item()`,
+    `if mask.all()`), one real forward is run without keeping activations, to learn them.
+
+    Args:
+        model: in training mode, on the device it will train on.
+        args, kwargs: an example call; tensors in any pytree, other leaves are held fixed.
+        loss: which output backward starts from: attribute or key ("loss"), position, or a function of
+            the output. Default: the output if it is one scalar; its `.loss` or ["loss"]; else every
+            output that requires grad.
+
+    Raises:
+        InputError: the model or the inputs cannot be planned as they are.
+        CaptureError: the model cannot be traced; names the operation and the user's line.
+    """
+    leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    device = _check_inputs(model, [leaves[i] for i in tensors])
+    template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    step = Step(model, template, tensors, in_spec, loss)
+    with fidelity.untouched(model):
+        exported = _export(step, [leaves[i] for i in tensors])
+    return normalize(
+        exported,
+        names=step.names,
+        outputs=step.outputs,
+        num_results=step.num_results,
+        reads=step.reads,
+        call=CallSpec(in_spec, template, tensors, step.out_spec),
+        device=device,
+    )
+
+
+def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.device:
+    """The one device everything is on, or an InputError that says what to change."""
+    if not tensors:
+        raise InputError("no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y})")
+    if not model.training:
+        raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("no parameter requires grad: there is no backward to plan")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise InputError(f"{name} is on the meta device: give the model storage first, model.to_empty(device=...)")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 0}
+    if len(devices) > 1:
+        raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
+    (device,) = devices
+    for i, tensor in enumerate(tensors):
+        if tensor.device != device and tensor.dim() > 0:
+            raise InputError(f"tensor input {i} is on {tensor.device}, the model on {device}: move it with .to('{device}')")
+    return device
+
+
+def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
+    """Trace; if the model reads tensor values, learn them in a real forward and trace again."""
+    try:
+        try:
+            return _torch.export_joint(step, _torch.fake_inputs(tensors), DECOMPOSITIONS)
+        except _torch.DataDependentOutputException:
+            step.recorded = fidelity.record_host_reads(step.model, lambda: step.call(tensors), tensors)
+            return _torch.export_joint(step, _torch.fake_inputs(tensors), DECOMPOSITIONS)
+    except PlannerError:
+        raise
+    except _torch.DynamicOutputShapeException as error:
+        raise CaptureError(
+            f"{error.func} at {step.where} makes a tensor whose shape depends on the data; "
+            "a plan needs fixed shapes. Rewrite it with a mask, or leave this part out of the planned module."
+        ) from error
+    except (_torch.DataDependentOutputException, _torch.UnsupportedOperatorException) as error:
+        raise CaptureError(f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured") from error
+    except Exception as error:
+        where = f" (last kernel at {step.where})" if step.where else ""
+        message = (str(error).splitlines() or [""])[0]
+        raise CaptureError(f"the model cannot be captured{where}: {type(error).__name__}: {message}") from error
+
+
+class _Handed(torch.autograd.Function):
+    """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+class Step(nn.Module):
+    """The traced module: flat tensors in, flat tensors out, every parameter exactly once (tied ones too).
+
+    Attributes:
+        names: unique parameters' and buffers' names in the model, by their names here.
+        outputs: one Output per output leaf.
+        num_results: how many results of the traced function stand for outputs.
+        reads: host reads of the last trace; their tensors follow the outputs.
+        recorded: values to answer host reads with, once a real forward has been run.
+    """
+
+    def __init__(
+        self, model: nn.Module, template: tuple[Any, ...], tensors: tuple[int, ...], in_spec: Any, loss: Loss
+    ) -> None:
+        super().__init__()
+        self._hidden = (model,)  # in a tuple, so that it is no submodule and its parameters are not listed twice
+        self._template, self._tensors, self._in_spec, self._loss = template, tensors, in_spec, loss
+        self._modules_running = fidelity.ModuleStack(model)
+        self.names: dict[str, str] = {}
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            self.register_parameter(f"p{i}", parameter)
+            self.names[f"p{i}"] = name
+        for i, (name, buffer) in enumerate(model.named_buffers()):
+            self.register_buffer(f"b{i}", buffer)
+            self.names[f"b{i}"] = name
+        self.recorded: list[tuple[str, Any]] | None = None
+        self.out_spec: Any = None
+        self.outputs: list[Output] = []
+        self.num_results = 0
+        self.reads: list[tuple[Any, str]] = []
+        self.where = ""
+
+    @property
+    def model(self) -> nn.Module:
+        return self._hidden[0]
+
+    def call(self, tensors: Sequence[torch.Tensor], weights: dict[str, torch.Tensor] | None = None) -> Any:
+        """The model on the call's leaves with `tensors` in place; tied parameters follow their one name in `weights`."""
+        leaves = list(self._template)
+        for position, tensor in zip(self._tensors, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
+        if weights is None:
+            return self.model(*args, **kwargs)
+        return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=True)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = {name: getattr(self, here) for here, name in self.names.items()}
+        weights = dict(given)
+        tracing = fidelity.Tracing(self._modules_running, self.recorded)
+        try:
+            with self._modules_running.following(), tracing:
+                out = self.call(tensors, weights)
+                _write_reassigned(given, weights)
+        finally:
+            self.where = tracing.where
+        paths, self.out_spec = pytree.tree_flatten_with_path(out)
+        handed = self._hand_out(out, paths, tensors)
+        self.reads = [(value, where) for _, value, where in tracing.read]
+        read = [tensor.detach() for tensor, _, _ in tracing.read]
+        return (*handed, *read)
+
+    def _hand_out(self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
+        leaves = [leaf for _, leaf in paths]
+        starts = {id(leaf) for leaf in _loss_leaves(out, leaves, self._loss)}
+        names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
+        self.outputs = []
+        results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
+        for name, leaf in zip(names, leaves, strict=True):
+            if not isinstance(leaf, torch.Tensor):
+                _check_constant(leaf)
+                self.outputs.append(Output(name, None, constant=leaf))
+            elif any(leaf is tensor for tensor in tensors):
+                position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
+                self.outputs.append(Output(name, None, input=position))
+            else:
+                differentiated = id(leaf) in starts
+                results.setdefault(id(leaf), _Handed.apply(leaf) if differentiated else leaf.detach())
+                self.outputs.append(Output(name, list(results).index(id(leaf)), differentiated, leaf.requires_grad))
+        self.num_results = len(results)
+        return list(results.values())
+
+
+def _write_reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> None:
+    """Turn `self.buffer = new` in the model's forward into a write, which the graph can hold.
+
+    functional_call leaves in its dictionary what the module held at the end of the forward.
+    """
+    for name, tensor in given.items():
+        new = left[name]
+        if new is tensor:
+            continue
+        if isinstance(tensor, nn.Parameter) or new.shape != tensor.shape or new.dtype != tensor.dtype:
+            raise CaptureError(f"the model's forward replaces {name} by another tensor; only in-place updates can be planned")
+        tensor.copy_(new.detach())
+
+
+def _check_constant(leaf: Any) -> None:
+    if not isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
+        kind = type(leaf)
+        raise CaptureError(
+            f"the model returns a {kind.__module__}.{kind.__qualname__}, which is not a known container. Register it: "
+            f"torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten) "
+            "(torch.export.register_dataclass for a dataclass), or switch it off (transformers: use_cache=False)"
+        )
+
+
+def _loss_leaves(out: Any, leaves: list[Any], loss: Loss) -> list[torch.Tensor]:
+    """The output leaves that backward starts from."""
+    candidates = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if loss is None:
+        named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+        chosen = [named] if isinstance(named, torch.Tensor) else candidates
+    elif callable(loss):
+        picked = loss(out)
+        chosen = [picked] if isinstance(picked, torch.Tensor) else list(picked)
+    else:
+        chosen = [_member(out, loss)]
+    for leaf in chosen:
+        if not isinstance(leaf, torch.Tensor) or not any(leaf is other for other in leaves):
+            raise InputError(f"loss={loss!r} does not name a tensor of the model's output (found {type(leaf).__name__})")
+        if not leaf.requires_grad:
+            raise InputError(f"the output named by loss={loss!r} does not require grad: nothing to differentiate")
+    if not chosen:
+        raise InputError("no output of the model requires grad: nothing to differentiate")
+    return chosen
+
+
+def _member(out: Any, loss: str | int) -> Any:
+    try:
+        if isinstance(loss, str) and hasattr(out, loss):
+            return getattr(out, loss)
+        return out[loss]
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(f"the model's output has no {loss!r}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,124 @@
+"""What the tracer hands on: one step of the model as an fx graph in normal form, and how a call maps onto it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from planner._torch import pytree
+from planner.graph.graph import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A placeholder of the joint graph.
+
+    Attributes:
+        node: its name.
+        kind: PARAM, BUFFER, INPUT or TANGENT.
+        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves;
+            for a tangent the position among the results; for a captured constant "constant:N".
+        mutated: the forward writes into it (running statistics, in-place ops on inputs).
+    """
+
+    node: str
+    kind: Kind
+    key: str | int
+    mutated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One leaf of the model's output.
+
+    Attributes:
+        name: how the user reaches it, for messages: "loss", "[0]", ...
+        result: position among the graph's results; None for a constant or an input handed through.
+        differentiated: backward starts from it.
+        requires_grad: eager's output requires grad (it does not when False).
+        constant: the leaf itself where it is no tensor.
+        input: position among the call's tensor leaves where it is an input handed through.
+    """
+
+    name: str
+    result: int | None
+    differentiated: bool = False
+    requires_grad: bool = False
+    constant: Any = None
+    input: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostRead:
+    """A tensor value that Python read during capture, so that the graph is only right for this value."""
+
+    node: str
+    value: bool | int | float | complex
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpec:
+    """How `model(*args, **kwargs)` maps onto flat tensors and back.
+
+    Attributes:
+        in_spec, out_spec: pytree specs of (args, kwargs) and of the output.
+        leaves: the call's leaves; None where a tensor stood, which `tensors` lists.
+        tensors: positions of the tensor leaves.
+    """
+
+    in_spec: Any
+    leaves: tuple[Any, ...]
+    tensors: tuple[int, ...]
+    out_spec: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Specs travel as containers of leaf numbers: torch's spec classes warn when they are unpickled."""
+        skeletons = (pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for spec in (self.in_spec, self.out_spec))
+        return _restore_call, (*skeletons, self.leaves, self.tensors)
+
+
+def _restore_call(inputs: Any, outputs: Any, leaves: tuple[Any, ...], tensors: tuple[int, ...]) -> CallSpec:
+    return CallSpec(pytree.tree_structure(inputs), leaves, tensors, pytree.tree_structure(outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """The joint forward + backward graph in normal form.
+
+    Normal form: ATen kernels only, forward first; every mutation is a `copy_` node of its own; random
+    forward kernels are preceded by a node that saves the generator's state; every gradient is a storage
+    of its own, laid out as its parameter; no constants hidden in get_attr nodes; no detach nodes.
+
+    Attributes:
+        graph: placeholders as `inputs`, one output node of (forward leaves in graph order, gradients).
+        inputs: one per placeholder.
+        outputs: one per leaf of the model's output.
+        results: nodes of the forward's results, in the graph's output order.
+        gradients: (input, node name) of every input that gets a gradient.
+        rng_states: random forward node -> node that saved the generator's state before it.
+        num_forward_nodes: graph nodes up to and including the forward's last one.
+        constants: tensors that the model holds as plain attributes, by placeholder name.
+        guards: a graph from the call's inputs to the tensors that Python read; None when it read none.
+        host_reads: what it read, in the order of the guards' outputs.
+        call: how calls map onto the graph.
+        sources: node name -> "module.path file.py:line".
+        device: where the step runs.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    results: tuple[str, ...]
+    gradients: tuple[tuple[Input, str], ...]
+    rng_states: dict[str, str]
+    num_forward_nodes: int
+    constants: dict[str, torch.Tensor]
+    guards: fx.Graph | None
+    host_reads: tuple[HostRead, ...]
+    call: CallSpec
+    sources: dict[str, str]
+    device: torch.device

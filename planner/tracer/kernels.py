@@ -1,0 +1,32 @@
+"""Plain functions that captured graphs call where ATen has no kernel that says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def rng_state(device: torch.device) -> torch.Tensor:
+    """State of the device's default generator; uint8, kept in host memory."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def swap_rng_state(state: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Set the device's default generator to `state` and return the state it had."""
+    previous = rng_state(device)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+    return previous
+
+
+def bernoulli(p: float, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0/1 draws, drawn as eager's `empty_like(x).bernoulli_(p)` draws them for an x of this layout."""
+    return torch.empty_strided(size, stride, dtype=dtype, device=device).bernoulli_(p)
+
+
+def laid_out(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A copy with the given strides: what the engine makes of a gradient it cannot take over as it is."""
+    return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

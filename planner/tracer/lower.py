@@ -1,0 +1,126 @@
+"""Joint + Profile -> Graph: names and integers that the torch-free side plans with."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
+from planner.profiler.profile import KernelCost, Profile
+from planner.tracer import kernels
+from planner.tracer.joint import Joint
+from planner.tracer.mutation import blind_arguments, updates_statistics
+from planner.tracer.randomness import is_random
+from planner.tracer.storage import Storages, items, mutates
+
+RESERVED = "(reserved)"
+_CUDA_BLOCK = 512
+"""CUDA's allocator hands out multiples of this many bytes (torch docs, CUDA memory management)."""
+
+
+def kernel_nodes(joint: Joint) -> list[fx.Node]:
+    """The nodes that become ops, in graph order: what a profiler has to price."""
+    storages = Storages(joint.graph)
+    return [node for node in joint.graph.nodes if node in storages.writes]
+
+
+def lower(joint: Joint, profile: Profile | None = None, *, reserve_bytes: int = 0) -> Graph:
+    """The planner's Graph of a captured step.
+
+    Args:
+        joint: from `capture`.
+        profile: costs by node name; without one every cost is 0 (enough to compare structures).
+        reserve_bytes: set aside for the caller (optimizer state), resident all the time.
+    """
+    return _Lowering(joint, profile).graph(reserve_bytes)
+
+
+class _Lowering:
+    def __init__(self, joint: Joint, profile: Profile | None) -> None:
+        self.joint = joint
+        self.costs = profile.costs if profile is not None else {}
+        self.storages = Storages(joint.graph)
+        self.nodes = list(joint.graph.nodes)
+        self.rounded = _CUDA_BLOCK if joint.device.type == "cuda" else 1
+        mutated = {given.node for given in joint.inputs if given.mutated}
+        self.mutated = {self.storages.root[node] for node in self.nodes if node.name in mutated}
+        self.views: dict[str, list[str]] = {}
+        for node in self.nodes:
+            if self.storages.is_view(node) and node in self.storages.root:
+                self.views.setdefault(self.storages.root[node], []).append(node.name)
+
+    def graph(self, reserve_bytes: int) -> Graph:
+        values = self._resident()
+        if reserve_bytes:
+            values.append(Value(RESERVED, reserve_bytes, Kind.RESERVED))
+        resident = tuple(value.name for value in values if value.kind in RESIDENT_KINDS)
+        ops: list[Op] = []
+        num_forward_ops = 0
+        for position, node in enumerate(self.nodes):
+            if node not in self.storages.writes:
+                continue
+            forward = position < self.joint.num_forward_nodes
+            num_forward_ops += forward
+            kind = Kind.ACTIVATION if forward else Kind.GRADIENT
+            values.extend(Value(name, self._bytes(nbytes), kind) for name, nbytes in self.storages.writes[node])
+            ops.append(self._op(node, forward))
+        made = {name for op in ops for name in op.writes}
+        by_name = {node.name: node for node in self.nodes}
+        return Graph(
+            ops=tuple(ops),
+            values=tuple(values),
+            inputs=resident,
+            forward_outputs=self._roots([by_name[name] for name in self.joint.results], made),
+            backward_outputs=self._roots([by_name[name] for _, name in self.joint.gradients], made),
+            num_forward_ops=num_forward_ops,
+        )
+
+    def _resident(self) -> list[Value]:
+        by_name = {node.name: node for node in self.nodes}
+        values = []
+        for given in self.joint.inputs:
+            node = by_name[given.node]
+            if self.storages.root[node] == node.name:
+                values.append(Value(node.name, self._bytes(node.meta["val"].untyped_storage().nbytes()), given.kind))
+        return values
+
+    def _bytes(self, nbytes: int) -> int:
+        return -(-nbytes // self.rounded) * self.rounded
+
+    def _roots(self, nodes: list[fx.Node], made: set[str]) -> tuple[str, ...]:
+        """Storages of output nodes; those that are resident anyway are left out."""
+        return tuple(dict.fromkeys(self.storages.root[node] for node in nodes if self.storages.root[node] in made))
+
+    def _op(self, node: fx.Node, forward: bool) -> Op:
+        writes = tuple(name for name, _ in self.storages.writes[node])
+        reads = [self.storages.root[arg] for arg in node.all_input_nodes if arg in self.storages.root]
+        if node.name in self.joint.rng_states:
+            reads.append(self.joint.rng_states[node.name])
+        cost = self.costs.get(node.name, KernelCost(0, 0))
+        taken_apart = [item.name for item in items(node) if self.storages.root.get(item) in writes]
+        return Op(
+            name=node.name,
+            nodes=tuple(dict.fromkeys((node.name, *taken_apart, *(view for name in writes for view in self.views.get(name, ()))))),
+            reads=tuple(dict.fromkeys(reads)),
+            writes=writes,
+            cost_ns=cost.time_ns,
+            workspace_bytes=self._bytes(cost.workspace_bytes),
+            recomputable=self._recomputable(node, forward),
+            source=self.joint.sources.get(node.name, ""),
+        )
+
+    def _recomputable(self, node: fx.Node, forward: bool) -> bool:
+        """A second execution is sure to give the same bits and to change nothing."""
+        if node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
+            return False
+        if is_random(node) and node.name not in self.joint.rng_states:
+            return False
+        blind = set(blind_arguments(node))
+        if blind and self._statistics_read(node):
+            return False
+        read = {self.storages.root[arg] for arg in node.all_input_nodes if arg not in blind and arg in self.storages.root}
+        return forward and not read & self.mutated
+
+    def _statistics_read(self, node: fx.Node) -> bool:
+        """Somebody besides the buffers' update reads the new running statistics, which a second run would falsify."""
+        results = [item for item in items(node) if item.args[1] in (3, 4)]
+        return any(mutates(user) is False for item in results for user in item.users)

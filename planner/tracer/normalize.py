@@ -1,0 +1,248 @@
+"""The exported graph -> Joint: the normal form that lowering and rewriting rely on (tracer/joint.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from planner._torch import ExportedJoint
+from planner.errors import CaptureError
+from planner.graph.graph import Kind
+from planner.tracer import kernels
+from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
+from planner.tracer.mutation import hidden_mutations, write_mutations
+from planner.tracer.randomness import is_random, save_rng_states
+from planner.tracer.storage import Storages, mutates
+
+aten = torch.ops.aten
+_KINDS = {"param": Kind.PARAM, "buffer": Kind.BUFFER, "input": Kind.INPUT, "tangent": Kind.TANGENT}
+_BATCH_NORM_BACKWARD = {aten.native_batch_norm_backward.default: 7}
+"""Batch norm backward -> position of `train`; arguments 3 and 4 are the running statistics."""
+
+Role = tuple[Any, ...]
+
+
+def normalize(
+    exported: ExportedJoint,
+    *,
+    names: dict[str, str],
+    outputs: Sequence[Output],
+    num_results: int,
+    reads: Sequence[tuple[Any, str]],
+    call: CallSpec,
+    device: torch.device,
+) -> Joint:
+    """Bring the exported joint graph into normal form.
+
+    Args:
+        exported: as traced; its graph is taken over and changed.
+        names: the model's parameter and buffer names by the names in `exported`.
+        outputs: one per output leaf of the model.
+        num_results: how many results of the traced function stand for outputs; tensors that Python read follow.
+        reads: value and source of each of those.
+        call, device: handed on.
+
+    Raises:
+        CaptureError: the graph holds something that cannot be planned exactly (named).
+    """
+    graph = exported.graph_module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    inputs = {
+        node.name: Input(node.name, _KINDS[role[0]], names.get(role[1], role[1]))
+        for node, role in zip(placeholders, exported.inputs, strict=True)
+    }
+    node_of = {role: node for node, role in zip(placeholders, exported.inputs, strict=True)}
+    results = list(zip(exported.outputs, graph.output_node().args[0], strict=True))
+    guards = _guards(graph, [node for role, node in results if role[0] == "output" and role[1] >= num_results])
+    results = [(role, node) for role, node in results if node is not None and not _is_read(role, num_results)]
+    roles = [role for role, _ in results]
+    graph.output_node().args = (tuple(node for _, node in results),)
+
+    _refuse(graph, roles, inputs, node_of)
+    constants = _lift_constants(graph, exported.graph_module, inputs)
+    _drop_detach(graph)
+    _keep_kernels(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
+    last_forward = _last_ancestor(graph, [n for role, n in zip(roles, _results(graph), strict=True) if role[0] != "gradient"])
+    mutations = [(node_of[role[1:]], n) for role, n in zip(roles, _results(graph), strict=True) if role[0] == "mutation"]
+    last_forward = write_mutations(graph, mutations, last_forward)
+    for node in (*(placeholder for placeholder, _ in mutations), *hidden_mutations(graph)):
+        inputs[node.name] = replace(inputs[node.name], mutated=True)
+    kept = [(role, node) for role, node in zip(roles, _results(graph), strict=True) if role[0] != "mutation"]
+    graph.output_node().args = (tuple(node for _, node in kept),)
+    gradients = [(node_of[role[1:]], i) for i, (role, _) in enumerate(kept) if role[0] == "gradient"]
+    _own_gradients(graph, gradients)
+    rng_states = save_rng_states(graph, last_forward, device)
+    graph.lint()
+
+    final = _results(graph)
+    nodes = list(graph.nodes)
+    return Joint(
+        graph=graph,
+        inputs=tuple(inputs[node.name] for node in graph.find_nodes(op="placeholder")),
+        outputs=tuple(outputs),
+        results=tuple(node.name for node in final[:num_results]),
+        gradients=tuple((inputs[node.name], final[i].name) for node, i in gradients),
+        rng_states=rng_states,
+        num_forward_nodes=nodes.index(last_forward) + 1 if last_forward is not None else 0,
+        constants=constants,
+        guards=guards,
+        host_reads=_host_reads(guards, reads),
+        call=call,
+        sources={node.name: _source(node) for node in nodes},
+        device=device,
+    )
+
+
+def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    return tuple(graph.output_node().args[0])
+
+
+def _is_read(role: Role, num_results: int) -> bool:
+    return role[0] == "output" and role[1] >= num_results
+
+
+def _source(node: fx.Node) -> str:
+    return str((node.meta.get("custom") or {}).get("planner_source", ""))
+
+
+def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], node_of: dict[Role, fx.Node]) -> None:
+    """Raise CaptureError for what no schedule could run exactly."""
+    for role in roles:
+        if role[0] == "mutation" and role[1] == "param":
+            raise CaptureError(f"the forward writes into the parameter {inputs[node_of[role[1:]].name].key}; make it a buffer")
+        if role[0] == "mutation" and role[1] == "tangent":
+            raise CaptureError("the backward writes into an incoming gradient")
+    for node in graph.nodes:
+        if node.op == "call_function" and mutates(node):
+            raise CaptureError(f"{node.target} at {_source(node)} writes into a tensor in a way functionalization left in")
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op in ("call_module", "call_method"):
+            raise CaptureError(f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned")
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _last_ancestor(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The last call in graph order that `nodes` depend on: the end of the forward."""
+    needed = _ancestors(nodes)
+    return next((n for n in reversed(graph.nodes) if n in needed and n.op == "call_function"), None)
+
+
+def _guards(graph: fx.Graph, reads: Sequence[fx.Node]) -> fx.Graph | None:
+    """The part of the graph that computes the tensors Python read, from the call's inputs alone."""
+    if not reads:
+        return None
+    needed = _ancestors(reads)
+    guards, copies = fx.Graph(), {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node in needed:
+            raise CaptureError("the model's control flow reads a tensor it holds as a plain attribute; make it a buffer")
+        if node not in needed:
+            continue
+        if is_random(node):
+            raise CaptureError(f"the model's control flow depends on random numbers ({node.target} at {_source(node)})")
+        copies[node] = guards.node_copy(node, copies.__getitem__)
+    guards.output(tuple(copies[node] for node in reads))
+    return guards
+
+
+def _host_reads(guards: fx.Graph | None, reads: Sequence[tuple[Any, str]]) -> tuple[HostRead, ...]:
+    if guards is None:
+        return ()
+    results = guards.output_node().args[0]
+    return tuple(HostRead(node.name, value, where) for node, (value, where) in zip(results, reads, strict=True))
+
+
+def _lift_constants(graph: fx.Graph, owner: fx.GraphModule, inputs: dict[str, Input]) -> dict[str, torch.Tensor]:
+    """Turn tensors held in get_attr nodes into inputs, so that a planned module's state_dict does not grow."""
+    constants: dict[str, torch.Tensor] = {}
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        tensor = getattr(owner, node.target, None)
+        if not isinstance(tensor, torch.Tensor):
+            raise CaptureError(f"the graph holds {node.target}, a {type(tensor).__name__}: higher-order operators cannot be planned")
+        with graph.inserting_before(first):
+            placeholder = graph.placeholder(f"constant_{len(constants)}")
+        placeholder.meta["val"] = node.meta.get("val", tensor)
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        inputs[placeholder.name] = Input(placeholder.name, Kind.BUFFER, f"constant:{len(constants)}")
+        constants[placeholder.name] = tensor
+    return constants
+
+
+def _drop_detach(graph: fx.Graph) -> None:
+    """No graph of ours runs under autograd, where detach would mean something."""
+    for target in (aten.detach.default, aten.alias.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _keep_kernels(graph: fx.Graph) -> None:
+    """Undo what functionalization changed: draw random numbers as eager does; no reads that nobody needs.
+
+    In training mode batch norm's backward reads no running statistics, though it is handed the updated
+    ones; handing it the buffers instead leaves them free and the forward kernel recomputable.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.bernoulli.p):
+        like = node.args[0].meta["val"]  # only its layout matters; not reading it lets it go
+        node.args = (node.args[1], tuple(like.shape), tuple(like.stride()), like.dtype, like.device)
+        node.target = kernels.bernoulli
+    for target, train in _BATCH_NORM_BACKWARD.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            forward = [_batch_norm_of(arg) for arg in node.args[3:5]]
+            if node.args[train] is True and all(forward):
+                running = [norm.args[3:5][i] for i, norm in enumerate(forward) if norm is not None]
+                node.args = (*node.args[:3], *running, *node.args[5:])
+
+
+def _batch_norm_of(item: Any) -> fx.Node | None:
+    """The training-mode batch norm whose new running mean or variance `item` is."""
+    kernel = item.args[0] if isinstance(item, fx.Node) and item.args else None
+    if isinstance(kernel, fx.Node) and kernel.target is aten._native_batch_norm_legit_functional.default:
+        return kernel if kernel.args[5] is True else None
+    return None
+
+
+def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]]) -> None:
+    """Give every gradient a storage of its own, laid out as its input: then the engine takes it over as it is.
+
+    The engine would otherwise copy it itself, at a moment and at bytes no plan knows of.
+    """
+    storages = Storages(graph)
+    results = list(_results(graph))
+    made = {name for names in storages.writes.values() for name, _ in names}
+    taken = {storages.root[node] for i, node in enumerate(results) if i not in {i for _, i in gradients}}
+    for placeholder, i in gradients:
+        node, like = results[i], placeholder.meta["val"]
+        val = node.meta["val"]
+        root = storages.root[node]
+        if root in made and root not in taken and val.stride() == like.stride() and val.dtype == like.dtype:
+            taken.add(root)
+            continue
+        with graph.inserting_before(graph.output_node()):
+            copy = graph.call_function(kernels.laid_out, (node, tuple(like.shape), tuple(like.stride())))
+        _move_up(graph, copy, node)
+        copy.meta["val"] = torch.empty_strided(like.shape, like.stride(), dtype=val.dtype, device="meta")
+        results[i] = copy
+    graph.output_node().args = (tuple(results),)
+
+
+def _move_up(graph: fx.Graph, node: fx.Node, after: fx.Node) -> None:
+    """Run `node` as soon as its argument is there (but not among the placeholders)."""
+    place = after if after.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
+    place.append(node)
