@@ -76,6 +76,11 @@ class Plan:
         """At most this fraction of the plain step could be saved by a better schedule."""
         return max(0, self.timeline.time_ns - self.solution.bound_ns) / max(1, self.plain.time_ns)
 
+    def __str__(self) -> str:
+        from planner.graph.table import table
+
+        return table(self)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (docs: planner/graph/planfile.py)."""
         from planner.graph import planfile

@@ -94,6 +94,16 @@ class CheckpointedModule(fx.GraphModule):
         self._original.training = mode
 
     @property
+    def device(self) -> torch.device:
+        """Where the planned step runs."""
+        return self._step.joint.device
+
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """Positions of the output leaves that backward starts from."""
+        return tuple(i for i, out in enumerate(self._step.joint.outputs) if out.differentiated)
+
+    @property
     def original(self) -> nn.Module:
         """The model this was made from."""
         return self._original  # type: ignore[no-any-return]
@@ -119,26 +129,35 @@ class CheckpointedModule(fx.GraphModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
-        step, device = self._step, self._step.joint.device
-        tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
-        if tensors is None:
-            return self._fall_back(miss, args, kwargs)
-        held = self._weights.now()
-        miss = guard.difference(step.key, self._weights, held, tensors, device)
+        step = self._step
+        tensors, inputs, miss = self._match(args, kwargs)
         if miss:
             return self._fall_back(miss, args, kwargs)
-        pools = {Kind.PARAM: held, Kind.INPUT: tensors, Kind.BUFFER: list(step.joint.constants.values())}
-        inputs = [pools[kind][i] for kind, i in self._sources]
-        miss = self._host_reads_differ(inputs)
-        if miss:
-            return self._fall_back(miss, args, kwargs)
-        with torch.autocast(device.type, enabled=False):  # every cast is a node of the graph
+        with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             results = run(self._program, inputs)
         leaves = [
             results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in step.joint.outputs
         ]
         return pytree.tree_unflatten(leaves, step.joint.call.out_spec)
+
+    def difference(self, args: Any, kwargs: Any) -> str:
+        """What keeps this call from running planned; '' if nothing does."""
+        return self._match(args, kwargs)[2]
+
+    def _match(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], str]:
+        """The call's tensors, the graph's inputs, and what differs from the call planned for."""
+        step = self._step
+        tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
+        if tensors is None:
+            return [], [], miss
+        held = self._weights.now()
+        miss = guard.difference(step.key, self._weights, held, tensors, self.device)
+        if miss:
+            return tensors, [], miss
+        pools = {Kind.PARAM: held, Kind.INPUT: tensors, Kind.BUFFER: list(step.joint.constants.values())}
+        inputs = [pools[kind][i] for kind, i in self._sources]
+        return tensors, inputs, self._host_reads_differ(inputs)
 
     def _fall_back(self, miss: str, args: Any, kwargs: Any) -> Any:
         reason = miss.split(" (")[0]

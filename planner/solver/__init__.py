@@ -1,0 +1,1 @@
+"""Names and integers in, a schedule out: everything that decides. Never imports torch."""

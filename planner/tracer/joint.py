@@ -75,6 +75,11 @@ class CallSpec:
     tensors: tuple[int, ...]
     out_spec: Any
 
+    def tensor_leaves(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        """The tensor leaves of a call of this structure."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        return [leaves[i] for i in self.tensors]
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Specs travel as containers of leaf numbers: torch's spec classes warn when they are unpickled."""
         skeletons = (pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for spec in (self.in_spec, self.out_spec))

@@ -1,0 +1,162 @@
+"""plan, apply, verify: the whole story on a page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner import units
+from planner.errors import BudgetError, PlanFileError
+from planner.graph.graph import Graph
+from planner.graph.plan import Plan, Solution
+from planner.graph.planfile import fingerprint
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.profiler.estimate import estimate
+def measure(*a, **k): raise NotImplementedError
+from planner.profiler.profile import Profile
+from planner.report.progress import stage
+from planner.rewriter.guard import call_key
+from planner.rewriter.module import DEFAULT_STAGES, CheckpointedModule, Step
+from planner.rewriter.partition import partition
+from planner.solver.solve import solve
+from planner.tracer.capture import Loss, capture
+from planner.tracer.joint import Joint
+from planner.tracer.lower import kernel_nodes, lower
+
+Budget = int | str | float
+
+
+def plan(
+    model: nn.Module,
+    budget: Budget,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss = None,
+    reserve: int | str = 0,
+    costs: str = "measure",
+    time_limit_s: float = 10.0,
+    num_stages: int = DEFAULT_STAGES,
+    progress: bool = True,
+) -> CheckpointedModule:
+    """The model, with its training step checkpointed so that it fits a budget. Results do not change.
+
+    Args:
+        model: in training mode, on the device it trains on. It is left as it is; the returned module
+            shares its parameters, buffers and submodules.
+        budget: bound on everything live on the device during forward and backward: parameters, buffers,
+            inputs, gradients, activations, temporaries, and `reserve`. Bytes (int), text ("6GiB"), or a
+            float in (0, 1]: fraction of the plain step's peak.
+        args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
+        loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
+            `.loss` or ["loss"], else every output that requires grad.
+        reserve: bytes set aside within the budget, for example for optimizer state.
+        costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes
+            times from FLOPs and bytes.
+        time_limit_s: for the solver; the best plan found by then is taken.
+        num_stages: in how many parts the backward hands out gradients, at most.
+        progress: show a bar on stderr for stages that take more than a second.
+
+    Raises:
+        BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
+        InfeasibleBudgetError: no schedule fits; carries the floor.
+        NoScheduleFoundError: none was found in the time given.
+    """
+    units.check_budget(budget)
+    reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
+    with stage("capture", progress):
+        joint = capture(model, args, kwargs, loss=loss)
+    profile = _profile(joint, costs, progress)
+    graph = lower(joint, profile, reserve_bytes=reserve_bytes)
+    plain_peak = simulate(graph, keep_all(graph)).peak_bytes
+    budget_bytes = units.parse_budget(budget, plain_peak)
+    margin_bytes = allocator_margin(graph, budget_bytes)
+    with stage("solve", progress):
+        solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s)
+    made = Plan(graph, budget_bytes, margin_bytes, solution, _made_on(joint, profile))
+    return _rewrite(made, joint, model, args, kwargs, num_stages)
+
+
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss = None,
+    num_stages: int = DEFAULT_STAGES,
+) -> CheckpointedModule:
+    """Rewrite `model` by a plan made before, without profiling or solving.
+
+    Raises:
+        PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
+    """
+    joint = capture(model, args, kwargs, loss=loss)
+    _check_same(plan, lower(joint))
+    return _rewrite(plan, joint, model, args, kwargs, num_stages)
+
+
+def allocator_margin(graph: Graph, budget_bytes: int) -> int:
+    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
+
+    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
+    step itself fits, so that a full budget never forces a recompute.
+    """
+    plain = simulate(graph, keep_all(graph)).peak_bytes
+    if plain <= budget_bytes:
+        return 0
+    resident = sum(graph.value[name].nbytes for name in graph.inputs)
+    return min((plain - resident) // 1000, budget_bytes // 100)
+
+
+def _profile(joint: Joint, costs: str, progress: bool) -> Profile:
+    nodes = kernel_nodes(joint)
+    if costs == "measure":
+        return measure(nodes, joint.device, progress=progress)
+    if costs == "estimate":
+        return estimate(nodes)
+    raise BudgetError(f"costs={costs!r} is not known; use 'measure' or 'estimate'")
+
+
+def _rewrite(
+    made: Plan, joint: Joint, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, num_stages: int
+) -> CheckpointedModule:
+    halves = partition(joint, made.graph, made.solution.schedule)
+    tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
+    step = Step(joint, halves, call_key(model, tensors, joint.device), num_stages)
+    return CheckpointedModule(model, step, made)
+
+
+def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
+    return (
+        ("costs", profile.how),
+        ("date", time.strftime("%Y-%m-%d")),
+        ("device", profile.device),
+        ("torch", torch.__version__),
+    )
+
+
+def _check_same(plan: Plan, captured: Graph) -> None:
+    if fingerprint(plan.graph) == fingerprint(captured):
+        return
+    made = dict(plan.made_on).get("torch", "unknown")
+    versions = "" if made == torch.__version__ else f" The plan was made with torch {made}, this is {torch.__version__}."
+    raise PlanFileError(f"the plan was made for another model or call: {_first_difference(plan.graph, captured)}.{versions} Make it again.")
+
+
+def _first_difference(planned: Graph, captured: Graph) -> str:
+    sizes = {value.name: value.nbytes for value in captured.values}
+    for ours, theirs in zip(planned.ops, captured.ops, strict=False):
+        if (ours.name, ours.reads, ours.writes, ours.recomputable) != (theirs.name, theirs.reads, theirs.writes, theirs.recomputable):
+            return f"op {ours.name} ({ours.source or 'no source'}) of the plan stands where the model has {theirs.name} ({theirs.source})"
+    if len(planned.ops) != len(captured.ops):
+        return f"the plan has {len(planned.ops)} ops, the model {len(captured.ops)}"
+    for value in planned.values:
+        if value.name in sizes and sizes[value.name] != value.nbytes:
+            return f"{value.name} has {value.nbytes} bytes in the plan and {sizes[value.name]} in the model"
+    return "their inputs or outputs differ"

@@ -1,0 +1,92 @@
+"""A plan as text: what it promises, what each part takes, what is kept and recomputed where."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from planner.graph.graph import Graph, Kind
+from planner.graph.plan import Plan
+from planner.graph.simulate import Timeline
+from planner.units import format_bytes, format_ns
+
+MODULE_ROWS = 12
+
+
+def table(plan: Plan) -> str:
+    """The table that `print(plan)` shows."""
+    timeline, plain = plan.timeline, plan.plain
+    made = ", ".join(f"{key} {value}" for key, value in plan.made_on)
+    saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
+    rows = [
+        ("budget", f"{format_bytes(plan.budget_bytes)} (of which {format_bytes(plan.margin_bytes)} are left to the allocator)"),
+        ("peak", f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} planned ({saved:.1%} less), at {_where(plan)}"),
+        ("step time", f"{format_ns(plain.time_ns)} plain -> {format_ns(timeline.time_ns)} planned (+{plan.overhead:.2%})"),
+        ("optimality", f"no plan in this backward order at these costs saves more than {plan.gap:.2%} of the step ({plan.solution.status})"),
+        ("solved", f"in {plan.solution.solve_s:.2f} s by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
+        ("made on", made),
+    ]
+    lines = [f"{name:<11} {text}" for name, text in rows]
+    return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
+
+
+def _where(plan: Plan) -> str:
+    op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
+    return f"{op.name} ({op.source})" if op.source else op.name
+
+
+def _parts(graph: Graph, timeline: Timeline) -> list[str]:
+    """Bytes by kind: what is resident, what the backward hands out, what is saved for it."""
+    resident: Counter[Kind] = Counter()
+    for name in graph.inputs:
+        resident[graph.value[name].kind] += graph.value[name].nbytes
+    kept = set(graph.forward_outputs)
+    rows = [(f"{kind}s" if kind is not Kind.RESERVED else "reserved", nbytes) for kind, nbytes in sorted(resident.items()) if nbytes]
+    rows += [
+        ("outputs", _total(graph, graph.forward_outputs)),
+        ("gradients", _total(graph, graph.backward_outputs)),
+        ("saved for backward", _total(graph, (name for name in timeline.saved if name not in kept))),
+    ]
+    return [f"  {name:<20} {format_bytes(nbytes):>12}" for name, nbytes in rows]
+
+
+def _total(graph: Graph, names: Iterable[str]) -> int:
+    return sum(graph.value[name].nbytes for name in names)
+
+
+def _modules(plan: Plan, timeline: Timeline) -> list[str]:
+    """Kept and recomputed bytes per module; numbered siblings (layers.0, layers.1, ...) share a row."""
+    graph, saved = plan.graph, set(timeline.saved) - set(plan.graph.forward_outputs)
+    again = Counter(plan.solution.schedule.steps[t] for t in plan.solution.schedule.recomputes())
+    kept_bytes: defaultdict[str, int] = defaultdict(int)
+    again_bytes: defaultdict[str, int] = defaultdict(int)
+    again_ns: defaultdict[str, int] = defaultdict(int)
+    numbers: defaultdict[str, set[str]] = defaultdict(set)
+    for i, op in enumerate(graph.ops[: graph.num_forward_ops]):
+        path = op.source.rpartition(" ")[0] or "(top)"
+        row = re.sub(r"\d+", "*", path)
+        numbers[row].add(path)
+        kept_bytes[row] += _total(graph, (name for name in op.writes if name in saved))
+        if again[i]:
+            again_bytes[row] += again[i] * _total(graph, op.writes)
+            again_ns[row] += again[i] * op.cost_ns
+    shown = sorted((row for row in numbers if kept_bytes[row] or again_ns[row]), key=lambda row: -kept_bytes[row] - again_bytes[row])
+    width = max([len(_label(row, numbers[row])) for row in shown[:MODULE_ROWS]], default=6)
+    lines = [f"  {'module':<{width}} {'kept':>12} {'recomputed':>12} {'time again':>11}"]
+    for row in shown[:MODULE_ROWS]:
+        label = _label(row, numbers[row])
+        lines.append(
+            f"  {label:<{width}} {format_bytes(kept_bytes[row]):>12} {format_bytes(again_bytes[row]):>12} {format_ns(again_ns[row]):>11}"
+        )
+    if len(shown) > MODULE_ROWS:
+        rest = shown[MODULE_ROWS:]
+        totals = [sum(column[row] for row in rest) for column in (kept_bytes, again_bytes, again_ns)]
+        lines.append(
+            f"  {f'({len(rest)} more)':<{width}} {format_bytes(totals[0]):>12} {format_bytes(totals[1]):>12} {format_ns(totals[2]):>11}"
+        )
+    return lines
+
+
+def _label(row: str, paths: set[str]) -> str:
+    return f"{row} ({len(paths)}x)" if len(paths) > 1 else next(iter(paths))

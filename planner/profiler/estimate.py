@@ -1,0 +1,138 @@
+"""Costs of kernels on hardware that is not here: a roofline over the shapes of the fake tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from planner.profiler.profile import KernelCost, Profile
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """A device as a roofline.
+
+    Attributes:
+        name: for people to read; ends up in Profile.how.
+        flops_per_s: attainable rate of float32 matrix products, in FLOP/s (a multiply-add is two).
+        bytes_per_s: attainable memory bandwidth, in B/s.
+        launch_ns: fixed cost of one kernel call, in ns.
+        dtype_speed: rate of other dtypes relative to float32; a missing dtype counts as 1.
+    """
+
+    name: str
+    flops_per_s: float
+    bytes_per_s: float
+    launch_ns: int
+    dtype_speed: Mapping[torch.dtype, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        rates = (self.flops_per_s, self.bytes_per_s, *self.dtype_speed.values())
+        if min(rates) <= 0 or self.launch_ns < 0:
+            raise ValueError(f"device {self.name!r}: rates must be positive and launch_ns must not be negative, got {self}")
+
+
+GENERIC_CPU = DeviceModel("generic CPU", 100e9, 15e9, 5_000, MappingProxyType({torch.float64: 0.5}))
+"""A few cores with AVX2: 100 GFLOP/s, 15 GB/s, 5 us per call."""
+
+GENERIC_GPU = DeviceModel(
+    "generic GPU", 100e12, 1.3e12, 3_000, MappingProxyType({torch.float64: 0.1, **dict.fromkeys(_HALF, 2.0)})
+)
+"""A data-centre GPU with TF32 matrix products: 100 TFLOP/s (200 in half precision), 1.3 TB/s, 3 us per call."""
+
+
+def estimate(nodes: Sequence[Node], device: DeviceModel | None = None) -> Profile:
+    """Price every node by max(FLOPs / rate, bytes / bandwidth) + launch. Runs and allocates nothing; deterministic.
+
+    Args:
+        nodes: call_function nodes with fake tensors in `meta["val"]`.
+        device: the hardware; None means GENERIC_GPU if a node computes on a GPU, else GENERIC_CPU.
+
+    Returns:
+        A Profile with workspace 0 everywhere, except for convolutions: see `_workspace_bytes`.
+    """
+    if device is None:
+        on_gpu = any(t.device.type not in ("cpu", "meta") for node in nodes for t in _tensors(node.meta.get("val")))
+        device = GENERIC_GPU if on_gpu else GENERIC_CPU
+    costs = {node.name: estimate_node(node, device) for node in nodes}
+    return Profile(costs, f"estimated: {device.name}", device.name)
+
+
+def estimate_node(node: Node, device: DeviceModel) -> KernelCost:
+    """The same for one node."""
+    outputs = _tensors(node.meta.get("val"))
+    dtype = next((t.dtype for t in (*outputs, *_inputs(node)) if t.dtype.is_floating_point), torch.float32)
+    compute_s = _flops(node) / (device.flops_per_s * device.dtype_speed.get(dtype, 1.0))
+    memory_s = _bytes_moved(node) / device.bytes_per_s
+    return KernelCost(device.launch_ns + math.ceil(max(compute_s, memory_s) * 1e9), _workspace_bytes(node))
+
+
+def _tensors(val: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+
+
+def _inputs(node: Node) -> list[torch.Tensor]:
+    return [t for arg in node.all_input_nodes for t in _tensors(arg.meta.get("val"))]
+
+
+def _touched_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of memory behind a tensor: a broadcast (stride 0) dimension is read from cache, not from memory."""
+    sizes = [1 if stride == 0 else int(size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return math.prod(sizes) * tensor.element_size()
+
+
+_ROW_READERS = frozenset({"embedding", "index_select", "gather", "index", "_unsafe_index", "take", "nll_loss_forward"})
+"""Kernels that read of their big argument only as much as they write."""
+
+
+def _bytes_moved(node: Node) -> int:
+    written = sum(_touched_bytes(t) for t in _tensors(node.meta.get("val")))
+    read = [_touched_bytes(t) for t in _inputs(node)]
+    if _packet_name(node) in _ROW_READERS:
+        read = [min(size, written) for size in read]
+    return written + sum(read)
+
+
+def _packet_name(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
+
+
+# Fused CPU attention is missing from torch's registry; its tensor arguments are laid out as in the others.
+_CPU_FLOPS: Mapping[str, Callable[..., int]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *rest, **kw: sdpa_flop_count(  # type: ignore[no-untyped-call]
+        q.shape, k.shape, v.shape
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda g, q, k, v, *rest, **kw: sdpa_backward_flop_count(  # type: ignore[no-untyped-call]
+        g.shape, q.shape, k.shape, v.shape
+    ),
+}
+
+
+def _flops(node: Node) -> int:
+    """Matrix products and convolutions by torch's formulas, one FLOP per output element for everything else."""
+    val = node.meta.get("val")
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
+    packet = getattr(node.target, "overloadpacket", node.target)
+    formula = _CPU_FLOPS.get(_packet_name(node))
+    if formula is not None:
+        return int(formula(*args, **kwargs))
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=val))
+    return sum(t.numel() for t in _tensors(val))
+
+
+def _workspace_bytes(node: Node) -> int:
+    """A guess: convolutions hold a reordered copy of what they read (measured on CPU: 0.5-1.2 of it); nothing else counts."""
+    if _packet_name(node) in ("convolution", "convolution_backward"):
+        return sum(_touched_bytes(t) for t in _inputs(node))
+    return 0

@@ -1,0 +1,168 @@
+"""What makes two kernel calls the same, and real inputs to run one with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+_ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
+
+
+def kernel_key(node: Node) -> str:
+    """A line of text that is equal for two nodes exactly when they run the same kernel on alike tensors.
+
+    Stable across processes. Tensors count by dtype, sizes, strides, device and misalignment in bytes, never by
+    name; an argument given twice is marked, because reading one tensor twice costs less than reading two.
+    """
+    seen: dict[Node, int] = {}
+    args = ", ".join(_describe(arg, seen) for arg in node.args)
+    kwargs = ", ".join(f"{name}={_describe(arg, seen)}" for name, arg in sorted(node.kwargs.items()))
+    return f"{_target_name(node.target)}({', '.join(filter(None, (args, kwargs)))})"
+
+
+def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Real arguments that look like the fake ones: same dtype, sizes, strides (expanded ones too), device, alignment.
+
+    Integers are 0 (an index that is always valid), floats lie in (.1, 1), bools are mixed. The same node given twice
+    becomes the same tensor. No random generator of the user's is touched.
+
+    Raises:
+        ValueError: an argument cannot be made up (a sparse tensor, a size that is not known, ...).
+    """
+    made: dict[Node, Any] = {}
+
+    def make(arg: Node) -> Any:
+        if arg not in made:
+            if "val" not in arg.meta:
+                raise ValueError(f"argument {arg.name} of {node.name} has no fake tensor in meta['val']")
+            made[arg] = tree_map(lambda leaf: _real(leaf) if isinstance(leaf, torch.Tensor) else leaf, arg.meta["val"])
+        return made[arg]
+
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), make)
+    return tuple(_plain(arg) for arg in args), {name: _plain(arg) for name, arg in kwargs.items()}
+
+
+def copies_of(node: Node, count: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """`count` sets of inputs that share no memory."""
+    return [make_inputs(node) for _ in range(count)]
+
+
+def input_bytes(node: Node) -> int:
+    """Bytes that one set of inputs occupies."""
+    tensors = [t for arg in node.all_input_nodes for t in _tensors(arg.meta.get("val"))]
+    return sum(_extent(t) * t.element_size() for t in tensors)
+
+
+def _tensors(val: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+
+
+def _target_name(target: Callable[..., Any] | str) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(type(target)))}"
+
+
+def _describe(arg: Any, seen: dict[Node, int]) -> str:
+    if isinstance(arg, Node):
+        if arg in seen:
+            return f"same as {seen[arg]}"
+        seen[arg] = len(seen)
+        return _describe_value(arg.meta.get("val"))
+    if isinstance(arg, (list, tuple)):
+        return f"[{', '.join(_describe(item, seen) for item in arg)}]"
+    if isinstance(arg, Mapping):
+        return f"{{{', '.join(f'{k}: {_describe(v, seen)}' for k, v in arg.items())}}}"
+    if isinstance(arg, slice):
+        return f"slice({', '.join(_describe(part, seen) for part in (arg.start, arg.stop, arg.step))})"
+    return _describe_value(arg)
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _describe_tensor(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_describe_value(item) for item in value)}]"
+    if callable(value) and not isinstance(value, type):
+        return _target_name(value)  # repr would hold an address
+    return repr(value)
+
+
+def _describe_tensor(tensor: torch.Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout is not torch.strided:
+        return f"{dtype}{list(tensor.shape)} {tensor.layout} {tensor.device}"
+    offset = _misalignment(tensor)
+    return f"{dtype}{list(tensor.shape)}{list(tensor.stride())} {tensor.device}{f' +{offset}B' if offset else ''}"
+
+
+def _misalignment(tensor: torch.Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.element_size() % _ALIGNMENT_BYTES
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one that the strides reach."""
+    if 0 in tensor.shape:
+        return 0
+    return 1 + sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _plain(arg: Any) -> Any:
+    # fx keeps argument lists as immutable ones; plain functions may want to change theirs.
+    if isinstance(arg, list):
+        return [_plain(item) for item in arg]
+    if isinstance(arg, dict):
+        return {key: _plain(value) for key, value in arg.items()}
+    return arg
+
+
+def _real(fake: torch.Tensor) -> torch.Tensor:
+    if fake.layout is not torch.strided:
+        raise ValueError(f"cannot make up a tensor of layout {fake.layout}")
+    device = torch.device("cpu") if fake.device.type == "meta" else fake.device  # host-side state has a meta tensor
+    skip = _misalignment(fake) // fake.element_size()
+    extent = _extent(fake)
+    memory = torch.empty(skip + extent, dtype=fake.dtype, device=device)
+    _fill(memory)
+    return torch.as_strided(memory, _ints(fake.shape), _ints(fake.stride()), skip)
+
+
+def _ints(sizes: Sequence[Any]) -> list[int]:
+    return [int(size) for size in sizes]
+
+
+def _fill(memory: torch.Tensor) -> None:
+    if memory.dtype == torch.uint8 and memory.device.type == "cpu" and memory.numel() == torch.get_rng_state().numel():
+        memory.copy_(torch.get_rng_state())  # a generator refuses a state of zeros
+    elif memory.dtype.is_floating_point or memory.dtype.is_complex:
+        _tile(memory, _block().to(memory.device, memory.dtype))
+    elif memory.dtype == torch.bool:
+        _tile(memory, (_block() > 0.55).to(memory.device))
+    else:
+        memory.zero_()
+
+
+@lru_cache(maxsize=1)
+def _block() -> torch.Tensor:
+    return torch.empty(4093).uniform_(0.1, 1.0, generator=torch.Generator().manual_seed(0))
+
+
+def _tile(memory: torch.Tensor, block: torch.Tensor) -> None:
+    """Fill by repeating: many times faster than drawing every number."""
+    rows = memory.numel() // block.numel()
+    whole = rows * block.numel()
+    memory[:whole].view(rows, block.numel()).copy_(block)
+    memory[whole:].copy_(block[: memory.numel() - whole])
+
+
+def output_bytes(node: Node) -> int:
+    """Bytes of the outputs, had each its own memory."""
+    return math.fsum(_extent(t) * t.element_size() for t in _tensors(node.meta.get("val"))).__int__()

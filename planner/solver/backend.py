@@ -1,0 +1,159 @@
+"""The one place that talks to PuLP, HiGHS and CBC: a mixed-integer program as plain lists, and its answer."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal
+
+import pulp
+
+from planner.errors import SolverMissingError
+
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
+Pairs = list[tuple[int, float]]
+"""A linear expression: (column, coefficient)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a solver said.
+
+    Attributes:
+        status: "optimal" (within the gap asked for), "feasible" (stopped early), "infeasible" (proven), "unknown".
+        values: one per column; empty unless optimal or feasible.
+        bound: no solution has a smaller objective; -inf where nothing was proven, inf where infeasible.
+        solver: "HiGHS" or "CBC".
+    """
+
+    status: Status
+    values: tuple[float, ...]
+    bound: float
+    solver: str
+
+
+@dataclass(slots=True)
+class Program:
+    """Minimise a linear cost over columns in [0, upper] under rows `sum(coefficient * column) <= limit`."""
+
+    costs: list[float] = field(default_factory=list)
+    uppers: list[float | None] = field(default_factory=list)
+    binary: list[bool] = field(default_factory=list)
+    rows: list[tuple[Pairs, float]] = field(default_factory=list)
+
+    def column(self, cost: float = 0.0, *, upper: float | None = 1.0, binary: bool = False) -> int:
+        """Add a column with lower bound 0 and return its index."""
+        self.costs.append(cost)
+        self.uppers.append(upper)
+        self.binary.append(binary)
+        return len(self.costs) - 1
+
+    def row(self, pairs: Pairs, limit: float) -> None:
+        """Require `sum(coefficient * column) <= limit`; a column may occur more than once."""
+        self.rows.append((pairs, limit))
+
+
+def solve(program: Program, *, time_limit_s: float, gap: float = 0.0, relax: bool = False) -> Answer:
+    """Solve with HiGHS, or with CBC where highspy is missing.
+
+    Args:
+        program: what to minimise.
+        time_limit_s: wall seconds; with a solution found by then the status is "feasible".
+        gap: absolute, in units of the objective.
+        relax: drop integrality; then `bound` is the optimum of the linear program.
+
+    Raises:
+        SolverMissingError: neither solver can be run.
+    """
+    time_limit_s = max(0.05, time_limit_s)
+    with warnings.catch_warnings():
+        # PuLP 3.3 announces the names of PuLP 4; both 3.x spellings must work here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        problem, columns = _build(program)
+        highs = pulp.HiGHS(msg=False, mip=not relax, timeLimit=time_limit_s, gapAbs=gap, gapRel=0.0, threads=1)
+        if highs.available():
+            _print_banner_nowhere()
+            return _run_highs(problem, columns, highs)
+        for cbc in (pulp.PULP_CBC_CMD, pulp.COIN_CMD):
+            solver = cbc(msg=False, mip=not relax, timeLimit=time_limit_s, gapAbs=gap, gapRel=0.0, threads=1)
+            if solver.available():
+                return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
+    raise SolverMissingError(
+        "neither HiGHS nor CBC can be run. Install HiGHS with `pip install highspy`, or CBC with `pip install 'pulp[cbc]'`."
+    )
+
+
+@cache
+def _print_banner_nowhere() -> None:
+    """HiGHS writes a line to file descriptor 1 when its first object is made, before any option can be set."""
+    with suppress(ImportError), _stdout_closed():
+        highspy: Any = import_module("highspy")
+        highspy.Highs()
+
+
+@contextmanager
+def _stdout_closed() -> Iterator[None]:
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _build(program: Program) -> tuple[Any, list[Any]]:
+    problem = pulp.LpProblem("planner", pulp.LpMinimize)
+    columns = [
+        pulp.LpVariable(f"x{i}", 0, upper, pulp.LpInteger if binary else pulp.LpContinuous)
+        for i, (upper, binary) in enumerate(zip(program.uppers, program.binary, strict=True))
+    ]
+    problem.setObjective(pulp.LpAffineExpression([(columns[i], cost) for i, cost in enumerate(program.costs)]))
+    for pairs, limit in program.rows:
+        summed: dict[int, float] = {}
+        for i, coefficient in pairs:
+            summed[i] = summed.get(i, 0.0) + coefficient
+        expression = pulp.LpAffineExpression([(columns[i], coefficient) for i, coefficient in summed.items()])
+        problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintLE, rhs=limit))
+    return problem, columns
+
+
+def _run_highs(problem: Any, columns: list[Any], solver: Any) -> Answer:
+    problem.solve(solver)
+    if problem.solverModel.getModelStatus().name == "kNotset":
+        # The number of threads is global to the process: somebody else has already chosen another one.
+        solver.threads = None
+        problem.solve(solver)
+    model = problem.solverModel
+    facts, name = model.getInfo(), model.getModelStatus().name
+    if name in ("kInfeasible", "kUnboundedOrInfeasible"):  # costs are >= 0 over columns >= 0: never unbounded
+        return Answer("infeasible", (), math.inf, "HiGHS")
+    solved = name in ("kOptimal", "kModelEmpty")
+    found = solved or (solver.mip and facts.primal_solution_status == 2)
+    proven = facts.objective_function_value if solved else -math.inf
+    bound = facts.mip_dual_bound if solver.mip and problem.isMIP() else proven
+    if not found:
+        return Answer("unknown", (), bound, "HiGHS")
+    values = tuple(0.0 if column.varValue is None else float(column.varValue) for column in columns)
+    return Answer("optimal" if solved else "feasible", values, bound, "HiGHS")
+
+
+def _run_cbc(problem: Any, columns: list[Any], solver: Any, *, gap: float, relax: bool) -> Answer:
+    problem.solve(solver)
+    if problem.sol_status == pulp.LpSolutionInfeasible:
+        return Answer("infeasible", (), math.inf, "CBC")
+    solved = problem.sol_status == pulp.LpSolutionOptimal
+    if not solved and problem.sol_status != pulp.LpSolutionIntegerFeasible:
+        return Answer("unknown", (), -math.inf, "CBC")
+    values = tuple(0.0 if column.varValue is None else float(column.varValue) for column in columns)
+    objective = sum(coefficient * column.varValue for column, coefficient in problem.objective.items() if column.varValue)
+    # PuLP does not hand on CBC's dual bound; an optimal end is within the gap, an early one proves nothing.
+    bound = objective - (0.0 if relax else gap) if solved else -math.inf
+    return Answer("optimal" if solved else "feasible", values, bound, "CBC")

@@ -1,0 +1,154 @@
+"""The certificate: a lower bound on the time of every schedule that fits, whatever it recomputes (formulation, section 2).
+
+A cut is the moment at which an op runs for the first time. In captured order, everything before it
+has run and nothing after it has. Columns: a_{d,g}, value d is alive at cut g; r_{i,g}, op i runs again
+between cut g and the next (or the end). Whatever a schedule does, it obeys
+- for a read of d, from cut g up to the next: a_{d,g} + r_{pi(d),g} >= 1,
+- for every input d of an op that runs again: r_{i,g} <= a_{d,g} + r_{pi(d),g},
+- for d alive at the next cut: a_{d,g+1} <= a_{d,g} + r_{pi(d),g},
+- at the cut: what must be live while the op runs, and the values alive, fit the budget.
+Ops that first run between two cuts may run again for nothing, and so may all ops before the first
+cut: that makes the program a relaxation. It assumes the captured order of first runs and the given costs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from planner.graph.graph import Graph, Kind
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.solver import backend
+
+_SCALE = 1e4
+_SLACK = 1e-6
+"""Relative slack given to the budget and taken from the bound, above the solver's tolerances."""
+_NEVER = 2**62
+"""Nanoseconds added where the relaxation has no solution at all: nothing fits."""
+
+
+def lower_bound(
+    graph: Graph,
+    budget_bytes: int,
+    *,
+    time_limit_s: float = 2.0,
+    gap: float = 0.0001,
+    tight: int | None = None,
+    enough_ns: int | None = None,
+) -> int:
+    """No schedule with the captured backward order that fits `budget_bytes` takes less time than this, in ns.
+
+    Args:
+        graph: the uncoarsened graph.
+        budget_bytes: bound on the live bytes at every step.
+        time_limit_s: wall seconds; the bound is valid whenever it stops.
+        gap: how exact, as a fraction of the plain step's time.
+        tight: a backward op at which a good schedule's memory is tightest; the second cut.
+        enough_ns: stop as soon as the bound has reached this.
+    """
+    deadline = time.monotonic() + time_limit_s
+    plain = max(1, sum(op.cost_ns for op in graph.ops))
+    enough = math.inf if enough_ns is None else enough_ns / plain - 1
+    firsts = _first_cuts(graph)
+    extras = dict.fromkeys(firsts, 0.0)
+    for n, cut in enumerate(firsts):
+        left = (deadline - time.monotonic()) / (len(firsts) - n)
+        if left > 0 and max(extras.values()) < enough:
+            extras[cut] = _extra(graph, budget_bytes, (cut,), time_limit_s=left, gap=gap, relax=True)
+    best = max(extras.values(), default=0.0)
+    if 0 < best < enough:  # else the linear program settles it, or no cut bites
+        first = max(firsts, key=lambda cut: extras[cut])
+        trials = [(first,)] if tight is None or tight == first else [(first,), (min(first, tight), max(first, tight))]
+        for n, cuts in enumerate(trials):
+            left = (deadline - time.monotonic()) / (len(trials) - n)
+            if left > 0 and best < enough:
+                best = max(best, _extra(graph, budget_bytes, cuts, time_limit_s=left, gap=gap, relax=False))
+    exact = sum(op.cost_ns for op in graph.ops)
+    return exact + (_NEVER if math.isinf(best) else max(0, math.floor(best * plain * (1 - _SLACK)) - 1))
+
+
+def _first_cuts(graph: Graph, count: int = 3, among: int = 14) -> list[int]:
+    """Backward ops that may make a good cut: where the plain step holds most, among the first stages and among all."""
+    live = simulate(graph, keep_all(graph)).live_bytes
+    order = sorted(graph.backward_ops, key=lambda p: (-live[p], p))
+    early = [p for p in order if p < graph.num_forward_ops + among]
+    return list(dict.fromkeys([*early[:count], *order[:1]]))
+
+
+def _extra(graph: Graph, budget_bytes: int, cuts: Sequence[int], *, time_limit_s: float, gap: float, relax: bool) -> float:
+    """The least recompute time of the relaxation with these cuts, as a fraction of the plain step (inf: infeasible)."""
+    program = _program(graph, budget_bytes, cuts)
+    answer = backend.solve(program, time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
+    return max(0.0, answer.bound / _SCALE)
+
+
+def _program(graph: Graph, budget_bytes: int, cuts: Sequence[int]) -> backend.Program:
+    program = backend.Program()
+    plain = sum(op.cost_ns for op in graph.ops)
+    unit = max(1, budget_bytes) / _SCALE
+    pinned = graph.pinned
+    alive: dict[str, int] = {}
+    again: dict[int, int] = {}
+    for g, cut in enumerate(cuts):
+        following = cuts[g + 1] if g + 1 < len(cuts) else len(graph.ops)
+        wanted, rerun = _wanted(graph, cut)
+        held = {name: program.column(binary=True) for name in wanted}
+        if g > 0:
+            for name in held:
+                if graph.producer[name] < cuts[g - 1]:
+                    program.row([(held[name], 1.0), *_pairs(graph, name, alive, again)], 0.0)
+        own = set(graph.ops[cut].reads)
+        fixed = _fixed(graph, cut)
+        program.row(
+            [(column, graph.value[name].nbytes / unit) for name, column in held.items()],
+            (budget_bytes * (1 + _SLACK) - fixed) / unit,
+        )
+        alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
+        reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
+        for name in sorted(reads & held.keys()):
+            program.row([(held[name], -1.0)] if name in own else _pairs(graph, name, alive, again), -1.0)
+        for i, column in again.items():
+            for name in dict.fromkeys(graph.ops[i].reads):
+                if name in held:
+                    program.row([(column, 1.0), *_pairs(graph, name, alive, again)], 0.0)
+    return program
+
+
+def _pairs(graph: Graph, name: str, alive: dict[str, int], again: dict[int, int]) -> backend.Pairs:
+    """-(a_d + r_pi(d)): the value is here, or its op runs again."""
+    i = graph.producer[name]
+    pairs = [(alive[name], -1.0)] if name in alive else []
+    return [*pairs, (again[i], -1.0)] if i in again else pairs
+
+
+def _wanted(graph: Graph, cut: int) -> tuple[list[str], list[int]]:
+    """Values written before the cut that may be wanted after it, and the ops that may run again for them."""
+    pinned = graph.pinned
+    stack = sorted({name for op in graph.ops[cut:] for name in op.reads})
+    values: set[str] = set()
+    rerun: set[int] = set()
+    while stack:
+        name = stack.pop()
+        if name in values or name in pinned or graph.producer[name] >= cut:
+            continue
+        values.add(name)
+        i = graph.producer[name]
+        if graph.ops[i].recomputable and i not in rerun:
+            rerun.add(i)
+            stack += graph.ops[i].reads
+    return sorted(values, key=lambda name: (graph.producer[name], name)), sorted(rerun)
+
+
+def _fixed(graph: Graph, cut: int) -> int:
+    """Bytes live while the op at the cut runs for the first time that nothing can drop (its reads left aside)."""
+    op = graph.ops[cut]
+    outputs = {*graph.forward_outputs, *graph.backward_outputs}
+    resident = sum(
+        value.nbytes
+        for value in graph.values
+        if value.name in graph.inputs and (value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
+    )
+    handed_out = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
+    return resident + sum(graph.value[name].nbytes for name in handed_out.union(op.writes)) + op.workspace_bytes

@@ -1,0 +1,281 @@
+"""The core program: which forward values to keep, so that the rest is recomputed at most once (formulation, section 1).
+
+Columns: k_d, d is kept at the turn from forward to backward; r_i, op i runs again; the peak, at most
+the budget. Rows for memory are added only where a solution was found to break them; where a plain row
+cannot see what recomputation leaves alive, that moment gets an exact copy of the step's state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Timeline, simulate
+from planner.solver import backend
+from planner.solver.lazy import lazy_schedule
+from planner.solver.lifetimes import Lifetimes, lifetimes
+
+_SCALE = 1e4
+"""The plain step's time in units of the objective, its peak in units of a memory row: solvers' tolerances are absolute."""
+_ROWS_A_ROUND = 6
+_COPIES_A_ROUND = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Moment:
+    """A moment in the backward: while backward op `stage` runs, or while forward op `again` runs again for it."""
+
+    stage: int
+    again: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the program ended with: the schedule that fits, if any, and the lowest peak seen on the way."""
+
+    schedule: Schedule | None
+    status: backend.Status
+    lowest_peak_bytes: int | None
+    lowest: Schedule
+    solver: str
+
+
+class Closure:
+    """One graph's program; `solve` may be called for several budgets."""
+
+    def __init__(self, graph: Graph, pinned: Collection[str] = ()) -> None:
+        """`pinned`: droppable values that are kept whatever the budget (too small to be worth a decision)."""
+        self.graph, self.pinned = graph, frozenset(pinned)
+        self.life: Lifetimes = lifetimes(graph)
+        self.time_ns = max(1, sum(op.cost_ns for op in graph.ops))
+        self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
+        self.index = {name: d for d, name in enumerate(self.life.names)}
+        turn = graph.num_forward_ops
+        self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
+        self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
+        self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
+        self.rows: dict[int, int] = {}
+        self.copies: dict[Moment, int] = {}
+        first_stage = min((int(s) for s in self.life.first_need), default=turn)
+        if first_stage < len(graph.ops):
+            self.rows[first_stage] = 0
+
+    def solve(
+        self, budget_bytes: int | None, *, deadline: float, gap: float, judge: Callable[[Schedule], Timeline] | None = None
+    ) -> Found:
+        """Solve, simulate, add what was broken, and again until the schedule fits.
+
+        Args:
+            budget_bytes: bound on the live bytes at every step; None looks for the lowest peak instead.
+            deadline: of time.monotonic().
+            gap: absolute, as a fraction of the plain step's time (of its peak where the lowest peak is looked for).
+            judge: simulates the schedule where it counts (default: on this graph).
+        """
+        judge = judge or (lambda schedule: simulate(self.graph, schedule))
+        self.rows = dict.fromkeys(self.rows, 0)
+        self.copies = dict.fromkeys(self.copies, 0)
+        found = Found(None, "unknown", None, Schedule(()), "")
+        while True:
+            rows = _Rows(self, budget_bytes)
+            answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE)
+            found = replace(found, status=answer.status, solver=answer.solver)
+            if answer.status in ("infeasible", "unknown"):
+                return found
+            kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
+            schedule = lazy_schedule(self.graph, kept)
+            peak = judge(schedule).peak_bytes
+            if found.lowest_peak_bytes is None or peak < found.lowest_peak_bytes:
+                found = replace(found, lowest_peak_bytes=peak, lowest=schedule)
+            limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
+            if peak <= limit:
+                return replace(found, schedule=schedule)
+            if not self._add_broken(schedule, kept, limit, peak) or time.monotonic() >= deadline:
+                return replace(found, status="unknown")
+
+    def _add_broken(self, schedule: Schedule, kept: set[str], budget_bytes: int, judged_peak: int) -> bool:
+        """Add rows or copies for the moments over the budget; False where nothing new can be said."""
+        excess_by_op = enumerate(self._plain_excess(kept, budget_bytes))
+        over = {t: excess for t, excess in excess_by_op if excess > 0 and t not in self.rows}
+        if over:
+            self.rows.update(dict.fromkeys(_spaced(over, len(self.graph.ops) // 20, _ROWS_A_ROUND), 0))
+            return True
+        live = simulate(self.graph, schedule).live_bytes
+        broken = {moment: live[t] - budget_bytes for t, moment in self._moments(schedule) if live[t] > budget_bytes}
+        new = sorted((moment for moment in broken if moment not in self.copies), key=lambda m: -broken[m])[:_COPIES_A_ROUND]
+        self.copies.update(dict.fromkeys(new, 0))
+        if new:
+            return True
+        # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
+        excess = judged_peak - budget_bytes
+        self.rows = {t: less + excess for t, less in self.rows.items()}
+        self.copies = {moment: less + excess for moment, less in self.copies.items()}
+        return max(self.rows.values(), default=budget_bytes) < budget_bytes // 20
+
+    def _plain_excess(self, kept: set[str], budget_bytes: int) -> list[int]:
+        """Per op of the plain step, by how much the plain row is broken."""
+        life, turn = self.life, self.graph.num_forward_ops
+        k = np.array([name in kept for name in life.names], dtype=bool)
+        change = np.zeros(len(self.graph.ops) + 1, dtype=np.int64)
+        lives = k & (np.maximum(life.reach, turn - 1) > life.last_forward)
+        np.add.at(change, life.last_forward[lives] + 1, life.nbytes[lives])
+        np.add.at(change, np.maximum(life.reach[lives], turn - 1) + 1, -life.nbytes[lives])
+        held = life.base + np.cumsum(change[:-1])
+        for p in self.graph.backward_ops:
+            held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.reach[d] >= p))
+        excess: list[int] = (held - budget_bytes).tolist()
+        return excess
+
+    def _moments(self, schedule: Schedule) -> Iterator[tuple[int, Moment]]:
+        """The backward's steps as moments."""
+        waiting: list[tuple[int, int]] = []
+        for t, i in enumerate(schedule.steps[self.graph.num_forward_ops :], self.graph.num_forward_ops):
+            if i < self.graph.num_forward_ops:
+                waiting.append((t, i))
+                continue
+            yield from ((at, Moment(i, again)) for at, again in waiting)
+            yield t, Moment(i)
+            waiting = []
+
+
+def _spaced(over: dict[int, int], distance: int, count: int) -> list[int]:
+    """The worst few, no two of them close together."""
+    chosen: list[int] = []
+    for t in sorted(over, key=lambda t: -over[t]):
+        if all(abs(t - other) > distance for other in chosen):
+            chosen.append(t)
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+class _Rows:
+    """Writes the program of a Closure for one budget. Columns 0 .. len(names) - 1 are k."""
+
+    def __init__(self, closure: Closure, budget_bytes: int | None) -> None:
+        self.closure, self.life, self.graph = closure, closure.life, closure.graph
+        self.unit = closure.plain_peak / _SCALE
+        self.program = backend.Program()
+        pinned = closure.pinned
+        for name in self.life.names:
+            self.program.column(binary=name not in pinned)
+        # Where the peak is minimised, time only breaks ties.
+        price = _SCALE / closure.time_ns * (1.0 if budget_bytes else 1e-6)
+        # A free recompute would be indifferent; one nanosecond makes the closure the least one.
+        self.r = {i: self.program.column(max(1, self.graph.ops[i].cost_ns) * price) for i in closure.again}
+        if budget_bytes:
+            self.peak = self.program.column(upper=budget_bytes / self.unit)
+        else:
+            self.peak = self.program.column(1.0, upper=None)
+        for d, name in enumerate(self.life.names):
+            if name in pinned:
+                self.program.row([(d, -1.0)], -1.0)
+        self._closure(self.r, len(self.graph.ops))
+        for t, less in sorted(closure.rows.items()):
+            self._plain(t, less)
+        for moment, less in sorted(closure.copies.items()):
+            self._copy(moment, less)
+
+    def _closure(self, again: dict[int, int], before: int, earlier: dict[int, int] | None = None) -> None:
+        """k_d + r_pi(d) >= 1 for every d that a stage up to `before` (exclusive) uses; r_i <= k_d + r_pi(d) for inputs d of i.
+
+        `earlier` stands in for the ops that `again` has no column for.
+        """
+        life, either = self.life, {**(earlier or {}), **again}
+        for d, i in enumerate(life.producer.tolist()):
+            if life.first_use[d] < before and (i in again or not self.graph.ops[i].recomputable):
+                self.program.row([(d, -1.0), *((again[j], -1.0) for j in (i,) if j in again)], -1.0)
+        for i, column in again.items():
+            for d in self.closure.reads[i]:
+                j = int(life.producer[d])
+                self.program.row([(column, 1.0), (d, -1.0), *((either[e], -1.0) for e in (j,) if e in either)], 0.0)
+
+    def _plain(self, t: int, less: int) -> None:
+        """Memory at op t of the plain step, counting what is kept and what the op itself reads."""
+        life, fixed = self.life, int(self.life.base[t])
+        if t < self.graph.num_forward_ops:
+            held = np.flatnonzero(life.last_forward < t)
+        else:
+            used = np.zeros(len(life.names), dtype=bool)
+            used[self.closure.reads[t]] = True
+            fixed += int(life.nbytes[used].sum())
+            held = np.flatnonzero((life.reach >= t) & ~used)
+        pairs = [(int(d), float(life.nbytes[d]) / self.unit) for d in held]
+        self._memory(pairs, fixed, less)
+
+    def _memory(self, pairs: backend.Pairs, fixed: int, less: int) -> None:
+        self.program.row([*pairs, (self.peak, -1.0)], -(fixed + less) / self.unit)
+
+    def _copy(self, moment: Moment, less: int) -> None:
+        """The exact state at one moment: y_i, op i has run again by then (formulation, section 1, exact copies)."""
+        life, graph, p, j = self.life, self.graph, moment.stage, moment.again
+        by = self._run_again_by(p + 1)
+        done = by
+        fixed = int(life.base[p])
+        pairs: backend.Pairs = []
+        if j >= 0:
+            if j not in by:
+                return
+            before = self._run_again_by(p, start=j, within=by)
+            done = {i: column for i, column in by.items() if i < j} | before  # this lane has come as far as j
+            own = graph.ops[p]
+            fixed -= own.workspace_bytes + sum(graph.value[name].nbytes for name in own.writes)
+            extra = graph.ops[j].workspace_bytes
+            extra += sum(graph.value[name].nbytes for name in graph.ops[j].writes if name not in self.closure.index)
+            pairs += [(by[j], extra / self.unit), *((before[e], -extra / self.unit) for e in (j,) if e in before)]
+        for d, size in enumerate(life.nbytes.tolist()):
+            i = int(life.producer[d])
+            if j < 0 and d in self.closure.reads[p]:
+                fixed += size
+            elif i == j:
+                pairs += self._available(d, by, size)
+            elif life.last_use[d] >= p:
+                pairs += self._available(d, done, size)
+            else:
+                pairs += self._awaited(d, done, size)
+        self._memory(pairs, fixed, less)
+
+    def _run_again_by(self, before: int, start: int = 0, within: dict[int, int] | None = None) -> dict[int, int]:
+        """Columns y_i for i >= start: op i has run again for a stage below `before`, no earlier than it must."""
+        life, total = self.life, within or self.r
+        again = {
+            i: self.program.column() for i in self.closure.again if i >= start and life.first_need[i] < before and i in total
+        }
+        self._closure(again, before, within)
+        for i, column in again.items():
+            self.program.row([(column, 1.0), (total[i], -1.0)], 0.0)
+            if all(life.first_use[d] >= before for d in self.closure.writes[i]):
+                wanted = {e for d in self.closure.writes[i] for e in life.readers[d] if e in again}
+                self.program.row([(column, 1.0), *((again[e], -1.0) for e in sorted(wanted))], 0.0)
+        return again
+
+    def _available(self, d: int, done: dict[int, int], size: int) -> backend.Pairs:
+        """Bytes of a value that is alive once it is kept or has been recomputed."""
+        i = int(self.life.producer[d])
+        if i not in done:
+            return [(d, size / self.unit)]
+        if len(self.closure.writes[i]) == 1:
+            return [(d, size / self.unit), (done[i], size / self.unit)]
+        either = self.program.column()  # kept, and recomputed along with a sibling, is still one instance
+        self.program.row([(d, 1.0), (either, -1.0)], 0.0)
+        self.program.row([(done[i], 1.0), (either, -1.0)], 0.0)
+        return [(either, size / self.unit)]
+
+    def _awaited(self, d: int, done: dict[int, int], size: int) -> backend.Pairs:
+        """Bytes of a value that no stage uses any more: alive while an op that reads it is still to run again."""
+        i = int(self.life.producer[d])
+        readers = [e for e in self.life.readers[d] if e in self.r]
+        if not readers:
+            return []
+        alive = self.program.column()
+        later = [(self.r[i], -1.0), *((done[e], 1.0) for e in (i,) if e in done)] if i in self.r else []
+        for e in readers:
+            still = [(self.r[e], 1.0), *((done[f], -1.0) for f in (e,) if f in done)]
+            # e is still to run, and d will not be recomputed before it: d must be here
+            self.program.row([*still, *later, (alive, -1.0)], 0.0)
+        return [(alive, size / self.unit)]

@@ -1,0 +1,34 @@
+"""From the values that are kept to the schedule: recompute just before need, each forward op at most once more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule
+
+
+def lazy_schedule(graph: Graph, kept: Collection[str]) -> Schedule:
+    """The plain step in which every forward value outside `kept` is recomputed right before the backward op that needs it.
+
+    What is not available is recomputed with everything it needs that is not available either, in
+    captured order, and is available from then on. Resident values, outputs and values of ops that
+    must not run again count as kept.
+    """
+    available = set(kept) | graph.pinned
+    for i, op in enumerate(graph.ops):
+        if i >= graph.num_forward_ops or not op.recomputable:
+            available.update(op.writes)
+    steps = list(range(graph.num_forward_ops))
+    for p in graph.backward_ops:
+        missing = [name for name in graph.ops[p].reads if name not in available]
+        lane: set[int] = set()
+        while missing:
+            i = graph.producer[missing.pop()]
+            if i not in lane:
+                lane.add(i)
+                missing += [name for name in graph.ops[i].reads if name not in available]
+        for i in sorted(lane):
+            available.update(graph.ops[i].writes)
+        steps += [*sorted(lane), p]
+    return Schedule(tuple(steps))

@@ -1,0 +1,192 @@
+"""verify: a plain and a planned step side by side, on copies of the model."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import pytree
+from planner.errors import InputError
+from planner.graph.graph import Kind
+from planner.profiler.memory import logical_peak
+from planner.rewriter.module import CheckpointedModule
+from planner.tracer.kernels import rng_state
+from planner.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` saw.
+
+    Attributes:
+        differences: names of outputs, gradients, buffers ("rng" too) that are not bit-equal; empty is good.
+        num_compared: how many tensors were compared.
+        budget_bytes, predicted_peak_bytes, measured_peak_bytes: of the planned step, everything resident included.
+        plain_peak_bytes: measured, of the plain step; None where it did not fit on the device.
+        time_ratio: planned over plain step, median of interleaved pairs; None where the plain step did not fit.
+    """
+
+    differences: tuple[str, ...]
+    num_compared: int
+    budget_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    plain_peak_bytes: int | None
+    time_ratio: float | None
+
+    @property
+    def exact(self) -> bool:
+        """Every compared tensor is bit-equal."""
+        return not self.differences and self.num_compared > 0
+
+    @property
+    def within_budget(self) -> bool:
+        """The measured peak is at or below the budget."""
+        return self.measured_peak_bytes <= self.budget_bytes
+
+    def __str__(self) -> str:
+        same = "bit-equal" if self.exact else f"DIFFERENT: {', '.join(self.differences[:5]) or 'nothing could be compared'}"
+        plain = "did not fit" if self.plain_peak_bytes is None else format_bytes(self.plain_peak_bytes)
+        ratio = "not measured" if self.time_ratio is None else f"{self.time_ratio:.3f}x plain"
+        return (
+            f"results   {same} ({self.num_compared} tensors: outputs, gradients, buffers, RNG)\n"
+            f"peak      measured {format_bytes(self.measured_peak_bytes)}, predicted {format_bytes(self.predicted_peak_bytes)}, "
+            f"budget {format_bytes(self.budget_bytes)} ({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}\n"
+            f"step time {ratio}"
+        )
+
+
+def verify(
+    planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, rounds: int = 3
+) -> Report:
+    """Run a plain and a planned step from the same state and compare them bit for bit.
+
+    Both run on deep copies, so that gradients, buffers and RNG state stay as they are.
+
+    Args:
+        planned: from `plan` or `apply`.
+        args, kwargs: a call that the plan was made for.
+        rounds: pairs of steps timed, interleaved (CPU: process time; CUDA: synchronized wall time).
+
+    Raises:
+        InputError: `planned` is no planned module, or the call is not the one planned for.
+    """
+    if not isinstance(planned, CheckpointedModule):
+        raise InputError(f"verify takes the module that plan() returned, not a {type(planned).__name__}")
+    call = (tuple(args), dict(kwargs or {}))
+    miss = planned.difference(*call)
+    if miss:
+        raise InputError(f"verify needs the call that was planned for: {miss} differs")
+    ours = _Side(copy.deepcopy(planned), planned, call)
+    measured = ours.peak()
+    result = ours.result()
+    try:
+        plain = _Side(copy.deepcopy(planned.original), planned, call)
+        plain_peak: int | None = plain.peak()
+        expected = plain.result()
+        with torch.random.fork_rng():
+            ratio: float | None = _time_ratio(ours.step, plain.step, rounds, planned.device)
+    except torch.OutOfMemoryError:
+        plain_peak, expected, ratio = None, {}, None
+    differences = tuple(name for name in expected if not _same(expected[name], result.get(name)))
+    return Report(
+        differences=differences + tuple(name for name in result if expected and name not in expected),
+        num_compared=len(expected),
+        budget_bytes=planned.plan.budget_bytes,
+        predicted_peak_bytes=planned.plan.peak_bytes,
+        measured_peak_bytes=measured,
+        plain_peak_bytes=plain_peak,
+        time_ratio=ratio,
+    )
+
+
+class _Side:
+    """One of the two modules, run from the same state each time."""
+
+    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: tuple[Any, Any]) -> None:
+        self.module, self._planned, self._call = module, planned, call
+        self._device = planned.device
+        self._state = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+        inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+        self._inputs = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in inputs]
+
+    def step(self) -> Any:
+        """Forward and backward; the module's gradients start at None."""
+        self.module.zero_grad(set_to_none=True)
+        out = self.module(*self._call[0], **self._call[1])
+        leaves = pytree.tree_leaves(out)
+        starts = [leaves[i] for i in self._planned.differentiated]
+        torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+        return out
+
+    def peak(self) -> int:
+        """Measured peak of a step, with everything that is resident."""
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            self.step()  # what a first call allocates for good is no part of a step
+            self.module.zero_grad(set_to_none=True)
+            above = logical_peak(self.step, self._device)
+        graph = self._planned.plan.graph
+        resident = sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
+        self._restore()
+        return resident + above
+
+    def result(self) -> dict[str, Any]:
+        """Everything a step leaves behind, by name."""
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            out = self.step()
+            rng = rng_state(self._device)
+        leaves = pytree.tree_leaves(out)
+        found = {f"output {i}": leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)}
+        found |= {f"gradient {name}": p.grad for name, p in self.module.named_parameters()}
+        found |= {f"input gradient {i}": tensor.grad for i, (tensor, _, _) in enumerate(self._inputs)}
+        found |= {f"buffer {name}": tensor.clone() for name, tensor in self.module.named_buffers()}
+        found |= {f"input {i}": tensor.detach().clone() for i, (tensor, _, _) in enumerate(self._inputs)}
+        found["rng"] = rng
+        self._restore()
+        return found
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            for name, tensor in self.module.named_buffers():
+                tensor.copy_(self._state[name])
+            for tensor, content, grad in self._inputs:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
+                tensor.grad = grad
+
+
+def _same(expected: Any, found: Any) -> bool:
+    """Bit-equal: same dtype, shape and bytes, NaNs included."""
+    if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return type(expected) is type(found) and bool(expected == found)
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        return False
+    return torch.equal(expected.contiguous().view(-1).view(torch.uint8), found.contiguous().view(-1).view(torch.uint8))
+
+
+def _time_ratio(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    ratios = []
+    for turn in range(max(1, rounds)):
+        order = (ours, plain) if turn % 2 else (plain, ours)
+        spent = {step: _seconds(step, device) for step in order}
+        ratios.append(spent[ours] / spent[plain])
+    return statistics.median(ratios)
+
+
+def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
