@@ -93,6 +93,7 @@ def verify(
         expected = plain.result()
         with torch.random.fork_rng():
             ratio: float | None = _time_ratio(ours.step, plain.step, rounds, planned.device)
+        plain.restore()
     except torch.OutOfMemoryError:
         plain_peak, expected, ratio = None, {}, None
     differences = tuple(name for name in expected if not _same(expected[name], result.get(name)))
@@ -134,7 +135,7 @@ class _Side:
             above = logical_peak(self.step, self._device)
         graph = self._planned.plan.graph
         resident = sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
-        self._restore()
+        self.restore()
         return resident + above
 
     def result(self) -> dict[str, Any]:
@@ -149,10 +150,11 @@ class _Side:
         found |= {f"buffer {name}": tensor.clone() for name, tensor in self.module.named_buffers()}
         found |= {f"input {i}": tensor.detach().clone() for i, (tensor, _, _) in enumerate(self._inputs)}
         found["rng"] = rng
-        self._restore()
+        self.restore()
         return found
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Put buffers and the call's tensors back."""
         with torch.no_grad():
             for name, tensor in self.module.named_buffers():
                 tensor.copy_(self._state[name])

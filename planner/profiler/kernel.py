@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 
@@ -48,19 +47,14 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(_plain(arg) for arg in args), {name: _plain(arg) for name, arg in kwargs.items()}
 
 
-def copies_of(node: Node, count: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """`count` sets of inputs that share no memory."""
-    return [make_inputs(node) for _ in range(count)]
-
-
-def input_bytes(node: Node) -> int:
-    """Bytes that one set of inputs occupies."""
-    tensors = [t for arg in node.all_input_nodes for t in _tensors(arg.meta.get("val"))]
-    return sum(_extent(t) * t.element_size() for t in tensors)
+def footprint_bytes(node: Node) -> int:
+    """Bytes that one set of inputs and the outputs occupy, had each its own memory."""
+    vals = [arg.meta.get("val") for arg in (*node.all_input_nodes, node)]
+    return sum(_extent(t) * t.element_size() for val in vals for t in _tensors(val))
 
 
 def _tensors(val: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(val) if isinstance(leaf, torch.Tensor)]
 
 
 def _target_name(target: Callable[..., Any] | str) -> str:
@@ -152,7 +146,9 @@ def _fill(memory: torch.Tensor) -> None:
 
 @lru_cache(maxsize=1)
 def _block() -> torch.Tensor:
-    return torch.empty(4093).uniform_(0.1, 1.0, generator=torch.Generator().manual_seed(0))
+    return torch.empty(4093, dtype=torch.float32, device="cpu").uniform_(
+        0.1, 1.0, generator=torch.Generator("cpu").manual_seed(0)
+    )
 
 
 def _tile(memory: torch.Tensor, block: torch.Tensor) -> None:
@@ -161,8 +157,3 @@ def _tile(memory: torch.Tensor, block: torch.Tensor) -> None:
     whole = rows * block.numel()
     memory[:whole].view(rows, block.numel()).copy_(block)
     memory[whole:].copy_(block[: memory.numel() - whole])
-
-
-def output_bytes(node: Node) -> int:
-    """Bytes of the outputs, had each its own memory."""
-    return math.fsum(_extent(t) * t.element_size() for t in _tensors(node.meta.get("val"))).__int__()

@@ -61,6 +61,14 @@ class Weights:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.modules = tuple(model.modules())
         self._places = [_place(model, name) for name in names]
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.now())))}
+        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        known = set(names)
+        self._ties = [(name, _place(model, name), first[id(tensor)]) for name, tensor in every if name not in known]
+
+    def untied(self, held: Sequence[torch.Tensor]) -> str:
+        """Name of a tensor that was the same as another when this was made and no longer is; '' if none."""
+        return next((name for name, (holder, key), i in self._ties if holder[key] is not held[i]), "")
 
     def now(self) -> list[torch.Tensor]:
         """The tensors that the model holds at this moment."""
@@ -89,7 +97,9 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any) -> tuple[list[Any] | No
     return [leaves[i] for i in call.tensors], ""
 
 
-def difference(key: CallKey, weights: Weights, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], device: torch.device) -> str:
+def difference(
+    key: CallKey, weights: Weights, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], device: torch.device
+) -> str:
     """Name of the first part of the key that does not hold for a call; '' if all do."""
     if not torch.is_grad_enabled():
         return "grad mode (disabled)"
@@ -108,6 +118,9 @@ def difference(key: CallKey, weights: Weights, held: Sequence[torch.Tensor], ten
             or tensor.shape != shape
         ):
             return f"{name} ({_described(tensor)}, planned for {_expected(expected)})"
+    untied = weights.untied(held)
+    if untied:
+        return f"{untied} (no longer the same tensor as the one it was tied to)"
     if autocast_key(device) != key.autocast:
         return f"autocast ({autocast_key(device)}, planned for {key.autocast})"
     return ""

@@ -123,8 +123,7 @@ class _Tap(torch.autograd.Function):
 
 def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     program = this.program
-    with torch.autocast(program.device.type, enabled=False):
-        results = program.stages[stage](alive)
+    results = program.stages[stage](alive)
     num_gradients = len(program.owners[stage])
     this.alive = list(results[num_gradients:])
     return results[:num_gradients]
@@ -137,16 +136,21 @@ def _check_backward(program: Program, tangents: Sequence[torch.Tensor | None]) -
             "a planned module has no second derivative: backward was called with create_graph=True. "
             "Use the original model for this step."
         )
+    if torch.is_autocast_enabled(program.device.type):
+        raise BackwardError(
+            "backward was called inside autocast, where eager's backward kernels would be cast too; the plan's are not. "
+            "Leave the autocast context before calling backward()."
+        )
     for i, tangent in enumerate(tangents):
-        planned = i in program.tangents
-        if tangent is not None and not planned:
+        if tangent is not None and i not in program.tangents:
             raise BackwardError(
-                f"backward came through output {program.describe[i]}, but the plan differentiates only "
+                f"backward came through output {program.describe[i]!r}, but the plan differentiates only "
                 f"{', '.join(program.describe[j] for j in program.tangents)}. Plan with loss={program.describe[i]!r}, "
                 "or loss=a function of the output that returns all the tensors your loss is made of."
             )
-        if tangent is None and planned:
+    for i in program.tangents:
+        if tangents[i] is None:
             raise BackwardError(
-                f"no gradient came through output {program.describe[i]}, which the plan differentiates. "
+                f"no gradient came through output {program.describe[i]!r}, which the plan differentiates. "
                 "Plan with loss= naming just the outputs your loss is made of."
             )

@@ -166,8 +166,9 @@ class _Rows:
             self.program.column(binary=name not in pinned)
         # Where the peak is minimised, time only breaks ties.
         price = _SCALE / closure.time_ns * (1.0 if budget_bytes else 1e-6)
-        # A free recompute would be indifferent; one nanosecond makes the closure the least one.
-        self.r = {i: self.program.column(max(1, self.graph.ops[i].cost_ns) * price) for i in closure.again}
+        # A free op must not run again for nothing; all of these prices together stay below one nanosecond.
+        least = 0.5 / (1 + len(closure.again))
+        self.r = {i: self.program.column(max(least, self.graph.ops[i].cost_ns) * price) for i in closure.again}
         if budget_bytes:
             self.peak = self.program.column(upper=budget_bytes / self.unit)
         else:

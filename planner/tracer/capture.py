@@ -41,8 +41,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     device = _check_inputs(model, [leaves[i] for i in tensors])
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss)
+    given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with fidelity.untouched(model):
-        exported = _export(step, [leaves[i] for i in tensors])
+        exported = _export(step, given)
     return normalize(
         exported,
         names=step.names,

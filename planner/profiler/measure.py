@@ -1,0 +1,154 @@
+"""Run every distinct kernel of a graph once on the target device: time and workspace."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.fx import Node
+
+from planner.profiler.cache import DEFAULT_CACHE_DIR, KernelCache
+from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
+from planner.profiler.forked import run_forked
+from planner.profiler.kernel import kernel_key
+from planner.profiler.profile import KernelCost, Profile
+from planner.profiler.timing import cost_on_cpu, cost_on_cuda
+
+
+def measure(
+    nodes: Sequence[Node], device: torch.device, *, cache_dir: Path | None = DEFAULT_CACHE_DIR, progress: bool = True
+) -> Profile:
+    """Time every distinct kernel among `nodes` on `device`.
+
+    On CPU kernels run in a forked child with this process's number of threads; on CUDA in this process, whose cached
+    device memory is released and whose peak memory statistics are reset. Never more than one kernel's tensors are
+    held. Random generators stay as they are. A kernel that cannot be run (an exception, a crash, not enough memory)
+    gets its estimate instead, scaled to the speed of the others.
+
+    Args:
+        nodes: call_function nodes with fake tensors in `meta["val"]`; their inputs too.
+        device: where to run.
+        cache_dir: folder of measured costs; None keeps none. The default is DEFAULT_CACHE_DIR, or the folder in the
+            environment variable CHECKPOINT_PLANNER_CACHE.
+        progress: show a bar on stderr, if that is a terminal, when it takes more than a second.
+    """
+    keys = {node.name: kernel_key(node) for node in nodes}
+    example = {keys[node.name]: node for node in reversed(nodes)}
+    cache = KernelCache(cache_dir, _conditions(device))
+    on_file = cache.load()
+    known = {key: on_file[key] for key in example if key in on_file}
+    missing = [key for key in example if key not in known]
+    if missing:
+        fresh: dict[str, KernelCost] = {}
+        try:
+            for key, cost in _with_bar(_run({key: example[key] for key in missing}, device), len(missing), progress):
+                if cost is not None:
+                    fresh[key] = cost
+        finally:
+            cache.add(fresh)  # what was measured before a Ctrl-C is not lost
+        known |= fresh
+    costs = _with_estimates(example, known, device)
+    failed = len(example) - len(known)
+    name = _device_name(device)
+    return Profile({node: costs[key] for node, key in keys.items()}, _how(len(example), failed, device), name)
+
+
+def _how(total: int, failed: int, device: torch.device) -> str:
+    if failed == 0:
+        return "measured"
+    if failed == total:
+        return f"estimated: {_generic(device).name}"
+    return f"measured, {failed} of {total} kernels estimated"
+
+
+def _generic(device: torch.device) -> Any:
+    return GENERIC_CPU if device.type == "cpu" else GENERIC_GPU
+
+
+def _with_estimates(
+    example: Mapping[str, Node], known: Mapping[str, KernelCost], device: torch.device
+) -> dict[str, KernelCost]:
+    """Costs of all kernels: the missing ones estimated, at the speed relative to the estimate that the known ones show."""
+    estimates = {key: estimate_node(node, _generic(device)) for key, node in example.items()}
+    expected_ns = sum(estimates[key].time_ns for key in known)
+    scale = sum(cost.time_ns for cost in known.values()) / expected_ns if expected_ns else 1.0
+    scaled = {key: KernelCost(round(cost.time_ns * scale), cost.workspace_bytes) for key, cost in estimates.items()}
+    return {key: known.get(key, scaled[key]) for key in example}
+
+
+def _run(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | None]]:
+    keys = list(kernels)
+    if device.type == "cpu" and hasattr(os, "fork"):
+        jobs: list[Callable[[], KernelCost]] = [partial(cost_on_cpu, node) for node in kernels.values()]
+        patience_s = [60 + 100 * estimate_node(node, GENERIC_CPU).time_ns / 1e9 for node in kernels.values()]
+        for index, cost in run_forked(jobs, patience_s):
+            yield keys[index], cost
+    elif device.type == "cuda" and torch.cuda.is_available():
+        yield from _run_on_cuda(kernels, device)
+
+
+def _run_on_cuda(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | None]]:
+    host_state, device_state = torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    try:
+        for key, node in kernels.items():
+            cost = None
+            with suppress(Exception):
+                cost = cost_on_cuda(node, device)
+            torch.cuda.empty_cache()  # one kernel's blocks must not crowd out the next one's
+            yield key, cost
+    finally:
+        torch.set_rng_state(host_state)
+        torch.cuda.set_rng_state(device_state, device)
+
+
+def _with_bar(
+    results: Iterator[tuple[str, KernelCost | None]], total: int, wanted: bool
+) -> Iterator[tuple[str, KernelCost | None]]:
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not (wanted and console.is_terminal))
+    task = bar.add_task("measuring kernels", total=total)
+    begun, shown = time.monotonic(), False
+    try:
+        for result in results:
+            yield result
+            bar.advance(task)
+            if not shown and time.monotonic() - begun > 1:
+                bar.start()
+                shown = True
+    finally:
+        if shown:
+            bar.stop()
+
+
+def _conditions(device: torch.device) -> dict[str, Any]:
+    """Everything but the kernel itself that times depend on."""
+    conditions: dict[str, Any] = {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if device.type == "cuda":
+        conditions["cudnn"] = [torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic]
+    return conditions
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next(line for line in file if line.startswith("model name")).partition(":")[2].strip()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,163 @@
+"""Time and workspace of one kernel, on the device it runs on.
+
+A kernel inside a step finds its inputs partly in cache: running it again and again on the same tensors is too cheap,
+flushing the cache before every call is too dear. Both are measured, in pairs, and `_in_situ_ns` combines them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from planner.profiler.kernel import footprint_bytes, make_inputs
+from planner.profiler.profile import KernelCost
+
+_BUDGET_NS = 60_000_000
+"""Time for repeating one kernel, in ns."""
+
+_LONG_NS = 20_000_000
+"""A call this long is measured warm only: the time to fetch what a cache holds (2-3 ms) is lost in it."""
+
+_MIN_PAIRS, _MAX_PAIRS = 3, 30
+_COLD_SHARE = 0.5
+
+
+def cost_on_cpu(node: Node) -> KernelCost:
+    """Time and workspace of one call. Meant for a forked child: it leaves holes in the heap.
+
+    Raises:
+        MemoryError: the call needs more than the machine has free.
+        Exception: whatever the kernel raises.
+    """
+    free_bytes = _free_bytes()
+    if free_bytes is not None and footprint_bytes(node) > free_bytes:
+        raise MemoryError(f"{node.name} needs {footprint_bytes(node)} bytes, {free_bytes} are free")
+    with torch.no_grad():
+        args, kwargs = make_inputs(node)
+        call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
+        call()  # warm-up: code pages, thread pools, packed weights
+        workspace_bytes = cpu_workspace_bytes(call)
+        return KernelCost(_time_on_cpu(call), workspace_bytes)
+
+
+def _time_on_cpu(call: Callable[[], Any]) -> int:
+    # With one thread, its CPU time: what other processes do then hardly shows.
+    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    first_ns = _clocked(call, clock)
+    flush = _cache_filler() if first_ns < _LONG_NS else None
+    warm, cold = [first_ns], []
+    end = time.perf_counter_ns() + _BUDGET_NS
+    while len(warm) < _MIN_PAIRS or (len(warm) < _MAX_PAIRS and time.perf_counter_ns() < end):
+        if flush is not None:
+            flush.fill_(1.0)
+            cold.append(_clocked(call, clock))
+        warm.append(_clocked(call, clock))
+        if first_ns > 10 * _BUDGET_NS:
+            break
+    return _in_situ_ns(warm, cold or warm)
+
+
+def _clocked(call: Callable[[], Any], clock: Callable[[], int]) -> int:
+    start = clock()
+    out = call()
+    end = clock()
+    del out  # after the clock: freeing belongs to whoever reads it last
+    return end - start
+
+
+def _in_situ_ns(warm: list[int], cold: list[int]) -> int:
+    """Between the two; from each the lower quartile, because everything that disturbs a call makes it longer."""
+    warm_ns, cold_ns = (sorted(times)[len(times) // 4] for times in (warm, cold))
+    return round(warm_ns + _COLD_SHARE * max(0, cold_ns - warm_ns))
+
+
+def cpu_workspace_bytes(call: Callable[[], Any]) -> int:
+    """Peak minus net of the CPU allocator's events during one call, outputs alive at its end; in bytes.
+
+    The public way to single events is the exported trace: `events()` has sums per op, and nothing for frees.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            out = call()
+        profile.export_chrome_trace(str(trace))
+        del out
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0), key=lambda e: e["ts"])
+    held_bytes = peak_bytes = 0
+    for event in memory:
+        held_bytes += event["args"]["Bytes"]
+        peak_bytes = max(peak_bytes, held_bytes)
+    return int(peak_bytes - held_bytes)
+
+
+@lru_cache(maxsize=1)
+def _cache_filler() -> torch.Tensor:
+    return torch.empty(_last_level_cache_bytes() // 4, dtype=torch.float32, device="cpu")
+
+
+def _last_level_cache_bytes() -> int:
+    for index in (3, 2):
+        with suppress(OSError, ValueError, KeyError):
+            text = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size").read_text(encoding="ascii").strip()
+            return min(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]], 2**27)
+    return 2**25
+
+
+def _free_bytes() -> int | None:
+    with suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def cost_on_cuda(node: Node, device: torch.device) -> KernelCost:
+    """Time and workspace of one call, in this process; reads and resets the device's peak memory statistics.
+
+    Raises:
+        Exception: whatever the kernel raises; torch.cuda.OutOfMemoryError among them.
+    """
+    with torch.no_grad(), torch.cuda.device(device):
+        args, kwargs = make_inputs(node)
+        call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
+        call()  # warm-up: algorithm choice, library handles and their lasting workspaces
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        out = call()
+        torch.cuda.synchronize(device)
+        workspace_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        del out
+        return KernelCost(_time_on_cuda(call, device), workspace_bytes)
+
+
+def _time_on_cuda(call: Callable[[], Any], device: torch.device) -> int:
+    cache_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
+    flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+    warm: list[int] = []
+    cold: list[int] = []
+    end = time.perf_counter_ns() + _BUDGET_NS
+    while len(warm) < _MIN_PAIRS or (len(warm) < _MAX_PAIRS and time.perf_counter_ns() < end):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        flush.zero_()  # also keeps the device busy while the host launches what is timed
+        marks[0].record()
+        call()
+        marks[1].record()
+        call()
+        marks[2].record()
+        torch.cuda.synchronize(device)
+        cold.append(round(marks[0].elapsed_time(marks[1]) * 1e6))
+        warm.append(round(marks[1].elapsed_time(marks[2]) * 1e6))
+    return _in_situ_ns(warm, cold)

@@ -1,0 +1,96 @@
+"""The strongest property: any random valid schedule of a real model trains bit-exactly. No solver involved."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from planner.graph.plan import Plan, Solution
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import simulate
+from planner.profiler.memory import logical_peak
+from planner.rewriter.guard import call_key
+from planner.rewriter.module import CheckpointedModule, Step
+from planner.rewriter.partition import partition
+from planner.tracer.capture import capture
+from planner.tracer.lower import lower
+from tests import models
+from tests.strategies import schedules
+from tests.training import assert_same, loss_of, trajectory
+
+
+@functools.cache
+def captured(name):
+    """The model, its call, its joint graph, its Graph and what plain eager training gives."""
+    model, args, kwargs = models.build(name)
+    joint = capture(model, args, kwargs)
+    return model, args, kwargs, joint, lower(joint), trajectory(copy.deepcopy(model), args, kwargs)
+
+
+def rewritten(name: str, schedule: Schedule, num_stages: int = 4) -> CheckpointedModule:
+    model, args, kwargs, joint, graph, _ = captured(name)
+    own = copy.deepcopy(model)
+    key = call_key(own, joint.call.tensor_leaves(args, kwargs), joint.device)
+    plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
+    return CheckpointedModule(own, Step(joint, partition(joint, graph, schedule), key, num_stages), plan)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_any_valid_schedule_trains_bit_exactly(name, data):
+    _, args, kwargs, _, graph, expected = captured(name)
+    schedule = data.draw(schedules(graph))
+    event(f"{name}: {'recomputes' if schedule.recomputes() else 'recomputes nothing'}")
+    planned = rewritten(name, schedule, num_stages=data.draw(st.integers(1, 6)))
+    assert_same(expected, trajectory(planned, args, kwargs))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_plain_schedule_with_accumulation_is_exact(name):
+    model, args, kwargs, _, graph, _ = captured(name)
+    expected = trajectory(copy.deepcopy(model), args, kwargs, accumulate=2)
+    assert_same(expected, trajectory(rewritten(name, keep_all(graph)), args, kwargs, accumulate=2))
+
+
+def scaled(name):
+    """The same kinds of model with activations large enough for a peak to mean something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "attention":
+            return models.Wrapped(torch.nn.Sequential(*(models.Attention(64, 4, 0.1) for _ in range(4)))), (torch.randn(4, 64, 64),)
+        blocks = (models.Residual(16) for _ in range(4))
+        return models.Wrapped(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), *blocks)), (torch.randn(4, 3, 34, 34),)
+
+
+@pytest.mark.parametrize("name", ["attention", "convolution"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_measured_peak_of_a_random_schedule_is_the_simulated_one(name, seed):
+    import random
+
+    from planner.profiler.measure import measure
+    from planner.tracer.lower import kernel_nodes
+    from tests.strategies import scatter
+
+    model, args = scaled(name)
+    joint = capture(model, args)
+    graph = lower(joint, measure(kernel_nodes(joint), joint.device, progress=False))
+    schedule = scatter(graph, random.Random(seed), keep=0.3)
+    assert schedule.recomputes()
+    key = call_key(model, list(args), joint.device)
+    plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
+    planned = CheckpointedModule(model, Step(joint, partition(joint, graph, schedule), key), plan)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        loss_of(planned(*args)).backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    resident = sum(graph.value[name].nbytes for name in graph.inputs)
+    measured = logical_peak(step, joint.device) + resident
+    predicted = simulate(graph, schedule).peak_bytes
+    assert abs(measured - predicted) <= 0.003 * predicted + 20_000
