@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx.traceback
 import torch._functorch.config
+import torch.fx.traceback
 from torch import fx, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -34,6 +35,8 @@ __all__ = [
     "DynamicOutputShapeException",
     "ExportedJoint",
     "FakeTensor",
+    "HigherOrderOperator",
+    "OpOverload",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "box",
@@ -43,6 +46,7 @@ __all__ = [
     "outside_modes",
     "pytree",
     "release_saved",
+    "selfcheck",
     "storage_id",
 ]
 
@@ -69,9 +73,7 @@ def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
-def export_joint(
-    module: nn.Module, fakes: Sequence[torch.Tensor], replaced: Mapping[str, Callable[..., Any]]
-) -> ExportedJoint:
+def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor], replaced: Mapping[str, Callable[..., Any]]) -> ExportedJoint:
     """Trace forward and backward of `module(*fakes)` into one functional ATen graph.
 
     Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
@@ -188,3 +190,36 @@ def release_saved(ctx: Any) -> list[torch.Tensor]:
     if not _get_current_graph_task_keep_graph():
         ctx.maybe_clear_saved_tensors()
     return saved
+
+
+def selfcheck() -> list[str]:
+    """What of this file no longer works on the installed torch: a line each; empty is good.
+
+    Captures a small model that has a little of everything and looks at what came out.
+    """
+    problems = []
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.model(x).sum(),)
+
+    try:
+        joint = export_joint(Loss(), fake_inputs([torch.zeros(2, 3)]), {})
+    except Exception as error:
+        return [f"torch {torch.__version__}: the joint graph cannot be captured: {type(error).__name__}: {error}"]
+    kinds = {role[0] for role in joint.inputs}
+    if kinds != {"param", "buffer", "input", "tangent"}:
+        problems.append(f"torch {torch.__version__}: the joint graph's inputs are told apart as {sorted(kinds)}")
+    if sum(role[0] == "mutation" for role in joint.outputs) != 3:
+        problems.append(f"torch {torch.__version__}: batch norm's three buffer updates are not among {joint.outputs}")
+    results = joint.graph_module.graph.output_node().args[0]
+    if sum(role[0] == "gradient" and node is not None for role, node in zip(joint.outputs, results, strict=True)) != 4:
+        problems.append(f"torch {torch.__version__}: not every parameter has a gradient among the graph's outputs")
+    if not all(isinstance(node.meta.get("val"), FakeTensor) for node in results if node is not None):
+        problems.append(f"torch {torch.__version__}: graph nodes carry no fake tensors in meta['val']")
+    return problems

@@ -12,12 +12,12 @@ from torch import nn
 from planner import units
 from planner.errors import BudgetError, PlanFileError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan, Solution
+from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.profiler.estimate import estimate
-def measure(*a, **k): raise NotImplementedError
+from planner.profiler.measure import measure
 from planner.profiler.profile import Profile
 from planner.report.progress import stage
 from planner.rewriter.guard import call_key
@@ -146,14 +146,21 @@ def _check_same(plan: Plan, captured: Graph) -> None:
         return
     made = dict(plan.made_on).get("torch", "unknown")
     versions = "" if made == torch.__version__ else f" The plan was made with torch {made}, this is {torch.__version__}."
-    raise PlanFileError(f"the plan was made for another model or call: {_first_difference(plan.graph, captured)}.{versions} Make it again.")
+    raise PlanFileError(
+        f"the plan was made for another model or call: {_first_difference(plan.graph, captured)}.{versions} Make it again."
+    )
 
 
 def _first_difference(planned: Graph, captured: Graph) -> str:
     sizes = {value.name: value.nbytes for value in captured.values}
     for ours, theirs in zip(planned.ops, captured.ops, strict=False):
-        if (ours.name, ours.reads, ours.writes, ours.recomputable) != (theirs.name, theirs.reads, theirs.writes, theirs.recomputable):
-            return f"op {ours.name} ({ours.source or 'no source'}) of the plan stands where the model has {theirs.name} ({theirs.source})"
+        if (ours.name, ours.reads, ours.writes, ours.recomputable) != (
+            theirs.name,
+            theirs.reads,
+            theirs.writes,
+            theirs.recomputable,
+        ):
+            return f"op {ours.name} ({ours.source}) of the plan stands where the model has {theirs.name} ({theirs.source})"
     if len(planned.ops) != len(captured.ops):
         return f"the plan has {len(planned.ops)} ops, the model {len(captured.ops)}"
     for value in planned.values:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from planner import api, verify
+from planner import api
 from planner.errors import InputError, PlannerError
+from planner.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,14 +28,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="planner", description="Fit a training step into a memory budget, bit for bit.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="plan a model under a budget and show the table")
-    plan.add_argument("target", metavar="FILE.py:FUNCTION", help="FUNCTION() returns (model, args, kwargs), the model in training mode")
+    plan.add_argument(
+        "target", metavar="FILE.py:FUNCTION", help="FUNCTION() returns (model, args, kwargs), the model in training mode"
+    )
     plan.add_argument(
         "--budget", required=True, type=_budget, help="bytes, '6GiB', or a fraction of the plain step's peak such as 0.6"
     )
     plan.add_argument("--reserve", default=0, help="bytes of the budget to leave free, for example for optimizer state: '1GiB'")
     plan.add_argument("--loss", default=None, help="name of the output that backward starts from")
     plan.add_argument(
-        "--costs", choices=("measure", "estimate"), default="measure", help="run every distinct kernel once, or compute its time"
+        "--costs",
+        choices=("measure", "estimate"),
+        default="measure",
+        help="run every distinct kernel once, or compute its time",
     )
     plan.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
@@ -69,7 +75,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(f"\nplan written to {arguments.save}")
     if not arguments.verify:
         return 0
-    report = verify.verify(planned, args, kwargs)
+    report = verify(planned, args, kwargs)
     print(f"\n{report}")
     return 0 if report.exact and report.within_budget else 1
 

@@ -71,7 +71,7 @@ def check_budget(budget: str | int | float) -> None:
 def format_bytes(nbytes: int) -> str:
     """'3.90 GiB': binary units, three significant figures or more."""
     size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):  # noqa: B007
         if abs(size) < 1024:
             break
         size /= 1024

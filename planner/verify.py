@@ -57,8 +57,8 @@ class Report:
         ratio = "not measured" if self.time_ratio is None else f"{self.time_ratio:.3f}x plain"
         return (
             f"results   {same} ({self.num_compared} tensors: outputs, gradients, buffers, RNG)\n"
-            f"peak      measured {format_bytes(self.measured_peak_bytes)}, predicted {format_bytes(self.predicted_peak_bytes)}, "
-            f"budget {format_bytes(self.budget_bytes)} ({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}\n"
+            f"peak      measured {format_bytes(self.measured_peak_bytes)}, "
+            f"predicted {format_bytes(self.predicted_peak_bytes)}, budget {format_bytes(self.budget_bytes)} ({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}\n"
             f"step time {ratio}"
         )
 
@@ -144,7 +144,9 @@ class _Side:
             out = self.step()
             rng = rng_state(self._device)
         leaves = pytree.tree_leaves(out)
-        found = {f"output {i}": leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)}
+        found = {
+            f"output {i}": leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)
+        }
         found |= {f"gradient {name}": p.grad for name, p in self.module.named_parameters()}
         found |= {f"input gradient {i}": tensor.grad for i, (tensor, _, _) in enumerate(self._inputs)}
         found |= {f"buffer {name}": tensor.clone() for name, tensor in self.module.named_buffers()}

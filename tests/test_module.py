@@ -195,7 +195,9 @@ def test_gradients_stream_in_stages():
     module, _, args, kwargs = planned("attention", 1.0, num_stages=4)
     order = []
     for name, parameter in module.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: order.append((name, sum(q.grad is None for q in module.parameters()))))
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: order.append((name, sum(q.grad is None for q in module.parameters())))
+        )
     module(*args, **kwargs)["loss"].backward()
     assert order[0][0].startswith("body.1") and order[-1][0].startswith("body.0")
     missing_at_first = order[0][1]
@@ -214,7 +216,7 @@ def test_partial_gradients_equal_eager():
 
 
 def test_input_gradients_and_upstream_modules():
-    model, args, kwargs = models.build("attention")
+    model, _, _ = models.build("attention")
     x = torch.randn(2, 5, 8, requires_grad=True)
     module = plan(model, 0.8, (x * 1,), costs="estimate", progress=False)
     twin = copy.deepcopy(model)

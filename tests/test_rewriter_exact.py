@@ -2,23 +2,26 @@
 
 import copy
 import functools
+import random
 
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from planner.graph.graph import Kind
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
 from planner.rewriter.guard import call_key
 from planner.rewriter.module import CheckpointedModule, Step
 from planner.rewriter.partition import partition
 from planner.tracer.capture import capture
-from planner.tracer.lower import lower
+from planner.tracer.lower import kernel_nodes, lower
 from tests import models
-from tests.strategies import schedules
+from tests.strategies import scatter, schedules
 from tests.training import assert_same, loss_of, trajectory
 
 
@@ -61,7 +64,9 @@ def scaled(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "attention":
-            return models.Wrapped(torch.nn.Sequential(*(models.Attention(64, 4, 0.1) for _ in range(4)))), (torch.randn(4, 64, 64),)
+            return models.Wrapped(torch.nn.Sequential(*(models.Attention(64, 4, 0.1) for _ in range(4)))), (
+                torch.randn(4, 64, 64),
+            )
         blocks = (models.Residual(16) for _ in range(4))
         return models.Wrapped(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), *blocks)), (torch.randn(4, 3, 34, 34),)
 
@@ -69,12 +74,6 @@ def scaled(name):
 @pytest.mark.parametrize("name", ["attention", "convolution"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_measured_peak_of_a_random_schedule_is_the_simulated_one(name, seed):
-    import random
-
-    from planner.profiler.measure import measure
-    from planner.tracer.lower import kernel_nodes
-    from tests.strategies import scatter
-
     model, args = scaled(name)
     joint = capture(model, args)
     graph = lower(joint, measure(kernel_nodes(joint), joint.device, progress=False))
@@ -86,11 +85,12 @@ def test_measured_peak_of_a_random_schedule_is_the_simulated_one(name, seed):
 
     def step():
         model.zero_grad(set_to_none=True)
-        loss_of(planned(*args)).backward()
+        out = planned(*args)
+        loss_of(out).backward()  # the outputs are the caller's all the while, as the plan counts them
 
     step()
     model.zero_grad(set_to_none=True)
-    resident = sum(graph.value[name].nbytes for name in graph.inputs)
+    resident = sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
     measured = logical_peak(step, joint.device) + resident
     predicted = simulate(graph, schedule).peak_bytes
-    assert abs(measured - predicted) <= 0.003 * predicted + 20_000
+    assert abs(measured - predicted) <= 0.001 * predicted + 8192

@@ -1,0 +1,1 @@
+"""The language every room speaks: values, ops, schedules, the simulator, plans."""

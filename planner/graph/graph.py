@@ -116,7 +116,9 @@ def _check_values(graph: Graph) -> None:
             raise GraphError(f"value {value.name} has {value.nbytes} bytes")
         resident = value.kind in RESIDENT_KINDS
         if resident and value.name in graph.producer:
-            raise GraphError(f"value {value.name} of kind {value.kind} is written by op {graph.ops[graph.producer[value.name]].name}")
+            raise GraphError(
+                f"value {value.name} of kind {value.kind} is written by op {graph.ops[graph.producer[value.name]].name}"
+            )
         if resident != (value.name in graph.inputs):
             raise GraphError(f"value {value.name} of kind {value.kind} must {'' if resident else 'not '}be among the inputs")
         if not resident and value.name not in graph.producer:

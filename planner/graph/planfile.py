@@ -130,10 +130,11 @@ def _write(document: dict[str, Any]) -> str:
         if not isinstance(fields, dict):
             parts.append(f" {json.dumps(key)}: {json.dumps(fields)}")
             continue
-        lines = [
-            f"  {json.dumps(name)}: {rows(fields[name]) if name in ('ops', 'values') else json.dumps(fields[name], sort_keys=True)}"
-            for name in sorted(fields)
-        ]
+        texts = {
+            name: rows(field) if name in ("ops", "values") else json.dumps(field, sort_keys=True)
+            for name, field in sorted(fields.items())
+        }
+        lines = [f"  {json.dumps(name)}: {text}" for name, text in texts.items()]
         parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
@@ -146,7 +147,9 @@ def _read(text: str, where: str) -> dict[str, Any]:
     if not isinstance(document, dict) or "schema" not in document:
         raise PlanFileError(f"{where} is not a plan file: it names no schema version")
     if document["schema"] != SCHEMA:
-        raise PlanFileError(f"{where} has schema {document['schema']}; this release reads schema {SCHEMA}. Make the plan again.")
+        raise PlanFileError(
+            f"{where} has schema {document['schema']}; this release reads schema {SCHEMA}. Make the plan again."
+        )
     return document
 
 

@@ -12,6 +12,7 @@ from planner.graph.simulate import Timeline
 from planner.units import format_bytes, format_ns
 
 MODULE_ROWS = 12
+ASSUMING = "for this backward order at these costs"
 
 
 def table(plan: Plan) -> str:
@@ -21,9 +22,10 @@ def table(plan: Plan) -> str:
     saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} (of which {format_bytes(plan.margin_bytes)} are left to the allocator)"),
-        ("peak", f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} planned ({saved:.1%} less), at {_where(plan)}"),
+        ("peak", f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} planned ({saved:.1%} less)"),
+        ("peak at", _where(plan)),
         ("step time", f"{format_ns(plain.time_ns)} plain -> {format_ns(timeline.time_ns)} planned (+{plan.overhead:.2%})"),
-        ("optimality", f"no plan in this backward order at these costs saves more than {plan.gap:.2%} of the step ({plan.solution.status})"),
+        ("optimality", f"at most {plan.gap:.2%} of the step from the best plan ({plan.solution.status}; {ASSUMING})"),
         ("solved", f"in {plan.solution.solve_s:.2f} s by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
         ("made on", made),
     ]
@@ -42,7 +44,9 @@ def _parts(graph: Graph, timeline: Timeline) -> list[str]:
     for name in graph.inputs:
         resident[graph.value[name].kind] += graph.value[name].nbytes
     kept = set(graph.forward_outputs)
-    rows = [(f"{kind}s" if kind is not Kind.RESERVED else "reserved", nbytes) for kind, nbytes in sorted(resident.items()) if nbytes]
+    rows = [
+        (f"{kind}s" if kind is not Kind.RESERVED else "reserved", nbytes) for kind, nbytes in sorted(resident.items()) if nbytes
+    ]
     rows += [
         ("outputs", _total(graph, graph.forward_outputs)),
         ("gradients", _total(graph, graph.backward_outputs)),
@@ -71,21 +75,23 @@ def _modules(plan: Plan, timeline: Timeline) -> list[str]:
         if again[i]:
             again_bytes[row] += again[i] * _total(graph, op.writes)
             again_ns[row] += again[i] * op.cost_ns
-    shown = sorted((row for row in numbers if kept_bytes[row] or again_ns[row]), key=lambda row: -kept_bytes[row] - again_bytes[row])
+    shown = sorted(
+        (row for row in numbers if kept_bytes[row] or again_ns[row]), key=lambda row: -kept_bytes[row] - again_bytes[row]
+    )
     width = max([len(_label(row, numbers[row])) for row in shown[:MODULE_ROWS]], default=6)
     lines = [f"  {'module':<{width}} {'kept':>12} {'recomputed':>12} {'time again':>11}"]
     for row in shown[:MODULE_ROWS]:
         label = _label(row, numbers[row])
-        lines.append(
-            f"  {label:<{width}} {format_bytes(kept_bytes[row]):>12} {format_bytes(again_bytes[row]):>12} {format_ns(again_ns[row]):>11}"
-        )
+        lines.append(_row(label, width, kept_bytes[row], again_bytes[row], again_ns[row]))
     if len(shown) > MODULE_ROWS:
         rest = shown[MODULE_ROWS:]
         totals = [sum(column[row] for row in rest) for column in (kept_bytes, again_bytes, again_ns)]
-        lines.append(
-            f"  {f'({len(rest)} more)':<{width}} {format_bytes(totals[0]):>12} {format_bytes(totals[1]):>12} {format_ns(totals[2]):>11}"
-        )
+        lines.append(_row(f"({len(rest)} more)", width, totals[0], totals[1], totals[2]))
     return lines
+
+
+def _row(label: str, width: int, kept_bytes: int, again_bytes: int, again_ns: int) -> str:
+    return f"  {label:<{width}} {format_bytes(kept_bytes):>12} {format_bytes(again_bytes):>12} {format_ns(again_ns):>11}"
 
 
 def _label(row: str, paths: set[str]) -> str:

@@ -16,7 +16,7 @@ from planner.profiler.profile import KernelCost
 DEFAULT_CACHE_DIR = Path("~/.cache/checkpoint-planner")
 """Where measured costs are kept, unless the environment variable CHECKPOINT_PLANNER_CACHE names another folder."""
 
-_RULE = 1  # raise it when kernels are timed in another way: old files are then no longer read
+_RULE = 3  # raise it when kernels are timed in another way: old files are then no longer read
 
 
 class KernelCache:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from planner.profiler.kernel import tensors_in
 from planner.profiler.profile import KernelCost, Profile
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -62,7 +62,7 @@ def estimate(nodes: Sequence[Node], device: DeviceModel | None = None) -> Profil
         A Profile with workspace 0 everywhere, except for convolutions: see `_workspace_bytes`.
     """
     if device is None:
-        on_gpu = any(t.device.type not in ("cpu", "meta") for node in nodes for t in _tensors(node.meta.get("val")))
+        on_gpu = any(t.device.type not in ("cpu", "meta") for node in nodes for t in tensors_in(node.meta.get("val")))
         device = GENERIC_GPU if on_gpu else GENERIC_CPU
     costs = {node.name: estimate_node(node, device) for node in nodes}
     return Profile(costs, f"estimated: {device.name}", device.name)
@@ -70,19 +70,15 @@ def estimate(nodes: Sequence[Node], device: DeviceModel | None = None) -> Profil
 
 def estimate_node(node: Node, device: DeviceModel) -> KernelCost:
     """The same for one node."""
-    outputs = _tensors(node.meta.get("val"))
+    outputs = tensors_in(node.meta.get("val"))
     dtype = next((t.dtype for t in (*outputs, *_inputs(node)) if t.dtype.is_floating_point), torch.float32)
     compute_s = _flops(node) / (device.flops_per_s * device.dtype_speed.get(dtype, 1.0))
     memory_s = _bytes_moved(node) / device.bytes_per_s
-    return KernelCost(device.launch_ns + math.ceil(max(compute_s, memory_s) * 1e9), _workspace_bytes(node))
-
-
-def _tensors(val: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+    return KernelCost(device.launch_ns + round(max(compute_s, memory_s) * 1e9), _workspace_bytes(node))
 
 
 def _inputs(node: Node) -> list[torch.Tensor]:
-    return [t for arg in node.all_input_nodes for t in _tensors(arg.meta.get("val"))]
+    return [t for arg in node.all_input_nodes for t in tensors_in(arg.meta.get("val"))]
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:
@@ -96,7 +92,7 @@ _ROW_READERS = frozenset({"embedding", "index_select", "gather", "index", "_unsa
 
 
 def _bytes_moved(node: Node) -> int:
-    written = sum(_touched_bytes(t) for t in _tensors(node.meta.get("val")))
+    written = sum(_touched_bytes(t) for t in tensors_in(node.meta.get("val")))
     read = [_touched_bytes(t) for t in _inputs(node)]
     if _packet_name(node) in _ROW_READERS:
         read = [min(size, written) for size in read]
@@ -123,16 +119,20 @@ def _flops(node: Node) -> int:
     val = node.meta.get("val")
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
     packet = getattr(node.target, "overloadpacket", node.target)
-    formula = _CPU_FLOPS.get(_packet_name(node))
-    if formula is not None:
-        return int(formula(*args, **kwargs))
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=val))
-    return sum(t.numel() for t in _tensors(val))
+    with suppress(Exception):  # a formula that cannot read an unusual call must not stop a plan
+        if _packet_name(node) in _CPU_FLOPS:
+            return int(_CPU_FLOPS[_packet_name(node)](*args, **kwargs))
+        if packet in flop_registry:
+            return int(flop_registry[packet](*args, **kwargs, out_val=val))
+    return sum(t.numel() for t in tensors_in(val))
 
 
 def _workspace_bytes(node: Node) -> int:
-    """A guess: convolutions hold a reordered copy of what they read (measured on CPU: 0.5-1.2 of it); nothing else counts."""
+    """A guess: convolutions hold a reordered copy of what they read; nothing else counts.
+
+    Measured on CPU, 56 convolutions of a ResNet-50 and a small CNN, as a multiple of the bytes read: forward median
+    1.0, backward median 0.9, quartiles 0.7 to 1.3; the largest 10.6 forward, 1.34 backward.
+    """
     if _packet_name(node) in ("convolution", "convolution_backward"):
         return sum(_touched_bytes(t) for t in _inputs(node))
     return 0

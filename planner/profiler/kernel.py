@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves, tree_map
 
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 
@@ -40,7 +39,7 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if arg not in made:
             if "val" not in arg.meta:
                 raise ValueError(f"argument {arg.name} of {node.name} has no fake tensor in meta['val']")
-            made[arg] = tree_map(lambda leaf: _real(leaf) if isinstance(leaf, torch.Tensor) else leaf, arg.meta["val"])
+            made[arg] = _real(arg.meta["val"])
         return made[arg]
 
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), make)
@@ -50,15 +49,18 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def footprint_bytes(node: Node) -> int:
     """Bytes that one set of inputs and the outputs occupy, had each its own memory."""
     vals = [arg.meta.get("val") for arg in (*node.all_input_nodes, node)]
-    return sum(_extent(t) * t.element_size() for val in vals for t in _tensors(val))
+    return sum(_extent(t) * t.element_size() for val in vals for t in tensors_in(val))
 
 
-def _tensors(val: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+def tensors_in(val: Any) -> list[torch.Tensor]:
+    """The tensors of a node's value: of itself, or of the lists and tuples it is made of."""
+    if isinstance(val, (list, tuple)):
+        return [tensor for item in val for tensor in tensors_in(item)]
+    return [val] if isinstance(val, torch.Tensor) else []
 
 
 def _target_name(target: Callable[..., Any] | str) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if hasattr(target, "overloadpacket"):
         return str(target)
     if isinstance(target, str):
         return target
@@ -118,7 +120,13 @@ def _plain(arg: Any) -> Any:
     return arg
 
 
-def _real(fake: torch.Tensor) -> torch.Tensor:
+def _real(val: Any) -> Any:
+    if isinstance(val, (list, tuple)):
+        return [_real(item) for item in val]
+    return _real_tensor(val) if isinstance(val, torch.Tensor) else val
+
+
+def _real_tensor(fake: torch.Tensor) -> torch.Tensor:
     if fake.layout is not torch.strided:
         raise ValueError(f"cannot make up a tensor of layout {fake.layout}")
     device = torch.device("cpu") if fake.device.type == "meta" else fake.device  # host-side state has a meta tensor

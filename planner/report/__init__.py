@@ -1,0 +1,1 @@
+"""Finished things as text, figures and files."""

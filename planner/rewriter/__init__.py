@@ -1,0 +1,1 @@
+"""A schedule turned back into a module that trains."""

@@ -111,12 +111,7 @@ def difference(
             return f"input {i} ({_described(tensor)}, planned for {_expected(expected)})"
     for (name, expected), tensor in zip(key.weights, held, strict=True):
         shape, _, dtype, where, requires_grad = expected
-        if (
-            tensor.requires_grad != requires_grad
-            or tensor.dtype != dtype
-            or tensor.device != where
-            or tensor.shape != shape
-        ):
+        if tensor.requires_grad != requires_grad or tensor.dtype != dtype or tensor.device != where or tensor.shape != shape:
             return f"{name} ({_described(tensor)}, planned for {_expected(expected)})"
     untied = weights.untied(held)
     if untied:

@@ -249,7 +249,9 @@ def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
         tangents=halves.tangents,
         checked_inputs=tuple(position[name] for name in checked),
         unchecked_inputs=tuple(position[name] for name in unchecked),
-        saved_inputs=tuple((name in checked, (checked if name in checked else unchecked).index(name)) for name in halves.saved_inputs),
+        saved_inputs=tuple(
+            (name in checked, (checked if name in checked else unchecked).index(name)) for name in halves.saved_inputs
+        ),
         owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
         device=joint.device,

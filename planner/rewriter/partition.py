@@ -89,9 +89,7 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
     return Halves(before.out, after.out, saved, saved_inputs, tuple(int(given.key) for given in tangents))
 
 
-def _crossing(
-    graph: Graph, schedule: Schedule, boundary: int, results: list[str]
-) -> tuple[tuple[str, ...], frozenset[str]]:
+def _crossing(graph: Graph, schedule: Schedule, boundary: int, results: list[str]) -> tuple[tuple[str, ...], frozenset[str]]:
     """Activations alive at the boundary that the backward reads (or hands out); everything it reads from before."""
     read: dict[str, None] = {}
     written: set[str] = set()

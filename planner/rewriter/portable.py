@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from planner._torch import OpOverload
+
 Row = tuple[str, str, Any, Any, Any]
 
 
@@ -23,7 +25,7 @@ def to_rows(graph: fx.Graph) -> list[Row]:
     rows = []
     for node in graph.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: NodeName(arg.name))
-        target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target
+        target = str(node.target) if isinstance(node.target, OpOverload) else node.target
         rows.append((node.op, node.name, target, args, kwargs))
     return rows
 

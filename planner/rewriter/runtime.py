@@ -84,7 +84,8 @@ class _Forward(torch.autograd.Function):
         this.inputs = []
         results = program.forward(inputs)
         outputs = tuple(
-            out.view_as(out) if aliased else out for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
+            out.view_as(out) if aliased else out
+            for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
         )
         ctx.save_for_backward(*checked, *results[program.num_outputs :])
         ctx.set_materialize_grads(False)

@@ -71,19 +71,33 @@ def solve(program: Program, *, time_limit_s: float, gap: float = 0.0, relax: boo
     Raises:
         SolverMissingError: neither solver can be run.
     """
-    time_limit_s = max(0.05, time_limit_s)
+    name, make = _solver()
     with warnings.catch_warnings():
         # PuLP 3.3 announces the names of PuLP 4; both 3.x spellings must work here.
         warnings.simplefilter("ignore", DeprecationWarning)
         problem, columns = _build(program)
-        highs = pulp.HiGHS(msg=False, mip=not relax, timeLimit=time_limit_s, gapAbs=gap, gapRel=0.0, threads=1)
-        if highs.available():
-            _print_banner_nowhere()
-            return _run_highs(problem, columns, highs)
-        for cbc in (pulp.PULP_CBC_CMD, pulp.COIN_CMD):
-            solver = cbc(msg=False, mip=not relax, timeLimit=time_limit_s, gapAbs=gap, gapRel=0.0, threads=1)
-            if solver.available():
-                return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
+        solver = make(msg=False, mip=not relax, timeLimit=max(0.05, time_limit_s), gapAbs=gap, gapRel=0.0, threads=1)
+        if name == "CBC":
+            return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
+        _print_banner_nowhere()
+        return _run_highs(problem, columns, solver)
+
+
+def solver_name() -> str:
+    """The name of the solver that `solve` uses: HiGHS or CBC.
+
+    Raises:
+        SolverMissingError: neither can be run.
+    """
+    return _solver()[0]
+
+
+def _solver() -> tuple[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for name, make in (("HiGHS", pulp.HiGHS), ("CBC", pulp.PULP_CBC_CMD), ("CBC", pulp.COIN_CMD)):
+            if make(msg=False).available():
+                return name, make
     raise SolverMissingError(
         "neither HiGHS nor CBC can be run. Install HiGHS with `pip install highspy`, or CBC with `pip install 'pulp[cbc]'`."
     )

@@ -66,7 +66,9 @@ def lower_bound(
             if left > 0 and best < enough:
                 best = max(best, _extra(graph, budget_bytes, cuts, time_limit_s=left, gap=gap, relax=False))
     exact = sum(op.cost_ns for op in graph.ops)
-    return exact + (_NEVER if math.isinf(best) else max(0, math.floor(best * plain * (1 - _SLACK)) - 1))
+    if math.isinf(best):
+        return exact + _NEVER
+    return exact + max(0, math.ceil(best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
 
 
 def _first_cuts(graph: Graph, count: int = 3, among: int = 14) -> list[int]:

@@ -19,7 +19,7 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.solver import backend
 from planner.solver.lazy import lazy_schedule
-from planner.solver.lifetimes import Lifetimes, lifetimes
+from planner.solver.lifetimes import lifetimes
 
 _SCALE = 1e4
 """The plain step's time in units of the objective, its peak in units of a memory row: solvers' tolerances are absolute."""
@@ -51,11 +51,11 @@ class Closure:
 
     def __init__(self, graph: Graph, pinned: Collection[str] = ()) -> None:
         """`pinned`: droppable values that are kept whatever the budget (too small to be worth a decision)."""
-        self.graph, self.pinned = graph, frozenset(pinned)
-        self.life: Lifetimes = lifetimes(graph)
+        self.graph, self.life = graph, lifetimes(graph)
         self.time_ns = max(1, sum(op.cost_ns for op in graph.ops))
         self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
         self.index = {name: d for d, name in enumerate(self.life.names)}
+        self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
         turn = graph.num_forward_ops
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
@@ -161,9 +161,8 @@ class _Rows:
         self.closure, self.life, self.graph = closure, closure.life, closure.graph
         self.unit = closure.plain_peak / _SCALE
         self.program = backend.Program()
-        pinned = closure.pinned
-        for name in self.life.names:
-            self.program.column(binary=name not in pinned)
+        for d in range(len(self.life.names)):
+            self.program.column(binary=d not in closure.pinned)
         # Where the peak is minimised, time only breaks ties.
         price = _SCALE / closure.time_ns * (1.0 if budget_bytes else 1e-6)
         # A free op must not run again for nothing; all of these prices together stay below one nanosecond.
@@ -173,28 +172,29 @@ class _Rows:
             self.peak = self.program.column(upper=budget_bytes / self.unit)
         else:
             self.peak = self.program.column(1.0, upper=None)
-        for d, name in enumerate(self.life.names):
-            if name in pinned:
-                self.program.row([(d, -1.0)], -1.0)
-        self._closure(self.r, len(self.graph.ops))
+        for d in sorted(closure.pinned):
+            self.program.row([(d, -1.0)], -1.0)
+        self._closure(self.r, len(self.graph.ops), {})
         for t, less in sorted(closure.rows.items()):
             self._plain(t, less)
         for moment, less in sorted(closure.copies.items()):
             self._copy(moment, less)
 
-    def _closure(self, again: dict[int, int], before: int, earlier: dict[int, int] | None = None) -> None:
-        """k_d + r_pi(d) >= 1 for every d that a stage up to `before` (exclusive) uses; r_i <= k_d + r_pi(d) for inputs d of i.
+    def _closure(self, again: dict[int, int], before: int, earlier: dict[int, int]) -> None:
+        """k_d + r_pi(d) >= 1 for every d that a stage below `before` uses; r_i <= k_d + r_pi(d) for inputs d of i.
 
         `earlier` stands in for the ops that `again` has no column for.
         """
-        life, either = self.life, {**(earlier or {}), **again}
+        life, pinned, either = self.life, self.closure.pinned, earlier | again
+        own = {i: column for i, column in again.items() if again is self.r or column != self.r[i]}
         for d, i in enumerate(life.producer.tolist()):
-            if life.first_use[d] < before and (i in again or not self.graph.ops[i].recomputable):
-                self.program.row([(d, -1.0), *((again[j], -1.0) for j in (i,) if j in again)], -1.0)
+            if d not in pinned and life.first_use[d] < before and (i in own or (again is self.r and i not in again)):
+                self.program.row([(d, -1.0), *((own[e], -1.0) for e in (i,) if e in own)], -1.0)
         for i, column in again.items():
             for d in self.closure.reads[i]:
                 j = int(life.producer[d])
-                self.program.row([(column, 1.0), (d, -1.0), *((either[e], -1.0) for e in (j,) if e in either)], 0.0)
+                if d not in pinned and (i in own or j in own):
+                    self.program.row([(column, 1.0), (d, -1.0), *((either[e], -1.0) for e in (j,) if e in either)], 0.0)
 
     def _plain(self, t: int, less: int) -> None:
         """Memory at op t of the plain step, counting what is kept and what the op itself reads."""
@@ -228,39 +228,55 @@ class _Rows:
             fixed -= own.workspace_bytes + sum(graph.value[name].nbytes for name in own.writes)
             extra = graph.ops[j].workspace_bytes
             extra += sum(graph.value[name].nbytes for name in graph.ops[j].writes if name not in self.closure.index)
+            extra += sum(int(life.nbytes[d]) for d in self.closure.writes[j] if life.last_use[d] < p)
             pairs += [(by[j], extra / self.unit), *((before[e], -extra / self.unit) for e in (j,) if e in before)]
         for d, size in enumerate(life.nbytes.tolist()):
             i = int(life.producer[d])
-            if j < 0 and d in self.closure.reads[p]:
+            if d in self.closure.pinned:
+                fixed += size if life.reach[d] >= p else 0
+            elif j < 0 and d in self.closure.reads[p]:
                 fixed += size
-            elif i == j:
-                pairs += self._available(d, by, size)
             elif life.last_use[d] >= p:
-                pairs += self._available(d, done, size)
+                pairs += self._available(d, by if i == j else done, size)
             else:
                 pairs += self._awaited(d, done, size)
         self._memory(pairs, fixed, less)
 
     def _run_again_by(self, before: int, start: int = 0, within: dict[int, int] | None = None) -> dict[int, int]:
         """Columns y_i for i >= start: op i has run again for a stage below `before`, no earlier than it must."""
-        life, total = self.life, within or self.r
-        again = {
-            i: self.program.column() for i in self.closure.again if i >= start and life.first_need[i] < before and i in total
-        }
-        self._closure(again, before, within)
-        for i, column in again.items():
-            self.program.row([(column, 1.0), (total[i], -1.0)], 0.0)
-            if all(life.first_use[d] >= before for d in self.closure.writes[i]):
-                wanted = {e for d in self.closure.writes[i] for e in life.readers[d] if e in again}
-                self.program.row([(column, 1.0), *((again[e], -1.0) for e in sorted(wanted))], 0.0)
+        total = self.r if within is None else within
+        again: dict[int, int] = {}
+        rows: list[tuple[int, list[int]]] = []
+        for i in self.closure.again:
+            if i < start or self.life.first_need[i] >= before:
+                continue
+            loose = [d for d in self.closure.writes[i] if d not in self.closure.pinned]
+            if len(loose) == 1 and self.life.first_use[loose[0]] < before:
+                again[i] = total[i]  # if it runs again at all, it has done so for this use
+            else:
+                again[i] = self.program.column()
+                rows.append((i, loose))
+        self._closure(again, before, total)
+        for i, loose in rows:
+            wanted = [self._wanted(d, again, before) for d in loose]
+            self.program.row([(again[i], 1.0), (total[i], -1.0)], 0.0)
+            self.program.row([(again[i], 1.0), *((column, -1.0) for column in wanted)], 0.0)
         return again
+
+    def _wanted(self, d: int, again: dict[int, int], before: int) -> int:
+        """A column that is 1 only where d is not kept, and a stage below `before` or an op that has run again wants it."""
+        wanted = self.program.column()
+        self.program.row([(wanted, 1.0), (d, 1.0)], 1.0)
+        if self.life.first_use[d] >= before:
+            self.program.row([(wanted, 1.0), *((again[e], -1.0) for e in self.life.readers[d] if e in again)], 0.0)
+        return wanted
 
     def _available(self, d: int, done: dict[int, int], size: int) -> backend.Pairs:
         """Bytes of a value that is alive once it is kept or has been recomputed."""
         i = int(self.life.producer[d])
         if i not in done:
             return [(d, size / self.unit)]
-        if len(self.closure.writes[i]) == 1:
+        if len([e for e in self.closure.writes[i] if e not in self.closure.pinned]) == 1:
             return [(d, size / self.unit), (done[i], size / self.unit)]
         either = self.program.column()  # kept, and recomputed along with a sibling, is still one instance
         self.program.row([(d, 1.0), (either, -1.0)], 0.0)
@@ -277,6 +293,7 @@ class _Rows:
         later = [(self.r[i], -1.0), *((done[e], 1.0) for e in (i,) if e in done)] if i in self.r else []
         for e in readers:
             still = [(self.r[e], 1.0), *((done[f], -1.0) for f in (e,) if f in done)]
-            # e is still to run, and d will not be recomputed before it: d must be here
+            # e is still to run: d must be here if it is kept, and if it will not be recomputed before e
+            self.program.row([*still, (d, 1.0), (alive, -1.0)], 1.0)
             self.program.row([*still, *later, (alive, -1.0)], 0.0)
         return [(alive, size / self.unit)]

@@ -10,6 +10,7 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
+from planner.solver.backend import solver_name
 from planner.solver.baselines import all_baselines
 from planner.solver.bound import lower_bound
 from planner.solver.closure import Closure
@@ -51,22 +52,22 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: f
         raise infeasible(graph, budget_bytes)
     deadline = start + _SEARCH_SHARE * time_limit_s
     coarse = coarsen(graph)
-    status = _search(best, coarse, deadline, gap)
-    bound_ns = _certify(best, start + time_limit_s, gap)
-    certified = best.timeline is not None and best.timeline.time_ns - bound_ns <= gap * plain.time_ns
-    if not certified and len(coarse.groups) < len(graph.ops):
-        # Merged ops hold their inputs a little longer than they must: look again without merging.
-        again = _search(best, uncoarsened(graph), min(deadline, time.monotonic() + _SECOND_LOOK_S), gap)
-        status = "optimal" if "optimal" in (status, again) else "feasible"
+    exact = _search(best, coarse, deadline, gap)
+    bound_ns = _certify(best, start + time_limit_s, gap) if best.timeline else 0
+    if best.timeline is None or best.timeline.time_ns - bound_ns > gap * plain.time_ns:
+        if len(coarse.groups) < len(graph.ops):
+            # Merged ops hold their inputs a little longer than they must: look again without merging.
+            exact |= _search(best, uncoarsened(graph), min(deadline, time.monotonic() + _SECOND_LOOK_S), gap)
+        best.offer_baselines()
     if best.timeline is None:
-        _lower_peak(best, coarse, start + time_limit_s)
+        _lower_peak(best, start + time_limit_s)
     if best.timeline is None:
         raise NoScheduleFoundError(_failure(best, time.monotonic() - start))
+    bound_ns = bound_ns or _certify(best, start + time_limit_s, gap)
     time_ns = best.timeline.time_ns
     if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
         bound_ns = plain.time_ns
-    if time_ns - bound_ns <= gap * plain.time_ns:
-        status = "optimal"
+    status = "optimal" if exact or time_ns - bound_ns <= gap * plain.time_ns else "feasible"
     return Solution(status, best.schedule, bound_ns, time.monotonic() - start, best.solver)
 
 
@@ -74,7 +75,7 @@ def lowest_peak(graph: Graph, *, time_limit_s: float = 10.0) -> int:
     """The lowest peak, in bytes, of any schedule this solver finds: a budget that `solve` can meet."""
     best = _Best(graph, 0)
     best.offer(keep_all(graph), "keep all")
-    _lower_peak(best, coarsen(graph), time.monotonic() + time_limit_s)
+    _lower_peak(best, time.monotonic() + time_limit_s)
     return best.lowest_bytes
 
 
@@ -99,7 +100,8 @@ class _Best:
 
     def judge(self, coarse: Coarse) -> Callable[[Schedule], Timeline]:
         """What judges the schedules of a coarse graph."""
-        return lambda schedule: self.offer(expand(schedule, coarse.groups), "closure")
+        name = f"closure/{solver_name()}"
+        return lambda schedule: self.offer(expand(schedule, coarse.groups), name)
 
     def offer_baselines(self) -> None:
         """Judge what people do today."""
@@ -107,14 +109,11 @@ class _Best:
             self.offer(schedule, name)
 
 
-def _search(best: _Best, coarse: Coarse, deadline: float, gap: float) -> str:
-    """Offer `best` the program's schedules; unless they are the program's optimum, the baselines too."""
+def _search(best: _Best, coarse: Coarse, deadline: float, gap: float) -> bool:
+    """Offer `best` the program's schedules; True where its optimum was among them."""
     program = Closure(coarse.graph, coarse.tiny)
     found = program.solve(best.budget_bytes, deadline=deadline, gap=gap, judge=best.judge(coarse))
-    if found.schedule is not None and found.status == "optimal":
-        return "optimal"
-    best.offer_baselines()
-    return "feasible"
+    return found.schedule is not None and found.status == "optimal"
 
 
 def _certify(best: _Best, deadline: float, gap: float) -> int:
@@ -130,9 +129,11 @@ def _certify(best: _Best, deadline: float, gap: float) -> int:
     )
 
 
-def _lower_peak(best: _Best, coarse: Coarse, deadline: float) -> None:
+def _lower_peak(best: _Best, deadline: float) -> None:
     """Offer `best` the schedules with the lowest peaks that can be found."""
-    Closure(coarse.graph, coarse.tiny).solve(None, deadline=deadline, gap=0.001, judge=best.judge(coarse))
+    for graph in (coarsen(best.graph), uncoarsened(best.graph)):
+        program = Closure(graph.graph, graph.tiny)
+        program.solve(None, deadline=deadline, gap=0.001, judge=best.judge(graph))
     best.offer_baselines()
 
 

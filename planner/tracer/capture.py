@@ -122,9 +122,7 @@ class Step(nn.Module):
         recorded: values to answer host reads with, once a real forward has been run.
     """
 
-    def __init__(
-        self, model: nn.Module, template: tuple[Any, ...], tensors: tuple[int, ...], in_spec: Any, loss: Loss
-    ) -> None:
+    def __init__(self, model: nn.Module, template: tuple[Any, ...], tensors: tuple[int, ...], in_spec: Any, loss: Loss) -> None:
         super().__init__()
         self._hidden = (model,)  # in a tuple, so that it is no submodule and its parameters are not listed twice
         self._template, self._tensors, self._in_spec, self._loss = template, tensors, in_spec, loss
@@ -145,6 +143,7 @@ class Step(nn.Module):
 
     @property
     def model(self) -> nn.Module:
+        """The model being traced."""
         return self._hidden[0]
 
     def call(self, tensors: Sequence[torch.Tensor], weights: dict[str, torch.Tensor] | None = None) -> Any:
@@ -158,6 +157,7 @@ class Step(nn.Module):
         return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=True)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The traced function: results, then tensors that Python read."""
         given = {name: getattr(self, here) for here, name in self.names.items()}
         weights = dict(given)
         tracing = fidelity.Tracing(self._modules_running, self.recorded)
@@ -176,13 +176,15 @@ class Step(nn.Module):
     def _hand_out(self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
         leaves = [leaf for _, leaf in paths]
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                _check_constant(leaf)
         starts = {id(leaf) for leaf in _loss_leaves(out, leaves, self._loss)}
         names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
         for name, leaf in zip(names, leaves, strict=True):
             if not isinstance(leaf, torch.Tensor):
-                _check_constant(leaf)
                 self.outputs.append(Output(name, None, constant=leaf))
             elif any(leaf is tensor for tensor in tensors):
                 position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
@@ -244,6 +246,8 @@ def _member(out: Any, loss: str | int) -> Any:
     try:
         if isinstance(loss, str) and hasattr(out, loss):
             return getattr(out, loss)
+        if isinstance(out, torch.Tensor):
+            raise TypeError("it is a single tensor")
         return out[loss]
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"the model's output has no {loss!r}: {type(error).__name__}: {error}") from error

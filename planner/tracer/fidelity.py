@@ -158,6 +158,10 @@ def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterato
             for module, attributes, (parameters, own_buffers, children) in zip(modules, before, registered, strict=True):
                 vars(module).clear()
                 vars(module).update(attributes)
-                for live, old in ((module._parameters, parameters), (module._buffers, own_buffers), (module._modules, children)):
+                for live, old in (
+                    (module._parameters, parameters),
+                    (module._buffers, own_buffers),
+                    (module._modules, children),
+                ):
                     live.clear()
                     live.update(old)

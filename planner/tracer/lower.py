@@ -99,7 +99,9 @@ class _Lowering:
         taken_apart = [item.name for item in items(node) if self.storages.root.get(item) in writes]
         return Op(
             name=node.name,
-            nodes=tuple(dict.fromkeys((node.name, *taken_apart, *(view for name in writes for view in self.views.get(name, ()))))),
+            nodes=tuple(
+                dict.fromkeys((node.name, *taken_apart, *(view for name in writes for view in self.views.get(name, ()))))
+            ),
             reads=tuple(dict.fromkeys(reads)),
             writes=writes,
             cost_ns=cost.time_ns,

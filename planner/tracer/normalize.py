@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import ExportedJoint
+from planner._torch import ExportedJoint, HigherOrderOperator
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer import kernels
@@ -120,8 +120,10 @@ def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], no
     for node in graph.nodes:
         if node.op == "call_function" and mutates(node):
             raise CaptureError(f"{node.target} at {_source(node)} writes into a tensor in a way functionalization left in")
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op in ("call_module", "call_method"):
-            raise CaptureError(f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned")
+        if isinstance(node.target, HigherOrderOperator) or node.op in ("call_module", "call_method"):
+            raise CaptureError(
+                f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned"
+            )
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -173,7 +175,9 @@ def _lift_constants(graph: fx.Graph, owner: fx.GraphModule, inputs: dict[str, In
     for node in graph.find_nodes(op="get_attr"):
         tensor = getattr(owner, node.target, None)
         if not isinstance(tensor, torch.Tensor):
-            raise CaptureError(f"the graph holds {node.target}, a {type(tensor).__name__}: higher-order operators cannot be planned")
+            raise CaptureError(
+                f"the graph holds {node.target}, a {type(tensor).__name__}: higher-order operators cannot be planned"
+            )
         with graph.inserting_before(first):
             placeholder = graph.placeholder(f"constant_{len(constants)}")
         placeholder.meta["val"] = node.meta.get("val", tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from planner._torch import outside_modes
+from planner._torch import OpOverload, outside_modes
 from planner.tracer import kernels
 
 _INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
@@ -43,10 +43,14 @@ def is_random(node: fx.Node) -> bool:
     """The node draws from the default generator."""
     if node.target is kernels.bernoulli:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     names = [argument.name for argument in node.target._schema.arguments]
-    given = {**{a.name: a.default_value for a in node.target._schema.arguments}, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = {
+        **{a.name: a.default_value for a in node.target._schema.arguments},
+        **dict(zip(names, node.args, strict=False)),
+        **node.kwargs,
+    }
     return not any(name in given and given[name] == inert and given[name] is not None for name, inert in _INERT.items())
 
 

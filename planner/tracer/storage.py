@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from planner._torch import pytree, storage_id
+from planner._torch import OpOverload, pytree, storage_id
 
 
 class Storages:
@@ -66,7 +66,7 @@ def items(node: fx.Node) -> Iterator[fx.Node]:
 
 def mutates(node: fx.Node) -> bool:
     """The kernel writes into one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _item_name(node: fx.Node, position: int) -> str:

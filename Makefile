@@ -1,0 +1,22 @@
+PYTHON := .venv/bin/python
+
+.PHONY: install test zoo lint types bench
+
+install:
+	python3 -m venv .venv
+	$(PYTHON) -m pip install -c constraints.txt -e '.[dev,examples,plot]'
+
+test:
+	$(PYTHON) -m pytest
+
+zoo:
+	$(PYTHON) -m pytest -m zoo
+
+lint:
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m mypy -p planner
+
+bench:
+	$(PYTHON) -m benchmarks.main_job

@@ -1,0 +1,249 @@
+"""Plan real models at several budgets; compare the promise with plain eager training: bytes, bits and time.
+
+    python -m benchmarks.main_job --models gpt2 unet --fractions 0.7 0.5 --out results.jsonl
+
+A fraction is of what the plain step takes above its resident bytes (parameters, buffers, inputs); gradients count as part
+of the step. Each case runs in a process of its own, in one thread, with a measuring cache of its own. Every case becomes
+one JSON line in `--out` and one row of the Markdown table beside it.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.memory import MALLOC_ENVIRONMENT, logical_peak, paired_cpu_ratio, physical_peak
+from planner import api
+
+FRACTIONS = {
+    "gpt2": (0.7, 0.5, 0.4),
+    "vit": (0.7, 0.5, 0.4),
+    "resnet50": (0.7, 0.6),
+    "unet": (0.7, 0.5, 0.4),
+    "llama": (0.7, 0.5, 0.4),
+}
+STAGES = ("capture", "measure", "solve")  # the names under which planner.api calls them
+SEED = 1
+MIB = 2**20
+
+Record = dict[str, Any]
+
+
+def measure_case(name: str, fraction: float, rounds: int, **sizes: Any) -> Record:
+    """Build, plan twice, and measure one model at one budget; call it in a process that has done nothing else."""
+    torch.set_num_threads(1)
+    model, args, kwargs = importlib.import_module(f"examples.{name}").build(**sizes)
+    resident = resident_bytes(model, args, kwargs)
+    plain_step = training_step(deepcopy(model), args, kwargs)
+    plain_peaks = measure_peaks(plain_step)
+    budget = resident + int(fraction * plain_peaks["logical_bytes"])
+
+    planned, first_seconds = timed_plan(deepcopy(model), budget, args, kwargs)
+    again, second_seconds = timed_plan(deepcopy(model), budget, args, kwargs)
+    planned_step = training_step(planned, args, kwargs)
+    planned_peaks = measure_peaks(planned_step)
+    different = differences(trajectory(deepcopy(model), args, kwargs), trajectory(again, args, kwargs))
+    ratio = paired_cpu_ratio(planned_step, plain_step, rounds)
+    made = planned.plan
+    return {
+        "model": name,
+        "fraction": fraction,
+        "resident_bytes": resident,
+        "budget_bytes": budget,
+        "plain": {"predicted_bytes": made.plain.peak_bytes - resident, **plain_peaks},
+        "planned": {"predicted_bytes": made.peak_bytes - resident, **planned_peaks},
+        "bit_equal": not different,
+        "different": different,
+        "time": ratio._asdict(),
+        "predicted_overhead": made.overhead,
+        "gap": made.gap,
+        "first_plan": first_seconds,
+        "second_plan": second_seconds,
+        "made_on": dict(made.made_on),
+        "machine": {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()},
+    }
+
+
+def resident_bytes(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
+    """Count what is live before a step: parameters, buffers and inputs, each storage once."""
+    tensors = [*model.parameters(), *model.buffers(), *args, *kwargs.values()]
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def training_step(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], None]:
+    """Return a step without optimizer that leaves nothing behind: forward, backward, gradients dropped."""
+
+    def step() -> None:
+        output = model(*args, **kwargs)
+        loss_of(output).backward()
+        model.zero_grad()
+
+    return step
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss of an example's output: the output itself, or its field of that name."""
+    return output if isinstance(output, Tensor) else output.loss
+
+
+def measure_peaks(step: Callable[[], None]) -> dict[str, int]:
+    """Return both peaks above what is live before the step, after two steps of warming up."""
+    step()
+    step()
+    return {"logical_bytes": logical_peak(step), "physical_bytes": physical_peak(step)}
+
+
+def timed_plan(model: nn.Module, budget: int, args: Any, kwargs: Any) -> tuple[nn.Module, dict[str, float]]:
+    """Return the planned module and the wall seconds of planning: of each stage, and in total."""
+    seconds = dict.fromkeys((*STAGES, "total"), 0.0)
+
+    def clocked(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - start
+
+        return run
+
+    with ExitStack() as patches:
+        for name in STAGES:
+            patches.enter_context(mock.patch.object(api, name, clocked(name, getattr(api, name))))
+        planned = clocked("total", api.plan)(model, budget, args=args, kwargs=kwargs)
+    return planned, seconds
+
+
+def trajectory(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int = 3) -> dict[str, str]:
+    """Train for `steps` AdamW steps from a fixed seed; return a digest of every tensor a user could look at."""
+    torch.manual_seed(SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    digests = {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        output = model(*args, **kwargs)
+        loss_of(output).backward()
+        outputs = {"loss": output} if isinstance(output, Tensor) else dict(output)
+        seen = {f"output {name}": tensor for name, tensor in outputs.items()}
+        seen |= {f"gradient {name}": parameter.grad for name, parameter in model.named_parameters()}
+        optimizer.step()
+        seen |= {f"parameter {name}": parameter for name, parameter in model.named_parameters()}
+        seen |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+        seen["RNG state"] = torch.get_rng_state()
+        digests |= {f"step {step + 1}: {name}": digest(tensor) for name, tensor in seen.items()}
+    return digests
+
+
+def digest(tensor: Tensor | None) -> str:
+    """Return a hash of the tensor's type, shape and bits; a missing gradient has one of its own."""
+    if tensor is None:
+        return "none"
+    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
+
+
+def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Return the names whose digests differ, or that only one side has."""
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+
+
+def run_case(name: str, fraction: float, rounds: int) -> Record:
+    """Run one case in a fresh process; a failure becomes a record that says how it failed."""
+    command = [sys.executable, "-m", "benchmarks.main_job", "--case", name, str(fraction), "--rounds", str(rounds)]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | MALLOC_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CHECKPOINT_PLANNER_CACHE": cache}
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    said = done.stderr.strip().splitlines()
+    return {"model": name, "fraction": fraction, "error": said[-1] if said else f"exit status {done.returncode}"}
+
+
+def mib(nbytes: int) -> str:
+    return f"{nbytes / MIB:.1f}"
+
+
+def share(record: Record, key: str) -> str:
+    """Format a planned peak: MiB, and per cent of the plain peak of the same kind."""
+    planned, plain = record["planned"][key], record["plain"][key]
+    return f"{planned / MIB:.1f} ({planned / plain:.1%})"
+
+
+def ratio_text(record: Record) -> str:
+    ratio = record["time"]
+    return f"{ratio['median']:.3f} ({ratio['control']:.3f} ± {ratio['noise']:.3f})"
+
+
+def stages_text(seconds: dict[str, float]) -> str:
+    """Format the seconds of one planning call: the total, then its stages."""
+    return f"{seconds['total']:.1f} ({', '.join(f'{name} {seconds[name]:.1f}' for name in STAGES)})"
+
+
+COLUMNS: dict[str, Callable[[Record], str]] = {
+    "model": lambda r: r["model"],
+    "budget": lambda r: f"{r['fraction']:.0%}",
+    "plain logical, MiB": lambda r: mib(r["plain"]["logical_bytes"]),
+    "plain physical, MiB": lambda r: mib(r["plain"]["physical_bytes"]),
+    "predicted, MiB": lambda r: mib(r["planned"]["predicted_bytes"]),
+    "logical, MiB": lambda r: share(r, "logical_bytes"),
+    "physical, MiB": lambda r: share(r, "physical_bytes"),
+    "bit-equal": lambda r: "yes" if r["bit_equal"] else f"NO: {len(r['different'])} tensors",
+    "time ratio (eager to eager)": ratio_text,
+    "predicted time": lambda r: f"{1 + r['predicted_overhead']:.3f}",
+    "gap": lambda r: f"{r['gap']:.2%}",
+    "first plan, s": lambda r: stages_text(r["first_plan"]),
+    "second plan, s": lambda r: stages_text(r["second_plan"]),
+}
+
+
+def table(records: list[Record]) -> str:
+    """Return the records as a Markdown table; failures are listed below it."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    rows += [[column(record) for column in COLUMNS.values()] for record in records if "error" not in record]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    failures = [f"- {r['model']} at {r['fraction']:.0%}: {r['error']}" for r in records if "error" in r]
+    return "\n".join([*lines, "", *failures]).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=FRACTIONS, default=list(FRACTIONS), metavar="MODEL")
+    parser.add_argument("--fractions", nargs="+", type=float, help="of the plain step; by default each model's own")
+    parser.add_argument("--out", type=Path, default=Path("main_job.jsonl"))
+    parser.add_argument("--rounds", type=int, default=7, help="of timing: each is one planned and two plain steps")
+    parser.add_argument("--case", nargs=2, metavar=("MODEL", "FRACTION"), help="run one case here, print its record")
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure_case(options.case[0], float(options.case[1]), options.rounds)))
+        return 0
+    records = []
+    with options.out.open("w") as lines:
+        for name in options.models:
+            for fraction in options.fractions or FRACTIONS[name]:
+                records.append(run_case(name, fraction, options.rounds))
+                print(json.dumps(records[-1]), file=lines, flush=True)
+                print(table(records[-1:]), flush=True)
+    text = table(records)
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
+    return 0 if all(record.get("bit_equal") for record in records) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

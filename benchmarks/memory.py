@@ -1,0 +1,145 @@
+"""Measure the memory and the time of a step: logical peak, physical peak, paired CPU time.
+
+Each peak is counted above what was live when `fn` was called. Call `fn` once before measuring it: a first call
+also allocates what stays (oneDNN caches, library pages, optimizer state).
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each profile prints two lines
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+Step = Callable[[], Any]
+
+
+class Ratio(NamedTuple):
+    """How much CPU time `a` takes relative to `b`, and the same for `b` against itself."""
+
+    median: float
+    control: float
+    noise: float  # half the interquartile range of the control
+    seconds: float  # one call of b
+
+
+def logical_peak(fn: Step, device: str | torch.device = "cpu") -> int:
+    """Return the most bytes that `fn` has allocated at once on top of what was live before."""
+    if torch.device(device).type == "cuda":
+        return _cuda_peak(fn, device)
+    return peak_of(cpu_allocations(fn))
+
+
+def cpu_allocations(fn: Step) -> list[tuple[int, int]]:
+    """Return the CPU allocator's (address, signed bytes) events during `fn`, in order of time.
+
+    `prof.events()` lists only the memory events outside of any operator, and `kineto_results` is not public; the chrome
+    trace holds all of them.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        fn()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        prof.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())["traceEvents"]
+    events = [event for event in trace if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    events.sort(key=lambda event: event["ts"])
+    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events]
+
+
+def peak_of(allocations: Iterable[tuple[int, int]]) -> int:
+    """Return the highest running sum; an address allocated before the first event is not counted when it is freed."""
+    live: dict[int, int] = {}
+    total = peak = 0
+    for address, nbytes in allocations:
+        if nbytes > 0:
+            live[address] = nbytes
+            total += nbytes
+            peak = max(peak, total)
+        else:
+            total -= live.pop(address, 0)
+    return peak
+
+
+def _cuda_peak(fn: Step, device: str | torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - start
+
+
+def physical_peak(fn: Step) -> int:
+    """Return the most resident memory that `fn` adds to this process, by the kernel's own high-water mark (Linux)."""
+    for name, value in MALLOC_ENVIRONMENT.items():
+        if os.environ.get(name) != value:
+            raise RuntimeError(
+                f"physical_peak: {name} is {os.environ.get(name)!r}; it must be {value!r} before the process starts, or "
+                f"freed chunks stay in the heap and count as live. Start it as: {_shell(MALLOC_ENVIRONMENT)} python ..."
+            )
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    start = _high_water_bytes()
+    fn()
+    return _high_water_bytes() - start
+
+
+def _high_water_bytes() -> int:
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
+
+
+def _shell(environment: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in environment.items())
+
+
+def paired_cpu_ratio(a: Step, b: Step, rounds: int = 7) -> Ratio:
+    """Return the CPU time of `a` relative to `b`: one thread, interleaved, medians of paired ratios.
+
+    Each round times a, b and b again in rotating order; b against b shows how far to trust the rest.
+    """
+    ratios, controls, seconds = [], [], []
+    with one_thread():
+        for turn in range(rounds):
+            spent: list[float] = [0.0, 0.0, 0.0]
+            for slot in range(3):
+                which = (slot + turn) % 3
+                spent[which] = cpu_seconds(a if which == 0 else b)
+            ratios.append(2 * spent[0] / (spent[1] + spent[2]))
+            controls.append(spent[1] / spent[2])
+            seconds += spent[1:]
+    low, _, high = statistics.quantiles(controls, n=4)
+    return Ratio(statistics.median(ratios), statistics.median(controls), (high - low) / 2, statistics.median(seconds))
+
+
+def cpu_seconds(fn: Step) -> float:
+    """Return the CPU time this process spends in one call, all its threads together."""
+    start = time.process_time()
+    fn()
+    return time.process_time() - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operators in one thread, then restore the number it had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

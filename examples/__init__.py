@@ -1,0 +1,1 @@
+"""Models that the tests and the benchmarks train: `build()` returns `(model, args, kwargs)`."""

@@ -1,0 +1,52 @@
+"""Examples run as tests, small."""
+
+import importlib
+
+import pytest
+import torch
+
+from planner import plan, verify
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.solver.floor import floor
+
+SMALL = {
+    "gpt2": {"layers": 2, "width": 32, "length": 32, "vocabulary": 64},
+    "llama": {"layers": 2, "width": 32, "length": 32, "vocabulary": 64},
+    "vit": {"layers": 4, "width": 48, "heads": 4, "pixels": 64, "patch": 8, "batch": 4},
+    "unet": {"pixels": 64, "width": 4},
+    "resnet50": {"width": 8, "pixels": 64, "batch": 8},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_example_models_are_planned_exactly_and_within_budget(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
+    model, args, kwargs = importlib.import_module(f"examples.{name}").build(**SMALL[name])
+    graph = plan(model, 1.0, args, kwargs, progress=False).plan.graph
+    least, plain = floor(graph)[0], simulate(graph, keep_all(graph)).peak_bytes
+    planned = plan(model, least + int(0.7 * (plain - least)), args, kwargs, progress=False)
+    assert planned.plan.solution.schedule.recomputes()
+    report = verify(planned, args, kwargs, rounds=1)
+    assert report.exact, report
+    assert report.within_budget, report
+    assert abs(report.measured_peak_bytes - report.predicted_peak_bytes) <= 0.002 * report.predicted_peak_bytes + 65536
+
+
+def test_segments_example_plans_no_more_than_the_segments_need(capsys):
+    from examples import segments
+
+    found = segments.main(rounds=1, layers=8, width=64, batch=256)
+    assert found["plan, same peak"][0] <= found["two segments"][0] < found["plain"][0]
+    assert "two segments" in capsys.readouterr().out
+
+
+def test_readme_example_runs():
+    from pathlib import Path
+
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["report"].exact and names["report"].within_budget

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.errors import GraphError, PlanFileError
+from planner.graph import planfile
+from planner.graph.graph import Graph, Kind, Value
+from planner.graph.plan import Plan, Solution
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from tests import graphs
+from tests.strategies import random_schedule, training_graphs
+
+
+def a_plan() -> Plan:
+    graph = graphs.dropout()
+    plain = keep_all(graph)
+    solution = Solution("optimal", plain, simulate(graph, plain).time_ns, 0.25, "keep all")
+    return Plan(graph, 1000, 10, solution, (("device", "cpu"), ("torch", "2.13.0")))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_round_trip_is_the_identity(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs())
+    schedule = random_schedule(data.draw, graph)
+    peak = simulate(graph, schedule).peak_bytes
+    plan = Plan(graph, peak, 0, Solution("feasible", schedule, 3, 0.5, "closure/HiGHS"), (("device", "cpu"),))
+    text = planfile.dumps(graph, plan)
+    assert planfile.loads(text) == plan
+    assert planfile.dumps(plan.graph, planfile.loads(text)) == text
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    plan = a_plan()
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert planfile.load_graph(tmp_path / "plan.json") == plan.graph
+
+
+def test_a_file_may_hold_a_graph_alone(tmp_path: Path) -> None:
+    (tmp_path / "graph.json").write_text(planfile.dumps(graphs.skip()))
+    assert planfile.load_graph(tmp_path / "graph.json") == graphs.skip()
+    with pytest.raises(PlanFileError, match="holds no valid plan"):
+        planfile.load(tmp_path / "graph.json")
+
+
+def altered(**plan_fields: object) -> str:
+    document = json.loads(planfile.dumps(graphs.dropout(), a_plan()))
+    document["plan"].update(plan_fields)
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "names no schema version"),
+        ("{}", "names no schema version"),
+        ('{"schema": 99}', "has schema 99; this release reads schema 1"),
+        ('{"schema": 1}', "holds no valid graph"),
+        (altered(budget_bytes=5), "above its own budget of 5"),
+        (altered(steps=[0, 1]), "never runs"),
+        (altered(steps=[0, 1, 2, 3, 0, 4, 5, 6]), "cannot be recomputed exactly"),
+        (altered(made_on=3), "holds no valid plan"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanFileError, match=message):
+        planfile.loads(text)
+
+
+def test_an_altered_graph_is_refused() -> None:
+    text = planfile.dumps(graphs.dropout(), a_plan()).replace('["y", 8, "activation"]', '["y", 7, "activation"]')
+    with pytest.raises(PlanFileError, match="was altered"):
+        planfile.loads(text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match=r"nowhere\.json"):
+        planfile.load(tmp_path / "nowhere.json")
+
+
+def test_the_fingerprint_sees_structure_and_not_costs() -> None:
+    graph = graphs.chain()
+    slower = replace(graph, ops=tuple(replace(op, cost_ns=op.cost_ns + 1, source="elsewhere.py:3") for op in graph.ops))
+    assert planfile.fingerprint(slower) == planfile.fingerprint(graph)
+    for other in (graphs.skip(), replace(graph, ops=(replace(graph.ops[0], recomputable=False), *graph.ops[1:]))):
+        assert planfile.fingerprint(other) != planfile.fingerprint(graph)
+
+
+def test_reserved_bytes_are_the_users_and_not_the_models() -> None:
+    graph = graphs.chain()
+    reserved = replace(
+        graph, values=(*graph.values, Value("optimizer", 50, Kind.RESERVED)), inputs=(*graph.inputs, "optimizer")
+    )
+    assert planfile.fingerprint(reserved) == planfile.fingerprint(graph)
+    assert simulate(reserved, keep_all(reserved)).peak_bytes == simulate(graph, keep_all(graph)).peak_bytes + 50
+
+
+def wrong(graph: Graph, **changes: object) -> Graph:
+    return replace(graph, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": (*graphs.chain().values, Value("a", 1, Kind.ACTIVATION))}, "value names occur twice: a"),
+        ({"values": (*graphs.chain().values, Value("a2", 1, Kind.ACTIVATION))}, "no op writes value a2"),
+        ({"values": (*graphs.chain().values, Value("w2", 1, Kind.PARAM))}, "w2 of kind param must be among the inputs"),
+        (
+            {"values": (*graphs.chain().values[:2], Value("a", -1, Kind.ACTIVATION), *graphs.chain().values[3:])},
+            "-1 bytes|reads",
+        ),
+        ({"ops": graphs.chain().ops[:1] * 2 + graphs.chain().ops[2:]}, "op names occur twice: f0"),
+        ({"ops": (graphs.op("f9", "c", "a"), *graphs.chain().ops[1:])}, "op f9 reads c, which is not written before it"),
+        ({"ops": (graphs.op("f9", "x t", "a"), *graphs.chain().ops[1:])}, "forward op f9 reads the tangent t"),
+        ({"ops": (*graphs.chain().ops, graphs.op("b9", "x", "ga"))}, "value ga is written twice"),
+        ({"forward_outputs": ("nothing",)}, "nothing is not a value of the graph"),
+        ({"forward_outputs": ("dw",)}, "forward output dw is written by backward op b0"),
+        ({"num_forward_ops": 9}, "num_forward_ops is 9"),
+    ],
+)
+def test_a_malformed_graph_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        wrong(graphs.chain(), **changes)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.solver import bound as bounds
+from planner.solver.bound import lower_bound
+from planner.solver.exhaustive import Rules, exhaustive
+from planner.solver.solve import solve
+from tests import graphs
+from tests.strategies import budgets, training_graphs
+from tests.test_solver_backend import without_highs
+
+
+def optimum(graph: Graph, budget_bytes: int) -> float:
+    """Over every valid schedule in the captured order of first runs."""
+    best = exhaustive(graph, budget_bytes)
+    return math.inf if best is None else simulate(graph, best).time_ns
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_one_cut_anywhere_is_a_bound(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=5))
+    budget_bytes = data.draw(budgets(graph))
+    cut = data.draw(st.sampled_from(range(len(graph.ops))))
+    plain = sum(op.cost_ns for op in graph.ops)
+    extra = bounds._extra(graph, budget_bytes, (cut,), time_limit_s=10, gap=0.0, relax=False)
+    event(f"bites: {extra > 0}")
+    assert plain * (1 + extra) <= optimum(graph, budget_bytes) + 1e-3
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_several_cuts_are_a_bound_and_no_weaker_than_one(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=5))
+    budget_bytes = data.draw(budgets(graph))
+    cuts = sorted(data.draw(st.sets(st.sampled_from(range(len(graph.ops))), min_size=2, max_size=3)))
+    plain = sum(op.cost_ns for op in graph.ops)
+    several = bounds._extra(graph, budget_bytes, cuts, time_limit_s=10, gap=0.0, relax=False)
+    last = bounds._extra(graph, budget_bytes, cuts[-1:], time_limit_s=10, gap=0.0, relax=False)
+    event(f"bites: {several > 0}")
+    event(f"stronger: {several > last + 1e-9}")
+    assert several >= last - 1e-6
+    assert plain * (1 + several) <= optimum(graph, budget_bytes) + 1e-3
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_the_bound_holds_with_and_without_time(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=5))
+    budget_bytes = data.draw(budgets(graph))
+    tight = data.draw(st.sampled_from([None, *graph.backward_ops]))
+    best = optimum(graph, budget_bytes)
+    plain = sum(op.cost_ns for op in graph.ops)
+    for seconds in (0.0, 10.0):
+        found = lower_bound(graph, budget_bytes, time_limit_s=seconds, tight=tight)
+        assert plain <= found <= best or (math.isinf(best) and found >= plain)
+
+
+@pytest.mark.parametrize("name", ["chain", "two_outputs", "statistics", "dropout"])
+@pytest.mark.parametrize("use_cbc", [False, True])
+def test_the_bound_meets_the_optimum_where_the_first_stages_are_tight(
+    name: str, use_cbc: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if use_cbc:
+        without_highs(monkeypatch)
+    graph = graphs.SMALL[name]()
+    peak = simulate(graph, keep_all(graph)).peak_bytes
+    best, plain = optimum(graph, peak - 1), sum(op.cost_ns for op in graph.ops)
+    assert plain < lower_bound(graph, peak - 1) == best
+
+
+def test_a_step_that_fits_is_bounded_by_itself() -> None:
+    graph = graphs.diamond()
+    assert lower_bound(graph, 10**6) == sum(op.cost_ns for op in graph.ops)
+
+
+def test_a_bound_that_is_enough_ends_the_search() -> None:
+    graph = graphs.chain()
+    plain = sum(op.cost_ns for op in graph.ops)
+    assert plain <= lower_bound(graph, 23, enough_ns=plain) <= lower_bound(graph, 23) <= plain + 5
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_rules_only_ever_cost(data: st.DataObject) -> None:
+    """The exhaustive search under its rules: fewer schedules, never a cheaper one, and every one as it says."""
+    graph = data.draw(training_graphs(max_forward=4))
+    budget_bytes = data.draw(budgets(graph))
+    rules = Rules(times=1, in_forward=False, backward_ops=False)
+    free, bound_by_rules = exhaustive(graph, budget_bytes), exhaustive(graph, budget_bytes, rules)
+    if bound_by_rules is None:
+        return
+    assert free is not None
+    timeline = simulate(graph, bound_by_rules)
+    assert timeline.peak_bytes <= budget_bytes
+    assert timeline.time_ns >= simulate(graph, free).time_ns
+    again = bound_by_rules.recomputes()
+    steps = [bound_by_rules.steps[t] for t in again]
+    assert len(set(steps)) == len(steps)
+    assert all(t >= timeline.boundary for t in again)
+    assert all(i < graph.num_forward_ops and graph.ops[i].recomputable for i in steps)
+
+
+def test_exhaustive_knows_the_chain() -> None:
+    best = exhaustive(graphs.chain(), 23)
+    assert best is not None
+    assert best.steps == (0, 1, 2, 3, 0, 4, 5)
+    assert exhaustive(graphs.chain(), 22) is None
+    assert solve(graphs.chain(), 23).schedule == best

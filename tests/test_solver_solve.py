@@ -1,0 +1,260 @@
+"""What `solve` promises: it fits, it is the best of its class, nothing beats its bound, and it refuses only with a proof."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+
+from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, SolverMissingError
+from planner.graph.graph import Graph
+from planner.graph.plan import Solution
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Timeline, simulate
+from planner.solver.baselines import all_baselines
+from planner.solver.exhaustive import Rules, exhaustive
+from planner.solver.lazy import lazy_schedule
+from planner.solver.lifetimes import lifetimes
+from planner.solver.solve import floor, lowest_peak, solve
+from tests import graphs
+from tests.strategies import budgets, training_graphs
+from tests.test_solver_backend import without_cbc, without_highs
+
+EXACT = 1e-6
+SMALL = [pytest.param(make(), id=name) for name, make in graphs.SMALL.items()]
+
+
+def attempt(graph: Graph, budget_bytes: int) -> Solution | None:
+    """The exact solution, or None; asserts that a refusal is true and that what is returned fits."""
+    try:
+        solution = solve(graph, budget_bytes, gap=EXACT)
+    except InfeasibleBudgetError as error:
+        assert error.floor_bytes > budget_bytes == error.budget_bytes
+        return None
+    except NoScheduleFoundError:
+        return None
+    assert simulate(graph, solution.schedule).peak_bytes <= budget_bytes
+    return solution
+
+
+def kept_sets(graph: Graph, *, strict: bool) -> Iterator[Timeline]:
+    """The schedules of the program's class, one by one: a set of values is kept until its last use, every other one is
+    recomputed right before its first need and then kept until its last use.
+
+    Where an op runs again for one of its values, a kept sibling is replaced by a new instance, and the old one dies
+    early: a way to hold a value twice with nothing in between, which the program does not count on. `strict` leaves
+    those sets out.
+    """
+    names = lifetimes(graph).names
+    for count in range(len(names) + 1):
+        for kept in combinations(names, count):
+            schedule = lazy_schedule(graph, kept)
+            again = {schedule.steps[t] for t in schedule.recomputes()}
+            if not strict or not any(again.intersection([graph.producer[name]]) for name in kept):
+                yield simulate(graph, schedule)
+
+
+def cheapest_kept_set(graph: Graph, budget_bytes: int, *, strict: bool) -> float:
+    fitting = (timeline.time_ns for timeline in kept_sets(graph, strict=strict) if timeline.peak_bytes <= budget_bytes)
+    return min(fitting, default=math.inf)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_the_optimum_of_the_class_is_found(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=6))
+    budget_bytes = data.draw(budgets(graph))
+    solution = attempt(graph, budget_bytes)
+    found = math.inf if solution is None else simulate(graph, solution.schedule).time_ns
+    event(f"recompute happens: {solution is not None and bool(solution.schedule.recomputes())}")
+    best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
+    event(f"one optimum: {best == strictly_best}")
+    assert best <= found <= strictly_best
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_no_schedule_at_all_beats_the_bound(data: st.DataObject) -> None:
+    """Exhaustive search knows no class: any op any number of times, backward ops too, recomputes within the forward."""
+    graph = data.draw(training_graphs(max_forward=5))
+    budget_bytes = data.draw(budgets(graph))
+    solution = attempt(graph, budget_bytes)
+    best = exhaustive(graph, budget_bytes)
+    if best is None:
+        assert solution is None
+        return
+    assume(solution is not None)
+    assert solution is not None
+    optimum = simulate(graph, best)
+    found = simulate(graph, solution.schedule)
+    assert optimum.peak_bytes <= budget_bytes
+    assert solution.bound_ns <= optimum.time_ns <= found.time_ns
+    event(f"equal to the true optimum: {found.time_ns == optimum.time_ns}")
+
+
+@pytest.mark.parametrize("graph", SMALL)
+def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
+    plain = simulate(graph, keep_all(graph))
+    least, costs = floor(graph)[0], []
+    for budget_bytes in range(max(1, least - 2), plain.peak_bytes + 2):
+        solution = attempt(graph, budget_bytes)
+        expected = cheapest_kept_set(graph, budget_bytes, strict=True)
+        assert (solution is None) == math.isinf(expected)
+        if solution is None:
+            continue
+        time_ns = simulate(graph, solution.schedule).time_ns
+        assert time_ns == expected
+        costs.append(time_ns)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == plain.time_ns
+    assert costs[0] > plain.time_ns
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_cost_never_rises_with_the_budget(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=6))
+    least, plain = floor(graph)[0], simulate(graph, keep_all(graph)).peak_bytes
+    previous = None
+    for budget_bytes in range(max(1, least), plain + 1, max(1, (plain - least) // 5)):
+        solution = attempt(graph, budget_bytes)
+        if solution is None:
+            assert previous is None, "a plan was found at a smaller budget"
+            continue
+        time_ns = simulate(graph, solution.schedule).time_ns
+        assert previous is None or time_ns <= previous
+        previous = time_ns
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_no_baseline_is_cheaper_than_the_plan_or_the_bound(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=6))
+    budget_bytes = data.draw(budgets(graph))
+    solution = attempt(graph, budget_bytes)
+    for name, schedule in all_baselines(graph, budget_bytes):
+        timeline = simulate(graph, schedule)
+        if timeline.peak_bytes <= budget_bytes:
+            assert solution is not None, f"{name} fits and no plan was found"
+            assert timeline.time_ns >= simulate(graph, solution.schedule).time_ns >= solution.bound_ns
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_the_floor_is_true(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=5))
+    least, worst = floor(graph)
+    assert exhaustive(graph, least - 1) is None
+    with pytest.raises(InfeasibleBudgetError, match=graph.ops[worst].name) as raised:
+        solve(graph, least - 1)
+    assert raised.value.floor_bytes == least
+
+
+def test_infeasible_says_which_op_holds_what_and_what_to_do() -> None:
+    graph = graphs.skip()
+    big = replace(
+        graph,
+        values=tuple(replace(v, nbytes=v.nbytes * 2**30) for v in graph.values),
+        ops=tuple(replace(op, source=f"model.py:{n}") for n, op in enumerate(graph.ops)),
+    )
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        solve(big, 10 * 2**30)
+    assert str(raised.value) == (
+        "budget 10.00 GiB is below 24.00 GiB, the least any schedule of this graph can reach (op b3, model.py:4, holds "
+        "24.00 GiB while it runs: a 9.00 GiB, n 6.00 GiB, gn 2.00 GiB, gs 2.00 GiB). Raise the budget to 24.00 GiB, or reduce "
+        "the batch."
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_not_found_names_a_budget_that_works(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=6))
+    budget_bytes = data.draw(budgets(graph))
+    try:
+        solve(graph, budget_bytes)
+    except NoScheduleFoundError as error:
+        event("nothing found")
+        text = str(error)
+        assert "not proven" in text
+        lowest = int(text.split("(")[-1].split(" bytes)")[0])
+        assert lowest > budget_bytes
+        assert simulate(graph, solve(graph, lowest).schedule).peak_bytes <= lowest
+    except InfeasibleBudgetError:
+        event("infeasible")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_the_lowest_peak_can_be_met(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=6))
+    lowest = lowest_peak(graph)
+    assert lowest >= floor(graph)[0]
+    assert attempt(graph, lowest) is not None
+    assert lowest <= min(timeline.peak_bytes for timeline in kept_sets(graph, strict=True)) + 1
+
+
+def test_a_budget_that_fits_everything_is_the_plain_step() -> None:
+    graph = graphs.diamond()
+    plain = simulate(graph, keep_all(graph))
+    solution = solve(graph, plain.peak_bytes)
+    assert solution.schedule == keep_all(graph)
+    assert (solution.status, solution.bound_ns, solution.solver) == ("optimal", plain.time_ns, "keep all")
+
+
+def test_the_chain_recomputes_its_first_layer() -> None:
+    solution = solve(graphs.chain(), 23)
+    assert solution.schedule == Schedule((0, 1, 2, 3, 0, 4, 5))
+    assert solution.status == "optimal"
+    assert solution.solver == "closure/HiGHS"
+
+
+def test_the_random_state_is_kept_and_the_mask_drawn_again() -> None:
+    graph = graphs.dropout()
+    solution = solve(graph, 27)
+    timeline = simulate(graph, solution.schedule)
+    assert 2 in [solution.schedule.steps[t] for t in solution.schedule.recomputes()]
+    assert "seed" in timeline.saved
+    assert "mask" not in timeline.saved
+
+
+def test_the_large_output_of_a_normalisation_is_recomputed() -> None:
+    graph = graphs.statistics()
+    solution = solve(graph, 27)
+    assert solution.schedule.steps == (0, 1, 2, 3, 4, 1, 5, 6, 7)
+    assert simulate(graph, solution.schedule).saved == ("a", "loss", "z")
+
+
+def test_a_skip_beats_the_class() -> None:
+    """The first value of a U is wanted at both ends. Dropped in between it fits 26 bytes, which keeping sets cannot do."""
+    graph = graphs.skip()
+    best = exhaustive(graph, 26, Rules(times=1, in_forward=False, backward_ops=False))
+    assert best is not None
+    assert 0 in [best.steps[t] for t in best.recomputes()]
+    with pytest.raises(NoScheduleFoundError, match=r"not proven .* \(27 bytes\)"):
+        solve(graph, 26)
+
+
+def test_cbc_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for make in graphs.SMALL.values():
+        graph = make()
+        lowest = lowest_peak(graph)
+        expected = solve(graph, lowest, gap=EXACT)
+        with monkeypatch.context() as patch:
+            without_highs(patch)
+            solution = solve(graph, lowest, gap=EXACT)
+        assert solution.solver == "closure/CBC"
+        assert simulate(graph, solution.schedule).time_ns == simulate(graph, expected.schedule).time_ns
+        assert solution.bound_ns <= simulate(graph, expected.schedule).time_ns
+
+
+def test_without_a_solver_planning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_highs(monkeypatch)
+    without_cbc(monkeypatch)
+    with pytest.raises(SolverMissingError):
+        solve(graphs.chain(), 23)

@@ -1,0 +1,52 @@
+"""Private torch names: when a release moves one, these say which, with the version."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from planner import _torch
+from planner._torch import kernels_kept, selfcheck
+from planner.tracer.capture import capture
+
+
+def test_selfcheck_passes_on_this_torch():
+    assert selfcheck() == [], f"torch {torch.__version__} moved something planner/_torch.py relies on"
+
+
+def test_every_private_import_exists():
+    tree = ast.parse(inspect.getsource(_torch))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch"):
+            module = __import__(node.module, fromlist=[alias.name for alias in node.names])
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"torch {torch.__version__} no longer has {node.module}.{alias.name}"
+
+
+def test_kept_kernels_are_put_back():
+    op = torch.ops.aten.upsample_bilinear2d.vec
+    before = dict(op.py_kernels)
+    with pytest.raises(ZeroDivisionError), kernels_kept({}):
+        assert dict(op.py_kernels) != before, "torch registers no decomposition of upsample_bilinear2d any more"
+        raise ZeroDivisionError
+    assert dict(op.py_kernels) == before
+
+
+def test_sources_name_module_and_line_on_forward_and_backward_nodes():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x)).sum()
+
+    joint = capture(Named(), (torch.randn(2, 4),))
+    kernels = [node for node in joint.graph.nodes if "mm" in node.name]
+    assert len(kernels) == 5
+    for node in kernels:
+        source = joint.sources[node.name]
+        assert source.split()[0] in ("first", "second") and Path(__file__).name in source
