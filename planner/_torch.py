@@ -46,6 +46,7 @@ __all__ = [
     "outside_modes",
     "pytree",
     "release_saved",
+    "results",
     "selfcheck",
     "storage_id",
 ]
@@ -174,6 +175,12 @@ def kernels_kept(replaced: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
+def results(graph: fx.Graph) -> tuple[Any, ...]:
+    """The nodes (or None) that a graph hands out."""
+    handed: Any = graph.output_node().args[0]
+    return tuple(handed)
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of a tensor's storage: equal for a fake tensor and its views."""
     return int(tensor.untyped_storage()._cdata)
@@ -217,9 +224,9 @@ def selfcheck() -> list[str]:
         problems.append(f"torch {torch.__version__}: the joint graph's inputs are told apart as {sorted(kinds)}")
     if sum(role[0] == "mutation" for role in joint.outputs) != 3:
         problems.append(f"torch {torch.__version__}: batch norm's three buffer updates are not among {joint.outputs}")
-    results = joint.graph_module.graph.output_node().args[0]
-    if sum(role[0] == "gradient" and node is not None for role, node in zip(joint.outputs, results, strict=True)) != 4:
+    handed = results(joint.graph_module.graph)
+    if sum(role[0] == "gradient" and node is not None for role, node in zip(joint.outputs, handed, strict=True)) != 4:
         problems.append(f"torch {torch.__version__}: not every parameter has a gradient among the graph's outputs")
-    if not all(isinstance(node.meta.get("val"), FakeTensor) for node in results if node is not None):
+    if not all(isinstance(node.meta.get("val"), FakeTensor) for node in handed if node is not None):
         problems.append(f"torch {torch.__version__}: graph nodes carry no fake tensors in meta['val']")
     return problems

@@ -58,7 +58,8 @@ class Report:
         return (
             f"results   {same} ({self.num_compared} tensors: outputs, gradients, buffers, RNG)\n"
             f"peak      measured {format_bytes(self.measured_peak_bytes)}, "
-            f"predicted {format_bytes(self.predicted_peak_bytes)}, budget {format_bytes(self.budget_bytes)} ({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}\n"
+            f"predicted {format_bytes(self.predicted_peak_bytes)}, budget {format_bytes(self.budget_bytes)} "
+            f"({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}\n"
             f"step time {ratio}"
         )
 

@@ -61,23 +61,25 @@ def _time_on_cpu(call: Callable[[], Any]) -> int:
     """
     num_threads = torch.get_num_threads()
     if num_threads == 1:
-        return _time_in_pairs(call, time.thread_time_ns, _BUDGET_NS)
-    together_ns = _time_in_pairs(call, time.perf_counter_ns, _BUDGET_NS)
+        return _time_in_pairs(call, time.thread_time_ns)
+    together_ns = _time_in_pairs(call, time.perf_counter_ns)
     if not _TURN_NS <= together_ns <= 10 * _LONG_NS:
         return together_ns
     torch.set_num_threads(1)
     try:
-        return min(together_ns, _time_in_pairs(call, time.thread_time_ns, 0))
+        return min(together_ns, _time_in_pairs(call, time.thread_time_ns, budget_ns=0, min_pairs=2))
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _time_in_pairs(call: Callable[[], Any], clock: Callable[[], int], budget_ns: int) -> int:
+def _time_in_pairs(
+    call: Callable[[], Any], clock: Callable[[], int], budget_ns: int = _BUDGET_NS, min_pairs: int = _MIN_PAIRS
+) -> int:
     first_ns = _clocked(call, clock)
     flush = _cache_filler() if first_ns < _LONG_NS else None
     warm, cold = [first_ns], []
     end = time.perf_counter_ns() + budget_ns
-    while len(warm) < _MIN_PAIRS or (len(warm) < _MAX_PAIRS and time.perf_counter_ns() < end):
+    while len(warm) < min_pairs or (len(warm) < _MAX_PAIRS and time.perf_counter_ns() < end):
         if flush is not None:
             flush.fill_(1.0)
             cold.append(_clocked(call, clock))

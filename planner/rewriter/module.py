@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._torch import box, pytree
+from planner._torch import box, pytree, results
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.rewriter import guard, portable
@@ -134,9 +134,9 @@ class CheckpointedModule(fx.GraphModule):
         if miss:
             return self._fall_back(miss, args, kwargs)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            results = run(self._program, inputs)
+            found = run(self._program, inputs)
         leaves = [
-            results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
+            found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in step.joint.outputs
         ]
         return pytree.tree_unflatten(leaves, step.joint.call.out_spec)
@@ -238,13 +238,13 @@ def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]
-    results = list(forward.output_node().args[0])[: len(joint.results)]
+    outputs = results(forward)[: len(joint.results)]
     leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
     return Program(
         forward=_boxed(forward),
         stages=tuple(_boxed(stage.graph) for stage in stages),
         num_outputs=len(joint.results),
-        aliased=tuple(node.op == "placeholder" or node in results[:i] for i, node in enumerate(results)),
+        aliased=tuple(node.op == "placeholder" or node in outputs[:i] for i, node in enumerate(outputs)),
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
         tangents=halves.tangents,
         checked_inputs=tuple(position[name] for name in checked),

@@ -24,7 +24,7 @@ def to_rows(graph: fx.Graph) -> list[Row]:
     """(op, name, target, args, kwargs) per node, picklable."""
     rows = []
     for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: NodeName(arg.name))
+        args, kwargs = _map((node.args, node.kwargs), lambda arg: NodeName(arg.name))
         target = str(node.target) if isinstance(node.target, OpOverload) else node.target
         rows.append((node.op, node.name, target, args, kwargs))
     return rows
@@ -41,6 +41,11 @@ def from_rows(rows: list[Row]) -> fx.Graph:
         kernel = _kernel(target) if op == "call_function" and isinstance(target, str) else target
         nodes[name] = graph.create_node(op, kernel, _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
     return graph
+
+
+def _map(args: Any, change: Any) -> Any:
+    """fx.node.map_arg, which is typed for changes that give fx arguments again."""
+    return fx.node.map_arg(args, change)
 
 
 def _kernel(name: str) -> Any:

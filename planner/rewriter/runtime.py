@@ -101,7 +101,7 @@ class _Forward(torch.autograd.Function):
         checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
         unchecked = ctx.unchecked
         alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in program.saved_inputs]
-        alive += [tangents[i] for i in program.tangents]
+        alive += [tangent for tangent in (tangents[i] for i in program.tangents) if tangent is not None]
         del held, checked, tangents
         grads = _run_stage(this, 0, alive)
         token = torch.empty(0, device=program.device) if ctx.has_token else None

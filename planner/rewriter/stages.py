@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from planner._torch import results
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -29,9 +31,9 @@ def cut_stages(backward: fx.Graph, num_stages: int) -> tuple[Stage, ...]:
         backward: with one output node of a tuple of gradients.
         num_stages: at most this many.
     """
-    results: Sequence[fx.Node] = backward.output_node().args[0]
+    handed: Sequence[fx.Node] = results(backward)
     order = {node: i for i, node in enumerate(backward.nodes)}
-    completed = sorted({order[node] for node in results})
+    completed = sorted({order[node] for node in handed})
     num_stages = max(1, min(num_stages, len(completed)))
     cuts = [completed[(k + 1) * len(completed) // num_stages - 1] for k in range(num_stages - 1)]
     stage_of = {node: sum(position > cut for cut in cuts) for node, position in order.items()}
@@ -45,15 +47,16 @@ def cut_stages(backward: fx.Graph, num_stages: int) -> tuple[Stage, ...]:
     alive = list(backward.find_nodes(op="placeholder"))
     stages = []
     for k in range(num_stages):
-        graph, now = fx.Graph(), {}
+        graph = fx.Graph()
+        now: dict[fx.Node, fx.Node] = {}
         for node in alive:
             now[node] = graph.placeholder(node.name)
             now[node].meta = dict(node.meta)
         body = [node for node, stage in stage_of.items() if stage == k and node.op == "call_function"]
         for node in body:
             now[node] = graph.node_copy(node, now.__getitem__)
-        mine = tuple(i for i, node in enumerate(results) if stage_of[node] == k)
+        mine = tuple(i for i, node in enumerate(handed) if stage_of[node] == k)
         alive = [node for node in (*alive, *body) if last_use.get(node, 0) > k]
-        graph.output(tuple(now[results[i]] for i in mine) + tuple(now[node] for node in alive))
+        graph.output(tuple(now[handed[i]] for i in mine) + tuple(now[node] for node in alive))
         stages.append(Stage(graph, mine))
     return tuple(stages)

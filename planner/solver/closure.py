@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from planner.solver.lifetimes import lifetimes
 
 _SCALE = 1e4
 """The plain step's time in units of the objective, its peak in units of a memory row: solvers' tolerances are absolute."""
+_ROUGH_GAP = 0.002
 _ROWS_A_ROUND = 6
 _COPIES_A_ROUND = 2
 
@@ -37,13 +38,10 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the program ended with: the schedule that fits, if any, and the lowest peak seen on the way."""
+    """What the program ended with: the schedule that fits, if any, and whether it is the optimum within the gap."""
 
     schedule: Schedule | None
     status: backend.Status
-    lowest_peak_bytes: int | None
-    lowest: Schedule
-    solver: str
 
 
 class Closure:
@@ -80,23 +78,26 @@ class Closure:
         judge = judge or (lambda schedule: simulate(self.graph, schedule))
         self.rows = dict.fromkeys(self.rows, 0)
         self.copies = dict.fromkeys(self.copies, 0)
-        found = Found(None, "unknown", None, Schedule(()), "")
+        found: Schedule | None = None
         while True:
+            # The copies make the program slow: find the moments that matter with a wide gap, then close it.
+            rough = max(gap, _ROUGH_GAP if self.copies and found is None else 0.0)
             rows = _Rows(self, budget_bytes)
-            answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE)
-            found = replace(found, status=answer.status, solver=answer.solver)
+            answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=rough * _SCALE)
             if answer.status in ("infeasible", "unknown"):
-                return found
+                return Found(found, answer.status if found is None else "feasible")
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
             schedule = lazy_schedule(self.graph, kept)
             peak = judge(schedule).peak_bytes
-            if found.lowest_peak_bytes is None or peak < found.lowest_peak_bytes:
-                found = replace(found, lowest_peak_bytes=peak, lowest=schedule)
             limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
             if peak <= limit:
-                return replace(found, schedule=schedule)
-            if not self._add_broken(schedule, kept, limit, peak) or time.monotonic() >= deadline:
-                return replace(found, status="unknown")
+                found = schedule
+                if rough == gap or answer.status == "feasible":
+                    return Found(schedule, answer.status)
+            elif not self._add_broken(schedule, kept, limit, peak):
+                return Found(found, "unknown" if found is None else "feasible")
+            if time.monotonic() >= deadline:
+                return Found(found, "unknown" if found is None else "feasible")
 
     def _add_broken(self, schedule: Schedule, kept: set[str], budget_bytes: int, judged_peak: int) -> bool:
         """Add rows or copies for the moments over the budget; False where nothing new can be said."""

@@ -158,10 +158,11 @@ def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterato
             for module, attributes, (parameters, own_buffers, children) in zip(modules, before, registered, strict=True):
                 vars(module).clear()
                 vars(module).update(attributes)
-                for live, old in (
-                    (module._parameters, parameters),
-                    (module._buffers, own_buffers),
-                    (module._modules, children),
-                ):
-                    live.clear()
-                    live.update(old)
+                _refill(module._parameters, parameters)
+                _refill(module._buffers, own_buffers)
+                _refill(module._modules, children)
+
+
+def _refill(live: dict[str, Any], old: dict[str, Any]) -> None:
+    live.clear()
+    live.update(old)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import ExportedJoint, HigherOrderOperator
+from planner._torch import ExportedJoint, HigherOrderOperator, results
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer import kernels
@@ -56,30 +56,30 @@ def normalize(
         for node, role in zip(placeholders, exported.inputs, strict=True)
     }
     node_of = {role: node for node, role in zip(placeholders, exported.inputs, strict=True)}
-    results = list(zip(exported.outputs, graph.output_node().args[0], strict=True))
-    guards = _guards(graph, [node for role, node in results if role[0] == "output" and role[1] >= num_results])
-    results = [(role, node) for role, node in results if node is not None and not _is_read(role, num_results)]
-    roles = [role for role, _ in results]
-    graph.output_node().args = (tuple(node for _, node in results),)
+    handed = list(zip(exported.outputs, results(graph), strict=True))
+    guards = _guards(graph, [node for role, node in handed if role[0] == "output" and role[1] >= num_results])
+    handed = [(role, node) for role, node in handed if node is not None and not _is_read(role, num_results)]
+    roles = [role for role, _ in handed]
+    graph.output_node().args = (tuple(node for _, node in handed),)
 
     _refuse(graph, roles, inputs, node_of)
     constants = _lift_constants(graph, exported.graph_module, inputs)
     _drop_detach(graph)
     _keep_kernels(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
-    last_forward = _last_ancestor(graph, [n for role, n in zip(roles, _results(graph), strict=True) if role[0] != "gradient"])
-    mutations = [(node_of[role[1:]], n) for role, n in zip(roles, _results(graph), strict=True) if role[0] == "mutation"]
+    last_forward = _last_ancestor(graph, [n for role, n in zip(roles, results(graph), strict=True) if role[0] != "gradient"])
+    mutations = [(node_of[role[1:]], n) for role, n in zip(roles, results(graph), strict=True) if role[0] == "mutation"]
     last_forward = write_mutations(graph, mutations, last_forward)
     for node in (*(placeholder for placeholder, _ in mutations), *hidden_mutations(graph)):
         inputs[node.name] = replace(inputs[node.name], mutated=True)
-    kept = [(role, node) for role, node in zip(roles, _results(graph), strict=True) if role[0] != "mutation"]
+    kept = [(role, node) for role, node in zip(roles, results(graph), strict=True) if role[0] != "mutation"]
     graph.output_node().args = (tuple(node for _, node in kept),)
     gradients = [(node_of[role[1:]], i) for i, (role, _) in enumerate(kept) if role[0] == "gradient"]
     _own_gradients(graph, gradients)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
 
-    final = _results(graph)
+    final = results(graph)
     nodes = list(graph.nodes)
     return Joint(
         graph=graph,
@@ -96,10 +96,6 @@ def normalize(
         sources={node.name: _source(node) for node in nodes},
         device=device,
     )
-
-
-def _results(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    return tuple(graph.output_node().args[0])
 
 
 def _is_read(role: Role, num_results: int) -> bool:
@@ -148,7 +144,8 @@ def _guards(graph: fx.Graph, reads: Sequence[fx.Node]) -> fx.Graph | None:
     if not reads:
         return None
     needed = _ancestors(reads)
-    guards, copies = fx.Graph(), {}
+    guards = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node in needed:
             raise CaptureError("the model's control flow reads a tensor it holds as a plain attribute; make it a buffer")
@@ -164,8 +161,7 @@ def _guards(graph: fx.Graph, reads: Sequence[fx.Node]) -> fx.Graph | None:
 def _host_reads(guards: fx.Graph | None, reads: Sequence[tuple[Any, str]]) -> tuple[HostRead, ...]:
     if guards is None:
         return ()
-    results = guards.output_node().args[0]
-    return tuple(HostRead(node.name, value, where) for node, (value, where) in zip(results, reads, strict=True))
+    return tuple(HostRead(node.name, value, where) for node, (value, where) in zip(results(guards), reads, strict=True))
 
 
 def _lift_constants(graph: fx.Graph, owner: fx.GraphModule, inputs: dict[str, Input]) -> dict[str, torch.Tensor]:
@@ -228,11 +224,11 @@ def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]]) ->
     The engine would otherwise copy it itself, at a moment and at bytes no plan knows of.
     """
     storages = Storages(graph)
-    results = list(_results(graph))
+    handed = list(results(graph))
     made = {name for names in storages.writes.values() for name, _ in names}
-    taken = {storages.root[node] for i, node in enumerate(results) if i not in {i for _, i in gradients}}
+    taken = {storages.root[node] for i, node in enumerate(handed) if i not in {i for _, i in gradients}}
     for placeholder, i in gradients:
-        node, like = results[i], placeholder.meta["val"]
+        node, like = handed[i], placeholder.meta["val"]
         val = node.meta["val"]
         root = storages.root[node]
         if root in made and root not in taken and val.stride() == like.stride() and val.dtype == like.dtype:
@@ -242,8 +238,8 @@ def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]]) ->
             copy = graph.call_function(kernels.laid_out, (node, tuple(like.shape), tuple(like.stride())))
         _move_up(graph, copy, node)
         copy.meta["val"] = torch.empty_strided(like.shape, like.stride(), dtype=val.dtype, device="meta")
-        results[i] = copy
-    graph.output_node().args = (tuple(results),)
+        handed[i] = copy
+    graph.output_node().args = (tuple(handed),)
 
 
 def _move_up(graph: fx.Graph, node: fx.Node, after: fx.Node) -> None:
