@@ -64,7 +64,7 @@ def cheapest_kept_set(graph: Graph, budget_bytes: int, *, strict: bool) -> float
     return min(fitting, default=math.inf)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_the_optimum_of_the_class_is_found(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
@@ -77,7 +77,7 @@ def test_the_optimum_of_the_class_is_found(data: st.DataObject) -> None:
     assert best <= found <= strictly_best
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_no_schedule_at_all_beats_the_bound(data: st.DataObject) -> None:
     """Exhaustive search knows no class: any op any number of times, backward ops too, recomputes within the forward."""
@@ -171,7 +171,7 @@ def test_infeasible_says_which_op_holds_what_and_what_to_do() -> None:
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_not_found_names_a_budget_that_works(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
@@ -189,7 +189,7 @@ def test_not_found_names_a_budget_that_works(data: st.DataObject) -> None:
         event("infeasible")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_the_lowest_peak_can_be_met(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))

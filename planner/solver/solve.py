@@ -22,11 +22,12 @@ __all__ = ["floor", "lowest_peak", "solve"]
 
 _SEARCH_SHARE = 0.7
 """Part of the time limit for finding a schedule; the rest is for low peaks and the certificate."""
-_CERTIFICATE_S = 1.5
+_CERTIFICATE_S = 1.0
 """A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
 
 _SECOND_LOOK_S = 1.0
-"""For the uncoarsened program, where the first plan was not certified."""
+_SECOND_LOOK_GAPS = 4
+"""For the uncoarsened program, where the certificate leaves more than this many gaps open."""
 
 
 def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.0005) -> Solution:
@@ -54,7 +55,7 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: f
     coarse = coarsen(graph)
     exact = _search(best, coarse, deadline, gap)
     bound_ns = _certify(best, start + time_limit_s, gap) if best.timeline else 0
-    if best.timeline is None or best.timeline.time_ns - bound_ns > gap * plain.time_ns:
+    if best.timeline is None or best.timeline.time_ns - bound_ns > _SECOND_LOOK_GAPS * gap * plain.time_ns:
         if len(coarse.groups) < len(graph.ops):
             # Merged ops hold their inputs a little longer than they must: look again without merging.
             exact |= _search(best, uncoarsened(graph), min(deadline, time.monotonic() + _SECOND_LOOK_S), gap)
