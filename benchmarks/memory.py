@@ -6,21 +6,19 @@ also allocates what stays (oneDNN caches, library pages, optimizer state).
 
 import ctypes
 import gc
-import json
 import os
 import re
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each profile prints two lines
+from planner.profiler.memory import logical_peak as allocator_peak
+
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 Step = Callable[[], Any]
@@ -37,49 +35,7 @@ class Ratio(NamedTuple):
 
 def logical_peak(fn: Step, device: str | torch.device = "cpu") -> int:
     """Return the most bytes that `fn` has allocated at once on top of what was live before."""
-    if torch.device(device).type == "cuda":
-        return _cuda_peak(fn, device)
-    return peak_of(cpu_allocations(fn))
-
-
-def cpu_allocations(fn: Step) -> list[tuple[int, int]]:
-    """Return the CPU allocator's (address, signed bytes) events during `fn`, in order of time.
-
-    `prof.events()` lists only the memory events outside of any operator, and `kineto_results` is not public; the chrome
-    trace holds all of them.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        fn()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())["traceEvents"]
-    events = [event for event in trace if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    events.sort(key=lambda event: event["ts"])
-    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events]
-
-
-def peak_of(allocations: Iterable[tuple[int, int]]) -> int:
-    """Return the highest running sum; an address allocated before the first event is not counted when it is freed."""
-    live: dict[int, int] = {}
-    total = peak = 0
-    for address, nbytes in allocations:
-        if nbytes > 0:
-            live[address] = nbytes
-            total += nbytes
-            peak = max(peak, total)
-        else:
-            total -= live.pop(address, 0)
-    return peak
-
-
-def _cuda_peak(fn: Step, device: str | torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    start = torch.cuda.memory_allocated(device)
-    fn()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - start
+    return allocator_peak(fn, torch.device(device))
 
 
 def physical_peak(fn: Step) -> int:

@@ -30,6 +30,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as outside_modes
 
+from planner.errors import CaptureError
+
 __all__ = [
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -81,7 +83,7 @@ def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor], replaced: Map
     survives on `node.meta["custom"]`, on backward nodes too. `replaced`: see `kernels_kept`.
 
     Raises:
-        NotImplementedError: an input or output of a kind that is not understood.
+        CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
@@ -109,7 +111,7 @@ def _input_role(desc: Any) -> tuple[Any, ...]:
             return ("input", desc.idx)
         case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput() as output):
             return ("tangent", output.idx)
-    raise NotImplementedError(f"graph input {desc!r}")
+    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {desc!r}")
 
 
 def _output_role(desc: Any) -> tuple[Any, ...]:
@@ -118,7 +120,7 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
             return ("output", desc.idx)
         case descriptors.InputMutationAOTOutput():
             return ("mutation", *_input_role(desc.mutated_input))
-    raise NotImplementedError(f"graph output {desc!r}")
+    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {desc!r}")
 
 
 # Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on

@@ -63,6 +63,11 @@ def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.de
         raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter requires grad: there is no backward to plan")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):  # traced, its fused kernel is taken apart, and the bits differ
+            raise CaptureError(
+                f"{name or 'the model'} is a {type(module).__name__}: its fused kernel cannot be captured exactly"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise InputError(f"{name} is on the meta device: give the model storage first, model.to_empty(device=...)")

@@ -68,10 +68,7 @@ def normalize(
     _keep_kernels(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
     last_forward = _last_ancestor(graph, [n for role, n in zip(roles, results(graph), strict=True) if role[0] != "gradient"])
-    mutations = [(node_of[role[1:]], n) for role, n in zip(roles, results(graph), strict=True) if role[0] == "mutation"]
-    last_forward = write_mutations(graph, mutations, last_forward)
-    for node in (*(placeholder for placeholder, _ in mutations), *hidden_mutations(graph)):
-        inputs[node.name] = replace(inputs[node.name], mutated=True)
+    last_forward = _write_mutations(graph, roles, node_of, inputs, last_forward)
     kept = [(role, node) for role, node in zip(roles, results(graph), strict=True) if role[0] != "mutation"]
     graph.output_node().args = (tuple(node for _, node in kept),)
     gradients = [(node_of[role[1:]], i) for i, (role, _) in enumerate(kept) if role[0] == "gradient"]
@@ -96,6 +93,17 @@ def normalize(
         sources={node.name: _source(node) for node in nodes},
         device=device,
     )
+
+
+def _write_mutations(
+    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], inputs: dict[str, Input], last_forward: fx.Node | None
+) -> fx.Node | None:
+    """Make every write a node, note it on the input it changes, and return the forward's last node."""
+    mutations = [(node_of[role[1:]], n) for role, n in zip(roles, results(graph), strict=True) if role[0] == "mutation"]
+    last_forward = write_mutations(graph, mutations, last_forward)
+    for node in (*(placeholder for placeholder, _ in mutations), *hidden_mutations(graph)):
+        inputs[node.name] = replace(inputs[node.name], mutated=True)
+    return last_forward
 
 
 def _is_read(role: Role, num_results: int) -> bool:
