@@ -6,7 +6,7 @@ When a torch release moves something, `selfcheck()` and tests/test_torch_private
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes as outside_modes
 
 from planner.errors import CaptureError
 
@@ -45,7 +44,6 @@ __all__ = [
     "export_joint",
     "fake_inputs",
     "kernels_kept",
-    "outside_modes",
     "pytree",
     "release_saved",
     "results",
@@ -76,18 +74,18 @@ def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
-def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor], replaced: Mapping[str, Callable[..., Any]]) -> ExportedJoint:
+def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor]) -> ExportedJoint:
     """Trace forward and backward of `module(*fakes)` into one functional ATen graph.
 
     Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
-    survives on `node.meta["custom"]`, on backward nodes too. `replaced`: see `kernels_kept`.
+    survives on `node.meta["custom"]`, on backward nodes too.
 
     Raises:
         CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
-        stack.enter_context(kernels_kept(replaced))
+        stack.enter_context(kernels_kept())
         stack.enter_context(fx.traceback.preserve_node_meta())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
         graph_module = joint._aot_graph_capture.graph_module
@@ -134,6 +132,7 @@ _KEPT_KERNELS = (
     "_upsample_nearest_exact2d",
     "_upsample_nearest_exact3d",
     "cudnn_batch_norm",
+    "dropout",
     "hardshrink",
     "matmul",
     "miopen_batch_norm",
@@ -152,23 +151,17 @@ _REPLACING_KEYS = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.Composite
 
 
 @contextlib.contextmanager
-def kernels_kept(replaced: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """While tracing, keep the kernels eager runs: torch's Python decompositions of them step aside.
-
-    Args:
-        replaced: ATen name -> decomposition to use instead of torch's.
-    """
+def kernels_kept() -> Iterator[None]:
+    """While tracing, keep the kernels eager runs: torch's Python decompositions of them step aside."""
     removed: list[tuple[Any, Any, Callable[..., Any]]] = []
     try:
-        for name in (*_KEPT_KERNELS, *replaced):
+        for name in _KEPT_KERNELS:
             packet = getattr(torch.ops.aten, name, None)
             for overload in packet.overloads() if packet is not None else ():
                 op = getattr(packet, overload)
                 for key in _REPLACING_KEYS:
                     if key in op.py_kernels:
                         removed.append((op, key, op.py_kernels.pop(key)))
-                        if name in replaced:
-                            op.py_kernels[key] = replaced[name]
                         op._dispatch_cache.clear()
         yield
     finally:
@@ -218,7 +211,7 @@ def selfcheck() -> list[str]:
             return (self.model(x).sum(),)
 
     try:
-        joint = export_joint(Loss(), fake_inputs([torch.zeros(2, 3)]), {})
+        joint = export_joint(Loss(), fake_inputs([torch.zeros(2, 3)]))
     except Exception as error:
         return [f"torch {torch.__version__}: the joint graph cannot be captured: {type(error).__name__}: {error}"]
     kinds = {role[0] for role in joint.inputs}

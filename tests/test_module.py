@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
 from planner.rewriter.module import CheckpointedModule as Module
-from planner.tracer import randomness
 from tests import models
 from tests.training import assert_same, trajectory
 
@@ -278,7 +277,6 @@ def test_autocast_is_captured_and_exact():
 
 @pytest.mark.parametrize("p", [0.1, 0.15, 0.5])
 def test_dropout_keeps_eagers_bits_for_every_p(p):
-    assert randomness.dropout(torch.ones(3), 0.0, True).eq(1).all()
     model = models.Wrapped(nn.Sequential(nn.Linear(64, 64), nn.Dropout(p), nn.Linear(64, 8)))
     args = (torch.randn(32, 64),)
     module = plan(copy.deepcopy(model), 1.0, args, costs="estimate", progress=False)

@@ -14,7 +14,6 @@ from planner.errors import CaptureError, InputError, PlannerError
 from planner.tracer import fidelity
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.normalize import normalize
-from planner.tracer.randomness import DECOMPOSITIONS
 
 Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
 
@@ -85,10 +84,10 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
     """Trace; if the model reads tensor values, learn them in a real forward and trace again."""
     try:
         try:
-            return _torch.export_joint(step, _torch.fake_inputs(tensors), DECOMPOSITIONS)
+            return _torch.export_joint(step, _torch.fake_inputs(tensors))
         except _torch.DataDependentOutputException:
             step.recorded = fidelity.record_host_reads(step.model, lambda: step.call(tensors), tensors)
-            return _torch.export_joint(step, _torch.fake_inputs(tensors), DECOMPOSITIONS)
+            return _torch.export_joint(step, _torch.fake_inputs(tensors))
     except PlannerError:
         raise
     except _torch.DynamicOutputShapeException as error:

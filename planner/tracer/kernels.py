@@ -27,6 +27,11 @@ def bernoulli(p: float, size: Sequence[int], stride: Sequence[int], dtype: torch
     return torch.empty_strided(size, stride, dtype=dtype, device=device).bernoulli_(p)
 
 
+def noise(draws: torch.Tensor, keep: float, dtype: torch.dtype) -> torch.Tensor:
+    """Dropout's factor for 0/1 draws with probability `keep` of 1: 0 or 1/keep, rounded as eager's `div_` rounds it."""
+    return draws.to(dtype).div_(keep)
+
+
 def laid_out(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
     """A copy with the given strides: what the engine makes of a gradient it cannot take over as it is."""
     return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -15,7 +15,7 @@ from planner.graph.graph import Kind
 from planner.tracer import kernels
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
-from planner.tracer.randomness import is_random, save_rng_states
+from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
 from planner.tracer.storage import Storages, mutates
 
 aten = torch.ops.aten
@@ -65,7 +65,8 @@ def normalize(
     _refuse(graph, roles, inputs, node_of)
     constants = _lift_constants(graph, exported.graph_module, inputs)
     _drop_detach(graph)
-    _keep_kernels(graph)
+    draw_as_eager(graph)
+    _read_no_new_statistics(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
     last_forward = _last_ancestor(graph, [n for role, n in zip(roles, results(graph), strict=True) if role[0] != "gradient"])
     last_forward = _write_mutations(graph, roles, node_of, inputs, last_forward)
@@ -200,16 +201,12 @@ def _drop_detach(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _keep_kernels(graph: fx.Graph) -> None:
-    """Undo what functionalization changed: draw random numbers as eager does; no reads that nobody needs.
+def _read_no_new_statistics(graph: fx.Graph) -> None:
+    """Undo a read that functionalization added and nobody needs.
 
     In training mode batch norm's backward reads no running statistics, though it is handed the updated
     ones; handing it the buffers instead leaves them free and the forward kernel recomputable.
     """
-    for node in graph.find_nodes(op="call_function", target=aten.bernoulli.p):
-        like = node.args[0].meta["val"]  # only its layout matters; not reading it lets it go
-        node.args = (node.args[1], tuple(like.shape), tuple(like.stride()), like.dtype, like.device)
-        node.target = kernels.bernoulli
     for target, train in _BATCH_NORM_BACKWARD.items():
         for node in graph.find_nodes(op="call_function", target=target):
             forward = [_batch_norm_of(arg) for arg in node.args[3:5]]

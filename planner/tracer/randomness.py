@@ -5,38 +5,34 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from planner._torch import OpOverload, outside_modes
+from planner._torch import OpOverload
 from planner.tracer import kernels
 
 _INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
 """Arguments at which a kernel that can draw random numbers draws none."""
 
 
-def dropout(tensor: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """Eager's dropout, with the fused kernel and its small mask wherever that gives the same bits.
+_DIVISIONS = (torch.ops.aten.div.Scalar, torch.ops.aten.div.Tensor)
 
-    On CPU eager multiplies by a noise tensor of 0 and 1/(1-p) in the input's dtype; the fused kernel
-    keeps a bool mask (a quarter of the bytes) and scales at higher precision, which agrees for most p
-    in float32 and differs in the last bit for some (0.15 is one).
+
+def draw_as_eager(graph: fx.Graph) -> None:
+    """Random draws as eager makes them, and dropout's noise taken apart.
+
+    Eager's CPU dropout multiplies by `empty_like(x).bernoulli_(keep).div_(keep)`, in x's dtype. Drawing is by far its
+    most expensive part (6 times all the rest, measured), and the draws fit a byte each: drawn as bytes, with the
+    noise made of them by a kernel of its own, a plan can keep a quarter of the bytes and repeat only the cheap part.
+    The generator yields the same draws for every dtype, so the noise keeps its bits.
     """
-    if p == 0 or not train or tensor.numel() == 0:
-        return tensor
-    if p == 1:
-        return tensor.mul(torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-    if tensor.device.type != "cpu" or _fused_is_exact(p, tensor.dtype):
-        return torch.ops.aten.native_dropout.default(tensor, p, True)[0]
-    return tensor * torch.empty_like(tensor).bernoulli_(1 - p).div_(1 - p)
-
-
-def _fused_is_exact(p: float, dtype: torch.dtype) -> bool:
-    scale = 1 / (1 - p)
-    with outside_modes():
-        noise = torch.ones((), dtype=dtype).div_(1 - p)
-        return bool(noise.double() == (scale if dtype == torch.float64 else torch.tensor(scale, dtype=torch.float32).double()))
-
-
-DECOMPOSITIONS = {"dropout": dropout}
-"""What tracing uses in place of torch's own decompositions (see `kernels_kept` in planner/_torch.py)."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli.p):
+        like = node.args[0].meta["val"]  # only its layout matters; not reading it lets it go
+        keep, dtype = node.args[1], like.dtype
+        scaled = [user for user in node.users if user.target in _DIVISIONS and user.args[0] is node]
+        if scaled and len(scaled) == len(node.users) and all(isinstance(div.args[1], float) for div in scaled):
+            for div in scaled:
+                div.target, div.args = kernels.noise, (node, div.args[1], dtype)
+            dtype = torch.uint8
+            node.meta["val"] = node.meta["val"].to(dtype)
+        node.target, node.args = kernels.bernoulli, (keep, tuple(like.shape), tuple(like.stride()), dtype, like.device)
 
 
 def is_random(node: fx.Node) -> bool:
