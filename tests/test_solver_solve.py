@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -17,6 +19,7 @@ from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.solver.baselines import all_baselines
+from planner.solver.closure import Closure
 from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.lazy import lazy_schedule
 from planner.solver.lifetimes import lifetimes
@@ -66,15 +69,42 @@ def cheapest_kept_set(graph: Graph, budget_bytes: int, *, strict: bool) -> float
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_the_optimum_of_the_class_is_found(data: st.DataObject) -> None:
+def test_the_program_finds_the_optimum_of_its_class_and_solve_nothing_dearer(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
     budget_bytes = data.draw(budgets(graph))
+    assume(floor(graph)[0] <= budget_bytes)
+    program = Closure(graph).solve(budget_bytes, deadline=time.monotonic() + 60, gap=EXACT)
+    of_class = math.inf if program.schedule is None else simulate(graph, program.schedule).time_ns
+    best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
+    event(f"one optimum: {best == strictly_best}")
+    assert best <= of_class <= strictly_best
     solution = attempt(graph, budget_bytes)
     found = math.inf if solution is None else simulate(graph, solution.schedule).time_ns
     event(f"recompute happens: {solution is not None and bool(solution.schedule.recomputes())}")
-    best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
-    event(f"one optimum: {best == strictly_best}")
-    assert best <= found <= strictly_best
+    event(f"better than the class: {found < best}")
+    assert found <= strictly_best
+
+
+def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
+    """Of every valid schedule without recompute of backward ops, which no plan does; search proves nothing, so it is counted."""
+    counts: Counter[bool] = Counter()
+
+    @settings(deadline=None, max_examples=60, database=None)
+    @given(st.data())
+    def attempts(data: st.DataObject) -> None:
+        graph = data.draw(training_graphs(max_forward=5))
+        budget_bytes = data.draw(budgets(graph))
+        best = exhaustive(graph, budget_bytes, Rules(backward_ops=False))
+        assume(best is not None)
+        assert best is not None
+        optimum, solution = simulate(graph, best).time_ns, attempt(graph, budget_bytes)
+        found = math.inf if solution is None else simulate(graph, solution.schedule).time_ns
+        assert found >= optimum
+        counts[found == optimum] += 1
+
+    attempts()
+    assert counts[True] >= 19 * counts[False]
+    assert counts[True] >= 30
 
 
 @settings(deadline=None, max_examples=60)
@@ -103,12 +133,12 @@ def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
     least, costs = floor(graph)[0], []
     for budget_bytes in range(max(1, least - 2), plain.peak_bytes + 2):
         solution = attempt(graph, budget_bytes)
-        expected = cheapest_kept_set(graph, budget_bytes, strict=True)
-        assert (solution is None) == math.isinf(expected)
-        if solution is None:
+        best = exhaustive(graph, budget_bytes, Rules(backward_ops=False))
+        assert (solution is None) == (best is None)
+        if solution is None or best is None:
             continue
         time_ns = simulate(graph, solution.schedule).time_ns
-        assert time_ns == expected
+        assert time_ns == simulate(graph, best).time_ns
         costs.append(time_ns)
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] == plain.time_ns
@@ -230,14 +260,13 @@ def test_the_large_output_of_a_normalisation_is_recomputed() -> None:
     assert simulate(graph, solution.schedule).saved == ("a", "loss", "z")
 
 
-def test_a_skip_beats_the_class() -> None:
+def test_a_skip_is_dropped_between_its_two_ends() -> None:
     """The first value of a U is wanted at both ends. Dropped in between it fits 26 bytes, which keeping sets cannot do."""
     graph = graphs.skip()
-    best = exhaustive(graph, 26, Rules(times=1, in_forward=False, backward_ops=False))
-    assert best is not None
-    assert 0 in [best.steps[t] for t in best.recomputes()]
-    with pytest.raises(NoScheduleFoundError, match=r"not proven .* \(27 bytes\)"):
-        solve(graph, 26)
+    assert cheapest_kept_set(graph, 26, strict=False) == math.inf
+    solution = solve(graph, 26)
+    assert 0 in [solution.schedule.steps[t] for t in solution.schedule.recomputes()]
+    assert "local search" in solution.solver
 
 
 def test_cbc_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +277,7 @@ def test_cbc_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             without_highs(patch)
             solution = solve(graph, lowest, gap=EXACT)
-        assert solution.solver == "closure/CBC"
+        assert "CBC" in solution.solver
         assert simulate(graph, solution.schedule).time_ns == simulate(graph, expected.schedule).time_ns
         assert solution.bound_ns <= simulate(graph, expected.schedule).time_ns
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph, Kind
@@ -41,56 +42,92 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
         ScheduleError: the schedule is not a valid way to run the graph.
     """
     check(graph, schedule)
-    steps, ops, nbytes = schedule.steps, graph.ops, {value.name: value.nbytes for value in graph.values}
+    simulator = Simulator(graph)
+    steps, outputs = schedule.steps, frozenset((*graph.forward_outputs, *graph.backward_outputs))
     boundary = schedule.boundary(graph)
-    outputs = frozenset((*graph.forward_outputs, *graph.backward_outputs))
-    tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
-    live = sum(nbytes[name] for name in graph.inputs) - tangents
-    last_reads = _last_reads(graph, steps)
-
+    live_bytes, dying = simulator.run(steps)
+    frees = tuple(tuple(simulator.names[v] for v in values) for values in dying)
     alive: set[str] = set()
-    runs = [0] * len(ops)
-    live_bytes: list[int] = []
-    frees: list[tuple[str, ...]] = []
-    saved: tuple[str, ...] = ()
-    for t, i in enumerate(steps):
-        if t == boundary:
-            saved = tuple(sorted(alive))
-            live += tangents
-        runs[i] += 1
-        live += sum(nbytes[name] for name in ops[i].writes)
-        alive.update(ops[i].writes)
-        live_bytes.append(live + ops[i].workspace_bytes)
-        dying = tuple(name for name in last_reads[t] if name not in outputs or runs[graph.producer[name]] > 1)
-        live -= sum(nbytes[name] for name in dying)
-        alive.difference_update(name for name in dying if name not in outputs)
-        frees.append(dying)
-    if boundary == len(steps):
-        saved = tuple(sorted(alive))
-    peak = max(live_bytes, default=live)
+    for i, freed in zip(steps[:boundary], frees, strict=False):
+        alive.update(graph.ops[i].writes)
+        alive.difference_update(name for name in freed if name not in outputs)
+    peak = max(live_bytes, default=simulator.resident_bytes)
     return Timeline(
         live_bytes=tuple(live_bytes),
-        frees=tuple(frees),
+        frees=frees,
         boundary=boundary,
-        saved=saved,
+        saved=tuple(sorted(alive)),
         peak_bytes=peak,
         peak_step=live_bytes.index(peak) if live_bytes else 0,
-        time_ns=sum(ops[i].cost_ns for i in steps),
+        time_ns=sum(graph.ops[i].cost_ns for i in steps),
     )
 
 
-def _last_reads(graph: Graph, steps: tuple[int, ...]) -> list[list[str]]:
-    """Per step, the values whose current instance is touched there for the last time."""
-    last: list[list[str]] = [[] for _ in steps]
-    read_later: set[str] = set(graph.inputs)  # inputs never die
-    for t in range(len(steps) - 1, -1, -1):
-        op = graph.ops[steps[t]]
-        for name in op.writes:
-            if name not in read_later:
-                last[t].append(name)  # nobody reads this instance
-            read_later.discard(name)
-        for name in op.reads:
-            if name not in read_later:
-                last[t].append(name)
-                read_later.add(name)
-    return last
+class Simulator:
+    """A graph in integers: what `simulate` and a search that tries thousands of schedules have in common.
+
+    Values are numbered as in `graph.values`.
+
+    Attributes:
+        names, nbytes: per value.
+        reads, writes: per op, values.
+        resident_bytes, tangent_bytes: alive from the start, and from the turn to the backward on.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.names = [value.name for value in graph.values]
+        self.nbytes = [value.nbytes for value in graph.values]
+        number = {name: v for v, name in enumerate(self.names)}
+        self.reads = [tuple(dict.fromkeys(number[name] for name in op.reads)) for op in graph.ops]
+        self.writes = [tuple(number[name] for name in op.writes) for op in graph.ops]
+        self.tangent_bytes = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
+        self.resident_bytes = sum(graph.value[name].nbytes for name in graph.inputs) - self.tangent_bytes
+        self._workspace = [op.workspace_bytes for op in graph.ops]
+        self._last_forward = graph.num_forward_ops - 1
+        self._inputs = bytearray(len(self.names))
+        for name in graph.inputs:
+            self._inputs[number[name]] = 1
+        self._outputs = frozenset(number[name] for name in (*graph.forward_outputs, *graph.backward_outputs))
+
+    def run(self, steps: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """Live bytes at each step of a valid schedule, and the values whose current instance dies right after it."""
+        dying = self._dying(steps)
+        nbytes, live = self.nbytes, self.resident_bytes
+        awaited = self._last_forward  # the turn is right after its first run
+        if awaited < 0:
+            live += self.tangent_bytes
+        live_bytes = []
+        for i, values in zip(steps, dying, strict=True):
+            for v in self.writes[i]:
+                live += nbytes[v]
+            live_bytes.append(live + self._workspace[i])
+            for v in values:
+                live -= nbytes[v]
+            if i == awaited:
+                live += self.tangent_bytes
+                awaited = -1
+        return live_bytes, dying
+
+    def _dying(self, steps: Sequence[int]) -> list[list[int]]:
+        dying: list[list[int]] = [[] for _ in steps]
+        first = {i: t for t, i in reversed(list(enumerate(steps)))}
+        read_later = bytearray(self._inputs)  # inputs never die
+        last_read: dict[int, int] = {}  # of an output's instance: it dies there unless it is the first
+        for t in range(len(steps) - 1, -1, -1):
+            i = steps[t]
+            for v in self.writes[i]:
+                if v in self._outputs:
+                    last = last_read.pop(v, t)
+                    if first[i] != t:
+                        dying[last].append(v)
+                elif not read_later[v]:
+                    dying[t].append(v)  # nobody reads this instance
+                read_later[v] = 0
+            for v in self.reads[i]:
+                if not read_later[v]:
+                    read_later[v] = 1
+                    if v in self._outputs:
+                        last_read[v] = t
+                    else:
+                        dying[t].append(v)
+        return dying

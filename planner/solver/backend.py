@@ -29,6 +29,7 @@ class Answer:
         status: "optimal" (within the gap asked for), "feasible" (stopped early), "infeasible" (proven), "unknown".
         values: one per column; empty unless optimal or feasible.
         bound: no solution has a smaller objective; -inf where nothing was proven, inf where infeasible.
+        gap: objective less bound.
         solver: "HiGHS" or "CBC".
     """
 
@@ -36,6 +37,7 @@ class Answer:
     values: tuple[float, ...]
     bound: float
     solver: str
+    gap: float = math.inf
 
 
 @dataclass(slots=True)
@@ -156,7 +158,7 @@ def _run_highs(problem: Any, columns: list[Any], solver: Any) -> Answer:
     if not found:
         return Answer("unknown", (), bound, "HiGHS")
     values = tuple(0.0 if column.varValue is None else float(column.varValue) for column in columns)
-    return Answer("optimal" if solved else "feasible", values, bound, "HiGHS")
+    return Answer("optimal" if solved else "feasible", values, bound, "HiGHS", facts.objective_function_value - bound)
 
 
 def _run_cbc(problem: Any, columns: list[Any], solver: Any, *, gap: float, relax: bool) -> Answer:
@@ -170,4 +172,4 @@ def _run_cbc(problem: Any, columns: list[Any], solver: Any, *, gap: float, relax
     objective = sum(coefficient * column.varValue for column, coefficient in problem.objective.items() if column.varValue)
     # PuLP does not hand on CBC's dual bound; an optimal end is within the gap, an early one proves nothing.
     bound = objective - (0.0 if relax else gap) if solved else -math.inf
-    return Answer("optimal" if solved else "feasible", values, bound, "CBC")
+    return Answer("optimal" if solved else "feasible", values, bound, "CBC", objective - bound)

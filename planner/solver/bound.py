@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import keep_all
@@ -27,6 +27,8 @@ _SLACK = 1e-6
 """Relative slack given to the budget and taken from the bound, above the solver's tolerances."""
 _NEVER = 2**62
 """Nanoseconds added where the relaxation has no solution at all: nothing fits."""
+_PAIRS = 6
+"""Pairs of cuts, of the many that a thorough search relaxes, that are solved in integers."""
 
 
 def lower_bound(
@@ -37,6 +39,7 @@ def lower_bound(
     gap: float = 0.0001,
     tight: int | None = None,
     enough_ns: int | None = None,
+    thorough: bool = False,
 ) -> int:
     """No schedule with the captured backward order that fits `budget_bytes` takes less time than this, in ns.
 
@@ -47,28 +50,75 @@ def lower_bound(
         gap: how exact, as a fraction of the plain step's time.
         tight: a backward op at which a good schedule's memory is tightest; the second cut.
         enough_ns: stop as soon as the bound has reached this.
+        thorough: try cuts all over the backward, alone and in pairs.
     """
-    deadline = time.monotonic() + time_limit_s
     plain = max(1, sum(op.cost_ns for op in graph.ops))
     enough = math.inf if enough_ns is None else enough_ns / plain - 1
-    firsts = _first_cuts(graph)
-    extras = dict.fromkeys(firsts, 0.0)
-    for n, cut in enumerate(firsts):
-        left = (deadline - time.monotonic()) / (len(firsts) - n)
-        if left > 0 and max(extras.values()) < enough:
-            extras[cut] = _extra(graph, budget_bytes, (cut,), time_limit_s=left, gap=gap, relax=True)
-    best = max(extras.values(), default=0.0)
-    if 0 < best < enough:  # else the linear program settles it, or no cut bites
-        first = max(firsts, key=lambda cut: extras[cut])
-        trials = [(first,)] if tight is None or tight == first else [(first,), (min(first, tight), max(first, tight))]
-        for n, cuts in enumerate(trials):
-            left = (deadline - time.monotonic()) / (len(trials) - n)
-            if left > 0 and best < enough:
-                best = max(best, _extra(graph, budget_bytes, cuts, time_limit_s=left, gap=gap, relax=False))
+    trials = _Trials(graph, budget_bytes, gap, enough, time.monotonic() + time_limit_s)
+    spread = graph.backward_ops[:: max(1, len(graph.backward_ops) // 32)] if thorough else []
+    trials.relaxed((cut,) for cut in dict.fromkeys([*_first_cuts(graph), *spread]))
+    # Where no single cut bites, pairs do not either; where one is enough, the linear program settles it.
+    if 0 < trials.best < enough:
+        first = trials.ranked[0]
+        trials.relaxed(_with(first, cut) for cut in spread)
+        pairs = [_with(first, tight)] if tight is not None else []
+        trials.exact([first, *pairs, *trials.distinct_pairs(_PAIRS)])
+        best, after = trials.ranked[0], [cut for cut in spread if cut > first[0]]
+        trials.exact(_with(best, cut) for cut in after[:2])  # where one is tightest, its neighbours are nearly so
     exact = sum(op.cost_ns for op in graph.ops)
-    if math.isinf(best):
+    if math.isinf(trials.best):
         return exact + _NEVER
-    return exact + max(0, math.ceil(best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
+    return exact + max(0, math.ceil(trials.best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
+
+
+class _Trials:
+    """Bounds by different cuts.
+
+    Attributes:
+        best: the best bound so far, as a fraction of the plain step.
+        ranked: all cuts tried, best first.
+    """
+
+    def __init__(self, graph: Graph, budget_bytes: int, gap: float, enough: float, deadline: float) -> None:
+        self._graph, self._budget_bytes, self._gap = graph, budget_bytes, gap
+        self._enough, self._deadline = enough, deadline
+        self._found: dict[tuple[int, ...], float] = {}
+
+    @property
+    def best(self) -> float:
+        return max(self._found.values(), default=0.0)
+
+    @property
+    def ranked(self) -> list[tuple[int, ...]]:
+        return sorted(self._found, key=lambda cuts: -self._found[cuts])
+
+    def distinct_pairs(self, count: int) -> list[tuple[int, ...]]:
+        """The best pairs, one of those that are equally good: they cut at the same place."""
+        found = {round(self._found[cuts], 6): cuts for cuts in reversed(self.ranked) if len(cuts) == 2}
+        return [found[extra] for extra in sorted(found, reverse=True)[:count]]
+
+    def relaxed(self, trials: Iterable[tuple[int, ...]]) -> None:
+        """The linear programs, in at most half of the time."""
+        now = time.monotonic()
+        for cuts in list(trials):
+            self._run(cuts, (now + self._deadline) / 2, relax=True)
+
+    def exact(self, trials: Iterable[tuple[int, ...]]) -> None:
+        """The programs in integers, each in an equal share of the time."""
+        distinct = list(dict.fromkeys(trials))
+        for n, cuts in enumerate(distinct):
+            now = time.monotonic()
+            self._run(cuts, now + (self._deadline - now) / (len(distinct) - n), relax=False)
+
+    def _run(self, cuts: tuple[int, ...], deadline: float, *, relax: bool) -> None:
+        left = deadline - time.monotonic()
+        if left > 0 and self.best < self._enough:
+            extra = _extra(self._graph, self._budget_bytes, cuts, time_limit_s=left, gap=self._gap, relax=relax)
+            self._found[cuts] = max(extra, self._found.get(cuts, 0.0))
+
+
+def _with(cuts: tuple[int, ...], *others: int) -> tuple[int, ...]:
+    return tuple(sorted({*cuts, *others}))
 
 
 def _first_cuts(graph: Graph, count: int = 3, among: int = 14) -> list[int]:

@@ -23,9 +23,8 @@ from planner.solver.lifetimes import lifetimes
 
 _SCALE = 1e4
 """The plain step's time in units of the objective, its peak in units of a memory row: solvers' tolerances are absolute."""
-_ROUGH_GAP = 0.002
 _ROWS_A_ROUND = 6
-_COPIES_A_ROUND = 2
+_COPIES_A_ROUND = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,7 +64,13 @@ class Closure:
             self.rows[first_stage] = 0
 
     def solve(
-        self, budget_bytes: int | None, *, deadline: float, gap: float, judge: Callable[[Schedule], Timeline] | None = None
+        self,
+        budget_bytes: int | None,
+        *,
+        deadline: float,
+        gap: float,
+        judge: Callable[[Schedule], Timeline] | None = None,
+        hurried: bool = False,
     ) -> Found:
         """Solve, simulate, add what was broken, and again until the schedule fits.
 
@@ -74,42 +79,42 @@ class Closure:
             deadline: of time.monotonic().
             gap: absolute, as a fraction of the plain step's time (of its peak where the lowest peak is looked for).
             judge: simulates the schedule where it counts (default: on this graph).
+            hurried: return where only new copies can say what is broken: the last schedule judged is near. A later call
+                goes on from there, with these copies.
         """
         judge = judge or (lambda schedule: simulate(self.graph, schedule))
         self.rows = dict.fromkeys(self.rows, 0)
         self.copies = dict.fromkeys(self.copies, 0)
-        found: Schedule | None = None
         while True:
-            # The copies make the program slow: find the moments that matter with a wide gap, then close it.
-            rough = max(gap, _ROUGH_GAP if self.copies and found is None else 0.0)
             rows = _Rows(self, budget_bytes)
-            answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=rough * _SCALE)
+            answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE)
             if answer.status in ("infeasible", "unknown"):
-                return Found(found, answer.status if found is None else "feasible")
+                return Found(None, answer.status)
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
             schedule = lazy_schedule(self.graph, kept)
             peak = judge(schedule).peak_bytes
             limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
             if peak <= limit:
-                found = schedule
-                if rough == gap or answer.status == "feasible":
-                    return Found(schedule, answer.status)
-            elif not self._add_broken(schedule, kept, limit, peak):
-                return Found(found, "unknown" if found is None else "feasible")
-            if time.monotonic() >= deadline:
-                return Found(found, "unknown" if found is None else "feasible")
+                return Found(schedule, answer.status)
+            plain = self._add_rows(kept, limit)
+            more = plain or self._add_copies(schedule, limit, peak)
+            if not more or (hurried and not plain) or time.monotonic() >= deadline:
+                return Found(None, "unknown")
 
-    def _add_broken(self, schedule: Schedule, kept: set[str], budget_bytes: int, judged_peak: int) -> bool:
-        """Add rows or copies for the moments over the budget; False where nothing new can be said."""
+    def _add_rows(self, kept: set[str], budget_bytes: int) -> bool:
+        """Add rows for the ops of the plain step that are over the budget; False where none is."""
         excess_by_op = enumerate(self._plain_excess(kept, budget_bytes))
         over = {t: excess for t, excess in excess_by_op if excess > 0 and t not in self.rows}
-        if over:
-            self.rows.update(dict.fromkeys(_spaced(over, len(self.graph.ops) // 20, _ROWS_A_ROUND), 0))
-            return True
+        self.rows.update(dict.fromkeys(_spaced(over, len(self.graph.ops) // 20, _ROWS_A_ROUND), 0))
+        return bool(over)
+
+    def _add_copies(self, schedule: Schedule, budget_bytes: int, judged_peak: int) -> bool:
+        """Add copies for the moments over the budget; False where nothing new can be said."""
         live = simulate(self.graph, schedule).live_bytes
-        broken = {moment: live[t] - budget_bytes for t, moment in self._moments(schedule) if live[t] > budget_bytes}
-        new = sorted((moment for moment in broken if moment not in self.copies), key=lambda m: -broken[m])[:_COPIES_A_ROUND]
-        self.copies.update(dict.fromkeys(new, 0))
+        moments = dict(self._moments(schedule))
+        broken = {t: live[t] - budget_bytes for t, m in moments.items() if live[t] > budget_bytes and m not in self.copies}
+        new = _spaced(broken, len(live) // 20, _COPIES_A_ROUND)
+        self.copies.update((moments[t], 0) for t in new)
         if new:
             return True
         # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.

@@ -1,4 +1,4 @@
-"""The cheapest schedule within a budget: coarsen, solve the program, expand, simulate, certify."""
+"""The cheapest schedule within a budget: coarsen, solve the program, search around its answer, expand, simulate, certify."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from planner.solver.bound import lower_bound
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, coarsen, expand, uncoarsened
 from planner.solver.floor import floor, infeasible
+from planner.solver.local_search import LocalSearch
 from planner.units import format_bytes
 
 __all__ = ["floor", "lowest_peak", "solve"]
 
-_SEARCH_SHARE = 0.7
-"""Part of the time limit for finding a schedule; the rest is for low peaks and the certificate."""
-_CERTIFICATE_S = 1.0
+_QUICK_S = 1.0
+_QUICK_GAP = 0.005
+"""After this many seconds, a plan this close to the bound is not worth more of them."""
+_CERTIFICATE_S = 0.5
 """A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
-
-_SECOND_LOOK_S = 1.0
-_SECOND_LOOK_GAPS = 4
-"""For the uncoarsened program, where the certificate leaves more than this many gaps open."""
+_THOROUGH_CERTIFICATE_S = 3.0
+_ROUGH_GAP = 0.002
+"""Copies make the program slow: the moments that matter are found with a wide gap, which is closed at the end."""
+_PROGRAM_SHARE = 0.6
+"""Of the time, for the program; the rest is for local search."""
 
 
 def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.0005) -> Solution:
     """The cheapest schedule found whose simulated peak on `graph` is within the budget.
+
+    The program's answer without exact copies is near and quick; local search makes it fit. Where the certificate then
+    leaves a gap, the program with copies and further search take turns until the time is up.
 
     Args:
         graph: the joint graph; the budget holds everything live on the device.
@@ -51,24 +57,17 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: f
         return Solution("optimal", best.schedule, plain.time_ns, time.monotonic() - start, best.solver)
     if floor(graph)[0] > budget_bytes:
         raise infeasible(graph, budget_bytes)
-    deadline = start + _SEARCH_SHARE * time_limit_s
-    coarse = coarsen(graph)
-    exact = _search(best, coarse, deadline, gap)
-    bound_ns = _certify(best, start + time_limit_s, gap) if best.timeline else 0
-    if best.timeline is None or best.timeline.time_ns - bound_ns > _SECOND_LOOK_GAPS * gap * plain.time_ns:
-        if len(coarse.groups) < len(graph.ops):
-            # Merged ops hold their inputs a little longer than they must: look again without merging.
-            exact |= _search(best, uncoarsened(graph), min(deadline, time.monotonic() + _SECOND_LOOK_S), gap)
-        best.offer_baselines()
+    hunt = _Hunt(best, start, start + time_limit_s, gap)
+    hunt.quickly()
+    hunt.thoroughly()
     if best.timeline is None:
         _lower_peak(best, start + time_limit_s)
     if best.timeline is None:
         raise NoScheduleFoundError(_failure(best, time.monotonic() - start))
-    bound_ns = bound_ns or _certify(best, start + time_limit_s, gap)
-    time_ns = best.timeline.time_ns
+    bound_ns, time_ns = hunt.certify(), best.timeline.time_ns
     if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
         bound_ns = plain.time_ns
-    status = "optimal" if exact or time_ns - bound_ns <= gap * plain.time_ns else "feasible"
+    status = "optimal" if hunt.exact or time_ns - bound_ns <= gap * plain.time_ns else "feasible"
     return Solution(status, best.schedule, bound_ns, time.monotonic() - start, best.solver)
 
 
@@ -81,12 +80,13 @@ def lowest_peak(graph: Graph, *, time_limit_s: float = 10.0) -> int:
 
 
 class _Best:
-    """The cheapest schedule that fits, and the lowest peak among all that were offered."""
+    """The cheapest schedule that fits, and the one with the lowest peak among all that were offered."""
 
     schedule: Schedule = Schedule(())
     timeline: Timeline | None = None
     solver: str = ""
     lowest_bytes: int = 2**63 - 1
+    lowest: Schedule = Schedule(())
 
     def __init__(self, graph: Graph, budget_bytes: int) -> None:
         self.graph, self.budget_bytes = graph, budget_bytes
@@ -94,15 +94,11 @@ class _Best:
     def offer(self, schedule: Schedule, solver: str) -> Timeline:
         """Simulate a schedule of the original graph, the only judgement that counts."""
         timeline = simulate(self.graph, schedule)
-        self.lowest_bytes = min(self.lowest_bytes, timeline.peak_bytes)
+        if timeline.peak_bytes < self.lowest_bytes:
+            self.lowest_bytes, self.lowest = timeline.peak_bytes, schedule
         if timeline.peak_bytes <= self.budget_bytes and (self.timeline is None or timeline.time_ns < self.timeline.time_ns):
             self.schedule, self.timeline, self.solver = schedule, timeline, solver
         return timeline
-
-    def judge(self, coarse: Coarse) -> Callable[[Schedule], Timeline]:
-        """What judges the schedules of a coarse graph."""
-        name = f"closure/{solver_name()}"
-        return lambda schedule: self.offer(expand(schedule, coarse.groups), name)
 
     def offer_baselines(self) -> None:
         """Judge what people do today."""
@@ -110,32 +106,143 @@ class _Best:
             self.offer(schedule, name)
 
 
-def _search(best: _Best, coarse: Coarse, deadline: float, gap: float) -> bool:
-    """Offer `best` the program's schedules; True where its optimum was among them."""
-    program = Closure(coarse.graph, coarse.tiny)
-    found = program.solve(best.budget_bytes, deadline=deadline, gap=gap, judge=best.judge(coarse))
-    return found.schedule is not None and found.status == "optimal"
+class _Hunt:
+    """The stages of one `solve`, and what they share.
 
+    Attributes:
+        exact: the program's optimum is among what was offered.
+    """
 
-def _certify(best: _Best, deadline: float, gap: float) -> int:
-    plain_ns = sum(op.cost_ns for op in best.graph.ops)
-    if best.timeline is None:
-        return plain_ns
-    return lower_bound(
-        best.graph,
-        best.budget_bytes,
-        time_limit_s=min(_CERTIFICATE_S, deadline - time.monotonic()),
-        tight=_tightest(best.schedule, best.timeline),
-        enough_ns=best.timeline.time_ns - int(gap * plain_ns),
-    )
+    def __init__(self, best: _Best, start: float, end: float, gap: float) -> None:
+        self.best, self.start, self.end, self.gap = best, start, end, gap
+        self.coarse = coarsen(best.graph)
+        self.program = Closure(self.coarse.graph, self.coarse.tiny)
+        self.plain_ns = sum(op.cost_ns for op in best.graph.ops)
+        self.exact = False
+        self._near: list[int] = []
+        self._bound_ns = 0
+
+    def quickly(self) -> None:
+        """The program without copies, then local search from its last answer."""
+        self.exact = self._solve(self.program, self.coarse, self.end, self.gap)
+        if not self.exact:
+            self._fit(self._near)
+        if self.best.timeline is None:
+            self._fit(list(range(len(self.coarse.graph.ops))))
+
+    def left(self) -> float:
+        """How far from the optimum the best plan can be at most, as a fraction of the plain step's time."""
+        timeline = self.best.timeline
+        return 1.0 if timeline is None else (timeline.time_ns - self.certify()) / max(1, self.plain_ns)
+
+    def deadline(self) -> float:
+        """When to stop: near the optimum, more search cannot gain much in proportion to its time."""
+        left = self.left()
+        return self.start if left <= self.gap else self.start + _QUICK_S if left <= _QUICK_GAP else self.end
+
+    def thoroughly(self) -> None:
+        """The program with copies, coarse and as it is, and search around what it finds, until it is good enough."""
+        end = self.end - (_THOROUGH_CERTIFICATE_S if self.left() > _QUICK_GAP else 0.0)
+        until = time.monotonic() + _PROGRAM_SHARE * (end - time.monotonic())
+        coarses = [(self.program, self.coarse)]
+        if len(self.coarse.groups) < len(self.best.graph.ops):
+            # Merged ops hold their inputs a little longer than they must: look again without merging.
+            fine = uncoarsened(self.best.graph)
+            coarses.append((Closure(fine.graph, fine.tiny), fine))
+        for program, coarse in coarses:
+            gap = max(self.gap, _ROUGH_GAP)
+            while not self.exact and time.monotonic() < min(until, self.deadline()):
+                copies = len(program.copies)
+                if self._solve(program, coarse, until, gap):
+                    self.exact, gap = gap == self.gap, self.gap
+                elif len(program.copies) == copies:
+                    break
+                elif coarse is self.coarse:
+                    self._fit(self._near)
+        if self.best.timeline is None:
+            self._fit_any(end)
+        if self.best.timeline is not None and time.monotonic() < self.deadline():
+            self.best.offer_baselines()
+            search = LocalSearch(self.best.graph, self.best.budget_bytes)
+            enough_ns = self.certify() + self.gap * self.plain_ns
+            steps = search.improve(list(self.best.schedule.steps), min(end, self.deadline()), enough_ns)
+            self.best.offer(Schedule(tuple(steps)), "local search")
+        if self.left() > _QUICK_GAP:
+            self.certify(thorough=True)
+
+    def certify(self, *, thorough: bool = False) -> int:
+        """A lower bound on the time of every schedule that fits."""
+        timeline, plain_ns = self.best.timeline, self.plain_ns
+        if timeline is None:
+            return plain_ns
+        if thorough or not self._bound_ns:
+            seconds = _THOROUGH_CERTIFICATE_S if thorough else _CERTIFICATE_S
+            bound_ns = lower_bound(
+                self.best.graph,
+                self.best.budget_bytes,
+                time_limit_s=max(0.1, min(seconds, self.end - time.monotonic())),
+                tight=_tightest(self.best.schedule, timeline),
+                enough_ns=timeline.time_ns - int(self.gap * plain_ns),
+                thorough=thorough,
+            )
+            self._bound_ns = max(self._bound_ns, bound_ns)
+        return self._bound_ns
+
+    def _solve(self, program: Closure, coarse: Coarse, deadline: float, gap: float) -> bool:
+        """Offer the program's schedules; True where its optimum was among them."""
+        found = program.solve(
+            self.best.budget_bytes, deadline=deadline, gap=gap, judge=self._judge(coarse), hurried=True
+        )
+        return found.schedule is not None and found.status == "optimal"
+
+    def _judge(self, coarse: Coarse) -> Callable[[Schedule], Timeline]:
+        """What judges the schedules of a coarse graph."""
+        name = f"closure/{solver_name()}"
+
+        def judge(schedule: Schedule) -> Timeline:
+            if coarse is self.coarse:
+                self._near = list(schedule.steps)
+            return self.best.offer(expand(schedule, coarse.groups), name)
+
+        return judge
+
+    def _fit(self, steps: list[int]) -> None:
+        """Make a schedule of the coarse graph fit, and offer it."""
+        search = LocalSearch(self.coarse.graph, self.best.budget_bytes)
+        repaired = search.repair(steps, self.end)
+        if repaired is not None:
+            steps = search.shrink(repaired, self.end)
+            self.best.offer(expand(Schedule(tuple(steps)), self.coarse.groups), f"closure/{solver_name()}, local search")
+
+    def _fit_any(self, deadline: float) -> None:
+        """Make one of the baselines fit."""
+        search = LocalSearch(self.best.graph, self.best.budget_bytes)
+        for name, schedule in all_baselines(self.best.graph, self.best.budget_bytes):
+            repaired = search.repair(list(schedule.steps), deadline)
+            if repaired is not None:
+                self.best.offer(Schedule(tuple(search.shrink(repaired, deadline))), f"{name}, local search")
 
 
 def _lower_peak(best: _Best, deadline: float) -> None:
     """Offer `best` the schedules with the lowest peaks that can be found."""
-    for graph in (coarsen(best.graph), uncoarsened(best.graph)):
-        program = Closure(graph.graph, graph.tiny)
-        program.solve(None, deadline=deadline, gap=0.001, judge=best.judge(graph))
+    for coarse in (coarsen(best.graph), uncoarsened(best.graph)):
+
+        def judge(schedule: Schedule, coarse: Coarse = coarse) -> Timeline:
+            return best.offer(expand(schedule, coarse.groups), f"closure/{solver_name()}")
+
+        Closure(coarse.graph, coarse.tiny).solve(None, deadline=deadline, gap=0.001, judge=judge)
     best.offer_baselines()
+    low, high = max(best.budget_bytes, floor(best.graph)[0]), best.lowest_bytes
+    target = low  # the budget itself first, then by bisection to a thousandth
+    while low < high and time.monotonic() < deadline:
+        steps = LocalSearch(best.graph, target).repair(list(best.lowest.steps), deadline)
+        if steps is None:
+            low = target + 1
+        else:
+            high = best.offer(Schedule(tuple(steps)), "local search").peak_bytes
+        target = (low + high) // 2
+        if high - low <= best.lowest_bytes // 1000:
+            break
 
 
 def _tightest(schedule: Schedule, timeline: Timeline) -> int | None:

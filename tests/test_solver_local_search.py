@@ -1,0 +1,63 @@
+"""Local search: what it returns fits, is valid, and never got dearer; it finds what keeping sets cannot."""
+
+from __future__ import annotations
+
+import time
+
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import simulate
+from planner.solver.baselines import all_baselines
+from planner.solver.floor import floor
+from planner.solver.local_search import LocalSearch
+from tests import graphs
+from tests.strategies import budgets, training_graphs
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_every_move_keeps_the_schedule_valid_within_the_budget_and_no_dearer(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=8))
+    budget_bytes = data.draw(budgets(graph))
+    search = LocalSearch(graph, budget_bytes)
+    starts = [keep_all(graph), *(schedule for _, schedule in all_baselines(graph, budget_bytes))]
+    steps = search.repair(list(data.draw(st.sampled_from(starts)).steps), soon())
+    event(f"repaired: {steps is not None}")
+    assume(steps is not None)
+    assert steps is not None
+    shrunk = search.shrink(steps, soon())
+    improved = search.improve(shrunk, soon())
+    timelines = [simulate(graph, Schedule(tuple(found))) for found in (steps, shrunk, improved)]
+    event(f"shrunk: {len(shrunk) < len(steps)}")
+    event(f"improved: {timelines[2].time_ns < timelines[1].time_ns}")
+    assert all(timeline.peak_bytes <= budget_bytes for timeline in timelines)
+    assert timelines[0].time_ns >= timelines[1].time_ns >= timelines[2].time_ns
+    assert search.time_ns(improved) == timelines[2].time_ns
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_after_shrinking_no_single_recompute_can_go(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=8))
+    budget_bytes = data.draw(budgets(graph))
+    search = LocalSearch(graph, budget_bytes)
+    steps = search.repair(list(range(len(graph.ops))), soon())
+    assume(steps is not None)
+    assert steps is not None
+    schedule = Schedule(tuple(search.shrink(steps, soon())))
+    for t in schedule.recomputes():
+        shorter = Schedule(schedule.steps[:t] + schedule.steps[t + 1 :])
+        event("a recompute stayed")
+        assert simulate(graph, shorter).peak_bytes > budget_bytes
+
+
+def test_nothing_helps_below_the_floor_and_time_is_kept() -> None:
+    graph = graphs.skip()
+    assert LocalSearch(graph, floor(graph)[0] - 1).repair(list(range(len(graph.ops))), soon()) is None
+    assert LocalSearch(graph, 26).repair(list(range(len(graph.ops))), time.monotonic()) is None
