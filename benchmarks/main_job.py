@@ -3,8 +3,11 @@
     python -m benchmarks.main_job --models gpt2 unet --fractions 0.7 0.5 --out results.jsonl
 
 A fraction is of what the plain step takes above its resident bytes (parameters, buffers, inputs); gradients count as part
-of the step. Each case runs in a process of its own, in one thread, with a measuring cache of its own. Every case becomes
-one JSON line in `--out` and one row of the Markdown table beside it.
+of the step. Each case runs in two processes of its own, in one thread, with a measuring cache of its own: one plans,
+compares and times under the allocator's usual settings; the other unpickles the planned module and measures physical
+peaks, under settings that give freed tensors back to the system (which makes both steps take half as long again), with no
+holes in its heap that a capture or a solver would leave.
+Every case becomes one JSON line in `--out` and one row of the Markdown table beside it.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -31,11 +35,11 @@ from benchmarks.memory import MALLOC_ENVIRONMENT, logical_peak, paired_cpu_ratio
 from planner import api
 
 FRACTIONS = {
-    "gpt2": (0.7, 0.5, 0.4),
-    "vit": (0.7, 0.5, 0.4),
-    "resnet50": (0.7, 0.6),
-    "unet": (0.7, 0.5, 0.4),
-    "llama": (0.7, 0.5, 0.4),
+    "gpt2": (1.0, 0.7, 0.5, 0.4),
+    "vit": (1.0, 0.7, 0.5, 0.4),
+    "resnet50": (1.0, 0.7, 0.6),
+    "unet": (1.0, 0.7, 0.5, 0.4),
+    "llama": (1.0, 0.7, 0.5, 0.4),
 }
 STAGES = ("capture", "measure", "solve")  # the names under which planner.api calls them
 SEED = 1
@@ -44,39 +48,53 @@ MIB = 2**20
 Record = dict[str, Any]
 
 
-def measure_case(name: str, fraction: float, rounds: int, **sizes: Any) -> Record:
+def measure_case(name: str, fraction: float, rounds: int, pickle_file: Path | None = None, **sizes: Any) -> Record:
     """Build, plan twice, and measure one model at one budget; call it in a process that has done nothing else."""
     torch.set_num_threads(1)
     model, args, kwargs = importlib.import_module(f"examples.{name}").build(**sizes)
     resident = resident_bytes(model, args, kwargs)
     plain_step = training_step(deepcopy(model), args, kwargs)
-    plain_peaks = measure_peaks(plain_step)
-    budget = resident + int(fraction * plain_peaks["logical_bytes"])
+    plain_bytes = warm_peak(plain_step, logical_peak)
+    budget = resident + int(fraction * plain_bytes)
 
     planned, first_seconds = timed_plan(deepcopy(model), budget, args, kwargs)
     again, second_seconds = timed_plan(deepcopy(model), budget, args, kwargs)
     planned_step = training_step(planned, args, kwargs)
-    planned_peaks = measure_peaks(planned_step)
+    planned_bytes = warm_peak(planned_step, logical_peak)
     different = differences(trajectory(deepcopy(model), args, kwargs), trajectory(again, args, kwargs))
     ratio = paired_cpu_ratio(planned_step, plain_step, rounds)
     made = planned.plan
+    if pickle_file is not None:
+        pickle_file.write_bytes(pickle.dumps(again))
     return {
         "model": name,
         "fraction": fraction,
         "resident_bytes": resident,
         "budget_bytes": budget,
-        "plain": {"predicted_bytes": made.plain.peak_bytes - resident, **plain_peaks},
-        "planned": {"predicted_bytes": made.peak_bytes - resident, **planned_peaks},
+        "plain": {"predicted_bytes": made.plain.peak_bytes - resident, "logical_bytes": plain_bytes},
+        "planned": {"predicted_bytes": made.peak_bytes - resident, "logical_bytes": planned_bytes},
         "bit_equal": not different,
         "different": different,
         "time": ratio._asdict(),
         "predicted_overhead": made.overhead,
         "gap": made.gap,
+        "status": made.solution.status,
+        "solver": made.solution.solver,
+        "num_ops": len(made.graph.ops),
         "first_plan": first_seconds,
         "second_plan": second_seconds,
         "made_on": dict(made.made_on),
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()},
     }
+
+
+def measure_physical(name: str, pickle_file: Path, **sizes: Any) -> dict[str, int]:
+    """The physical peaks of a plain and a planned step; call it in a process started with MALLOC_ENVIRONMENT."""
+    torch.set_num_threads(1)
+    _, args, kwargs = importlib.import_module(f"examples.{name}").build(**sizes)
+    planned = pickle.loads(pickle_file.read_bytes())
+    steps = {"plain": training_step(planned.original, args, kwargs), "planned": training_step(planned, args, kwargs)}
+    return {side: warm_peak(step, physical_peak) for side, step in steps.items()}
 
 
 def resident_bytes(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
@@ -102,11 +120,11 @@ def loss_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
-def measure_peaks(step: Callable[[], None]) -> dict[str, int]:
-    """Return both peaks above what is live before the step, after two steps of warming up."""
+def warm_peak(step: Callable[[], None], peak: Callable[[Callable[[], None]], int]) -> int:
+    """Return a peak above what is live before the step, after two steps of warming up."""
     step()
     step()
-    return {"logical_bytes": logical_peak(step), "physical_bytes": physical_peak(step)}
+    return peak(step)
 
 
 def timed_plan(model: nn.Module, budget: int, args: Any, kwargs: Any) -> tuple[nn.Module, dict[str, float]]:
@@ -164,15 +182,28 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 
 
 def run_case(name: str, fraction: float, rounds: int) -> Record:
-    """Run one case in a fresh process; a failure becomes a record that says how it failed."""
-    command = [sys.executable, "-m", "benchmarks.main_job", "--case", name, str(fraction), "--rounds", str(rounds)]
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | MALLOC_ENVIRONMENT | {"OMP_NUM_THREADS": "1", "CHECKPOINT_PLANNER_CACHE": cache}
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    """Run one case in fresh processes; a failure becomes a record that says how it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        pickled = str(Path(folder, "planned.pickle"))
+        settings = {"OMP_NUM_THREADS": "1", "CHECKPOINT_PLANNER_CACHE": folder}
+        case = ["--case", name, str(fraction), pickled]
+        try:
+            record = run_self([*case, "--rounds", str(rounds)], settings)
+            physical = run_self([*case, "--physical"], settings | MALLOC_ENVIRONMENT)
+        except RuntimeError as error:
+            return {"model": name, "fraction": fraction, "error": str(error)}
+    for side in ("plain", "planned"):
+        record[side]["physical_bytes"] = physical[side]
+    return record
+
+
+def run_self(arguments: list[str], settings: dict[str, str]) -> Record:
+    """Run this program in a fresh process and return what it prints last."""
+    command = [sys.executable, "-m", "benchmarks.main_job", *arguments]
+    done = subprocess.run(command, env=os.environ | settings, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    said = done.stderr.strip().splitlines()
-    return {"model": name, "fraction": fraction, "error": said[-1] if said else f"exit status {done.returncode}"}
+    raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
 
 
 def mib(nbytes: int) -> str:
@@ -227,10 +258,14 @@ def main() -> int:
     parser.add_argument("--fractions", nargs="+", type=float, help="of the plain step; by default each model's own")
     parser.add_argument("--out", type=Path, default=Path("main_job.jsonl"))
     parser.add_argument("--rounds", type=int, default=7, help="of timing: each is one planned and two plain steps")
-    parser.add_argument("--case", nargs=2, metavar=("MODEL", "FRACTION"), help="run one case here, print its record")
+    parser.add_argument("--case", nargs=3, metavar=("MODEL", "FRACTION", "PICKLE"), help="run one case here, print its record")
+    parser.add_argument("--physical", action="store_true", help="with --case: measure physical peaks of what was pickled there")
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure_case(options.case[0], float(options.case[1]), options.rounds)))
+        name, fraction, pickled = options.case[0], float(options.case[1]), Path(options.case[2])
+        physical = options.physical
+        found = measure_physical(name, pickled) if physical else measure_case(name, fraction, options.rounds, pickled)
+        print(json.dumps(found))
         return 0
     records = []
     with options.out.open("w") as lines:

@@ -86,7 +86,7 @@ def test_the_program_finds_the_optimum_of_its_class_and_solve_nothing_dearer(dat
 
 
 def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
-    """Of every valid schedule without recompute of backward ops, which no plan does; search proves nothing, so it is counted."""
+    """Counted, because search proves nothing: of every valid schedule that runs no backward op again, as no plan does."""
     counts: Counter[bool] = Counter()
 
     @settings(deadline=None, max_examples=60, database=None)
