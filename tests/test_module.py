@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
 from planner.rewriter.module import CheckpointedModule as Module
+from planner.tracer import kernels
 from tests import models
 from tests.training import assert_same, trajectory
 
@@ -275,11 +276,46 @@ def test_autocast_is_captured_and_exact():
             loss.backward()
 
 
-@pytest.mark.parametrize("p", [0.1, 0.15, 0.5])
-def test_dropout_keeps_eagers_bits_for_every_p(p):
-    model = models.Wrapped(nn.Sequential(nn.Linear(64, 64), nn.Dropout(p), nn.Linear(64, 8)))
-    args = (torch.randn(32, 64),)
+class Dropped(nn.Module):
+    """Dropout of one kind between two layers, of a tensor that need not be contiguous."""
+
+    def __init__(self, drop, *, transposed=False):
+        super().__init__()
+        self.inner, self.outer, self.drop, self.transposed = nn.Linear(16, 16), nn.Linear(16, 4), drop, transposed
+
+    def forward(self, x):
+        x = self.inner(x)
+        x = self.drop(x.transpose(1, 2)).transpose(1, 2) if self.transposed else self.drop(x)
+        return {"loss": self.outer(x).float().square().sum(), "dropped": x}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.15, 0.5, 1.0])
+def test_dropout_keeps_eagers_bits_for_every_p_dtype_and_layout(p, transposed, dtype):
+    model, args = Dropped(nn.Dropout(p), transposed=transposed).to(dtype), (torch.randn(4, 6, 16, dtype=dtype),)
     module = plan(copy.deepcopy(model), 1.0, args, costs="estimate", progress=False)
+    assert_same(trajectory(model, args, {}), trajectory(module, args, {}))
+
+
+@pytest.mark.parametrize(
+    "drop", [nn.Dropout1d(0.3), nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2), nn.Dropout(0.3, inplace=True)], ids=str
+)
+def test_other_kinds_of_dropout_keep_eagers_bits(drop):
+    model, args = Dropped(drop), (torch.randn(4, 6, 16),)
+    module = plan(copy.deepcopy(model), 1.0, args, costs="estimate", progress=False)
+    assert_same(trajectory(model, args, {}), trajectory(module, args, {}))
+
+
+def test_a_plan_keeps_the_draws_of_dropout_and_makes_the_noise_again():
+    """Drawing is dear and its result small; the noise is large and cheap."""
+    model = models.Wrapped(nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Dropout(0.1)))))
+    args = (torch.randn(512, 64),)
+    module = plan(copy.deepcopy(model), 0.7, args, costs="estimate", progress=False)
+    recomputed = [node for node in module.backward_graph.nodes if node.name.endswith("_recomputed")]
+    assert any(node.target is kernels.noise for node in recomputed)
+    assert not any(node.target is kernels.bernoulli for node in recomputed)
+    assert any(node.meta["val"].dtype == torch.uint8 for node in module.backward_graph.find_nodes(op="placeholder"))
     assert_same(trajectory(model, args, {}), trajectory(module, args, {}))
 
 

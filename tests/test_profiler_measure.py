@@ -113,7 +113,7 @@ def test_workspace_of_convolution_backward():
 
 
 def test_workspace_reads_the_exported_trace():
-    """Fails when torch renames the fields of "[memory]" events: see cpu_workspace_bytes."""
+    """Fails when torch renames the fields of "[memory]" events: see planner/profiler/memory.py."""
     assert cpu_workspace_bytes(lambda: one_temporary_beside_the_output(None)) == 5 * MIB
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from planner.profiler.kernel import tensors_in
 from planner.profiler.profile import KernelCost, Profile
+from planner.tracer.randomness import is_random
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,6 +29,7 @@ class DeviceModel:
         bytes_per_s: attainable memory bandwidth, in B/s.
         launch_ns: fixed cost of one kernel call, in ns.
         dtype_speed: rate of other dtypes relative to float32; a missing dtype counts as 1.
+        draws_per_s: random numbers a second; on a CPU far below what memory bandwidth allows.
     """
 
     name: str
@@ -35,15 +37,16 @@ class DeviceModel:
     bytes_per_s: float
     launch_ns: int
     dtype_speed: Mapping[torch.dtype, float] = field(default_factory=lambda: MappingProxyType({}))
+    draws_per_s: float = math.inf
 
     def __post_init__(self) -> None:
-        rates = (self.flops_per_s, self.bytes_per_s, *self.dtype_speed.values())
+        rates = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, *self.dtype_speed.values())
         if min(rates) <= 0 or self.launch_ns < 0:
             raise ValueError(f"device {self.name!r}: rates must be positive and launch_ns must not be negative, got {self}")
 
 
-GENERIC_CPU = DeviceModel("generic CPU", 100e9, 15e9, 5_000, MappingProxyType({torch.float64: 0.5}))
-"""A few cores with AVX2: 100 GFLOP/s, 15 GB/s, 5 us per call."""
+GENERIC_CPU = DeviceModel("generic CPU", 100e9, 15e9, 5_000, MappingProxyType({torch.float64: 0.5}), 3e8)
+"""A few cores with AVX2: 100 GFLOP/s, 15 GB/s, 5 us per call, 3e8 draws/s (1.4e8 in one thread, measured)."""
 
 GENERIC_GPU = DeviceModel(
     "generic GPU", 100e12, 1.3e12, 3_000, MappingProxyType({torch.float64: 0.1, **dict.fromkeys(_HALF, 2.0)})
@@ -74,7 +77,8 @@ def estimate_node(node: Node, device: DeviceModel) -> KernelCost:
     dtype = next((t.dtype for t in (*outputs, *_inputs(node)) if t.dtype.is_floating_point), torch.float32)
     compute_s = _flops(node) / (device.flops_per_s * device.dtype_speed.get(dtype, 1.0))
     memory_s = _bytes_moved(node) / device.bytes_per_s
-    return KernelCost(device.launch_ns + round(max(compute_s, memory_s) * 1e9), _workspace_bytes(node))
+    draw_s = sum(t.numel() for t in outputs[:1]) / device.draws_per_s if is_random(node) else 0.0
+    return KernelCost(device.launch_ns + round(max(compute_s, memory_s, draw_s) * 1e9), _workspace_bytes(node))
 
 
 def _inputs(node: Node) -> list[torch.Tensor]:

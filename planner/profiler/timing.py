@@ -6,9 +6,7 @@ flushing the cache before every call is too dear. Both are measured, in pairs, a
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from planner.profiler.kernel import footprint_bytes, make_inputs
+from planner.profiler.memory import cpu_allocations, peak_of
 from planner.profiler.profile import KernelCost
 
 _BUDGET_NS = 40_000_000
@@ -103,23 +102,10 @@ def _in_situ_ns(warm: list[int], cold: list[int]) -> int:
 
 
 def cpu_workspace_bytes(call: Callable[[], Any]) -> int:
-    """Peak minus net of the CPU allocator's events during one call, outputs alive at its end; in bytes.
-
-    The public way to single events is the exported trace: `events()` has sums per op, and nothing for frees.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            out = call()
-        profile.export_chrome_trace(str(trace))
-        del out
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    memory = sorted((e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0), key=lambda e: e["ts"])
-    held_bytes = peak_bytes = 0
-    for event in memory:
-        held_bytes += event["args"]["Bytes"]
-        peak_bytes = max(peak_bytes, held_bytes)
-    return int(peak_bytes - held_bytes)
+    """Peak minus net of the CPU allocator's events during one call, outputs alive at its end; in bytes."""
+    outputs: list[Any] = []
+    events = cpu_allocations(lambda: outputs.append(call()))
+    return peak_of(events) - sum(nbytes for _, nbytes in events)
 
 
 @lru_cache(maxsize=1)

@@ -68,7 +68,9 @@ def normalize(
     draw_as_eager(graph)
     _read_no_new_statistics(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
-    last_forward = _last_ancestor(graph, [n for role, n in zip(roles, results(graph), strict=True) if role[0] != "gradient"])
+    forward_results = [n for role, n in zip(roles, results(graph), strict=True) if role[0] != "gradient"]
+    _move_forward_up(graph, forward_results, [node for role, node in node_of.items() if role[0] == "tangent"])
+    last_forward = _last_ancestor(graph, forward_results)
     last_forward = _write_mutations(graph, roles, node_of, inputs, last_forward)
     kept = [(role, node) for role, node in zip(roles, results(graph), strict=True) if role[0] != "mutation"]
     graph.output_node().args = (tuple(node for _, node in kept),)
@@ -140,6 +142,21 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             found.add(node)
             todo.extend(node.all_input_nodes)
     return found
+
+
+def _move_forward_up(graph: fx.Graph, forward_results: Iterable[fx.Node], tangents: Iterable[fx.Node]) -> None:
+    """Put what the forward's results need before the first node that a tangent reaches.
+
+    Functionalization makes a view of what was written in place anew when somebody asks for it: after the backward.
+    """
+    needed, reached = _ancestors(forward_results), set(tangents)
+    first: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+            first = first or node
+        elif first is not None and node in needed:
+            first.prepend(node)
 
 
 def _last_ancestor(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node | None:
