@@ -18,7 +18,7 @@ class Solution:
     """What a solver returns. It states no peak: only `simulate` does.
 
     Attributes:
-        status: "optimal" (within the solver's gap), or "feasible" (out of time, best found).
+        status: "optimal" (the bound proves it, within the gap asked for), or "feasible" (the best found).
         schedule: the schedule on the graph the solver was given.
         bound_ns: no schedule with the captured backward order and these costs that fits the budget
             takes less time than this.

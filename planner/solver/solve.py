@@ -26,7 +26,8 @@ _QUICK_GAP = 0.005
 """After this many seconds, a plan this close to the bound is not worth more of them."""
 _CERTIFICATE_S = 0.5
 """A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
-_THOROUGH_CERTIFICATE_S = 3.0
+_CERTIFICATE_SHARE = 0.3
+"""Of the time, for a thorough certificate where the quick one leaves a gap."""
 _ROUGH_GAP = 0.002
 """Copies make the program slow: the moments that matter are found with a wide gap, which is closed at the end."""
 _PROGRAM_SHARE = 0.6
@@ -67,7 +68,7 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: f
     bound_ns, time_ns = hunt.certify(), best.timeline.time_ns
     if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
         bound_ns = plain.time_ns
-    status = "optimal" if hunt.exact or time_ns - bound_ns <= gap * plain.time_ns else "feasible"
+    status = "optimal" if time_ns - bound_ns <= gap * plain.time_ns else "feasible"
     return Solution(status, best.schedule, bound_ns, time.monotonic() - start, best.solver)
 
 
@@ -107,25 +108,22 @@ class _Best:
 
 
 class _Hunt:
-    """The stages of one `solve`, and what they share.
-
-    Attributes:
-        exact: the program's optimum is among what was offered.
-    """
+    """The stages of one `solve`, and what they share."""
 
     def __init__(self, best: _Best, start: float, end: float, gap: float) -> None:
         self.best, self.start, self.end, self.gap = best, start, end, gap
+        self.search_end = end - _CERTIFICATE_SHARE * (end - start)
         self.coarse = coarsen(best.graph)
         self.program = Closure(self.coarse.graph, self.coarse.tiny)
         self.plain_ns = sum(op.cost_ns for op in best.graph.ops)
-        self.exact = False
+        self._exact = False  # the program's optimum was offered
         self._near: list[int] = []
         self._bound_ns = 0
 
     def quickly(self) -> None:
         """The program without copies, then local search from its last answer."""
-        self.exact = self._solve(self.program, self.coarse, self.end, self.gap)
-        if not self.exact:
+        self._exact = self._solve(self.program, self.coarse, self.search_end, self.gap)
+        if not self._exact and self._near:
             self._fit(self._near)
         if self.best.timeline is None:
             self._fit(list(range(len(self.coarse.graph.ops))))
@@ -138,12 +136,13 @@ class _Hunt:
     def deadline(self) -> float:
         """When to stop: near the optimum, more search cannot gain much in proportion to its time."""
         left = self.left()
-        return self.start if left <= self.gap else self.start + _QUICK_S if left <= _QUICK_GAP else self.end
+        if left <= self.gap:
+            return self.start
+        return min(self.search_end, self.start + _QUICK_S) if left <= _QUICK_GAP else self.search_end
 
     def thoroughly(self) -> None:
         """The program with copies, coarse and as it is, and search around what it finds, until it is good enough."""
-        end = self.end - (_THOROUGH_CERTIFICATE_S if self.left() > _QUICK_GAP else 0.0)
-        until = time.monotonic() + _PROGRAM_SHARE * (end - time.monotonic())
+        until = time.monotonic() + _PROGRAM_SHARE * (self.search_end - time.monotonic())
         coarses = [(self.program, self.coarse)]
         if len(self.coarse.groups) < len(self.best.graph.ops):
             # Merged ops hold their inputs a little longer than they must: look again without merging.
@@ -151,21 +150,21 @@ class _Hunt:
             coarses.append((Closure(fine.graph, fine.tiny), fine))
         for program, coarse in coarses:
             gap = max(self.gap, _ROUGH_GAP)
-            while not self.exact and time.monotonic() < min(until, self.deadline()):
+            while not self._exact and time.monotonic() < min(until, self.deadline()):
                 copies = len(program.copies)
                 if self._solve(program, coarse, until, gap):
-                    self.exact, gap = gap == self.gap, self.gap
+                    self._exact, gap = gap == self.gap, self.gap
                 elif len(program.copies) == copies:
                     break
-                elif coarse is self.coarse:
+                elif coarse is self.coarse and self._near:
                     self._fit(self._near)
         if self.best.timeline is None:
-            self._fit_any(end)
+            self._fit_any(self.search_end)
         if self.best.timeline is not None and time.monotonic() < self.deadline():
             self.best.offer_baselines()
             search = LocalSearch(self.best.graph, self.best.budget_bytes)
             enough_ns = self.certify() + self.gap * self.plain_ns
-            steps = search.improve(list(self.best.schedule.steps), min(end, self.deadline()), enough_ns)
+            steps = search.improve(list(self.best.schedule.steps), self.deadline(), enough_ns)
             self.best.offer(Schedule(tuple(steps)), "local search")
         if self.left() > _QUICK_GAP:
             self.certify(thorough=True)
@@ -176,7 +175,7 @@ class _Hunt:
         if timeline is None:
             return plain_ns
         if thorough or not self._bound_ns:
-            seconds = _THOROUGH_CERTIFICATE_S if thorough else _CERTIFICATE_S
+            seconds = self.end - time.monotonic() if thorough else _CERTIFICATE_S
             bound_ns = lower_bound(
                 self.best.graph,
                 self.best.budget_bytes,
@@ -190,9 +189,8 @@ class _Hunt:
 
     def _solve(self, program: Closure, coarse: Coarse, deadline: float, gap: float) -> bool:
         """Offer the program's schedules; True where its optimum was among them."""
-        found = program.solve(
-            self.best.budget_bytes, deadline=deadline, gap=gap, judge=self._judge(coarse), hurried=True
-        )
+        judge = self._judge(coarse)
+        found = program.solve(self.best.budget_bytes, deadline=deadline, gap=gap, judge=judge, hurried=True)
         return found.schedule is not None and found.status == "optimal"
 
     def _judge(self, coarse: Coarse) -> Callable[[Schedule], Timeline]:
@@ -209,9 +207,9 @@ class _Hunt:
     def _fit(self, steps: list[int]) -> None:
         """Make a schedule of the coarse graph fit, and offer it."""
         search = LocalSearch(self.coarse.graph, self.best.budget_bytes)
-        repaired = search.repair(steps, self.end)
+        repaired = search.repair(steps, self.search_end)
         if repaired is not None:
-            steps = search.shrink(repaired, self.end)
+            steps = search.shrink(repaired, self.search_end)
             self.best.offer(expand(Schedule(tuple(steps)), self.coarse.groups), f"closure/{solver_name()}, local search")
 
     def _fit_any(self, deadline: float) -> None:
