@@ -35,7 +35,8 @@ def cpu_allocations(run: Callable[[], Any]) -> list[tuple[int, int]]:
 
     The exported trace is the public place that holds them all: `events()` leaves out those inside an operator.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # acc_events changes nothing in one cycle; without it torch 2.11 warns that it would
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
