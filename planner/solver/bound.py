@@ -59,12 +59,9 @@ def lower_bound(
     trials.relaxed((cut,) for cut in dict.fromkeys([*_first_cuts(graph), *spread]))
     # Where no single cut bites, pairs do not either; where one is enough, the linear program settles it.
     if 0 < trials.best < enough:
-        first = trials.ranked[0]
-        trials.relaxed(_with(first, cut) for cut in spread)
-        pairs = [_with(first, tight)] if tight is not None else []
-        trials.exact([first, *pairs, *trials.distinct_pairs(_PAIRS)])
-        best, after = trials.ranked[0], [cut for cut in spread if cut > first[0]]
-        trials.exact(_with(best, cut) for cut in after[:2])  # where one is tightest, its neighbours are nearly so
+        trials.exact([trials.ranked[0]])
+        if thorough:
+            trials.pairs(spread, tight)
     exact = sum(op.cost_ns for op in graph.ops)
     if math.isinf(trials.best):
         return exact + _NEVER
@@ -92,7 +89,16 @@ class _Trials:
     def ranked(self) -> list[tuple[int, ...]]:
         return sorted(self._found, key=lambda cuts: -self._found[cuts])
 
-    def distinct_pairs(self, count: int) -> list[tuple[int, ...]]:
+    def pairs(self, cuts: Sequence[int], tight: int | None) -> None:
+        """The best single cut with others, and the best of those pairs with a third."""
+        first = self.ranked[0]
+        self.relaxed(_with(first, cut) for cut in cuts)
+        given = [_with(first, tight)] if tight is not None else []
+        self.exact([*given, *self._distinct_pairs(_PAIRS)])
+        best, after = self.ranked[0], [cut for cut in cuts if cut > first[0]]
+        self.exact(_with(best, cut) for cut in after[:2])  # where one is tightest, its neighbours are nearly so
+
+    def _distinct_pairs(self, count: int) -> list[tuple[int, ...]]:
         """The best pairs, one of those that are equally good: they cut at the same place."""
         found = {round(self._found[cuts], 6): cuts for cuts in reversed(self.ranked) if len(cuts) == 2}
         return [found[extra] for extra in sorted(found, reverse=True)[:count]]

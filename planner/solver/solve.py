@@ -117,7 +117,8 @@ class _Hunt:
         self.program = Closure(self.coarse.graph, self.coarse.tiny)
         self.plain_ns = sum(op.cost_ns for op in best.graph.ops)
         self._exact = False  # the program's optimum was offered
-        self._near: list[int] = []
+        self._near: list[int] = []  # the program's last schedule of the coarse graph
+        self._fitted: list[int] = []  # the last that local search made fit
         self._bound_ns = 0
 
     def quickly(self) -> None:
@@ -127,6 +128,8 @@ class _Hunt:
             self._fit(self._near)
         if self.best.timeline is None:
             self._fit(list(range(len(self.coarse.graph.ops))))
+        if self.left() > _QUICK_GAP:
+            self._improve(self.coarse, self._fitted, min(self.search_end, time.monotonic() + _QUICK_S / 2))
 
     def left(self) -> float:
         """How far from the optimum the best plan can be at most, as a fraction of the plain step's time."""
@@ -162,10 +165,7 @@ class _Hunt:
             self._fit_any(self.search_end)
         if self.best.timeline is not None and time.monotonic() < self.deadline():
             self.best.offer_baselines()
-            search = LocalSearch(self.best.graph, self.best.budget_bytes)
-            enough_ns = self.certify() + self.gap * self.plain_ns
-            steps = search.improve(list(self.best.schedule.steps), self.deadline(), enough_ns)
-            self.best.offer(Schedule(tuple(steps)), "local search")
+            self._improve(uncoarsened(self.best.graph), list(self.best.schedule.steps), self.deadline())
         if self.left() > _QUICK_GAP:
             self.certify(thorough=True)
 
@@ -209,8 +209,15 @@ class _Hunt:
         search = LocalSearch(self.coarse.graph, self.best.budget_bytes)
         repaired = search.repair(steps, self.search_end)
         if repaired is not None:
-            steps = search.shrink(repaired, self.search_end)
-            self.best.offer(expand(Schedule(tuple(steps)), self.coarse.groups), f"closure/{solver_name()}, local search")
+            self._fitted = search.shrink(repaired, self.search_end)
+            self.best.offer(expand(Schedule(tuple(self._fitted)), self.coarse.groups), f"closure/{solver_name()}, local search")
+
+    def _improve(self, coarse: Coarse, steps: list[int], deadline: float) -> None:
+        """Search around a schedule of a coarse graph that fits, and offer what was found."""
+        if steps:
+            enough_ns = self.certify() + self.gap * self.plain_ns
+            better = LocalSearch(coarse.graph, self.best.budget_bytes).improve(steps, deadline, enough_ns)
+            self.best.offer(expand(Schedule(tuple(better)), coarse.groups), "local search")
 
     def _fit_any(self, deadline: float) -> None:
         """Make one of the baselines fit."""
