@@ -56,26 +56,15 @@ def normalize(
         for node, role in zip(placeholders, exported.inputs, strict=True)
     }
     node_of = {role: node for node, role in zip(placeholders, exported.inputs, strict=True)}
-    handed = list(zip(exported.outputs, results(graph), strict=True))
-    guards = _guards(graph, [node for role, node in handed if role[0] == "output" and role[1] >= num_results])
-    handed = [(role, node) for role, node in handed if node is not None and not _is_read(role, num_results)]
-    roles = [role for role, _ in handed]
-    graph.output_node().args = (tuple(node for _, node in handed),)
-
+    guards, roles = _split_off_reads(graph, exported.outputs, num_results)
     _refuse(graph, roles, inputs, node_of)
     constants = _lift_constants(graph, exported.graph_module, inputs)
     _drop_detach(graph)
     draw_as_eager(graph)
     _read_no_new_statistics(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
-    forward_results = [n for role, n in zip(roles, results(graph), strict=True) if role[0] != "gradient"]
-    _move_forward_up(graph, forward_results, [node for role, node in node_of.items() if role[0] == "tangent"])
-    last_forward = _last_ancestor(graph, forward_results)
-    last_forward = _write_mutations(graph, roles, node_of, inputs, last_forward)
-    kept = [(role, node) for role, node in zip(roles, results(graph), strict=True) if role[0] != "mutation"]
-    graph.output_node().args = (tuple(node for _, node in kept),)
-    gradients = [(node_of[role[1:]], i) for i, (role, _) in enumerate(kept) if role[0] == "gradient"]
-    _own_gradients(graph, gradients)
+    last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
+    gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
 
@@ -109,8 +98,14 @@ def _write_mutations(
     return last_forward
 
 
-def _is_read(role: Role, num_results: int) -> bool:
-    return role[0] == "output" and role[1] >= num_results
+def _split_off_reads(graph: fx.Graph, roles: Sequence[Role], num_results: int) -> tuple[fx.Graph | None, list[Role]]:
+    """A graph of the tensors that Python read, which leave the results, and the roles of the results that stay."""
+    handed = list(zip(roles, results(graph), strict=True))
+    read = [node for role, node in handed if role[0] == "output" and role[1] >= num_results]
+    guards = _guards(graph, read)
+    stay = [(role, node) for role, node in handed if node is not None and not (role[0] == "output" and role[1] >= num_results)]
+    graph.output_node().args = (tuple(node for _, node in stay),)
+    return guards, [role for role, _ in stay]
 
 
 def _source(node: fx.Node) -> str:
@@ -142,6 +137,22 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             found.add(node)
             todo.extend(node.all_input_nodes)
     return found
+
+
+def _end_forward(graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node]) -> fx.Node | None:
+    """Bring the forward together in front, and return its last node."""
+    forward_results = [node for role, node in zip(roles, results(graph), strict=True) if role[0] != "gradient"]
+    _move_forward_up(graph, forward_results, [node for role, node in node_of.items() if role[0] == "tangent"])
+    return _last_ancestor(graph, forward_results)
+
+
+def _hand_out_gradients(graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node]) -> list[tuple[fx.Node, int]]:
+    """Drop the mutations, now nodes, from the results; (input, position among the results) of every gradient."""
+    kept = [(role, node) for role, node in zip(roles, results(graph), strict=True) if role[0] != "mutation"]
+    graph.output_node().args = (tuple(node for _, node in kept),)
+    gradients = [(node_of[role[1:]], i) for i, (role, _) in enumerate(kept) if role[0] == "gradient"]
+    _own_gradients(graph, gradients)
+    return gradients
 
 
 def _move_forward_up(graph: fx.Graph, forward_results: Iterable[fx.Node], tangents: Iterable[fx.Node]) -> None:
