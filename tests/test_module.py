@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
 from planner.rewriter.module import CheckpointedModule as Module
 from planner.tracer import kernels
+from planner.tracer.randomness import draw_as_eager
 from tests import models
 from tests.training import assert_same, trajectory
 
@@ -317,6 +318,18 @@ def test_a_plan_keeps_the_draws_of_dropout_and_makes_the_noise_again():
     assert not any(node.target is kernels.bernoulli for node in recomputed)
     assert any(node.meta["val"].dtype == torch.uint8 for node in module.backward_graph.find_nodes(op="placeholder"))
     assert_same(trajectory(model, args, {}), trajectory(module, args, {}))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.uint8), ("meta", torch.float32)])
+def test_draws_become_bytes_only_where_every_dtype_draws_alike(device, dtype):
+    graph = torch.fx.Graph()
+    like = graph.placeholder("like")
+    drawn = graph.call_function(torch.ops.aten.bernoulli.p, (like, 0.9))
+    graph.output(graph.call_function(torch.ops.aten.div.Scalar, (drawn, 0.9)))
+    like.meta["val"] = drawn.meta["val"] = torch.zeros(4, device=device)
+    draw_as_eager(graph)
+    assert drawn.target is kernels.bernoulli and drawn.args[3] == dtype
+    assert bool(graph.find_nodes(op="call_function", target=kernels.noise)) == (dtype == torch.uint8)
 
 
 def test_functional_dropout_mask_and_inplace_input():

@@ -21,13 +21,15 @@ def draw_as_eager(graph: fx.Graph) -> None:
     Eager's CPU dropout multiplies by `empty_like(x).bernoulli_(keep).div_(keep)`, in x's dtype. Drawing is by far its
     most expensive part (6 times all the rest, measured), and the draws fit a byte each: drawn as bytes, with the
     noise made of them by a kernel of its own, a plan can keep a quarter of the bytes and repeat only the cheap part.
-    The generator yields the same draws for every dtype, so the noise keeps its bits.
+    The CPU generator yields the same draws for every dtype, so the noise keeps its bits. That was not checked on CUDA,
+    where dropout is a fused kernel with a small mask already: there the draws stay as they are.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli.p):
         like = node.args[0].meta["val"]  # only its layout matters; not reading it lets it go
         keep, dtype = node.args[1], like.dtype
         scaled = [user for user in node.users if user.target in _DIVISIONS and user.args[0] is node]
-        if scaled and len(scaled) == len(node.users) and all(isinstance(div.args[1], float) for div in scaled):
+        only_scaled = 0 < len(scaled) == len(node.users) and all(isinstance(div.args[1], float) for div in scaled)
+        if only_scaled and like.device.type == "cpu":
             for div in scaled:
                 div.target, div.args = kernels.noise, (node, div.args[1], dtype)
             dtype = torch.uint8
