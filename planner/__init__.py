@@ -1,20 +1,46 @@
-"""Plan which activations to recompute so that a training step fits a byte budget, bit for bit."""
+"""Plan which activations to recompute so that a training step fits a byte budget, bit for bit.
 
-from planner.api import apply, plan
-from planner.errors import (
-    BackwardError,
-    BudgetError,
-    CaptureError,
-    InfeasibleBudgetError,
-    InputError,
-    NoScheduleFoundError,
-    PlanFileError,
-    PlannerError,
-    SolverMissingError,
-)
-from planner.graph.plan import Plan
-from planner.rewriter.module import CheckpointedModule, PlanMissWarning
-from planner.verify import Report, verify
+Names are imported when they are asked for: `planner solve` and `import planner.solver` work where torch is missing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.api import apply, plan
+    from planner.errors import (
+        BackwardError,
+        BudgetError,
+        CaptureError,
+        InfeasibleBudgetError,
+        InputError,
+        NoScheduleFoundError,
+        PlanFileError,
+        PlannerError,
+        SolverMissingError,
+    )
+    from planner.graph.plan import Plan
+    from planner.rewriter.module import CheckpointedModule, PlanMissWarning
+    from planner.verification import Report, verify
+
+_HOMES = {
+    "planner.api": ("apply", "plan"),
+    "planner.errors": (
+        "BackwardError",
+        "BudgetError",
+        "CaptureError",
+        "InfeasibleBudgetError",
+        "InputError",
+        "NoScheduleFoundError",
+        "PlanFileError",
+        "PlannerError",
+        "SolverMissingError",
+    ),
+    "planner.graph.plan": ("Plan",),
+    "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
+    "planner.verification": ("Report", "verify"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackwardError",
@@ -34,3 +60,16 @@ __all__ = [
     "plan",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    home = import_module(_HOME[name])
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,6 +43,7 @@ __all__ = [
     "box",
     "export_joint",
     "fake_inputs",
+    "fake_mode",
     "kernels_kept",
     "pytree",
     "release_saved",
@@ -68,10 +69,15 @@ class ExportedJoint:
     outputs: tuple[tuple[Any, ...], ...]
 
 
+def fake_mode() -> FakeTensorMode:
+    """While entered, tensors are made without data; real ones, as a model's own constants, are let in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Stand-ins without data, static in shape, under one mode that lets the model's own constants in."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    """Stand-ins without data, static in shape, under one mode: that of the tensors which are fake already, as these stay."""
+    mode = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None) or fake_mode()
+    return [t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for t in tensors]
 
 
 def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor]) -> ExportedJoint:

@@ -11,7 +11,7 @@ from typing import Any
 
 from planner import api
 from planner.errors import InputError, PlannerError
-from planner.verify import verify
+from planner.verification import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:

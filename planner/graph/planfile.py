@@ -8,8 +8,10 @@ workspace_bytes, recomputable, source]), `forward_outputs`, `backward_outputs`, 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +96,15 @@ def loads(text: str, where: str = "plan") -> Plan:
 
 
 def load_graph(path: str | Path) -> Graph:
-    """Read the graph of a plan file or of a graph file.
+    """Read the graph of a plan file or of a graph file; a name in .gz is unpacked.
 
     Raises:
         PlanFileError: as for `load`.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_bytes()
+        text = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise PlanFileError(f"cannot read graph file {path}: {error}") from error
     return _graph(_read(text, str(path)), str(path))
 

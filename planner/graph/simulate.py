@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
+
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +49,41 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
     """
     check(graph, schedule)
     simulator = Simulator(graph)
-    steps, outputs = schedule.steps, frozenset((*graph.forward_outputs, *graph.backward_outputs))
+    run = simulator.run(schedule.steps)
     boundary = schedule.boundary(graph)
-    live_bytes, dying = simulator.run(steps)
-    frees = tuple(tuple(simulator.names[v] for v in values) for values in dying)
-    alive: set[str] = set()
-    for i, freed in zip(steps[:boundary], frees, strict=False):
-        alive.update(graph.ops[i].writes)
-        alive.difference_update(name for name in freed if name not in outputs)
-    peak = max(live_bytes, default=simulator.resident_bytes)
+    frees: list[list[str]] = [[] for _ in schedule.steps]
+    for v, end in zip(run.value.tolist(), run.end.tolist(), strict=True):
+        if end < len(frees):
+            frees[end].append(simulator.names[v])
+    across = run.value[(run.start < boundary) & (run.end >= boundary)]
     return Timeline(
-        live_bytes=tuple(live_bytes),
-        frees=frees,
+        live_bytes=tuple(run.live_bytes.tolist()),
+        frees=tuple(map(tuple, frees)),
         boundary=boundary,
-        saved=tuple(sorted(alive)),
-        peak_bytes=peak,
-        peak_step=live_bytes.index(peak) if live_bytes else 0,
-        time_ns=sum(graph.ops[i].cost_ns for i in steps),
+        saved=tuple(sorted(simulator.names[v] for v in across.tolist())),
+        peak_bytes=int(run.live_bytes.max(initial=0)) if schedule.steps else simulator.resident_bytes,
+        peak_step=int(run.live_bytes.argmax()) if schedule.steps else 0,
+        time_ns=sum(graph.ops[i].cost_ns for i in schedule.steps),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """A schedule in integers. The events are sorted by value, then step; an instance is a write and the reads up to the next.
+
+    Attributes:
+        live_bytes: per step.
+        event_value, event_step, event_write: per read or write of a value that ops write; inputs are left out.
+        value, start, end: per instance, its value, the step that writes it, its last step (the number of steps: never dies).
+    """
+
+    live_bytes: Ints
+    event_value: Ints
+    event_step: Ints
+    event_write: NDArray[np.bool_]
+    value: Ints
+    start: Ints
+    end: Ints
 
 
 class Simulator:
@@ -70,64 +93,52 @@ class Simulator:
 
     Attributes:
         names, nbytes: per value.
-        reads, writes: per op, values.
+        reads, writes, workspace: per op; resident values are left out.
+        outputs: per value, whether its first instance never dies.
         resident_bytes, tangent_bytes: alive from the start, and from the turn to the backward on.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.names = [value.name for value in graph.values]
-        self.nbytes = [value.nbytes for value in graph.values]
+        self.nbytes = np.array([value.nbytes for value in graph.values], dtype=np.int64)
         number = {name: v for v, name in enumerate(self.names)}
-        self.reads = [tuple(dict.fromkeys(number[name] for name in op.reads)) for op in graph.ops]
+        inputs = set(graph.inputs)
+        self.reads = [tuple(number[name] for name in dict.fromkeys(op.reads) if name not in inputs) for op in graph.ops]
         self.writes = [tuple(number[name] for name in op.writes) for op in graph.ops]
         self.tangent_bytes = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
         self.resident_bytes = sum(graph.value[name].nbytes for name in graph.inputs) - self.tangent_bytes
-        self._workspace = [op.workspace_bytes for op in graph.ops]
+        self.workspace = np.array([op.workspace_bytes for op in graph.ops], dtype=np.int64)
         self._last_forward = graph.num_forward_ops - 1
-        self._inputs = bytearray(len(self.names))
-        for name in graph.inputs:
-            self._inputs[number[name]] = 1
-        self._outputs = frozenset(number[name] for name in (*graph.forward_outputs, *graph.backward_outputs))
+        self.outputs = np.zeros(len(self.names), dtype=bool)
+        self.outputs[[number[name] for name in (*graph.forward_outputs, *graph.backward_outputs)]] = True
+        # Per op, its slice of one long list: reads first, then writes.
+        touched = [(*reads, *writes) for reads, writes in zip(self.reads, self.writes, strict=True)]
+        self._touched = np.array([v for values in touched for v in values], dtype=np.int64)
+        self._wrote = np.array([k >= len(r) for r, vs in zip(self.reads, touched, strict=True) for k in range(len(vs))], dtype=bool)
+        self._count = np.array([len(values) for values in touched], dtype=np.int64)
+        self._begin = np.cumsum(self._count) - self._count
 
-    def run(self, steps: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        """Live bytes at each step of a valid schedule, and the values whose current instance dies right after it."""
-        dying = self._dying(steps)
-        nbytes, live = self.nbytes, self.resident_bytes
-        awaited = self._last_forward  # the turn is right after its first run
-        if awaited < 0:
-            live += self.tangent_bytes
-        live_bytes = []
-        for i, values in zip(steps, dying, strict=True):
-            for v in self.writes[i]:
-                live += nbytes[v]
-            live_bytes.append(live + self._workspace[i])
-            for v in values:
-                live -= nbytes[v]
-            if i == awaited:
-                live += self.tangent_bytes
-                awaited = -1
-        return live_bytes, dying
+    def run(self, steps: Sequence[int]) -> Run:
+        """Simulate a valid schedule."""
+        ops = np.asarray(steps, dtype=np.int64)
+        end = len(ops)
+        count = self._count[ops]
+        first = np.cumsum(count) - count
+        at = np.arange(int(count.sum())) + np.repeat(self._begin[ops] - first, count)
+        value, step, write = self._touched[at], np.repeat(np.arange(end), count), self._wrote[at]
+        order = np.argsort(value * end + step)
+        value, step, write = value[order], step[order], write[order]
 
-    def _dying(self, steps: Sequence[int]) -> list[list[int]]:
-        dying: list[list[int]] = [[] for _ in steps]
-        first = {i: t for t, i in reversed(list(enumerate(steps)))}
-        read_later = bytearray(self._inputs)  # inputs never die
-        last_read: dict[int, int] = {}  # of an output's instance: it dies there unless it is the first
-        for t in range(len(steps) - 1, -1, -1):
-            i = steps[t]
-            for v in self.writes[i]:
-                if v in self._outputs:
-                    last = last_read.pop(v, t)
-                    if first[i] != t:
-                        dying[last].append(v)
-                elif not read_later[v]:
-                    dying[t].append(v)  # nobody reads this instance
-                read_later[v] = 0
-            for v in self.reads[i]:
-                if not read_later[v]:
-                    read_later[v] = 1
-                    if v in self._outputs:
-                        last_read[v] = t
-                    else:
-                        dying[t].append(v)
-        return dying
+        begins = np.flatnonzero(write)
+        born, owner = step[begins], value[begins]
+        dies = step[np.append(begins[1:], len(step))[: len(begins)] - 1]
+        fresh = np.append(True, owner[1:] != owner[:-1])[: len(owner)]
+        dies = np.where(fresh & self.outputs[owner], end, dies)
+        change = np.zeros(end + 2, dtype=np.int64)
+        np.add.at(change, born, self.nbytes[owner])
+        np.subtract.at(change, dies + 1, self.nbytes[owner])
+        ends_forward = np.flatnonzero(ops == self._last_forward)
+        turn = int(ends_forward[0]) + 1 if self._last_forward >= 0 and len(ends_forward) else 0
+        change[turn] += self.tangent_bytes
+        live = np.cumsum(change[:end]) + self.resident_bytes + self.workspace[ops]
+        return Run(live, value, step, write, owner, born, dies)

@@ -59,6 +59,7 @@ class Closure:
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
         self.rows: dict[int, int] = {}
         self.copies: dict[Moment, int] = {}
+        self.whole = False  # recomputes are integer too: a fraction of one can buy a fraction of a copy's memory
         first_stage = min((int(s) for s in self.life.first_need), default=turn)
         if first_stage < len(graph.ops):
             self.rows[first_stage] = 0
@@ -117,6 +118,9 @@ class Closure:
         self.copies.update((moments[t], 0) for t in new)
         if new:
             return True
+        if not self.whole:
+            self.whole = True
+            return True
         # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
         excess = judged_peak - budget_bytes
         self.rows = {t: less + excess for t, less in self.rows.items()}
@@ -173,7 +177,8 @@ class _Rows:
         price = _SCALE / closure.time_ns * (1.0 if budget_bytes else 1e-6)
         # A free op must not run again for nothing; all of these prices together stay below one nanosecond.
         least = 0.5 / (1 + len(closure.again))
-        self.r = {i: self.program.column(max(least, self.graph.ops[i].cost_ns) * price) for i in closure.again}
+        costs = {i: max(least, self.graph.ops[i].cost_ns) * price for i in closure.again}
+        self.r = {i: self.program.column(cost, binary=closure.whole) for i, cost in costs.items()}
         if budget_bytes:
             self.peak = self.program.column(upper=budget_bytes / self.unit)
         else:
@@ -260,7 +265,7 @@ class _Rows:
             if len(loose) == 1 and self.life.first_use[loose[0]] < before:
                 again[i] = total[i]  # if it runs again at all, it has done so for this use
             else:
-                again[i] = self.program.column()
+                again[i] = self.program.column(binary=self.closure.whole)
                 rows.append((i, loose))
         self._closure(again, before, total)
         for i, loose in rows:
