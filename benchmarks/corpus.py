@@ -149,6 +149,8 @@ class SelfAttention(nn.Module):
 class DiffusionUNet(nn.Module):
     """The denoiser of DDPM: two residual blocks a level on the way down, three on the way up, and a skip for each of these."""
 
+    frequencies: Tensor
+
     def __init__(self, base: int, multipliers: Sequence[int], attending_levels: int) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, -9.2, base // 2)))
@@ -214,6 +216,17 @@ class GRU(nn.Module):
         inner_reset, inner_update, inner_candidate = self.inner(state).chunk(3, dim=1)
         candidate = torch.tanh(candidate + torch.sigmoid(reset + inner_reset) * inner_candidate)
         return candidate + torch.sigmoid(update + inner_update) * (state - candidate)
+
+
+class Loss(nn.Module):
+    """The loss alone of a model of transformers, whose full output would keep the logits to the end of the step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.model(**batch).loss
 
 
 def attending(attention: str, build: Callable[..., Call], **sizes: Any) -> Call:
@@ -312,7 +325,8 @@ def build(name: str) -> Call:
     Transformers leaves out setting initial values: there is nowhere to write them, and it would read some back.
     """
     with fake_mode(), mock.patch.object(PreTrainedModel, "initialize_weights"):
-        return MODELS[name]()
+        model, args, kwargs = MODELS[name]()
+    return Loss(model) if isinstance(model, PreTrainedModel) else model, args, kwargs
 
 
 def graph_of(call: Call) -> Graph:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_a_file_may_hold_a_graph_alone(tmp_path: Path) -> None:
     assert planfile.load_graph(tmp_path / "graph.json") == graphs.skip()
     with pytest.raises(PlanFileError, match="holds no valid plan"):
         planfile.load(tmp_path / "graph.json")
+
+
+def test_a_graph_file_may_be_packed(tmp_path: Path) -> None:
+    packed = gzip.compress(planfile.dumps(graphs.skip()).encode())
+    (tmp_path / "graph.json.gz").write_bytes(packed)
+    assert planfile.load_graph(tmp_path / "graph.json.gz") == graphs.skip()
+    for broken in (b"{}", packed[:-20], packed[:40] + bytes(20) + packed[60:]):
+        (tmp_path / "broken.json.gz").write_bytes(broken)
+        with pytest.raises(PlanFileError, match=r"broken\.json\.gz"):
+            planfile.load_graph(tmp_path / "broken.json.gz")
 
 
 def altered(**plan_fields: object) -> str:

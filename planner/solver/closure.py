@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Timeline, simulate
+from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver import backend
 from planner.solver.lazy import lazy_schedule
 from planner.solver.lifetimes import lifetimes
@@ -33,6 +33,21 @@ class Moment:
 
     stage: int
     again: int = -1
+
+
+@dataclass(slots=True)
+class Copy:
+    """What the exact copy of one moment's state knows of. It grows with what schedules were seen to do.
+
+    Attributes:
+        again: ops that had run again by then in some schedule; all others are taken not to have.
+        alive: values that were alive then; all others count only as far as k says.
+        less: bytes by which its budget is smaller.
+    """
+
+    again: set[int]
+    alive: set[int]
+    less: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +68,14 @@ class Closure:
         self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
         self.index = {name: d for d, name in enumerate(self.life.names)}
         self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
+        self._simulator = Simulator(graph)
+        self._number = {v: self.index[name] for v, name in enumerate(self._simulator.names) if name in self.index}
         turn = graph.num_forward_ops
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
         self.rows: dict[int, int] = {}
-        self.copies: dict[Moment, int] = {}
+        self.copies: dict[Moment, Copy] = {}
         self.whole = False  # recomputes are integer too: a fraction of one can buy a fraction of a copy's memory
         first_stage = min((int(s) for s in self.life.first_need), default=turn)
         if first_stage < len(graph.ops):
@@ -85,7 +102,8 @@ class Closure:
         """
         judge = judge or (lambda schedule: simulate(self.graph, schedule))
         self.rows = dict.fromkeys(self.rows, 0)
-        self.copies = dict.fromkeys(self.copies, 0)
+        for copy in self.copies.values():
+            copy.less = 0
         while True:
             rows = _Rows(self, budget_bytes)
             answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE)
@@ -111,11 +129,20 @@ class Closure:
 
     def _add_copies(self, schedule: Schedule, budget_bytes: int, judged_peak: int) -> bool:
         """Add copies for the moments over the budget; False where nothing new can be said."""
-        live = simulate(self.graph, schedule).live_bytes
+        run = self._simulator.run(schedule.steps)
+        live, steps = run.live_bytes.tolist(), np.array(schedule.steps)
+        seen: dict[int, Copy] = {}
+        for t in (t for t, _ in self._moments(schedule) if live[t] > budget_bytes):
+            later = steps[self.graph.num_forward_ops : t + 1]
+            alive = run.value[(run.start <= t) & (run.end >= t)].tolist()
+            seen[t] = Copy(set(later[later < self.graph.num_forward_ops].tolist()), {self._number[v] for v in alive if v in self._number})
         moments = dict(self._moments(schedule))
-        broken = {t: live[t] - budget_bytes for t, m in moments.items() if live[t] > budget_bytes and m not in self.copies}
+        broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(moments[t], copy)}
         new = _spaced(broken, len(live) // 20, _COPIES_A_ROUND)
-        self.copies.update((moments[t], 0) for t in new)
+        for t in new:
+            copy = self.copies.setdefault(moments[t], seen[t])
+            copy.again |= seen[t].again
+            copy.alive |= seen[t].alive
         if new:
             return True
         if not self.whole:
@@ -124,8 +151,14 @@ class Closure:
         # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
         excess = judged_peak - budget_bytes
         self.rows = {t: less + excess for t, less in self.rows.items()}
-        self.copies = {moment: less + excess for moment, less in self.copies.items()}
+        for copy in self.copies.values():
+            copy.less += excess
         return max(self.rows.values(), default=budget_bytes) < budget_bytes // 20
+
+    def _grows(self, moment: Moment, seen: Copy) -> bool:
+        """The moment has no copy, or one that does not know of all that was seen."""
+        known = self.copies.get(moment)
+        return known is None or not (seen.again <= known.again and seen.alive <= known.alive)
 
     def _plain_excess(self, kept: set[str], budget_bytes: int) -> list[int]:
         """Per op of the plain step, by how much the plain row is broken."""
@@ -188,8 +221,8 @@ class _Rows:
         self._closure(self.r, len(self.graph.ops), {})
         for t, less in sorted(closure.rows.items()):
             self._plain(t, less)
-        for moment, less in sorted(closure.copies.items()):
-            self._copy(moment, less)
+        for moment in sorted(closure.copies):
+            self._copy(moment, closure.copies[moment])
 
     def _closure(self, again: dict[int, int], before: int, earlier: dict[int, int]) -> None:
         """k_d + r_pi(d) >= 1 for every d that a stage below `before` uses; r_i <= k_d + r_pi(d) for inputs d of i.
@@ -223,17 +256,17 @@ class _Rows:
     def _memory(self, pairs: backend.Pairs, fixed: int, less: int) -> None:
         self.program.row([*pairs, (self.peak, -1.0)], -(fixed + less) / self.unit)
 
-    def _copy(self, moment: Moment, less: int) -> None:
+    def _copy(self, moment: Moment, copy: Copy) -> None:
         """The exact state at one moment: y_i, op i has run again by then (formulation, section 1, exact copies)."""
         life, graph, p, j = self.life, self.graph, moment.stage, moment.again
-        by = self._run_again_by(p + 1)
+        by = self._run_again_by(p + 1, copy.again)
         done = by
         fixed = int(life.base[p])
         pairs: backend.Pairs = []
         if j >= 0:
             if j not in by:
                 return
-            before = self._run_again_by(p, start=j, within=by)
+            before = self._run_again_by(p, copy.again, start=j, within=by)
             done = {i: column for i, column in by.items() if i < j} | before  # this lane has come as far as j
             own = graph.ops[p]
             fixed -= own.workspace_bytes + sum(graph.value[name].nbytes for name in own.writes)
@@ -249,17 +282,19 @@ class _Rows:
                 fixed += size
             elif life.last_use[d] >= p:
                 pairs += self._available(d, by if i == j else done, size)
-            else:
+            elif d in copy.alive:
                 pairs += self._awaited(d, done, size)
-        self._memory(pairs, fixed, less)
+        self._memory(pairs, fixed, copy.less)
 
-    def _run_again_by(self, before: int, start: int = 0, within: dict[int, int] | None = None) -> dict[int, int]:
+    def _run_again_by(
+        self, before: int, among: set[int], start: int = 0, within: dict[int, int] | None = None
+    ) -> dict[int, int]:
         """Columns y_i for i >= start: op i has run again for a stage below `before`, no earlier than it must."""
         total = self.r if within is None else within
         again: dict[int, int] = {}
         rows: list[tuple[int, list[int]]] = []
         for i in self.closure.again:
-            if i < start or self.life.first_need[i] >= before:
+            if i < start or i not in among or self.life.first_need[i] >= before:
                 continue
             loose = [d for d in self.closure.writes[i] if d not in self.closure.pinned]
             if len(loose) == 1 and self.life.first_use[loose[0]] < before:
