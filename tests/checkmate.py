@@ -167,8 +167,6 @@ class _Model:
             run, carried = self.runs.get((t, writer)), self.saved.get((t, name))
             readers = [j for j in self.readers[name] if (t, j) in self.runs]
             there: list[tuple[Column, float]] = [(carried, -1), (run, -1)]
-            if run is not None:
-                self.row([(carried, 1), (run, 1)], 1)  # nobody can read the carried instance any more
             freed: list[tuple[Column, float]] = []
             if t not in (*readers, writer) and (run, carried) != (None, None):
                 for k in (writer, *readers):

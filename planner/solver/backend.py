@@ -62,27 +62,67 @@ class Program:
 
 
 def solve(program: Program, *, time_limit_s: float, gap: float = 0.0, relax: bool = False) -> Answer:
-    """Solve with HiGHS, or with CBC where highspy is missing.
+    """Solve once; see `Model.solve`."""
+    return Model(program).solve(time_limit_s=time_limit_s, gap=gap, relax=relax)
 
-    Args:
-        program: what to minimise.
-        time_limit_s: wall seconds; with a solution found by then the status is "feasible".
-        gap: absolute, in units of the objective.
-        relax: drop integrality; then `bound` is the optimum of the linear program.
 
-    Raises:
-        SolverMissingError: neither solver can be run.
+class Model:
+    """A program that is built once and solved again after small changes, by HiGHS from where it stood.
+
+    HiGHS solves it, or CBC, from the beginning each time, where highspy is missing.
     """
-    name, make = _solver()
-    with warnings.catch_warnings():
-        # PuLP 3.3 announces the names of PuLP 4; both 3.x spellings must work here.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        problem, columns = _build(program)
-        solver = make(msg=False, mip=not relax, timeLimit=max(0.05, time_limit_s), gapAbs=gap, gapRel=0.0, threads=1)
-        if name == "CBC":
-            return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
-        _print_banner_nowhere()
-        return _run_highs(problem, columns, solver)
+
+    def __init__(self, program: Program) -> None:
+        """Raises SolverMissingError where neither solver can be run."""
+        self.program = program
+        self._name, self._make = _solver()
+        self._problem: Any = None
+        self._columns: list[Any] = []
+        self._solver: Any = None
+
+    def upper(self, column: int, upper: float) -> None:
+        """Change a column's upper bound."""
+        self.program.uppers[column] = upper
+        if self._problem is not None:
+            self._columns[column].upBound = upper
+            if self._name == "HiGHS":
+                self._problem.solverModel.changeColBounds(self._columns[column].index, 0.0, upper)
+
+    def solve(self, *, time_limit_s: float, gap: float = 0.0, relax: bool = False) -> Answer:
+        """Solve as the program is now.
+
+        Args:
+            time_limit_s: wall seconds; with a solution found by then the status is "feasible".
+            gap: absolute, in units of the objective.
+            relax: drop integrality; then `bound` is the optimum of the linear program.
+        """
+        seconds = max(0.05, time_limit_s)
+        with warnings.catch_warnings():
+            # PuLP 3.3 announces the names of PuLP 4; both 3.x spellings must work here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if self._name == "CBC":
+                problem, columns = _build(self.program)
+                solver = self._make(msg=False, mip=not relax, timeLimit=seconds, gapAbs=gap, gapRel=0.0, threads=1)
+                return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
+            _print_banner_nowhere()
+            self._run(seconds, gap, relax, threads=1)
+            if self._problem.solverModel.getModelStatus().name == "kNotset":
+                # The number of threads is global to the process: somebody else has already chosen another one.
+                self._problem = None
+                self._run(seconds, gap, relax, threads=None)
+        return _read_highs(self._problem, self._columns, mip=not relax and any(self.program.binary))
+
+    def _run(self, seconds: float, gap: float, relax: bool, threads: int | None) -> None:
+        if self._problem is None:
+            self._problem, self._columns = _build(self.program)
+            self._solver = self._make(msg=False, gapRel=0.0, threads=threads)
+            self._solver.createAndConfigureSolver(self._problem)
+            self._solver.buildSolverModel(self._problem)
+        model = self._problem.solverModel
+        options = {"mip_abs_gap": gap, "solve_relaxation": relax, "time_limit": model.getRunTime() + seconds}  # its clock runs on
+        for name, value in options.items():
+            model.setOptionValue(name, value)
+        self._solver.callSolver(self._problem)
 
 
 def solver_name() -> str:
@@ -141,23 +181,19 @@ def _build(program: Program) -> tuple[Any, list[Any]]:
     return problem, columns
 
 
-def _run_highs(problem: Any, columns: list[Any], solver: Any) -> Answer:
-    problem.solve(solver)
-    if problem.solverModel.getModelStatus().name == "kNotset":
-        # The number of threads is global to the process: somebody else has already chosen another one.
-        solver.threads = None
-        problem.solve(solver)
+def _read_highs(problem: Any, columns: list[Any], *, mip: bool) -> Answer:
     model = problem.solverModel
     facts, name = model.getInfo(), model.getModelStatus().name
     if name in ("kInfeasible", "kUnboundedOrInfeasible"):  # costs are >= 0 over columns >= 0: never unbounded
         return Answer("infeasible", (), math.inf, "HiGHS")
     solved = name in ("kOptimal", "kModelEmpty")
-    found = solved or (solver.mip and facts.primal_solution_status == 2)
+    found = solved or (mip and facts.primal_solution_status == 2)
     proven = facts.objective_function_value if solved else -math.inf
-    bound = facts.mip_dual_bound if solver.mip and problem.isMIP() else proven
+    bound = facts.mip_dual_bound if mip else proven
     if not found:
         return Answer("unknown", (), bound, "HiGHS")
-    values = tuple(0.0 if column.varValue is None else float(column.varValue) for column in columns)
+    by_index = model.getSolution().col_value
+    values = tuple(by_index[column.index] for column in columns)
     return Answer("optimal" if solved else "feasible", values, bound, "HiGHS", facts.objective_function_value - bound)
 
 

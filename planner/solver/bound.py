@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import keep_all
@@ -31,41 +32,65 @@ _PAIRS = 6
 """Pairs of cuts, of the many that a thorough search relaxes, that are solved in integers."""
 
 
-def lower_bound(
-    graph: Graph,
-    budget_bytes: int,
-    *,
-    time_limit_s: float = 2.0,
-    gap: float = 0.0001,
-    tight: int | None = None,
-    enough_ns: int | None = None,
-    thorough: bool = False,
-) -> int:
-    """No schedule with the captured backward order that fits `budget_bytes` takes less time than this, in ns.
+class Bounds:
+    """The certificate of one graph, for any number of budgets: programs are kept and only their budget changes."""
 
-    Args:
-        graph: the uncoarsened graph.
-        budget_bytes: bound on the live bytes at every step.
-        time_limit_s: wall seconds; the bound is valid whenever it stops.
-        gap: how exact, as a fraction of the plain step's time.
-        tight: a backward op at which a good schedule's memory is tightest; the second cut.
-        enough_ns: stop as soon as the bound has reached this.
-        thorough: try cuts all over the backward, alone and in pairs.
-    """
-    plain = max(1, sum(op.cost_ns for op in graph.ops))
-    enough = math.inf if enough_ns is None else enough_ns / plain - 1
-    trials = _Trials(graph, budget_bytes, gap, enough, time.monotonic() + time_limit_s)
-    spread = graph.backward_ops[:: max(1, len(graph.backward_ops) // 32)] if thorough else []
-    trials.relaxed((cut,) for cut in dict.fromkeys([*_first_cuts(graph), *spread]))
-    # Where no single cut bites, pairs do not either; where one is enough, the linear program settles it.
-    if 0 < trials.best < enough:
-        trials.exact([trials.ranked[0]])
-        if thorough:
-            trials.pairs(spread, tight)
-    exact = sum(op.cost_ns for op in graph.ops)
-    if math.isinf(trials.best):
-        return exact + _NEVER
-    return exact + max(0, math.ceil(trials.best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.plain_ns = sum(op.cost_ns for op in graph.ops)
+        self.first_cuts = _first_cuts(graph)
+        self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / _SCALE
+        self._models: dict[tuple[int, ...], tuple[backend.Model, int]] = {}
+        self._known: dict[int, int] = {}
+
+    def lower_bound(
+        self,
+        budget_bytes: int,
+        *,
+        time_limit_s: float = 2.0,
+        gap: float = 0.0001,
+        tight: int | None = None,
+        enough_ns: int | None = None,
+        thorough: bool = False,
+    ) -> int:
+        """No schedule with the captured backward order that fits `budget_bytes` takes less time than this, in ns.
+
+        Args:
+            budget_bytes: bound on the live bytes at every step.
+            time_limit_s: wall seconds; the bound is valid whenever it stops.
+            gap: how exact, as a fraction of the plain step's time.
+            tight: a backward op at which a good schedule's memory is tightest; the second cut.
+            enough_ns: stop as soon as the bound has reached this.
+            thorough: try cuts all over the step, alone and several at once.
+        """
+        plain = max(1, self.plain_ns)
+        # What holds for a larger budget holds for a smaller one.
+        known_ns = max([ns for budget, ns in self._known.items() if budget >= budget_bytes], default=self.plain_ns)
+        if enough_ns is not None and known_ns >= enough_ns:
+            return known_ns
+        enough = math.inf if enough_ns is None else enough_ns / plain - 1
+        trials = _Trials(self, budget_bytes, gap, enough, time.monotonic() + time_limit_s)
+        trials.search(tight, thorough=thorough)
+        if math.isinf(trials.best):
+            return self.plain_ns + _NEVER
+        extra = max(0, math.ceil(trials.best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
+        self._known[budget_bytes] = max(known_ns, self.plain_ns + extra)
+        return self._known[budget_bytes]
+
+    def extra(self, budget_bytes: int, cuts: tuple[int, ...], *, time_limit_s: float, gap: float, relax: bool) -> float:
+        """The least recompute time of the relaxation with these cuts, as a fraction of the plain step (inf: infeasible)."""
+        if cuts not in self._models:
+            program, budget = _program(self.graph, cuts, self._unit)
+            self._models[cuts] = backend.Model(program), budget
+        model, budget = self._models[cuts]
+        model.upper(budget, budget_bytes * (1 + _SLACK) / self._unit)
+        answer = model.solve(time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
+        return max(0.0, answer.bound / _SCALE)
+
+
+def lower_bound(graph: Graph, budget_bytes: int, **settings: Any) -> int:
+    """The certificate for one budget; see `Bounds.lower_bound`."""
+    return Bounds(graph).lower_bound(budget_bytes, **settings)
 
 
 class _Trials:
@@ -76,8 +101,8 @@ class _Trials:
         ranked: all cuts tried, best first.
     """
 
-    def __init__(self, graph: Graph, budget_bytes: int, gap: float, enough: float, deadline: float) -> None:
-        self._graph, self._budget_bytes, self._gap = graph, budget_bytes, gap
+    def __init__(self, bounds: Bounds, budget_bytes: int, gap: float, enough: float, deadline: float) -> None:
+        self._bounds, self._budget_bytes, self._gap = bounds, budget_bytes, gap
         self._enough, self._deadline = enough, deadline
         self._found: dict[tuple[int, ...], float] = {}
 
@@ -88,6 +113,17 @@ class _Trials:
     @property
     def ranked(self) -> list[tuple[int, ...]]:
         return sorted(self._found, key=lambda cuts: -self._found[cuts])
+
+    def search(self, tight: int | None, *, thorough: bool) -> None:
+        """The first cuts; where thorough, cuts all over the step and several at once."""
+        ops = self._bounds.graph.ops
+        spread = range(self._bounds.graph.num_forward_ops, len(ops), max(1, len(self._bounds.graph.backward_ops) // 32))
+        self.relaxed((cut,) for cut in dict.fromkeys([*self._bounds.first_cuts, *(spread if thorough else [])]))
+        # Where no single cut bites, several do not either; where one is enough, the linear program settles it.
+        if 0 < self.best < self._enough:
+            self.exact([self.ranked[0]])
+            if thorough:
+                self.pairs(spread, tight)
 
     def pairs(self, cuts: Sequence[int], tight: int | None) -> None:
         """The best single cut with others, and the best of those pairs with a third."""
@@ -119,7 +155,7 @@ class _Trials:
     def _run(self, cuts: tuple[int, ...], deadline: float, *, relax: bool) -> None:
         left = deadline - time.monotonic()
         if left > 0 and self.best < self._enough:
-            extra = _extra(self._graph, self._budget_bytes, cuts, time_limit_s=left, gap=self._gap, relax=relax)
+            extra = self._bounds.extra(self._budget_bytes, cuts, time_limit_s=left, gap=self._gap, relax=relax)
             self._found[cuts] = max(extra, self._found.get(cuts, 0.0))
 
 
@@ -135,17 +171,11 @@ def _first_cuts(graph: Graph, count: int = 3, among: int = 14) -> list[int]:
     return list(dict.fromkeys([*early[:count], *order[:1]]))
 
 
-def _extra(graph: Graph, budget_bytes: int, cuts: Sequence[int], *, time_limit_s: float, gap: float, relax: bool) -> float:
-    """The least recompute time of the relaxation with these cuts, as a fraction of the plain step (inf: infeasible)."""
-    program = _program(graph, budget_bytes, cuts)
-    answer = backend.solve(program, time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
-    return max(0.0, answer.bound / _SCALE)
-
-
-def _program(graph: Graph, budget_bytes: int, cuts: Sequence[int]) -> backend.Program:
+def _program(graph: Graph, cuts: Sequence[int], unit: float) -> tuple[backend.Program, int]:
+    """The relaxation with these cuts, and the column whose upper bound is the budget."""
     program = backend.Program()
-    plain = sum(op.cost_ns for op in graph.ops)
-    unit = max(1, budget_bytes) / _SCALE
+    budget = program.column()
+    plain = max(1, sum(op.cost_ns for op in graph.ops))
     pinned = graph.pinned
     alive: dict[str, int] = {}
     again: dict[int, int] = {}
@@ -160,8 +190,8 @@ def _program(graph: Graph, budget_bytes: int, cuts: Sequence[int]) -> backend.Pr
         own = set(graph.ops[cut].reads)
         fixed = _fixed(graph, cut)
         program.row(
-            [(column, graph.value[name].nbytes / unit) for name, column in held.items()],
-            (budget_bytes * (1 + _SLACK) - fixed) / unit,
+            [*((column, graph.value[name].nbytes / unit) for name, column in held.items()), (budget, -1.0)],
+            -fixed / unit,
         )
         alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
         reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
@@ -171,7 +201,7 @@ def _program(graph: Graph, budget_bytes: int, cuts: Sequence[int]) -> backend.Pr
             for name in dict.fromkeys(graph.ops[i].reads):
                 if name in held:
                     program.row([(column, 1.0), *_pairs(graph, name, alive, again)], 0.0)
-    return program
+    return program, budget
 
 
 def _pairs(graph: Graph, name: str, alive: dict[str, int], again: dict[int, int]) -> backend.Pairs:

@@ -74,6 +74,7 @@ class Closure:
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
+        self._built: tuple[object, _Rows, backend.Model] | None = None
         self.rows: dict[int, int] = {}
         self.copies: dict[Moment, Copy] = {}
         self.whole = False  # recomputes are integer too: a fraction of one can buy a fraction of a copy's memory
@@ -89,6 +90,7 @@ class Closure:
         gap: float,
         judge: Callable[[Schedule], Timeline] | None = None,
         hurried: bool = False,
+        relax: bool = False,
     ) -> Found:
         """Solve, simulate, add what was broken, and again until the schedule fits.
 
@@ -99,14 +101,16 @@ class Closure:
             judge: simulates the schedule where it counts (default: on this graph).
             hurried: return where only new copies can say what is broken: the last schedule judged is near. A later call
                 goes on from there, with these copies.
+            relax: solve linear programs, and round: most of their columns are integer anyway. Proves nothing.
         """
         judge = judge or (lambda schedule: simulate(self.graph, schedule))
         self.rows = dict.fromkeys(self.rows, 0)
         for copy in self.copies.values():
             copy.less = 0
+        reached = -math.inf
         while True:
-            rows = _Rows(self, budget_bytes)
-            answer = backend.solve(rows.program, time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE)
+            rows, model = self._model(budget_bytes)
+            answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE, relax=relax)
             if answer.status in ("infeasible", "unknown"):
                 return Found(None, answer.status)
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
@@ -115,10 +119,29 @@ class Closure:
             limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
             if peak <= limit:
                 return Found(schedule, answer.status)
+            if relax and answer.bound - reached <= gap * _SCALE:
+                return Found(None, "unknown")  # what is broken now, rounding broke
+            reached = answer.bound
             plain = self._add_rows(kept, limit)
             more = plain or self._add_copies(schedule, limit, peak)
             if not more or (hurried and not plain) or time.monotonic() >= deadline:
                 return Found(None, "unknown")
+
+    def knows(self) -> object:
+        """What was learnt so far; where a round leaves it as it is, another round says nothing new."""
+        return self.whole, len(self.rows), tuple((len(copy.again), len(copy.alive)) for copy in self.copies.values())
+
+    def _model(self, budget_bytes: int | None) -> tuple[_Rows, backend.Model]:
+        """The program as it is now; built anew only where more than the budget has changed."""
+        copies = tuple((m, len(copy.again), len(copy.alive), copy.less) for m, copy in sorted(self.copies.items()))
+        key = (budget_bytes is None, self.whole, tuple(sorted(self.rows.items())), copies)
+        if self._built is None or self._built[0] != key:
+            rows = _Rows(self, budget_bytes)
+            self._built = key, rows, backend.Model(rows.program)
+        _, rows, model = self._built
+        if budget_bytes is not None:
+            model.upper(rows.peak, budget_bytes / rows.unit)
+        return rows, model
 
     def _add_rows(self, kept: set[str], budget_bytes: int) -> bool:
         """Add rows for the ops of the plain step that are over the budget; False where none is."""

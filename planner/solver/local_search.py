@@ -61,7 +61,7 @@ class LocalSearch:
             before, now_ns = self._excess(run), self.time_ns(steps)
             best: tuple[float, Steps, Run] | None = None
             for lane, t in self._evictions(steps, run, spared):
-                changed, then = self._useful([*steps[:t], *lane, *steps[t:]])
+                changed, then = self.useful([*steps[:t], *lane, *steps[t:]])
                 gain = before - self._excess(then)
                 price = (self.time_ns(changed) - now_ns + 1) / gain if gain > 0 else float("inf")
                 if gain > 0 and (best is None or price < best[0]):
@@ -116,7 +116,7 @@ class LocalSearch:
     def _excess(self, run: Run) -> int:
         return int(np.maximum(0, run.live_bytes - self.budget_bytes).sum())
 
-    def _useful(self, steps: Steps) -> tuple[Steps, Run]:
+    def useful(self, steps: Steps) -> tuple[Steps, Run]:
         """The schedule without recomputes of which nobody reads a result, and its simulation."""
         while True:
             run = self.simulator.run(steps)

@@ -1,0 +1,210 @@
+"""The stages of the search for one budget, quick ones first, and when to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from planner.graph.schedule import Schedule
+from planner.graph.simulate import Timeline
+from planner.solver.backend import solver_name
+from planner.solver.baselines import all_baselines
+from planner.solver.closure import Closure
+from planner.solver.coarsen import Coarse, coarsen, expand, uncoarsened
+from planner.solver.floor import floor
+from planner.solver.local_search import LocalSearch
+from planner.solver.pool import Entry, Pool
+
+if TYPE_CHECKING:
+    from planner.solver.solve import Solver
+
+_QUICK_S = 1.0
+_QUICK_GAP = 0.005
+"""After this many seconds, a plan this close to the bound is not worth more of them."""
+_CERTIFICATE_S = 0.5
+"""A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
+_CERTIFICATE_SHARE = 0.3
+"""Of the time, for a thorough certificate where the quick one leaves a gap."""
+_ROUGH_GAP = 0.002
+"""Copies make the program slow: the moments that matter are found with a wide gap, which is closed at the end."""
+_PROGRAM_SHARE = 0.6
+"""Of the time, for the program; the rest is for local search."""
+
+
+class Hunt:
+    """The search for one budget in a solver's pool."""
+
+    def __init__(self, solver: Solver, budget_bytes: int, start: float, end: float, gap: float) -> None:
+        self.budget_bytes, self.gap = budget_bytes, gap
+        self._solver, self._pool, self.plain_ns = solver, solver.pool, solver.plain_ns
+        self._exact = False  # the program's optimum was offered
+        self._near: list[int] = []  # the program's last schedule of the coarse graph
+        self._fitted: list[int] = []  # the last that local search made fit
+        self._bound_ns = 0
+        self.extend(start, end)
+
+    @property
+    def best(self) -> Entry | None:
+        """The cheapest schedule known that fits."""
+        return self._pool.cheapest(self.budget_bytes)
+
+    def extend(self, start: float, end: float) -> None:
+        """Give the next stages this time."""
+        self.start, self.end = start, end
+        self.search_end = end - _CERTIFICATE_SHARE * (end - start)
+
+    def quickly(self) -> None:
+        """The program without copies, as a linear program and if need be in integers, then local search from its answer."""
+        program, coarse = self._solver.program, self._solver.coarse
+        if self.left() <= self.gap:
+            return
+        self._program(program, coarse, self.search_end, self.gap, relax=True)
+        self._fit(self._near)
+        if self.left() <= self.gap:
+            return
+        self._exact = self._program(program, coarse, self.search_end, self.gap)
+        if not self._exact:
+            self._fit(self._near)
+        if self.best is None:
+            self._fit(list(range(len(coarse.graph.ops))))
+        if self.left() > _QUICK_GAP:
+            self._improve(coarse, self._fitted, min(self.search_end, time.monotonic() + _QUICK_S / 2))
+
+    def left(self) -> float:
+        """How far from the optimum the best plan can be at most, as a fraction of the plain step's time."""
+        best = self.best
+        return 1.0 if best is None else (best.timeline.time_ns - self.certify()) / max(1, self.plain_ns)
+
+    def good_enough(self) -> bool:
+        """More search cannot gain much in proportion to its time."""
+        return time.monotonic() >= self.deadline()
+
+    def deadline(self) -> float:
+        """When to stop, by how much can still be gained."""
+        left = self.left()
+        if left <= self.gap:
+            return self.start
+        return min(self.search_end, self.start + _QUICK_S) if left <= _QUICK_GAP else self.search_end
+
+    def thoroughly(self) -> None:
+        """The program with copies, coarse and as it is, and search around what it finds, until it is good enough."""
+        if self.good_enough():
+            return
+        until = time.monotonic() + _PROGRAM_SHARE * (self.search_end - time.monotonic())
+        fine = self._solver.fine
+        # Merged ops hold their inputs a little longer than they must: look again without merging.
+        for program, coarse in [(self._solver.program, self._solver.coarse), *([fine] if fine else [])]:
+            gap = max(self.gap, _ROUGH_GAP)
+            while not self._exact and time.monotonic() < min(until, self.deadline()):
+                known = program.knows()
+                if self._program(program, coarse, until, gap):
+                    self._exact, gap = gap == self.gap, self.gap
+                elif program.knows() == known:
+                    break
+                elif coarse is self._solver.coarse:
+                    self._fit(self._near)
+        if self.best is None:
+            self._fit_any(self.search_end)
+        best = self.best
+        if best is not None and not self.good_enough():
+            offer_baselines(self._pool, self.budget_bytes)
+            self._improve(uncoarsened(self._pool.graph), list(best.schedule.steps), self.deadline())
+        if self.left() > _QUICK_GAP:
+            self.certify(thorough=True)
+
+    def certify(self, *, thorough: bool = False) -> int:
+        """A lower bound on the time of every schedule that fits."""
+        best, plain_ns = self.best, self.plain_ns
+        if best is None:
+            return plain_ns
+        if best.timeline.time_ns <= plain_ns:
+            self._bound_ns = plain_ns
+        if thorough or not self._bound_ns:
+            seconds = self.end - time.monotonic() if thorough else _CERTIFICATE_S
+            bound_ns = self._solver.bounds.lower_bound(
+                self.budget_bytes,
+                time_limit_s=max(0.1, min(seconds, self.end - time.monotonic())),
+                tight=_tightest(best.schedule, best.timeline),
+                enough_ns=best.timeline.time_ns - int(self.gap * plain_ns),
+                thorough=thorough,
+            )
+            self._bound_ns = max(self._bound_ns, bound_ns)
+        return self._bound_ns
+
+    def _program(self, program: Closure, coarse: Coarse, deadline: float, gap: float, *, relax: bool = False) -> bool:
+        """Offer the program's schedules; True where its optimum was among them."""
+        judge = self._judge(coarse)
+        found = program.solve(self.budget_bytes, deadline=deadline, gap=gap, judge=judge, hurried=True, relax=relax)
+        return found.schedule is not None and found.status == "optimal" and not relax
+
+    def _judge(self, coarse: Coarse) -> Callable[[Schedule], Timeline]:
+        """What judges the schedules of a coarse graph."""
+        name = f"closure/{solver_name()}"
+
+        def judge(schedule: Schedule) -> Timeline:
+            if coarse is self._solver.coarse:
+                self._near = list(schedule.steps)
+            return self._pool.offer(expand(schedule, coarse.groups), name)
+
+        return judge
+
+    def _fit(self, steps: list[int]) -> None:
+        """Make a schedule of the coarse graph fit, and offer it."""
+        coarse = self._solver.coarse
+        search = LocalSearch(coarse.graph, self.budget_bytes)
+        repaired = search.repair(steps, self.search_end) if steps else None
+        if repaired is not None:
+            self._fitted = search.shrink(repaired, self.search_end)
+            self._pool.offer(expand(Schedule(tuple(self._fitted)), coarse.groups), f"closure/{solver_name()}, local search")
+
+    def _improve(self, coarse: Coarse, steps: list[int], deadline: float) -> None:
+        """Search around a schedule of a coarse graph that fits, and offer what was found."""
+        if steps:
+            enough_ns = self.certify() + self.gap * self.plain_ns
+            better = LocalSearch(coarse.graph, self.budget_bytes).improve(steps, deadline, enough_ns)
+            self._pool.offer(expand(Schedule(tuple(better)), coarse.groups), "local search")
+
+    def _fit_any(self, deadline: float) -> None:
+        """Make one of the baselines fit."""
+        search = LocalSearch(self._pool.graph, self.budget_bytes)
+        for name, schedule in all_baselines(self._pool.graph, self.budget_bytes):
+            repaired = search.repair(list(schedule.steps), deadline)
+            if repaired is not None:
+                self._pool.offer(Schedule(tuple(search.shrink(repaired, deadline))), f"{name}, local search")
+
+
+def offer_baselines(pool: Pool, budget_bytes: int) -> None:
+    """Judge what people do today."""
+    for name, schedule in all_baselines(pool.graph, budget_bytes):
+        pool.offer(schedule, name)
+
+
+def lower_peak(pool: Pool, budget_bytes: int, deadline: float) -> None:
+    """Offer the schedules with the lowest peaks that can be found; one within the budget is enough."""
+    for coarse in (coarsen(pool.graph), uncoarsened(pool.graph)):
+
+        def judge(schedule: Schedule, coarse: Coarse = coarse) -> Timeline:
+            return pool.offer(expand(schedule, coarse.groups), f"closure/{solver_name()}")
+
+        Closure(coarse.graph, coarse.tiny).solve(None, deadline=deadline, gap=0.001, judge=judge)
+    offer_baselines(pool, budget_bytes)
+    lowest = pool.lowest
+    low, high = max(budget_bytes, floor(pool.graph)[0]), lowest.timeline.peak_bytes
+    target = low  # the budget itself first, then by bisection to a thousandth
+    while low < high and time.monotonic() < deadline:
+        steps = LocalSearch(pool.graph, target).repair(list(lowest.schedule.steps), deadline)
+        if steps is None:
+            low = target + 1
+        else:
+            high = pool.offer(Schedule(tuple(steps)), "local search").peak_bytes
+        target = (low + high) // 2
+        if high - low <= lowest.timeline.peak_bytes // 1000:
+            break
+
+
+def _tightest(schedule: Schedule, timeline: Timeline) -> int | None:
+    """The first run of a backward op during which a schedule holds most, in the later half of the backward's steps."""
+    firsts = {i: t for t, i in reversed(list(enumerate(schedule.steps))) if t >= timeline.boundary and i >= 0}
+    late = [t for t in firsts.values() if t >= (timeline.boundary + len(schedule.steps)) // 2]
+    return schedule.steps[max(late, key=lambda t: timeline.live_bytes[t])] if late else None
