@@ -150,7 +150,8 @@ def _cell(row: Row | None) -> str:
 
 def plans_table(rows: list[Row]) -> str:
     """Overhead / gap / seconds by graph and fraction, then the minimum and the rivals."""
-    head = ["graph", *(f"f={f}" for f in FRACTIONS), "lowest f found (rivals' lowest): overhead", "per block -> ours", "sqrt(n) -> ours"]
+    head = ["graph", *(f"f={f}" for f in FRACTIONS), "lowest f found (rivals' lowest): overhead"]
+    head += ["per block -> ours", "sqrt(n) -> ours"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name in dict.fromkeys(row["graph"] for row in rows):
         mine = [row for row in rows if row["graph"] == name]
@@ -196,8 +197,8 @@ def main() -> None:
         rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
         chosen = []
     for name in chosen:
-        found = [sweep(name, gradients, arguments.time_limit)] if arguments.sweep else measure(name, gradients, arguments.time_limit)
-        for row in found:
+        how = (name, gradients, arguments.time_limit)
+        for row in [sweep(*how)] if arguments.sweep else measure(*how):
             rows.append(row)
             line = json.dumps(row, sort_keys=True)
             print(line, flush=True)

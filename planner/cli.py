@@ -1,4 +1,8 @@
-"""The command line: planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]."""
+"""The command line.
+
+planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
+planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]     (needs no torch)
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from planner import api
+from rich.console import Console
+
 from planner.errors import InputError, PlannerError
-from planner.verification import verify
+from planner.graph import planfile
+from planner.graph.graph import Graph
+from planner.graph.plan import Plan
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.report.sweep import sweep_table
+from planner.solver.solve import Solver, floor
+from planner.units import parse_budget
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
     plan.set_defaults(run=_plan)
+    solve = commands.add_parser("solve", help="plan the graph of a plan file, without torch and without the model")
+    solve.add_argument("graph", metavar="GRAPH.json", help="a plan file or a graph file, .gz or not")
+    asked = solve.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--budget", type=_budget, help="as for `planner plan`")
+    asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets up to the plain peak (default 20)")
+    solve.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for all budgets together (default 10)")
+    solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
+    solve.set_defaults(run=_solve)
     return parser
 
 
@@ -57,7 +77,33 @@ def _budget(text: str) -> float | str:
         return text
 
 
+def _solve(arguments: argparse.Namespace) -> int:
+    graph = planfile.load_graph(Path(arguments.graph))
+    if arguments.sweep is not None:
+        return _sweep(graph, arguments.sweep, arguments.time_limit)
+    budget_bytes = parse_budget(arguments.budget, simulate(graph, keep_all(graph)).peak_bytes)
+    made = Plan(graph, budget_bytes, 0, Solver(graph).solve(budget_bytes, time_limit_s=arguments.time_limit))
+    print(made)
+    if arguments.save:
+        made.save(arguments.save)
+        print(f"\nplan written to {arguments.save}")
+    return 0
+
+
+def _sweep(graph: Graph, count: int, time_limit_s: float) -> int:
+    """Budgets from the floor to the plain peak, evenly spaced."""
+    if count < 1:
+        raise InputError(f"--sweep {count}: give the number of budgets, at least 1")
+    least, plain = floor(graph)[0], simulate(graph, keep_all(graph)).peak_bytes
+    budgets = [least + (plain - least) * (k + 1) // count for k in range(count)]
+    Console().print(sweep_table(graph, Solver(graph).sweep(budgets, time_limit_s=time_limit_s)))
+    return 0
+
+
 def _plan(arguments: argparse.Namespace) -> int:
+    from planner import api  # torch is imported where a model is planned, and nowhere before
+    from planner.verification import verify
+
     model, args, kwargs = _load(arguments.target)
     planned = api.plan(
         model,

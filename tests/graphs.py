@@ -153,5 +153,21 @@ def dropout() -> Graph:
     )
 
 
+def blocks(count: int) -> Graph:
+    """A chain of equal blocks, each of three ops: a wide value inside, whose inputs and results the backward wants."""
+    inside = {f"{kind}{i}": nbytes for i in range(count) for kind, nbytes in (("a", 8), ("m", 12), ("c", 4), ("g", 4))}
+    forward, backward = [], []
+    for i in range(count):
+        before = f"c{i - 1}" if i else "x"
+        forward.append(op(f"fa{i}", before, f"a{i}", 3))
+        forward.append(op(f"fm{i}", f"a{i}", f"m{i}", 2))
+        forward.append(op(f"fc{i}", f"m{i} {before}", f"c{i}", 4))
+    forward.append(op("floss", f"c{count - 1}", "loss", 1))
+    for i in reversed(range(count)):
+        after = f"g{i + 1}" if i + 1 < count else "t"
+        backward.append(op(f"b{i}", f"a{i} m{i} {after}", f"g{i}", 9))
+    return graph({"x": 1, "t": 1, "loss": 1, **inside}, forward, backward, "loss", "g0")
+
+
 SMALL = {make.__name__: make for make in (chain, diamond, skip, two_outputs, statistics, dropout)}
 """All of the above by name."""

@@ -43,10 +43,10 @@ class _Step:
 
 
 @st.composite
-def training_graphs(draw: Draw, max_forward: int = 5, all_recomputable: bool = False) -> Graph:
-    """A step of up to `max_forward` forward ops and at most as many backward ops."""
+def training_graphs(draw: Draw, max_forward: int = 5, all_recomputable: bool = False, min_forward: int = 3) -> Graph:
+    """A step of `min_forward` to `max_forward` forward ops and at most as many backward ops."""
     step = _Step(draw)
-    count = draw(st.integers(min(3, max_forward), max_forward))
+    count = draw(st.integers(min(min_forward, max_forward), max_forward))
     wrote: list[list[str]] = []
     readers: list[list[int]] = [[] for _ in range(count)]
     step.value("x", Kind.INPUT, (1, 3))

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.solver import bound as bounds
-from planner.solver.bound import lower_bound
+from planner.solver.bound import Bounds, lower_bound
 from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.solve import solve
 from tests import graphs
@@ -31,7 +30,7 @@ def test_one_cut_anywhere_is_a_bound(data: st.DataObject) -> None:
     budget_bytes = data.draw(budgets(graph))
     cut = data.draw(st.sampled_from(range(len(graph.ops))))
     plain = sum(op.cost_ns for op in graph.ops)
-    extra = bounds._extra(graph, budget_bytes, (cut,), time_limit_s=10, gap=0.0, relax=False)
+    extra = Bounds(graph).extra(budget_bytes, (cut,), time_limit_s=10, gap=0.0, relax=False)
     event(f"bites: {extra > 0}")
     assert plain * (1 + extra) <= optimum(graph, budget_bytes) + 1e-3
 
@@ -43,8 +42,8 @@ def test_several_cuts_are_a_bound_and_no_weaker_than_one(data: st.DataObject) ->
     budget_bytes = data.draw(budgets(graph))
     cuts = sorted(data.draw(st.sets(st.sampled_from(range(len(graph.ops))), min_size=2, max_size=3)))
     plain = sum(op.cost_ns for op in graph.ops)
-    several = bounds._extra(graph, budget_bytes, cuts, time_limit_s=10, gap=0.0, relax=False)
-    last = bounds._extra(graph, budget_bytes, cuts[-1:], time_limit_s=10, gap=0.0, relax=False)
+    several = Bounds(graph).extra(budget_bytes, tuple(cuts), time_limit_s=10, gap=0.0, relax=False)
+    last = Bounds(graph).extra(budget_bytes, tuple(cuts[-1:]), time_limit_s=10, gap=0.0, relax=False)
     event(f"bites: {several > 0}")
     event(f"stronger: {several > last + 1e-9}")
     assert several >= last - 1e-6
@@ -60,8 +59,20 @@ def test_the_bound_holds_with_and_without_time(data: st.DataObject) -> None:
     best = optimum(graph, budget_bytes)
     plain = sum(op.cost_ns for op in graph.ops)
     for seconds in (0.0, 10.0):
-        found = lower_bound(graph, budget_bytes, time_limit_s=seconds, tight=tight)
+        effort = data.draw(st.sampled_from(("linear", "exact", "thorough")))
+        found = lower_bound(graph, budget_bytes, effort=effort, time_limit_s=seconds, tight=tight)
         assert plain <= found <= best or (math.isinf(best) and found >= plain)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_budget_after_budget_the_bounds_hold_and_never_rise(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=5))
+    bounds, found = Bounds(graph), {}
+    for budget_bytes in data.draw(st.lists(budgets(graph), min_size=2, max_size=4)):
+        found[budget_bytes] = bounds.lower_bound(budget_bytes, effort=data.draw(st.sampled_from(("linear", "thorough"))))
+        assert found[budget_bytes] <= optimum(graph, budget_bytes) or math.isinf(optimum(graph, budget_bytes))
+    event(f"bites: {max(found.values()) > sum(op.cost_ns for op in graph.ops)}")
 
 
 @pytest.mark.parametrize("name", ["chain", "two_outputs", "statistics", "dropout"])

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
 
-
 Ints = NDArray[np.int64]
 
 
@@ -114,7 +113,8 @@ class Simulator:
         # Per op, its slice of one long list: reads first, then writes.
         touched = [(*reads, *writes) for reads, writes in zip(self.reads, self.writes, strict=True)]
         self._touched = np.array([v for values in touched for v in values], dtype=np.int64)
-        self._wrote = np.array([k >= len(r) for r, vs in zip(self.reads, touched, strict=True) for k in range(len(vs))], dtype=bool)
+        wrote = [k >= len(reads) for reads, values in zip(self.reads, touched, strict=True) for k in range(len(values))]
+        self._wrote = np.array(wrote, dtype=bool)
         self._count = np.array([len(values) for values in touched], dtype=np.int64)
         self._begin = np.cumsum(self._count) - self._count
 

@@ -29,7 +29,7 @@ def table(plan: Plan) -> str:
         ("solved", f"in {plan.solution.solve_s:.2f} s by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
         ("made on", made),
     ]
-    lines = [f"{name:<11} {text}" for name, text in rows]
+    lines = [f"{name:<11} {text}" for name, text in rows if text]
     return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
 
 

@@ -119,7 +119,8 @@ class Model:
             self._solver.createAndConfigureSolver(self._problem)
             self._solver.buildSolverModel(self._problem)
         model = self._problem.solverModel
-        options = {"mip_abs_gap": gap, "solve_relaxation": relax, "time_limit": model.getRunTime() + seconds}  # its clock runs on
+        until = model.getRunTime() + seconds  # its clock runs on from solve to solve
+        options = {"mip_abs_gap": gap, "solve_relaxation": relax, "time_limit": until}
         for name, value in options.items():
             model.setOptionValue(name, value)
         self._solver.callSolver(self._problem)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import keep_all
@@ -28,8 +28,13 @@ _SLACK = 1e-6
 """Relative slack given to the budget and taken from the bound, above the solver's tolerances."""
 _NEVER = 2**62
 """Nanoseconds added where the relaxation has no solution at all: nothing fits."""
-_PAIRS = 6
-"""Pairs of cuts, of the many that a thorough search relaxes, that are solved in integers."""
+_SPREAD = 48
+"""Places, all over the step, where a thorough search tries a single cut."""
+_ADDED = 20
+"""Of these the best, and those nearest to the very best, are tried as further cuts."""
+_MOST_CUTS = 4
+
+Effort = Literal["linear", "exact", "thorough"]
 
 
 class Bounds:
@@ -40,52 +45,62 @@ class Bounds:
         self.plain_ns = sum(op.cost_ns for op in graph.ops)
         self.first_cuts = _first_cuts(graph)
         self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / _SCALE
-        self._models: dict[tuple[int, ...], tuple[backend.Model, int]] = {}
+        self._models: dict[tuple[int, ...], _Model] = {}
         self._known: dict[int, int] = {}
+        self._hint: tuple[float, frozenset[str]] = (-1.0, frozenset())
 
     def lower_bound(
         self,
         budget_bytes: int,
         *,
+        effort: Effort = "exact",
         time_limit_s: float = 2.0,
         gap: float = 0.0001,
         tight: int | None = None,
         enough_ns: int | None = None,
-        thorough: bool = False,
     ) -> int:
         """No schedule with the captured backward order that fits `budget_bytes` takes less time than this, in ns.
 
         Args:
             budget_bytes: bound on the live bytes at every step.
+            effort: "linear": linear programs with a few single cuts; "exact": and the best of them in integers; "thorough":
+                and cuts all over the step, alone and several at once.
             time_limit_s: wall seconds; the bound is valid whenever it stops.
             gap: how exact, as a fraction of the plain step's time.
-            tight: a backward op at which a good schedule's memory is tightest; the second cut.
+            tight: a backward op at which a good schedule's memory is tightest; one of the cuts tried.
             enough_ns: stop as soon as the bound has reached this.
-            thorough: try cuts all over the step, alone and several at once.
         """
         plain = max(1, self.plain_ns)
+        self._hint = (-1.0, frozenset())
         # What holds for a larger budget holds for a smaller one.
         known_ns = max([ns for budget, ns in self._known.items() if budget >= budget_bytes], default=self.plain_ns)
         if enough_ns is not None and known_ns >= enough_ns:
             return known_ns
         enough = math.inf if enough_ns is None else enough_ns / plain - 1
         trials = _Trials(self, budget_bytes, gap, enough, time.monotonic() + time_limit_s)
-        trials.search(tight, thorough=thorough)
+        trials.search(effort, tight)
         if math.isinf(trials.best):
             return self.plain_ns + _NEVER
         extra = max(0, math.ceil(trials.best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
         self._known[budget_bytes] = max(known_ns, self.plain_ns + extra)
         return self._known[budget_bytes]
 
+    @property
+    def hint(self) -> frozenset[str]:
+        """Values alive at the best single cut of the last call: keeping these takes little more time than the bound."""
+        return self._hint[1]
+
     def extra(self, budget_bytes: int, cuts: tuple[int, ...], *, time_limit_s: float, gap: float, relax: bool) -> float:
         """The least recompute time of the relaxation with these cuts, as a fraction of the plain step (inf: infeasible)."""
         if cuts not in self._models:
-            program, budget = _program(self.graph, cuts, self._unit)
-            self._models[cuts] = backend.Model(program), budget
-        model, budget = self._models[cuts]
-        model.upper(budget, budget_bytes * (1 + _SLACK) / self._unit)
-        answer = model.solve(time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
-        return max(0.0, answer.bound / _SCALE)
+            self._models[cuts] = _Model(self.graph, cuts, self._unit)
+        model = self._models[cuts]
+        model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
+        answer = model.program.solve(time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
+        found = max(0.0, answer.bound / _SCALE)
+        if len(cuts) == 1 and answer.values and found > self._hint[0]:
+            self._hint = found, frozenset(name for name, column in model.alive.items() if answer.values[column] > 0.5)
+        return found
 
 
 def lower_bound(graph: Graph, budget_bytes: int, **settings: Any) -> int:
@@ -98,7 +113,6 @@ class _Trials:
 
     Attributes:
         best: the best bound so far, as a fraction of the plain step.
-        ranked: all cuts tried, best first.
     """
 
     def __init__(self, bounds: Bounds, budget_bytes: int, gap: float, enough: float, deadline: float) -> None:
@@ -110,51 +124,64 @@ class _Trials:
     def best(self) -> float:
         return max(self._found.values(), default=0.0)
 
-    @property
-    def ranked(self) -> list[tuple[int, ...]]:
-        return sorted(self._found, key=lambda cuts: -self._found[cuts])
+    def _ranked(self, count: int) -> list[tuple[int, ...]]:
+        """The best sets of so many cuts, best first."""
+        return sorted((cuts for cuts in self._found if len(cuts) == count), key=lambda cuts: -self._found[cuts])
 
-    def search(self, tight: int | None, *, thorough: bool) -> None:
-        """The first cuts; where thorough, cuts all over the step and several at once."""
-        ops = self._bounds.graph.ops
-        spread = range(self._bounds.graph.num_forward_ops, len(ops), max(1, len(self._bounds.graph.backward_ops) // 32))
-        self.relaxed((cut,) for cut in dict.fromkeys([*self._bounds.first_cuts, *(spread if thorough else [])]))
-        # Where no single cut bites, several do not either; where one is enough, the linear program settles it.
-        if 0 < self.best < self._enough:
-            self.exact([self.ranked[0]])
-            if thorough:
-                self.pairs(spread, tight)
+    def search(self, effort: Effort, tight: int | None) -> None:
+        """Single cuts; the best in integers; where thorough, more cuts, and one after the other added where it helps most."""
+        bounds = self._bounds
+        for cut in list(bounds.first_cuts):
+            self._run((cut,), self._half(), relax=True)
+        ranked = self._ranked(1)
+        if not ranked:
+            return
+        # The next budget will most likely be settled by the same cut.
+        bounds.first_cuts.sort(key=lambda cut: -self._found.get((cut,), 0.0))
+        if effort == "linear" or not 0 < self.best < self._enough:  # where no single cut bites, several do not either
+            return
+        self._run(ranked[0], self._half(), relax=False)
+        if effort == "thorough":
+            self._scan(tight)
+            self._add_cuts()
 
-    def pairs(self, cuts: Sequence[int], tight: int | None) -> None:
-        """The best single cut with others, and the best of those pairs with a third."""
-        first = self.ranked[0]
-        self.relaxed(_with(first, cut) for cut in cuts)
-        given = [_with(first, tight)] if tight is not None else []
-        self.exact([*given, *self._distinct_pairs(_PAIRS)])
-        best, after = self.ranked[0], [cut for cut in cuts if cut > first[0]]
-        self.exact(_with(best, cut) for cut in after[:2])  # where one is tightest, its neighbours are nearly so
+    def _scan(self, tight: int | None) -> None:
+        """Single cuts all over the step, then next to the best."""
+        graph = self._bounds.graph
+        live = simulate(graph, keep_all(graph)).live_bytes
+        tried = range(graph.num_forward_ops // 2, len(graph.ops), max(1, len(graph.ops) // _SPREAD))
+        worst = [max(range(i, min(i + tried.step, len(live))), key=lambda p: live[p]) for i in tried]
+        until = self._half()
+        for cut in [*([tight] if tight is not None else []), *worst]:
+            self._run((cut,), until, relax=True)
+        center = self._ranked(1)[0][0]
+        for cut in range(max(0, center - 10), min(len(live), center + 11)):
+            self._run((cut,), until, relax=True)
+        self._run(self._ranked(1)[0], self._half(), relax=False)
 
-    def _distinct_pairs(self, count: int) -> list[tuple[int, ...]]:
-        """The best pairs, one of those that are equally good: they cut at the same place."""
-        found = {round(self._found[cuts], 6): cuts for cuts in reversed(self.ranked) if len(cuts) == 2}
-        return [found[extra] for extra in sorted(found, reverse=True)[:count]]
+    def _add_cuts(self) -> None:
+        """To the best cuts, the one that helps most, up to a handful."""
+        alone = [cuts[0] for cuts in self._ranked(1)]
+        best = self._ranked(1)[0]
+        near = sorted(alone, key=lambda cut: abs(cut - best[0]))
+        for _ in range(_MOST_CUTS - 1):
+            until = self._half()
+            for cut in dict.fromkeys([*near[:_ADDED], *alone[:_ADDED]]):
+                if cut not in best:
+                    self._run(_with(best, cut), until, relax=True)
+            longer = self._ranked(len(best) + 1)
+            if not longer:
+                return
+            best = longer[0]
+            self._run(best, self._half(), relax=False)
 
-    def relaxed(self, trials: Iterable[tuple[int, ...]]) -> None:
-        """The linear programs, in at most half of the time."""
-        now = time.monotonic()
-        for cuts in list(trials):
-            self._run(cuts, (now + self._deadline) / 2, relax=True)
-
-    def exact(self, trials: Iterable[tuple[int, ...]]) -> None:
-        """The programs in integers, each in an equal share of the time."""
-        distinct = list(dict.fromkeys(trials))
-        for n, cuts in enumerate(distinct):
-            now = time.monotonic()
-            self._run(cuts, now + (self._deadline - now) / (len(distinct) - n), relax=False)
+    def _half(self) -> float:
+        """Half of the time that is left."""
+        return (time.monotonic() + self._deadline) / 2
 
     def _run(self, cuts: tuple[int, ...], deadline: float, *, relax: bool) -> None:
         left = deadline - time.monotonic()
-        if left > 0 and self.best < self._enough:
+        if left > 0.02 and self.best < self._enough and not (relax and cuts in self._found):
             extra = self._bounds.extra(self._budget_bytes, cuts, time_limit_s=left, gap=self._gap, relax=relax)
             self._found[cuts] = max(extra, self._found.get(cuts, 0.0))
 
@@ -171,37 +198,37 @@ def _first_cuts(graph: Graph, count: int = 3, among: int = 14) -> list[int]:
     return list(dict.fromkeys([*early[:count], *order[:1]]))
 
 
-def _program(graph: Graph, cuts: Sequence[int], unit: float) -> tuple[backend.Program, int]:
-    """The relaxation with these cuts, and the column whose upper bound is the budget."""
-    program = backend.Program()
-    budget = program.column()
-    plain = max(1, sum(op.cost_ns for op in graph.ops))
-    pinned = graph.pinned
-    alive: dict[str, int] = {}
-    again: dict[int, int] = {}
-    for g, cut in enumerate(cuts):
-        following = cuts[g + 1] if g + 1 < len(cuts) else len(graph.ops)
-        wanted, rerun = _wanted(graph, cut)
-        held = {name: program.column(binary=True) for name in wanted}
-        if g > 0:
-            for name in held:
-                if graph.producer[name] < cuts[g - 1]:
-                    program.row([(held[name], 1.0), *_pairs(graph, name, alive, again)], 0.0)
-        own = set(graph.ops[cut].reads)
-        fixed = _fixed(graph, cut)
-        program.row(
-            [*((column, graph.value[name].nbytes / unit) for name, column in held.items()), (budget, -1.0)],
-            -fixed / unit,
-        )
-        alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
-        reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
-        for name in sorted(reads & held.keys()):
-            program.row([(held[name], -1.0)] if name in own else _pairs(graph, name, alive, again), -1.0)
-        for i, column in again.items():
-            for name in dict.fromkeys(graph.ops[i].reads):
-                if name in held:
-                    program.row([(column, 1.0), *_pairs(graph, name, alive, again)], 0.0)
-    return program, budget
+class _Model:
+    """The relaxation with these cuts. `budget`: the column whose upper bound is the budget; `alive`: a_d of the last cut."""
+
+    def __init__(self, graph: Graph, cuts: Sequence[int], unit: float) -> None:
+        program = backend.Program()
+        self.budget = program.column(upper=None)
+        plain = max(1, sum(op.cost_ns for op in graph.ops))
+        pinned = graph.pinned
+        self.alive: dict[str, int] = {}
+        again: dict[int, int] = {}
+        for g, cut in enumerate(cuts):
+            following = cuts[g + 1] if g + 1 < len(cuts) else len(graph.ops)
+            wanted, rerun = _wanted(graph, cut)
+            held = {name: program.column(binary=True) for name in wanted}
+            if g > 0:
+                for name in held:
+                    if graph.producer[name] < cuts[g - 1]:
+                        program.row([(held[name], 1.0), *_pairs(graph, name, self.alive, again)], 0.0)
+            own = set(graph.ops[cut].reads)
+            bytes_held = [(column, graph.value[name].nbytes / unit) for name, column in held.items()]
+            program.row([*bytes_held, (self.budget, -1.0)], -_fixed(graph, cut) / unit)
+            self.alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
+            reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
+            for name in sorted(reads & held.keys()):
+                here = [(held[name], -1.0)] if name in own else _pairs(graph, name, self.alive, again)
+                program.row(here, -1.0)
+            for i, column in again.items():
+                for name in dict.fromkeys(graph.ops[i].reads):
+                    if name in held:
+                        program.row([(column, 1.0), *_pairs(graph, name, self.alive, again)], 0.0)
+        self.program = backend.Model(program)
 
 
 def _pairs(graph: Graph, name: str, alive: dict[str, int], again: dict[int, int]) -> backend.Pairs:

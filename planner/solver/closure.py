@@ -157,8 +157,9 @@ class Closure:
         seen: dict[int, Copy] = {}
         for t in (t for t, _ in self._moments(schedule) if live[t] > budget_bytes):
             later = steps[self.graph.num_forward_ops : t + 1]
+            again = set(later[later < self.graph.num_forward_ops].tolist())
             alive = run.value[(run.start <= t) & (run.end >= t)].tolist()
-            seen[t] = Copy(set(later[later < self.graph.num_forward_ops].tolist()), {self._number[v] for v in alive if v in self._number})
+            seen[t] = Copy(again, {self._number[v] for v in alive if v in self._number})
         moments = dict(self._moments(schedule))
         broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(moments[t], copy)}
         new = _spaced(broken, len(live) // 20, _COPIES_A_ROUND)

@@ -76,7 +76,8 @@ class Draft:
             for v in self._simulator.reads[i]:
                 changed[v] = [event for event in changed.get(v, self._touches(v)) if event != (t, False)]
                 made = max((s for s, write in changed[v] if write and s < t), default=-1)
-                if made in self._again and not any(self._read(w, made, changed) for w in self._simulator.writes[self.steps[made]]):
+                siblings = self._simulator.writes[self.steps[made]] if made in self._again else ()
+                if siblings and not any(self._read(w, made, changed) for w in siblings):
                     stack.append(made)
         return holes
 

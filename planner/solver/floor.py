@@ -1,28 +1,45 @@
-"""What no schedule can go below: the bytes that must be live while one single op runs."""
+"""What no schedule can go below: the bytes that must be live while one single op runs; and what would lower that."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.errors import InfeasibleBudgetError
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph, Kind, Op
 from planner.units import format_bytes
+
+_REMEDIES = (
+    (("log_softmax", "nll_loss", "cross_entropy"), "compute the loss in chunks of tokens, so that no op holds all logits at once"),
+    (("_softmax", "softmax_backward", "bmm"), "use a fused attention kernel (scaled_dot_product_attention), which holds no scores"),
+    (("convolution",), "use a convolution algorithm with less workspace, or smaller images"),
+    (("embedding",), "use a sparse or smaller embedding"),
+)
+"""By parts of an op's name, what keeps it from needing so much, other than a smaller batch."""
 
 
 def floor(graph: Graph) -> tuple[int, int]:
     """The least peak that any schedule of this graph in its captured backward order can reach.
 
-    While an op runs for the first time, these are live: everything resident (tangents in the
-    backward), outputs handed out so far, what it reads and writes, its workspace, and what was
-    written by an op that cannot run again and is read later.
-
     Returns:
         bytes, and the index of the op that needs them (-1 for a graph without ops).
     """
+    if not graph.ops:
+        tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
+        return sum(graph.value[name].nbytes for name in graph.inputs) - tangents, -1
+    need = _needs(graph)
+    worst = int(need.argmax())
+    return int(need[worst]), worst
+
+
+def _needs(graph: Graph) -> NDArray[np.int64]:
+    """Per op, the bytes that are live while it runs for the first time, whatever the schedule.
+
+    These are: everything resident (tangents in the backward), outputs handed out so far, what it reads and writes, its
+    workspace, and what was written by an op that cannot run again and is read later.
+    """
     tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
     resident = sum(graph.value[name].nbytes for name in graph.inputs) - tangents
-    if not graph.ops:
-        return resident, -1
     need = np.full(len(graph.ops), resident, dtype=np.int64)
     need[graph.num_forward_ops :] += tangents
     inputs, outputs = set(graph.inputs), {*graph.forward_outputs, *graph.backward_outputs}
@@ -39,25 +56,62 @@ def floor(graph: Graph) -> tuple[int, int]:
         for name in set(op.reads) - inputs - outputs:
             if graph.ops[graph.producer[name]].recomputable:
                 need[i] += graph.value[name].nbytes
-    worst = int(need.argmax())
-    return int(need[worst]), worst
+    return need
 
 
 def infeasible(graph: Graph, budget_bytes: int) -> InfeasibleBudgetError:
-    """The error for a budget below the floor: which op needs how much, for which values, and what to do."""
+    """The error for a budget below the floor: which op needs how much, for which values, and what would lower it most."""
     least, i = floor(graph)
-    culprit = ""
-    if i >= 0:
-        op = graph.ops[i]
-        touched = sorted({*op.reads, *op.writes}, key=lambda name: (-graph.value[name].nbytes, name))
-        listed = [f"{name} {format_bytes(graph.value[name].nbytes)}" for name in touched[:4]]
-        if op.workspace_bytes:
-            listed.append(f"workspace {format_bytes(op.workspace_bytes)}")
-        where = f", {op.source}" if op.source else ""
-        culprit = f" (op {op.name}{where}, holds {format_bytes(least)} while it runs: {', '.join(listed)})"
+    culprit = f" ({_culprit(graph, i, least)})" if i >= 0 else ""
     return InfeasibleBudgetError(
         f"budget {format_bytes(budget_bytes)} is below {format_bytes(least)}, the least any schedule of this graph can reach"
-        f"{culprit}. Raise the budget to {format_bytes(least)}, or reduce the batch.",
+        f"{culprit}. Raise the budget to {format_bytes(least)}{_advice(graph, i, least)}.",
         budget_bytes=budget_bytes,
         floor_bytes=least,
     )
+
+
+def _own(graph: Graph, op: Op) -> dict[str, int]:
+    """What an op reads, writes and works in, the largest first; what is resident or handed out is left aside."""
+    constant = {*graph.inputs, *graph.forward_outputs, *graph.backward_outputs}
+    sizes = {name: graph.value[name].nbytes for name in {*op.reads, *op.writes} - constant}
+    if op.workspace_bytes:
+        sizes["workspace"] = op.workspace_bytes
+    return dict(sorted(sizes.items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def _culprit(graph: Graph, i: int, least: int) -> str:
+    op = graph.ops[i]
+    own = _own(graph, op)
+    listed = [f"{name} {format_bytes(nbytes)}" for name, nbytes in list(own.items())[:4]]
+    rest = least - sum(list(own.values())[:4])
+    if rest > 0:
+        listed.append(f"{format_bytes(rest)} of parameters, gradients and others")
+    where = f", {op.source}" if op.source else ""
+    return f"op {op.name}{where}, holds {format_bytes(least)} while it runs: {', '.join(listed)}"
+
+
+def _advice(graph: Graph, i: int, least: int) -> str:
+    """What would lower the floor: the batch, another kernel for the op that holds it, or what is resident."""
+    if i < 0:
+        return ", or reserve less"
+    op = graph.ops[i]
+    own = sum(_own(graph, op).values())
+    # Activations grow with the batch; parameters, gradients and what is reserved do not.
+    advice = f", or reduce the batch (half of it needs about {format_bytes(least - own // 2)})"
+    remedy = next((text for parts, text in _REMEDIES if any(part in op.name for part in parts)), None)
+    if remedy and own > least // 4:
+        needs = _needs(graph)
+        alike = [j for j, other in enumerate(graph.ops) if _alike(op, other)]
+        needs[alike] = 0
+        following = int(needs.argmax())
+        if needs[following] < least:
+            advice += f", or {remedy} (the next to hold most, {graph.ops[following].name}, needs {format_bytes(int(needs[following]))})"
+    if least - own > least // 2:
+        advice += f"; {format_bytes(least - own)} of it do not depend on the batch: use fewer bytes a parameter, or reserve less"
+    return advice
+
+
+def _alike(op: Op, other: Op) -> bool:
+    """The same remedy helps both."""
+    return any(any(part in op.name for part in parts) and any(part in other.name for part in parts) for parts, _ in _REMEDIES)

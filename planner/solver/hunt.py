@@ -10,15 +10,22 @@ from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
 from planner.solver.backend import solver_name
 from planner.solver.baselines import all_baselines
+from planner.solver.bound import Effort
+from planner.solver.chain import Chain
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, coarsen, expand, uncoarsened
+from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.floor import floor
+from planner.solver.lazy import lazy_schedule
 from planner.solver.local_search import LocalSearch
 from planner.solver.pool import Entry, Pool
+from planner.solver.window import Windows
 
 if TYPE_CHECKING:
     from planner.solver.solve import Solver
 
+TINY_OPS = 10
+"""Up to so many ops, every schedule is looked at."""
 _QUICK_S = 1.0
 _QUICK_GAP = 0.005
 """After this many seconds, a plan this close to the bound is not worth more of them."""
@@ -28,8 +35,12 @@ _CERTIFICATE_SHARE = 0.3
 """Of the time, for a thorough certificate where the quick one leaves a gap."""
 _ROUGH_GAP = 0.002
 """Copies make the program slow: the moments that matter are found with a wide gap, which is closed at the end."""
-_PROGRAM_SHARE = 0.6
-"""Of the time, for the program; the rest is for local search."""
+_PROGRAM_SHARE = 0.4
+"""Of the time, for the program with copies, and of what is left for plain local search."""
+_FAR = 0.02
+"""A gap this wide asks for more than one recompute of a value: chains are tried."""
+_CHAIN_SHARE = 0.3
+_CHAINS = 12
 
 
 class Hunt:
@@ -38,10 +49,12 @@ class Hunt:
     def __init__(self, solver: Solver, budget_bytes: int, start: float, end: float, gap: float) -> None:
         self.budget_bytes, self.gap = budget_bytes, gap
         self._solver, self._pool, self.plain_ns = solver, solver.pool, solver.plain_ns
+        self._over = False  # everything was tried
         self._exact = False  # the program's optimum was offered
         self._near: list[int] = []  # the program's last schedule of the coarse graph
         self._fitted: list[int] = []  # the last that local search made fit
-        self._bound_ns = 0
+        self._bound_ns = solver.plain_ns
+        self._efforts: set[Effort] = set()
         self.extend(start, end)
 
     @property
@@ -55,17 +68,26 @@ class Hunt:
         self.search_end = end - _CERTIFICATE_SHARE * (end - start)
 
     def quickly(self) -> None:
-        """The program without copies, as a linear program and if need be in integers, then local search from its answer."""
+        """Linear programs, then the program without copies in integers, each with local search from its answer."""
+        if self.left() <= self.gap:
+            return
+        if len(self._pool.graph.ops) <= TINY_OPS:
+            best = exhaustive(self._pool.graph, self.budget_bytes, Rules(backward_ops=False))
+            if best is not None:
+                self._pool.offer(best, "exhaustive search")
+            self.certify("thorough")
+            self._over = True
+            return
+        self._fit_hint()
+        if self.left() <= self.gap:
+            return
         program, coarse = self._solver.program, self._solver.coarse
-        if self.left() <= self.gap:
-            return
-        self._program(program, coarse, self.search_end, self.gap, relax=True)
-        self._fit(self._near)
-        if self.left() <= self.gap:
-            return
-        self._exact = self._program(program, coarse, self.search_end, self.gap)
-        if not self._exact:
-            self._fit(self._near)
+        for relax in (True, False):
+            self._exact = self._program(program, coarse, self.search_end, self.gap, relax=relax)
+            if not self._exact:
+                self._fit(self._near)
+            if self.left() <= self.gap:
+                return
         if self.best is None:
             self._fit(list(range(len(coarse.graph.ops))))
         if self.left() > _QUICK_GAP:
@@ -74,11 +96,16 @@ class Hunt:
     def left(self) -> float:
         """How far from the optimum the best plan can be at most, as a fraction of the plain step's time."""
         best = self.best
-        return 1.0 if best is None else (best.timeline.time_ns - self.certify()) / max(1, self.plain_ns)
+        if best is None:
+            return 1.0
+        gap = (best.timeline.time_ns - self.certify()) / max(1, self.plain_ns)
+        if self.gap < gap <= 10 * self.gap:  # so near, integers in the certificate may settle it
+            gap = (best.timeline.time_ns - self.certify("exact")) / max(1, self.plain_ns)
+        return gap
 
     def good_enough(self) -> bool:
         """More search cannot gain much in proportion to its time."""
-        return time.monotonic() >= self.deadline()
+        return self._over or time.monotonic() >= self.deadline()
 
     def deadline(self) -> float:
         """When to stop, by how much can still be gained."""
@@ -104,33 +131,71 @@ class Hunt:
                     break
                 elif coarse is self._solver.coarse:
                     self._fit(self._near)
+        if self.left() > _FAR:
+            self._fit_chain()
         if self.best is None:
             self._fit_any(self.search_end)
-        best = self.best
-        if best is not None and not self.good_enough():
+        if self.best is not None and not self.good_enough():
             offer_baselines(self._pool, self.budget_bytes)
-            self._improve(uncoarsened(self._pool.graph), list(best.schedule.steps), self.deadline())
+            now = time.monotonic()
+            for search in (self._search(), Windows(self._pool.graph, self.budget_bytes)):
+                until = self.deadline() if isinstance(search, Windows) else now + _PROGRAM_SHARE * (self.deadline() - now)
+                better = search.improve(list(self.best.schedule.steps), until, self.certify() + self.gap * self.plain_ns)
+                self._pool.offer(Schedule(tuple(better)), "windows" if isinstance(search, Windows) else "local search")
         if self.left() > _QUICK_GAP:
-            self.certify(thorough=True)
+            self.certify("thorough")
 
-    def certify(self, *, thorough: bool = False) -> int:
-        """A lower bound on the time of every schedule that fits."""
+    def _search(self) -> LocalSearch:
+        return LocalSearch(self._pool.graph, self.budget_bytes)
+
+    def _fit_chain(self) -> None:
+        """Schedules of the forward as a chain of segments, made to fit: for budgets that take more than one recompute."""
+        coarse = self._solver.coarse
+        now = time.monotonic()
+        until = now + _CHAIN_SHARE * (self.search_end - now)
+        chain = Chain(coarse.graph, self.budget_bytes, until)
+        search = LocalSearch(coarse.graph, self.budget_bytes)
+        tried = 0
+        for steps in chain.schedules() if chain.complete else ():
+            if time.monotonic() >= until or tried == _CHAINS:
+                return
+            useful, run = search.useful(steps)
+            over = int(run.live_bytes.max()) / self.budget_bytes
+            repaired = search.repair(useful, until) if over <= 1.1 else None
+            if repaired is not None:
+                tried += 1
+                made = search.shrink(repaired, until)
+                self._pool.offer(expand(Schedule(tuple(made)), coarse.groups), "chain, local search")
+
+    def certify(self, effort: Effort = "linear") -> int:
+        """A lower bound on the time of every schedule that fits, with at least this effort."""
         best, plain_ns = self.best, self.plain_ns
-        if best is None:
-            return plain_ns
-        if best.timeline.time_ns <= plain_ns:
+        if best is not None and best.timeline.time_ns <= plain_ns:
             self._bound_ns = plain_ns
-        if thorough or not self._bound_ns:
-            seconds = self.end - time.monotonic() if thorough else _CERTIFICATE_S
+        elif effort not in self._efforts:
+            self._efforts.add(effort)
+            seconds = self.end - time.monotonic()
             bound_ns = self._solver.bounds.lower_bound(
                 self.budget_bytes,
-                time_limit_s=max(0.1, min(seconds, self.end - time.monotonic())),
-                tight=_tightest(best.schedule, best.timeline),
-                enough_ns=best.timeline.time_ns - int(self.gap * plain_ns),
-                thorough=thorough,
+                effort=effort,
+                time_limit_s=max(0.1, seconds if effort == "thorough" else min(seconds, _CERTIFICATE_S)),
+                tight=None if best is None else _tightest(best.schedule, best.timeline),
+                enough_ns=None if best is None else best.timeline.time_ns - int(self.gap * plain_ns),
             )
             self._bound_ns = max(self._bound_ns, bound_ns)
         return self._bound_ns
+
+    def _fit_hint(self) -> None:
+        """What is alive at the certificate's cut makes a schedule that takes hardly more than the bound, if it fits."""
+        self.certify()
+        graph = self._pool.graph
+        schedule = lazy_schedule(graph, self._solver.bounds.hint)
+        self._pool.offer(schedule, f"certificate/{solver_name()}")
+        search = LocalSearch(graph, self.budget_bytes)
+        repaired = search.repair(list(schedule.steps), min(self.search_end, time.monotonic() + _QUICK_S / 2))
+        if repaired is not None:
+            steps = search.shrink(repaired, self.search_end)
+            self._pool.offer(Schedule(tuple(steps)), f"certificate/{solver_name()}, local search")
 
     def _program(self, program: Closure, coarse: Coarse, deadline: float, gap: float, *, relax: bool = False) -> bool:
         """Offer the program's schedules; True where its optimum was among them."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ from planner.solver import backend
 from planner.solver.local_search import LocalSearch, Steps
 
 _SCALE = 1e4
-_SECONDS = 2.0
+_SECONDS = 3.0
 """For one program: what is not found by then takes too long."""
 _FEWEST, _MOST = 40, 600
 """Choices in one program."""
@@ -49,16 +48,16 @@ class Windows:
     def improve(self, steps: Steps, deadline: float, enough_ns: float = 0) -> Steps:
         """Open stretches by chance, more or less of them by how long the programs take, until the deadline or `enough_ns`.
 
-        Stops early where a program that left every recompute open proved that there is nothing better.
+        Stops early where a program that left every recompute open has nothing better.
         """
         target = 4 * _FEWEST
         while time.monotonic() < deadline and self.search.time_ns(steps) > enough_ns:
             slots, everything = self._slots(steps, target)
             started = time.monotonic()
-            better, proven = self._solve(steps, slots, deadline)
+            better, settled = self._solve(steps, slots, deadline)
             if better is not None:
                 steps = self.search.shrink(better, deadline)
-            elif everything and proven:
+            elif everything and settled:
                 break
             fast = time.monotonic() - started < _SECONDS / 4
             target = min(_MOST, target * 5 // 4) if fast else max(_FEWEST, target * 2 // 3)
@@ -113,11 +112,11 @@ class Windows:
         return found
 
     def _solve(self, steps: Steps, slots: list[Slot], deadline: float) -> tuple[Steps | None, bool]:
-        """A better schedule or None, and whether none was proven to exist."""
+        """A better schedule or None, and whether the same program would have nothing better to say another time."""
         time_ns = self.search.time_ns(steps)
         spent_ns = time_ns - sum(int(self.search.cost[s.op]) for s in slots if s.fixed)
         if spent_ns <= 0:
-            return None, False
+            return None, True
         program = _Program(self, self.simulator.run(steps), slots, spent_ns)
         seconds = min(_SECONDS, deadline - time.monotonic())
         answer = backend.solve(program.program, time_limit_s=seconds, gap=_SCALE * 1e-3)
@@ -126,7 +125,8 @@ class Windows:
         chosen = [s.op for s, column in zip(slots, program.runs, strict=True) if column is None or answer.values[column] > 0.5]
         changed, after = self.search.useful(chosen)
         fits = int(after.live_bytes.max()) <= self.budget_bytes
-        return (changed if fits and self.search.time_ns(changed) < time_ns else None), False
+        better = fits and self.search.time_ns(changed) < time_ns
+        return (changed, False) if better else (None, True)
 
 
 class _Program:
@@ -144,7 +144,8 @@ class _Program:
         self.program.row(offered, 1 - 0.5 / spent_ns)  # better than now
         touched = {v for s in slots if not s.fixed for v in (*self._simulator.reads[s.op], *self._simulator.writes[s.op])}
         self._values = sorted(v for v in touched if not self._simulator.outputs[v])
-        self._changes: list[list[tuple[int, int | float]]] = [[] for _ in slots]  # per slot: values and what holds them from there
+        # Per slot, values and the column that holds them from there on.
+        self._changes: list[list[tuple[int, int]]] = [[] for _ in slots]
         touches: dict[int, list[tuple[int, bool]]] = {v: [] for v in self._values}
         for n, slot in enumerate(slots):
             for v in self._simulator.reads[slot.op]:
@@ -194,7 +195,7 @@ class _Program:
         Slots in a row between which nothing chosen changes share one memory row, that of the fullest.
         """
         nbytes, nothing = self._simulator.nbytes, len(self._slots)
-        held: dict[int, int | float] = {}
+        held: dict[int, int] = {}
         full: tuple[int, backend.Pairs] | None = None
         fixed = self._fixed(run)
         for n in range(nothing):
@@ -212,9 +213,9 @@ class _Program:
         if full is not None:
             self._row(held, full, budget_bytes)
 
-    def _row(self, held: dict[int, int | float], full: tuple[int, backend.Pairs], budget_bytes: int) -> None:
+    def _row(self, held: dict[int, int], full: tuple[int, backend.Pairs], budget_bytes: int) -> None:
         fixed, own = full
-        pairs = [(c, float(self._simulator.nbytes[v])) for v, c in held.items() if isinstance(c, int)] + own
+        pairs = [(c, float(self._simulator.nbytes[v])) for v, c in held.items()] + own
         if fixed + sum(size for _, size in pairs) > budget_bytes:
             self.program.row([(c, size / self._unit) for c, size in pairs], (budget_bytes - fixed) / self._unit)
 
