@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -137,11 +138,26 @@ def scatter(graph: Graph, rng: random.Random, *, keep: float = 0.5, drop: float 
     return Schedule(tuple(steps))
 
 
+def shuffled(graph: Graph, rng: random.Random, reach: int) -> tuple[int, ...]:
+    """Op indices in an order that is valid: backward ops by chance, each of the next `reach` that could run."""
+    waiting = {name for p in graph.backward_ops for name in graph.ops[p].writes}
+    todo, order = list(graph.backward_ops), list(range(graph.num_forward_ops))
+    while todo:
+        ready = [p for p in todo[:reach] if waiting.isdisjoint(graph.ops[p].reads)]
+        order.append(rng.choice(ready))
+        todo.remove(order[-1])
+        waiting.difference_update(graph.ops[order[-1]].writes)
+    return tuple(order)
+
+
 def random_schedule(draw: Draw, graph: Graph) -> Schedule:
-    """A random valid schedule of any graph; shrinks towards the plain step."""
+    """A random valid schedule of any graph, now and then with backward ops moved; shrinks towards the plain step."""
     chance = st.sampled_from((0.0, 0.05, 0.2, 0.5, 1.0))
     keep, drop, extra = 1.0 - draw(chance), 0.3 * draw(chance), draw(chance)
-    return scatter(graph, random.Random(draw(st.integers(0, 2**16))), keep=keep, drop=drop, extra=extra)
+    rng = random.Random(draw(st.integers(0, 2**16)))
+    order = shuffled(graph, rng, draw(st.sampled_from((1, 1, 3, 20))))
+    moved = replace(graph, ops=tuple(graph.ops[i] for i in order))
+    return Schedule(tuple(order[i] for i in scatter(moved, rng, keep=keep, drop=drop, extra=extra).steps))
 
 
 @st.composite

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Solution
+from planner.graph.schedule import Schedule
 from planner.solver.bound import Bounds
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, coarsen, uncoarsened
 from planner.solver.floor import floor, infeasible
 from planner.solver.hunt import Hunt, lower_peak
 from planner.solver.pool import Entry, Pool
+from planner.solver.reorder import reordered
 from planner.units import format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
@@ -55,14 +57,18 @@ class Solver:
     shared, so a later budget takes less time, and never gets a worse plan than a smaller one got.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, *, reorder: bool = True) -> None:
+        """`reorder`: backward ops may move a few places where that lowers the plain step's peak (`planner.solver.reorder`)."""
+        self._captured = graph
+        self.graph, self._order = reordered(graph) if reorder else (graph, tuple(range(len(graph.ops))))
+        graph = self.graph
         self.plain_ns = sum(op.cost_ns for op in graph.ops)
         self.pool = Pool(graph)
         self.bounds = Bounds(graph)
         self.coarse = coarsen(graph)
         self.program = Closure(self.coarse.graph, self.coarse.tiny)
         self._fine: tuple[Closure, Coarse] | None = None
+        self._unmoved: Solver | None = None
 
     @property
     def fine(self) -> tuple[Closure, Coarse] | None:
@@ -75,9 +81,9 @@ class Solver:
     def solve(self, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001) -> Solution:
         """As the function `solve`."""
         start = time.monotonic()
-        hunt = Hunt(self, budget_bytes, start, start + time_limit_s, gap)
         if floor(self.graph)[0] > budget_bytes:
-            raise infeasible(self.graph, budget_bytes)
+            return self._in_captured_order(budget_bytes).solve(budget_bytes, time_limit_s=time_limit_s, gap=gap)
+        hunt = Hunt(self, budget_bytes, start, start + time_limit_s, gap)
         hunt.quickly()
         hunt.thoroughly()
         if hunt.best is None:
@@ -100,6 +106,13 @@ class Solver:
         end = start + time_limit_s
         least = floor(self.graph)[0]
         budgets = sorted(set(budgets_bytes), reverse=True)
+        found: dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError] = {}
+        for budget in sorted(budget for budget in budgets if budget < least):
+            try:
+                found[budget] = self.solve(budget, time_limit_s=max(0.2, (end - time.monotonic()) / len(budgets)), gap=gap)
+                self._know(found[budget])
+            except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+                found[budget] = error
         hunts: dict[int, Hunt] = {}
         seconds = dict.fromkeys(budgets, 0.0)
         for n, budget in enumerate(budgets):
@@ -116,20 +129,34 @@ class Solver:
                 hunt.extend(now, now + (end - now) / (len(open_hunts) - n))
                 hunt.thoroughly()
                 seconds[hunt.budget_bytes] += time.monotonic() - now
-        found: dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError] = {}
-        for budget in sorted(budgets):
+        for budget in sorted(hunts):
             try:
-                if budget < least:
-                    raise infeasible(self.graph, budget)
                 found[budget] = self._solution(hunts[budget], seconds[budget])
-            except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            except NoScheduleFoundError as error:
                 found[budget] = error
         return found
 
     def lowest_peak(self, *, time_limit_s: float = 10.0) -> int:
         """As the function `lowest_peak`."""
-        lower_peak(self.pool, 0, time.monotonic() + time_limit_s)
-        return self.pool.lowest.timeline.peak_bytes
+        moved = self._order != tuple(range(len(self._order)))
+        lower_peak(self.pool, 0, time.monotonic() + time_limit_s / (1 + moved))
+        lowest = self.pool.lowest.timeline.peak_bytes
+        if moved and floor(self._captured)[0] < lowest:
+            lowest = min(lowest, Solver(self._captured, reorder=False).lowest_peak(time_limit_s=time_limit_s / 2))
+        return lowest
+
+    def _in_captured_order(self, budget_bytes: int) -> Solver:
+        """The solver of the unmoved graph, for a budget below the floor of the moved one."""
+        if floor(self._captured)[0] > budget_bytes:
+            raise infeasible(self._captured, budget_bytes)
+        if self._unmoved is None:
+            self._unmoved = Solver(self._captured, reorder=False)
+        return self._unmoved
+
+    def _know(self, solution: Solution) -> None:
+        """A plan in captured order is a plan for every larger budget."""
+        here = {i: n for n, i in enumerate(self._order)}
+        self.pool.offer(Schedule(tuple(here[i] for i in solution.schedule.steps)), solution.solver)
 
     def _solution(self, hunt: Hunt, seconds: float) -> Solution:
         best = hunt.best
@@ -139,7 +166,8 @@ class Solver:
         if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
             bound_ns = self.plain_ns
         status = "optimal" if time_ns - bound_ns <= hunt.gap * self.plain_ns else "feasible"
-        return Solution(status, best.schedule, bound_ns, seconds, best.solver)
+        schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
+        return Solution(status, schedule, bound_ns, seconds, best.solver)
 
     def _failure(self, budget_bytes: int, lowest: Entry, seconds: float) -> str:
         least, _ = floor(self.graph)
