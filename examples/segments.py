@@ -1,6 +1,6 @@
 """The textbook picture: a plain stack of layers checkpointed in two segments, next to a plan at the same peak.
 
-    python examples/segments.py
+python examples/segments.py
 """
 
 import copy

@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("graph", metavar="GRAPH.json", help="a plan file or a graph file, .gz or not")
     asked = solve.add_mutually_exclusive_group(required=True)
     asked.add_argument("--budget", type=_budget, help="as for `planner plan`")
-    asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets up to the plain peak (default 20)")
-    solve.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for all budgets together (default 10)")
+    asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets at once (default 20)")
+    solve.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds in all (default 10)")
     solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
     solve.set_defaults(run=_solve)
     return parser

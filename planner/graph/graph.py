@@ -86,8 +86,11 @@ class Graph:
     """Value by name."""
     producer: dict[str, int] = field(init=False, repr=False, compare=False)
     """Index of the op that writes a value; resident values are missing."""
+    pinned: frozenset[str] = field(init=False, repr=False, compare=False)
+    """Values that never die once they exist: resident ones and outputs."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pinned", frozenset((*self.inputs, *self.forward_outputs, *self.backward_outputs)))
         object.__setattr__(self, "value", {value.name: value for value in self.values})
         object.__setattr__(self, "producer", {name: i for i, op in enumerate(self.ops) for name in op.writes})
         _check_values(self)
@@ -98,11 +101,6 @@ class Graph:
         """Indices of the backward ops."""
         return range(self.num_forward_ops, len(self.ops))
 
-    @property
-    def pinned(self) -> frozenset[str]:
-        """Values that never die once they exist: resident ones and outputs."""
-        return frozenset((*self.inputs, *self.forward_outputs, *self.backward_outputs))
-
 
 def _check_values(graph: Graph) -> None:
     if len(graph.value) != len(graph.values):
@@ -111,6 +109,7 @@ def _check_values(graph: Graph) -> None:
         raise GraphError(f"op names occur twice: {_twice(op.name for op in graph.ops)}")
     if not 0 <= graph.num_forward_ops <= len(graph.ops):
         raise GraphError(f"num_forward_ops is {graph.num_forward_ops}, but there are {len(graph.ops)} ops")
+    inputs = set(graph.inputs)
     for value in graph.values:
         if value.nbytes < 0:
             raise GraphError(f"value {value.name} has {value.nbytes} bytes")
@@ -119,7 +118,7 @@ def _check_values(graph: Graph) -> None:
             raise GraphError(
                 f"value {value.name} of kind {value.kind} is written by op {graph.ops[graph.producer[value.name]].name}"
             )
-        if resident != (value.name in graph.inputs):
+        if resident != (value.name in inputs):
             raise GraphError(f"value {value.name} of kind {value.kind} must {'' if resident else 'not '}be among the inputs")
         if not resident and value.name not in graph.producer:
             raise GraphError(f"no op writes value {value.name}")

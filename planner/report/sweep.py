@@ -21,7 +21,8 @@ def sweep_table(graph: Graph, found: Mapping[int, Solution | Exception]) -> Tabl
     minus is nested in it. Where one has, keeping something larger made room elsewhere.
     """
     plain = simulate(graph, keep_all(graph))
-    table = Table(title=f"plain step: {format_bytes(plain.peak_bytes)}", caption=f"gap: at most so far from the best, {ASSUMING}")
+    caption = f"gap: at most so far from the best, {ASSUMING}"
+    table = Table(title=f"plain step: {format_bytes(plain.peak_bytes)}", caption=caption)
     for column in ("budget", "of plain", "peak", "overhead", "gap", "kept", "recomputes", "s"):
         table.add_column(column, justify="right")
     before: set[str] | None = None

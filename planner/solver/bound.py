@@ -260,10 +260,7 @@ def _fixed(graph: Graph, cut: int) -> int:
     """Bytes live while the op at the cut runs for the first time that nothing can drop (its reads left aside)."""
     op = graph.ops[cut]
     outputs = {*graph.forward_outputs, *graph.backward_outputs}
-    resident = sum(
-        value.nbytes
-        for value in graph.values
-        if value.name in graph.inputs and (value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
-    )
+    given = (graph.value[name] for name in graph.inputs)
+    resident = sum(value.nbytes for value in given if value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
     handed_out = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
     return resident + sum(graph.value[name].nbytes for name in handed_out.union(op.writes)) + op.workspace_bytes

@@ -62,7 +62,7 @@ class Chain:
         for m in range(len(costs) - 1, -1, -1):
             if np.isfinite(costs[m]) and costs[m] != last:
                 last = float(costs[m])
-                yield list(self._emit(0, len(self.segments) - 1, m))
+                yield list(self._emit(0, len(self.segments) - 1, m, set()))
 
     def _backward(self) -> list[range]:
         """Per segment its backward ops: up to the last that reads one of its values."""
@@ -188,21 +188,20 @@ class Chain:
                     _take(best, choice, total, max(during_forward[i:k]), k)
         return True
 
-    def _emit(self, i: int, j: int, m: int) -> Iterator[int]:
-        """The steps of the table's choice for segments i..j with m steps of memory."""
-        ran = self._ran = set() if (i, j) == (0, len(self.segments) - 1) else self._ran
+    def _emit(self, i: int, j: int, m: int, ran: set[int]) -> Iterator[int]:
+        """The steps of the table's choice for segments i..j with m steps of memory; `ran`: what ran before."""
         choice = int(self._choice[i][j][m])
         stop = choice if choice > 0 else i + 1
         for segment in self.segments[i:stop]:
             yield from (op for op in segment if op not in ran or self.graph.ops[op].recomputable)
             ran.update(segment)
         if choice > 0:
-            yield from self._emit(choice, j, m - self.enters[i][choice])
-            yield from self._emit(i, choice - 1, m)
+            yield from self._emit(choice, j, m - self.enters[i][choice], ran)
+            yield from self._emit(i, choice - 1, m, ran)
             return
         dish = self.menus[i][-1 - choice]
         if j > i:
-            yield from self._emit(i + 1, j, m - int(np.ceil(dish.nbytes / self.unit)) - self.enters[i][i + 1])
+            yield from self._emit(i + 1, j, m - int(np.ceil(dish.nbytes / self.unit)) - self.enters[i][i + 1], ran)
         yield from dish.lane
         yield from self.backward[i]
 

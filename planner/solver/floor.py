@@ -10,8 +10,8 @@ from planner.graph.graph import Graph, Kind, Op
 from planner.units import format_bytes
 
 _REMEDIES = (
-    (("log_softmax", "nll_loss", "cross_entropy"), "compute the loss in chunks of tokens, so that no op holds all logits at once"),
-    (("_softmax", "softmax_backward", "bmm"), "use a fused attention kernel (scaled_dot_product_attention), which holds no scores"),
+    (("log_softmax", "nll_loss", "cross_entropy"), "compute the loss in chunks of tokens, so that no op holds all logits"),
+    (("_softmax", "softmax_backward", "bmm"), "use fused attention (scaled_dot_product_attention), which holds no scores"),
     (("convolution",), "use a convolution algorithm with less workspace, or smaller images"),
     (("embedding",), "use a sparse or smaller embedding"),
 )
@@ -106,9 +106,11 @@ def _advice(graph: Graph, i: int, least: int) -> str:
         needs[alike] = 0
         following = int(needs.argmax())
         if needs[following] < least:
-            advice += f", or {remedy} (the next to hold most, {graph.ops[following].name}, needs {format_bytes(int(needs[following]))})"
+            after = f"{graph.ops[following].name}, needs {format_bytes(int(needs[following]))}"
+            advice += f", or {remedy} (the next to hold most, {after})"
     if least - own > least // 2:
-        advice += f"; {format_bytes(least - own)} of it do not depend on the batch: use fewer bytes a parameter, or reserve less"
+        rest = format_bytes(least - own)
+        advice += f"; {rest} of it do not depend on the batch: use fewer bytes a parameter, or reserve less"
     return advice
 
 

@@ -107,10 +107,11 @@ class Solver:
         least = floor(self.graph)[0]
         budgets = sorted(set(budgets_bytes), reverse=True)
         found: dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError] = {}
-        for budget in sorted(budget for budget in budgets if budget < least):
+        for budget in reversed([budget for budget in budgets if budget < least]):
             try:
-                found[budget] = self.solve(budget, time_limit_s=max(0.2, (end - time.monotonic()) / len(budgets)), gap=gap)
-                self._know(found[budget])
+                solution = self.solve(budget, time_limit_s=max(0.2, (end - time.monotonic()) / len(budgets)), gap=gap)
+                self._know(solution)
+                found[budget] = solution
             except (InfeasibleBudgetError, NoScheduleFoundError) as error:
                 found[budget] = error
         hunts: dict[int, Hunt] = {}

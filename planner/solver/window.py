@@ -242,5 +242,3 @@ class _Program:
             else:
                 fixed.append(following)
         return fixed[::-1]
-
-
