@@ -3,7 +3,6 @@
     python -m benchmarks.solver                     # every graph of benchmarks/graphs, gradients counted, as in the product
     python -m benchmarks.solver --without-gradients # gradients weigh nothing: comparable with published activation-only figures
     python -m benchmarks.solver --sweep             # 20 budgets at once
-    python -m benchmarks.solver --scale             # one chain of blocks, longer and longer: seconds and bytes of every stage
 
 A budget is a fraction f of what the plain step takes above its resident bytes. One JSON line per plan goes to the output
 file, the Markdown table made of all its lines to standard output.

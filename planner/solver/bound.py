@@ -34,7 +34,7 @@ _ADDED = 20
 """Of these the best, and those nearest to the very best, are tried as further cuts."""
 _MOST_CUTS = 4
 
-Effort = Literal["linear", "exact", "thorough"]
+Effort = Literal["first", "linear", "exact", "thorough"]
 
 
 class Bounds:
@@ -63,7 +63,7 @@ class Bounds:
 
         Args:
             budget_bytes: bound on the live bytes at every step.
-            effort: "linear": linear programs with a few single cuts; "exact": and the best of them in integers; "thorough":
+            effort: "first": a linear program with one cut; "linear": with a few single cuts; "exact": and the best of them in integers; "thorough":
                 and cuts all over the step, alone and several at once.
             time_limit_s: wall seconds; the bound is valid whenever it stops.
             gap: how exact, as a fraction of the plain step's time.
@@ -131,10 +131,12 @@ class _Trials:
     def search(self, effort: Effort, tight: int | None) -> None:
         """Single cuts; the best in integers; where thorough, more cuts, and one after the other added where it helps most."""
         bounds = self._bounds
-        for cut in list(bounds.first_cuts):
+        for cut in bounds.first_cuts[: 1 if effort == "first" else None]:
             self._run((cut,), self._half(), relax=True)
         ranked = self._ranked(1)
         if not ranked:
+            return
+        if effort == "first":
             return
         # The next budget will most likely be settled by the same cut.
         bounds.first_cuts.sort(key=lambda cut: -self._found.get((cut,), 0.0))

@@ -79,15 +79,13 @@ class Hunt:
             self._over = True
             return
         self._fit_hint()
-        if self.left() <= self.gap:
-            return
         program, coarse = self._solver.program, self._solver.coarse
         for relax in (True, False):
-            self._exact = self._program(program, coarse, self.search_end, self.gap, relax=relax)
+            if self.good_enough():
+                return
+            self._exact = self._program(program, coarse, self.deadline(), self.gap, relax=relax)
             if not self._exact:
                 self._fit(self._near)
-            if self.left() <= self.gap:
-                return
         if self.best is None:
             self._fit(list(range(len(coarse.graph.ops))))
         if self.left() > _QUICK_GAP:
@@ -187,15 +185,22 @@ class Hunt:
 
     def _fit_hint(self) -> None:
         """What is alive at the certificate's cut makes a schedule that takes hardly more than the bound, if it fits."""
-        self.certify()
-        graph = self._pool.graph
-        schedule = lazy_schedule(graph, self._solver.bounds.hint)
-        self._pool.offer(schedule, f"certificate/{solver_name()}")
-        search = LocalSearch(graph, self.budget_bytes)
-        repaired = search.repair(list(schedule.steps), min(self.search_end, time.monotonic() + _QUICK_S / 2))
-        if repaired is not None:
-            steps = search.shrink(repaired, self.search_end)
-            self._pool.offer(Schedule(tuple(steps)), f"certificate/{solver_name()}, local search")
+        graph, known = self._pool.graph, frozenset[str]()
+        for effort in ("first", "linear"):
+            self.certify(effort)
+            hint = self._solver.bounds.hint
+            if not hint or hint == known:
+                continue
+            known = hint
+            schedule = lazy_schedule(graph, hint)
+            self._pool.offer(schedule, f"certificate/{solver_name()}")
+            search = self._search()
+            repaired = search.repair(list(schedule.steps), min(self.search_end, time.monotonic() + _QUICK_S / 2))
+            if repaired is not None:
+                steps = search.shrink(repaired, self.search_end)
+                self._pool.offer(Schedule(tuple(steps)), f"certificate/{solver_name()}, local search")
+            if self.left() <= self.gap:
+                return
 
     def _program(self, program: Closure, coarse: Coarse, deadline: float, gap: float, *, relax: bool = False) -> bool:
         """Offer the program's schedules; True where its optimum was among them."""
@@ -218,9 +223,10 @@ class Hunt:
         """Make a schedule of the coarse graph fit, and offer it."""
         coarse = self._solver.coarse
         search = LocalSearch(coarse.graph, self.budget_bytes)
-        repaired = search.repair(steps, self.search_end) if steps else None
+        until = self.deadline()
+        repaired = search.repair(steps, until) if steps else None
         if repaired is not None:
-            self._fitted = search.shrink(repaired, self.search_end)
+            self._fitted = search.shrink(repaired, until)
             self._pool.offer(expand(Schedule(tuple(self._fitted)), coarse.groups), f"closure/{solver_name()}, local search")
 
     def _improve(self, coarse: Coarse, steps: list[int], deadline: float) -> None:
