@@ -63,8 +63,8 @@ class Bounds:
 
         Args:
             budget_bytes: bound on the live bytes at every step.
-            effort: "first": a linear program with one cut; "linear": with a few single cuts; "exact": and the best of them in integers; "thorough":
-                and cuts all over the step, alone and several at once.
+            effort: "first": a linear program with one cut; "linear": with a few single cuts; "exact": and the best of them in
+                integers; "thorough": and cuts all over the step, alone and several at once.
             time_limit_s: wall seconds; the bound is valid whenever it stops.
             gap: how exact, as a fraction of the plain step's time.
             tight: a backward op at which a good schedule's memory is tightest; one of the cuts tried.

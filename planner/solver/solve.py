@@ -163,7 +163,7 @@ class Solver:
         best = hunt.best
         if best is None:
             raise NoScheduleFoundError(self._failure(hunt.budget_bytes, self.pool.lowest, seconds))
-        bound_ns, time_ns = hunt.certify("exact"), best.timeline.time_ns
+        bound_ns, time_ns = hunt.certify("exact" if time.monotonic() < hunt.end else "linear"), best.timeline.time_ns
         if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
             bound_ns = self.plain_ns
         status = "optimal" if time_ns - bound_ns <= hunt.gap * self.plain_ns else "feasible"
