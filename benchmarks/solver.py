@@ -25,7 +25,7 @@ from planner.graph.graph import RESIDENT_KINDS, Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.solver.baselines import greedy, per_block, segments, sqrt_segments
-from planner.solver.solve import Solver, floor
+from planner.solver.solve import Solver
 
 GRAPHS = Path(__file__).parent / "graphs"
 FRACTIONS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -80,7 +80,7 @@ class Case:
         except InfeasibleBudgetError as error:
             row |= {"status": "infeasible", "floor_fraction": self.fraction(error.floor_bytes)}
         except NoScheduleFoundError:
-            row |= {"status": "none found", "floor_fraction": self.fraction(floor(self.graph)[0])}
+            row |= {"status": "none found", "floor_fraction": self.fraction(Solver(self.graph).floor_bytes)}
         else:
             timeline = simulate(self.graph, solution.schedule)
             assert timeline.peak_bytes <= budget_bytes
@@ -119,7 +119,7 @@ def measure(name: str, gradients: bool, time_limit_s: float) -> Iterator[Row]:
 def sweep(name: str, gradients: bool, time_limit_s: float, count: int = 20) -> Row:
     """Evenly spaced budgets from the floor to the plain peak, at once."""
     case = Case(name, gradients)
-    least = floor(case.graph)[0]
+    least = Solver(case.graph).floor_bytes
     budgets = [least + (case.plain.peak_bytes - least) * (k + 1) // count for k in range(count)]
     wall, cpu = time.monotonic(), time.process_time()
     solver = Solver(case.graph)

@@ -22,7 +22,7 @@ from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.report.sweep import sweep_table
-from planner.solver.solve import Solver, floor
+from planner.solver.solve import Solver
 from planner.units import parse_budget
 
 
@@ -94,9 +94,10 @@ def _sweep(graph: Graph, count: int, time_limit_s: float) -> int:
     """Budgets from the floor to the plain peak, evenly spaced."""
     if count < 1:
         raise InputError(f"--sweep {count}: give the number of budgets, at least 1")
-    least, plain = floor(graph)[0], simulate(graph, keep_all(graph)).peak_bytes
+    solver, plain = Solver(graph), simulate(graph, keep_all(graph)).peak_bytes
+    least = solver.floor_bytes
     budgets = [least + (plain - least) * (k + 1) // count for k in range(count)]
-    Console().print(sweep_table(graph, Solver(graph).sweep(budgets, time_limit_s=time_limit_s)))
+    Console().print(sweep_table(graph, solver.sweep(budgets, time_limit_s=time_limit_s)))
     return 0
 
 

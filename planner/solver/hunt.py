@@ -13,7 +13,7 @@ from planner.solver.baselines import all_baselines
 from planner.solver.bound import Effort
 from planner.solver.chain import Chain
 from planner.solver.closure import Closure
-from planner.solver.coarsen import Coarse, coarsen, expand, uncoarsened
+from planner.solver.coarsen import Coarse, expand, uncoarsened
 from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.floor import floor
 from planner.solver.lazy import lazy_schedule
@@ -130,7 +130,7 @@ class Hunt:
                 elif coarse is self._solver.coarse:
                     self._fit(self._near)
         if self.left() > _FAR:
-            self._fit_chain()
+            self.fit_chain()
         if self.best is None:
             self._fit_any(self.search_end)
         if self.best is not None and not self.good_enough():
@@ -146,7 +146,7 @@ class Hunt:
     def _search(self) -> LocalSearch:
         return LocalSearch(self._pool.graph, self.budget_bytes)
 
-    def _fit_chain(self) -> None:
+    def fit_chain(self) -> None:
         """Schedules of the forward as a chain of segments, made to fit: for budgets that take more than one recompute."""
         coarse = self._solver.coarse
         now = time.monotonic()
@@ -251,27 +251,42 @@ def offer_baselines(pool: Pool, budget_bytes: int) -> None:
         pool.offer(schedule, name)
 
 
-def lower_peak(pool: Pool, budget_bytes: int, deadline: float) -> None:
+def lower_peak(solver: Solver, budget_bytes: int, deadline: float) -> None:
     """Offer the schedules with the lowest peaks that can be found; one within the budget is enough."""
-    for coarse in (coarsen(pool.graph), uncoarsened(pool.graph)):
+    pool = solver.pool
+    start = time.monotonic()
+    for coarse in (solver.coarse, uncoarsened(pool.graph)):
 
         def judge(schedule: Schedule, coarse: Coarse = coarse) -> Timeline:
             return pool.offer(expand(schedule, coarse.groups), f"closure/{solver_name()}")
 
-        Closure(coarse.graph, coarse.tiny).solve(None, deadline=deadline, gap=0.001, judge=judge)
+        program = Closure(coarse.graph, coarse.tiny)
+        program.solve(None, deadline=start + (deadline - start) / 4, gap=0.001, judge=judge)
     offer_baselines(pool, budget_bytes)
-    lowest = pool.lowest
-    low, high = max(budget_bytes, floor(pool.graph)[0]), lowest.timeline.peak_bytes
+    low = max(budget_bytes, floor(pool.graph)[0])
     target = low  # the budget itself first, then by bisection to a thousandth
-    while low < high and time.monotonic() < deadline:
-        steps = LocalSearch(pool.graph, target).repair(list(lowest.schedule.steps), deadline)
-        if steps is None:
+    while low < pool.lowest.timeline.peak_bytes and time.monotonic() < deadline:
+        now = time.monotonic()
+        if not _reached(solver, target, now + (deadline - now) / 3):
             low = target + 1
-        else:
-            high = pool.offer(Schedule(tuple(steps)), "local search").peak_bytes
+        high = pool.lowest.timeline.peak_bytes
         target = (low + high) // 2
-        if high - low <= lowest.timeline.peak_bytes // 1000:
+        if high - low <= high // 1000:
             break
+
+
+def _reached(solver: Solver, budget_bytes: int, deadline: float) -> bool:
+    """Some schedule fits: from the lowest known, by the quick stages, or as a chain."""
+    pool = solver.pool
+    steps = LocalSearch(pool.graph, budget_bytes).repair(list(pool.lowest.schedule.steps), deadline)
+    if steps is not None:
+        pool.offer(Schedule(tuple(steps)), "local search")
+    hunt = Hunt(solver, budget_bytes, time.monotonic(), deadline, 1.0)
+    if hunt.best is None:
+        hunt.quickly()
+    if hunt.best is None and time.monotonic() < deadline:
+        hunt.fit_chain()
+    return hunt.best is not None
 
 
 def _tightest(schedule: Schedule, timeline: Timeline) -> int | None:

@@ -71,6 +71,11 @@ class Solver:
         self._unmoved: Solver | None = None
 
     @property
+    def floor_bytes(self) -> int:
+        """The least that any schedule in captured order, or with the backward ops moved as here, can reach."""
+        return min(floor(self.graph)[0], floor(self._captured)[0])
+
+    @property
     def fine(self) -> tuple[Closure, Coarse] | None:
         """The program of the graph as it is; None where nothing was merged."""
         if self._fine is None and len(self.coarse.groups) < len(self.graph.ops):
@@ -87,7 +92,7 @@ class Solver:
         hunt.quickly()
         hunt.thoroughly()
         if hunt.best is None:
-            lower_peak(self.pool, budget_bytes, start + time_limit_s)
+            lower_peak(self, budget_bytes, start + time_limit_s)
         return self._solution(hunt, time.monotonic() - start)
 
     def sweep(
@@ -140,7 +145,7 @@ class Solver:
     def lowest_peak(self, *, time_limit_s: float = 10.0) -> int:
         """As the function `lowest_peak`."""
         moved = self._order != tuple(range(len(self._order)))
-        lower_peak(self.pool, 0, time.monotonic() + time_limit_s / (1 + moved))
+        lower_peak(self, 0, time.monotonic() + time_limit_s / (1 + moved))
         lowest = self.pool.lowest.timeline.peak_bytes
         if moved and floor(self._captured)[0] < lowest:
             lowest = min(lowest, Solver(self._captured, reorder=False).lowest_peak(time_limit_s=time_limit_s / 2))
@@ -149,7 +154,7 @@ class Solver:
     def _in_captured_order(self, budget_bytes: int) -> Solver:
         """The solver of the unmoved graph, for a budget below the floor of the moved one."""
         if floor(self._captured)[0] > budget_bytes:
-            raise infeasible(self._captured, budget_bytes)
+            raise infeasible(min((self.graph, self._captured), key=lambda graph: floor(graph)[0]), budget_bytes)
         if self._unmoved is None:
             self._unmoved = Solver(self._captured, reorder=False)
         return self._unmoved
