@@ -22,14 +22,15 @@ from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.solver import backend
+from planner.solver.cuts import Cuts
 
 _SCALE = 1e4
 _SLACK = 1e-6
 """Relative slack given to the budget and taken from the bound, above the solver's tolerances."""
 _NEVER = 2**62
 """Nanoseconds added where the relaxation has no solution at all: nothing fits."""
-_SPREAD = 48
-"""Places, all over the step, where a thorough search tries a single cut."""
+_FIRST, _SCANNED = 3, 20
+"""Single cuts that are tried at once, and in a thorough search."""
 _ADDED = 20
 """Of these the best, and those nearest to the very best, are tried as further cuts."""
 _MOST_CUTS = 4
@@ -43,7 +44,7 @@ class Bounds:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.plain_ns = sum(op.cost_ns for op in graph.ops)
-        self.first_cuts = _first_cuts(graph)
+        self.cuts = Cuts(graph)
         self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / _SCALE
         self._models: dict[tuple[int, ...], _Model] = {}
         self._known: dict[int, int] = {}
@@ -130,34 +131,24 @@ class _Trials:
 
     def search(self, effort: Effort, tight: int | None) -> None:
         """Single cuts; the best in integers; where thorough, more cuts, and one after the other added where it helps most."""
-        bounds = self._bounds
-        for cut in bounds.first_cuts[: 1 if effort == "first" else None]:
+        promising = self._bounds.cuts.ranked(self._budget_bytes)
+        for cut in promising[: 1 if effort == "first" else _FIRST]:
             self._run((cut,), self._half(), relax=True)
         ranked = self._ranked(1)
-        if not ranked:
-            return
-        if effort == "first":
-            return
-        # The next budget will most likely be settled by the same cut.
-        bounds.first_cuts.sort(key=lambda cut: -self._found.get((cut,), 0.0))
-        if effort == "linear" or not 0 < self.best < self._enough:  # where no single cut bites, several do not either
+        # Where no single cut bites, several do not either.
+        if not ranked or effort in ("first", "linear") or not 0 < self.best < self._enough:
             return
         self._run(ranked[0], self._half(), relax=False)
         if effort == "thorough":
-            self._scan(tight)
+            self._scan(promising, tight)
             self._add_cuts()
 
-    def _scan(self, tight: int | None) -> None:
-        """Single cuts all over the step, then next to the best."""
-        graph = self._bounds.graph
-        live = simulate(graph, keep_all(graph)).live_bytes
-        tried = range(graph.num_forward_ops // 2, len(graph.ops), max(1, len(graph.ops) // _SPREAD))
-        worst = [max(range(i, min(i + tried.step, len(live))), key=lambda p: live[p]) for i in tried]
+    def _scan(self, promising: list[int], tight: int | None) -> None:
+        """More single cuts: the most promising, those next to the best, and where a good schedule is tightest."""
+        best = self._ranked(1)[0][0]
+        near = sorted(promising, key=lambda cut: abs(cut - best))
         until = self._half()
-        for cut in [*([tight] if tight is not None else []), *worst]:
-            self._run((cut,), until, relax=True)
-        center = self._ranked(1)[0][0]
-        for cut in range(max(0, center - 10), min(len(live), center + 11)):
+        for cut in [*([tight] if tight is not None else []), *promising[:_SCANNED], *near[:_SCANNED]]:
             self._run((cut,), until, relax=True)
         self._run(self._ranked(1)[0], self._half(), relax=False)
 
@@ -190,14 +181,6 @@ class _Trials:
 
 def _with(cuts: tuple[int, ...], *others: int) -> tuple[int, ...]:
     return tuple(sorted({*cuts, *others}))
-
-
-def _first_cuts(graph: Graph, count: int = 3, among: int = 14) -> list[int]:
-    """Backward ops that may make a good cut: where the plain step holds most, among the first stages and among all."""
-    live = simulate(graph, keep_all(graph)).live_bytes
-    order = sorted(graph.backward_ops, key=lambda p: (-live[p], p))
-    early = [p for p in order if p < graph.num_forward_ops + among]
-    return list(dict.fromkeys([*early[:count], *order[:1]]))
 
 
 class _Model:

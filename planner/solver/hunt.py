@@ -31,8 +31,9 @@ _QUICK_GAP = 0.005
 """After this many seconds, a plan this close to the bound is not worth more of them."""
 _CERTIFICATE_S = 0.5
 """A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
-_CERTIFICATE_SHARE = 0.3
-"""Of the time, for a thorough certificate where the quick one leaves a gap."""
+_EARLY_SHARE = 0.15
+_CERTIFICATE_SHARE = 0.25
+"""Of the time, for a thorough certificate where the quick one leaves a gap, before further search and after it."""
 _ROUGH_GAP = 0.002
 """Copies make the program slow: the moments that matter are found with a wide gap, which is closed at the end."""
 _PROGRAM_SHARE = 0.4
@@ -114,6 +115,9 @@ class Hunt:
 
     def thoroughly(self) -> None:
         """The program with copies, coarse and as it is, and search around what it finds, until it is good enough."""
+        if self.best is not None and self.left() > _QUICK_GAP:
+            # Often the bound is what is far from the optimum, and no search can help.
+            self._certify("thorough", _EARLY_SHARE * (self.end - time.monotonic()))
         if self.good_enough():
             return
         until = time.monotonic() + _PROGRAM_SHARE * (self.search_end - time.monotonic())
@@ -141,7 +145,7 @@ class Hunt:
                 better = search.improve(list(self.best.schedule.steps), until, self.certify() + self.gap * self.plain_ns)
                 self._pool.offer(Schedule(tuple(better)), "windows" if isinstance(search, Windows) else "local search")
         if self.left() > _QUICK_GAP:
-            self.certify("thorough")
+            self._certify("thorough", self.end - time.monotonic())
 
     def _search(self) -> LocalSearch:
         return LocalSearch(self._pool.graph, self.budget_bytes)
@@ -167,21 +171,23 @@ class Hunt:
 
     def certify(self, effort: Effort = "linear") -> int:
         """A lower bound on the time of every schedule that fits, with at least this effort."""
+        if effort not in self._efforts:
+            self._efforts.add(effort)
+            self._certify(effort, min(self.end - time.monotonic(), _CERTIFICATE_S))
+        return self._bound_ns
+
+    def _certify(self, effort: Effort, seconds: float) -> None:
         best, plain_ns = self.best, self.plain_ns
         if best is not None and best.timeline.time_ns <= plain_ns:
-            self._bound_ns = plain_ns
-        elif effort not in self._efforts:
-            self._efforts.add(effort)
-            seconds = self.end - time.monotonic()
-            bound_ns = self._solver.bounds.lower_bound(
-                self.budget_bytes,
-                effort=effort,
-                time_limit_s=max(0.1, seconds if effort == "thorough" else min(seconds, _CERTIFICATE_S)),
-                tight=None if best is None else _tightest(best.schedule, best.timeline),
-                enough_ns=None if best is None else best.timeline.time_ns - int(self.gap * plain_ns),
-            )
-            self._bound_ns = max(self._bound_ns, bound_ns)
-        return self._bound_ns
+            return
+        bound_ns = self._solver.bounds.lower_bound(
+            self.budget_bytes,
+            effort=effort,
+            time_limit_s=max(0.1, seconds),
+            tight=None if best is None else _tightest(best.schedule, best.timeline),
+            enough_ns=None if best is None else best.timeline.time_ns - int(self.gap * plain_ns),
+        )
+        self._bound_ns = max(self._bound_ns, bound_ns)
 
     def _fit_hint(self) -> None:
         """What is alive at the certificate's cut makes a schedule that takes hardly more than the bound, if it fits."""

@@ -41,16 +41,16 @@ class Windows:
     def __init__(self, graph: Graph, budget_bytes: int, *, depth: int = 2, seed: int = 0) -> None:
         self.search = LocalSearch(graph, budget_bytes)
         self.simulator = self.search.simulator
-        self.budget_bytes, self.depth = budget_bytes, depth
+        self.budget_bytes, self._depths = budget_bytes, (depth, depth, 1, 2 * depth)
         self._chance = random.Random(seed)
         self._recomputable = [op.recomputable and i < graph.num_forward_ops for i, op in enumerate(graph.ops)]
 
     def improve(self, steps: Steps, deadline: float, enough_ns: float = 0) -> Steps:
         """Open stretches by chance, more or less of them by how long the programs take, until the deadline or `enough_ns`.
 
-        Stops early where a program that left every recompute open has nothing better.
+        Stops early where programs that left every recompute open have nothing better.
         """
-        target = 4 * _FEWEST
+        target, useless = 4 * _FEWEST, 0
         while time.monotonic() < deadline and self.search.time_ns(steps) > enough_ns:
             slots, everything = self._slots(steps, target)
             started = time.monotonic()
@@ -58,7 +58,9 @@ class Windows:
             if better is not None:
                 steps = self.search.shrink(better, deadline)
             elif everything and settled:
-                break
+                useless += 1
+                if useless == len(self._depths):
+                    break
             fast = time.monotonic() - started < _SECONDS / 4
             target = min(_MOST, target * 5 // 4) if fast else max(_FEWEST, target * 2 // 3)
         return steps
@@ -70,9 +72,10 @@ class Windows:
         lanes: dict[int, list[int]] = {}
         lane: set[int] = set()
         ran: set[int] = set()
+        depth = self._chance.choice(self._depths)
         for t, i in enumerate(steps):
             if firsts[t]:
-                lanes[t] = sorted(lane | self._makers(i, ran))
+                lanes[t] = sorted(lane | self._makers(i, ran, depth))
                 lane = set()
                 ran.add(i)
             else:
@@ -101,11 +104,11 @@ class Windows:
                 n += 1
         return opened
 
-    def _makers(self, op: int, ran: set[int]) -> set[int]:
-        """Ops that make what an op reads, some levels back, and that may run again."""
+    def _makers(self, op: int, ran: set[int], depth: int) -> set[int]:
+        """Ops that make what an op reads, so many levels back, and that may run again."""
         found: set[int] = set()
         front = [op]
-        for _ in range(self.depth):
+        for _ in range(depth):
             makers = {int(self.search.producer[v]) for i in front for v in self.simulator.reads[i] if self.search.droppable[v]}
             front = [i for i in makers - found if i in ran and self._recomputable[i]]
             found.update(front)
