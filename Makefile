@@ -1,6 +1,6 @@
 PYTHON := .venv/bin/python
 
-.PHONY: install test zoo lint types bench
+.PHONY: install test zoo lint types bench bench-solver
 
 install:
 	python3 -m venv .venv
@@ -20,3 +20,6 @@ types:
 
 bench:
 	$(PYTHON) -m benchmarks.main_job
+
+bench-solver:
+	$(PYTHON) -m benchmarks.solver

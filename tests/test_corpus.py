@@ -4,15 +4,25 @@ import pytest
 
 from benchmarks import corpus
 from planner._torch import FakeTensor
-from planner.graph.planfile import fingerprint, load_graph
+from planner.graph.graph import Graph
+from planner.graph.planfile import load_graph
+
+
+def anonymous(graph: Graph) -> list[object]:
+    """All that a solver sees of a graph, without the names, which differ between torch releases."""
+    number = {value.name: v for v, value in enumerate(graph.values)}
+    rows: list[object] = [(value.nbytes, value.kind) for value in graph.values]
+    for op in graph.ops:
+        touched = tuple(number[name] for name in op.reads), tuple(number[name] for name in op.writes)
+        rows.append((*touched, op.cost_ns, op.workspace_bytes, op.recomputable))
+    return [*rows, graph.num_forward_ops]
 
 
 def test_a_model_captured_anew_without_storage_gives_the_committed_graph():
     model, args, kwargs = corpus.build("gpt2-1")
     assert all(isinstance(tensor, FakeTensor) for tensor in (*model.parameters(), *model.buffers(), *kwargs.values()))
     made, committed = corpus.graph_of((model, args, kwargs)), load_graph(corpus.graph_path("gpt2-1"))
-    assert fingerprint(made) == fingerprint(committed)
-    assert [(op.cost_ns, op.workspace_bytes) for op in made.ops] == [(op.cost_ns, op.workspace_bytes) for op in committed.ops]
+    assert anonymous(made) == anonymous(committed)
 
 
 def test_there_is_a_file_for_every_model_and_no_other():
