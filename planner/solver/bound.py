@@ -18,11 +18,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.solver import backend
 from planner.solver.cuts import Cuts
+from planner.solver.floor import least_bytes
 
 _SCALE = 1e4
 _SLACK = 1e-6
@@ -33,7 +36,12 @@ _FIRST, _SCANNED = 3, 20
 """Single cuts that are tried at once, and in a thorough search."""
 _ADDED = 20
 """Of these the best, and those nearest to the very best, are tried as further cuts."""
-_MOST_CUTS = 4
+_MORE_CUTS = 3
+_HOT, _APART = 8, 3
+"""Ops that need most by themselves, and how far apart, as cuts besides the best."""
+
+Phases = tuple[tuple[int, frozenset[str]], ...]
+"""Cuts, and the values alive at each."""
 
 Effort = Literal["first", "linear", "exact", "thorough"]
 
@@ -48,7 +56,7 @@ class Bounds:
         self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / _SCALE
         self._models: dict[tuple[int, ...], _Model] = {}
         self._known: dict[int, int] = {}
-        self._hint: tuple[float, frozenset[str]] = (-1.0, frozenset())
+        self._hint: tuple[float, Phases] = (-1.0, ())
 
     def lower_bound(
         self,
@@ -72,7 +80,7 @@ class Bounds:
             enough_ns: stop as soon as the bound has reached this.
         """
         plain = max(1, self.plain_ns)
-        self._hint = (-1.0, frozenset())
+        self._hint = (-1.0, ())
         # What holds for a larger budget holds for a smaller one.
         known_ns = max([ns for budget, ns in self._known.items() if budget >= budget_bytes], default=self.plain_ns)
         if enough_ns is not None and known_ns >= enough_ns:
@@ -87,8 +95,8 @@ class Bounds:
         return self._known[budget_bytes]
 
     @property
-    def hint(self) -> frozenset[str]:
-        """Values alive at the best single cut of the last call: keeping these takes little more time than the bound."""
+    def hint(self) -> Phases:
+        """What is alive at the cuts of the best program of the last call: a schedule that keeps to it is near the bound."""
         return self._hint[1]
 
     def extra(self, budget_bytes: int, cuts: tuple[int, ...], *, time_limit_s: float, gap: float, relax: bool) -> float:
@@ -99,8 +107,11 @@ class Bounds:
         model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
         answer = model.program.solve(time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
         found = max(0.0, answer.bound / _SCALE)
-        if len(cuts) == 1 and answer.values and found > self._hint[0]:
-            self._hint = found, frozenset(name for name, column in model.alive.items() if answer.values[column] > 0.5)
+        if answer.values and found > self._hint[0] and (len(cuts) == 1 or not relax):
+            held = [{name for name, column in alive.items() if answer.values[column] > 0.5} for alive in model.alive]
+            for cut, names in zip(cuts, held, strict=True):  # the forward goes on after a cut in it
+                names.update(name for op in self.graph.ops[cut : self.graph.num_forward_ops] for name in op.writes)
+            self._hint = found, tuple(zip(cuts, map(frozenset, held), strict=True))
         return found
 
 
@@ -140,8 +151,26 @@ class _Trials:
             return
         self._run(ranked[0], self._half(), relax=False)
         if effort == "thorough":
+            self._add_hot()
             self._scan(promising, tight)
             self._add_cuts()
+
+    def _add_hot(self) -> None:
+        """With the best cut, those ops that need most by themselves: near the floor nothing else is alive there."""
+        needs = least_bytes(self._bounds.graph)
+        hot: list[int] = []
+        for cut in np.argsort(-needs, kind="stable").tolist():
+            if all(abs(cut - other) >= _APART for other in hot):
+                hot.append(cut)
+            if len(hot) == _HOT:
+                break
+        first, until, reached, useless = self._ranked(1)[0], self._half(), self.best, 0
+        for count in range(1, len(hot) + 1):
+            self._run(_with(first, *hot[:count]), min(until, self._half()), relax=False)
+            useless = 0 if self.best > reached + self._gap else useless + 1
+            reached = self.best
+            if useless == 2:
+                return
 
     def _scan(self, promising: list[int], tight: int | None) -> None:
         """More single cuts: the most promising, those next to the best, and where a good schedule is tightest."""
@@ -155,14 +184,14 @@ class _Trials:
     def _add_cuts(self) -> None:
         """To the best cuts, the one that helps most, up to a handful."""
         alone = [cuts[0] for cuts in self._ranked(1)]
-        best = self._ranked(1)[0]
+        best = min((cuts for cuts in self._found if self._found[cuts] >= self.best - 10 * self._gap), key=len)
         near = sorted(alone, key=lambda cut: abs(cut - best[0]))
-        for _ in range(_MOST_CUTS - 1):
+        for _ in range(_MORE_CUTS):
             until = self._half()
             for cut in dict.fromkeys([*near[:_ADDED], *alone[:_ADDED]]):
                 if cut not in best:
                     self._run(_with(best, cut), until, relax=True)
-            longer = self._ranked(len(best) + 1)
+            longer = [cuts for cuts in self._ranked(len(best) + 1) if set(best) < set(cuts)]
             if not longer:
                 return
             best = longer[0]
@@ -184,14 +213,15 @@ def _with(cuts: tuple[int, ...], *others: int) -> tuple[int, ...]:
 
 
 class _Model:
-    """The relaxation with these cuts. `budget`: the column whose upper bound is the budget; `alive`: a_d of the last cut."""
+    """The relaxation with these cuts. `budget`: the column whose upper bound is the budget; `alive`: a_d, cut by cut."""
 
     def __init__(self, graph: Graph, cuts: Sequence[int], unit: float) -> None:
         program = backend.Program()
         self.budget = program.column(upper=None)
         plain = max(1, sum(op.cost_ns for op in graph.ops))
         pinned = graph.pinned
-        self.alive: dict[str, int] = {}
+        self.alive: list[dict[str, int]] = []
+        alive: dict[str, int] = {}
         again: dict[int, int] = {}
         for g, cut in enumerate(cuts):
             following = cuts[g + 1] if g + 1 < len(cuts) else len(graph.ops)
@@ -200,19 +230,20 @@ class _Model:
             if g > 0:
                 for name in held:
                     if graph.producer[name] < cuts[g - 1]:
-                        program.row([(held[name], 1.0), *_pairs(graph, name, self.alive, again)], 0.0)
+                        program.row([(held[name], 1.0), *_pairs(graph, name, alive, again)], 0.0)
             own = set(graph.ops[cut].reads)
             bytes_held = [(column, graph.value[name].nbytes / unit) for name, column in held.items()]
             program.row([*bytes_held, (self.budget, -1.0)], -_fixed(graph, cut) / unit)
-            self.alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
+            self.alive.append(held)
+            alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
             reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
             for name in sorted(reads & held.keys()):
-                here = [(held[name], -1.0)] if name in own else _pairs(graph, name, self.alive, again)
+                here = [(held[name], -1.0)] if name in own else _pairs(graph, name, alive, again)
                 program.row(here, -1.0)
             for i, column in again.items():
                 for name in dict.fromkeys(graph.ops[i].reads):
                     if name in held:
-                        program.row([(column, 1.0), *_pairs(graph, name, self.alive, again)], 0.0)
+                        program.row([(column, 1.0), *_pairs(graph, name, alive, again)], 0.0)
         self.program = backend.Model(program)
 
 

@@ -27,12 +27,12 @@ def floor(graph: Graph) -> tuple[int, int]:
     if not graph.ops:
         tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
         return sum(graph.value[name].nbytes for name in graph.inputs) - tangents, -1
-    need = _needs(graph)
+    need = least_bytes(graph)
     worst = int(need.argmax())
     return int(need[worst]), worst
 
 
-def _needs(graph: Graph) -> NDArray[np.int64]:
+def least_bytes(graph: Graph) -> NDArray[np.int64]:
     """Per op, the bytes that are live while it runs for the first time, whatever the schedule.
 
     These are: everything resident (tangents in the backward), outputs handed out so far, what it reads and writes, its
@@ -101,7 +101,7 @@ def _advice(graph: Graph, i: int, least: int) -> str:
     advice = f", or reduce the batch (half of it needs about {format_bytes(least - own // 2)})"
     remedy = next((text for parts, text in _REMEDIES if any(part in op.name for part in parts)), None)
     if remedy and own > least // 4:
-        needs = _needs(graph)
+        needs = least_bytes(graph)
         alike = [j for j, other in enumerate(graph.ops) if _alike(op, other)]
         needs[alike] = 0
         following = int(needs.argmax())

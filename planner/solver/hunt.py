@@ -10,7 +10,7 @@ from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
 from planner.solver.backend import solver_name
 from planner.solver.baselines import all_baselines
-from planner.solver.bound import Effort
+from planner.solver.bound import Effort, Phases
 from planner.solver.chain import Chain
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, expand, uncoarsened
@@ -56,6 +56,7 @@ class Hunt:
         self._fitted: list[int] = []  # the last that local search made fit
         self._bound_ns = solver.plain_ns
         self._efforts: set[Effort] = set()
+        self._hint: Phases = ()
         self.extend(start, end)
 
     @property
@@ -79,7 +80,11 @@ class Hunt:
             self.certify("thorough")
             self._over = True
             return
-        self._fit_hint()
+        for effort in ("first", "linear"):
+            self.certify(effort)
+            self._fit_hint()
+            if self.left() <= self.gap:
+                return
         program, coarse = self._solver.program, self._solver.coarse
         for relax in (True, False):
             if self.good_enough():
@@ -118,6 +123,7 @@ class Hunt:
         if self.best is not None and self.left() > _QUICK_GAP:
             # Often the bound is what is far from the optimum, and no search can help.
             self._certify("thorough", _EARLY_SHARE * (self.end - time.monotonic()))
+            self._fit_hint()
         if self.good_enough():
             return
         until = time.monotonic() + _PROGRAM_SHARE * (self.search_end - time.monotonic())
@@ -190,23 +196,18 @@ class Hunt:
         self._bound_ns = max(self._bound_ns, bound_ns)
 
     def _fit_hint(self) -> None:
-        """What is alive at the certificate's cut makes a schedule that takes hardly more than the bound, if it fits."""
-        graph, known = self._pool.graph, frozenset[str]()
-        for effort in ("first", "linear"):
-            self.certify(effort)
-            hint = self._solver.bounds.hint
-            if not hint or hint == known:
-                continue
-            known = hint
-            schedule = lazy_schedule(graph, hint)
-            self._pool.offer(schedule, f"certificate/{solver_name()}")
-            search = self._search()
-            repaired = search.repair(list(schedule.steps), min(self.search_end, time.monotonic() + _QUICK_S / 2))
-            if repaired is not None:
-                steps = search.shrink(repaired, self.search_end)
-                self._pool.offer(Schedule(tuple(steps)), f"certificate/{solver_name()}, local search")
-            if self.left() <= self.gap:
-                return
+        """What is alive at the certificate's cuts makes a schedule that takes hardly more than the bound, if it fits."""
+        hint = self._solver.bounds.hint
+        if not hint or hint == self._hint:
+            return
+        self._hint = hint
+        schedule = lazy_schedule(self._pool.graph, hint[0][1], dict(hint[1:]))
+        self._pool.offer(schedule, f"certificate/{solver_name()}")
+        search = self._search()
+        repaired = search.repair(list(schedule.steps), min(self.search_end, time.monotonic() + _QUICK_S / 2))
+        if repaired is not None:
+            steps = search.shrink(repaired, self.search_end)
+            self._pool.offer(Schedule(tuple(steps)), f"certificate/{solver_name()}, local search")
 
     def _program(self, program: Closure, coarse: Coarse, deadline: float, gap: float, *, relax: bool = False) -> bool:
         """Offer the program's schedules; True where its optimum was among them."""

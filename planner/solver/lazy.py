@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 
 
-def lazy_schedule(graph: Graph, kept: Collection[str]) -> Schedule:
+def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Collection[str]] | None = None) -> Schedule:
     """The plain step in which every forward value outside `kept` is recomputed right before the backward op that needs it.
 
     What is not available is recomputed with everything it needs that is not available either, in
     captured order, and is available from then on. Resident values, outputs and values of ops that
-    must not run again count as kept.
+    must not run again count as kept. `later`: at these backward ops, what is not among these values is let go.
     """
-    available = set(kept) | graph.pinned
-    for i, op in enumerate(graph.ops):
-        if i >= graph.num_forward_ops or not op.recomputable:
-            available.update(op.writes)
-    steps = list(range(graph.num_forward_ops))
+    turn = graph.num_forward_ops
+    once = (op for i, op in enumerate(graph.ops) if i >= turn or not op.recomputable)
+    constant = graph.pinned.union(name for op in once for name in op.writes)
+    available = set(kept) | constant
+    steps = list(range(turn))
     for p in graph.backward_ops:
+        if later and p in later:
+            available &= constant.union(later[p])
         missing = [name for name in graph.ops[p].reads if name not in available]
         lane: set[int] = set()
         while missing:
