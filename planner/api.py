@@ -26,7 +26,7 @@ from planner.rewriter.partition import partition
 from planner.solver.solve import solve
 from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
-from planner.tracer.lower import kernel_nodes, lower
+from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 
 Budget = int | str | float
 
@@ -77,7 +77,8 @@ def plan(
     budget_bytes = units.parse_budget(budget, plain_peak)
     margin_bytes = allocator_margin(graph, budget_bytes)
     with stage("solve", progress):
-        solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s)
+        movable = not backward_is_fixed(joint)
+        solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=movable)
     made = Plan(graph, budget_bytes, margin_bytes, solution, _made_on(joint, profile))
     return _rewrite(made, joint, model, args, kwargs, num_stages)
 

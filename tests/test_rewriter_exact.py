@@ -9,9 +9,11 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from planner import plan
+from planner.errors import ScheduleError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan, Solution
-from planner.graph.schedule import Schedule, keep_all
+from planner.graph.schedule import Schedule, check, keep_all
 from planner.graph.simulate import simulate
 from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
@@ -19,7 +21,7 @@ from planner.rewriter.guard import call_key
 from planner.rewriter.module import CheckpointedModule, Step
 from planner.rewriter.partition import partition
 from planner.tracer.capture import capture
-from planner.tracer.lower import kernel_nodes, lower
+from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from tests import models
 from tests.strategies import scatter, schedules
 from tests.training import assert_same, loss_of, trajectory
@@ -94,3 +96,50 @@ def test_measured_peak_of_a_random_schedule_is_the_simulated_one(name, seed):
     measured = logical_peak(step, joint.device) + resident
     predicted = simulate(graph, schedule).peak_bytes
     assert abs(measured - predicted) <= 0.001 * predicted + 8192
+
+
+class Noise(torch.autograd.Function):
+    """Doubles; its gradient is scaled by random numbers drawn in the backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.rand_like(x)
+
+
+class NoisyBackward(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        return Noise.apply(self.second(torch.tanh(Noise.apply(self.first(x))))).square().mean()
+
+
+def test_a_backward_that_draws_random_numbers_keeps_its_order():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, args = NoisyBackward(), (torch.randn(64, 16),)
+    joint = capture(model, args)
+    graph = lower(joint)
+    assert backward_is_fixed(joint)
+    expected = trajectory(copy.deepcopy(model), args, {})
+    own = copy.deepcopy(model)
+    key = call_key(own, list(args), joint.device)
+    kept = Plan(graph, 2**40, 0, Solution("feasible", keep_all(graph), 0, 0.0, "test"))
+    planned = CheckpointedModule(own, Step(joint, partition(joint, graph, keep_all(graph)), key), kept)
+    assert_same(expected, trajectory(planned, args, {}))
+
+    first, second = (i for i in graph.backward_ops if "rand_like" in graph.ops[i].name)
+    steps = list(range(len(graph.ops)))
+    steps.remove(second)
+    moved = Schedule((*steps[:first], second, *steps[first:]))
+    check(graph, moved)
+    with pytest.raises(ScheduleError, match=r"runs rand_like after rand_like_1, but .* order must be the captured one"):
+        partition(joint, graph, moved)
+    assert_same(expected, trajectory(plan(copy.deepcopy(model), 0.9, args, costs="estimate", progress=False), args, {}))

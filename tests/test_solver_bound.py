@@ -6,11 +6,14 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.solver import load
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.solver.bound import Bounds, lower_bound
 from planner.solver.exhaustive import Rules, exhaustive
+from planner.solver.floor import floor
+from planner.solver.lazy import lazy_schedule
 from planner.solver.solve import solve
 from tests import graphs
 from tests.strategies import budgets, training_graphs
@@ -86,6 +89,31 @@ def test_the_bound_meets_the_optimum_where_the_first_stages_are_tight(
     peak = simulate(graph, keep_all(graph)).peak_bytes
     best, plain = optimum(graph, peak - 1), sum(op.cost_ns for op in graph.ops)
     assert plain < lower_bound(graph, peak - 1) == best
+
+
+def test_the_cuts_that_are_ranked_first_are_about_the_best_of_all() -> None:
+    graph = load("unet-4", gradients=False)
+    bounds, plain = Bounds(graph), simulate(graph, keep_all(graph)).peak_bytes
+    for budget_bytes in (plain // 2, plain * 4 // 5):
+        found = {
+            cut: bounds.extra(budget_bytes, (cut,), time_limit_s=10, gap=0.0, relax=True)
+            for cut in bounds.cuts.ranked(budget_bytes)
+        }
+        assert max(found[cut] for cut in bounds.cuts.ranked(budget_bytes)[:3]) >= 0.97 * max(found.values()) > 0
+        assert min(found.values()) < 0.5 * max(found.values())
+
+
+def test_cuts_at_the_hottest_ops_raise_a_bound_near_the_floor() -> None:
+    graph = load("resnet50", gradients=False)
+    budget_bytes = floor(graph)[0] * 107 // 100
+    plain = sum(op.cost_ns for op in graph.ops)
+    bounds = Bounds(graph)
+    exact = bounds.lower_bound(budget_bytes, effort="exact", time_limit_s=20)
+    thorough = bounds.lower_bound(budget_bytes, effort="thorough", time_limit_s=20)
+    assert (thorough - plain) > 1.2 * (exact - plain) > 0
+    assert len(bounds.hint) > 2
+    schedule = lazy_schedule(graph, bounds.hint[0][1], dict(bounds.hint[1:]))
+    assert simulate(graph, schedule).time_ns >= thorough * 0.99
 
 
 def test_a_step_that_fits_is_bounded_by_itself() -> None:

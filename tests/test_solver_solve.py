@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.solver import load
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, SolverMissingError
 from planner.graph.graph import Graph
 from planner.graph.plan import Solution
@@ -221,6 +222,32 @@ def test_infeasible_says_which_op_holds_what_and_what_to_do() -> None:
         "24.00 GiB while it runs: a 9.00 GiB, n 6.00 GiB, gn 2.00 GiB, gs 2.00 GiB, 5.00 GiB of parameters, gradients and "
         "others). Raise the budget to 24.00 GiB, or reduce the batch (half of it needs about 14.50 GiB)."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("gpt2-medium-fused", "compute the loss in chunks of tokens"),
+        ("gpt2-medium-fused", "(the next to hold most, pow_48, needs 3.26 GiB)"),
+        ("resnet50", "use a convolution algorithm with less workspace"),
+        ("llama-32", "use fewer bytes a parameter, or reserve less"),
+    ],
+)
+def test_infeasible_says_what_would_lower_the_floor(name: str, advice: str) -> None:
+    graph = load(name)
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        solve(graph, 2**20)
+    assert advice in str(raised.value)
+    assert "reduce the batch (half of it needs about" in str(raised.value)
+    assert raised.value.floor_bytes == Solver(graph).floor_bytes
+
+
+def test_scores_of_attention_at_the_floor_call_for_a_fused_kernel() -> None:
+    graph = graphs.skip()
+    _, worst = floor(graph)
+    ops = tuple(replace(op, name="_softmax_backward_data") if i == worst else op for i, op in enumerate(graph.ops))
+    with pytest.raises(InfeasibleBudgetError, match="use fused attention"):
+        solve(replace(graph, ops=ops), 1)
 
 
 @settings(deadline=None, max_examples=40)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from planner.errors import PlannerError
+from planner.errors import PlannerError, ScheduleError
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
 from planner.tracer import kernels
 from planner.tracer.joint import Joint
+from planner.tracer.lower import backward_is_fixed
 from planner.tracer.mutation import blind_arguments, updates_statistics
 from planner.tracer.storage import Storages, items
 
@@ -52,9 +53,11 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
         schedule: valid for `graph` (checked).
 
     Raises:
-        ScheduleError: the schedule cannot run on the graph.
+        ScheduleError: the schedule cannot run on the graph, or moves backward ops whose order matters.
     """
     check(graph, schedule)
+    if backward_is_fixed(joint):
+        _check_captured_order(graph, schedule)
     nodes = {node.name: node for node in joint.graph.nodes}
     storages = Storages(joint.graph)
     boundary = schedule.boundary(graph)
@@ -87,6 +90,19 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
         ran.add(i)
     after.finish([after.get(node) for node in gradients])
     return Halves(before.out, after.out, saved, saved_inputs, tuple(int(given.key) for given in tangents))
+
+
+def _check_captured_order(graph: Graph, schedule: Schedule) -> None:
+    """Raise ScheduleError where a backward op runs for the first time after a later one."""
+    latest = -1
+    for i in dict.fromkeys(schedule.steps):
+        if graph.num_forward_ops <= i < latest:
+            moved, past = graph.ops[i].name, graph.ops[latest].name
+            raise ScheduleError(
+                f"the schedule runs {moved} after {past}, but this model's backward draws random numbers or writes into "
+                "tensors, so that its order must be the captured one. Make the plan again with planner.plan."
+            )
+        latest = max(latest, i)
 
 
 def _crossing(graph: Graph, schedule: Schedule, boundary: int, results: list[str]) -> tuple[tuple[str, ...], frozenset[str]]:

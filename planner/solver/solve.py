@@ -21,7 +21,7 @@ from planner.units import format_bytes
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
 
 
-def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001) -> Solution:
+def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001, reorder: bool = True) -> Solution:
     """The cheapest schedule found whose simulated peak on `graph` is within the budget.
 
     Args:
@@ -29,13 +29,14 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: f
         budget_bytes: bound on the live bytes at every step.
         time_limit_s: wall seconds for search and certificate together.
         gap: how far from the optimum to stop, as a fraction of the plain step's time.
+        reorder: backward ops may move a few places where that lowers the plain step's peak.
 
     Raises:
         InfeasibleBudgetError: proven: no schedule fits.
         NoScheduleFoundError: nothing was found in the time given.
         SolverMissingError: neither HiGHS nor CBC can be run.
     """
-    return Solver(graph).solve(budget_bytes, time_limit_s=time_limit_s, gap=gap)
+    return Solver(graph, reorder=reorder).solve(budget_bytes, time_limit_s=time_limit_s, gap=gap)
 
 
 def sweep(

@@ -34,6 +34,12 @@ def lower(joint: Joint, profile: Profile | None = None, *, reserve_bytes: int = 
     return _Lowering(joint, profile).graph(reserve_bytes)
 
 
+def backward_is_fixed(joint: Joint) -> bool:
+    """Backward ops must run in captured order: one of them draws random numbers, or writes into a tensor that lives on."""
+    backward = list(joint.graph.nodes)[joint.num_forward_nodes :]
+    return any(node.op == "call_function" and (is_random(node) or mutates(node)) for node in backward)
+
+
 class _Lowering:
     def __init__(self, joint: Joint, profile: Profile | None) -> None:
         self.joint = joint
