@@ -12,7 +12,8 @@ from planner.graph.plan import Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.report.sweep import sweep_table
-from planner.solver import backend, hunt, solve
+from planner.solver import backend, solve
+from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver, floor, sweep
 from tests import graphs
 from tests.strategies import budgets, training_graphs
@@ -86,5 +87,5 @@ def test_the_table_names_the_change_from_row_to_row() -> None:
 def test_the_lowest_peak_is_not_above_what_people_do_today(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
     lowest = Solver(graph).lowest_peak(time_limit_s=5.0)
-    for _, schedule in hunt.all_baselines(graph, lowest):
+    for _, schedule in all_baselines(graph, lowest):
         assert lowest <= simulate(graph, schedule).peak_bytes

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
 from planner.solver.backend import solver_name
-from planner.solver.baselines import all_baselines
 from planner.solver.bound import Effort, Phases
 from planner.solver.chain import Chain
 from planner.solver.closure import Closure
@@ -18,7 +17,7 @@ from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.floor import floor
 from planner.solver.lazy import lazy_schedule
 from planner.solver.local_search import LocalSearch
-from planner.solver.pool import Entry, Pool
+from planner.solver.pool import Entry
 from planner.solver.window import Windows
 
 if TYPE_CHECKING:
@@ -139,12 +138,13 @@ class Hunt:
                     break
                 elif coarse is self._solver.coarse:
                     self._fit(self._near)
+        if self.left() > _QUICK_GAP:
+            self._solver.offer_baselines(self.budget_bytes)
         if self.left() > _FAR:
             self.fit_chain()
         if self.best is None:
             self._fit_any(self.search_end)
         if self.best is not None and not self.good_enough():
-            offer_baselines(self._pool, self.budget_bytes)
             now = time.monotonic()
             for search in (self._search(), Windows(self._pool.graph, self.budget_bytes)):
                 until = self.deadline() if isinstance(search, Windows) else now + _PROGRAM_SHARE * (self.deadline() - now)
@@ -246,16 +246,10 @@ class Hunt:
     def _fit_any(self, deadline: float) -> None:
         """Make one of the baselines fit."""
         search = LocalSearch(self._pool.graph, self.budget_bytes)
-        for name, schedule in all_baselines(self._pool.graph, self.budget_bytes):
+        for name, schedule in self._solver.baselines(self.budget_bytes):
             repaired = search.repair(list(schedule.steps), deadline)
             if repaired is not None:
                 self._pool.offer(Schedule(tuple(search.shrink(repaired, deadline))), f"{name}, local search")
-
-
-def offer_baselines(pool: Pool, budget_bytes: int) -> None:
-    """Judge what people do today."""
-    for name, schedule in all_baselines(pool.graph, budget_bytes):
-        pool.offer(schedule, name)
 
 
 def lower_peak(solver: Solver, budget_bytes: int, deadline: float) -> None:
@@ -269,16 +263,15 @@ def lower_peak(solver: Solver, budget_bytes: int, deadline: float) -> None:
 
         program = Closure(coarse.graph, coarse.tiny)
         program.solve(None, deadline=start + (deadline - start) / 4, gap=0.001, judge=judge)
-    offer_baselines(pool, budget_bytes)
-    low = max(budget_bytes, floor(pool.graph)[0])
-    target = low  # the budget itself first, then by bisection to a thousandth
-    while low < pool.lowest.timeline.peak_bytes and time.monotonic() < deadline:
+    solver.offer_baselines(budget_bytes)
+    least = low = target = max(budget_bytes, floor(pool.graph)[0])
+    while pool.lowest.timeline.peak_bytes > least and time.monotonic() < deadline:
         now = time.monotonic()
-        if not _reached(solver, target, now + (deadline - now) / 3):
-            low = target + 1
+        # From a lower start, what failed before may succeed.
+        low = least if _reached(solver, target, now + (deadline - now) / 3) else target + 1
         high = pool.lowest.timeline.peak_bytes
-        target = (low + high) // 2
-        if high - low <= high // 1000:
+        target = (low + high) // 2 if high - least > high // 1000 else least
+        if low > least and high - low <= high // 1000:
             break
 
 

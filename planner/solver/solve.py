@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
+from planner.solver.baselines import all_baselines
 from planner.solver.bound import Bounds
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, coarsen, uncoarsened
@@ -76,6 +77,23 @@ class Solver:
         """The least that any schedule in captured order, or with the backward ops moved as here, can reach."""
         return min(floor(self.graph)[0], floor(self._captured)[0])
 
+    def baselines(self, budget_bytes: int) -> Iterator[tuple[str, Schedule]]:
+        """What people do today, by name: of the moved graph, and of the captured one in the moved graph's numbers."""
+        yield from all_baselines(self.graph, budget_bytes)
+        if self.graph is not self._captured:
+            for name, schedule in all_baselines(self._captured, budget_bytes):
+                yield name, self._renumbered(schedule)
+
+    def offer_baselines(self, budget_bytes: int) -> None:
+        """Judge what people do today."""
+        for name, schedule in self.baselines(budget_bytes):
+            self.pool.offer(schedule, name)
+
+    def _renumbered(self, schedule: Schedule) -> Schedule:
+        """A schedule of the captured graph in the numbers of the moved one."""
+        here = {i: n for n, i in enumerate(self._order)}
+        return Schedule(tuple(here[i] for i in schedule.steps))
+
     @property
     def fine(self) -> tuple[Closure, Coarse] | None:
         """The program of the graph as it is; None where nothing was merged."""
@@ -91,6 +109,8 @@ class Solver:
             return self._in_captured_order(budget_bytes).solve(budget_bytes, time_limit_s=time_limit_s, gap=gap)
         hunt = Hunt(self, budget_bytes, start, start + time_limit_s, gap)
         hunt.quickly()
+        if hunt.best is None:
+            lower_peak(self, budget_bytes, (time.monotonic() + start + time_limit_s) / 2)
         hunt.thoroughly()
         if hunt.best is None:
             lower_peak(self, budget_bytes, start + time_limit_s)
@@ -162,8 +182,7 @@ class Solver:
 
     def _know(self, solution: Solution) -> None:
         """A plan in captured order is a plan for every larger budget."""
-        here = {i: n for n, i in enumerate(self._order)}
-        self.pool.offer(Schedule(tuple(here[i] for i in solution.schedule.steps)), solution.solver)
+        self.pool.offer(self._renumbered(solution.schedule), solution.solver)
 
     def _solution(self, hunt: Hunt, seconds: float) -> Solution:
         best = hunt.best
