@@ -40,7 +40,7 @@ class Copy:
     """What the exact copy of one moment's state knows of. It grows with what schedules were seen to do.
 
     Attributes:
-        again: ops that had run again by then in some schedule; all others are taken not to have.
+        again: ops that had run again by then in some schedule; no memory is counted for others that may have.
         alive: values that were alive then; all others count only as far as k says.
         less: bytes by which its budget is smaller.
     """
@@ -122,9 +122,11 @@ class Closure:
             if relax and answer.bound - reached <= gap * _SCALE:
                 return Found(None, "unknown")  # what is broken now, rounding broke
             reached = answer.bound
+            known = self.knows()
             plain = self._add_rows(kept, limit)
             more = plain or self._add_copies(schedule, limit, peak)
-            if not more or (hurried and not plain) or time.monotonic() >= deadline:
+            learnt = not plain and self.knows() != known
+            if not more or (hurried and learnt) or time.monotonic() >= deadline:
                 return Found(None, "unknown")
 
     def knows(self) -> object:
@@ -261,6 +263,8 @@ class _Rows:
         for i, column in again.items():
             for d in self.closure.reads[i]:
                 j = int(life.producer[d])
+                if j in self.r and j not in either:
+                    continue  # a copy that does not know of j cannot say that it has not run
                 if d not in pinned and (i in own or j in own):
                     self.program.row([(column, 1.0), (d, -1.0), *((either[e], -1.0) for e in (j,) if e in either)], 0.0)
 
@@ -307,7 +311,9 @@ class _Rows:
             elif life.last_use[d] >= p:
                 pairs += self._available(d, by if i == j else done, size)
             elif d in copy.alive:
-                pairs += self._awaited(d, done, size)
+                # Of ops that the copy does not know of, those that may have run again by now do not count as awaited.
+                sure = [e for e in life.readers[d] if e in self.r and (e in copy.again or life.first_need[e] > p)]
+                pairs += self._awaited(d, done, size, sure)
         self._memory(pairs, fixed, copy.less)
 
     def _run_again_by(
@@ -353,10 +359,9 @@ class _Rows:
         self.program.row([(done[i], 1.0), (either, -1.0)], 0.0)
         return [(either, size / self.unit)]
 
-    def _awaited(self, d: int, done: dict[int, int], size: int) -> backend.Pairs:
-        """Bytes of a value that no stage uses any more: alive while an op that reads it is still to run again."""
+    def _awaited(self, d: int, done: dict[int, int], size: int, readers: list[int]) -> backend.Pairs:
+        """Bytes of a value that no stage uses any more: alive while one of these readers is still to run again."""
         i = int(self.life.producer[d])
-        readers = [e for e in self.life.readers[d] if e in self.r]
         if not readers:
             return []
         alive = self.program.column()
