@@ -9,6 +9,7 @@ from benchmarks.solver import load
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, check, keep_all
 from planner.graph.simulate import simulate
+from planner.solver.baselines import sqrt_segments
 from planner.solver.floor import floor
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver, solve
@@ -52,6 +53,16 @@ def test_a_late_weight_gradient_moves_forward_and_the_plan_is_of_the_captured_gr
     assert solution.schedule == Schedule(order)
     assert simulate(graph, solution.schedule).peak_bytes == peak
     assert solution.bound_ns == simulate(graph, solution.schedule).time_ns
+
+
+def test_a_moved_graph_is_never_planned_worse_than_by_what_people_do_in_captured_order() -> None:
+    """However little time there is."""
+    graph = load("rnn", gradients=False)
+    assert reordered(graph)[0] is not graph
+    timeline = simulate(graph, sqrt_segments(graph))
+    solution = solve(graph, timeline.peak_bytes, time_limit_s=0.5)
+    assert simulate(graph, solution.schedule).peak_bytes <= timeline.peak_bytes
+    assert simulate(graph, solution.schedule).time_ns <= timeline.time_ns
 
 
 def test_a_real_step_gains_and_a_sweep_across_both_floors_never_costs_more_with_more_memory() -> None:

@@ -119,6 +119,8 @@ class Hunt:
 
     def thoroughly(self) -> None:
         """The program with copies, coarse and as it is, and search around what it finds, until it is good enough."""
+        if self.left() > _QUICK_GAP:
+            self._solver.offer_baselines(self.budget_bytes)
         if self.best is not None and self.left() > _QUICK_GAP:
             # Often the bound is what is far from the optimum, and no search can help.
             self._certify("thorough", _EARLY_SHARE * (self.end - time.monotonic()))
@@ -138,8 +140,6 @@ class Hunt:
                     break
                 elif coarse is self._solver.coarse:
                     self._fit(self._near)
-        if self.left() > _QUICK_GAP:
-            self._solver.offer_baselines(self.budget_bytes)
         if self.left() > _FAR:
             self.fit_chain()
         if self.best is None:
