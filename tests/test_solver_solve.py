@@ -109,10 +109,13 @@ def test_the_plan_of_a_tiny_graph_is_the_true_optimum(data: st.DataObject) -> No
 
 @pytest.mark.usefixtures("nothing_is_tiny")
 def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
-    """Counted, because search proves nothing: of every valid schedule that runs no backward op again, as no plan does."""
+    """Counted, because search proves nothing: of every valid schedule that runs no backward op again, as no plan does.
+
+    The same graphs each time: hypothesis draws a rare miss, about one in a thousand, again and again with small changes.
+    """
     counts: Counter[bool] = Counter()
 
-    @settings(deadline=None, max_examples=60, database=None)
+    @settings(deadline=None, max_examples=150, database=None, derandomize=True)
     @given(st.data())
     def attempts(data: st.DataObject) -> None:
         graph = data.draw(training_graphs(max_forward=5))
@@ -127,7 +130,7 @@ def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
 
     attempts()
     assert counts[True] >= 19 * counts[False]
-    assert counts[True] >= 30
+    assert counts[True] >= 75
 
 
 @settings(deadline=None, max_examples=60)

@@ -27,7 +27,7 @@ def test_windows_reach_the_optimum_of_small_steps_nearly_always() -> None:
     """From a wasteful schedule that fits. What they miss needs recomputes that were not offered."""
     counts: Counter[str] = Counter()
 
-    @settings(deadline=None, max_examples=60, database=None)
+    @settings(deadline=None, max_examples=60, database=None, derandomize=True)
     @given(st.data())
     def attempts(data: st.DataObject) -> None:
         graph = data.draw(training_graphs(max_forward=5))
