@@ -24,10 +24,10 @@ def soon() -> float:
 
 
 def test_windows_reach_the_optimum_of_small_steps_nearly_always() -> None:
-    """From a wasteful schedule that fits. What they miss needs recomputes that were not offered."""
+    """From a wasteful schedule that fits; about 2 in 100 are missed, in runs of like draws, so few draws would judge a run of them."""
     counts: Counter[str] = Counter()
 
-    @settings(deadline=None, max_examples=60, database=None, derandomize=True)
+    @settings(deadline=None, max_examples=300, database=None, derandomize=True)
     @given(st.data())
     def attempts(data: st.DataObject) -> None:
         graph = data.draw(training_graphs(max_forward=5))
