@@ -344,7 +344,9 @@ class _Rows:
         wanted = self.program.column()
         self.program.row([(wanted, 1.0), (d, 1.0)], 1.0)
         if self.life.first_use[d] >= before:
-            self.program.row([(wanted, 1.0), *((again[e], -1.0) for e in self.life.readers[d] if e in again)], 0.0)
+            readers = [e for e in self.life.readers[d] if e in self.r and self.life.first_need[e] < before]
+            # An op that the copy does not know of may have run by now if it runs again at all.
+            self.program.row([(wanted, 1.0), *((again.get(e, self.r[e]), -1.0) for e in readers)], 0.0)
         return wanted
 
     def _available(self, d: int, done: dict[int, int], size: int) -> backend.Pairs:
