@@ -129,7 +129,7 @@ def _rewrite(
 ) -> CheckpointedModule:
     halves = partition(joint, made.graph, made.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    step = Step(joint, halves, call_key(model, tensors, joint.device), num_stages)
+    step = Step(joint, halves, call_key(model, tensors, joint.device, joint.volatile), num_stages)
     return CheckpointedModule(model, step, made)
 
 

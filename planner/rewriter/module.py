@@ -18,6 +18,7 @@ from planner.rewriter import guard, portable
 from planner.rewriter.partition import Halves
 from planner.rewriter.runtime import Boxed, Program, run
 from planner.rewriter.stages import cut_stages
+from planner.rewriter.watch import Watched
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8
@@ -121,7 +122,8 @@ class CheckpointedModule(fx.GraphModule):
         code = self._graph.python_code("self")
         self._code = code.src
         if "_step" in self.__dict__:
-            self.__dict__["_weights"] = guard.Weights(self._original, [name for name, _ in self._step.key.weights])
+            names = [name for name, _ in self._step.key.weights]
+            self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
             self.__dict__["_program"] = _compile(self._step, self._graph, self.backward_graph)
             self.__dict__["_sources"] = _sources(self._step)
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
@@ -151,8 +153,8 @@ class CheckpointedModule(fx.GraphModule):
         tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
         if tensors is None:
             return [], [], miss
-        held = self._weights.now()
-        miss = guard.difference(step.key, self._weights, held, tensors, self.device)
+        held = self._watched.now()
+        miss = guard.difference(step.key, self._watched, held, tensors, self.device)
         if miss:
             return tensors, [], miss
         pools = {Kind.PARAM: held, Kind.INPUT: tensors, Kind.BUFFER: list(step.joint.constants.values())}

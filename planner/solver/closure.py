@@ -73,6 +73,11 @@ class Closure:
         turn = graph.num_forward_ops
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
+        last = {name: i for i, op in enumerate(graph.ops) for name in op.reads if i >= turn}
+        # Outputs are never dropped, but an op that runs again makes them anew: bytes and last backward read of these.
+        self.twins: list[list[tuple[int, int]]] = [
+            [(graph.value[n].nbytes, last[n]) for n in op.writes if n not in self.index and n in last] for op in graph.ops[:turn]
+        ]
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
         self._built: tuple[object, _Rows, backend.Model] | None = None
         self.rows: dict[int, int] = {}
@@ -302,6 +307,9 @@ class _Rows:
             extra += sum(graph.value[name].nbytes for name in graph.ops[j].writes if name not in self.closure.index)
             extra += sum(int(life.nbytes[d]) for d in self.closure.writes[j] if life.last_use[d] < p)
             pairs += [(by[j], extra / self.unit), *((before[e], -extra / self.unit) for e in (j,) if e in before)]
+        for i in (i for i in done if i != j):
+            twins = sum(size for size, last in self.closure.twins[i] if last >= p)
+            pairs += [(done[i], twins / self.unit)] if twins else []
         for d, size in enumerate(life.nbytes.tolist()):
             i = int(life.producer[d])
             if d in self.closure.pinned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with fidelity.untouched(model):
+    with fidelity.untouched(model) as changed:
         exported = _export(step, given)
-    return normalize(
+    joint = normalize(
         exported,
         names=step.names,
         outputs=step.outputs,
@@ -52,6 +53,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         call=CallSpec(in_spec, template, tensors, step.out_spec),
         device=device,
     )
+    return replace(joint, volatile=frozenset(changed))
 
 
 def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.device:

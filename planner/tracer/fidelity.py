@@ -141,8 +141,12 @@ def record_host_reads(model: nn.Module, call: Callable[[], Any], inputs: Sequenc
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[None]:
-    """Put back what running or tracing the model changes: attributes, RNG state and the contents of `tensors`."""
+def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[set[tuple[int, str]]]:
+    """Put back what running or tracing the model changes: attributes, RNG state and the contents of `tensors`.
+
+    Yields a set that holds, afterwards, (position of the module, name) of the attributes that were changed.
+    """
+    changed: set[tuple[int, str]] = set()
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
     registered = [(dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
@@ -150,8 +154,11 @@ def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterato
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         try:
-            yield
+            yield changed
         finally:
+            for i, (module, attributes) in enumerate(zip(modules, before, strict=True)):
+                now = vars(module)
+                changed.update((i, name) for name in attributes if now.get(name, changed) is not attributes[name])
             with torch.no_grad():
                 for tensor, content in contents:
                     tensor.copy_(content)

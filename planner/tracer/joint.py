@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,12 +68,21 @@ class CallSpec:
         in_spec, out_spec: pytree specs of (args, kwargs) and of the output.
         leaves: the call's leaves; None where a tensor stood, which `tensors` lists.
         tensors: positions of the tensor leaves.
+        keywords: the call's keywords, in order.
+        is_flat: every argument is a leaf.
     """
 
     in_spec: Any
     leaves: tuple[Any, ...]
     tensors: tuple[int, ...]
     out_spec: Any
+    keywords: tuple[str, ...] = field(init=False)
+    is_flat: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.leaves))), self.in_spec)
+        object.__setattr__(self, "keywords", tuple(kwargs))
+        object.__setattr__(self, "is_flat", all(isinstance(leaf, int) for leaf in (*args, *kwargs.values())))
 
     def tensor_leaves(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
         """The tensor leaves of a call of this structure."""
@@ -112,6 +121,7 @@ class Joint:
         call: how calls map onto the graph.
         sources: node name -> "module.path file.py:line".
         device: where the step runs.
+        volatile: (position of the module, name) of the attributes that the model's own forward changes.
     """
 
     graph: fx.Graph
@@ -127,3 +137,4 @@ class Joint:
     call: CallSpec
     sources: dict[str, str]
     device: torch.device
+    volatile: frozenset[tuple[int, str]] = frozenset()

@@ -56,7 +56,7 @@ def normalize(
         for node, role in zip(placeholders, exported.inputs, strict=True)
     }
     node_of = {role: node for node, role in zip(placeholders, exported.inputs, strict=True)}
-    guards, roles = _split_off_reads(graph, exported.outputs, num_results)
+    guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
     constants = _lift_constants(graph, exported.graph_module, inputs)
     _drop_detach(graph)
@@ -80,7 +80,7 @@ def normalize(
         num_forward_nodes=nodes.index(last_forward) + 1 if last_forward is not None else 0,
         constants=constants,
         guards=guards,
-        host_reads=_host_reads(guards, reads),
+        host_reads=host_reads,
         call=call,
         sources={node.name: _source(node) for node in nodes},
         device=device,
@@ -98,14 +98,27 @@ def _write_mutations(
     return last_forward
 
 
-def _split_off_reads(graph: fx.Graph, roles: Sequence[Role], num_results: int) -> tuple[fx.Graph | None, list[Role]]:
-    """A graph of the tensors that Python read, which leave the results, and the roles of the results that stay."""
+def _split_off_reads(
+    graph: fx.Graph, roles: Sequence[Role], num_results: int, reads: Sequence[tuple[Any, str]]
+) -> tuple[fx.Graph | None, tuple[HostRead, ...], list[Role]]:
+    """A graph of the tensors that Python read, what it read, and the roles of the results that stay.
+
+    What is computed from shapes alone is the same in every call that the plan is for, and is left out.
+    """
     handed = list(zip(roles, results(graph), strict=True))
     read = [node for role, node in handed if role[0] == "output" and role[1] >= num_results]
-    guards = _guards(graph, read)
+    varying = [(node, *seen) for node, seen in zip(read, reads, strict=True) if not _is_constant(node)]
+    guards = _guards(graph, [node for node, _, _ in varying])
+    names = [node.name for node in results(guards)] if guards is not None else []
+    host_reads = tuple(HostRead(name, value, where) for name, (_, value, where) in zip(names, varying, strict=True))
     stay = [(role, node) for role, node in handed if node is not None and not (role[0] == "output" and role[1] >= num_results)]
     graph.output_node().args = (tuple(node for _, node in stay),)
-    return guards, [role for role, _ in stay]
+    return guards, host_reads, [role for role, _ in stay]
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Nothing that can change between calls goes into it."""
+    return all(n.op == "call_function" and not is_random(n) for n in _ancestors([node]))
 
 
 def _source(node: fx.Node) -> str:
@@ -193,12 +206,6 @@ def _guards(graph: fx.Graph, reads: Sequence[fx.Node]) -> fx.Graph | None:
         copies[node] = guards.node_copy(node, copies.__getitem__)
     guards.output(tuple(copies[node] for node in reads))
     return guards
-
-
-def _host_reads(guards: fx.Graph | None, reads: Sequence[tuple[Any, str]]) -> tuple[HostRead, ...]:
-    if guards is None:
-        return ()
-    return tuple(HostRead(node.name, value, where) for node, (value, where) in zip(results(guards), reads, strict=True))
 
 
 def _lift_constants(graph: fx.Graph, owner: fx.GraphModule, inputs: dict[str, Input]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,180 @@
+"""What capture froze of the model itself: its modules, their attributes and hooks, its tensors. Looked at anew at every call.
+
+A look costs microseconds, so it is prepared: dictionaries and getters are found once, and compared as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import tensors_alike
+
+_SCALARS = (bool, int, float, str, type(None))
+_NOT_RUNNING = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights", "__setstate__"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Plain values that a module's code may branch on.
+
+    Attributes:
+        module: position of the module in `modules()`.
+        holder: name of the module's attribute that holds them ("config"); "" for the module itself.
+        names, values: at capture. A module's own names start with "training".
+    """
+
+    module: int
+    holder: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+
+def attributes(model: nn.Module, volatile: Collection[tuple[int, str]] = ()) -> tuple[Attributes, ...]:
+    """The plain attributes named in the code of the model's classes.
+
+    `volatile`: (position of the module, name) of those that the forward itself changes (counters), left out.
+    """
+    found: list[Attributes] = []
+    seen: set[int] = set()
+    for i, module in enumerate(model.modules()):
+        named = _names_in(type(module))
+        held = {name: value for name, value in vars(module).items() if name in named and (i, name) not in volatile}
+        plain = {name: value for name, value in held.items() if _is_plain(value)}
+        plain.pop("training", None)
+        found.append(Attributes(i, "", ("training", *plain), (module.training, *plain.values())))
+        for name, value in held.items():
+            if id(value) not in seen and _is_settings(value):
+                seen.add(id(value))
+                inner = {key: item for key, item in vars(value).items() if _is_plain(item)}
+                found += [Attributes(i, name, tuple(inner), tuple(inner.values()))] if inner else []
+    return tuple(found)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _SCALARS) or (type(value) is tuple and all(isinstance(item, _SCALARS) for item in value))
+
+
+def _is_settings(value: Any) -> bool:
+    """An object of the user's that holds plain values, as a configuration does."""
+    known = isinstance(value, (nn.Module, torch.Tensor, type)) or callable(value)
+    return not known and hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
+
+
+@functools.cache
+def _names_in(kind: type) -> frozenset[str]:
+    """Every attribute name in the code that instances of a module class run: an attribute not among them steers nothing."""
+    names: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for key, member in vars(base).items():
+            function = inspect.unwrap(member.fget if isinstance(member, property) and member.fget else member)
+            if key not in _NOT_RUNNING and isinstance(function, FunctionType):
+                names.update(name for code in _codes(function.__code__) for name in code.co_names)
+    return frozenset(names)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def hooked(model: nn.Module) -> str:
+    """Name of a submodule that somebody has put a hook on; '' if none. Those of torch's own (weight_norm) are traced."""
+    for name, module in model.named_modules():
+        if module is model:
+            continue
+        hooks = [hook for kind in _HOOKS for hook in vars(module).get(kind, {}).values()]
+        if any(not str(getattr(type(hook), "__module__", "")).startswith("torch.nn.utils") for hook in hooks):
+            return name
+    return ""
+
+
+class Watched:
+    """A model's modules, parameters and buffers, as they are at each call."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], expected: Sequence[Attributes]) -> None:
+        self.modules = tuple(model.modules())
+        self._names = [name or "the model" for name, _ in model.named_modules()]
+        self._places = [_place(model, name) for name in names]
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.now())))}
+        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        known = set(names)
+        self._ties = [(name, _place(model, name), first[id(tensor)]) for name, tensor in every if name not in known]
+        self._expected = tuple(expected)
+        holders = [_holder(self.modules[a.module], a.holder) for a in expected]
+        self._training = [holder for holder, a in zip(holders, expected, strict=True) if a.names == ("training",)]
+        self._flags = [a.values[0] for a in expected if a.names == ("training",)]
+        several = [(holder, a) for holder, a in zip(holders, expected, strict=True) if a.names != ("training",)]
+        # an itemgetter for one name hands out no tuple
+        self._attributes = [(h, itemgetter(*a.names), a.values if a.names[1:] else a.values[0]) for h, a in several]
+        self._holders = holders
+        self._children = [(m._modules, list(m._modules.values())) for m in self.modules if m._modules]
+        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in _HOOKS]
+        self._hooks = [held for held in hooks if not held]
+        self._alike: Any = None
+
+    def now(self) -> list[torch.Tensor]:
+        """The tensors that the model holds at this moment."""
+        return [holder[name] for holder, name in self._places]
+
+    def changed(self) -> str:
+        """What of the modules is not as it was at capture; '' if nothing."""
+        try:
+            if [holder["training"] for holder in self._training] != self._flags:
+                return self._changed_attribute()
+            for holder, getter, values in self._attributes:
+                if getter(holder) != values:
+                    return self._changed_attribute()
+        except (KeyError, RuntimeError, TypeError, ValueError):  # gone, or now a tensor
+            return self._changed_attribute()
+        for children, before in self._children:
+            if list(children.values()) != before:
+                return "the model's submodules (one was replaced, added or removed)"
+        if any(self._hooks):
+            return "a submodule's hooks (one was added, which a plan would not call)"
+        return ""
+
+    def _changed_attribute(self) -> str:
+        for holder, expected in zip(self._holders, self._expected, strict=True):
+            module = f"{self._names[expected.module]}{'.' if expected.holder else ''}{expected.holder}"
+            for name, value in zip(expected.names, expected.values, strict=True):
+                now = holder.get(name, "gone")
+                if isinstance(now, torch.Tensor) or type(now) is not type(value) or now != value:
+                    if name == "training":
+                        return f"training mode (a {type(self.modules[expected.module]).__name__}: {module}, is now {now})"
+                    return f"{module}.{name} ({now!r}, planned for {value!r})"
+        return ""
+
+    def untied(self, held: Sequence[torch.Tensor]) -> str:
+        """Name of a tensor that was the same as another when this was made and no longer is; '' if none."""
+        return next((name for name, (holder, key), i in self._ties if holder[key] is not held[i]), "")
+
+    def alike(self, held: Sequence[torch.Tensor]) -> bool:
+        """The tensors have the metadata they had when `approve` was called; False says nothing."""
+        return self._alike is not None and self._alike(held)
+
+    def approve(self, held: Sequence[torch.Tensor]) -> None:
+        """These tensors were found to be as planned: `alike` compares with them."""
+        self._alike = tensors_alike(held)
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    return vars(vars(module)[name]) if name else vars(module)
+
+
+def _place(model: nn.Module, qualified: str) -> tuple[dict[str, Any], str]:
+    path, _, name = qualified.rpartition(".")
+    module = model.get_submodule(path)
+    holder = module._parameters if name in module._parameters else module._buffers
+    return holder, name
