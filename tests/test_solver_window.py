@@ -24,7 +24,7 @@ def soon() -> float:
 
 
 def test_windows_reach_the_optimum_of_small_steps_nearly_always() -> None:
-    """From a wasteful schedule that fits; about 2 in 100 are missed, in runs of like draws, so few draws would judge a run of them."""
+    """From a wasteful schedule that fits. About 2 in 100 are missed, in runs of like draws: few draws would judge one run."""
     counts: Counter[str] = Counter()
 
     @settings(deadline=None, max_examples=300, database=None, derandomize=True)

@@ -76,7 +76,8 @@ class Closure:
         last = {name: i for i, op in enumerate(graph.ops) for name in op.reads if i >= turn}
         # Outputs are never dropped, but an op that runs again makes them anew: bytes and last backward read of these.
         self.twins: list[list[tuple[int, int]]] = [
-            [(graph.value[n].nbytes, last[n]) for n in op.writes if n not in self.index and n in last] for op in graph.ops[:turn]
+            [(graph.value[name].nbytes, last[name]) for name in op.writes if name not in self.index and name in last]
+            for op in graph.ops[:turn]
         ]
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
         self._built: tuple[object, _Rows, backend.Model] | None = None
