@@ -16,7 +16,7 @@ from planner.profiler.profile import KernelCost
 DEFAULT_CACHE_DIR = Path("~/.cache/checkpoint-planner")
 """Where measured costs are kept, unless the environment variable CHECKPOINT_PLANNER_CACHE names another folder."""
 
-_RULE = 3  # raise it when kernels are timed in another way: old files are then no longer read
+_RULE = 4  # raise it when kernels are timed in another way: old files are then no longer read
 
 
 class KernelCache:
@@ -47,7 +47,7 @@ class KernelCache:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["conditions"] != self.conditions:
                 return {}
-            return {str(key): _cost(pair) for key, pair in content["kernels"].items()}
+            return {str(key): _cost(row) for key, row in content["kernels"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}
 
@@ -58,7 +58,7 @@ class KernelCache:
         merged = {**self.load(), **costs}
         content = {
             "conditions": self.conditions,
-            "kernels": {key: [cost.time_ns, cost.workspace_bytes] for key, cost in sorted(merged.items())},
+            "kernels": {key: [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes] for key, cost in sorted(merged.items())},
         }
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +72,8 @@ class KernelCache:
                 raise
 
 
-def _cost(pair: Any) -> KernelCost:
-    time_ns, workspace_bytes = pair
-    if type(time_ns) is not int or type(workspace_bytes) is not int or time_ns < 0 or workspace_bytes < 0:
-        raise ValueError(f"not a cost: {pair!r}")
-    return KernelCost(time_ns, workspace_bytes)
+def _cost(row: Any) -> KernelCost:
+    time_ns, workspace_bytes, *hidden_bytes = row
+    if any(type(figure) is not int or figure < 0 for figure in row):
+        raise ValueError(f"not a cost: {row!r}")
+    return KernelCost(time_ns, workspace_bytes, tuple(hidden_bytes))

@@ -134,10 +134,10 @@ def _work(jobs: Sequence[Callable[[], KernelCost]], start: int, sink: int, num_t
 
 
 def _send(pipe: TextIO, cost: KernelCost | None) -> None:
-    pipe.write(json.dumps(cost and [cost.time_ns, cost.workspace_bytes]) + "\n")
+    pipe.write(json.dumps(cost and [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes]) + "\n")
     pipe.flush()
 
 
 def _decode(line: bytes) -> KernelCost | None:
     answer = json.loads(line)
-    return KernelCost(*answer) if answer else None
+    return KernelCost(answer[0], answer[1], tuple(answer[2:])) if answer else None

@@ -12,6 +12,9 @@ from torch.fx import Node
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 
 
+_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+
+
 def kernel_key(node: Node) -> str:
     """A line of text that is equal for two nodes exactly when they run the same kernel on alike tensors.
 
@@ -39,7 +42,10 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if arg not in made:
             if "val" not in arg.meta:
                 raise ValueError(f"argument {arg.name} of {node.name} has no fake tensor in meta['val']")
-            made[arg] = _real(arg.meta["val"])
+            val = arg.meta["val"]
+            if node.target is _BATCH_NORM_BACKWARD and val.numel() == 0:
+                val = val.float()  # statistics that eval mode does not save: the kernel makes them float32, its fake does not
+            made[arg] = _real(val)
         return made[arg]
 
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), make)

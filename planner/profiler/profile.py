@@ -13,10 +13,13 @@ class KernelCost:
     Attributes:
         time_ns: time of the call, inside a training step.
         workspace_bytes: peak of the call above what is alive when it returns (inputs and outputs).
+        hidden_bytes: per storage that it makes, in order, what it holds beyond what its fake shape and type need (a mean loss
+            may keep all it was made of, a layer norm its statistics in float32); empty for none.
     """
 
     time_ns: int
     workspace_bytes: int
+    hidden_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

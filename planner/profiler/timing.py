@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from planner._torch import pytree, storage_id
 from planner.profiler.kernel import footprint_bytes, make_inputs
 from planner.profiler.memory import cpu_allocations, peak_of
 from planner.profiler.profile import KernelCost
@@ -47,9 +48,10 @@ def cost_on_cpu(node: Node) -> KernelCost:
     with torch.no_grad():
         args, kwargs = make_inputs(node)
         call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
-        call()  # warm-up: code pages, thread pools, packed weights
+        # warm-up: code pages, thread pools, packed weights
+        hidden_bytes = _hidden_bytes(node, call())
         workspace_bytes = cpu_workspace_bytes(call)
-        return KernelCost(_time_on_cpu(call), workspace_bytes)
+        return KernelCost(_time_on_cpu(call), workspace_bytes, hidden_bytes)
 
 
 def _time_on_cpu(call: Callable[[], Any]) -> int:
@@ -108,6 +110,21 @@ def cpu_workspace_bytes(call: Callable[[], Any]) -> int:
     return peak_of(events) - sum(nbytes for _, nbytes in events)
 
 
+def _hidden_bytes(node: Node, out: Any) -> tuple[int, ...]:
+    """Per storage that a call makes, the bytes beyond those that its fake output promises."""
+    known = {storage_id(tensor) for arg in node.all_input_nodes for tensor in _tensors(arg.meta["val"])}
+    hidden: list[int] = []
+    for fake, real in zip(_tensors(node.meta["val"]), _tensors(out), strict=False):
+        if storage_id(fake) not in known:
+            known.add(storage_id(fake))
+            hidden.append(max(0, real.untyped_storage().nbytes() - fake.untyped_storage().nbytes()))
+    return tuple(hidden) if any(hidden) else ()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 @lru_cache(maxsize=1)
 def _cache_filler() -> torch.Tensor:
     return torch.empty(_last_level_cache_bytes() // 4, dtype=torch.float32, device="cpu")
@@ -146,8 +163,9 @@ def cost_on_cuda(node: Node, device: torch.device) -> KernelCost:
         out = call()
         torch.cuda.synchronize(device)
         workspace_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        hidden_bytes = _hidden_bytes(node, out)
         del out
-        return KernelCost(_time_on_cuda(call, device), workspace_bytes)
+        return KernelCost(_time_on_cuda(call, device), workspace_bytes, hidden_bytes)
 
 
 def _time_on_cuda(call: Callable[[], Any], device: torch.device) -> int:

@@ -67,7 +67,10 @@ class _Lowering:
             forward = position < self.joint.num_forward_nodes
             num_forward_ops += forward
             kind = Kind.ACTIVATION if forward else Kind.GRADIENT
-            values.extend(Value(name, self._bytes(nbytes), kind) for name, nbytes in self.storages.writes[node])
+            hidden = self.costs[node.name].hidden_bytes if node.name in self.costs else ()
+            for i, (name, nbytes) in enumerate(self.storages.writes[node]):
+                more = hidden[i] if i < len(hidden) else 0
+                values.append(Value(name, self._bytes(nbytes + more), kind))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
         by_name = {node.name: node for node in self.nodes}
