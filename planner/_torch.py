@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._meta_registrations
 import torch.fx.traceback
 from torch import fx, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph
@@ -93,6 +94,7 @@ def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor]) -> ExportedJo
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
+        stack.enter_context(_grouped_mm_of_any_dtype())
         stack.enter_context(fx.traceback.preserve_node_meta())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
         graph_module = joint._aot_graph_capture.graph_module
@@ -175,6 +177,28 @@ def kernels_kept() -> Iterator[None]:
         for op, key, kernel in removed:
             op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def _grouped_mm_of_any_dtype() -> Iterator[None]:
+    """While tracing, the fake grouped matmul (for experts) takes float32, as the real one does; before 2.15 it does not."""
+    home = torch._meta_registrations
+    names = ("_meta_grouped_mm_common", "_create_grouped_mm_output_tensor")
+    if not all(hasattr(home, name) for name in names):
+        yield
+        return
+    checked, made = (getattr(home, name) for name in names)
+
+    def common(mat_a: Any, mat_b: Any, scale_a: Any = None, scale_b: Any = None, offs: Any = None, **options: Any) -> Any:
+        if scale_a is None and scale_b is None and mat_a.dtype is mat_b.dtype is torch.float32:
+            return made(mat_a, mat_b, offs, options.get("out_dtype"))
+        return checked(mat_a, mat_b, scale_a=scale_a, scale_b=scale_b, offs=offs, **options)
+
+    home._meta_grouped_mm_common = common  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        home._meta_grouped_mm_common = checked
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:

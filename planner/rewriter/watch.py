@@ -5,7 +5,6 @@ A look costs microseconds, so it is prepared: dictionaries and getters are found
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch
 from torch import nn
 
 from planner._torch import tensors_alike
+from planner.tracer.fidelity import HOOKS, is_foreign
 
 _SCALARS = (bool, int, float, str, type(None))
 _NOT_RUNNING = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights", "__setstate__"})
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,10 @@ def attributes(model: nn.Module, volatile: Collection[tuple[int, str]] = ()) -> 
     """
     found: list[Attributes] = []
     seen: set[int] = set()
+    named = {kind: _names_in(kind) for kind in {type(module) for module in model.modules()}}
     for i, module in enumerate(model.modules()):
-        named = _names_in(type(module))
-        held = {name: value for name, value in vars(module).items() if name in named and (i, name) not in volatile}
+        mine = named[type(module)]
+        held = {name: value for name, value in vars(module).items() if name in mine and (i, name) not in volatile}
         plain = {name: value for name, value in held.items() if _is_plain(value)}
         plain.pop("training", None)
         found.append(Attributes(i, "", ("training", *plain), (module.training, *plain.values())))
@@ -70,8 +70,7 @@ def _is_settings(value: Any) -> bool:
     return not known and hasattr(value, "__dict__") and not type(value).__module__.startswith("torch")
 
 
-@functools.cache
-def _names_in(kind: type) -> frozenset[str]:
+def _names_in(kind: type[nn.Module]) -> frozenset[str]:
     """Every attribute name in the code that instances of a module class run: an attribute not among them steers nothing."""
     names: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
@@ -87,17 +86,6 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
-
-
-def hooked(model: nn.Module) -> str:
-    """Name of a submodule that somebody has put a hook on; '' if none. Those of torch's own (weight_norm) are traced."""
-    for name, module in model.named_modules():
-        if module is model:
-            continue
-        hooks = [hook for kind in _HOOKS for hook in vars(module).get(kind, {}).values()]
-        if any(not str(getattr(type(hook), "__module__", "")).startswith("torch.nn.utils") for hook in hooks):
-            return name
-    return ""
 
 
 class Watched:
@@ -120,8 +108,8 @@ class Watched:
         self._attributes = [(h, itemgetter(*a.names), a.values if a.names[1:] else a.values[0]) for h, a in several]
         self._holders = holders
         self._children = [(m._modules, list(m._modules.values())) for m in self.modules if m._modules]
-        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in _HOOKS]
-        self._hooks = [held for held in hooks if not held]
+        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in HOOKS]
+        self._without_hooks = [held for held in hooks if not held]
         self._alike: Any = None
 
     def now(self) -> list[torch.Tensor]:
@@ -141,8 +129,10 @@ class Watched:
         for children, before in self._children:
             if list(children.values()) != before:
                 return "the model's submodules (one was replaced, added or removed)"
-        if any(self._hooks):
-            return "a submodule's hooks (one was added, which a plan would not call)"
+        if any(self._without_hooks):
+            if any(is_foreign(hook) for hooks in self._without_hooks for hook in hooks.values()):
+                return "a submodule's hooks (one was added, which a plan would not call)"
+            self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
         return ""
 
     def _changed_attribute(self) -> str:

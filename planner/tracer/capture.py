@@ -13,6 +13,7 @@ from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.tracer import fidelity
+from planner.tracer.casts import Casts
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.normalize import normalize
 
@@ -42,8 +43,12 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with fidelity.untouched(model) as changed:
+    with fidelity.untouched(model):
+        installed = getattr(vars(model).get("forward"), "unplanned", None)
+        if installed is not None:  # a plan is made of the model's own forward, not of a plan
+            vars(model)["forward"] = installed
         exported = _export(step, given)
+        _refuse_counting(step, given, exported)
     joint = normalize(
         exported,
         names=step.names,
@@ -53,7 +58,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         call=CallSpec(in_spec, template, tensors, step.out_spec),
         device=device,
     )
-    return replace(joint, volatile=frozenset(changed))
+    return replace(joint, volatile=frozenset((change.module, change.name) for change in step.changes))
 
 
 def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.device:
@@ -72,6 +77,12 @@ def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.de
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise InputError(f"{name} is on the meta device: give the model storage first, model.to_empty(device=...)")
+    hooked = fidelity.hooked(model)
+    if hooked:
+        raise CaptureError(
+            f"{hooked} has a hook, which would be called while tracing only. Remove it before planning, or put it on the "
+            "planned module, on its parameters or on its output tensors"
+        )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 0}
     if len(devices) > 1:
         raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
@@ -80,6 +91,40 @@ def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.de
         if tensor.device != device and tensor.dim() > 0:
             raise InputError(f"tensor input {i} is on {tensor.device}, the model on {device}: move it with .to('{device}')")
     return device
+
+
+def _refuse_counting(step: Step, tensors: Sequence[torch.Tensor], exported: _torch.ExportedJoint) -> None:
+    """Raise CaptureError where the forward steers by something that Python changes from call to call.
+
+    What it changes among plain attributes is left changed, and the next call is traced too: both must be the same.
+    """
+    modules = dict(enumerate(step.model.named_modules()))
+    counted = [change for change in step.changes if change.steers]
+    for change in counted:
+        if change.module < 0:
+            raise CaptureError(
+                "the model's forward draws from Python's random module; a plan would repeat one draw for ever. Draw with torch"
+            )
+        vars(modules[change.module][1])[change.name] = change.after
+    if counted and not _same_trace(exported, _export(step, tensors)):
+        change = counted[0]
+        where = f"{modules[change.module][0]}.{change.name}".strip(".")
+        raise CaptureError(
+            f"the model's forward changes its attribute {where} ({change.before!r} before, {change.after!r} after), and the "
+            "next call is another one; a plan would repeat one for ever. Run the model once before planning if only the first "
+            "call differs; else make it a buffer, or change it outside of forward"
+        )
+
+
+def _same_trace(one: _torch.ExportedJoint, other: _torch.ExportedJoint) -> bool:
+    constants = [{name: tensor for name, tensor in vars(e.graph_module).items() if _is_constant(tensor)} for e in (one, other)]
+    if one.graph_module.code != other.graph_module.code or constants[0].keys() != constants[1].keys():
+        return False
+    return all(torch.equal(tensor, constants[1][name]) for name, tensor in constants[0].items())
+
+
+def _is_constant(held: Any) -> bool:
+    return isinstance(held, torch.Tensor) and not isinstance(held, _torch.FakeTensor)
 
 
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
@@ -126,6 +171,7 @@ class Step(nn.Module):
         num_results: how many results of the traced function stand for outputs.
         reads: host reads of the last trace; their tensors follow the outputs.
         recorded: values to answer host reads with, once a real forward has been run.
+        changes: what the forward changes on Python's side.
     """
 
     def __init__(self, model: nn.Module, template: tuple[Any, ...], tensors: tuple[int, ...], in_spec: Any, loss: Loss) -> None:
@@ -146,6 +192,7 @@ class Step(nn.Module):
         self.num_results = 0
         self.reads: list[tuple[Any, str]] = []
         self.where = ""
+        self.changes: list[fidelity.Change] = []
 
     @property
     def model(self) -> nn.Module:
@@ -166,9 +213,10 @@ class Step(nn.Module):
         """The traced function: results, then tensors that Python read."""
         given = {name: getattr(self, here) for here, name in self.names.items()}
         weights = dict(given)
-        tracing = fidelity.Tracing(self._modules_running, self.recorded)
+        casts = Casts()
+        tracing = fidelity.Tracing(self._modules_running, self.recorded, casts)
         try:
-            with self._modules_running.following(), tracing:
+            with fidelity.restored(self.model) as self.changes, self._modules_running.following(), casts.counting(), tracing:
                 out = self.call(tensors, weights)
                 _write_reassigned(given, weights)
         finally:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CellType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -15,9 +20,15 @@ from torch import nn
 
 from planner._torch import DataDependentOutputException, TorchDispatchMode
 from planner.errors import CaptureError
+from planner.tracer.casts import Casts
 
 # Kernels that hand a tensor's value to Python.
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default})
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps its hooks."""
+_CONTAINERS = (dict, list, set, OrderedDict)
+_OWN_HOOKS = ("torch.nn.utils", "transformers.")
 
 _PACKAGE = str(Path(__file__).parent.parent)
 _CALLER = str(Path(__file__).with_name("capture.py"))  # who calls the model: frames beyond are not the model's
@@ -54,6 +65,20 @@ class ModuleStack:
             for handle in handles:
                 handle.remove()
             self._running.clear()
+
+
+def is_foreign(hook: Any) -> bool:
+    """The hook is the user's. Those by which libraries compute (weight_norm, spectral_norm, recorded outputs) are traced."""
+    return not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)
+
+
+def hooked(model: nn.Module) -> str:
+    """Name of a submodule that a user has put a hook on; '' if none."""
+    for name, module in model.named_modules():
+        hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values()]
+        if module is not model and any(map(is_foreign, hooks)):
+            return name
+    return ""
 
 
 def user_line() -> str:
@@ -93,8 +118,9 @@ class Tracing(TorchDispatchMode):
         where: source of the kernel called last, for errors.
     """
 
-    def __init__(self, modules: ModuleStack, recorded: Sequence[tuple[str, Any]] | None) -> None:
+    def __init__(self, modules: ModuleStack, recorded: Sequence[tuple[str, Any]] | None, casts: Casts) -> None:
         super().__init__()
+        self._casts = casts
         self._modules = modules
         self._recorded = recorded
         self.read: list[tuple[torch.Tensor, Any, str]] = []
@@ -104,7 +130,7 @@ class Tracing(TorchDispatchMode):
         self.where = f"{self._modules} {user_line()}".strip()
         if func in HOST_READS:
             return self._answer(func, args)
-        with torch.fx.traceback.annotate({"planner_source": self.where}):
+        with torch.fx.traceback.annotate({"planner_source": self.where, **self._casts.mark(func, args, kwargs)}):
             return func(*args, **(kwargs or {}))
 
     def _answer(self, func: Any, args: Any) -> Any:
@@ -140,36 +166,88 @@ def record_host_reads(model: nn.Module, call: Callable[[], Any], inputs: Sequenc
     return record.values
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[set[tuple[int, str]]]:
-    """Put back what running or tracing the model changes: attributes, RNG state and the contents of `tensors`.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something that a forward left otherwise than it found it: an attribute of a module, or Python's random state.
 
-    Yields a set that holds, afterwards, (position of the module, name) of the attributes that were changed.
+    Attributes:
+        module: position of the module in `modules()`; -1 for Python's random state.
+        name: the attribute's name.
+        before, after: its values.
     """
-    changed: set[tuple[int, str]] = set()
-    modules = list(model.modules())
-    before = [dict(vars(module)) for module in modules]
-    registered = [(dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+
+    module: int
+    name: str
+    before: Any = None
+    after: Any = None
+
+    @property
+    def steers(self) -> bool:
+        """Later calls may take another way because of it: a number, a word, or a random draw."""
+        plain = isinstance(self.before, (int, float, str)) and isinstance(self.after, (int, float, str))
+        return self.module < 0 or (plain and self.before != self.after)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[None]:
+    """Put back what running or tracing the model changes: attributes, RNG states and the contents of `tensors`."""
     contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         try:
-            yield changed
+            with restored(model):
+                yield
         finally:
-            for i, (module, attributes) in enumerate(zip(modules, before, strict=True)):
-                now = vars(module)
-                changed.update((i, name) for name in attributes if now.get(name, changed) is not attributes[name])
             with torch.no_grad():
                 for tensor, content in contents:
                     tensor.copy_(content)
-            for module, attributes, (parameters, own_buffers, children) in zip(modules, before, registered, strict=True):
-                vars(module).clear()
-                vars(module).update(attributes)
-                _refill(module._parameters, parameters)
-                _refill(module._buffers, own_buffers)
-                _refill(module._modules, children)
 
 
-def _refill(live: dict[str, Any], old: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[list[Change]]:
+    """Put back Python's side: modules' attributes, what their containers hold, Python's random state.
+
+    Function caches of the modules' classes are emptied, before and after: what a trace leaves in them are no real tensors.
+    Yields a list that holds, afterwards, what was changed.
+    """
+    caches = _caches(model)
+    for cache in caches:
+        cache.cache_clear()
+    changes: list[Change] = []
+    python_state = random.getstate()
+    modules = list(model.modules())
+    before = [dict(vars(module)) for module in modules]
+    containers = [(c, copy.copy(c)) for held in before for c in held.values() if type(c) in _CONTAINERS]
+    try:
+        yield changes
+    finally:
+        if random.getstate() != python_state:
+            random.setstate(python_state)
+            changes.append(Change(-1, "random"))
+        for i, (module, held) in enumerate(zip(modules, before, strict=True)):
+            now = vars(module)
+            changes += [Change(i, k, old, now.get(k)) for k, old in held.items() if now.get(k, changes) is not old]
+            now.clear()
+            now.update(held)
+        for container, content in containers:
+            _refill(container, content)
+        for cache in caches:
+            cache.cache_clear()
+
+
+def _caches(model: nn.Module) -> list[Any]:
+    """The functools caches among, or right behind, the functions of the modules' classes."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    functions = [getattr(member, "__func__", member) for kind in kinds for member in vars(kind).values()]
+    cells = [cell for f in functions if isinstance(f, FunctionType) for cell in f.__closure__ or ()]
+    behind = [cell.cell_contents for cell in cells if not _is_empty(cell)]
+    return [found for found in (*functions, *behind) if isinstance(found, functools._lru_cache_wrapper)]
+
+
+def _is_empty(cell: CellType) -> bool:
+    return cell == CellType()
+
+
+def _refill(live: Any, old: Any) -> None:
     live.clear()
-    live.update(old)
+    live.extend(old) if isinstance(live, list) else live.update(old)

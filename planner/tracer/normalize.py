@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from planner._torch import ExportedJoint, HigherOrderOperator, results
+from planner._torch import ExportedJoint, HigherOrderOperator, pytree, results
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer import kernels
+from planner.tracer.casts import merge_casts
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
@@ -56,10 +57,12 @@ def normalize(
         for node, role in zip(placeholders, exported.inputs, strict=True)
     }
     node_of = {role: node for node, role in zip(placeholders, exported.inputs, strict=True)}
+    constants = _lift_constants(graph, exported.graph_module, inputs)
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
-    constants = _lift_constants(graph, exported.graph_module, inputs)
+    _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
     _drop_detach(graph)
+    merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
     draw_as_eager(graph)
     _read_no_new_statistics(graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
@@ -116,6 +119,16 @@ def _split_off_reads(
     return guards, host_reads, [role for role, _ in stay]
 
 
+def _refuse_moving_reads(guards: fx.Graph | None, host_reads: Sequence[HostRead], mutated: Collection[str]) -> None:
+    """Raise CaptureError where Python reads what the forward itself changes: the next call would read something else."""
+    for node, read in zip(results(guards) if guards is not None else (), host_reads, strict=True):
+        if any(needed.name in mutated for needed in _ancestors([node])):
+            raise CaptureError(
+                f"the model's control flow at {read.source} reads a tensor that its own forward changes ({read.value} now); "
+                "a plan holds for one value of it"
+            )
+
+
 def _is_constant(node: fx.Node) -> bool:
     """Nothing that can change between calls goes into it."""
     return all(n.op == "call_function" and not is_random(n) for n in _ancestors([node]))
@@ -135,6 +148,12 @@ def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], no
     for node in graph.nodes:
         if node.op == "call_function" and mutates(node):
             raise CaptureError(f"{node.target} at {_source(node)} writes into a tensor in a way functionalization left in")
+        for tensor in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+                raise CaptureError(
+                    f"{node.target} at {_source(node)} makes a {str(tensor.layout).removeprefix('torch.')} tensor; "
+                    "only dense tensors can be planned (nn.Embedding: sparse=False)"
+                )
         if isinstance(node.target, HigherOrderOperator) or node.op in ("call_module", "call_method"):
             raise CaptureError(
                 f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned"
@@ -197,8 +216,6 @@ def _guards(graph: fx.Graph, reads: Sequence[fx.Node]) -> fx.Graph | None:
     guards = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node in needed:
-            raise CaptureError("the model's control flow reads a tensor it holds as a plain attribute; make it a buffer")
         if node not in needed:
             continue
         if is_random(node):

@@ -1,0 +1,135 @@
+"""What capture froze is checked at each call: a change that would change results is a miss, named; other changes are none."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from planner import CaptureError, PlanMissWarning, plan
+from planner.tracer.capture import capture
+from tests.models import Wrapped
+from tests.training import assert_same, trajectory
+
+
+class Steered(nn.Module):
+    """Branches on plain attributes, its own and a configuration's; counts nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.2)
+        self.scale, self.twice, self.unused = 2.0, False, 7
+        self.config = SimpleNamespace(activation="gelu", name="steered")
+
+    def forward(self, x):
+        x = getattr(F, self.config.activation)(self.first(x)) * self.scale
+        x = self.drop(self.second(x))
+        return self.second(x) if self.twice else x
+
+
+def made():
+    torch.manual_seed(0)
+    model = Wrapped(Steered()).train()
+    return model, plan(model, 1.0, (torch.randn(4, 8),), costs="estimate", progress=False)
+
+
+X = torch.linspace(-1, 1, 32).reshape(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: setattr(m, "scale", 3.0), "body.scale (3.0, planned for 2.0)"),
+        (lambda m: setattr(m, "twice", True), "body.twice"),
+        (lambda m: setattr(m, "scale", torch.ones(8)), "body.scale"),
+        (lambda m: delattr(m, "scale") or setattr(type(m), "scale", 3.0), "body.scale ('gone'"),
+        (lambda m: setattr(m.drop, "p", 0.5), "body.drop.p (0.5"),
+        (lambda m: setattr(m.config, "activation", "relu"), "body.config.activation ('relu'"),
+        (lambda m: setattr(m, "second", nn.Linear(8, 8)), "submodules"),
+        (lambda m: m.add_module("third", nn.Linear(8, 8)), "submodules"),
+        (lambda m: m.first.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda m: m.first.register_full_backward_hook(lambda *_: None), "hooks"),
+        (lambda m: m.first.eval(), "training mode"),
+        (lambda m: m.first.weight.requires_grad_(False), "body.first.weight"),
+        (lambda m: m.first.double(), "body.first.weight"),
+    ],
+)
+def test_a_change_that_steers_is_a_miss_that_names_it(change, named):
+    model, module = made()
+    assert not module.difference((X,), {})
+    try:
+        change(model.body)
+        assert named in module.difference((X,), {})
+    finally:
+        if hasattr(Steered, "scale"):
+            del Steered.scale
+
+
+def test_a_miss_runs_what_the_model_has_become():
+    model, module = made()
+    model.body.scale = 3.0
+    twin = copy.deepcopy(model)
+    with pytest.warns(PlanMissWarning, match="scale"):
+        assert_same(trajectory(twin, (X,), {}), trajectory(module, (X,), {}))
+    model.body.scale = 2.0
+    assert not module.difference((X,), {})
+
+
+def test_what_no_code_of_the_model_names_may_change():
+    model, module = made()
+    model.body.unused, model.body.note = 8, "text"
+    model.body.config.later = object()
+    model.register_forward_hook(lambda *_: None)
+    assert not module.difference((X,), {})
+
+
+def test_keywords_may_come_in_any_order():
+    model, _ = made()
+    labels = torch.randn(4, 8)
+    module = plan(model, 1.0, kwargs={"x": X, "labels": labels}, costs="estimate", progress=False)
+    assert not module.difference((), {"labels": labels, "x": X})
+    assert "structure" in module.difference((), {"x": X})
+
+
+class Counting(nn.Module):
+    """Counts its calls in a plain attribute; `uses` says whether the count matters."""
+
+    def __init__(self, uses, limit=10**9):
+        super().__init__()
+        self.layer, self.calls, self.uses, self.limit = nn.Linear(8, 8), 0, uses, limit
+
+    def forward(self, x):
+        self.calls = min(self.calls + 1, self.limit)
+        return self.layer(x) * (self.calls if self.uses else 1)
+
+
+def test_a_count_that_matters_is_refused_and_the_model_left_as_it_was():
+    model = Wrapped(Counting(uses=True)).train()
+    with pytest.raises(CaptureError, match=r"body\.calls \(0 before, 1 after\)"):
+        capture(model, (X,))
+    assert model.body.calls == 0
+
+
+def test_a_count_that_nobody_uses_is_planned():
+    model = Wrapped(Counting(uses=False)).train()
+    module = plan(model, 1.0, (X,), costs="estimate", progress=False)
+    assert_same(trajectory(copy.deepcopy(model), (X,), {}), trajectory(module, (X,), {}))
+
+
+def test_a_first_call_that_differs_may_be_run_before_planning():
+    model = Wrapped(Counting(uses=True, limit=2)).train()
+    model(X), model(X)
+    module = plan(model, 1.0, (X,), costs="estimate", progress=False)
+    assert_same(trajectory(copy.deepcopy(model), (X,), {}), trajectory(module, (X,), {}))
+
+
+def test_hooks_of_users_on_submodules_are_refused_by_name():
+    model = Wrapped(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).train()
+    handle = model.body[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match=r"body\.1 has a hook"):
+        capture(model, (X,))
+    handle.remove()
+    capture(model, (X,))
