@@ -16,10 +16,12 @@ if TYPE_CHECKING:
         InputError,
         NoScheduleFoundError,
         PlanFileError,
+        PlanMissError,
         PlannerError,
         SolverMissingError,
     )
     from planner.graph.plan import Plan
+    from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
     from planner.verification import Report, verify
 
@@ -33,9 +35,11 @@ _HOMES = {
         "InputError",
         "NoScheduleFoundError",
         "PlanFileError",
+        "PlanMissError",
         "PlannerError",
         "SolverMissingError",
     ),
+    "planner.rewriter.install": ("install", "uninstall"),
     "planner.graph.plan": ("Plan",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
     "planner.verification": ("Report", "verify"),
@@ -52,12 +56,15 @@ __all__ = [
     "NoScheduleFoundError",
     "Plan",
     "PlanFileError",
+    "PlanMissError",
     "PlanMissWarning",
     "PlannerError",
     "Report",
     "SolverMissingError",
     "apply",
+    "install",
     "plan",
+    "uninstall",
     "verify",
 ]
 

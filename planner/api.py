@@ -43,6 +43,7 @@ def plan(
     time_limit_s: float = 10.0,
     num_stages: int = DEFAULT_STAGES,
     progress: bool = True,
+    strict: bool = False,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -61,6 +62,7 @@ def plan(
         time_limit_s: for the solver; the best plan found by then is taken.
         num_stages: in how many parts the backward hands out gradients, at most.
         progress: show a bar on stderr for stages that take more than a second.
+        strict: a training call that is not the one planned for raises PlanMissError, instead of running unplanned.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
@@ -80,7 +82,7 @@ def plan(
         movable = not backward_is_fixed(joint)
         solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=movable)
     made = Plan(graph, budget_bytes, margin_bytes, solution, _made_on(joint, profile))
-    return _rewrite(made, joint, model, args, kwargs, num_stages)
+    return _rewrite(made, joint, model, args, kwargs, num_stages, strict)
 
 
 def apply(
@@ -91,6 +93,7 @@ def apply(
     *,
     loss: Loss = None,
     num_stages: int = DEFAULT_STAGES,
+    strict: bool = False,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving.
 
@@ -99,7 +102,7 @@ def apply(
     """
     joint = capture(model, args, kwargs, loss=loss)
     _check_same(plan, lower(joint))
-    return _rewrite(plan, joint, model, args, kwargs, num_stages)
+    return _rewrite(plan, joint, model, args, kwargs, num_stages, strict)
 
 
 def allocator_margin(graph: Graph, budget_bytes: int) -> int:
@@ -125,12 +128,18 @@ def _profile(joint: Joint, costs: str, progress: bool) -> Profile:
 
 
 def _rewrite(
-    made: Plan, joint: Joint, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, num_stages: int
+    made: Plan,
+    joint: Joint,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    num_stages: int,
+    strict: bool,
 ) -> CheckpointedModule:
     halves = partition(joint, made.graph, made.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
     step = Step(joint, halves, call_key(model, tensors, joint.device, joint.volatile), num_stages)
-    return CheckpointedModule(model, step, made)
+    return CheckpointedModule(model, step, made, strict)
 
 
 def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:

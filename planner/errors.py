@@ -53,5 +53,9 @@ class InputError(PlannerError, ValueError):
     """The model or its example inputs cannot be planned as given (mode, device, no gradients, ...)."""
 
 
+class PlanMissError(PlannerError, RuntimeError):
+    """With strict=True: a training call is not the one that was planned for; names what differs."""
+
+
 class BackwardError(PlannerError, RuntimeError):
     """Backward was asked for something the plan does not hold (another output, a second derivative)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from planner._torch import box, pytree, results
+from planner.errors import PlanMissError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.rewriter import guard, portable
@@ -26,6 +27,29 @@ DEFAULT_STAGES = 8
 
 class PlanMissWarning(UserWarning):
     """A call was not the one planned for; the original forward ran instead."""
+
+
+def report_miss(model: nn.Module, miss: str, warned: set[str], strict: bool, num_plans: int = 1) -> None:
+    """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
+
+    Raises:
+        PlanMissError: `strict`, and the call was to train.
+    """
+    which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
+    if strict and model.training and torch.is_grad_enabled():
+        raise PlanMissError(
+            f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
+        )
+    reason = miss.split(" (")[0]
+    if reason not in warned:
+        warned.add(reason)
+        message = f"{type(model).__name__}: not {which}, {miss} differs; the original forward runs, unplanned"
+        warnings.warn(message, PlanMissWarning, stacklevel=5)
+
+
+def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's own forward, also while plans are installed in its place."""
+    return getattr(model.forward, "unplanned", model.forward)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +97,17 @@ class CheckpointedModule(fx.GraphModule):
     Attributes:
         plan: the Plan.
         backward_graph: fx graph of the backward, before it is cut into stages.
+        strict: a training call that was not planned for is a PlanMissError instead of a warning.
     """
 
-    def __init__(self, model: nn.Module, step: Step, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, step: Step, plan: Plan, strict: bool = False) -> None:
         object.__setattr__(self, "_original", model)
         super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
         fresh = vars(nn.Module())
         for name, held in vars(model).items():
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
-        self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set())
+        self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
         self.graph = step.halves.forward
 
     @property
@@ -103,6 +128,11 @@ class CheckpointedModule(fx.GraphModule):
     def differentiated(self) -> tuple[int, ...]:
         """Positions of the output leaves that backward starts from."""
         return tuple(i for i, out in enumerate(self._step.joint.outputs) if out.differentiated)
+
+    @property
+    def step(self) -> Step:
+        """The rewritten step, without the model."""
+        return self._step  # type: ignore[no-any-return]
 
     @property
     def original(self) -> nn.Module:
@@ -131,17 +161,25 @@ class CheckpointedModule(fx.GraphModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
+        out, miss = self.attempt(args, kwargs)
+        if miss:
+            report_miss(self._original, miss, self._warned, self.strict)
+            return unplanned_forward(self._original)(*args, **kwargs)
+        return out
+
+    def attempt(self, args: Any, kwargs: Any) -> tuple[Any, str]:
+        """The planned step's output, or None and what keeps this call from running planned."""
         step = self._step
         tensors, inputs, miss = self._match(args, kwargs)
         if miss:
-            return self._fall_back(miss, args, kwargs)
+            return None, miss
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             found = run(self._program, inputs)
         leaves = [
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in step.joint.outputs
         ]
-        return pytree.tree_unflatten(leaves, step.joint.call.out_spec)
+        return pytree.tree_unflatten(leaves, step.joint.call.out_spec), ""
 
     def difference(self, args: Any, kwargs: Any) -> str:
         """What keeps this call from running planned; '' if nothing does."""
@@ -160,17 +198,6 @@ class CheckpointedModule(fx.GraphModule):
         pools = {Kind.PARAM: held, Kind.INPUT: tensors, Kind.BUFFER: list(step.joint.constants.values())}
         inputs = [pools[kind][i] for kind, i in self._sources]
         return tensors, inputs, self._host_reads_differ(inputs)
-
-    def _fall_back(self, miss: str, args: Any, kwargs: Any) -> Any:
-        reason = miss.split(" (")[0]
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"{type(self._original).__name__}: not the planned step, {miss} differs; the original forward runs, unplanned",
-                PlanMissWarning,
-                stacklevel=4,
-            )
-        return self._original.forward(*args, **kwargs)
 
     def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> str:
         """Name of a tensor value that Python read during capture and that is another now; '' if none is."""
@@ -195,13 +222,13 @@ class CheckpointedModule(fx.GraphModule):
         return self._original.load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
-        return CheckpointedModule(copy.deepcopy(self._original, memo), self._step, self.plan)
+        return CheckpointedModule(copy.deepcopy(self._original, memo), self._step, self.plan, self.strict)
 
     def __copy__(self) -> CheckpointedModule:
-        return CheckpointedModule(self._original, self._step, self.plan)
+        return CheckpointedModule(self._original, self._step, self.plan, self.strict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CheckpointedModule, (self._original, self._step, self.plan)
+        return CheckpointedModule, (self._original, self._step, self.plan, self.strict)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()

@@ -1,0 +1,106 @@
+"""install, uninstall: the user's own model trains planned, and everything else about it stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from planner.errors import InputError
+from planner.graph.plan import Plan
+from planner.rewriter.module import CheckpointedModule, Step, report_miss
+
+
+class PlannedForward:
+    """What stands in `model.forward` while plans are installed. It belongs to one model: a copy of the model gets its own.
+
+    The planned modules are made at the first call: while a model is being copied or unpickled, it is not whole.
+
+    """
+
+    def __init__(
+        self, model: nn.Module, plans: Sequence[tuple[Step, Plan]], before: Callable[..., Any] | None, strict: bool
+    ) -> None:
+        self._model, self._plans, self._before, self._strict = model, tuple(plans), before, strict
+        self._planned: list[CheckpointedModule] = []
+        self._warned: set[str] = set()
+
+    @property
+    def unplanned(self) -> Callable[..., Any]:
+        """The forward that stood there before, and that runs every call that no plan was made for."""
+        before = self._before
+        return before if before is not None else type(self._model).forward.__get__(self._model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unplanned)
+
+    @property
+    def planned(self) -> list[CheckpointedModule]:
+        """The planned modules, in the order in which they are asked."""
+        if not self._planned:
+            self._planned = [CheckpointedModule(self._model, step, plan) for step, plan in self._plans]
+        return self._planned
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step by the first plan that was made for this call, else by the model's own forward."""
+        misses = []
+        for module in self.planned:
+            planned, miss = module.attempt(args, kwargs)
+            if not miss:
+                return planned
+            misses.append(miss)
+        report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))
+        return self.unplanned(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Put back what stood there before."""
+        if self._before is not None:
+            vars(self._model)["forward"] = self._before
+        else:
+            del vars(self._model)["forward"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
+        model, before = copy.deepcopy(self._model, memo), copy.deepcopy(self._before, memo)
+        return PlannedForward(model, self._plans, before, self._strict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlannedForward, (self._model, self._plans, self._before, self._strict)
+
+
+def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False) -> None:
+    """Let `model` itself train as planned: its forward is replaced, on this instance, until `uninstall(model)`.
+
+    state_dict, parameters, submodules, hooks on the model, `functional_call`, eval and `generate` stay as they are: calls
+    that no plan was made for run the forward that stood there before. A deep copy or an unpickled model trains planned too.
+
+    Args:
+        model: what `plan` was called with.
+        planned: modules that `plan` or `apply` returned for it, one per kind of call (several batch shapes, for example);
+            the first that was made for a call runs it.
+        strict: a training call that no plan was made for is a PlanMissError instead of a warning.
+
+    Raises:
+        InputError: a planned module was made from another model, or none was given.
+    """
+    if not planned:
+        raise InputError("install needs at least one planned module: install(model, plan(model, budget, args, kwargs))")
+    for module in planned:
+        if not isinstance(module, CheckpointedModule):
+            raise InputError(f"install takes modules that plan() returned, not a {type(module).__name__}")
+        if module.original is not model:
+            raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
+    uninstall(model)
+    before = vars(model).get("forward")
+    plans = [(module.step, module.plan) for module in planned]
+    vars(model)["forward"] = PlannedForward(model, plans, before, strict)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`; does nothing where nothing is installed."""
+    forward = vars(model).get("forward")
+    if isinstance(forward, PlannedForward):
+        forward.restore()
