@@ -21,6 +21,7 @@ from planner.rewriter.runtime import Boxed, Program, run
 from planner.rewriter.stages import cut_stages
 from planner.rewriter.watch import Watched
 from planner.tracer.joint import Joint
+from planner.tracer.kernels import swap_rng_state
 
 DEFAULT_STAGES = 8
 
@@ -283,5 +284,6 @@ def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
         ),
         owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
+        swaps=tuple(any(node.target is swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
     )

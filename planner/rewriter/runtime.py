@@ -17,6 +17,7 @@ import torch
 
 from planner._torch import release_saved
 from planner.errors import BackwardError
+from planner.tracer.kernels import rng_state, swap_rng_state
 
 Boxed = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -37,7 +38,7 @@ class Program:
         saved_inputs: the backward's order of them: (checked?, position among those).
         owners: per stage, positions of the inputs whose gradients it completes, in its results' order.
         describe: per output, its name in errors.
-    device: where the step runs.
+        swaps: per stage: it runs something again under an earlier state of the random generator.
         device: where the step runs.
     """
 
@@ -52,6 +53,7 @@ class Program:
     saved_inputs: tuple[tuple[bool, int], ...]
     owners: tuple[tuple[int, ...], ...]
     describe: tuple[str, ...]
+    swaps: tuple[bool, ...]
     device: torch.device
 
 
@@ -124,7 +126,13 @@ class _Tap(torch.autograd.Function):
 
 def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     program = this.program
-    results = program.stages[stage](alive)
+    state = rng_state(program.device) if program.swaps[stage] else None
+    try:
+        results = program.stages[stage](alive)
+    except BaseException:
+        if state is not None:  # the stage may have stopped under the state of a recompute
+            swap_rng_state(state, program.device)
+        raise
     num_gradients = len(program.owners[stage])
     this.alive = list(results[num_gradients:])
     return results[:num_gradients]
