@@ -88,7 +88,7 @@ def test_out_of_memory_anywhere_in_a_step_leaves_the_module_usable(name):
     del twin
     before = live_tensors()
     failed_in_backward = 0
-    for count in range(0, total, max(1, total // 40)):
+    for count in range(0, total, max(1, total // 24)):
         twin = copy.deepcopy(module)
         buffers = [buffer.clone() for buffer in twin.buffers()]
         torch.manual_seed(3)
@@ -108,7 +108,7 @@ def test_out_of_memory_anywhere_in_a_step_leaves_the_module_usable(name):
             buffer.copy_(content)  # a forward that failed may have written them, as eager's would
         assert_same(expected, trajectory(twin, args, kwargs))
         del twin, buffers, started, after_forward
-    assert failed_in_backward >= 10
+    assert failed_in_backward >= 8
     after = live_tensors()
     assert after[0] <= before[0] and after[1] <= before[1]
 
