@@ -50,3 +50,25 @@ def test_readme_example_runs():
     with torch.random.fork_rng():
         exec(compile(code, "README.md", "exec"), names)
     assert names["report"].exact and names["report"].within_budget
+
+
+def test_a_training_loop_with_everything_around_it_is_the_same(tmp_path, monkeypatch):
+    from examples import training_loop
+
+    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
+    found = training_loop.main(steps=3, budget=0.8, **SMALL["gpt2"])
+    (plain_losses, plain_state, plain_peak), (losses, state, peak) = found["plain"], found["planned"]
+    assert losses == plain_losses
+    assert all(torch.equal(a, b) for a, b in zip(plain_state, state, strict=True))
+    assert peak < plain_peak
+
+
+def test_gradients_used_in_the_backward_are_freed_in_stages(tmp_path, monkeypatch):
+    from examples import optimizer_in_backward
+
+    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
+    found = optimizer_in_backward.main(layers=4, width=64, length=48, vocabulary=64, budget=0.9)
+    weights, _ = found["plain"]
+    for way, (ours, _) in found.items():
+        assert all(torch.equal(a, b) for a, b in zip(weights, ours, strict=True)), way
+    assert found["planned, 16 stages"][1] < found["planned, one stage"][1]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner import plan
+from planner.rewriter.stages import cut_stages
 from tests import models
 from tests.strategies import scatter
 from tests.test_rewriter_exact import captured, rewritten
@@ -166,3 +167,45 @@ def test_two_models_train_in_two_threads():
         thread.join()
     for name in made:
         assert_same(alone[name][:-1], found[name][:-1])  # the last is the random state, which threads share
+
+
+def stepped_in_backward(module, args, kwargs):
+    """Weights after three steps by hooks that use and drop each gradient as it comes."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            optimizer = torch.optim.SGD([parameter], 0.1)
+
+            def step(parameter, optimizer=optimizer):
+                optimizer.step()
+                parameter.grad = None
+
+            parameter.register_post_accumulate_grad_hook(step)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        for _ in range(3):
+            loss_of(module(*args, **kwargs)).backward()
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_an_optimizer_inside_the_backward_changes_nothing_that_is_still_read(name):
+    model, args, kwargs, _, graph, _ = captured(name)
+    expected = stepped_in_backward(copy.deepcopy(model), args, kwargs)
+    schedule = scatter(graph, random.Random(0), keep=0.3)
+    assert_same(expected, stepped_in_backward(rewritten(name, schedule, num_stages=99), args, kwargs))
+
+
+@pytest.mark.parametrize("by", ["itself", "a view"])
+def test_a_gradient_waits_until_nothing_reads_its_parameter(by):
+    """The weight's gradient is complete before the input's, which still reads the weight."""
+    aten = torch.ops.aten
+    graph = torch.fx.Graph()
+    x, weight, grad = (graph.placeholder(name) for name in ("x", "weight", "grad"))
+    seen = weight if by == "itself" else graph.call_function(aten.t.default, (weight,))
+    of_weight = graph.call_function(aten.mm.default, (grad, x))
+    of_bias = graph.call_function(aten.sum.dim_IntList, (grad, [0]))
+    of_input = graph.call_function(aten.mm.default, (grad, seen))
+    graph.output((of_weight, of_bias, of_input))
+    stages = cut_stages(graph, 3, ["weight", "bias", "x"])
+    assert [stage.gradients for stage in stages] == [(), (1,), (0, 2)]
+    assert [stage.gradients for stage in cut_stages(graph, 3)] == [(0,), (1,), (2,)]

@@ -264,7 +264,8 @@ def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
     joint, halves = step.joint, step.halves
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     position = {given.node: i for i, given in enumerate(inputs)}
-    stages = cut_stages(backward, step.num_stages)
+    owners = [given.node.replace(".", "_") for given, _ in joint.gradients]
+    stages = cut_stages(backward, step.num_stages, owners)
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]

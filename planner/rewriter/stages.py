@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
+import torch
 from torch import fx
 
-from planner._torch import results
+from planner._torch import OpOverload, results
+
+aten = torch.ops.aten
+_QUIET_VIEWS = frozenset({aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default})
+"""Kernels that may hand out their argument's storage and do not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +31,15 @@ class Stage:
     gradients: tuple[int, ...]
 
 
-def cut_stages(backward: fx.Graph, num_stages: int) -> tuple[Stage, ...]:
+def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) -> tuple[Stage, ...]:
     """Cut after gradients, about as many in every stage; order and count of the nodes stay as they are.
+
+    A gradient is handed out once nothing reads its parameter any more: an optimizer may step inside the backward.
 
     Args:
         backward: with one output node of a tuple of gradients.
         num_stages: at most this many.
+        owners: per gradient, the placeholder of the parameter that it is of (which the backward may have none of).
     """
     handed: Sequence[fx.Node] = results(backward)
     order = {node: i for i, node in enumerate(backward.nodes)}
@@ -44,7 +54,11 @@ def cut_stages(backward: fx.Graph, num_stages: int) -> tuple[Stage, ...]:
             continue
         for arg in node.all_input_nodes:
             last_use[arg] = max(last_use.get(arg, 0), stage)
+    read_until = _read_until(backward, last_use)
     alive = list(backward.find_nodes(op="placeholder"))
+    handed_in = [max(stage_of[node], read_until.get(owner, 0)) for node, owner in zip_longest(handed, owners, fillvalue="")]
+    for node, stage in zip(handed, handed_in, strict=True):
+        last_use[node] = max(last_use.get(node, 0), stage)
     stages = []
     for k in range(num_stages):
         graph = fx.Graph()
@@ -55,8 +69,27 @@ def cut_stages(backward: fx.Graph, num_stages: int) -> tuple[Stage, ...]:
         body = [node for node, stage in stage_of.items() if stage == k and node.op == "call_function"]
         for node in body:
             now[node] = graph.node_copy(node, now.__getitem__)
-        mine = tuple(i for i, node in enumerate(handed) if stage_of[node] == k)
+        mine = tuple(i for i, stage in enumerate(handed_in) if stage == k)
         alive = [node for node in (*alive, *body) if last_use.get(node, 0) > k]
         graph.output(tuple(now[handed[i]] for i in mine) + tuple(now[node] for node in alive))
         stages.append(Stage(graph, mine))
     return tuple(stages)
+
+
+def _read_until(backward: fx.Graph, last_use: Mapping[fx.Node, int]) -> dict[str, int]:
+    """Per placeholder, the last stage in which it, or a view of it, is read."""
+    base = {node: node.name for node in backward.find_nodes(op="placeholder")}
+    until = {name: last_use.get(node, 0) for node, name in base.items()}
+    for node in (node for node in backward.nodes if node.op == "call_function"):
+        looked_at = next((base[arg] for arg in node.all_input_nodes if arg in base), None)
+        if looked_at is not None and _may_look_at(node):
+            base[node] = looked_at
+            until[looked_at] = max(until[looked_at], last_use.get(node, 0))
+    return until
+
+
+def _may_look_at(node: fx.Node) -> bool:
+    """The kernel's result may share its argument's storage."""
+    if not isinstance(node.target, OpOverload):
+        return node.target is operator.getitem
+    return node.target in _QUIET_VIEWS or any(argument.alias_info for argument in node.target._schema.arguments)
