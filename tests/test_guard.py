@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from examples import gpt2
 from planner import CaptureError, PlanMissWarning, plan
 from planner.tracer.capture import capture
 from tests.models import Wrapped
@@ -133,3 +134,26 @@ def test_hooks_of_users_on_submodules_are_refused_by_name():
         capture(model, (X,))
     handle.remove()
     capture(model, (X,))
+
+
+def test_saving_a_transformers_model_is_no_miss_and_another_attention_is(tmp_path):
+    model, args, kwargs = gpt2.build(layers=1, width=16, heads=2, length=8, vocabulary=16)
+    module = plan(model, 1.0, args, kwargs, costs="estimate", progress=False)
+    model.save_pretrained(tmp_path)
+    assert not module.difference(args, kwargs)
+    model.config.output_hidden_states = True
+    assert "config.output_hidden_states (True, planned for False)" in module.difference(args, kwargs)
+    model.config.output_hidden_states = False
+    assert not module.difference(args, kwargs)
+    model.transformer.gradient_checkpointing = True
+    assert "gradient_checkpointing" in module.difference(args, kwargs)
+
+
+def test_a_call_in_evaluation_that_installs_a_librarys_hooks_is_no_miss():
+    model, args, kwargs = gpt2.build(layers=1, width=16, heads=2, length=8, vocabulary=16)
+    module = plan(model, 1.0, args, kwargs, costs="estimate", progress=False)
+    model.eval()
+    with torch.no_grad():
+        model(**kwargs, output_hidden_states=True)
+    model.train()
+    assert not module.difference(args, kwargs)

@@ -196,8 +196,8 @@ class CheckpointedModule(fx.GraphModule):
         miss = guard.difference(step.key, self._watched, held, tensors, self.device)
         if miss:
             return tensors, [], miss
-        pools = {Kind.PARAM: held, Kind.INPUT: tensors, Kind.BUFFER: list(step.joint.constants.values())}
-        inputs = [pools[kind][i] for kind, i in self._sources]
+        given = (*held, *tensors, *step.joint.constants.values())
+        inputs = [given[i] for i in self._sources]
         return tensors, inputs, self._host_reads_differ(inputs)
 
     def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> str:
@@ -242,20 +242,21 @@ def _boxed(graph: fx.Graph) -> Boxed:
     return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
 
 
-def _sources(step: Step) -> list[tuple[Kind, int]]:
-    """Per graph input, where it comes from at call time: the model's tensors, the call's, or a constant."""
+def _sources(step: Step) -> list[int]:
+    """Per graph input, its position among the model's tensors, the call's, and the constants, one after the other."""
     names = {name: i for i, (name, _) in enumerate(step.key.weights)}
     constants = {node: i for i, node in enumerate(step.joint.constants)}
+    num_tensors = len(step.joint.call.tensors)
     sources = []
     for given in step.joint.inputs:
         if given.kind is Kind.TANGENT:
             continue
         if given.node in constants:
-            sources.append((Kind.BUFFER, constants[given.node]))
+            sources.append(len(names) + num_tensors + constants[given.node])
         elif given.kind is Kind.INPUT:
-            sources.append((Kind.INPUT, int(given.key)))
+            sources.append(len(names) + int(given.key))
         else:
-            sources.append((Kind.PARAM, names[str(given.key)]))
+            sources.append(names[str(given.key)])
     return sources
 
 

@@ -20,6 +20,17 @@ from planner.tracer.fidelity import HOOKS, is_foreign
 
 _SCALARS = (bool, int, float, str, type(None))
 _NOT_RUNNING = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights", "__setstate__"})
+_READ_BY_TRANSFORMERS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_experts_implementation_internal",
+        "_output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +66,18 @@ def attributes(model: nn.Module, volatile: Collection[tuple[int, str]] = ()) -> 
         for name, value in held.items():
             if id(value) not in seen and _is_settings(value):
                 seen.add(id(value))
-                inner = {key: item for key, item in vars(value).items() if _is_plain(item)}
+                inner = {key: item for key, item in vars(value).items() if _is_plain(item) and _is_steering(value, key)}
                 found += [Attributes(i, name, tuple(inner), tuple(inner.values()))] if inner else []
     return tuple(found)
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, _SCALARS) or (type(value) is tuple and all(isinstance(item, _SCALARS) for item in value))
+
+
+def _is_steering(settings: Any, name: str) -> bool:
+    """Saving a transformers model writes into its configuration; of those, what its forward is known to read."""
+    return not type(settings).__module__.startswith("transformers.") or name in _READ_BY_TRANSFORMERS
 
 
 def _is_settings(value: Any) -> bool:

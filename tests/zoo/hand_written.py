@@ -509,7 +509,7 @@ class Sorted(nn.Module):
 MODELS: dict[str, Callable[[], Built]] = {
     "unet": lambda: (Wrapped(UNet()), (torch.randn(4, 3, 32, 32),), {}),
     "densenet": lambda: (Labelled(DenseNet(4, 4)), (torch.randn(4, 3, 16, 16),), {"labels": torch.randint(10, (4,))}),
-    "resnet": resnet,
+    "resnet_in_place": resnet,
     "channels_last": channels_last,
     "mlp_mixer": lambda: (Wrapped(nn.Sequential(Mixer(16, 24), Mixer(16, 24))), (torch.randn(8, 16, 24),), {}),
     "mobilenet": mobilenet,

@@ -6,9 +6,11 @@ _KIND = "the graph takes an input of a kind that cannot be planned"
 
 REFUSED: dict[str, str] = {
     "batch_norm_momentum_none": "reads a tensor that its own forward changes",
+    "detr": "control flow depends on random numbers",
     "embedding_padding_max_norm": _KIND,
     "embedding_sparse": "makes a sparse_coo tensor",
     "gru": _FUSED,
+    "hubert": _SHAPE,
     "layer_drop_python_random": "Python's random module",
     "loss_ctc": _SHAPE,
     "lstm": _FUSED,
@@ -20,5 +22,7 @@ REFUSED: dict[str, str] = {
     "python_counter": "the model's forward changes its attribute",
     "teacher_no_grad": "the forward writes into the parameter",
     "tensor_outputs": _KIND,
+    "wav2vec2": _SHAPE,
+    "wavlm": _SHAPE,
     "user_checkpoint_reentrant": "When use_reentrant=True",
 }
