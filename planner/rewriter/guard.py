@@ -34,6 +34,9 @@ class CallKey:
     autocast: Autocast
 
 
+_NO_AUTOCAST: Autocast = (False, "")
+
+
 def tensor_key(tensor: torch.Tensor, *, strides: bool = True) -> TensorKey:
     """What a kernel's choice depends on."""
     return (tensor.shape, tensor.stride() if strides else (), tensor.dtype, tensor.device, tensor.requires_grad)
@@ -42,7 +45,7 @@ def tensor_key(tensor: torch.Tensor, *, strides: bool = True) -> TensorKey:
 def autocast_key(device: torch.device) -> Autocast:
     """Whether autocast is on for this device, and to which dtype."""
     enabled = torch.is_autocast_enabled(device.type)
-    return enabled, str(torch.get_autocast_dtype(device.type)) if enabled else ""
+    return (True, str(torch.get_autocast_dtype(device.type))) if enabled else _NO_AUTOCAST
 
 
 def call_key(

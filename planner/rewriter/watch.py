@@ -121,9 +121,11 @@ class Watched:
         self._flags = [a.values[0] for a in expected if a.names == ("training",)]
         several = [(holder, a) for holder, a in zip(holders, expected, strict=True) if a.names != ("training",)]
         # an itemgetter for one name hands out no tuple
-        self._attributes = [(h, itemgetter(*a.names), a.values if a.names[1:] else a.values[0]) for h, a in several]
+        self._attributes = [(holder, itemgetter(*a.names)) for holder, a in several]
+        self._values = [a.values if a.names[1:] else a.values[0] for _, a in several]
         self._holders = holders
-        self._children = [(m._modules, list(m._modules.values())) for m in self.modules if m._modules]
+        self._parents = [module._modules for module in self.modules if module._modules]
+        self._children = [list(held.values()) for held in self._parents]
         hooks = [vars(module)[kind] for module in self.modules[1:] for kind in HOOKS]
         self._without_hooks = [held for held in hooks if not held]
         self._alike: Any = None
@@ -137,14 +139,12 @@ class Watched:
         try:
             if [holder["training"] for holder in self._training] != self._flags:
                 return self._changed_attribute()
-            for holder, getter, values in self._attributes:
-                if getter(holder) != values:
-                    return self._changed_attribute()
+            if [getter(holder) for holder, getter in self._attributes] != self._values:
+                return self._changed_attribute()
         except (KeyError, RuntimeError, TypeError, ValueError):  # gone, or now a tensor
             return self._changed_attribute()
-        for children, before in self._children:
-            if list(children.values()) != before:
-                return "the model's submodules (one was replaced, added or removed)"
+        if [list(held.values()) for held in self._parents] != self._children:
+            return "the model's submodules (one was replaced, added or removed)"
         if any(self._without_hooks):
             if any(is_foreign(hook) for hooks in self._without_hooks for hook in hooks.values()):
                 return "a submodule's hooks (one was added, which a plan would not call)"
