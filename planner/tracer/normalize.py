@@ -70,7 +70,6 @@ def normalize(
     gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
-
     final = results(graph)
     nodes = list(graph.nodes)
     return Joint(
