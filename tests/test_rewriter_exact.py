@@ -44,7 +44,7 @@ def rewritten(name: str, schedule: Schedule, num_stages: int = 4) -> Checkpointe
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_any_valid_schedule_trains_bit_exactly(name, data):
     _, args, kwargs, _, graph, expected = captured(name)
