@@ -40,7 +40,8 @@ class Copy:
     """What the exact copy of one moment's state knows of. It grows with what schedules were seen to do.
 
     Attributes:
-        again: ops that had run again by then in some schedule; no memory is counted for others that may have.
+        again: ops that had run again by then in some schedule, or were awaited by a value alive; no memory is counted for
+            others that may have run.
         alive: values that were alive then; all others count only as far as k says.
         less: bytes by which its budget is smaller.
     """
@@ -166,8 +167,11 @@ class Closure:
         for t in (t for t, _ in self._moments(schedule) if live[t] > budget_bytes):
             later = steps[self.graph.num_forward_ops : t + 1]
             again = set(later[later < self.graph.num_forward_ops].tolist())
-            alive = run.value[(run.start <= t) & (run.end >= t)].tolist()
-            seen[t] = Copy(again, {self._number[v] for v in alive if v in self._number})
+            held = run.value[(run.start <= t) & (run.end >= t)].tolist()
+            alive = {self._number[v] for v in held if v in self._number}
+            awaited = set(steps[t + 1 :][steps[t + 1 :] < self.graph.num_forward_ops].tolist())
+            again |= {i for i in awaited if not alive.isdisjoint(self.reads[i])}
+            seen[t] = Copy(again, alive)
         moments = dict(self._moments(schedule))
         broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(moments[t], copy)}
         new = _spaced(broken, len(live) // 20, _COPIES_A_ROUND)
@@ -197,12 +201,12 @@ class Closure:
         life, turn = self.life, self.graph.num_forward_ops
         k = np.array([name in kept for name in life.names], dtype=bool)
         change = np.zeros(len(self.graph.ops) + 1, dtype=np.int64)
-        lives = k & (np.maximum(life.reach, turn - 1) > life.last_forward)
+        lives = k & (np.maximum(life.last_use, turn - 1) > life.last_forward)
         np.add.at(change, life.last_forward[lives] + 1, life.nbytes[lives])
-        np.add.at(change, np.maximum(life.reach[lives], turn - 1) + 1, -life.nbytes[lives])
+        np.add.at(change, np.maximum(life.last_use[lives], turn - 1) + 1, -life.nbytes[lives])
         held = life.base + np.cumsum(change[:-1])
         for p in self.graph.backward_ops:
-            held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.reach[d] >= p))
+            held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.last_use[d] >= p))
         excess: list[int] = (held - budget_bytes).tolist()
         return excess
 
@@ -283,7 +287,7 @@ class _Rows:
             used = np.zeros(len(life.names), dtype=bool)
             used[self.closure.reads[t]] = True
             fixed += int(life.nbytes[used].sum())
-            held = np.flatnonzero((life.reach >= t) & ~used)
+            held = np.flatnonzero((life.last_use >= t) & ~used)
         pairs = [(int(d), float(life.nbytes[d]) / self.unit) for d in held]
         self._memory(pairs, fixed, less)
 
@@ -314,7 +318,7 @@ class _Rows:
         for d, size in enumerate(life.nbytes.tolist()):
             i = int(life.producer[d])
             if d in self.closure.pinned:
-                fixed += size if life.reach[d] >= p else 0
+                fixed += size if life.last_use[d] >= p else 0
             elif j < 0 and d in self.closure.reads[p]:
                 fixed += size
             elif life.last_use[d] >= p:

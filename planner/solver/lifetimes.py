@@ -26,7 +26,6 @@ class Lifetimes:
         readers: forward ops that read d and may have to run again.
         last_forward: the last forward op that reads d (its producer where none does).
         first_use, last_use: the first and last backward op that reads d (len(ops) and -1 where none does).
-        reach: a kept d is alive at least until this backward op, whatever else is decided.
         first_need: per forward op, the first backward op for which it may have to run again (len(ops): none).
         base: per op, bytes live while it runs that no decision changes (droppable values it reads excluded in the backward).
     """
@@ -38,7 +37,6 @@ class Lifetimes:
     last_forward: Ints
     first_use: Ints
     last_use: Ints
-    reach: Ints
     first_need: Ints
     base: Ints
 
@@ -67,9 +65,6 @@ def lifetimes(graph: Graph) -> Lifetimes:
     )
     producer = [graph.producer[name] for name in names]
     last_use = [uses[name][-1] if name in uses else -1 for name in names]
-    reach = [
-        max(last, min((int(first_need[j]) for j in again), default=-1)) for last, again in zip(last_use, readers, strict=True)
-    ]
     nbytes = np.array([graph.value[name].nbytes for name in names], dtype=np.int64)
     last_read = [forward_readers.get(name, [i])[-1] for name, i in zip(names, producer, strict=True)]
     last_forward = np.array(last_read, dtype=np.int64)
@@ -81,7 +76,6 @@ def lifetimes(graph: Graph) -> Lifetimes:
         last_forward=last_forward,
         first_use=np.array([uses[name][0] if name in uses else end for name in names], dtype=np.int64),
         last_use=np.array(last_use, dtype=np.int64),
-        reach=np.array(reach, dtype=np.int64),
         first_need=first_need,
         base=_base(graph, nbytes, last_forward, np.array(last_use, dtype=np.int64)),
     )
