@@ -1,6 +1,6 @@
 """The optimizer steps inside the backward, by hooks on the parameters: gradients are used and freed as they come.
 
-python examples/optimizer_in_backward.py
+python -m examples.optimizer_in_backward
 
 A planned backward hands gradients out in stages (`num_stages`), so that few of them are alive at once. It prints the peak of a
 step with one stage and with many, next to plain training; the weights after training are equal bit for bit.

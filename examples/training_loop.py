@@ -1,6 +1,6 @@
 """A whole training loop around a planned model: autocast, accumulation, clipping, a scaler, moving averages of the weights.
 
-python examples/training_loop.py
+python -m examples.training_loop
 
 Nothing in the loop knows of the plan: `install` is the one line that differs. It prints the losses of the plain and the planned
 run, which are equal bit for bit, and their peaks.

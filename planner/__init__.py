@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import apply, plan
+    from planner.api import apply, plan, sweep
     from planner.errors import (
         BackwardError,
         BudgetError,
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
         PlanFileError,
         PlanMissError,
         PlannerError,
+        PlotMissingError,
         SolverMissingError,
     )
     from planner.graph.plan import Plan
+    from planner.report.sweep import Sweep
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
     from planner.verification import Report, verify
 
 _HOMES = {
-    "planner.api": ("apply", "plan"),
+    "planner.api": ("apply", "plan", "sweep"),
     "planner.errors": (
         "BackwardError",
         "BudgetError",
@@ -37,10 +39,12 @@ _HOMES = {
         "PlanFileError",
         "PlanMissError",
         "PlannerError",
+        "PlotMissingError",
         "SolverMissingError",
     ),
     "planner.rewriter.install": ("install", "uninstall"),
     "planner.graph.plan": ("Plan",),
+    "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
     "planner.verification": ("Report", "verify"),
 }
@@ -59,11 +63,14 @@ __all__ = [
     "PlanMissError",
     "PlanMissWarning",
     "PlannerError",
+    "PlotMissingError",
     "Report",
     "SolverMissingError",
+    "Sweep",
     "apply",
     "install",
     "plan",
+    "sweep",
     "uninstall",
     "verify",
 ]

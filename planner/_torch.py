@@ -6,7 +6,7 @@ When a torch release moves something, `selfcheck()` and tests/test_torch_private
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ __all__ = [
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "box",
+    "calls_intercepted",
     "export_joint",
     "fake_inputs",
     "fake_mode",
+    "keeps_graph",
     "kernels_kept",
     "pytree",
     "release_saved",
@@ -201,6 +203,34 @@ def _grouped_mm_of_any_dtype() -> Iterator[None]:
         home._meta_grouped_mm_common = checked
 
 
+@contextlib.contextmanager
+def calls_intercepted(
+    modules: Mapping[nn.Module, str], handle: Callable[[nn.Module, str, Any, Any, Callable[[], Any]], Any]
+) -> Iterator[None]:
+    """While entered, `module(*args, **kwargs)` of the outermost of `modules` is `handle(module, name, args, kwargs, run)`.
+
+    `run()` makes the call as it would have been. As fx's own tracer does, by way of nn.Module's `__call__`.
+    """
+    call = nn.Module.__call__
+    inside = False
+
+    def intercepted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside or self not in modules:
+            return call(self, *args, **kwargs)
+        inside = True
+        try:
+            return handle(self, modules[self], args, kwargs, lambda: call(self, *args, **kwargs))
+        finally:
+            inside = False
+
+    nn.Module.__call__ = intercepted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+
+
 def results(graph: fx.Graph) -> tuple[Any, ...]:
     """The nodes (or None) that a graph hands out."""
     handed: Any = graph.output_node().args[0]
@@ -230,10 +260,15 @@ def box(graph: fx.Graph) -> None:
     graph.set_codegen(_BoxedCodeGen())
 
 
+def keeps_graph() -> bool:
+    """The backward that runs now was told to keep its graph (retain_graph=True)."""
+    return bool(_get_current_graph_task_keep_graph())
+
+
 def release_saved(ctx: Any) -> list[torch.Tensor]:
     """Take the saved tensors off an autograd context; unless the graph is retained, it forgets them."""
     saved = list(ctx.saved_tensors)
-    if not _get_current_graph_task_keep_graph():
+    if not keeps_graph():
         ctx.maybe_clear_saved_tensors()
     return saved
 

@@ -1,9 +1,10 @@
-"""plan, apply, verify: the whole story on a page."""
+"""plan, apply, sweep: the whole story on a page."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from planner.graph.simulate import simulate
 from planner.profiler.estimate import estimate
 from planner.profiler.measure import measure
 from planner.profiler.profile import Profile
+from planner.report.budgets import check_budgets
 from planner.report.progress import stage
+from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.rewriter.guard import call_key
 from planner.rewriter.module import DEFAULT_STAGES, CheckpointedModule, Step
 from planner.rewriter.partition import partition
@@ -27,6 +30,7 @@ from planner.solver.solve import solve
 from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.verification import verify
 
 Budget = int | str | float
 
@@ -44,6 +48,7 @@ def plan(
     num_stages: int = DEFAULT_STAGES,
     progress: bool = True,
     strict: bool = False,
+    opaque: Collection[str] = (),
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -63,6 +68,9 @@ def plan(
         num_stages: in how many parts the backward hands out gradients, at most.
         progress: show a bar on stderr for stages that take more than a second.
         strict: a training call that is not the one planned for raises PlanMissError, instead of running unplanned.
+        opaque: qualified names of submodules to run as they are, besides those found not to be capturable (LSTM kernels,
+            expert loops, hooks, ...). Such a part is measured on the example call: where its memory depends on the
+            data, its share of the peak does too.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
@@ -72,7 +80,7 @@ def plan(
     units.check_budget(budget)
     reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
     with stage("capture", progress):
-        joint = capture(model, args, kwargs, loss=loss)
+        joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
     profile = _profile(joint, costs, progress)
     graph = lower(joint, profile, reserve_bytes=reserve_bytes)
     plain_peak = simulate(graph, keep_all(graph)).peak_bytes
@@ -94,15 +102,76 @@ def apply(
     loss: Loss = None,
     num_stages: int = DEFAULT_STAGES,
     strict: bool = False,
+    opaque: Collection[str] = (),
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving.
 
     Raises:
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
     """
-    joint = capture(model, args, kwargs, loss=loss)
-    _check_same(plan, lower(joint))
+    joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
+    _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
     return _rewrite(plan, joint, model, args, kwargs, num_stages, strict)
+
+
+def sweep(
+    model: nn.Module,
+    budgets: Sequence[Budget] | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    points: int = 20,
+    low: Budget | None = None,
+    high: Budget | None = None,
+    loss: Loss = None,
+    reserve: int | str = 0,
+    costs: str = "measure",
+    time_limit_s: float = 4.0,
+    progress: bool = True,
+    opaque: Collection[str] = (),
+) -> Sweep:
+    """What the model's training step costs at many budgets: one capture, one profile, one solver.
+
+    Args:
+        model, args, kwargs, loss, reserve, costs, progress, opaque: as for `plan`.
+        budgets: a list of budgets, each as for `plan`. Default: a range.
+        points: how many budgets the range has, at equal distances.
+        low, high: its ends; by default the lowest peak that a short search reaches, and the plain step's peak.
+        time_limit_s: wall seconds for the solver, for all budgets together.
+
+    Returns:
+        the Sweep; it keeps hold of the model and of the call, for `Sweep.verify`.
+
+    Raises:
+        BudgetError: an empty or impossible range: not positive, NaN, low above high, above the plain step's peak.
+        InputError, CaptureError: what was given cannot be planned; says why.
+        InfeasibleBudgetError, NoScheduleFoundError: not one of the budgets has a plan.
+    """
+    check_budgets(budgets, points, low, high)
+    reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
+    with stage("capture", progress):
+        joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
+    profile = _profile(joint, costs, progress)
+    graph = lower(joint, profile, reserve_bytes=reserve_bytes)
+
+    def measured(made: Plan, rounds: int) -> Measured:
+        planned = _rewrite(made, joint, model, args, kwargs, DEFAULT_STAGES, strict=False)
+        report = verify(planned, args, kwargs, rounds=rounds)
+        return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+
+    with stage("solve", progress):
+        return sweep_graph(
+            graph,
+            budgets,
+            points=points,
+            low=low,
+            high=high,
+            margin=lambda budget_bytes: allocator_margin(graph, budget_bytes),
+            time_limit_s=time_limit_s,
+            reorder=not backward_is_fixed(joint),
+            made_on=_made_on(joint, profile),
+            measure=measured,
+        )
 
 
 def allocator_margin(graph: Graph, budget_bytes: int) -> int:
@@ -138,12 +207,21 @@ def _rewrite(
 ) -> CheckpointedModule:
     halves = partition(joint, made.graph, made.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    step = Step(joint, halves, call_key(model, tensors, joint.device, joint.volatile), num_stages)
+    parts = {spec.module for spec in joint.parts.values()}
+    step = Step(joint, halves, call_key(model, tensors, joint.device, joint.volatile, parts), num_stages)
     return CheckpointedModule(model, step, made, strict)
 
 
+def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> Graph:
+    """The captured graph, with the bytes that opaque parts held when the plan was made: they may depend on the data."""
+    values = tuple(planned.value.get(value.name, value) if value.name in tickets else value for value in captured.values)
+    return replace(captured, values=values)
+
+
 def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
+    opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
     return (
+        *([("as they are", opaque)] if opaque else []),
         ("costs", profile.how),
         ("date", time.strftime("%Y-%m-%d")),
         ("device", profile.device),

@@ -1,29 +1,35 @@
 """The command line.
 
 planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
-planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]     (needs no torch)
+planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json] [--json]
+planner explain FILE.py:FUNCTION --budget 6GiB
+These need no torch:
+planner explain PLAN.json
+planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
+planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from planner.errors import InputError, PlannerError
 from planner.graph import planfile
-from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.report.sweep import sweep_table
+from planner.report import picture, sweepfile
+from planner.report.sweep import Sweep, sweep_graph
 from planner.solver.solve import Solver
 from planner.units import parse_budget
+
+_BUDGET_HELP = "bytes, '6GiB', or a fraction of the plain step's peak such as 0.6"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,24 +46,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="planner", description="Fit a training step into a memory budget, bit for bit.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="plan a model under a budget and show the table")
-    plan.add_argument(
-        "target", metavar="FILE.py:FUNCTION", help="FUNCTION() returns (model, args, kwargs), the model in training mode"
-    )
-    plan.add_argument(
-        "--budget", required=True, type=_budget, help="bytes, '6GiB', or a fraction of the plain step's peak such as 0.6"
-    )
-    plan.add_argument("--reserve", default=0, help="bytes of the budget to leave free, for example for optimizer state: '1GiB'")
-    plan.add_argument("--loss", default=None, help="name of the output that backward starts from")
-    plan.add_argument(
-        "--costs",
-        choices=("measure", "estimate"),
-        default="measure",
-        help="run every distinct kernel once, or compute its time",
-    )
+    _model_options(plan)
+    plan.add_argument("--budget", required=True, type=_budget, help=_BUDGET_HELP)
     plan.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
     plan.set_defaults(run=_plan)
+    _sweep_parser(commands.add_parser("sweep", help="plan a model for many budgets: what memory costs in time"))
+    show = commands.add_parser("show", help="show a plan or a sweep that was saved, as a table or a picture; needs no torch")
+    show.add_argument("file", metavar="PLAN.json|SWEEP.json")
+    show.add_argument("--timeline", metavar="OUT.png", help="draw live memory over the step (a plan; .png or .svg)")
+    show.add_argument("--trace", metavar="OUT.json", help="write a trace for Perfetto or chrome://tracing (a plan)")
+    show.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (a sweep; .png or .svg)")
+    show.set_defaults(run=_show)
+    explain = commands.add_parser("explain", help="say why a plan keeps what it keeps, and what more memory is worth")
+    _model_options(explain, "PLAN.json|FILE.py:FUNCTION", "a saved plan (needs no torch), or a model, with --budget")
+    explain.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
+    explain.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    explain.set_defaults(run=_explain)
     solve = commands.add_parser("solve", help="plan the graph of a plan file, without torch and without the model")
     solve.add_argument("graph", metavar="GRAPH.json", help="a plan file or a graph file, .gz or not")
     asked = solve.add_mutually_exclusive_group(required=True)
@@ -67,6 +73,33 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
     solve.set_defaults(run=_solve)
     return parser
+
+
+def _model_options(
+    parser: argparse.ArgumentParser,
+    metavar: str = "FILE.py:FUNCTION",
+    what: str = "FUNCTION() returns (model, args, kwargs), the model in training mode",
+) -> None:
+    parser.add_argument("target", metavar=metavar, help=what)
+    parser.add_argument(
+        "--reserve", default=0, help="bytes of the budget to leave free, for example for optimizer state: '1GiB'"
+    )
+    parser.add_argument("--loss", default=None, help="name of the output that backward starts from")
+    costs = "run every distinct kernel once, or compute its time"
+    parser.add_argument("--costs", choices=("measure", "estimate"), default="measure", help=costs)
+
+
+def _sweep_parser(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    parser.add_argument("--points", type=int, default=20, metavar="N", help="how many budgets (default 20)")
+    parser.add_argument("--low", type=_budget, help="the smallest budget (default: the lowest peak that is found soon)")
+    parser.add_argument("--high", type=_budget, help="the largest budget (default: the plain step's peak)")
+    parser.add_argument("--time-limit", type=float, default=4.0, metavar="S", help="seconds for the solver (default 4)")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (.png or .svg)")
+    parser.add_argument("--verify", type=int, nargs="?", const=5, metavar="N", help="measure N of the plans (default 5)")
+    parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
+    parser.add_argument("--json", action="store_true", help="print figures for machines instead of the table")
+    parser.set_defaults(run=_sweep)
 
 
 def _budget(text: str) -> float | str:
@@ -80,7 +113,8 @@ def _budget(text: str) -> float | str:
 def _solve(arguments: argparse.Namespace) -> int:
     graph = planfile.load_graph(Path(arguments.graph))
     if arguments.sweep is not None:
-        return _sweep(graph, arguments.sweep, arguments.time_limit)
+        print(sweep_graph(graph, points=arguments.sweep, time_limit_s=arguments.time_limit))
+        return 0
     budget_bytes = parse_budget(arguments.budget, simulate(graph, keep_all(graph)).peak_bytes)
     made = Plan(graph, budget_bytes, 0, Solver(graph).solve(budget_bytes, time_limit_s=arguments.time_limit))
     print(made)
@@ -90,20 +124,71 @@ def _solve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sweep(graph: Graph, count: int, time_limit_s: float) -> int:
-    """Budgets from the floor to the plain peak, evenly spaced."""
-    if count < 1:
-        raise InputError(f"--sweep {count}: give the number of budgets, at least 1")
-    solver, plain = Solver(graph), simulate(graph, keep_all(graph)).peak_bytes
-    least = solver.floor_bytes
-    budgets = [least + (plain - least) * (k + 1) // count for k in range(count)]
-    Console().print(sweep_table(graph, solver.sweep(budgets, time_limit_s=time_limit_s)))
+def _sweep(arguments: argparse.Namespace) -> int:
+    from planner import api
+
+    if arguments.plot:
+        picture.check(arguments.plot)
+    model, args, kwargs = _load(arguments.target)
+    swept = api.sweep(
+        model,
+        None,
+        args,
+        kwargs,
+        points=arguments.points,
+        low=arguments.low,
+        high=arguments.high,
+        loss=arguments.loss,
+        reserve=arguments.reserve,
+        costs=arguments.costs,
+        time_limit_s=arguments.time_limit,
+    )
+    if arguments.verify is not None:
+        swept = swept.verify(arguments.verify)
+    print(json.dumps(sweepfile.summary(swept), indent=1, sort_keys=True) if arguments.json else swept)
+    told = sys.stderr if arguments.json else sys.stdout
+    for path, write, what in ((arguments.save, swept.save, "sweep"), (arguments.plot, swept.plot, "picture")):
+        if path:
+            write(path)
+            print(f"{what} written to {path}", file=told)
+    return 0 if all(found.exact and found.peak_bytes <= found.budget_bytes for found in swept.measured) else 1
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    swept = sweepfile.is_sweep(arguments.file)
+    shown: Plan | Sweep = Sweep.load(arguments.file) if swept else Plan.load(arguments.file)
+    asked = {"--plot": arguments.plot, "--timeline": arguments.timeline, "--trace": arguments.trace}
+    wrong = [option for option, path in asked.items() if path and swept != (option == "--plot")]
+    if wrong:
+        raise InputError(f"{wrong[0]} is for a {'plan' if swept else 'sweep'}; {arguments.file} holds a {type(shown).__name__}")
+    if arguments.plot or arguments.timeline:
+        picture.check(arguments.plot or arguments.timeline)
+    print(shown)
+    for path in (arguments.plot, arguments.timeline):
+        if path:
+            shown.plot(path)
+            print(f"\npicture written to {path}")
+    if isinstance(shown, Plan) and arguments.trace:
+        shown.trace(arguments.trace)
+        print(f"\ntrace written to {arguments.trace}; open it in https://ui.perfetto.dev or chrome://tracing")
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _explain(arguments: argparse.Namespace) -> int:
+    if arguments.target.endswith(".json"):
+        if arguments.budget is not None:
+            raise InputError(f"{arguments.target} is a saved plan and has a budget; --budget is for FILE.py:FUNCTION")
+        print(Plan.load(arguments.target).explain(time_limit_s=arguments.time_limit))
+        return 0
+    if arguments.budget is None:
+        raise InputError(f"{arguments.target} is a model: give a --budget to plan it for")
+    print(_planned(arguments)[0].plan.explain(time_limit_s=arguments.time_limit))
+    return 0
+
+
+def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The planned module and its call."""
     from planner import api  # torch is imported where a model is planned, and nowhere before
-    from planner.verification import verify
 
     model, args, kwargs = _load(arguments.target)
     planned = api.plan(
@@ -116,12 +201,19 @@ def _plan(arguments: argparse.Namespace) -> int:
         costs=arguments.costs,
         time_limit_s=arguments.time_limit,
     )
+    return planned, args, kwargs
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    planned, args, kwargs = _planned(arguments)
     print(planned.plan)
     if arguments.save:
         planned.plan.save(arguments.save)
         print(f"\nplan written to {arguments.save}")
     if not arguments.verify:
         return 0
+    from planner.verification import verify
+
     report = verify(planned, args, kwargs)
     print(f"\n{report}")
     return 0 if report.exact and report.within_budget else 1

@@ -46,7 +46,15 @@ class PlanFileError(PlannerError):
 
 
 class CaptureError(PlannerError):
-    """The model cannot be captured as one joint graph; the model is left as it was."""
+    """The model cannot be captured as one joint graph; the model is left as it was.
+
+    Attributes:
+        module: qualified name of the submodule that stands in the way; "" where it is the model itself or unknown.
+    """
+
+    def __init__(self, message: str, *, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class InputError(PlannerError, ValueError):
@@ -59,3 +67,11 @@ class PlanMissError(PlannerError, RuntimeError):
 
 class BackwardError(PlannerError, RuntimeError):
     """Backward was asked for something the plan does not hold (another output, a second derivative)."""
+
+
+class PartError(PlannerError, RuntimeError):
+    """An opaque part of a planned model returned something else than when it was planned."""
+
+
+class PlotMissingError(PlannerError):
+    """matplotlib is not installed; the extra `plot` brings it."""

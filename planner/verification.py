@@ -69,7 +69,7 @@ def verify(
 ) -> Report:
     """Run a plain and a planned step from the same state and compare them bit for bit.
 
-    Both run on deep copies, so that gradients, buffers and RNG state stay as they are.
+    Both run on deep copies, so that gradients, buffers and RNG state stay as they are, and under the autocast of the plan.
 
     Args:
         planned: from `plan` or `apply`.
@@ -82,7 +82,8 @@ def verify(
     if not isinstance(planned, CheckpointedModule):
         raise InputError(f"verify takes the module that plan() returned, not a {type(planned).__name__}")
     call = (tuple(args), dict(kwargs or {}))
-    miss = planned.difference(*call)
+    with _autocast(planned):
+        miss = planned.difference(*call)
     if miss:
         raise InputError(f"verify needs the call that was planned for: {miss} differs")
     ours = _Side(copy.deepcopy(planned), planned, call)
@@ -122,10 +123,12 @@ class _Side:
     def step(self) -> Any:
         """Forward and backward; the module's gradients start at None."""
         self.module.zero_grad(set_to_none=True)
-        out = self.module(*self._call[0], **self._call[1])
+        with _autocast(self._planned):
+            out = self.module(*self._call[0], **self._call[1])
         leaves = pytree.tree_leaves(out)
         starts = [leaves[i] for i in self._planned.differentiated]
-        torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+        with torch.autocast(self._device.type, enabled=False):
+            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
         return out
 
     def peak(self) -> int:
@@ -165,6 +168,13 @@ class _Side:
                 if not torch.equal(tensor, content):
                     tensor.copy_(content)
                 tensor.grad = grad
+
+
+def _autocast(planned: CheckpointedModule) -> Any:
+    """The context that the plan's forward was captured in, whatever the caller's is."""
+    enabled, name = planned.step.key.autocast
+    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
+    return torch.autocast(planned.device.type, dtype, enabled=enabled)
 
 
 def _same(expected: Any, found: Any) -> bool:

@@ -1,16 +1,18 @@
 """The command line: the same table, exit codes 0 and 1, one-line errors, clean stdout."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from planner import Plan
+from planner import Plan, Sweep
 from planner.cli import main
 from planner.graph import planfile
+from planner.report.sweep import sweep_graph
 from tests import graphs
+from tests.pictures import is_png, is_svg
 
 MODEL = """
 import torch
@@ -23,13 +25,6 @@ def build():
 def wrong():
     return 3
 """
-
-
-def rendered(table):
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def test_sweeps_a_graph_file(blocks, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--budget", "1"], "InfeasibleBudgetError"), (["--budget", "soon"], "BudgetError"), (["--sweep", "0"], "InputError")],
+    [(["--budget", "1"], "InfeasibleBudgetError"), (["--budget", "soon"], "BudgetError"), (["--sweep", "0"], "BudgetError")],
 )
 def test_solve_errors_are_one_line_and_exit_1(blocks, arguments, message, capsys):
     assert main(["solve", blocks, *arguments]) == 1
@@ -118,3 +113,105 @@ def test_runs_as_a_program_with_a_clean_stdout(target):
     done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("budget") and "HiGHS (" not in done.stdout
+
+
+@pytest.fixture
+def plan_file(blocks, tmp_path):
+    path = tmp_path / "plan.json"
+    assert main(["solve", blocks, "--budget", "0.7", "--save", str(path)]) == 0
+    return str(path)
+
+
+@pytest.fixture
+def sweep_file(tmp_path):
+    path = tmp_path / "sweep.json"
+    sweep_graph(graphs.blocks(8), points=4).save(path)
+    return str(path)
+
+
+def test_sweeps_measures_draws_and_saves(target, tmp_path, capsys):
+    picture, saved = tmp_path / "sweep.png", tmp_path / "sweep.json"
+    options = ["--costs", "estimate", "--points", "3", "--time-limit", "1", "--verify", "2"]
+    assert main(["sweep", target, *options, "--plot", str(picture), "--save", str(saved)]) == 0
+    text = capsys.readouterr().out
+    for part in ("<- knee", "floor", "measured peak", "sweep written to", "picture written to"):
+        assert part in text
+    assert is_png(picture) and len(Sweep.load(saved).measured) == 2
+
+
+def test_sweep_prints_json_alone(target, tmp_path, capsys):
+    options = ["--costs", "estimate", "--points", "2", "--low", "0.7", "--high", "0.9", "--time-limit", "1", "--json"]
+    assert main(["sweep", target, *options, "--save", str(tmp_path / "sweep.json")]) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out)
+    assert len(figures["points"]) == 2 and figures["knee"]["overhead"] >= 0
+    assert all(point["peak_bytes"] <= point["budget_bytes"] for point in figures["points"])
+    assert "sweep written" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--points", "0"], "BudgetError"),
+        (["--low", "0.9", "--high", "0.8"], "BudgetError"),
+        (["--high", "1TiB"], "BudgetError"),
+        (["--low", "nan"], "BudgetError"),
+        (["--plot", "sweep.bmp"], "InputError"),
+        (["--points", "2", "--time-limit", "1", "--verify", "0"], "InputError"),
+    ],
+)
+def test_sweep_errors_are_one_line_and_exit_1(target, options, message, capsys):
+    assert main(["sweep", target, "--costs", "estimate", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_shows_a_plan_with_timeline_and_trace(plan_file, tmp_path, capsys):
+    picture, trace = tmp_path / "step.png", tmp_path / "step.json"
+    assert main(["show", plan_file, "--timeline", str(picture), "--trace", str(trace)]) == 0
+    text = capsys.readouterr().out
+    assert "optimality" in text and "picture written to" in text and "trace written to" in text
+    assert is_png(picture) and json.loads(trace.read_text())["traceEvents"]
+
+
+def test_shows_a_sweep(sweep_file, tmp_path, capsys):
+    assert main(["show", sweep_file, "--plot", str(tmp_path / "sweep.svg")]) == 0
+    assert "<- knee" in capsys.readouterr().out
+    assert is_svg(tmp_path / "sweep.svg")
+    assert main(["solve", sweep_file, "--budget", "0.8"]) == 0
+
+
+def test_explains_a_plan_file_and_a_model(plan_file, target, capsys):
+    assert main(["explain", plan_file]) == 0
+    text = capsys.readouterr().out
+    assert "freed per ms" in text and "would save" in text
+    assert main(["explain", target, "--costs", "estimate", "--budget", "0.8", "--time-limit", "2"]) == 0
+    assert "0-5.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "{plan}", "--plot", "a.png"], "--plot is for a sweep"),
+        (["show", "{sweep}", "--timeline", "a.png"], "--timeline is for a plan"),
+        (["show", "{plan}", "--timeline", "a.bmp"], "InputError"),
+        (["show", "none.json"], "PlanFileError"),
+        (["show", "{graph}"], "PlanFileError"),
+        (["explain", "none.json"], "PlanFileError"),
+        (["explain", "{plan}", "--budget", "0.5"], "has a budget"),
+        (["explain", "model.py:build"], "give a --budget"),
+        (["explain", "model", "--budget", "0.5"], "InputError"),
+    ],
+)
+def test_show_and_explain_errors_are_one_line_and_exit_1(plan_file, sweep_file, blocks, arguments, message, capsys):
+    capsys.readouterr()
+    assert main([argument.format(plan=plan_file, sweep=sweep_file, graph=blocks) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+@pytest.mark.parametrize("command", ["show", "explain"])
+def test_saved_plans_are_read_without_torch(plan_file, command):
+    script = "import sys; sys.modules['torch'] = None; from planner.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", script, command, plan_file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

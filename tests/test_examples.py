@@ -72,3 +72,40 @@ def test_gradients_used_in_the_backward_are_freed_in_stages(tmp_path, monkeypatc
     for way, (ours, _) in found.items():
         assert all(torch.equal(a, b) for a, b in zip(weights, ours, strict=True)), way
     assert found["planned, 16 stages"][1] < found["planned, one stage"][1]
+
+
+def assert_equal_states(found):
+    assert all(torch.equal(a, b) for a, b in zip(found["plain"], found["planned"], strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True, "optim": "adamw_torch"}], ids=["default", "bf16"])
+def test_hugging_face_trainer_trains_planned(arguments, tmp_path, monkeypatch):
+    from examples import hf_trainer
+
+    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
+    sizes = {"layers": 2, "width": 32, "length": 64, "vocabulary": 64}
+    weights, report = hf_trainer.main(budget=0.8, arguments=arguments, **sizes)
+    assert_equal_states(weights)
+    assert report.exact and report.within_budget, report
+    assert report.measured_peak_bytes < 0.9 * report.plain_peak_bytes
+
+
+# Lightning itself: it asks torch for a name that is on its way out, and comments on the machine's cores and devices
+@pytest.mark.filterwarnings(
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:GPU available but not used",
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_trains_planned(precision, tmp_path, monkeypatch):
+    from examples import lightning_callback
+
+    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
+    sizes = {"batch": 4, "pixels": 16, "width": 8, "depth": 4}
+    state, callback = lightning_callback.main(budget=0.8, precision=precision, **sizes)
+    assert_equal_states(state)
+    plan_made = callback.planned.plan
+    assert plan_made.peak_bytes <= plan_made.budget_bytes < plan_made.plain.peak_bytes
+    if precision == "32-true":  # verify knows no autocast around the model
+        report = verify(callback.planned, *callback.call, rounds=1)
+        assert report.exact and report.within_budget, report

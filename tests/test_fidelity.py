@@ -109,7 +109,7 @@ class Drawing(nn.Module):
 
 
 def test_pythons_random_numbers_are_refused_and_their_state_is_kept():
-    model = Wrapped(Drawing()).train()
+    model = Drawing().train()
     state = random.getstate()
     with pytest.raises(CaptureError, match="random module"):
         capture(model, (X,))

@@ -350,3 +350,13 @@ def test_functional_dropout_mask_and_inplace_input():
     assert counter.eq(0).all()
     module(x, counter)
     assert counter.eq(1).all()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_verify_runs_under_the_autocast_of_the_plan(inside):
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1)), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        module = plan(net, 1.0, (x,), costs="estimate", progress=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        report = verify(module, (x,))
+    assert report.exact and report.within_budget

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
@@ -81,6 +82,31 @@ class Plan:
 
         return table(self)
 
+    def explain(self, *, prices: bool = True, time_limit_s: float = 6.0) -> Any:
+        """Why it keeps what it keeps, by module, and what a little more or less memory would be worth.
+
+        Returns:
+            a `planner.report.explain.Explanation`, which prints as a table.
+        """
+        return _report("explain").explain(self, prices=prices, time_limit_s=time_limit_s)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw live bytes over the step, plain above planned, into a .png or .svg file.
+
+        Raises:
+            PlotMissingError: matplotlib (the extra `plot`) is not installed.
+            InputError: another suffix, or the file cannot be written.
+        """
+        _report("timeline").plot(self, path)
+
+    def trace(self, path: str | Path) -> None:
+        """Write the plain and the planned step as a trace that Perfetto and chrome://tracing open.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        _report("trace").trace(self, path)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (docs: planner/graph/planfile.py)."""
         from planner.graph import planfile
@@ -97,3 +123,8 @@ class Plan:
         from planner.graph import planfile
 
         return planfile.load(path)
+
+
+def _report(name: str) -> Any:
+    """A module of the room above, by name: a plan hands itself over when asked to, and never depends on it."""
+    return import_module(f"planner.report.{name}")

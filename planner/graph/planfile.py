@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def fingerprint(graph: Graph) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
-def dumps(graph: Graph, plan: Plan | None = None) -> str:
-    """The file's text. With `plan`, its schedule and how it was found travel too."""
+def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any] | None = None) -> str:
+    """The file's text. With `plan`, its schedule and how it was found travel too; `sections`: other rooms' fields, by name."""
     document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": _graph_fields(graph)}
     if plan is not None:
         document["plan"] = {
@@ -46,7 +47,7 @@ def dumps(graph: Graph, plan: Plan | None = None) -> str:
             "solver": plan.solution.solver,
             "steps": plan.solution.schedule.steps,
         }
-    return _write(document)
+    return _write(document | dict(sections or {}))
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -134,7 +135,7 @@ def _write(document: dict[str, Any]) -> str:
             parts.append(f" {json.dumps(key)}: {json.dumps(fields)}")
             continue
         texts = {
-            name: rows(field) if name in ("ops", "values") else json.dumps(field, sort_keys=True)
+            name: rows(field) if name in ("ops", "points", "values") else json.dumps(field, sort_keys=True)
             for name, field in sorted(fields.items())
         }
         lines = [f"  {json.dumps(name)}: {text}" for name, text in texts.items()]

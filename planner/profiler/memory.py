@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -28,6 +29,18 @@ def logical_peak(run: Callable[[], Any], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - start
+
+
+def allocations_of(run: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
+    """What `run()` returns, the bytes it left allocated more than before, and the most it had so at once."""
+    kept: list[Any] = []
+    if device.type != "cuda":
+        events = cpu_allocations(lambda: kept.append(run()))
+        sums = list(itertools.accumulate(nbytes for _, nbytes in events))
+        return kept[0], sums[-1] if sums else 0, max([0, *sums])
+    start = torch.cuda.memory_allocated(device)
+    peak = start + logical_peak(lambda: kept.append(run()), device)
+    return kept[0], torch.cuda.memory_allocated(device) - start, peak - start
 
 
 def cpu_allocations(run: Callable[[], Any]) -> list[tuple[int, int]]:

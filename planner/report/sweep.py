@@ -1,50 +1,308 @@
-"""A table of many budgets: what each costs, how far from the optimum it can be, and what changes from one to the next."""
+"""A sweep: what a training step costs at many budgets, from one graph and one solver."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-
+from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.graph import Graph
-from planner.graph.plan import Solution
+from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
-from planner.graph.simulate import simulate
-from planner.graph.table import ASSUMING
-from planner.units import format_bytes
+from planner.graph.simulate import Timeline, simulate
+from planner.report.budgets import Budget, asked_budgets, spread
+from planner.solver.floor import floor
+from planner.solver.solve import Solver
+from planner.units import format_bytes, parse_budget
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_LOWEST_SHARE = 0.1
+"""Of the time, for the lowest peak that can be reached: the first budget where none is given."""
 
 
-def sweep_table(graph: Graph, found: Mapping[int, Solution | Exception]) -> Table:
-    """One row a budget, smallest first.
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One budget that has a plan.
 
-    `kept` says what changes from the row above, in values alive between forward and backward: a plan whose row has no
-    minus is nested in it. Where one has, keeping something larger made room elsewhere.
+    Attributes:
+        budget_bytes, margin_bytes, solution: as in `Plan`.
+        peak_bytes, time_ns: of the planned step, simulated.
+        plain_ns: time of the plain step.
     """
-    plain = simulate(graph, keep_all(graph))
-    caption = f"gap: at most so far from the best, {ASSUMING}"
-    table = Table(title=f"plain step: {format_bytes(plain.peak_bytes)}", caption=caption)
-    for column in ("budget", "of plain", "peak", "overhead", "gap", "kept", "recomputes", "s"):
-        table.add_column(column, justify="right")
-    before: set[str] | None = None
-    for budget_bytes in sorted(found):
-        solution = found[budget_bytes]
-        share = f"{budget_bytes / max(1, plain.peak_bytes):.1%}"
-        if not isinstance(solution, Solution):
-            table.add_row(format_bytes(budget_bytes), share, type(solution).__name__)
-            continue
-        timeline = simulate(graph, solution.schedule)
-        saved = set(timeline.saved)
-        change = f"{len(saved)}" if before is None else f"+{len(saved - before)} -{len(before - saved)}"
-        gap = max(0, timeline.time_ns - solution.bound_ns) / max(1, plain.time_ns)
-        table.add_row(
-            format_bytes(budget_bytes),
-            share,
-            format_bytes(timeline.peak_bytes),
-            f"{timeline.time_ns / max(1, plain.time_ns) - 1:.2%}",
-            f"{gap:.2%}",
-            change,
-            str(len(solution.schedule.recomputes())),
-            f"{solution.solve_s:.2f}",
+
+    budget_bytes: int
+    margin_bytes: int
+    solution: Solution
+    peak_bytes: int
+    time_ns: int
+    plain_ns: int
+
+    @property
+    def bound_ns(self) -> int:
+        """No schedule that fits takes less time (for this backward order at these costs)."""
+        return self.solution.bound_ns
+
+    @property
+    def status(self) -> str:
+        """As the solution's: "optimal" or "feasible"."""
+        return self.solution.status
+
+    @property
+    def overhead(self) -> float:
+        """Extra time, as a fraction of the plain step."""
+        return self.time_ns / max(1, self.plain_ns) - 1
+
+    @property
+    def gap(self) -> float:
+        """At most this fraction of the plain step could be saved by a better schedule."""
+        return max(0, self.time_ns - self.bound_ns) / max(1, self.plain_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A budget without a plan. `error`: the name of the error that planning for it alone would raise; `reason`: its text."""
+
+    budget_bytes: int
+    error: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A plain and a planned step that were run.
+
+    Attributes:
+        budget_bytes: which point.
+        peak_bytes: of the planned step, everything resident included.
+        time_ratio: planned over plain step; None where the plain step did not fit.
+        exact: outputs, gradients, buffers and random state were bit-equal.
+    """
+
+    budget_bytes: int
+    peak_bytes: int
+    time_ratio: float | None
+    exact: bool
+
+
+Measure = Callable[[Plan, int], Measured]
+"""Runs a plan, so many pairs of steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Plans of one graph for many budgets. Prints as a table.
+
+    Attributes:
+        graph: what was planned, with the costs that were used.
+        points: budgets that have a plan, smallest first.
+        misses: budgets that have none.
+        floor_bytes: no schedule has a lower peak.
+        floor_op: the op that holds it, with its module; "" for a graph without ops.
+        solve_s: wall seconds for all budgets together.
+        made_on: as in `Plan`.
+        measured: what `verify` measured.
+        measure: runs a plan of this sweep; None in a sweep that was read from a file or made of a graph.
+    """
+
+    graph: Graph
+    points: tuple[Point, ...]
+    misses: tuple[Miss, ...]
+    floor_bytes: int
+    floor_op: str
+    solve_s: float
+    made_on: tuple[tuple[str, str], ...] = ()
+    measured: tuple[Measured, ...] = ()
+    measure: Measure | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def plain(self) -> Timeline:
+        """The step that keeps everything, simulated."""
+        return simulate(self.graph, keep_all(self.graph))
+
+    def plan(self, point: Point) -> Plan:
+        """The plan of a point, to save, or to `planner.apply` to the model."""
+        return Plan(self.graph, point.budget_bytes, point.margin_bytes, point.solution, self.made_on)
+
+    @property
+    def knee_point(self) -> Point:
+        """The point farthest below the straight line from the lowest to the highest budget; below it, time grows faster."""
+        first, last = self.points[0], self.points[-1]
+        width = max(1, last.peak_bytes - first.peak_bytes)
+        height = max(1, first.time_ns - last.time_ns)
+        return min(self.points, key=lambda point: (point.peak_bytes / width + point.time_ns / height, point.peak_bytes))
+
+    @property
+    def knee(self) -> Plan:
+        """The plan suggested where no budget is given: see `knee_point`."""
+        return self.plan(self.knee_point)
+
+    def best(self, *, budget: Budget | None = None, max_overhead: float | None = None) -> Plan:
+        """The fastest plan of the sweep within a budget, or the one with the lowest peak within an overhead.
+
+        Args:
+            budget: as for `planner.plan`. A budget between two points gets the plan of the smaller one.
+            max_overhead: extra time allowed, as a fraction of the plain step: 0.05 is 5 %.
+
+        Raises:
+            BudgetError, InputError: unreadable, or not exactly one of the two given.
+            InfeasibleBudgetError: no schedule fits the budget.
+            NoScheduleFoundError: no point of the sweep is within it.
+        """
+        if (budget is None) == (max_overhead is None):
+            raise InputError("best() takes either budget= or max_overhead=")
+        if budget is not None:
+            return self.plan(self._within(parse_budget(budget, self.plain.peak_bytes)))
+        assert max_overhead is not None
+        if isinstance(max_overhead, bool) or not isinstance(max_overhead, (int, float)) or not max_overhead >= 0:
+            raise InputError(f"max_overhead={max_overhead!r} must be a fraction of the plain step's time, such as 0.05")
+        cheap = [point for point in self.points if point.overhead <= max_overhead]
+        if not cheap:
+            least = min(point.overhead for point in self.points)
+            raise NoScheduleFoundError(
+                f"no point of this sweep has an overhead of at most {max_overhead:.2%}; the least is {least:.2%}. "
+                "Allow that, or sweep larger budgets."
+            )
+        return self.plan(min(cheap, key=lambda point: (point.peak_bytes, point.time_ns)))
+
+    def _within(self, budget_bytes: int) -> Point:
+        fitting = [point for point in self.points if point.budget_bytes <= budget_bytes]
+        if fitting:
+            return min(fitting, key=lambda point: (point.time_ns, point.peak_bytes))
+        if budget_bytes < self.floor_bytes:
+            raise InfeasibleBudgetError(
+                f"budget {format_bytes(budget_bytes)} is below {format_bytes(self.floor_bytes)}, the least any schedule of "
+                f"this graph can reach (op {self.floor_op}). Raise the budget, or reduce the batch.",
+                budget_bytes=budget_bytes,
+                floor_bytes=self.floor_bytes,
+            )
+        raise NoScheduleFoundError(
+            f"the smallest budget of this sweep that has a plan is {format_bytes(self.points[0].budget_bytes)}, above "
+            f"{format_bytes(budget_bytes)} (the proven floor is {format_bytes(self.floor_bytes)}). "
+            "Raise the budget, or plan for it alone."
         )
-        before = saved
-    return table
+
+    def verify(self, n: int = 5, *, rounds: int = 3) -> Sweep:
+        """This sweep with the peaks and times of `n` evenly chosen points measured, as `planner.verify` measures them.
+
+        Args:
+            n: how many points, the lowest and the highest budget among them.
+            rounds: pairs of plain and planned steps that are timed.
+
+        Raises:
+            InputError: `n` is not positive, or the sweep came from a file or a bare graph: there is no model to run.
+        """
+        if n < 1:
+            raise InputError(f"verify(n={n}): give the number of points to measure, at least 1")
+        if self.measure is None:
+            raise InputError("this sweep holds no model to run: only one that planner.sweep(model, ...) returned can verify")
+        last = len(self.points) - 1
+        chosen = sorted({round(k * last / max(1, n - 1)) for k in range(n)})
+        return replace(self, measured=tuple(self.measure(self.plan(self.points[k]), rounds) for k in chosen))
+
+    def __str__(self) -> str:
+        from planner.report.sweeptable import text
+
+        return text(self)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw peak against step time into a .png or .svg file.
+
+        Raises:
+            PlotMissingError: matplotlib (the extra `plot`) is not installed.
+            InputError: another suffix, or the file cannot be written.
+        """
+        from planner.report.sweepplot import plot
+
+        plot(self, path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the sweep as JSON (docs: planner/report/sweepfile.py)."""
+        from planner.report.sweepfile import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Sweep:
+        """Read a sweep written by `save`.
+
+        Raises:
+            PlanFileError: not JSON, a newer schema, or inconsistent.
+        """
+        from planner.report.sweepfile import load
+
+        return load(path)
+
+
+def make_point(graph: Graph, budget_bytes: int, margin_bytes: int, solution: Solution) -> Point:
+    """A point with the figures that `simulate` gives it.
+
+    Raises:
+        ScheduleError: the schedule cannot run on the graph.
+    """
+    timeline = simulate(graph, solution.schedule)
+    plain_ns = sum(op.cost_ns for op in graph.ops)
+    return Point(budget_bytes, margin_bytes, solution, timeline.peak_bytes, timeline.time_ns, plain_ns)
+
+
+def sweep_graph(
+    graph: Graph,
+    budgets: Sequence[Budget] | None = None,
+    *,
+    points: int = 20,
+    low: Budget | None = None,
+    high: Budget | None = None,
+    margin: Callable[[int], int] = lambda budget_bytes: 0,
+    time_limit_s: float = 4.0,
+    reorder: bool = True,
+    made_on: tuple[tuple[str, str], ...] = (),
+    measure: Measure | None = None,
+) -> Sweep:
+    """Plan a graph for many budgets.
+
+    Args:
+        graph: the joint graph.
+        budgets, points, low, high: which budgets; see `planner.sweep`.
+        margin: bytes of a budget to leave free for the allocator; grows with the budget up to the plain peak, where it ends.
+        time_limit_s: wall seconds for all budgets together.
+        reorder: backward ops may move; see `planner.solver.solve`.
+        made_on, measure: kept in the sweep.
+
+    Raises:
+        BudgetError: an impossible range.
+        InfeasibleBudgetError, NoScheduleFoundError: not one of the budgets has a plan; the error of the largest.
+    """
+    start = time.monotonic()
+    plain_bytes = simulate(graph, keep_all(graph)).peak_bytes
+    asked = asked_budgets(budgets, points, low, high, plain_bytes)
+    solver = Solver(graph, reorder=reorder)
+    if asked is None:
+        lowest = solver.lowest_peak(time_limit_s=_LOWEST_SHARE * time_limit_s) + margin(plain_bytes - 1)
+        highest = plain_bytes if high is None else parse_budget(high, plain_bytes)
+        asked = spread(min(lowest, highest), highest, points)
+    left_s = max(0.1, time_limit_s - (time.monotonic() - start))
+    found = solver.sweep([budget - margin(budget) for budget in asked], time_limit_s=left_s)
+    made, misses = [], []
+    for budget in asked:
+        answer = found[budget - margin(budget)]
+        if isinstance(answer, Solution):
+            made.append(make_point(graph, budget, margin(budget), answer))
+        else:
+            misses.append(Miss(budget, type(answer).__name__, str(answer)))
+            error = answer
+    if not made:
+        raise error
+    floor_bytes, floor_op = _floor(graph, solver)
+    return Sweep(graph, tuple(made), tuple(misses), floor_bytes, floor_op, time.monotonic() - start, made_on, (), measure)
+
+
+def _floor(graph: Graph, solver: Solver) -> tuple[int, str]:
+    """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it."""
+    least, i, judged = min(((*floor(judged), judged) for judged in (graph, solver.graph)), key=lambda entry: entry[0])
+    if i < 0:
+        return least, ""
+    op = judged.ops[i]
+    return least, f"{op.name} ({op.source})" if op.source else op.name

@@ -49,14 +49,18 @@ def autocast_key(device: torch.device) -> Autocast:
 
 
 def call_key(
-    model: nn.Module, tensors: Sequence[torch.Tensor], device: torch.device, volatile: Collection[tuple[int, str]] = ()
+    model: nn.Module,
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    volatile: Collection[tuple[int, str]] = (),
+    parts: Collection[str] = (),
 ) -> CallKey:
-    """The key of a call of `model` on these tensor leaves, now. `volatile`: see `planner.rewriter.watch.attributes`."""
+    """The key of a call of `model` on these tensor leaves, now. `volatile`, `parts`: see `watch.attributes`."""
     weights = (*model.named_parameters(), *model.named_buffers())
     return CallKey(
         inputs=tuple(tensor_key(tensor) for tensor in tensors),
         weights=tuple((name, tensor_key(tensor, strides=False)) for name, tensor in weights),
-        attributes=attributes(model, volatile),
+        attributes=attributes(model, volatile, parts),
         autocast=autocast_key(device),
     )
 

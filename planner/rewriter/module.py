@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from planner._torch import box, pytree, results
+from planner._torch import box, keeps_graph, pytree
 from planner.errors import PlanMissError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
@@ -20,8 +20,9 @@ from planner.rewriter.partition import Halves
 from planner.rewriter.runtime import Boxed, Program, run
 from planner.rewriter.stages import cut_stages
 from planner.rewriter.watch import Watched
+from planner.tracer import kernels
 from planner.tracer.joint import Joint
-from planner.tracer.kernels import swap_rng_state
+from planner.tracer.part import Part
 
 DEFAULT_STAGES = 8
 
@@ -155,7 +156,7 @@ class CheckpointedModule(fx.GraphModule):
         if "_step" in self.__dict__:
             names = [name for name, _ in self._step.key.weights]
             self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
-            self.__dict__["_program"] = _compile(self._step, self._graph, self.backward_graph)
+            self.__dict__["_program"] = _compile(self._step, self._original, self._graph, self.backward_graph)
             self.__dict__["_sources"] = _sources(self._step)
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
         return code
@@ -235,11 +236,27 @@ class CheckpointedModule(fx.GraphModule):
         return self.__reduce__()
 
 
-def _boxed(graph: fx.Graph) -> Boxed:
+def _boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None) -> Boxed:
     twin = fx.Graph()  # a copy: the one people print keeps its readable signature
     twin.output(twin.graph_copy(graph, {}))
+    for node in twin.nodes:
+        if node.target in (kernels.part, kernels.part_backward):
+            key, *given = node.args
+            node.target, node.args = _bound((parts or {})[str(key)], node.target is kernels.part), tuple(given)
     box(twin)
     return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
+
+
+def _bound(called: Part, is_forward: bool) -> Callable[..., Any]:
+    """A kernel of this one part, as fx's code can call it."""
+
+    def part_forward(tensors: Any) -> Any:
+        return called.forward(tensors)
+
+    def part_backward(grads: Any, ticket: Any, read: Any, arrived: Any) -> Any:
+        return called.backward(grads, ticket, read, arrived, keeps_graph())
+
+    return part_forward if is_forward else part_backward
 
 
 def _sources(step: Step) -> list[int]:
@@ -260,8 +277,9 @@ def _sources(step: Step) -> list[int]:
     return sources
 
 
-def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
+def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
     """Positions and code for the runtime."""
+    parts = {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
     joint, halves = step.joint, step.halves
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     position = {given.node: i for i, given in enumerate(inputs)}
@@ -270,13 +288,12 @@ def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]
-    outputs = results(forward)[: len(joint.results)]
     leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
     return Program(
-        forward=_boxed(forward),
-        stages=tuple(_boxed(stage.graph) for stage in stages),
+        forward=_boxed(forward, parts),
+        stages=tuple(_boxed(stage.graph, parts) for stage in stages),
         num_outputs=len(joint.results),
-        aliased=tuple(node.op == "placeholder" or node in outputs[:i] for i, node in enumerate(outputs)),
+        aliased=halves.aliased,
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
         tangents=halves.tangents,
         checked_inputs=tuple(position[name] for name in checked),
@@ -286,6 +303,7 @@ def _compile(step: Step, forward: fx.Graph, backward: fx.Graph) -> Program:
         ),
         owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
-        swaps=tuple(any(node.target is swap_rng_state for node in stage.graph.nodes) for stage in stages),
+        swaps=tuple(any(node.target is kernels.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
+        tickets=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets),
     )

@@ -35,6 +35,7 @@ class Halves:
         saved: names of the saved activations (storages).
         saved_inputs: names of the inputs that the backward reads.
         tangents: positions of the results whose tangents the backward takes, in its order.
+        aliased: per result: it lies in the storage of an input or of an earlier result.
     """
 
     forward: fx.Graph
@@ -42,6 +43,7 @@ class Halves:
     saved: tuple[str, ...]
     saved_inputs: tuple[str, ...]
     tangents: tuple[int, ...]
+    aliased: tuple[bool, ...]
 
 
 def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
@@ -89,7 +91,9 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
         after.run(nodes[graph.ops[i].name], again=i in ran)
         ran.add(i)
     after.finish([after.get(node) for node in gradients])
-    return Halves(before.out, after.out, saved, saved_inputs, tuple(int(given.key) for given in tangents))
+    roots = [storages.root[node] for node in results]
+    aliased = tuple(nodes[root].op == "placeholder" or root in roots[:i] for i, root in enumerate(roots))
+    return Halves(before.out, after.out, saved, saved_inputs, tuple(int(given.key) for given in tangents), aliased)
 
 
 def _check_captured_order(graph: Graph, schedule: Schedule) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from planner._torch import release_saved
+from planner._torch import keeps_graph, release_saved
 from planner.errors import BackwardError
 from planner.tracer.kernels import rng_state, swap_rng_state
 
@@ -30,7 +30,7 @@ class Program:
         forward: boxed; all inputs -> outputs, then saved activations.
         stages: boxed; see rewriter/stages.py.
         num_outputs: how many of the forward's results are outputs.
-        aliased: per output: it is an input or another output too, and is handed out as a view of it.
+        aliased: per output: it shares its storage with an input or another output, and is handed out as a tensor of its own.
         differentiable: per output: eager's output requires grad.
         tangents: positions (among the outputs) whose tangents the backward takes, in its order.
         checked_inputs: positions of inputs the backward reads; a write to one before backward is an error.
@@ -40,6 +40,7 @@ class Program:
         describe: per output, its name in errors.
         swaps: per stage: it runs something again under an earlier state of the random generator.
         device: where the step runs.
+        tickets: positions, among the saved activations, of opaque parts' tickets, which are no tensors.
     """
 
     forward: Boxed
@@ -55,6 +56,7 @@ class Program:
     describe: tuple[str, ...]
     swaps: tuple[bool, ...]
     device: torch.device
+    tickets: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -86,10 +88,12 @@ class _Forward(torch.autograd.Function):
         this.inputs = []
         results = program.forward(inputs)
         outputs = tuple(
-            out.view_as(out) if aliased else out
+            out.detach() if aliased else out
             for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
         )
-        ctx.save_for_backward(*checked, *results[program.num_outputs :])
+        saved = list(results[program.num_outputs :])
+        ctx.tickets = [saved.pop(i) for i in reversed(program.tickets)]
+        ctx.save_for_backward(*checked, *saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out for out, can in zip(outputs, program.differentiable, strict=True) if not can))
         return outputs
@@ -101,6 +105,10 @@ class _Forward(torch.autograd.Function):
         _check_backward(program, tangents)
         held = release_saved(ctx)
         checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
+        for i, ticket in zip(program.tickets, reversed(ctx.tickets), strict=False):
+            alive.insert(i, ticket)
+        if not keeps_graph():
+            ctx.tickets = []
         unchecked = ctx.unchecked
         alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in program.saved_inputs]
         alive += [tangent for tangent in (tangents[i] for i in program.tangents) if tangent is not None]

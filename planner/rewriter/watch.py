@@ -49,16 +49,20 @@ class Attributes:
     values: tuple[Any, ...]
 
 
-def attributes(model: nn.Module, volatile: Collection[tuple[int, str]] = ()) -> tuple[Attributes, ...]:
+def attributes(
+    model: nn.Module, volatile: Collection[tuple[int, str]] = (), parts: Collection[str] = ()
+) -> tuple[Attributes, ...]:
     """The plain attributes named in the code of the model's classes.
 
     `volatile`: (position of the module, name) of those that the forward itself changes (counters), left out.
+    `parts`: names of submodules that run as they are, of which only the training flags matter.
     """
     found: list[Attributes] = []
     seen: set[int] = set()
     named = {kind: _names_in(kind) for kind in {type(module) for module in model.modules()}}
-    for i, module in enumerate(model.modules()):
-        mine = named[type(module)]
+    for i, (path, module) in enumerate(model.named_modules()):
+        inside = any(path == part or path.startswith(f"{part}.") for part in parts)
+        mine = frozenset() if inside else named[type(module)]
         held = {name: value for name, value in vars(module).items() if name in mine and (i, name) not in volatile}
         plain = {name: value for name, value in held.items() if _is_plain(value)}
         plain.pop("training", None)

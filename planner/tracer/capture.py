@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +12,29 @@ from torch import nn
 from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, InputError, PlannerError
-from planner.tracer import fidelity
+from planner.tracer import fidelity, parts
 from planner.tracer.casts import Casts
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.normalize import normalize
+from planner.tracer.part import PartCall
+from planner.tracer.record import record
 
 Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, loss: Loss = None) -> Joint:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss = None,
+    opaque: Collection[str] = (),
+) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
     Nothing is allocated and the model is left as it was. If the model reads tensor values (`.item()`,
-    `if mask.all()`), one real forward is run without keeping activations, to learn them.
+    `if mask.all()`), one real forward is run without keeping activations, to learn them. A submodule that cannot be
+    captured becomes an opaque part, which runs as it is: for these, too, a real forward is run, and theirs a few times more.
 
     Args:
         model: in training mode, on the device it will train on.
@@ -32,16 +42,30 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         loss: which output backward starts from: attribute or key ("loss"), position, or a function of
             the output. Default: the output if it is one scalar; its `.loss` or ["loss"]; else every
             output that requires grad.
+        opaque: qualified names of submodules to run as they are.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
         CaptureError: the model cannot be traced; names the operation and the user's line.
     """
-    leaves, in_spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    opaque, first = parts.parts_from_start(model, opaque), None
+    while True:
+        try:
+            return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque)
+        except CaptureError as error:
+            first = first or error
+            opaque = parts.widened(model, tuple(opaque), error.module)
+            if not opaque:
+                raise first from None
+
+
+def _capture(model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str]) -> Joint:
+    leaves, in_spec = pytree.tree_flatten((args, kwargs))
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     device = _check_inputs(model, [leaves[i] for i in tensors])
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss)
+    step.parts, step.device = tuple(opaque), device
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with fidelity.untouched(model):
         installed = getattr(vars(model).get("forward"), "unplanned", None)
@@ -57,6 +81,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         reads=step.reads,
         call=CallSpec(in_spec, template, tensors, step.out_spec),
         device=device,
+        parts=step.calls,
     )
     return replace(joint, volatile=frozenset((change.module, change.name) for change in step.changes))
 
@@ -69,20 +94,11 @@ def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.de
         raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter requires grad: there is no backward to plan")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):  # traced, its fused kernel is taken apart, and the bits differ
-            raise CaptureError(
-                f"{name or 'the model'} is a {type(module).__name__}: its fused kernel cannot be captured exactly"
-            )
+    if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
+        raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise InputError(f"{name} is on the meta device: give the model storage first, model.to_empty(device=...)")
-    hooked = fidelity.hooked(model)
-    if hooked:
-        raise CaptureError(
-            f"{hooked} has a hook, which would be called while tracing only. Remove it before planning, or put it on the "
-            "planned module, on its parameters or on its output tensors"
-        )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 0}
     if len(devices) > 1:
         raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
@@ -103,16 +119,19 @@ def _refuse_counting(step: Step, tensors: Sequence[torch.Tensor], exported: _tor
     for change in counted:
         if change.module < 0:
             raise CaptureError(
-                "the model's forward draws from Python's random module; a plan would repeat one draw for ever. Draw with torch"
+                "the model's forward draws from Python's random module; a plan would repeat one draw for ever. Draw with torch",
+                module=step.drew,
             )
         vars(modules[change.module][1])[change.name] = change.after
     if counted and not _same_trace(exported, _export(step, tensors)):
         change = counted[0]
-        where = f"{modules[change.module][0]}.{change.name}".strip(".")
+        module = modules[change.module][0]
+        where = f"{module}.{change.name}".strip(".")
         raise CaptureError(
             f"the model's forward changes its attribute {where} ({change.before!r} before, {change.after!r} after), and the "
             "next call is another one; a plan would repeat one for ever. Run the model once before planning if only the first "
-            "call differs; else make it a buffer, or change it outside of forward"
+            "call differs; else make it a buffer, or change it outside of forward",
+            module=module,
         )
 
 
@@ -128,26 +147,33 @@ def _is_constant(held: Any) -> bool:
 
 
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
-    """Trace; if the model reads tensor values, learn them in a real forward and trace again."""
+    """Trace; if the model reads tensor values, or has opaque parts, learn about these in a real forward before."""
     try:
+        if step.parts:
+            step.record(tensors)
         try:
-            return _torch.export_joint(step, _torch.fake_inputs(tensors))
+            return step.export(tensors)
         except _torch.DataDependentOutputException:
-            step.recorded = fidelity.record_host_reads(step.model, lambda: step.call(tensors), tensors)
-            return _torch.export_joint(step, _torch.fake_inputs(tensors))
+            step.record(tensors)
+            return step.export(tensors)
     except PlannerError:
         raise
     except _torch.DynamicOutputShapeException as error:
         raise CaptureError(
             f"{error.func} at {step.where} makes a tensor whose shape depends on the data; "
-            "a plan needs fixed shapes. Rewrite it with a mask, or leave this part out of the planned module."
+            "a plan needs fixed shapes. Rewrite it with a mask, or leave this part out of the planned module.",
+            module=step.where_module,
         ) from error
     except (_torch.DataDependentOutputException, _torch.UnsupportedOperatorException) as error:
-        raise CaptureError(f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured") from error
+        raise CaptureError(
+            f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured", module=step.where_module
+        ) from error
     except Exception as error:
         where = f" (last kernel at {step.where})" if step.where else ""
         message = (str(error).splitlines() or [""])[0]
-        raise CaptureError(f"the model cannot be captured{where}: {type(error).__name__}: {message}") from error
+        raise CaptureError(
+            f"the model cannot be captured{where}: {type(error).__name__}: {message}", module=step.where_module
+        ) from error
 
 
 class _Handed(torch.autograd.Function):
@@ -155,7 +181,7 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view_as(tensor)
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
@@ -172,6 +198,8 @@ class Step(nn.Module):
         reads: host reads of the last trace; their tensors follow the outputs.
         recorded: values to answer host reads with, once a real forward has been run.
         changes: what the forward changes on Python's side.
+        parts: names of the submodules that run as they are.
+        calls: their calls, as recorded, by key.
     """
 
     def __init__(self, model: nn.Module, template: tuple[Any, ...], tensors: tuple[int, ...], in_spec: Any, loss: Loss) -> None:
@@ -193,6 +221,29 @@ class Step(nn.Module):
         self.reads: list[tuple[Any, str]] = []
         self.where = ""
         self.changes: list[fidelity.Change] = []
+        self.parts: Sequence[str] = ()
+        self.calls: dict[str, PartCall] = {}
+        self.device = torch.device("cpu")
+
+    @property
+    def where_module(self) -> str:
+        """The submodule that ran the kernel called last."""
+        return self.where.rpartition(" ")[0]
+
+    @property
+    def drew(self) -> str:
+        """The submodule that drew from Python's random module."""
+        return self._modules_running.drew
+
+    def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
+        """Trace forward and backward."""
+        with parts.known(self.calls):
+            return _torch.export_joint(self, _torch.fake_inputs(tensors))
+
+    def record(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Run a real forward, to learn what Python reads and what the parts do."""
+        run = lambda: self.call(tensors)
+        self.recorded, self.calls = record(self.model, run, tensors, self.parts, self.device)
 
     @property
     def model(self) -> nn.Module:
@@ -216,7 +267,13 @@ class Step(nn.Module):
         casts = Casts()
         tracing = fidelity.Tracing(self._modules_running, self.recorded, casts)
         try:
-            with fidelity.restored(self.model) as self.changes, self._modules_running.following(), casts.counting(), tracing:
+            with (
+                fidelity.restored(self.model) as self.changes,
+                parts.tracing(self.model, self.calls),
+                self._modules_running.following(),
+                casts.counting(),
+                tracing,
+            ):
                 out = self.call(tensors, weights)
                 _write_reassigned(given, weights)
         finally:

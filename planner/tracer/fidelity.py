@@ -8,7 +8,7 @@ import functools
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CellType, FrameType, FunctionType
@@ -36,11 +36,17 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 class ModuleStack:
-    """The qualified name of the submodule whose forward is running, kept by hooks on the model's modules."""
+    """The qualified name of the submodule whose forward is running, kept by hooks on the model's modules.
+
+    Attributes:
+        drew: the innermost submodule that drew from Python's random module; "" if none did.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         self._running: list[str] = []
+        self._states: list[Any] = []
+        self.drew = ""
 
     def __str__(self) -> str:
         return self._running[-1] if self._running else ""
@@ -52,10 +58,13 @@ class ModuleStack:
         def enter(module: nn.Module, _args: Any) -> None:
             if module in self._names:
                 self._running.append(self._names[module])
+                self._states.append(random.getstate())
 
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             if module in self._names and self._running:
-                self._running.pop()
+                name, state = self._running.pop(), self._states.pop()
+                if not self.drew and random.getstate() != state:
+                    self.drew = name
 
         hooks = nn.modules.module
         handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave, always_call=True)]
@@ -65,20 +74,12 @@ class ModuleStack:
             for handle in handles:
                 handle.remove()
             self._running.clear()
+            self._states.clear()
 
 
 def is_foreign(hook: Any) -> bool:
     """The hook is the user's. Those by which libraries compute (weight_norm, spectral_norm, recorded outputs) are traced."""
     return not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)
-
-
-def hooked(model: nn.Module) -> str:
-    """Name of a submodule that a user has put a hook on; '' if none."""
-    for name, module in model.named_modules():
-        hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values()]
-        if module is not model and any(map(is_foreign, hooks)):
-            return name
-    return ""
 
 
 def user_line() -> str:
@@ -94,20 +95,6 @@ def user_line() -> str:
             return line
         frame = frame.f_back
     return inside_torch
-
-
-class RecordReads(TorchDispatchMode):
-    """In a real forward: remembers every tensor value that Python reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: list[tuple[str, bool | int | float | complex]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in HOST_READS:
-            self.values.append((str(func), result))
-        return result
 
 
 class Tracing(TorchDispatchMode):
@@ -140,30 +127,12 @@ class Tracing(TorchDispatchMode):
         if position >= len(self._recorded) or self._recorded[position][0] != str(func):
             raise CaptureError(
                 f"the model read other tensor values while traced than in a real forward ({func} at {self.where}); "
-                "its control flow depends on something a trace cannot hold"
+                "its control flow depends on something a trace cannot hold",
+                module=str(self._modules),
             )
         value = self._recorded[position][1]
         self.read.append((args[0], value, self.where))
         return value
-
-
-def record_host_reads(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> list[tuple[str, Any]]:
-    """Run one real forward and return the tensor values that Python read, in order.
-
-    Nothing is kept for a backward, so it needs no more memory than an inference forward.
-    """
-
-    def refuse(_: Any) -> Any:
-        raise CaptureError("backward was called inside the model's forward")
-
-    record = RecordReads()
-    with (
-        untouched(model, [*model.buffers(), *inputs]),
-        torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
-        record,
-    ):
-        call()
-    return record.values
 
 
 @dataclass(frozen=True, slots=True)

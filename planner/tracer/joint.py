@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from planner._torch import pytree
 from planner.graph.graph import Kind
+
+if TYPE_CHECKING:
+    from planner.tracer.part import PartCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,8 @@ class Joint:
         sources: node name -> "module.path file.py:line".
         device: where the step runs.
         volatile: (position of the module, name) of the attributes that the model's own forward changes.
+        parts: recorded calls of opaque parts, by key.
+        tickets: nodes that hold their tickets.
     """
 
     graph: fx.Graph
@@ -138,3 +144,5 @@ class Joint:
     sources: dict[str, str]
     device: torch.device
     volatile: frozenset[tuple[int, str]] = frozenset()
+    parts: Mapping[str, PartCall] = field(default_factory=dict)
+    tickets: frozenset[str] = frozenset()

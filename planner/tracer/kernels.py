@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -35,3 +36,22 @@ def noise(draws: torch.Tensor, keep: float, dtype: torch.dtype) -> torch.Tensor:
 def laid_out(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
     """A copy with the given strides: what the engine makes of a gradient it cannot take over as it is."""
     return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def add_gradients(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Their sum, as the engine adds them: nothing counts as zero."""
+    if one is None or other is None:
+        return one if other is None else other
+    return torch.add(one, other)
+
+
+def part(key: str, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Stands for a call of an opaque part: results, then its ticket. See planner.tracer.part.Part.forward."""
+    raise NotImplementedError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")
+
+
+def part_backward(
+    key: str, grads: Sequence[Any], ticket: Any, read: Sequence[torch.Tensor], arrived: Sequence[Any]
+) -> list[torch.Tensor | None]:
+    """Stands for the backward of an opaque part: gradients. See planner.tracer.part.Part.backward."""
+    raise NotImplementedError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")

@@ -9,6 +9,7 @@ from planner.profiler.profile import KernelCost, Profile
 from planner.tracer import kernels
 from planner.tracer.joint import Joint
 from planner.tracer.mutation import blind_arguments, updates_statistics
+from planner.tracer.parts import part_of
 from planner.tracer.randomness import is_random
 from planner.tracer.storage import Storages, items, mutates
 
@@ -18,9 +19,9 @@ _CUDA_BLOCK = 512
 
 
 def kernel_nodes(joint: Joint) -> list[fx.Node]:
-    """The nodes that become ops, in graph order: what a profiler has to price."""
+    """The nodes that become ops, in graph order: what a profiler has to price. Opaque parts were measured in capture."""
     storages = Storages(joint.graph)
-    return [node for node in joint.graph.nodes if node in storages.writes]
+    return [node for node in joint.graph.nodes if node in storages.writes and part_of(node) is None]
 
 
 def lower(joint: Joint, profile: Profile | None = None, *, reserve_bytes: int = 0) -> Graph:
@@ -104,7 +105,7 @@ class _Lowering:
         reads = [self.storages.root[arg] for arg in node.all_input_nodes if arg in self.storages.root]
         if node.name in self.joint.rng_states:
             reads.append(self.joint.rng_states[node.name])
-        cost = self.costs.get(node.name, KernelCost(0, 0))
+        cost = self._cost(node)
         taken_apart = [item.name for item in items(node) if self.storages.root.get(item) in writes]
         return Op(
             name=node.name,
@@ -119,9 +120,19 @@ class _Lowering:
             source=self.joint.sources.get(node.name, ""),
         )
 
+    def _cost(self, node: fx.Node) -> KernelCost:
+        part = part_of(node)
+        if part is None:
+            return self.costs.get(node.name, KernelCost(0, 0))
+        measured = part.forward if node.target is kernels.part else part.backward
+        return KernelCost(measured.time_ns, measured.workspace_bytes)
+
     def _recomputable(self, node: fx.Node, forward: bool) -> bool:
         """A second execution is sure to give the same bits and to change nothing."""
         if node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
+            return False
+        part = part_of(node)
+        if part is not None and not part.repeatable:
             return False
         if is_random(node) and node.name not in self.joint.rng_states:
             return False

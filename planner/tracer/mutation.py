@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
+from planner.tracer.parts import written_by_parts
 from planner.tracer.storage import Storages
 
 aten = torch.ops.aten
@@ -26,7 +27,8 @@ def updates_statistics(node: fx.Node) -> bool:
 
 
 def hidden_mutations(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Placeholders that such kernels write into."""
+    """Placeholders that such kernels, and opaque parts, write into."""
+    yield from written_by_parts(graph)
     for node in graph.nodes:
         if updates_statistics(node):
             yield from (arg for arg in node.args[3:5] if isinstance(arg, fx.Node) and arg.op == "placeholder")

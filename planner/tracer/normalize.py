@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from planner.tracer import kernels
 from planner.tracer.casts import merge_casts
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
+from planner.tracer.part import PartCall
+from planner.tracer.parts import is_traced_part, write_parts
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
 from planner.tracer.storage import Storages, mutates
 
@@ -36,6 +38,7 @@ def normalize(
     reads: Sequence[tuple[Any, str]],
     call: CallSpec,
     device: torch.device,
+    parts: Mapping[str, PartCall],
 ) -> Joint:
     """Bring the exported joint graph into normal form.
 
@@ -46,6 +49,7 @@ def normalize(
         num_results: how many results of the traced function stand for outputs; tensors that Python read follow.
         reads: value and source of each of those.
         call, device: handed on.
+        parts: recorded calls of opaque parts, by key.
 
     Raises:
         CaptureError: the graph holds something that cannot be planned exactly (named).
@@ -62,10 +66,11 @@ def normalize(
     _refuse(graph, roles, inputs, node_of)
     _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
     _drop_detach(graph)
+    tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
     draw_as_eager(graph)
     _read_no_new_statistics(graph)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_random(node))
+    graph.eliminate_dead_code(is_impure_node=_has_effects)
     last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
     gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
@@ -86,7 +91,13 @@ def normalize(
         call=call,
         sources={node.name: _source(node) for node in nodes},
         device=device,
+        parts=parts,
+        tickets=tickets,
     )
+
+
+def _has_effects(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node)
 
 
 def _write_mutations(
@@ -110,7 +121,7 @@ def _split_off_reads(
     handed = list(zip(roles, results(graph), strict=True))
     read = [node for role, node in handed if role[0] == "output" and role[1] >= num_results]
     varying = [(node, *seen) for node, seen in zip(read, reads, strict=True) if not _is_constant(node)]
-    guards = _guards(graph, [node for node, _, _ in varying])
+    guards = _guards(graph, [(node, where) for node, _, where in varying])
     names = [node.name for node in results(guards)] if guards is not None else []
     host_reads = tuple(HostRead(name, value, where) for name, (_, value, where) in zip(names, varying, strict=True))
     stay = [(role, node) for role, node in handed if node is not None and not (role[0] == "output" and role[1] >= num_results)]
@@ -124,7 +135,8 @@ def _refuse_moving_reads(guards: fx.Graph | None, host_reads: Sequence[HostRead]
         if any(needed.name in mutated for needed in _ancestors([node])):
             raise CaptureError(
                 f"the model's control flow at {read.source} reads a tensor that its own forward changes ({read.value} now); "
-                "a plan holds for one value of it"
+                "a plan holds for one value of it",
+                module=_module(read.source),
             )
 
 
@@ -137,25 +149,35 @@ def _source(node: fx.Node) -> str:
     return str((node.meta.get("custom") or {}).get("planner_source", ""))
 
 
+def _module(source: str) -> str:
+    """The submodule in a node's source."""
+    return source.rpartition(" ")[0]
+
+
 def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], node_of: dict[Role, fx.Node]) -> None:
     """Raise CaptureError for what no schedule could run exactly."""
     for role in roles:
-        if role[0] == "mutation" and role[1] == "param":
+        if role[0] == "mutation" and role[1] == "param" and ("gradient", *role[1:]) in roles:
             raise CaptureError(f"the forward writes into the parameter {inputs[node_of[role[1:]].name].key}; make it a buffer")
         if role[0] == "mutation" and role[1] == "tangent":
             raise CaptureError("the backward writes into an incoming gradient")
     for node in graph.nodes:
         if node.op == "call_function" and mutates(node):
-            raise CaptureError(f"{node.target} at {_source(node)} writes into a tensor in a way functionalization left in")
+            raise CaptureError(
+                f"{node.target} at {_source(node)} writes into a tensor in a way functionalization left in",
+                module=_module(_source(node)),
+            )
         for tensor in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
                 raise CaptureError(
                     f"{node.target} at {_source(node)} makes a {str(tensor.layout).removeprefix('torch.')} tensor; "
-                    "only dense tensors can be planned (nn.Embedding: sparse=False)"
+                    "only dense tensors can be planned (nn.Embedding: sparse=False)",
+                    module=_module(_source(node)),
                 )
         if isinstance(node.target, HigherOrderOperator) or node.op in ("call_module", "call_method"):
             raise CaptureError(
-                f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned"
+                f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned",
+                module=_module(_source(node)),
             )
 
 
@@ -207,20 +229,26 @@ def _last_ancestor(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node | None:
     return next((n for n in reversed(graph.nodes) if n in needed and n.op == "call_function"), None)
 
 
-def _guards(graph: fx.Graph, reads: Sequence[fx.Node]) -> fx.Graph | None:
-    """The part of the graph that computes the tensors Python read, from the call's inputs alone."""
+def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, str]]) -> fx.Graph | None:
+    """The part of the graph that computes the tensors Python read (and where), from the call's inputs alone."""
     if not reads:
         return None
-    needed = _ancestors(reads)
+    for node, where in reads:
+        moving = [n for n in _ancestors([node]) if n.op == "call_function" and (is_random(n) or is_traced_part(n))]
+        if moving:
+            why = "random numbers" if is_random(moving[0]) else "a part of it that runs as it is"
+            raise CaptureError(
+                f"the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
+                module=_module(where),
+            )
+    needed = _ancestors(node for node, _ in reads)
     guards = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node not in needed:
             continue
-        if is_random(node):
-            raise CaptureError(f"the model's control flow depends on random numbers ({node.target} at {_source(node)})")
         copies[node] = guards.node_copy(node, copies.__getitem__)
-    guards.output(tuple(copies[node] for node in reads))
+    guards.output(tuple(copies[node] for node, _ in reads))
     return guards
 
 

@@ -41,6 +41,8 @@ def is_random(node: fx.Node) -> bool:
     """The node draws from the default generator."""
     if node.target is kernels.bernoulli:
         return True
+    if node.target in (kernels.part, kernels.part_backward):
+        return bool(node.meta["part"].draws[node.target is kernels.part_backward])
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     names = [argument.name for argument in node.target._schema.arguments]

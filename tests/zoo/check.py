@@ -110,7 +110,10 @@ def forward_backward(module: nn.Module, args: Any, kwargs: Any, precision: str) 
     starts = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if isinstance(named, torch.Tensor):
         starts = [named]
-    torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+    if len(starts) == 1:
+        starts[0].backward(torch.ones_like(starts[0]))
+    else:  # tangents that this loop held would be memory no plan can know of
+        torch.stack([start.sum() for start in starts]).sum().backward()
     return leaves
 
 

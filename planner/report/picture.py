@@ -1,0 +1,83 @@
+"""The one home of matplotlib: figures without a screen, written as PNG or SVG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from planner.errors import InputError, PlotMissingError
+
+SUFFIXES = (".png", ".svg")
+GREY = "#6f6f6f"
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.labelsize": 9.0,
+    "axes.titlesize": 10.0,
+    "legend.fontsize": 8.0,
+    "svg.hashsalt": "planner",
+}
+
+
+def check(path: str | Path) -> None:
+    """Raise InputError for a suffix that is not written, PlotMissingError where matplotlib is missing: before any work."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise InputError(f"cannot draw {path}: give a file name that ends in {' or '.join(SUFFIXES)}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise PlotMissingError(
+            "pictures need matplotlib, which the extra 'plot' brings: pip install 'checkpoint-planner[plot]'"
+        ) from error
+
+
+def style() -> Any:
+    """A context in which figures are drawn and saved: plain fonts, the same file for the same figure."""
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(drawn: Any, path: str | Path) -> None:
+    """Write a figure: an SVG without a date, or a PNG of 128 colors, which takes a third of the bytes of one of all colors.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    vector = Path(path).suffix.lower() == ".svg"
+    written = io.BytesIO()
+    drawn.savefig(written, format="svg" if vector else "png", dpi=100, metadata={"Date": None} if vector else None)
+    try:
+        if vector:
+            Path(path).write_bytes(written.getvalue())
+        else:
+            from PIL import Image  # matplotlib depends on it
+
+            Image.open(written).convert("RGB").quantize(128).save(path, format="PNG", optimize=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def bytes_unit(nbytes: int) -> tuple[str, float]:
+    """The unit that suits an axis up to so many bytes, and its size."""
+    for unit, size in (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)):
+        if nbytes >= 4 * size:
+            return unit, size
+    return "B", 1.0
+
+
+def time_unit(ns: int) -> tuple[str, float]:
+    """The unit that suits an axis up to so many nanoseconds, and its size."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
+        if ns >= 2 * size:
+            return unit, size
+    return "ns", 1.0

@@ -1,0 +1,153 @@
+"""A Sweep as JSON: a graph file (planner/graph/planfile.py, same schema version) with one more section.
+
+Layout of "sweep": `points` (one a line: {"budget_bytes", "margin_bytes", "status", "bound_ns", "solve_s", "solver",
+"steps"}), `misses` (rows [budget_bytes, error, reason]), `floor_bytes`, `floor_op`, `solve_s`, `made_on`, `measured` (rows
+[budget_bytes, peak_bytes, time_ratio or null, exact]). Peaks and times are not stored: `simulate` gives them. `planner solve`
+reads the file as a graph.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from planner.errors import InputError, PlanFileError, ScheduleError
+from planner.graph import planfile
+from planner.graph.graph import Graph
+from planner.graph.plan import Solution
+from planner.graph.schedule import Schedule
+from planner.report.sweep import Measured, Miss, Point, Sweep, make_point
+from planner.report.today import references
+
+
+def save(sweep: Sweep, path: str | Path) -> None:
+    """Write a sweep and its graph.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        Path(path).write_text(dumps(sweep), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def dumps(sweep: Sweep) -> str:
+    """The file's text."""
+    fields = {
+        "floor_bytes": sweep.floor_bytes,
+        "floor_op": sweep.floor_op,
+        "made_on": dict(sweep.made_on),
+        "measured": [[found.budget_bytes, found.peak_bytes, found.time_ratio, found.exact] for found in sweep.measured],
+        "misses": [[miss.budget_bytes, miss.error, miss.reason] for miss in sweep.misses],
+        "points": [_point_fields(point) for point in sweep.points],
+        "solve_s": sweep.solve_s,
+    }
+    return planfile.dumps(sweep.graph, sections={"sweep": fields})
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a file looks like one that `save` wrote; False where it cannot be read."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and "sweep" in document
+
+
+def load(path: str | Path) -> Sweep:
+    """Read a sweep.
+
+    Raises:
+        PlanFileError: unreadable, not JSON, a newer schema, or a graph or schedule that does not check.
+    """
+    graph = planfile.load_graph(path)
+    document = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        fields = document["sweep"]
+        points = tuple(_point(graph, entry) for entry in fields["points"])
+        misses = tuple(Miss(int(budget), str(error), str(reason)) for budget, error, reason in fields["misses"])
+        measured = tuple(
+            Measured(int(budget), int(peak), None if ratio is None else float(ratio), bool(exact))
+            for budget, peak, ratio, exact in fields["measured"]
+        )
+        sweep = Sweep(
+            graph=graph,
+            points=points,
+            misses=misses,
+            floor_bytes=int(fields["floor_bytes"]),
+            floor_op=str(fields["floor_op"]),
+            solve_s=float(fields["solve_s"]),
+            made_on=tuple(sorted((str(k), str(v)) for k, v in fields["made_on"].items())),
+            measured=measured,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ScheduleError) as error:
+        raise PlanFileError(f"{path} holds no valid sweep: {type(error).__name__}: {error}") from error
+    if not points:
+        raise PlanFileError(f"{path} holds a sweep without points")
+    return sweep
+
+
+def _point_fields(point: Point) -> dict[str, Any]:
+    return {
+        "bound_ns": point.bound_ns,
+        "budget_bytes": point.budget_bytes,
+        "margin_bytes": point.margin_bytes,
+        "solve_s": point.solution.solve_s,
+        "solver": point.solution.solver,
+        "status": point.status,
+        "steps": point.solution.schedule.steps,
+    }
+
+
+def _point(graph: Graph, fields: dict[str, Any]) -> Point:
+    solution = Solution(
+        status=str(fields["status"]),
+        schedule=Schedule(tuple(int(i) for i in fields["steps"])),
+        bound_ns=int(fields["bound_ns"]),
+        solve_s=float(fields["solve_s"]),
+        solver=str(fields["solver"]),
+    )
+    point = make_point(graph, int(fields["budget_bytes"]), int(fields["margin_bytes"]), solution)
+    if point.peak_bytes > point.budget_bytes:
+        raise ValueError(f"a schedule peaks at {point.peak_bytes} bytes, above its budget of {point.budget_bytes}")
+    return point
+
+
+def summary(sweep: Sweep) -> dict[str, Any]:
+    """The figures of a sweep, without graph and schedules: what `planner sweep --json` prints."""
+    plain, knee = sweep.plain, sweep.knee_point
+    return {
+        "schema": planfile.SCHEMA,
+        "plain": {"peak_bytes": plain.peak_bytes, "time_ns": plain.time_ns},
+        "floor": {"bytes": sweep.floor_bytes, "op": sweep.floor_op},
+        "knee": {"budget_bytes": knee.budget_bytes, "peak_bytes": knee.peak_bytes, "overhead": knee.overhead},
+        "points": [
+            {
+                "budget_bytes": point.budget_bytes,
+                "peak_bytes": point.peak_bytes,
+                "time_ns": point.time_ns,
+                "bound_ns": point.bound_ns,
+                "overhead": point.overhead,
+                "status": point.status,
+            }
+            for point in sweep.points
+        ],
+        "misses": [{"budget_bytes": miss.budget_bytes, "error": miss.error} for miss in sweep.misses],
+        "measured": [
+            {
+                "budget_bytes": found.budget_bytes,
+                "peak_bytes": found.peak_bytes,
+                "time_ratio": found.time_ratio,
+                "exact": found.exact,
+            }
+            for found in sweep.measured
+        ],
+        "without_solver": [
+            {"name": reference.name, "peak_bytes": reference.peak_bytes, "time_ns": reference.time_ns}
+            for reference in references(sweep.graph)
+        ],
+        "solve_s": sweep.solve_s,
+        "made_on": dict(sweep.made_on),
+    }
