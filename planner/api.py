@@ -23,9 +23,8 @@ from planner.profiler.profile import Profile
 from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
-from planner.rewriter.guard import call_key
-from planner.rewriter.module import DEFAULT_STAGES, CheckpointedModule, Step
-from planner.rewriter.partition import partition
+from planner.rewriter.module import CheckpointedModule
+from planner.rewriter.step import DEFAULT_STAGES, Recapture, make_step
 from planner.solver.solve import solve
 from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
@@ -49,6 +48,7 @@ def plan(
     progress: bool = True,
     strict: bool = False,
     opaque: Collection[str] = (),
+    dynamic: bool = False,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -71,6 +71,8 @@ def plan(
         opaque: qualified names of submodules to run as they are, besides those found not to be capturable (LSTM kernels,
             expert loops, hooks, ...). Such a part is measured on the example call: where its memory depends on the
             data, its share of the peak does too.
+        dynamic: hold for inputs of every size up to the planned one, too: plan for the largest batch and length. A step of
+            a new size is captured when it first comes (seconds), and runs unplanned where its graph is another one.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
@@ -90,7 +92,8 @@ def plan(
         movable = not backward_is_fixed(joint)
         solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=movable)
     made = Plan(graph, budget_bytes, margin_bytes, solution, _made_on(joint, profile))
-    return _rewrite(made, joint, model, args, kwargs, num_stages, strict)
+    recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+    return CheckpointedModule(model, make_step(made, joint, model, args, kwargs, num_stages, recapture), made, strict)
 
 
 def apply(
@@ -103,6 +106,7 @@ def apply(
     num_stages: int = DEFAULT_STAGES,
     strict: bool = False,
     opaque: Collection[str] = (),
+    dynamic: bool = False,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving.
 
@@ -111,7 +115,8 @@ def apply(
     """
     joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
     _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
-    return _rewrite(plan, joint, model, args, kwargs, num_stages, strict)
+    recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+    return CheckpointedModule(model, make_step(plan, joint, model, args, kwargs, num_stages, recapture), plan, strict)
 
 
 def sweep(
@@ -126,7 +131,7 @@ def sweep(
     loss: Loss = None,
     reserve: int | str = 0,
     costs: str = "measure",
-    time_limit_s: float = 4.0,
+    time_limit_s: float = 4.5,
     progress: bool = True,
     opaque: Collection[str] = (),
 ) -> Sweep:
@@ -155,7 +160,7 @@ def sweep(
     graph = lower(joint, profile, reserve_bytes=reserve_bytes)
 
     def measured(made: Plan, rounds: int) -> Measured:
-        planned = _rewrite(made, joint, model, args, kwargs, DEFAULT_STAGES, strict=False)
+        planned = CheckpointedModule(model, make_step(made, joint, model, args, kwargs, DEFAULT_STAGES), made)
         report = verify(planned, args, kwargs, rounds=rounds)
         return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
@@ -194,22 +199,6 @@ def _profile(joint: Joint, costs: str, progress: bool) -> Profile:
     if costs == "estimate":
         return estimate(nodes)
     raise BudgetError(f"costs={costs!r} is not known; use 'measure' or 'estimate'")
-
-
-def _rewrite(
-    made: Plan,
-    joint: Joint,
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    num_stages: int,
-    strict: bool,
-) -> CheckpointedModule:
-    halves = partition(joint, made.graph, made.solution.schedule)
-    tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    parts = {spec.module for spec in joint.parts.values()}
-    step = Step(joint, halves, call_key(model, tensors, joint.device, joint.volatile, parts), num_stages)
-    return CheckpointedModule(model, step, made, strict)
 
 
 def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> Graph:

@@ -11,7 +11,8 @@ from torch import nn
 
 from planner.errors import InputError
 from planner.graph.plan import Plan
-from planner.rewriter.module import CheckpointedModule, Step, report_miss
+from planner.rewriter.module import CheckpointedModule, report_miss
+from planner.rewriter.step import Step
 
 
 class PlannedForward:

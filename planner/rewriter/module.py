@@ -5,26 +5,23 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from planner._torch import box, keeps_graph, pytree
-from planner.errors import PlanMissError
+from planner.errors import PlanMissError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
-from planner.rewriter import guard, portable
-from planner.rewriter.partition import Halves
+from planner.rewriter import guard
 from planner.rewriter.runtime import Boxed, Program, run
+from planner.rewriter.shapes import MOST_SHAPES, call_shapes, is_about_shapes, step_of_other_shape
 from planner.rewriter.stages import cut_stages
+from planner.rewriter.step import Step
 from planner.rewriter.watch import Watched
 from planner.tracer import kernels
-from planner.tracer.joint import Joint
 from planner.tracer.part import Part
-
-DEFAULT_STAGES = 8
 
 
 class PlanMissWarning(UserWarning):
@@ -54,40 +51,6 @@ def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
     return getattr(model.forward, "unplanned", model.forward)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Everything a planned call needs besides the model: no parameter, no buffer.
-
-    Attributes:
-        joint: how calls map onto the graphs.
-        halves: the rewritten forward and backward.
-        key: what they are right for.
-        num_stages: in how many parts the backward hands out gradients, at most.
-    """
-
-    joint: Joint
-    halves: Halves
-    key: guard.CallKey
-    num_stages: int = DEFAULT_STAGES
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        joint, halves = self.joint, self.halves
-        graphs = (joint.graph, joint.guards, halves.forward, halves.backward)
-        rows = tuple(None if graph is None else portable.to_rows(graph) for graph in graphs)
-        bare = (replace(joint, graph=None, guards=None), replace(halves, forward=None, backward=None))  # type: ignore[arg-type]
-        return _restore_step, (*bare, rows, self.key, self.num_stages)
-
-
-def _restore_step(joint: Joint, halves: Halves, rows: Sequence[Any], key: guard.CallKey, num_stages: int) -> Step:
-    graph, guards, forward, backward = (None if row is None else portable.from_rows(row) for row in rows)
-    return Step(
-        replace(joint, graph=graph, guards=guards),  # type: ignore[arg-type]
-        replace(halves, forward=forward, backward=backward),  # type: ignore[arg-type]
-        key,
-        num_stages,
-    )
-
-
 class CheckpointedModule(fx.GraphModule):
     """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
 
@@ -110,6 +73,7 @@ class CheckpointedModule(fx.GraphModule):
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
+        self.__dict__["_others"] = {}
         self.graph = step.halves.forward
 
     @property
@@ -174,7 +138,8 @@ class CheckpointedModule(fx.GraphModule):
         step = self._step
         tensors, inputs, miss = self._match(args, kwargs)
         if miss:
-            return None, miss
+            other = self._of_other_shape(args, kwargs) if step.recapture is not None and is_about_shapes(miss) else miss
+            return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             found = run(self._program, inputs)
         leaves = [
@@ -182,6 +147,19 @@ class CheckpointedModule(fx.GraphModule):
             for out in step.joint.outputs
         ]
         return pytree.tree_unflatten(leaves, step.joint.call.out_spec), ""
+
+    def _of_other_shape(self, args: Any, kwargs: Any) -> CheckpointedModule | str:
+        """The plan carried over to a call of smaller inputs, made when that shape is first met; or why there is none."""
+        key = call_shapes(self._step, args, kwargs)
+        if key not in self._others:
+            if len(self._others) >= MOST_SHAPES:
+                del self._others[next(iter(self._others))]
+            try:
+                step = step_of_other_shape(self._step, self.plan, self._original, args, kwargs)
+                self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict)
+            except PlannerError as error:
+                self._others[key] = f"the inputs' shape ({error})"
+        return self._others[key]  # type: ignore[no-any-return]
 
     def difference(self, args: Any, kwargs: Any) -> str:
         """What keeps this call from running planned; '' if nothing does."""

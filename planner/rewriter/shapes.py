@@ -1,0 +1,67 @@
+"""One plan for inputs of every size up to the planned one.
+
+A step on smaller inputs is captured when its shape is first met. Where it has the planned graph, value by value, and none of
+its values is larger, the planned schedule runs it within the planned peak: the peak is a sum of values' bytes (`simulate`) and
+kernels' workspace, which is taken not to grow as inputs shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.graph.graph import Graph
+from planner.graph.plan import Plan
+from planner.rewriter.guard import tensor_key
+from planner.rewriter.step import Step, make_step
+from planner.tracer.capture import capture
+from planner.tracer.lower import lower
+
+MOST_SHAPES = 64
+"""So many are remembered; then the oldest is forgotten."""
+
+
+def is_about_shapes(miss: str) -> bool:
+    """A call is not the one planned for because of its inputs' metadata."""
+    return miss.startswith("input ")
+
+
+def call_shapes(step: Step, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """What tells calls of one structure apart."""
+    return tuple(tensor_key(tensor) for tensor in step.joint.call.tensor_leaves(args, kwargs))
+
+
+def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Step:
+    """The planned schedule on a call of smaller inputs.
+
+    Raises:
+        CaptureError: an input is larger than planned, or of another kind; or the call's graph is not the planned one.
+    """
+    for i, (now, planned) in enumerate(zip(call_shapes(step, args, kwargs), step.key.inputs, strict=True)):
+        shape, _, *kind = now
+        most, _, *expected = planned
+        if kind != expected or len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
+            raise CaptureError(f"input {i} is {list(shape)}, the plan holds up to {list(most)}")
+    assert step.recapture is not None
+    joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
+    _check_smaller(plan.graph, lower(joint), joint.tickets)
+    return make_step(plan, joint, model, args, kwargs, step.num_stages)
+
+
+def _check_smaller(planned: Graph, graph: Graph, tickets: frozenset[str]) -> None:
+    if len(planned.ops) != len(graph.ops) or planned.num_forward_ops != graph.num_forward_ops:
+        raise CaptureError(f"its graph has {len(graph.ops)} ops, the planned one {len(planned.ops)}")
+    for ours, theirs in zip(planned.ops, graph.ops, strict=True):
+        if (ours.name, ours.nodes, ours.reads, ours.writes) != (theirs.name, theirs.nodes, theirs.reads, theirs.writes):
+            raise CaptureError(f"its graph has {theirs.name} where the planned one has {ours.name} ({ours.source})")
+        if ours.recomputable > theirs.recomputable:
+            raise CaptureError(f"{theirs.name} cannot be run again here ({theirs.source})")
+    if (planned.forward_outputs, planned.backward_outputs) != (graph.forward_outputs, graph.backward_outputs):
+        raise CaptureError("its graph has other outputs")
+    for value in graph.values:
+        known = planned.value.get(value.name)
+        if known is None or (value.nbytes > known.nbytes and value.name not in tickets):
+            raise CaptureError(f"{value.name} takes {value.nbytes} bytes, more than planned")

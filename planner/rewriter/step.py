@@ -1,0 +1,79 @@
+"""Step: a rewritten training step without the model, as it travels in copies and pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from planner.graph.plan import Plan
+from planner.rewriter import guard, portable
+from planner.rewriter.partition import Halves, partition
+from planner.tracer.joint import Joint
+
+DEFAULT_STAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Recapture:
+    """How to capture the step again, for inputs of other sizes: the options of `planner.tracer.capture`."""
+
+    loss: Any = None
+    opaque: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Everything a planned call needs besides the model: no parameter, no buffer.
+
+    Attributes:
+        joint: how calls map onto the graphs.
+        halves: the rewritten forward and backward.
+        key: what they are right for.
+        num_stages: in how many parts the backward hands out gradients, at most.
+        recapture: set where the plan is to hold for smaller inputs too.
+    """
+
+    joint: Joint
+    halves: Halves
+    key: guard.CallKey
+    num_stages: int = DEFAULT_STAGES
+    recapture: Recapture | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        joint, halves = self.joint, self.halves
+        graphs = (joint.graph, joint.guards, halves.forward, halves.backward)
+        rows = tuple(None if graph is None else portable.to_rows(graph) for graph in graphs)
+        bare = (replace(joint, graph=None, guards=None), replace(halves, forward=None, backward=None))  # type: ignore[arg-type]
+        return _restore_step, (*bare, rows, self.key, self.num_stages, self.recapture)
+
+
+def _restore_step(
+    joint: Joint, halves: Halves, rows: Sequence[Any], key: guard.CallKey, num_stages: int, recapture: Recapture | None
+) -> Step:
+    graph, guards, forward, backward = (None if row is None else portable.from_rows(row) for row in rows)
+    return Step(
+        replace(joint, graph=graph, guards=guards),  # type: ignore[arg-type]
+        replace(halves, forward=forward, backward=backward),  # type: ignore[arg-type]
+        key,
+        num_stages,
+        recapture,
+    )
+
+
+def make_step(
+    plan: Plan,
+    joint: Joint,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    num_stages: int,
+    recapture: Recapture | None = None,
+) -> Step:
+    """The captured step, rewritten by a plan whose graph is its own."""
+    halves = partition(joint, plan.graph, plan.solution.schedule)
+    tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
+    parts = {spec.module for spec in joint.parts.values()}
+    return Step(joint, halves, guard.call_key(model, tensors, joint.device, joint.volatile, parts), num_stages, recapture)
