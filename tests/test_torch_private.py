@@ -50,3 +50,20 @@ def test_sources_name_module_and_line_on_forward_and_backward_nodes():
     for node in kernels:
         source = joint.sources[node.name]
         assert source.split()[0] in ("first", "second") and Path(__file__).name in source
+
+
+def test_calls_of_modules_are_intercepted_outermost_first_and_only_while_asked():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    seen = []
+
+    def handle(module, name, args, kwargs, run):
+        seen.append(name)
+        return run()
+
+    x = torch.randn(3, 2)
+    expected = model(x)
+    names = {module: name for name, module in model.named_modules() if name in ("0", "0.0")}
+    with _torch.calls_intercepted(names, handle):
+        assert torch.equal(model(x), expected)
+    model(x)
+    assert seen == ["0"], f"torch {torch.__version__}: nn.Module.__call__ is no longer where calls of modules go through"

@@ -48,7 +48,7 @@ def figure(width: float, height: float) -> Any:
 
 
 def save(drawn: Any, path: str | Path) -> None:
-    """Write a figure: an SVG without a date, or a PNG of 128 colors, which takes a third of the bytes of one of all colors.
+    """Write a figure: an SVG without a date, or a PNG of 256 colors, which takes a third of the bytes of one of all colors.
 
     Raises:
         InputError: the file cannot be written.
@@ -62,7 +62,10 @@ def save(drawn: Any, path: str | Path) -> None:
         else:
             from PIL import Image  # matplotlib depends on it
 
-            Image.open(written).convert("RGB").quantize(128).save(path, format="PNG", optimize=True)
+            few = (
+                Image.open(written).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+            )  # which loses no color of a marker
+            few.save(path, format="PNG", optimize=True)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
 

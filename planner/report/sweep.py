@@ -256,7 +256,7 @@ def sweep_graph(
     low: Budget | None = None,
     high: Budget | None = None,
     margin: Callable[[int], int] = lambda budget_bytes: 0,
-    time_limit_s: float = 4.0,
+    time_limit_s: float = 4.5,
     reorder: bool = True,
     made_on: tuple[tuple[str, str], ...] = (),
     measure: Measure | None = None,

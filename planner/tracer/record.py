@@ -21,7 +21,7 @@ from planner.tracer.part import Cost, Part, PartCall, Ticket, call_part, find_re
 
 _LONG_NS = 500_000_000
 """A part that takes this long is timed once."""
-_DRAWS = 8
+_DRAWS = 5
 """A part that draws random numbers is run so often, each time with others; the most bytes seen count."""
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 Read = tuple[str, bool | int | float | complex]
