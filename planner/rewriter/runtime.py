@@ -134,12 +134,13 @@ class _Tap(torch.autograd.Function):
 
 def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     program = this.program
-    state = rng_state(program.device) if program.swaps[stage] else None
+    # as bytes, because a tensor would be memory of the step that no plan counts
+    state = rng_state(program.device).numpy().tobytes() if program.swaps[stage] else None
     try:
         results = program.stages[stage](alive)
     except BaseException:
         if state is not None:  # the stage may have stopped under the state of a recompute
-            swap_rng_state(state, program.device)
+            swap_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), program.device)
         raise
     num_gradients = len(program.owners[stage])
     this.alive = list(results[num_gradients:])
