@@ -69,9 +69,7 @@ def cheapest_kept_set(graph: Graph, budget_bytes: int, *, strict: bool) -> float
     return min(fitting, default=math.inf)
 
 
-# The same graphs each time: of random ones, one in several hundred is still missed by the program (copies that know only some
-# ops); the later stages then find as good a plan.
-@settings(deadline=None, max_examples=150, derandomize=True, database=None)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_the_program_finds_the_optimum_of_its_class_and_solve_nothing_dearer(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(min_forward=5, max_forward=7))

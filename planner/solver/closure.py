@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,21 +18,13 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver import backend
-from planner.solver.lazy import lazy_schedule
+from planner.solver.lazy import Moment, lazy_schedule, moments
 from planner.solver.lifetimes import lifetimes
 
 _SCALE = 1e4
 """The plain step's time in units of the objective, its peak in units of a memory row: solvers' tolerances are absolute."""
 _ROWS_A_ROUND = 6
 _COPIES_A_ROUND = 4
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Moment:
-    """A moment in the backward: while backward op `stage` runs, or while forward op `again` runs again for it."""
-
-    stage: int
-    again: int = -1
 
 
 @dataclass(slots=True)
@@ -74,12 +66,6 @@ class Closure:
         turn = graph.num_forward_ops
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
-        last = {name: i for i, op in enumerate(graph.ops) for name in op.reads if i >= turn}
-        # Outputs are never dropped, but an op that runs again makes them anew: bytes and last backward read of these.
-        self.twins: list[list[tuple[int, int]]] = [
-            [(graph.value[name].nbytes, last[name]) for name in op.writes if name not in self.index and name in last]
-            for op in graph.ops[:turn]
-        ]
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
         self._built: tuple[object, _Rows, backend.Model] | None = None
         self.rows: dict[int, int] = {}
@@ -116,8 +102,7 @@ class Closure:
             copy.less = 0
         reached = -math.inf
         while True:
-            rows, model = self._model(budget_bytes)
-            answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE, relax=relax)
+            rows, answer = self._answer(budget_bytes, deadline, gap * _SCALE, relax)
             if answer.status in ("infeasible", "unknown"):
                 return Found(None, answer.status)
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
@@ -139,6 +124,17 @@ class Closure:
     def knows(self) -> object:
         """What was learnt so far; where a round leaves it as it is, another round says nothing new."""
         return self.whole, len(self.rows), tuple((len(copy.again), len(copy.alive)) for copy in self.copies.values())
+
+    def _answer(self, budget_bytes: int | None, deadline: float, gap: float, relax: bool) -> tuple[_Rows, backend.Answer]:
+        rows, model = self._model(budget_bytes)
+        answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap, relax=relax)
+        cost = sum(cost * value for cost, value in zip(rows.program.costs, answer.values, strict=False))
+        if cost > answer.bound + answer.gap + 1e-7 * _SCALE:
+            # Solved again for another budget, HiGHS 1.16 may hand out the last solution with the new objective.
+            self._built = None
+            rows, model = self._model(budget_bytes)
+            answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap, relax=relax)
+        return rows, answer
 
     def _model(self, budget_bytes: int | None) -> tuple[_Rows, backend.Model]:
         """The program as it is now; built anew only where more than the budget has changed."""
@@ -162,27 +158,35 @@ class Closure:
     def _add_copies(self, schedule: Schedule, budget_bytes: int, judged_peak: int) -> bool:
         """Add copies for the moments over the budget; False where nothing new can be said."""
         run = self._simulator.run(schedule.steps)
-        live, steps = run.live_bytes.tolist(), np.array(schedule.steps)
+        live, steps, when = run.live_bytes.tolist(), np.array(schedule.steps), moments(self.graph, schedule)
         seen: dict[int, Copy] = {}
-        for t in (t for t, _ in self._moments(schedule) if live[t] > budget_bytes):
+        for t in (t for t in when if live[t] > budget_bytes):
             later = steps[self.graph.num_forward_ops : t + 1]
             again = set(later[later < self.graph.num_forward_ops].tolist())
             held = run.value[(run.start <= t) & (run.end >= t)].tolist()
             alive = {self._number[v] for v in held if v in self._number}
             awaited = set(steps[t + 1 :][steps[t + 1 :] < self.graph.num_forward_ops].tolist())
-            again |= {i for i in awaited if not alive.isdisjoint(self.reads[i])}
+            twins = {e for i in again for twin in self.life.twins[i] for e in twin.readers}
+            again |= {i for i in awaited if i in twins or not alive.isdisjoint(self.reads[i])}
             seen[t] = Copy(again, alive)
-        moments = dict(self._moments(schedule))
-        broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(moments[t], copy)}
+        broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(when[t], copy)}
         new = _spaced(broken, len(live) // 20, _COPIES_A_ROUND)
         for t in new:
-            copy = self.copies.setdefault(moments[t], seen[t])
+            copy = self.copies.setdefault(when[t], seen[t])
             copy.again |= seen[t].again
             copy.alive |= seen[t].alive
         if new:
             return True
         if not self.whole:
             self.whole = True
+            return True
+        # What an op writes may be wanted by ops that a copy does not know of: the copy may say that it has run, for these.
+        ran = set(steps[self.graph.num_forward_ops :].tolist())
+        for copy in (self.copies[when[t]] for t in seen):
+            beyond = {e for i in copy.again for d in self.writes[i] for e in self.life.readers[d] if e in ran} - copy.again
+            copy.again |= beyond
+            new += sorted(beyond)
+        if new:
             return True
         # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
         excess = judged_peak - budget_bytes
@@ -209,17 +213,6 @@ class Closure:
             held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.last_use[d] >= p))
         excess: list[int] = (held - budget_bytes).tolist()
         return excess
-
-    def _moments(self, schedule: Schedule) -> Iterator[tuple[int, Moment]]:
-        """The backward's steps as moments."""
-        waiting: list[tuple[int, int]] = []
-        for t, i in enumerate(schedule.steps[self.graph.num_forward_ops :], self.graph.num_forward_ops):
-            if i < self.graph.num_forward_ops:
-                waiting.append((t, i))
-                continue
-            yield from ((at, Moment(i, again)) for at, again in waiting)
-            yield t, Moment(i)
-            waiting = []
 
 
 def _spaced(over: dict[int, int], distance: int, count: int) -> list[int]:
@@ -255,6 +248,8 @@ class _Rows:
         for d in sorted(closure.pinned):
             self.program.row([(d, -1.0)], -1.0)
         self._closure(self.r, len(self.graph.ops), {})
+        for i in self.r if closure.whole else ():
+            self._only_if_wanted(i, self.r, len(self.graph.ops))
         for t, less in sorted(closure.rows.items()):
             self._plain(t, less)
         for moment in sorted(closure.copies):
@@ -313,8 +308,11 @@ class _Rows:
             extra += sum(int(life.nbytes[d]) for d in self.closure.writes[j] if life.last_use[d] < p)
             pairs += [(by[j], extra / self.unit), *((before[e], -extra / self.unit) for e in (j,) if e in before)]
         for i in (i for i in done if i != j):
-            twins = sum(size for size, last in self.closure.twins[i] if last >= p)
-            pairs += [(done[i], twins / self.unit)] if twins else []
+            for twin in life.twins[i]:
+                if twin.last_use >= p:
+                    pairs.append((done[i], twin.nbytes / self.unit))
+                else:
+                    pairs += self._awaited([([(done[i], 1.0)], 1.0)], done, twin.nbytes, self._sure(twin.readers, p, copy))
         for d, size in enumerate(life.nbytes.tolist()):
             i = int(life.producer[d])
             if d in self.closure.pinned:
@@ -324,9 +322,9 @@ class _Rows:
             elif life.last_use[d] >= p:
                 pairs += self._available(d, by if i == j else done, size)
             elif d in copy.alive:
-                # Of ops that the copy does not know of, those that may have run again by now do not count as awaited.
-                sure = [e for e in life.readers[d] if e in self.r and (e in copy.again or life.first_need[e] > p)]
-                pairs += self._awaited(d, done, size, sure)
+                # Here if it is kept, and if it will not be recomputed before the reader runs.
+                later = [(self.r[i], -1.0), *((done[e], 1.0) for e in (i,) if e in done)] if i in self.r else []
+                pairs += self._awaited([([(d, 1.0)], 1.0), (later, 0.0)], done, size, self._sure(life.readers[d], p, copy))
         self._memory(pairs, fixed, copy.less)
 
     def _run_again_by(
@@ -335,7 +333,7 @@ class _Rows:
         """Columns y_i for i >= start: op i has run again for a stage below `before`, no earlier than it must."""
         total = self.r if within is None else within
         again: dict[int, int] = {}
-        rows: list[tuple[int, list[int]]] = []
+        own: list[int] = []
         for i in self.closure.again:
             if i < start or i not in among or self.life.first_need[i] >= before:
                 continue
@@ -344,13 +342,16 @@ class _Rows:
                 again[i] = total[i]  # if it runs again at all, it has done so for this use
             else:
                 again[i] = self.program.column(binary=self.closure.whole)
-                rows.append((i, loose))
+                own.append(i)
         self._closure(again, before, total)
-        for i, loose in rows:
-            wanted = [self._wanted(d, again, before) for d in loose]
+        for i in own:
             self.program.row([(again[i], 1.0), (total[i], -1.0)], 0.0)
-            self.program.row([(again[i], 1.0), *((column, -1.0) for column in wanted)], 0.0)
+            self._only_if_wanted(i, again, before)
         return again
+
+    def _only_if_wanted(self, i: int, again: dict[int, int], before: int) -> None:
+        wanted = [self._wanted(d, again, before) for d in self.closure.writes[i] if d not in self.closure.pinned]
+        self.program.row([(again[i], 1.0), *((column, -1.0) for column in wanted)], 0.0)
 
     def _wanted(self, d: int, again: dict[int, int], before: int) -> int:
         """A column that is 1 only where d is not kept, and a stage below `before` or an op that has run again wants it."""
@@ -374,16 +375,22 @@ class _Rows:
         self.program.row([(done[i], 1.0), (either, -1.0)], 0.0)
         return [(either, size / self.unit)]
 
-    def _awaited(self, d: int, done: dict[int, int], size: int, readers: list[int]) -> backend.Pairs:
-        """Bytes of a value that no stage uses any more: alive while one of these readers is still to run again."""
-        i = int(self.life.producer[d])
+    def _sure(self, readers: tuple[int, ...], p: int, copy: Copy) -> list[int]:
+        """Of ops that the copy does not know of, those that may have run again by now do not count as awaited."""
+        return [e for e in readers if e in self.r and (e in copy.again or self.life.first_need[e] > p)]
+
+    def _awaited(
+        self, here: list[tuple[backend.Pairs, float]], done: dict[int, int], size: int, readers: list[int]
+    ) -> backend.Pairs:
+        """Bytes of an instance that no stage uses any more: alive while one of these readers is still to run again.
+
+        `here`: with such a reader, each of these sums comes to at most the limit beside it, or the instance is alive.
+        """
         if not readers:
             return []
         alive = self.program.column()
-        later = [(self.r[i], -1.0), *((done[e], 1.0) for e in (i,) if e in done)] if i in self.r else []
         for e in readers:
             still = [(self.r[e], 1.0), *((done[f], -1.0) for f in (e,) if f in done)]
-            # e is still to run: d must be here if it is kept, and if it will not be recomputed before e
-            self.program.row([*still, (d, 1.0), (alive, -1.0)], 1.0)
-            self.program.row([*still, *later, (alive, -1.0)], 0.0)
+            for pairs, limit in here:
+                self.program.row([*still, *pairs, (alive, -1.0)], limit)
         return [(alive, size / self.unit)]

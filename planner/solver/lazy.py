@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Moment:
+    """A moment in the backward: while backward op `stage` runs, or while forward op `again` runs again for it."""
+
+    stage: int
+    again: int = -1
 
 
 def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Collection[str]] | None = None) -> Schedule:
@@ -34,3 +43,17 @@ def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Colle
             available.update(graph.ops[i].writes)
         steps += [*sorted(lane), p]
     return Schedule(tuple(steps))
+
+
+def moments(graph: Graph, schedule: Schedule) -> dict[int, Moment]:
+    """The backward's steps as moments."""
+    found: dict[int, Moment] = {}
+    waiting: list[tuple[int, int]] = []
+    for t, i in enumerate(schedule.steps[graph.num_forward_ops :], graph.num_forward_ops):
+        if i < graph.num_forward_ops:
+            waiting.append((t, i))
+            continue
+        found |= {at: Moment(i, again) for at, again in waiting}
+        found[t] = Moment(i)
+        waiting = []
+    return found

@@ -14,6 +14,21 @@ from planner.graph.simulate import simulate
 Ints = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """An output that its op makes anew when it runs again: never dropped, but one more instance while it is read.
+
+    Attributes:
+        nbytes: of the second instance.
+        last_use: the last backward op that reads it (-1 where none does).
+        readers: forward ops that read it and may have to run again.
+    """
+
+    nbytes: int
+    last_use: int
+    readers: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Lifetimes:
     """The droppable values d of a graph: written by the forward, no outputs, and wanted by the backward,
@@ -27,6 +42,7 @@ class Lifetimes:
         last_forward: the last forward op that reads d (its producer where none does).
         first_use, last_use: the first and last backward op that reads d (len(ops) and -1 where none does).
         first_need: per forward op, the first backward op for which it may have to run again (len(ops): none).
+        twins: per forward op, the outputs it writes that are read once it has run again.
         base: per op, bytes live while it runs that no decision changes (droppable values it reads excluded in the backward).
     """
 
@@ -38,6 +54,7 @@ class Lifetimes:
     first_use: Ints
     last_use: Ints
     first_need: Ints
+    twins: tuple[tuple[Twin, ...], ...]
     base: Ints
 
 
@@ -60,11 +77,19 @@ def lifetimes(graph: Graph) -> Lifetimes:
         first_need[i] = min((need[name] for name in graph.ops[i].writes), default=end)
 
     names = tuple(name for op in graph.ops[:turn] for name in op.writes if need[name] < end)
-    readers = tuple(
-        tuple(j for j in forward_readers.get(name, ()) if graph.ops[j].recomputable and first_need[j] < end) for name in names
-    )
+    reruns = {j for j in range(turn) if graph.ops[j].recomputable and first_need[j] < end}
+    readers = {name: tuple(j for j in forward_readers.get(name, ()) if j in reruns) for name in graph.producer}
     producer = [graph.producer[name] for name in names]
-    last_use = [uses[name][-1] if name in uses else -1 for name in names]
+    last = {name: uses[name][-1] if name in uses else -1 for name in readers}
+    last_use = [last[name] for name in names]
+    twins = tuple(
+        tuple(
+            Twin(graph.value[name].nbytes, last[name], readers[name])
+            for name in op.writes
+            if need[name] == end and (name in uses or readers[name])
+        )
+        for op in graph.ops[:turn]
+    )
     nbytes = np.array([graph.value[name].nbytes for name in names], dtype=np.int64)
     last_read = [forward_readers.get(name, [i])[-1] for name, i in zip(names, producer, strict=True)]
     last_forward = np.array(last_read, dtype=np.int64)
@@ -72,11 +97,12 @@ def lifetimes(graph: Graph) -> Lifetimes:
         names=names,
         nbytes=nbytes,
         producer=np.array(producer, dtype=np.int64),
-        readers=readers,
+        readers=tuple(readers[name] for name in names),
         last_forward=last_forward,
         first_use=np.array([uses[name][0] if name in uses else end for name in names], dtype=np.int64),
         last_use=np.array(last_use, dtype=np.int64),
         first_need=first_need,
+        twins=twins,
         base=_base(graph, nbytes, last_forward, np.array(last_use, dtype=np.int64)),
     )
 
