@@ -12,8 +12,8 @@ from planner import plan
 from planner.graph.plan import Plan, Solution
 from planner.rewriter.guard import call_key
 from planner.rewriter.module import CheckpointedModule
-from planner.rewriter.step import Step
 from planner.rewriter.partition import partition
+from planner.rewriter.step import Step
 from planner.solver.solve import Solver
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower

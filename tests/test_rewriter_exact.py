@@ -19,8 +19,8 @@ from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
 from planner.rewriter.guard import call_key
 from planner.rewriter.module import CheckpointedModule
-from planner.rewriter.step import Step
 from planner.rewriter.partition import partition
+from planner.rewriter.step import Step
 from planner.tracer.capture import capture
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from tests import models
