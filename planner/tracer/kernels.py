@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from planner.errors import PlannerError
+
 
 def rng_state(device: torch.device) -> torch.Tensor:
     """State of the device's default generator; uint8, kept in host memory."""
@@ -47,11 +49,11 @@ def add_gradients(one: torch.Tensor | None, other: torch.Tensor | None) -> torch
 
 def part(key: str, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     """Stands for a call of an opaque part: results, then its ticket. See planner.tracer.part.Part.forward."""
-    raise NotImplementedError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")
+    raise PlannerError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")
 
 
 def part_backward(
     key: str, grads: Sequence[Any], ticket: Any, read: Sequence[torch.Tensor], arrived: Sequence[Any]
 ) -> list[torch.Tensor | None]:
     """Stands for the backward of an opaque part: gradients. See planner.tracer.part.Part.backward."""
-    raise NotImplementedError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")
+    raise PlannerError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")

@@ -65,12 +65,7 @@ def normalize(
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
     _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
-    _drop_detach(graph)
-    tickets = write_parts(graph, parts)
-    merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
-    draw_as_eager(graph)
-    _read_no_new_statistics(graph)
-    graph.eliminate_dead_code(is_impure_node=_has_effects)
+    tickets = _write_kernels(graph, roles, node_of, parts)
     last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
     gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
@@ -94,6 +89,19 @@ def normalize(
         parts=parts,
         tickets=tickets,
     )
+
+
+def _write_kernels(
+    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], parts: Mapping[str, PartCall]
+) -> frozenset[str]:
+    """Turn what was traced into the kernels that eager runs; nodes that hold opaque parts' tickets."""
+    _drop_detach(graph)
+    tickets = write_parts(graph, parts)
+    merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
+    draw_as_eager(graph)
+    _read_no_new_statistics(graph)
+    graph.eliminate_dead_code(is_impure_node=_has_effects)
+    return tickets
 
 
 def _has_effects(node: fx.Node) -> bool:
