@@ -138,10 +138,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         points=arguments.points,
         low=arguments.low,
         high=arguments.high,
-        loss=arguments.loss,
-        reserve=arguments.reserve,
-        costs=arguments.costs,
-        time_limit_s=arguments.time_limit,
+        **_options(arguments),
     )
     if arguments.verify is not None:
         swept = swept.verify(arguments.verify)
@@ -186,6 +183,12 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `plan` and `sweep` are told alike."""
+    names = {"loss": "loss", "reserve": "reserve", "costs": "costs", "time_limit_s": "time_limit"}
+    return {name: getattr(arguments, given) for name, given in names.items()}
+
+
 def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The planned module and its call."""
     from planner import api  # torch is imported where a model is planned, and nowhere before
@@ -196,10 +199,7 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[
         arguments.budget,
         args,
         kwargs,
-        loss=arguments.loss,
-        reserve=arguments.reserve,
-        costs=arguments.costs,
-        time_limit_s=arguments.time_limit,
+        **_options(arguments),
     )
     return planned, args, kwargs
 

@@ -226,6 +226,26 @@ def test_the_ticket_counts_in_the_plan():
     assert all(graph.value[name].kind is Kind.ACTIVATION for name in part.writes)
 
 
+def test_a_part_that_cannot_be_one_is_taken_with_what_calls_it():
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.ModuleList([Experts(), Scales()])
+
+        def forward(self, x):
+            return self.steps[1](self.steps[0](x), {})
+
+    class Scales(nn.Module):
+        def forward(self, x, cache):
+            cache["rows"] = torch.nonzero(x[:, 0] > 0)
+            return x.mul_(1 + len(cache["rows"]))  # writes into its argument
+
+    model = Wrapped(nn.Sequential(nn.Linear(16, 16), Stack(), nn.Linear(16, 4)))
+    module = planned_of(model)
+    assert as_they_are(module) == "body.1"
+    check_exact(model, module)
+
+
 class Ragged(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[x[:, 0] > 0]

@@ -74,13 +74,7 @@ def loads(text: str, where: str = "plan") -> Plan:
     graph = _graph(document, where)
     try:
         fields = document["plan"]
-        solution = Solution(
-            status=str(fields["status"]),
-            schedule=Schedule(tuple(int(i) for i in fields["steps"])),
-            bound_ns=int(fields["bound_ns"]),
-            solve_s=float(fields["solve_s"]),
-            solver=str(fields["solver"]),
-        )
+        solution = read_solution(fields)
         plan = Plan(
             graph=graph,
             budget_bytes=int(fields["budget_bytes"]),
@@ -141,6 +135,21 @@ def _write(document: dict[str, Any]) -> str:
         lines = [f"  {json.dumps(name)}: {text}" for name, text in texts.items()]
         parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def read_solution(fields: dict[str, Any]) -> Solution:
+    """A solution out of a file's fields.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing or of another kind.
+    """
+    return Solution(
+        status=str(fields["status"]),
+        schedule=Schedule(tuple(int(i) for i in fields["steps"])),
+        bound_ns=int(fields["bound_ns"]),
+        solve_s=float(fields["solve_s"]),
+        solver=str(fields["solver"]),
+    )
 
 
 def _read(text: str, where: str) -> dict[str, Any]:

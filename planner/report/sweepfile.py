@@ -15,8 +15,6 @@ from typing import Any
 from planner.errors import InputError, PlanFileError, ScheduleError
 from planner.graph import planfile
 from planner.graph.graph import Graph
-from planner.graph.plan import Solution
-from planner.graph.schedule import Schedule
 from planner.report.sweep import Measured, Miss, Point, Sweep, make_point
 from planner.report.today import references
 
@@ -102,13 +100,7 @@ def _point_fields(point: Point) -> dict[str, Any]:
 
 
 def _point(graph: Graph, fields: dict[str, Any]) -> Point:
-    solution = Solution(
-        status=str(fields["status"]),
-        schedule=Schedule(tuple(int(i) for i in fields["steps"])),
-        bound_ns=int(fields["bound_ns"]),
-        solve_s=float(fields["solve_s"]),
-        solver=str(fields["solver"]),
-    )
+    solution = planfile.read_solution(fields)
     point = make_point(graph, int(fields["budget_bytes"]), int(fields["margin_bytes"]), solution)
     if point.peak_bytes > point.budget_bytes:
         raise ValueError(f"a schedule peaks at {point.peak_bytes} bytes, above its budget of {point.budget_bytes}")

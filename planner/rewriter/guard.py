@@ -35,6 +35,7 @@ class CallKey:
 
 
 _NO_AUTOCAST: Autocast = (False, "")
+_INPUT = "input "
 
 
 def tensor_key(tensor: torch.Tensor, *, strides: bool = True) -> TensorKey:
@@ -97,7 +98,7 @@ def difference(
         return changed
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
         if tensor_key(tensor) != expected:
-            return f"input {i} ({_described(tensor)}, planned for {_expected(expected)})"
+            return f"{_INPUT}{i} ({_described(tensor)}, planned for {_expected(expected)})"
     if not watched.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor, strides=False) != expected:
@@ -109,6 +110,11 @@ def difference(
     if autocast_key(device) != key.autocast:
         return f"autocast ({autocast_key(device)}, planned for {key.autocast})"
     return ""
+
+
+def is_about_inputs(miss: str) -> bool:
+    """What `difference` named is an input's metadata."""
+    return miss.startswith(_INPUT)
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.rewriter import guard
 from planner.rewriter.runtime import Boxed, Program, run
-from planner.rewriter.shapes import MOST_SHAPES, call_shapes, is_about_shapes, step_of_other_shape
+from planner.rewriter.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.rewriter.stages import cut_stages
 from planner.rewriter.step import Step
 from planner.rewriter.watch import Watched
@@ -138,7 +138,7 @@ class CheckpointedModule(fx.GraphModule):
         step = self._step
         tensors, inputs, miss = self._match(args, kwargs)
         if miss:
-            other = self._of_other_shape(args, kwargs) if step.recapture is not None and is_about_shapes(miss) else miss
+            other = self._of_other_shape(args, kwargs) if step.recapture is not None and guard.is_about_inputs(miss) else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             found = run(self._program, inputs)

@@ -24,11 +24,6 @@ MOST_SHAPES = 64
 """So many are remembered; then the oldest is forgotten."""
 
 
-def is_about_shapes(miss: str) -> bool:
-    """A call is not the one planned for because of its inputs' metadata."""
-    return miss.startswith("input ")
-
-
 def call_shapes(step: Step, args: Any, kwargs: Any) -> tuple[Any, ...]:
     """What tells calls of one structure apart."""
     return tuple(tensor_key(tensor) for tensor in step.joint.call.tensor_leaves(args, kwargs))
@@ -43,15 +38,17 @@ def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwa
     for i, (now, planned) in enumerate(zip(call_shapes(step, args, kwargs), step.key.inputs, strict=True)):
         shape, _, *kind = now
         most, _, *expected = planned
-        if kind != expected or len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
+        if kind != expected:
+            raise CaptureError(f"input {i} is of another dtype, device or requires_grad")
+        if len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
             raise CaptureError(f"input {i} is {list(shape)}, the plan holds up to {list(most)}")
     assert step.recapture is not None
     joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
-    _check_smaller(plan.graph, lower(joint), joint.tickets)
+    _check_smaller(plan.graph, lower(joint))
     return make_step(plan, joint, model, args, kwargs, step.num_stages)
 
 
-def _check_smaller(planned: Graph, graph: Graph, tickets: frozenset[str]) -> None:
+def _check_smaller(planned: Graph, graph: Graph) -> None:
     if len(planned.ops) != len(graph.ops) or planned.num_forward_ops != graph.num_forward_ops:
         raise CaptureError(f"its graph has {len(graph.ops)} ops, the planned one {len(planned.ops)}")
     for ours, theirs in zip(planned.ops, graph.ops, strict=True):
@@ -63,5 +60,5 @@ def _check_smaller(planned: Graph, graph: Graph, tickets: frozenset[str]) -> Non
         raise CaptureError("its graph has other outputs")
     for value in graph.values:
         known = planned.value.get(value.name)
-        if known is None or (value.nbytes > known.nbytes and value.name not in tickets):
+        if known is None or value.nbytes > known.nbytes:
             raise CaptureError(f"{value.name} takes {value.nbytes} bytes, more than planned")

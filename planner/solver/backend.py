@@ -105,12 +105,25 @@ class Model:
                 solver = self._make(msg=False, mip=not relax, timeLimit=seconds, gapAbs=gap, gapRel=0.0, threads=1)
                 return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
             _print_banner_nowhere()
-            self._run(seconds, gap, relax, threads=1)
-            if self._problem.solverModel.getModelStatus().name == "kNotset":
-                # The number of threads is global to the process: somebody else has already chosen another one.
+            answer = self._solve_highs(seconds, gap, relax)
+            if self._is_stale(answer):
                 self._problem = None
-                self._run(seconds, gap, relax, threads=None)
+                answer = self._solve_highs(seconds, gap, relax)
+        return answer
+
+    def _solve_highs(self, seconds: float, gap: float, relax: bool) -> Answer:
+        self._run(seconds, gap, relax, threads=1)
+        if self._problem.solverModel.getModelStatus().name == "kNotset":
+            # The number of threads is global to the process: somebody else has already chosen another one.
+            self._problem = None
+            self._run(seconds, gap, relax, threads=None)
         return _read_highs(self._problem, self._columns, mip=not relax and any(self.program.binary))
+
+    def _is_stale(self, answer: Answer) -> bool:
+        """Solved again after a change, HiGHS 1.16 may hand out the last solution with the new objective (1 in 1000, seen)."""
+        objective = answer.bound + answer.gap
+        cost = sum(cost * value for cost, value in zip(self.program.costs, answer.values, strict=False))
+        return bool(answer.values) and abs(cost - objective) > 1e-6 * max(1.0, abs(objective))
 
     def _run(self, seconds: float, gap: float, relax: bool, threads: int | None) -> None:
         if self._problem is None:

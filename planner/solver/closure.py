@@ -102,7 +102,8 @@ class Closure:
             copy.less = 0
         reached = -math.inf
         while True:
-            rows, answer = self._answer(budget_bytes, deadline, gap * _SCALE, relax)
+            rows, model = self._model(budget_bytes)
+            answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE, relax=relax)
             if answer.status in ("infeasible", "unknown"):
                 return Found(None, answer.status)
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
@@ -124,17 +125,6 @@ class Closure:
     def knows(self) -> object:
         """What was learnt so far; where a round leaves it as it is, another round says nothing new."""
         return self.whole, len(self.rows), tuple((len(copy.again), len(copy.alive)) for copy in self.copies.values())
-
-    def _answer(self, budget_bytes: int | None, deadline: float, gap: float, relax: bool) -> tuple[_Rows, backend.Answer]:
-        rows, model = self._model(budget_bytes)
-        answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap, relax=relax)
-        cost = sum(cost * value for cost, value in zip(rows.program.costs, answer.values, strict=False))
-        if cost > answer.bound + answer.gap + 1e-7 * _SCALE:
-            # Solved again for another budget, HiGHS 1.16 may hand out the last solution with the new objective.
-            self._built = None
-            rows, model = self._model(budget_bytes)
-            answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap, relax=relax)
-        return rows, answer
 
     def _model(self, budget_bytes: int | None) -> tuple[_Rows, backend.Model]:
         """The program as it is now; built anew only where more than the budget has changed."""

@@ -17,9 +17,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from planner._torch import pytree, storage_id
 from planner.errors import BackwardError, PartError
+from planner.profiler.profile import KernelCost
 from planner.tracer.joint import CallSpec
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+_UNMEASURED = KernelCost(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,6 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One execution, measured: time in ns, peak in bytes above what is alive when it returns."""
-
-    time_ns: int
-    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +78,8 @@ class PartCall:
     reads: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     gradients: tuple[TensorSpec | None, ...] = ()
     ticket_bytes: int = 0
-    forward: Cost = Cost(0, 0)
-    backward: Cost = Cost(0, 0)
+    forward: KernelCost = _UNMEASURED
+    backward: KernelCost = _UNMEASURED
     draws: tuple[bool, bool] = (False, False)
     mutates: tuple[str, ...] = ()
     repeatable: bool = True

@@ -70,7 +70,7 @@ def widened(model: nn.Module, parts: Sequence[str], failed: str) -> tuple[str, .
 
     A module's likes fail as well: all of its class are taken. What is opaque already is taken with what it stands in.
     """
-    while failed in parts:
+    while failed in parts or isinstance(model.get_submodule(failed), (nn.ModuleList, nn.ModuleDict)):  # these are never called
         failed = failed.rpartition(".")[0]
     if not failed:
         return ()
@@ -214,18 +214,19 @@ def _arrived(graph: fx.Graph, node: fx.Node, spec: PartCall) -> list[Any]:
 
 def _check_state(graph: fx.Graph, node: fx.Node, spec: PartCall) -> None:
     """Raise CaptureError where a part's weights or buffers are used outside of it in a way that a plan cannot follow."""
-    parent = spec.module
     for i, given in enumerate(node.args[1][len(spec.arguments) :]):  # type: ignore[index,arg-type]
         assert isinstance(given, fx.Node)
         name = (*(w for w, _ in spec.weights), *spec.buffers)[i]
         others = [user for user in given.users if part_of(user) is None or part_of(user).module != spec.module]  # type: ignore[union-attr]
         if name in spec.mutates and others:
-            raise CaptureError(f"{spec.module}.{name}, which the forward writes into, is read elsewhere too", module=parent)
+            raise CaptureError(
+                f"{spec.module}.{name}, which the forward writes into, is read elsewhere too", module=spec.module
+            )
         again = [user for user in given.users if user.target is kernels.part and user is not node]
         cast = [user for user in given.users if MARK in (user.meta.get("custom") or {})]
         if spec.autocast[0] and i < len(spec.weights) and spec.weights[i][1] and (again or cast):
             raise CaptureError(
-                f"{spec.module}.{name} is cast by autocast in several places, where eager shares the cast", module=parent
+                f"{spec.module}.{name} is cast by autocast in several places, where eager shares the cast", module=spec.module
             )
 
 

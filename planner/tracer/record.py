@@ -15,9 +15,10 @@ from planner import _torch
 from planner._torch import TorchDispatchMode, pytree, storage_id
 from planner.errors import CaptureError
 from planner.profiler.memory import allocations_of
+from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity, kernels
 from planner.tracer.joint import CallSpec
-from planner.tracer.part import Cost, Part, PartCall, Ticket, call_part, find_reads, gated, tensor_spec
+from planner.tracer.part import Part, PartCall, Ticket, call_part, find_reads, gated, tensor_spec
 
 _LONG_NS = 500_000_000
 """A part that takes this long is timed once."""
@@ -241,8 +242,8 @@ class _Recording:
         self.spec = replace(
             self.spec,
             ticket_bytes=kept,
-            forward=Cost(best[0], forward_bytes),
-            backward=Cost(best[1], backward_bytes),
+            forward=KernelCost(best[0], forward_bytes),
+            backward=KernelCost(best[1], backward_bytes),
         )
 
     def _workspace_of_backward(self, part: Part, tensors: Sequence[torch.Tensor], expanded: bool) -> int:
