@@ -6,9 +6,9 @@ A look costs microseconds, so it is prepared: dictionaries and getters are found
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import chain
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -114,40 +114,34 @@ class Watched:
     def __init__(self, model: nn.Module, names: Sequence[str], expected: Sequence[Attributes]) -> None:
         self.modules = tuple(model.modules())
         self._names = [name or "the model" for name, _ in model.named_modules()]
-        self._places = [_place(model, name) for name in names]
+        self.now = _reader([_place(model, name) for name in names])
+        """The tensors that the model holds at this moment."""
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.now())))}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         known = set(names)
         self._ties = [(name, _place(model, name), first[id(tensor)]) for name, tensor in every if name not in known]
         self._expected = tuple(expected)
-        holders = [_holder(self.modules[a.module], a.holder) for a in expected]
-        self._training = [holder for holder, a in zip(holders, expected, strict=True) if a.names == ("training",)]
-        self._flags = [a.values[0] for a in expected if a.names == ("training",)]
-        several = [(holder, a) for holder, a in zip(holders, expected, strict=True) if a.names != ("training",)]
-        # an itemgetter for one name hands out no tuple
-        self._attributes = [(holder, itemgetter(*a.names)) for holder, a in several]
-        self._values = [a.values if a.names[1:] else a.values[0] for _, a in several]
-        self._holders = holders
+        self._holders = [_holder(self.modules[a.module], a.holder) for a in expected]
+        held = zip(self._holders, expected, strict=True)
+        self._attributes = _reader([(holder, name) for holder, a in held for name in a.names])
+        self._values = tuple(value for a in expected for value in a.values)
         self._parents = [module._modules for module in self.modules if module._modules]
-        self._children = [list(held.values()) for held in self._parents]
+        self._children = self._submodules()
         hooks = [vars(module)[kind] for module in self.modules[1:] for kind in HOOKS]
         self._without_hooks = [held for held in hooks if not held]
         self._alike: Any = None
 
-    def now(self) -> list[torch.Tensor]:
-        """The tensors that the model holds at this moment."""
-        return [holder[name] for holder, name in self._places]
+    def _submodules(self) -> tuple[list[int], list[nn.Module | None]]:
+        return list(map(len, self._parents)), list(chain.from_iterable(held.values() for held in self._parents))
 
     def changed(self) -> str:
         """What of the modules is not as it was at capture; '' if nothing."""
         try:
-            if [holder["training"] for holder in self._training] != self._flags:
-                return self._changed_attribute()
-            if [getter(holder) for holder, getter in self._attributes] != self._values:
+            if self._attributes() != self._values:
                 return self._changed_attribute()
         except (KeyError, RuntimeError, TypeError, ValueError):  # gone, or now a tensor
             return self._changed_attribute()
-        if [list(held.values()) for held in self._parents] != self._children:
+        if self._submodules() != self._children:
             return "the model's submodules (one was replaced, added or removed)"
         if any(self._without_hooks):
             if any(is_foreign(hook) for hooks in self._without_hooks for hook in hooks.values()):
@@ -177,6 +171,17 @@ class Watched:
     def approve(self, held: Sequence[torch.Tensor]) -> None:
         """These tensors were found to be as planned: `alike` compares with them."""
         self._alike = tensors_alike(held)
+
+
+def _reader(places: Sequence[tuple[dict[str, Any], str]]) -> Callable[[], tuple[Any, ...]]:
+    """A function that looks up every (dictionary, key). It is generated: a loop over them takes twice as long."""
+    holders = list({id(holder): holder for holder, _ in places}.values())
+    position = {id(holder): i for i, holder in enumerate(holders)}
+    given = ", ".join(f"d{i}" for i in range(len(holders)))
+    looked_up = "".join(f"d{position[id(holder)]}[{name!r}], " for holder, name in places)
+    made: dict[str, Any] = {}
+    exec(f"def bind({given}):\n    def read():\n        return ({looked_up})\n    return read", made)
+    return made["bind"](*holders)  # type: ignore[no-any-return]
 
 
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:
