@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import apply, plan, sweep
+    from planner.children import Children, plan_children
     from planner.errors import (
         BackwardError,
         BudgetError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "planner.api": ("apply", "plan", "sweep"),
+    "planner.children": ("Children", "plan_children"),
     "planner.errors": (
         "BackwardError",
         "BudgetError",
@@ -55,6 +57,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CheckpointedModule",
+    "Children",
     "InfeasibleBudgetError",
     "InputError",
     "NoScheduleFoundError",
@@ -70,6 +73,7 @@ __all__ = [
     "apply",
     "install",
     "plan",
+    "plan_children",
     "sweep",
     "uninstall",
     "verify",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from planner import units
-from planner.errors import BudgetError, PlanFileError
+from planner.errors import BudgetError, CaptureError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint
@@ -81,9 +81,8 @@ def plan(
     """
     units.check_budget(budget)
     reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
-    with stage("capture", progress):
-        joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
-    profile = _profile(joint, costs, progress)
+    joint = _captured(model, args, kwargs, loss, opaque, progress)
+    profile = profile_of(joint, costs, progress)
     graph = lower(joint, profile, reserve_bytes=reserve_bytes)
     plain_peak = simulate(graph, keep_all(graph)).peak_bytes
     budget_bytes = units.parse_budget(budget, plain_peak)
@@ -91,7 +90,7 @@ def plan(
     with stage("solve", progress):
         movable = not backward_is_fixed(joint)
         solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=movable)
-    made = Plan(graph, budget_bytes, margin_bytes, solution, _made_on(joint, profile))
+    made = Plan(graph, budget_bytes, margin_bytes, solution, made_on(joint, profile))
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     return CheckpointedModule(model, make_step(made, joint, model, args, kwargs, num_stages, recapture), made, strict)
 
@@ -154,9 +153,8 @@ def sweep(
     """
     check_budgets(budgets, points, low, high)
     reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
-    with stage("capture", progress):
-        joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
-    profile = _profile(joint, costs, progress)
+    joint = _captured(model, args, kwargs, loss, opaque, progress)
+    profile = profile_of(joint, costs, progress)
     graph = lower(joint, profile, reserve_bytes=reserve_bytes)
 
     def measured(made: Plan, rounds: int) -> Measured:
@@ -174,7 +172,7 @@ def sweep(
             margin=lambda budget_bytes: allocator_margin(graph, budget_bytes),
             time_limit_s=time_limit_s,
             reorder=not backward_is_fixed(joint),
-            made_on=_made_on(joint, profile),
+            made_on=made_on(joint, profile),
             measure=measured,
         )
 
@@ -192,7 +190,19 @@ def allocator_margin(graph: Graph, budget_bytes: int) -> int:
     return min((plain - resident) // 1000, budget_bytes // 100)
 
 
-def _profile(joint: Joint, costs: str, progress: bool) -> Profile:
+def _captured(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, loss: Loss, opaque: Collection[str], progress: bool
+) -> Joint:
+    try:
+        with stage("capture", progress):
+            return capture(model, args, kwargs, loss=loss, opaque=opaque)
+    except CaptureError as error:
+        hint = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        raise CaptureError(f"{str(error).rstrip('.')}. {hint}".rstrip(". "), module=error.module) from error
+
+
+def profile_of(joint: Joint, costs: str, progress: bool) -> Profile:
+    """Time and workspace of every kernel, measured or estimated."""
     nodes = kernel_nodes(joint)
     if costs == "measure":
         return measure(nodes, joint.device, progress=progress)
@@ -207,7 +217,8 @@ def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> 
     return replace(captured, values=values)
 
 
-def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
+def made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
+    """What a plan says about where its figures come from."""
     opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
     return (
         *([("as they are", opaque)] if opaque else []),

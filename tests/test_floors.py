@@ -23,6 +23,7 @@ FLOORS: dict[str, float] = {
     "planner.rewriter": 2,
     "planner.report": 3,
     "planner.api": 4,
+    "planner.children": 4,
     "planner.verification": 4,
     "planner.cli": 5,
     "planner.compile_backend": 5,

@@ -290,7 +290,7 @@ class Step(nn.Module):
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 _check_constant(leaf)
-        starts = {id(leaf) for leaf in _loss_leaves(out, leaves, self._loss)}
+        starts = {id(leaf) for leaf in loss_leaves(out, leaves, self._loss)}
         names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
@@ -332,8 +332,8 @@ def _check_constant(leaf: Any) -> None:
         )
 
 
-def _loss_leaves(out: Any, leaves: list[Any], loss: Loss) -> list[torch.Tensor]:
-    """The output leaves that backward starts from."""
+def loss_leaves(out: Any, leaves: list[Any], loss: Loss) -> list[torch.Tensor]:
+    """The output leaves that backward starts from; `loss` as for `capture`."""
     candidates = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if loss is None:
         named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
