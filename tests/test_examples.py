@@ -1,6 +1,7 @@
 """Examples run as tests, small."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,15 +42,29 @@ def test_segments_example_plans_no_more_than_the_segments_need(capsys):
     assert "two segments" in capsys.readouterr().out
 
 
-def test_readme_example_runs():
-    from pathlib import Path
-
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    code = text.split("```python\n")[1].split("```")[0]
+def run_code_of(page):
+    """Run the Python blocks of a page, one after the other; the names they leave."""
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     names: dict[str, object] = {}
     with torch.random.fork_rng():
-        exec(compile(code, "README.md", "exec"), names)
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_readme_example_runs():
+    names = run_code_of("README.md")
     assert names["report"].exact and names["report"].within_budget
+
+
+def test_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run_code_of("docs/tutorial.md")
+    planned, report = names["planned"].plan, names["report"]
+    assert report.exact and report.within_budget and planned.budget_bytes == 10 * 2**20
+    assert names["whole"].plan.peak_bytes > planned.budget_bytes, "the tutorial's model must not fit"
+    assert "is below" in capsys.readouterr().out and names["step"] == 2
 
 
 def test_a_training_loop_with_everything_around_it_is_the_same(tmp_path, monkeypatch):
