@@ -1,4 +1,4 @@
-"""BERT: a bidirectional encoder with a masked-language-model head; dropout after embeddings, in attention and after projections."""
+"""BERT: a bidirectional encoder that predicts masked tokens; dropout in attention and after every projection."""
 
 import torch
 from transformers import BertConfig, BertForMaskedLM
