@@ -12,27 +12,34 @@ Every case becomes one JSON line in `--out` and one row of the Markdown table be
 
 import argparse
 import hashlib
-import importlib
 import json
-import os
 import pickle
-import platform
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import (
+    MIB,
+    STAGES,
+    Record,
+    build,
+    loss_of,
+    machine,
+    markdown,
+    mib,
+    resident_bytes,
+    run_module,
+    timed_plan,
+    training_step,
+    warm_peak,
+)
 from benchmarks.memory import MALLOC_ENVIRONMENT, logical_peak, paired_cpu_ratio, physical_peak
-from planner import api
 
 FRACTIONS = {
     "gpt2": (1.0, 0.7, 0.5, 0.4),
@@ -41,17 +48,13 @@ FRACTIONS = {
     "unet": (1.0, 0.7, 0.5, 0.4),
     "llama": (1.0, 0.7, 0.5, 0.4),
 }
-STAGES = ("capture", "measure", "solve")  # the names under which planner.api calls them
 SEED = 1
-MIB = 2**20
-
-Record = dict[str, Any]
 
 
 def measure_case(name: str, fraction: float, rounds: int, pickle_file: Path | None = None, **sizes: Any) -> Record:
     """Build, plan twice, and measure one model at one budget; call it in a process that has done nothing else."""
     torch.set_num_threads(1)
-    model, args, kwargs = importlib.import_module(f"examples.{name}").build(**sizes)
+    model, args, kwargs = build(name, **sizes)
     resident = resident_bytes(model, args, kwargs)
     plain_step = training_step(deepcopy(model), args, kwargs)
     plain_bytes = warm_peak(plain_step, logical_peak)
@@ -84,68 +87,17 @@ def measure_case(name: str, fraction: float, rounds: int, pickle_file: Path | No
         "first_plan": first_seconds,
         "second_plan": second_seconds,
         "made_on": dict(made.made_on),
-        "machine": {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()},
+        "machine": machine(),
     }
 
 
 def measure_physical(name: str, pickle_file: Path, **sizes: Any) -> dict[str, int]:
     """The physical peaks of a plain and a planned step; call it in a process started with MALLOC_ENVIRONMENT."""
     torch.set_num_threads(1)
-    _, args, kwargs = importlib.import_module(f"examples.{name}").build(**sizes)
+    _, args, kwargs = build(name, **sizes)
     planned = pickle.loads(pickle_file.read_bytes())
     steps = {"plain": training_step(planned.original, args, kwargs), "planned": training_step(planned, args, kwargs)}
     return {side: warm_peak(step, physical_peak) for side, step in steps.items()}
-
-
-def resident_bytes(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> int:
-    """Count what is live before a step: parameters, buffers and inputs, each storage once."""
-    tensors = [*model.parameters(), *model.buffers(), *args, *kwargs.values()]
-    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def training_step(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], None]:
-    """Return a step without optimizer that leaves nothing behind: forward, backward, gradients dropped."""
-
-    def step() -> None:
-        output = model(*args, **kwargs)
-        loss_of(output).backward()
-        model.zero_grad()
-
-    return step
-
-
-def loss_of(output: Any) -> Tensor:
-    """Return the loss of an example's output: the output itself, or its field of that name."""
-    return output if isinstance(output, Tensor) else output.loss
-
-
-def warm_peak(step: Callable[[], None], peak: Callable[[Callable[[], None]], int]) -> int:
-    """Return a peak above what is live before the step, after two steps of warming up."""
-    step()
-    step()
-    return peak(step)
-
-
-def timed_plan(model: nn.Module, budget: int, args: Any, kwargs: Any) -> tuple[nn.Module, dict[str, float]]:
-    """Return the planned module and the wall seconds of planning: of each stage, and in total."""
-    seconds = dict.fromkeys((*STAGES, "total"), 0.0)
-
-    def clocked(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                seconds[name] += time.perf_counter() - start
-
-        return run
-
-    with ExitStack() as patches:
-        for name in STAGES:
-            patches.enter_context(mock.patch.object(api, name, clocked(name, getattr(api, name))))
-        planned = clocked("total", api.plan)(model, budget, args=args, kwargs=kwargs)
-    return planned, seconds
 
 
 def trajectory(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: int = 3) -> dict[str, str]:
@@ -188,26 +140,13 @@ def run_case(name: str, fraction: float, rounds: int) -> Record:
         settings = {"OMP_NUM_THREADS": "1", "CHECKPOINT_PLANNER_CACHE": folder}
         case = ["--case", name, str(fraction), pickled]
         try:
-            record = run_self([*case, "--rounds", str(rounds)], settings)
-            physical = run_self([*case, "--physical"], settings | MALLOC_ENVIRONMENT)
+            record = run_module("benchmarks.main_job", [*case, "--rounds", str(rounds)], settings)
+            physical = run_module("benchmarks.main_job", [*case, "--physical"], settings | MALLOC_ENVIRONMENT)
         except RuntimeError as error:
             return {"model": name, "fraction": fraction, "error": str(error)}
     for side in ("plain", "planned"):
         record[side]["physical_bytes"] = physical[side]
     return record
-
-
-def run_self(arguments: list[str], settings: dict[str, str]) -> Record:
-    """Run this program in a fresh process and return what it prints last."""
-    command = [sys.executable, "-m", "benchmarks.main_job", *arguments]
-    done = subprocess.run(command, env=os.environ | settings, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-
-
-def mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:.1f}"
 
 
 def share(record: Record, key: str) -> str:
@@ -245,11 +184,9 @@ COLUMNS: dict[str, Callable[[Record], str]] = {
 
 def table(records: list[Record]) -> str:
     """Return the records as a Markdown table; failures are listed below it."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    rows += [[column(record) for column in COLUMNS.values()] for record in records if "error" not in record]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     failures = [f"- {r['model']} at {r['fraction']:.0%}: {r['error']}" for r in records if "error" in r]
-    return "\n".join([*lines, "", *failures]).rstrip() + "\n"
+    rows = markdown(COLUMNS, [record for record in records if "error" not in record])
+    return "\n".join([rows, *failures]).rstrip() + "\n"
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,22 +65,28 @@ def _shell(environment: dict[str, str]) -> str:
 
 
 def paired_cpu_ratio(a: Step, b: Step, rounds: int = 7) -> Ratio:
-    """Return the CPU time of `a` relative to `b`: one thread, interleaved, medians of paired ratios.
+    """Return the CPU time of `a` relative to `b`, as the median of paired ratios; b against b shows how far to trust it."""
+    spent, first, second = interleaved_cpu_seconds((a, b, b), rounds)
+    ratios = [2 * own / (b1 + b2) for own, b1, b2 in zip(spent, first, second, strict=True)]
+    controls = [b1 / b2 for b1, b2 in zip(first, second, strict=True)]
+    return Ratio(statistics.median(ratios), *middle(controls), statistics.median([*first, *second]))
 
-    Each round times a, b and b again in rotating order; b against b shows how far to trust the rest.
-    """
-    ratios, controls, seconds = [], [], []
+
+def interleaved_cpu_seconds(steps: Sequence[Step], rounds: int) -> list[list[float]]:
+    """Return the CPU seconds of each step in each round, as [step][round]: in one thread, in rotating order."""
+    spent = [[0.0] * rounds for _ in steps]
     with one_thread():
         for turn in range(rounds):
-            spent: list[float] = [0.0, 0.0, 0.0]
-            for slot in range(3):
-                which = (slot + turn) % 3
-                spent[which] = cpu_seconds(a if which == 0 else b)
-            ratios.append(2 * spent[0] / (spent[1] + spent[2]))
-            controls.append(spent[1] / spent[2])
-            seconds += spent[1:]
-    low, _, high = statistics.quantiles(controls, n=4)
-    return Ratio(statistics.median(ratios), statistics.median(controls), (high - low) / 2, statistics.median(seconds))
+            for slot in range(len(steps)):
+                which = (slot + turn) % len(steps)
+                spent[which][turn] = cpu_seconds(steps[which])
+    return spent
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median and half the interquartile range; of two values at least."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return statistics.median(values), (high - low) / 2
 
 
 def cpu_seconds(fn: Step) -> float:

@@ -14,6 +14,7 @@ from planner.solver.floor import floor
 SMALL = {
     "gpt2": {"layers": 2, "width": 32, "length": 32, "vocabulary": 64},
     "llama": {"layers": 2, "width": 32, "length": 32, "vocabulary": 64},
+    "bert": {"layers": 2, "width": 32, "length": 32, "vocabulary": 64},
     "vit": {"layers": 4, "width": 48, "heads": 4, "pixels": 64, "patch": 8, "batch": 4},
     "unet": {"pixels": 64, "width": 4},
     "resnet50": {"width": 8, "pixels": 64, "batch": 8},

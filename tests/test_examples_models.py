@@ -6,6 +6,7 @@ import torch
 SMALL = {
     "gpt2": {"layers": 2, "width": 32, "length": 16, "vocabulary": 64},
     "llama": {"layers": 2, "width": 32, "length": 16, "vocabulary": 64},
+    "bert": {"layers": 2, "width": 32, "length": 16, "vocabulary": 64},
     "vit": {"layers": 2, "width": 24, "pixels": 32, "batch": 2, "classes": 5},
     "resnet50": {"layers": (1, 1, 1, 1), "width": 8, "pixels": 32, "batch": 2, "classes": 5},
     "unet": {"layers": 2, "width": 8, "pixels": 32, "batch": 1},
@@ -48,7 +49,7 @@ def test_build_is_deterministic_and_leaves_the_rng_alone(name):
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "vit", "unet"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "unet"])
 def test_dropout_draws_from_the_rng_unless_it_is_zero(name):
     draws = {}
     for dropout in (0.0, 0.1):
@@ -59,7 +60,7 @@ def test_dropout_draws_from_the_rng_unless_it_is_zero(name):
     assert draws == {0.0: False, 0.1: True}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_output_holds_only_loss_and_logits(name):
     model, args, kwargs = build(name)
     assert list(model(*args, **kwargs).keys()) == ["loss", "logits"]

@@ -58,7 +58,7 @@ def measure(
         known |= fresh
     costs = _with_estimates(example, known, device)
     failed = len(example) - len(known)
-    name = _device_name(device)
+    name = device_name(device)
     return Profile({node: costs[key] for node, key in keys.items()}, _how(len(example), failed, device), name)
 
 
@@ -132,7 +132,7 @@ def _with_bar(
 def _conditions(device: torch.device) -> dict[str, Any]:
     """Everything but the kernel itself that times depend on."""
     conditions: dict[str, Any] = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -143,7 +143,8 @@ def _conditions(device: torch.device) -> dict[str, Any]:
     return conditions
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The device as a measured time is labelled: its name; of a CPU, the number of threads too."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
