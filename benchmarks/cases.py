@@ -50,7 +50,8 @@ def training_step(
     call = forward or model
 
     def step() -> None:
-        loss_of(call(*args, **kwargs)).backward()
+        output = call(*args, **kwargs)  # held during the backward, as in most training loops
+        loss_of(output).backward()
         model.zero_grad()
 
     return step
@@ -61,10 +62,10 @@ def loss_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
-def warm_peak(step: Step, peak: Callable[[Step], int]) -> int:
-    """Return a peak above what is live before the step, after two steps of warming up."""
-    step()
-    step()
+def warm_peak(step: Step, peak: Callable[[Step], int], num_warm_ups: int = 2) -> int:
+    """Return a peak above what is live before the step, after steps of warming up."""
+    for _ in range(num_warm_ups):
+        step()
     return peak(step)
 
 

@@ -46,43 +46,39 @@ Results = dict[str, dict[str, Tensor | None]]
 
 
 class Side:
-    """One way to train a model of its own: warmed up, its peak measured, ready to be timed.
+    """One way to train a model of its own: warmed up, its results and its peak taken, ready to be timed.
 
     Attributes:
-        forward: what to call instead of the model.
         step: a forward and a backward.
+        results: the loss, gradients and buffers after one step from the model's buffers and a fixed seed.
         record: what was measured.
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], method: Method) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
-        self._start = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         start = time.perf_counter()
-        self.forward = method(model)
-        self.step = cases.training_step(model, args, kwargs, self.forward)
+        forward = method(model)
+        self.step = cases.training_step(model, args, kwargs, forward)
         self.step()
         first_s = time.perf_counter() - start
-        self.logical_bytes = cases.warm_peak(self.step, logical_peak)
-        self.record: Record = {"first_step_s": first_s, "logical_bytes": self.logical_bytes}
-
-    def results(self) -> Results:
-        """The loss, gradients and buffers after one step from the first buffers and a fixed seed."""
-        buffers = dict(self._model.named_buffers())
         with torch.no_grad():
-            for name, buffer in buffers.items():
-                buffer.copy_(self._start[name])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            loss = cases.loss_of(self.forward(*self._args, **self._kwargs))
+            loss = cases.loss_of(forward(*args, **kwargs))
             loss.backward()
-        gradients = {name: parameter.grad for name, parameter in self._model.named_parameters()}
-        self._model.zero_grad()
-        return {"loss": {"": loss.detach()}, "gradients": gradients, "buffers": {n: b.clone() for n, b in buffers.items()}}
+        self.results: Results = {
+            "loss": {"": loss.detach()},
+            "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+            "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        }
+        model.zero_grad()
+        self.record: Record = {"first_step_s": first_s, "logical_bytes": logical_peak(self.step)}
 
-    def compare(self, expected: Results) -> None:
-        """Record by how much results differ."""
-        found = self.results()
-        self.record["difference"] = {kind: difference(expected[kind], found[kind]) for kind in expected}
+    def compare(self, eager: "Side") -> None:
+        """Record by how much the results differ from eager's."""
+        self.record["difference"] = {kind: difference(eager.results[kind], self.results[kind]) for kind in eager.results}
 
 
 def difference(expected: dict[str, Tensor | None], found: dict[str, Tensor | None]) -> float:
@@ -107,19 +103,18 @@ def measure_case(
     model, args, kwargs = cases.build(name, scale, **sizes)
     resident = cases.resident_bytes(model, args, kwargs)
     sides = {"eager": Side(deepcopy(model), args, kwargs, RIVALS["eager"])}
-    expected = sides["eager"].results()
     if method in RIVALS:
         sides["rival"] = Side(deepcopy(model), args, kwargs, RIVALS[method])
-        budget = resident + sides["rival"].logical_bytes
+        budget = resident + sides["rival"].record["logical_bytes"]
     else:
-        budget = resident + int(SHARES[method] * sides["eager"].logical_bytes)
+        budget = resident + int(SHARES[method] * sides["eager"].record["logical_bytes"])
     failed: Record = {}
     try:
         sides["ours"] = planned_side(deepcopy(model), args, kwargs, budget, pickle_file)
     except PlannerError as error:
         failed = {"ours": {"budget_bytes": budget, "error": f"{type(error).__name__}: {error}"}}
     for side in sides.values():
-        side.compare(expected)
+        side.compare(sides["eager"])
     times = timed(sides, rounds)
     return {"resident_bytes": resident, **failed, **{side: sides[side].record for side in sides}, **times}
 
@@ -183,10 +178,10 @@ def measure_physical(name: str, method: str, pickle_file: Path, scale: float = 1
     steps = {"eager": cases.training_step(deepcopy(model), args, kwargs)}
     if pickle_file.exists():
         steps["ours"] = cases.training_step(pickle.loads(pickle_file.read_bytes()), args, kwargs)
-    peaks = {side: cases.warm_peak(step, physical_peak) for side, step in steps.items()}
+    peaks = {side: cases.warm_peak(step, physical_peak, 1) for side, step in steps.items()}
     if method in RIVALS:
         step = cases.training_step(model, args, kwargs, RIVALS[method](model))
-        peaks["rival"] = cases.warm_peak(step, physical_peak)
+        peaks["rival"] = cases.warm_peak(step, physical_peak, 1)
     return peaks
 
 
