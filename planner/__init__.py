@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         SolverMissingError,
     )
     from planner.graph.plan import Plan
+    from planner.profiler.devices import devices, register_device
+    from planner.profiler.estimate import DeviceModel
     from planner.report.sweep import Sweep
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
@@ -44,6 +46,8 @@ _HOMES = {
     ),
     "planner.rewriter.install": ("install", "uninstall"),
     "planner.graph.plan": ("Plan",),
+    "planner.profiler.devices": ("devices", "register_device"),
+    "planner.profiler.estimate": ("DeviceModel",),
     "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
     "planner.verification": ("Report", "verify"),
@@ -55,6 +59,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CheckpointedModule",
+    "DeviceModel",
     "InfeasibleBudgetError",
     "InputError",
     "NoScheduleFoundError",
@@ -68,8 +73,10 @@ __all__ = [
     "SolverMissingError",
     "Sweep",
     "apply",
+    "devices",
     "install",
     "plan",
+    "register_device",
     "sweep",
     "uninstall",
     "verify",

@@ -23,8 +23,11 @@ FLOORS: dict[str, float] = {
     "planner.rewriter": 2,
     "planner.report": 3,
     "planner.api": 4,
+    "planner.batch": 4,
+    "planner.priced": 4,
     "planner.verification": 4,
     "planner.cli": 5,
+    "planner.cli_batch": 5,
     "planner.compile_backend": 5,
 }
 TORCH_SIDE = ("planner._torch", "planner.tracer", "planner.profiler", "planner.rewriter")
