@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import apply, plan, sweep
+    from planner.batch import max_batch
     from planner.errors import (
         BackwardError,
         BudgetError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from planner.graph.plan import Plan
     from planner.profiler.devices import devices, register_device
     from planner.profiler.estimate import DeviceModel
+    from planner.report.batches import MaxBatch
     from planner.report.sweep import Sweep
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "planner.api": ("apply", "plan", "sweep"),
+    "planner.batch": ("max_batch",),
     "planner.errors": (
         "BackwardError",
         "BudgetError",
@@ -48,6 +51,7 @@ _HOMES = {
     "planner.graph.plan": ("Plan",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
+    "planner.report.batches": ("MaxBatch",),
     "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
     "planner.verification": ("Report", "verify"),
@@ -62,6 +66,7 @@ __all__ = [
     "DeviceModel",
     "InfeasibleBudgetError",
     "InputError",
+    "MaxBatch",
     "NoScheduleFoundError",
     "Plan",
     "PlanFileError",
@@ -75,6 +80,7 @@ __all__ = [
     "apply",
     "devices",
     "install",
+    "max_batch",
     "plan",
     "register_device",
     "sweep",

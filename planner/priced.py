@@ -22,7 +22,7 @@ from planner.profiler.measure import measure
 from planner.profiler.optimizer import Optimizer, master_bytes, state_bytes
 from planner.profiler.profile import Profile
 from planner.report.progress import stage
-from planner.solver.solve import Solver
+from planner.solver.solve import solve
 from planner.tracer.capture import Loss, capture
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
@@ -118,8 +118,7 @@ class Priced:
             InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
-        solver = Solver(self.graph, reorder=self.is_movable)
-        solution = solver.solve(budget_bytes - margin_bytes, time_limit_s=time_limit_s)
+        solution = solve(self.graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=self.is_movable)
         return Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
 
 

@@ -27,7 +27,6 @@ FLOORS: dict[str, float] = {
     "planner.priced": 4,
     "planner.verification": 4,
     "planner.cli": 5,
-    "planner.cli_batch": 5,
     "planner.compile_backend": 5,
 }
 TORCH_SIDE = ("planner._torch", "planner.tracer", "planner.profiler", "planner.rewriter")
