@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from planner.api import apply
 from planner.errors import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError
+from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.priced import Options, price
 from planner.profiler.estimate import DeviceModel
@@ -16,6 +19,7 @@ from planner.profiler.optimizer import Optimizer
 from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
 from planner.solver.floor import floor
+from planner.solver.solve import solve
 from planner.tracer.capture import Loss
 from planner.verification import time_step
 
@@ -62,8 +66,11 @@ def max_batch(
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     budget_bytes = options.budget_bytes(budget, 0)
 
+    graphs: dict[int, Graph] = {}
+
     def attempt(batch: int) -> Tried:
         priced = price(model, *_call(make_inputs, batch), options)
+        graphs[batch] = priced.graph
         plan: Plan | None = None
         error: InfeasibleBudgetError | NoScheduleFoundError | None = None
         with stage(f"solve for batch {batch}", progress):
@@ -73,20 +80,33 @@ def max_batch(
                 error = missed
         return Tried(batch, floor(priced.graph)[0], priced.plain_bytes, plan, error)
 
+    def foresee(batch: int) -> bool:
+        graph = grown(graphs[2], graphs[3], batch - 2)
+        if graph is None:
+            return False
+        with stage(f"look ahead to batch {batch}", progress), suppress(InfeasibleBudgetError, NoScheduleFoundError):
+            solve(graph, budget_bytes, time_limit_s=time_limit_s / 2)
+            return True
+        return False
+
     def measured(tried: Tried, rounds: int) -> Measured:
         assert tried.plan is not None
         args, kwargs = _call(make_inputs, tried.batch)
         planned = apply(tried.plan, model, args, kwargs, loss=loss, opaque=opaque)
         return Measured(*time_step(planned, args, kwargs, rounds=rounds))
 
-    return MaxBatch(budget_bytes, search(attempt, budget_bytes), None if options.elsewhere else measured)
+    return MaxBatch(budget_bytes, search(attempt, foresee, budget_bytes), None if options.elsewhere else measured)
 
 
-def search(attempt: Callable[[int], Tried], budget_bytes: int) -> tuple[Tried, ...]:
+def search(attempt: Callable[[int], Tried], foresee: Callable[[int], bool], budget_bytes: int) -> tuple[Tried, ...]:
     """Find the largest batch that has a plan, and the largest that needs no recomputing, by few attempts.
 
-    Floors and plain peaks are taken to grow evenly with the batch, which tells where to look; what is found is what was
-    attempted: the batch above the largest has no plan.
+    Where to look is foreseen; what is found was attempted: the batch above the largest has no plan.
+
+    Args:
+        attempt: captures and plans a batch.
+        foresee: whether a batch is likely to have a plan, told without capturing it; asked once 1, 2 and 3 were attempted.
+        budget_bytes: what plain peaks are compared with.
 
     Raises:
         InfeasibleBudgetError, NoScheduleFoundError: batch 1 has no plan.
@@ -103,48 +123,58 @@ def search(attempt: Callable[[int], Tried], budget_bytes: int) -> tuple[Tried, .
     if first.error is not None:
         first.error.args = (f"one sample does not fit: {first.error}", *first.error.args[1:])
         raise first.error
-    if at(2).plan is not None:
-        plain = _largest_plain(at, budget_bytes)
-        most = _extrapolated(first.floor_bytes, at(2).floor_bytes, budget_bytes)
-        largest = _boundary(at, lambda batch: batch.plan is not None, max(2, plain), most, lambda low, high: (low + high) // 2)
+    if at(2).plan is not None and at(3).plan is not None:
+        plain = max((batch for batch in (1, 2, 3) if at(batch).plain_bytes <= budget_bytes), default=0)
+        if plain == 3:
+            likely = _extrapolated(at(2).plain_bytes, at(3).plain_bytes, budget_bytes)
+            plain = _boundary(lambda batch: at(batch).plain_bytes <= budget_bytes, 3, likely)
+        likely = _boundary(foresee, max(3, plain), _extrapolated(at(2).floor_bytes, at(3).floor_bytes, budget_bytes))
+        largest = _boundary(lambda batch: at(batch).plan is not None, max(3, plain), likely)
         if largest - plain > 2:
             at((plain + largest) // 2)  # throughput may be best between the two
     return tuple(tried[batch] for batch in sorted(tried))
 
 
-def _extrapolated(bytes_of_1: int, bytes_of_2: int, budget_bytes: int) -> int:
-    """The largest batch within the budget, if every sample adds as much as the second."""
-    if bytes_of_2 <= bytes_of_1:
+def _extrapolated(bytes_of_2: int, bytes_of_3: int, budget_bytes: int) -> int:
+    """The largest batch within the budget, if every sample adds as much as the third (the first may be a special case)."""
+    if bytes_of_3 <= bytes_of_2:
         raise InputError(
-            f"one sample needs {bytes_of_1} bytes and two need {bytes_of_2}: make_inputs(batch) must make `batch` samples"
+            f"two samples need {bytes_of_2} bytes and three need {bytes_of_3}: make_inputs(batch) must make `batch` samples"
         )
-    return max(0, 1 + (budget_bytes - bytes_of_1) // (bytes_of_2 - bytes_of_1))
+    return 2 + (budget_bytes - bytes_of_2) // (bytes_of_3 - bytes_of_2)
 
 
-def _largest_plain(at: Callable[[int], Tried], budget_bytes: int) -> int:
-    """The largest batch whose plain step fits; 0 where there is none."""
-
-    def between(low: int, high: int) -> int:
-        begin, end = at(low).plain_bytes, at(high).plain_bytes
-        return low + (budget_bytes - begin) * (high - low) // (end - begin)
-
-    if at(2).plain_bytes > budget_bytes:
-        return int(at(1).plain_bytes <= budget_bytes)
-    guess = _extrapolated(at(1).plain_bytes, at(2).plain_bytes, budget_bytes)
-    return _boundary(at, lambda batch: batch.plain_bytes <= budget_bytes, 2, guess, between)
-
-
-def _boundary(
-    at: Callable[[int], Tried], holds: Callable[[Tried], bool], low: int, guess: int, between: Callable[[int, int], int]
-) -> int:
-    """The largest batch for which something holds that holds for `low`: from the guess on upwards, else by `between`."""
+def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:
+    """The largest batch that holds; `low` does. From the guess in growing strides, then by halving."""
     high, stride = max(low + 1, guess), 1
-    while holds(at(high)):
-        low, high, stride = high, high + stride, 2 * stride
+    if holds(high):
+        while holds(high):
+            low, high, stride = high, high + stride, 2 * stride
+    else:
+        while high - stride > low and not holds(high - stride):
+            high, stride = high - stride, 2 * stride
+        low = max(low, high - stride)
     while high - low > 1:
-        middle = min(max(between(low, high), low + 1), high - 1)
-        low, high = (middle, high) if holds(at(middle)) else (low, middle)
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def grown(smaller: Graph, larger: Graph, times: int) -> Graph | None:
+    """`smaller` plus so many times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
+    rows = [[*((op.name, op.reads, op.writes) for op in g.ops), *(v.name for v in g.values)] for g in (smaller, larger)]
+    if rows[0] != rows[1]:
+        return None
+
+    def at(first: int, second: int) -> int:
+        return max(0, first + times * (second - first))
+
+    values = (replace(v, nbytes=at(smaller.value[v.name].nbytes, v.nbytes)) for v in larger.values)
+    ops = (
+        replace(b, cost_ns=at(a.cost_ns, b.cost_ns), workspace_bytes=at(a.workspace_bytes, b.workspace_bytes))
+        for a, b in zip(smaller.ops, larger.ops, strict=True)
+    )
+    return replace(larger, values=tuple(values), ops=tuple(ops))
 
 
 def _call(make_inputs: MakeInputs, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planner import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError, Plan, max_batch, plan
-from planner.batch import search
+from planner.batch import grown, search
 from planner.cli import main
 from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
 from planner.report.batches import MaxBatch, Measured, Tried
 from planner.solver.solve import solve
 from tests import graphs
@@ -128,16 +129,17 @@ def attempts(plain_each, floor_each, lowest_each, budget, seen):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300), st.integers(1, 10**5))
-def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more, budget):
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300), st.integers(1, 10**5), st.sampled_from([0.5, 1, 2, 100]))
+def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more, budget, foresight):
     lowest_each, plain_each = floor_each + more, floor_each + more + still_more
     seen = []
     attempt = attempts(plain_each, floor_each, lowest_each, budget, seen)
+    foresee = lambda batch: batch * lowest_each <= foresight * budget
     if lowest_each > budget:
         with pytest.raises((InfeasibleBudgetError, NoScheduleFoundError), match="one sample does not fit"):
-            search(attempt, budget)
+            search(attempt, foresee, budget)
         return
-    found = MaxBatch(budget, search(attempt, budget))
+    found = MaxBatch(budget, search(attempt, foresee, budget))
     assert found.batch == budget // lowest_each
     above = floor_each * (found.batch + 1)
     assert found.proof.startswith(
@@ -145,7 +147,16 @@ def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more,
     )
     plain = budget // plain_each
     assert (found.largest_plain.batch if found.largest_plain else 0) == plain
-    assert len(seen) <= 10 + math.log2(budget // floor_each + 1)
+    assert len(seen) <= (8 if foresight == 1 else 9 + 2 * math.log2(foresight * budget / lowest_each + 1))
+
+
+def test_a_larger_batch_is_foreseen_from_two():
+    model = blocks()
+    one, two, nine = (plan(model, 1.0, *rows(b), costs="estimate", progress=False).plan.graph for b in (1, 2, 9))
+    ahead = grown(one, two, 8)
+    assert ahead.values == nine.values
+    assert simulate(ahead, keep_all(ahead)).time_ns == pytest.approx(simulate(nine, keep_all(nine)).time_ns, rel=0.02)
+    assert grown(one, plan(blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
 
 
 def curve(*figures):
