@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -283,3 +285,24 @@ def test_the_budget_holds_optimizer_and_float32_weights():
     reserved = {v.name: v.nbytes for v in made.graph.values if v.kind is Kind.RESERVED}
     weights = sum(p.numel() for p in model.parameters())
     assert reserved == {"(optimizer state)": 8 * weights + 4 * 4, "(float32 weights)": 4 * weights}
+
+
+SEVEN_BILLION = """
+import resource, time
+begun = time.monotonic()
+from examples.llama_7b import build
+from planner import plan
+model, args, kwargs = build()
+made = plan(model, "79GiB", args, kwargs, device="H100-80GB", optimizer="adamw").plan
+assert made.peak_bytes <= 79 * 2**30 < made.plain.peak_bytes, made
+assert made.solution.status == "optimal" and made.overhead < 0.15, made
+print(time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.zoo
+def test_seven_billion_parameters_plan_in_two_minutes_and_eight_gib():
+    done = subprocess.run([sys.executable, "-c", SEVEN_BILLION], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, resident_bytes = map(float, done.stdout.split())
+    assert seconds < 120 and resident_bytes < 8 * 2**30

@@ -170,6 +170,7 @@ def curve(*figures):
     ("found", "fastest", "verdict"),
     [
         (curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.0)), 8, r"recomputing pays: batch 8 .* \+33.3% on batch 4"),
+        (curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.98)), 8, r"changes little: batch 8 .* \+0.5% on batch 4"),
         (curve((1, False, 1.0), (4, False, 2.0), (8, True, 5.0)), 4, r"does not pay: batch 4 .*; batch 8 .*, -20.0%"),
         (curve((1, False, 1.0), (4, False, 2.0)), 4, "the largest batch needs no recomputing: batch 4"),
         (curve((1, True, 1.0), (2, True, 1.5)), 2, "every batch needs recomputing; the fastest is batch 2"),

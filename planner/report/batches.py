@@ -16,6 +16,8 @@ from planner.units import format_bytes, format_ns
 
 SCHEMA = 1
 _WIDTH = 160
+_NOTICEABLE = 0.02
+"""A gain in throughput below this is within what predictions and measurements are good for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ class MaxBatch:
             return f"the largest batch needs no recomputing: {_rate(last)} ({how})"
         if fastest.recomputes:
             gain = fastest.samples_per_s / base.samples_per_s - 1
-            return f"recomputing pays: {_rate(fastest)}, {gain:+.1%} on {_rate(base)}, the largest that needs none ({how})"
+            pays = "recomputing pays" if gain >= _NOTICEABLE else "recomputing changes little"
+            return f"{pays}: {_rate(fastest)}, {gain:+.1%} on {_rate(base)}, the largest that needs none ({how})"
         loss = last.samples_per_s / fastest.samples_per_s - 1
         return f"recomputing for a larger batch does not pay: {_rate(fastest)}; {_rate(last)}, {loss:+.1%} ({how})"
 
