@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from planner import api
+from planner import api, priced
 from planner.profiler.measure import device_name
 
-STAGES = ("capture", "measure", "solve")  # the names under which planner.api calls them
+STAGES = ("capture", "measure", "solve")  # the names under which planner.priced calls them
 MIB = 2**20
 
 Record = dict[str, Any]
@@ -85,7 +85,7 @@ def timed_plan(model: nn.Module, budget: int, args: Any, kwargs: Any) -> tuple[n
 
     with ExitStack() as patches:
         for name in STAGES:
-            patches.enter_context(mock.patch.object(api, name, clocked(name, getattr(api, name))))
+            patches.enter_context(mock.patch.object(priced, name, clocked(name, getattr(priced, name))))
         planned = clocked("total", api.plan)(model, budget, args=args, kwargs=kwargs)
     return planned, seconds
 

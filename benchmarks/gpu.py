@@ -24,13 +24,13 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits with this, if set before it starts
 
 import torch
-from planner.priced import Options, Priced, price
 from torch import Tensor, nn
 
 from benchmarks import cases
 from benchmarks.rivals import RIVALS, Forward, NotApplicable
 from examples import gpt2, llama, resnet50, unet, vit
 from planner import PlannerError, max_batch
+from planner.priced import Options, Priced, price
 from planner.profiler.memory import logical_peak
 from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.step import DEFAULT_STAGES, make_step

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import apply, plan, sweep
+    from planner.batch import max_batch
     from planner.children import Children, plan_children
     from planner.errors import (
         BackwardError,
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
         SolverMissingError,
     )
     from planner.graph.plan import Plan
+    from planner.profiler.devices import devices, register_device
+    from planner.profiler.estimate import DeviceModel
+    from planner.report.batches import MaxBatch
     from planner.report.sweep import Sweep
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "planner.api": ("apply", "plan", "sweep"),
+    "planner.batch": ("max_batch",),
     "planner.children": ("Children", "plan_children"),
     "planner.errors": (
         "BackwardError",
@@ -46,6 +51,9 @@ _HOMES = {
     ),
     "planner.rewriter.install": ("install", "uninstall"),
     "planner.graph.plan": ("Plan",),
+    "planner.profiler.devices": ("devices", "register_device"),
+    "planner.profiler.estimate": ("DeviceModel",),
+    "planner.report.batches": ("MaxBatch",),
     "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
     "planner.verification": ("Report", "verify"),
@@ -58,8 +66,10 @@ __all__ = [
     "CaptureError",
     "CheckpointedModule",
     "Children",
+    "DeviceModel",
     "InfeasibleBudgetError",
     "InputError",
+    "MaxBatch",
     "NoScheduleFoundError",
     "Plan",
     "PlanFileError",
@@ -71,9 +81,12 @@ __all__ = [
     "SolverMissingError",
     "Sweep",
     "apply",
+    "devices",
     "install",
+    "max_batch",
     "plan",
     "plan_children",
+    "register_device",
     "sweep",
     "uninstall",
     "verify",

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as untraced
 
 from planner.errors import CaptureError
 
@@ -47,13 +48,16 @@ __all__ = [
     "fake_inputs",
     "fake_mode",
     "keeps_graph",
+    "kernels_chosen",
     "kernels_kept",
     "pytree",
     "release_saved",
     "results",
     "selfcheck",
+    "stand_ins",
     "storage_id",
     "tensors_alike",
+    "untraced",
 ]
 
 
@@ -80,15 +84,28 @@ def fake_mode() -> FakeTensorMode:
 
 def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Stand-ins without data, static in shape, under one mode: that of the tensors which are fake already, as these stay."""
-    mode = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None) or fake_mode()
+    mode = _mode_of(tensors)
     return [t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for t in tensors]
 
 
-def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor]) -> ExportedJoint:
+def stand_ins(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fake CPU tensors that look like these, which may be real, fake or on the meta device."""
+    with _mode_of(tensors):
+        made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in tensors]
+    return [stand_in.requires_grad_(t.requires_grad) for stand_in, t in zip(made, tensors, strict=True)]
+
+
+def _mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
+    return next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None) or fake_mode()
+
+
+def export_joint(
+    module: nn.Module, fakes: Sequence[torch.Tensor], choices: Mapping[OpOverload, Callable[..., Any]] | None = None
+) -> ExportedJoint:
     """Trace forward and backward of `module(*fakes)` into one functional ATen graph.
 
     Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
-    survives on `node.meta["custom"]`, on backward nodes too.
+    survives on `node.meta["custom"]`, on backward nodes too. `choices`: see `kernels_chosen`.
 
     Raises:
         CaptureError: an input or output of a kind that is not understood.
@@ -96,6 +113,7 @@ def export_joint(module: nn.Module, fakes: Sequence[torch.Tensor]) -> ExportedJo
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
+        stack.enter_context(kernels_chosen(choices or {}))
         stack.enter_context(_grouped_mm_of_any_dtype())
         stack.enter_context(fx.traceback.preserve_node_meta())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
@@ -178,6 +196,24 @@ def kernels_kept() -> Iterator[None]:
     finally:
         for op, key, kernel in removed:
             op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """While tracing, the composite operators in `choices` run what stands there, whatever device their tensors are on."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    before = {op: op.py_kernels.get(key) for op in choices}
+    try:
+        for op, choice in choices.items():
+            op.py_kernels[key] = choice
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for op, kernel in before.items():
+            del op.py_kernels[key]
+            if kernel is not None:
+                op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,24 +10,20 @@ import torch
 from torch import nn
 
 from planner import units
-from planner.errors import BudgetError, CaptureError, PlanFileError
+from planner.errors import PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint
-from planner.graph.schedule import keep_all
-from planner.graph.simulate import simulate
-from planner.profiler.estimate import estimate
-from planner.profiler.measure import measure
-from planner.profiler.profile import Profile
+from planner.priced import Options, allocator_margin, price
+from planner.profiler.estimate import DeviceModel
+from planner.profiler.optimizer import Optimizer
 from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.step import DEFAULT_STAGES, Recapture, make_step
-from planner.solver.solve import solve
 from planner.tracer.capture import Loss, capture
-from planner.tracer.joint import Joint
-from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.lower import lower
 from planner.verification import verify
 
 Budget = int | str | float
@@ -49,6 +44,9 @@ def plan(
     strict: bool = False,
     opaque: Collection[str] = (),
     dynamic: bool = False,
+    device: str | DeviceModel | None = None,
+    optimizer: Optimizer | None = None,
+    master_weights: bool = False,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -61,7 +59,7 @@ def plan(
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
         loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
             `.loss` or ["loss"], else every output that requires grad.
-        reserve: bytes set aside within the budget, for example for optimizer state.
+        reserve: bytes set aside within the budget.
         costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes
             times from FLOPs and bytes.
         time_limit_s: for the solver; the best plan found by then is taken.
@@ -73,6 +71,13 @@ def plan(
             data, its share of the peak does too.
         dynamic: hold for inputs of every size up to the planned one, too: plan for the largest batch and length. A step of
             a new size is captured when it first comes (seconds), and runs unplanned where its graph is another one.
+        device: plan for a device that is not here: a name such as "H100-80GB" (`planner.profiler.devices` lists them), or a
+            DeviceModel. Nothing is allocated: model and inputs may be on the meta device, or on the CPU. Kernels are those
+            that torch runs there, their times are estimated from published rates, and workspace is hardly known. The module
+            returned trains unplanned: save its plan, and `apply` it on the device.
+        optimizer: set its state aside, too: a name of torch.optim ("adamw") or what makes an optimizer of parameters,
+            such as `functools.partial(torch.optim.SGD, momentum=0.9)`.
+        master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
@@ -80,19 +85,13 @@ def plan(
         NoScheduleFoundError: none was found in the time given.
     """
     units.check_budget(budget)
-    reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
-    joint = _captured(model, args, kwargs, loss, opaque, progress)
-    profile = profile_of(joint, costs, progress)
-    graph = lower(joint, profile, reserve_bytes=reserve_bytes)
-    plain_peak = simulate(graph, keep_all(graph)).peak_bytes
-    budget_bytes = units.parse_budget(budget, plain_peak)
-    margin_bytes = allocator_margin(graph, budget_bytes)
+    options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
+    priced = price(model, args, kwargs, options)
     with stage("solve", progress):
-        movable = not backward_is_fixed(joint)
-        solution = solve(graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=movable)
-    made = Plan(graph, budget_bytes, margin_bytes, solution, made_on(joint, profile))
+        made = priced.plan(options.budget_bytes(budget, priced.plain_bytes), time_limit_s)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
-    return CheckpointedModule(model, make_step(made, joint, model, args, kwargs, num_stages, recapture), made, strict)
+    step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture)
+    return CheckpointedModule(model, step, made, strict)
 
 
 def apply(
@@ -133,11 +132,14 @@ def sweep(
     time_limit_s: float = 4.5,
     progress: bool = True,
     opaque: Collection[str] = (),
+    device: str | DeviceModel | None = None,
+    optimizer: Optimizer | None = None,
+    master_weights: bool = False,
 ) -> Sweep:
     """What the model's training step costs at many budgets: one capture, one profile, one solver.
 
     Args:
-        model, args, kwargs, loss, reserve, costs, progress, opaque: as for `plan`.
+        model, args, kwargs, loss, reserve, costs, progress, opaque, device, optimizer, master_weights: as for `plan`.
         budgets: a list of budgets, each as for `plan`. Default: a range.
         points: how many budgets the range has, at equal distances.
         low, high: its ends; by default the lowest peak that a short search reaches, and the plain step's peak.
@@ -152,81 +154,33 @@ def sweep(
         InfeasibleBudgetError, NoScheduleFoundError: not one of the budgets has a plan.
     """
     check_budgets(budgets, points, low, high)
-    reserve_bytes = 0 if reserve == 0 else units.parse_bytes(reserve)
-    joint = _captured(model, args, kwargs, loss, opaque, progress)
-    profile = profile_of(joint, costs, progress)
-    graph = lower(joint, profile, reserve_bytes=reserve_bytes)
+    options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
+    priced = price(model, args, kwargs, options)
 
     def measured(made: Plan, rounds: int) -> Measured:
-        planned = CheckpointedModule(model, make_step(made, joint, model, args, kwargs, DEFAULT_STAGES), made)
+        planned = CheckpointedModule(model, make_step(made, priced.joint, model, args, kwargs, DEFAULT_STAGES), made)
         report = verify(planned, args, kwargs, rounds=rounds)
         return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
     with stage("solve", progress):
         return sweep_graph(
-            graph,
+            priced.graph,
             budgets,
             points=points,
             low=low,
             high=high,
-            margin=lambda budget_bytes: allocator_margin(graph, budget_bytes),
+            margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
             time_limit_s=time_limit_s,
-            reorder=not backward_is_fixed(joint),
-            made_on=made_on(joint, profile),
-            measure=measured,
+            reorder=priced.is_movable,
+            made_on=priced.made_on,
+            measure=None if options.elsewhere else measured,
         )
-
-
-def allocator_margin(graph: Graph, budget_bytes: int) -> int:
-    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
-
-    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
-    step itself fits, so that a full budget never forces a recompute.
-    """
-    plain = simulate(graph, keep_all(graph)).peak_bytes
-    if plain <= budget_bytes:
-        return 0
-    resident = sum(graph.value[name].nbytes for name in graph.inputs)
-    return min((plain - resident) // 1000, budget_bytes // 100)
-
-
-def _captured(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, loss: Loss, opaque: Collection[str], progress: bool
-) -> Joint:
-    try:
-        with stage("capture", progress):
-            return capture(model, args, kwargs, loss=loss, opaque=opaque)
-    except CaptureError as error:
-        hint = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
-        raise CaptureError(f"{str(error).rstrip('.')}. {hint}".rstrip(". "), module=error.module) from error
-
-
-def profile_of(joint: Joint, costs: str, progress: bool) -> Profile:
-    """Time and workspace of every kernel, measured or estimated."""
-    nodes = kernel_nodes(joint)
-    if costs == "measure":
-        return measure(nodes, joint.device, progress=progress)
-    if costs == "estimate":
-        return estimate(nodes)
-    raise BudgetError(f"costs={costs!r} is not known; use 'measure' or 'estimate'")
 
 
 def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> Graph:
     """The captured graph, with the bytes that opaque parts held when the plan was made: they may depend on the data."""
     values = tuple(planned.value.get(value.name, value) if value.name in tickets else value for value in captured.values)
     return replace(captured, values=values)
-
-
-def made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
-    """What a plan says about where its figures come from."""
-    opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
-    return (
-        *([("as they are", opaque)] if opaque else []),
-        ("costs", profile.how),
-        ("date", time.strftime("%Y-%m-%d")),
-        ("device", profile.device),
-        ("torch", torch.__version__),
-    )
 
 
 def _check_same(plan: Plan, captured: Graph) -> None:

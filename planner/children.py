@@ -15,13 +15,13 @@ from torch import nn
 
 from planner import units
 from planner._torch import pytree
-from planner.api import Budget, allocator_margin, made_on, profile_of
+from planner.api import Budget
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
-from planner.graph.graph import Graph
 from planner.graph.plan import Plan, Solution
 from planner.graph.planfile import fingerprint
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.priced import Options, Priced, allocator_margin, price_joint
 from planner.profiler.memory import logical_peak
 from planner.report.progress import stage
 from planner.rewriter.install import install, uninstall
@@ -30,8 +30,6 @@ from planner.rewriter.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
 from planner.tracer import fidelity
 from planner.tracer.capture import Loss, capture, loss_leaves
-from planner.tracer.joint import Joint
-from planner.tracer.lower import backward_is_fixed, lower
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""
@@ -122,7 +120,7 @@ def plan_children(
     units.check_budget(budget)
     trial = _Trial(model, tuple(args), dict(kwargs or {}), loss)
     with stage("capture", progress):
-        found, left = _capturable(trial, costs, progress)
+        found, left = _capturable(trial, Options(costs=costs, progress=progress))
     with stage("solve", progress):
         plans = _plans(found, time_limit_s)
     steps = partial(_steps, found, plans, trial, num_stages)
@@ -274,12 +272,10 @@ class _Child:
     """A captured submodule."""
 
     call: _Call
-    joint: Joint
-    graph: Graph
-    made_on: tuple[tuple[str, str], ...]
+    priced: Priced
 
 
-def _capturable(trial: _Trial, costs: str, progress: bool) -> tuple[dict[str, _Child], dict[str, str]]:
+def _capturable(trial: _Trial, options: Options) -> tuple[dict[str, _Child], dict[str, str]]:
     """The largest submodules that can be captured, and why others are left."""
     found: dict[str, _Child] = {}
     left: dict[str, str] = {}
@@ -291,7 +287,7 @@ def _capturable(trial: _Trial, costs: str, progress: bool) -> tuple[dict[str, _C
             module = trial.original.get_submodule(name)
             try:
                 _check_alone(trial, name, module)
-                found[name] = _captured(module, calls.pop(name), trial.used[name], trial.device, costs, progress)
+                found[name] = _captured(module, calls.pop(name), trial.used[name], trial.device, options)
             except PlannerError as error:
                 children = [f"{name}.{child}" for child, _ in module.named_children()]
                 below += children
@@ -315,7 +311,7 @@ def _check_alone(trial: _Trial, name: str, module: nn.Module) -> None:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
 
 
-def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch.device, costs: str, progress: bool) -> _Child:
+def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch.device, options: Options) -> _Child:
     if not used:
         raise CaptureError("nothing it returns gets a gradient")
     enabled, dtype = call.autocast
@@ -326,21 +322,20 @@ def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch
 
     with torch.autocast(device.type, dtype, enabled=enabled):
         joint = capture(module, call.args, call.kwargs, loss=loss)
-    profile = profile_of(joint, costs, progress)
-    return _Child(call, joint, lower(joint, profile), made_on(joint, profile))
+    return _Child(call, price_joint(joint, options))
 
 
 def _plans(found: Mapping[str, _Child], time_limit_s: float) -> dict[str, list[Plan]]:
     """Per child, a plan for each level, the lowest peak first. Equal children are solved once."""
     groups: dict[str, list[str]] = {}
     for name, child in found.items():
-        groups.setdefault(fingerprint(child.graph), []).append(name)
+        groups.setdefault(fingerprint(child.priced.graph), []).append(name)
     plans: dict[str, list[Plan]] = {}
     for names in groups.values():
         child = found[names[0]]
         budgets, solutions = _solutions(child, time_limit_s / len(groups))
         for name in names:
-            mine = found[name]
+            mine = found[name].priced
             margins = [allocator_margin(mine.graph, budget) for budget in budgets]
             rows = zip(budgets, margins, solutions, strict=True)
             plans[name] = [Plan(mine.graph, budget, margin, solution, mine.made_on) for budget, margin, solution in rows]
@@ -349,8 +344,8 @@ def _plans(found: Mapping[str, _Child], time_limit_s: float) -> dict[str, list[P
 
 def _solutions(child: _Child, time_limit_s: float) -> tuple[list[int], list[Solution]]:
     """Budgets from the lowest peak found to the plain one, evenly spaced, and the solutions; the plain one always fits."""
-    graph = child.graph
-    solver = Solver(graph, reorder=not backward_is_fixed(child.joint))
+    graph = child.priced.graph
+    solver = Solver(graph, reorder=child.priced.is_movable)
     high = simulate(graph, keep_all(graph)).peak_bytes
     low = solver.lowest_peak(time_limit_s=time_limit_s / 3)
     low = min(high, low + allocator_margin(graph, low))
@@ -370,5 +365,5 @@ def _steps(
     for name, child in found.items():
         module, made = trial.original.get_submodule(name), plans[name][level]
         with torch.autocast(trial.device.type, child.call.autocast[1], enabled=child.call.autocast[0]):
-            steps[name] = make_step(made, child.joint, module, child.call.args, child.call.kwargs, num_stages), made
+            steps[name] = make_step(made, child.priced.joint, module, child.call.args, child.call.kwargs, num_stages), made
     return steps

@@ -3,6 +3,7 @@
 planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
 planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json] [--json]
 planner explain FILE.py:FUNCTION --budget 6GiB
+planner max-batch FILE.py:FUNCTION --budget 6GiB [--device H100-80GB] [--verify] [--json]
 These need no torch:
 planner explain PLAN.json
 planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
@@ -15,7 +16,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
     plan.set_defaults(run=_plan)
     _sweep_parser(commands.add_parser("sweep", help="plan a model for many budgets: what memory costs in time"))
+    _max_batch_parser(commands.add_parser("max-batch", help="find the largest batch that a budget holds, and the fastest"))
     show = commands.add_parser("show", help="show a plan or a sweep that was saved, as a table or a picture; needs no torch")
     show.add_argument("file", metavar="PLAN.json|SWEEP.json")
     show.add_argument("--timeline", metavar="OUT.png", help="draw live memory over the step (a plan; .png or .svg)")
@@ -87,6 +89,11 @@ def _model_options(
     parser.add_argument("--loss", default=None, help="name of the output that backward starts from")
     costs = "run every distinct kernel once, or compute its time"
     parser.add_argument("--costs", choices=("measure", "estimate"), default="measure", help=costs)
+    there = "plan for a device that is not here, such as H100-80GB: nothing is allocated, times are estimated"
+    parser.add_argument("--device", help=f"{there} (an unknown name lists the known)")
+    parser.add_argument("--optimizer", help="set its state aside: a name of torch.optim, such as adamw")
+    master = "set float32 copies of narrower parameters aside, and optimizer state for these"
+    parser.add_argument("--master-weights", action="store_true", help=master)
 
 
 def _sweep_parser(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +107,18 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
     parser.add_argument("--json", action="store_true", help="print figures for machines instead of the table")
     parser.set_defaults(run=_sweep)
+
+
+def _max_batch_parser(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser, what="FUNCTION(batch=N) returns (model, args, kwargs) for N samples, the model in training mode")
+    parser.add_argument("--budget", required=True, help="bytes, or text such as '6GiB'")
+    parser.add_argument(
+        "--time-limit", type=float, default=4.0, metavar="S", help="seconds for the solver, a batch (default 4)"
+    )
+    parser.add_argument("--verify", type=int, nargs="?", const=3, metavar="N", help="run and time N of the batches (default 3)")
+    parser.add_argument("--save", metavar="PLAN.json", help="write the largest batch's plan")
+    parser.add_argument("--json", action="store_true", help="print figures for machines instead of the table")
+    parser.set_defaults(run=_max_batch)
 
 
 def _budget(text: str) -> float | str:
@@ -127,6 +146,7 @@ def _solve(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from planner import api
 
+    _check_runnable(arguments)
     if arguments.plot:
         picture.check(arguments.plot)
     model, args, kwargs = _load(arguments.target)
@@ -149,6 +169,28 @@ def _sweep(arguments: argparse.Namespace) -> int:
             write(path)
             print(f"{what} written to {path}", file=told)
     return 0 if all(found.exact and found.peak_bytes <= found.budget_bytes for found in swept.measured) else 1
+
+
+def _max_batch(arguments: argparse.Namespace) -> int:
+    from planner import batch
+
+    _check_runnable(arguments)
+    model, _, _ = _load(arguments.target, batch=1)
+    found = batch.max_batch(
+        lambda size: _load(arguments.target, batch=size)[1:], model, arguments.budget, **_options(arguments)
+    )
+    if arguments.verify is not None:
+        found = found.verify(arguments.verify)
+    print(json.dumps(found.summary(), indent=1, sort_keys=True) if arguments.json else found)
+    if arguments.save:
+        found.plan.save(arguments.save)
+        print(f"plan written to {arguments.save}", file=sys.stderr if arguments.json else sys.stdout)
+    return 0
+
+
+def _check_runnable(arguments: argparse.Namespace) -> None:
+    if arguments.device is not None and arguments.verify:
+        raise InputError(f"--verify runs the step, and --device {arguments.device} is not here: give one of them")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -184,9 +226,9 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `plan` and `sweep` are told alike."""
-    names = {"loss": "loss", "reserve": "reserve", "costs": "costs", "time_limit_s": "time_limit"}
-    return {name: getattr(arguments, given) for name, given in names.items()}
+    """What `plan`, `sweep` and `max_batch` are told alike."""
+    names = ("loss", "reserve", "costs", "device", "optimizer", "master_weights")
+    return {"time_limit_s": arguments.time_limit, **{name: getattr(arguments, name) for name in names}}
 
 
 def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -205,6 +247,7 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    _check_runnable(arguments)
     planned, args, kwargs = _planned(arguments)
     print(planned.plan)
     if arguments.save:
@@ -219,12 +262,21 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0 if report.exact and report.within_budget else 1
 
 
-def _load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _load(target: str, **sizes: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Call FUNCTION of FILE.py.
 
     Raises:
         InputError: no such file or function, or it returned something else than (model, args, kwargs).
     """
+    built = _function(target)(**sizes)
+    if not isinstance(built, tuple) or len(built) != 3:
+        raise InputError(f"{target} must return (model, args, kwargs), not a {type(built).__name__}")
+    model, args, kwargs = built
+    return model, tuple(args), dict(kwargs)
+
+
+def _function(target: str) -> Callable[..., Any]:
+    """FUNCTION of FILE.py."""
     file, _, function = target.rpartition(":")
     path = Path(file)
     if not file or not path.is_file():
@@ -239,11 +291,7 @@ def _load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     build = getattr(module, function, None)
     if not callable(build):
         raise InputError(f"{file} has no function {function!r}")
-    built = build()
-    if not isinstance(built, tuple) or len(built) != 3:
-        raise InputError(f"{target} must return (model, args, kwargs), not a {type(built).__name__}")
-    model, args, kwargs = built
-    return model, tuple(args), dict(kwargs)
+    return build  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -110,6 +110,34 @@ def verify(
     )
 
 
+def time_step(
+    planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, rounds: int = 3
+) -> tuple[float, int]:
+    """Seconds of a planned step by the wall clock, the median of `rounds`, and its measured peak in bytes.
+
+    It runs on the model itself, so that it fits where the plan fits; gradients, buffers and RNG state are put back.
+
+    Raises:
+        InputError: the call is not the one planned for.
+    """
+    call = (tuple(args), dict(kwargs or {}))
+    with _autocast(planned):
+        miss = planned.difference(*call)
+    if miss:
+        raise InputError(f"a step can be timed for the call that was planned for: {miss} differs")
+    held = [(tensor, tensor.grad) for tensor in planned.parameters()]
+    side = _Side(planned, planned, call)
+    try:
+        peak_bytes = side.peak()
+        with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
+            seconds = [_seconds(side.step, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
+        return statistics.median(seconds), peak_bytes
+    finally:
+        side.restore()
+        for tensor, grad in held:
+            tensor.grad = grad
+
+
 class _Side:
     """One of the two modules, run from the same state each time."""
 
@@ -195,11 +223,11 @@ def _time_ratio(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int, 
     return statistics.median(ratios)
 
 
-def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+def _seconds(step: Callable[[], Any], device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:
     if device.type != "cuda":
-        start = time.process_time()
+        start = cpu_clock()
         step()
-        return time.process_time() - start
+        return cpu_clock() - start
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     step()

@@ -19,12 +19,16 @@ def table(plan: Plan) -> str:
     """The table that `print(plan)` shows."""
     timeline, plain = plan.timeline, plan.plain
     made = ", ".join(f"{key} {value}" for key, value in plan.made_on)
+    known = "; estimated, not measured" if dict(plan.made_on).get("costs", "").startswith("estimated") else ""
     saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} (of which {format_bytes(plan.margin_bytes)} are left to the allocator)"),
         ("peak", f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} planned ({saved:.1%} less)"),
         ("peak at", _where(plan)),
-        ("step time", f"{format_ns(plain.time_ns)} plain -> {format_ns(timeline.time_ns)} planned (+{plan.overhead:.2%})"),
+        (
+            "step time",
+            f"{format_ns(plain.time_ns)} plain -> {format_ns(timeline.time_ns)} planned (+{plan.overhead:.2%}){known}",
+        ),
         ("optimality", f"at most {plan.gap:.2%} of the step from the best plan ({plan.solution.status}; {ASSUMING})"),
         ("solved", f"in {plan.solution.solve_s:.2f} s by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
         ("made on", made),
@@ -40,13 +44,12 @@ def _where(plan: Plan) -> str:
 
 def _parts(graph: Graph, timeline: Timeline) -> list[str]:
     """Bytes by kind: what is resident, what the backward hands out, what is saved for it."""
-    resident: Counter[Kind] = Counter()
-    for name in graph.inputs:
-        resident[graph.value[name].kind] += graph.value[name].nbytes
+    resident: Counter[str] = Counter()
+    given = [graph.value[name] for name in graph.inputs]
+    for value in sorted(given, key=lambda value: value.kind):
+        resident[value.name.strip("()") if value.kind is Kind.RESERVED else f"{value.kind}s"] += value.nbytes
     kept = set(graph.forward_outputs)
-    rows = [
-        (f"{kind}s" if kind is not Kind.RESERVED else "reserved", nbytes) for kind, nbytes in sorted(resident.items()) if nbytes
-    ]
+    rows = [(name, nbytes) for name, nbytes in resident.items() if nbytes]
     rows += [
         ("outputs", _total(graph, graph.forward_outputs)),
         ("gradients", _total(graph, graph.backward_outputs)),

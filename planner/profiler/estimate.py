@@ -30,6 +30,11 @@ class DeviceModel:
         launch_ns: fixed cost of one kernel call, in ns.
         dtype_speed: rate of other dtypes relative to float32; a missing dtype counts as 1.
         draws_per_s: random numbers a second; on a CPU far below what memory bandwidth allows.
+        tf32_speed: rate of float32 matrix products relative to `flops_per_s` where torch may round their inputs to TF32.
+        capability: CUDA compute capability, which decides the kernels that torch chooses; None for what is no CUDA device.
+        memory_bytes: size of its memory; 0 where unknown.
+        library_bytes: what cuBLAS and the like hold there for good, from torch's allocator.
+        source: where the figures come from.
     """
 
     name: str
@@ -38,9 +43,14 @@ class DeviceModel:
     launch_ns: int
     dtype_speed: Mapping[torch.dtype, float] = field(default_factory=lambda: MappingProxyType({}))
     draws_per_s: float = math.inf
+    tf32_speed: float = 1.0
+    capability: tuple[int, int] | None = None
+    memory_bytes: int = 0
+    library_bytes: int = 0
+    source: str = ""
 
     def __post_init__(self) -> None:
-        rates = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, *self.dtype_speed.values())
+        rates = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, *self.dtype_speed.values())
         if min(rates) <= 0 or self.launch_ns < 0:
             raise ValueError(f"device {self.name!r}: rates must be positive and launch_ns must not be negative, got {self}")
 
@@ -75,10 +85,19 @@ def estimate_node(node: Node, device: DeviceModel) -> KernelCost:
     """The same for one node."""
     outputs = tensors_in(node.meta.get("val"))
     dtype = next((t.dtype for t in (*outputs, *_inputs(node)) if t.dtype.is_floating_point), torch.float32)
-    compute_s = _flops(node) / (device.flops_per_s * device.dtype_speed.get(dtype, 1.0))
+    compute_s = _flops(node) / (device.flops_per_s * _speed(node, dtype, device))
     memory_s = _bytes_moved(node) / device.bytes_per_s
     draw_s = sum(t.numel() for t in outputs[:1]) / device.draws_per_s if is_random(node) else 0.0
     return KernelCost(device.launch_ns + round(max(compute_s, memory_s, draw_s) * 1e9), _workspace_bytes(node))
+
+
+def _speed(node: Node, dtype: torch.dtype, device: DeviceModel) -> float:
+    """The rate for a dtype, relative to float32's. TF32: convolutions by default, matrix products where the user says so."""
+    if dtype is not torch.float32:
+        return device.dtype_speed.get(dtype, 1.0)
+    convolves = _packet_name(node) in _CONVOLUTIONS
+    allowed = torch.backends.cudnn.allow_tf32 if convolves else torch.get_float32_matmul_precision() != "highest"
+    return device.tf32_speed if allowed else 1.0
 
 
 def _inputs(node: Node) -> list[torch.Tensor]:
@@ -90,6 +109,8 @@ def _touched_bytes(tensor: torch.Tensor) -> int:
     sizes = [1 if stride == 0 else int(size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return math.prod(sizes) * tensor.element_size()
 
+
+_CONVOLUTIONS = ("convolution", "convolution_backward")
 
 _ROW_READERS = frozenset({"embedding", "index_select", "gather", "index", "_unsafe_index", "take", "nll_loss_forward"})
 """Kernels that read of their big argument only as much as they write."""
@@ -137,6 +158,6 @@ def _workspace_bytes(node: Node) -> int:
     Measured on CPU, 56 convolutions of a ResNet-50 and a small CNN, as a multiple of the bytes read: forward median
     1.0, backward median 0.9, quartiles 0.7 to 1.3; the largest 10.6 forward, 1.34 backward.
     """
-    if _packet_name(node) in ("convolution", "convolution_backward"):
+    if _packet_name(node) in _CONVOLUTIONS:
         return sum(_touched_bytes(t) for t in _inputs(node))
     return 0

@@ -169,6 +169,8 @@ class CheckpointedModule(fx.GraphModule):
     def _match(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], str]:
         """The call's tensors, the graph's inputs, and what differs from the call planned for."""
         step = self._step
+        if step.joint.elsewhere:
+            return [], [], f"the device (planned from afar for {step.joint.elsewhere}: save the plan, and apply it there)"
         tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
         if tensors is None:
             return [], [], miss

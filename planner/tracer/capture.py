@@ -14,6 +14,9 @@ from planner._torch import pytree
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.tracer import fidelity, parts
 from planner.tracer.casts import Casts
+from planner.tracer.checks import check_elsewhere, check_trainable, one_device
+from planner.tracer.constants import Constants
+from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.normalize import normalize
 from planner.tracer.part import PartCall
@@ -29,6 +32,7 @@ def capture(
     *,
     loss: Loss = None,
     opaque: Collection[str] = (),
+    elsewhere: Elsewhere | None = None,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
@@ -43,28 +47,43 @@ def capture(
             the output. Default: the output if it is one scalar; its `.loss` or ["loss"]; else every
             output that requires grad.
         opaque: qualified names of submodules to run as they are.
+        elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
         CaptureError: the model cannot be traced; names the operation and the user's line.
     """
     opaque, first = parts.parts_from_start(model, opaque), None
+    if elsewhere is not None and opaque:
+        raise CaptureError(
+            f"{', '.join(opaque)} cannot be captured and would run as it is, and what that takes is measured on the device: "
+            f"plan where {elsewhere.name} is"
+        )
     while True:
         try:
-            return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque)
+            return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere)
         except CaptureError as error:
+            if elsewhere is not None:
+                raise
             first = first or error
             opaque = parts.widened(model, tuple(opaque), error.module)
             if not opaque:
                 raise first from None
 
 
-def _capture(model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str]) -> Joint:
+def _capture(
+    model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str], elsewhere: Elsewhere | None
+) -> Joint:
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    device = _check_inputs(model, [leaves[i] for i in tensors])
+    check_trainable(model, tensors)
+    if elsewhere is None:
+        device = one_device(model, [leaves[i] for i in tensors])
+    else:
+        check_elsewhere(elsewhere.name)
+        device = elsewhere.device
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    step = Step(model, template, tensors, in_spec, loss)
+    step = Step(model, template, tensors, in_spec, loss, elsewhere)
     step.parts, step.device = tuple(opaque), device
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with fidelity.untouched(model):
@@ -83,30 +102,11 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Colle
         device=device,
         parts=step.calls,
     )
-    return replace(joint, volatile=frozenset((change.module, change.name) for change in step.changes))
-
-
-def _check_inputs(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.device:
-    """The one device everything is on, or an InputError that says what to change."""
-    if not tensors:
-        raise InputError("no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y})")
-    if not model.training:
-        raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError("no parameter requires grad: there is no backward to plan")
-    if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
-        raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type == "meta":
-            raise InputError(f"{name} is on the meta device: give the model storage first, model.to_empty(device=...)")
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 0}
-    if len(devices) > 1:
-        raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
-    (device,) = devices
-    for i, tensor in enumerate(tensors):
-        if tensor.device != device and tensor.dim() > 0:
-            raise InputError(f"tensor input {i} is on {tensor.device}, the model on {device}: move it with .to('{device}')")
-    return device
+    return replace(
+        joint,
+        volatile=frozenset((change.module, change.name) for change in step.changes),
+        elsewhere="" if elsewhere is None else elsewhere.name,
+    )
 
 
 def _refuse_counting(step: Step, tensors: Sequence[torch.Tensor], exported: _torch.ExportedJoint) -> None:
@@ -202,8 +202,17 @@ class Step(nn.Module):
         calls: their calls, as recorded, by key.
     """
 
-    def __init__(self, model: nn.Module, template: tuple[Any, ...], tensors: tuple[int, ...], in_spec: Any, loss: Loss) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        template: tuple[Any, ...],
+        tensors: tuple[int, ...],
+        in_spec: Any,
+        loss: Loss,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         super().__init__()
+        self._elsewhere = elsewhere
         self._hidden = (model,)  # in a tuple, so that it is no submodule and its parameters are not listed twice
         self._template, self._tensors, self._in_spec, self._loss = template, tensors, in_spec, loss
         self._modules_running = fidelity.ModuleStack(model)
@@ -238,10 +247,30 @@ class Step(nn.Module):
     def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
         """Trace forward and backward."""
         with parts.known(self.calls):
-            return _torch.export_joint(self, _torch.fake_inputs(tensors))
+            if self._elsewhere is None:
+                return _torch.export_joint(self, _torch.fake_inputs(tensors))
+            return self._elsewhere.as_there(_torch.export_joint(self, self._stand_ins(tensors), self._elsewhere.choices))
+
+    def _stand_ins(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Hold tensors without data from now on, and return the inputs as such."""
+        held = (*self.named_parameters(), *self.named_buffers())
+        made = _torch.stand_ins([*(tensor for _, tensor in held), *tensors])
+        for (name, _), stand_in in zip(held, made, strict=False):
+            if name in self._parameters:
+                self._parameters[name] = nn.Parameter(stand_in, stand_in.requires_grad)
+            else:
+                self._buffers[name] = stand_in
+        return made[len(held) :]
 
     def record(self, tensors: Sequence[torch.Tensor]) -> None:
         """Run a real forward, to learn what Python reads and what the parts do."""
+        held = (*self.model.parameters(), *self.model.buffers(), *tensors)
+        if self._elsewhere is not None and any(t.device.type != "cpu" or isinstance(t, _torch.FakeTensor) for t in held):
+            raise CaptureError(
+                f"the model reads tensor values in its forward ({self.where}), which a model or an input without storage does "
+                "not have: build both on the CPU",
+                module=self.where_module,
+            )
         run = lambda: self.call(tensors)
         self.recorded, self.calls = record(self.model, run, tensors, self.parts, self.device)
 
@@ -265,7 +294,8 @@ class Step(nn.Module):
         given = {name: getattr(self, here) for here, name in self.names.items()}
         weights = dict(given)
         casts = Casts()
-        tracing = fidelity.Tracing(self._modules_running, self.recorded, casts)
+        constants = Constants() if self._elsewhere is not None else None
+        tracing = fidelity.Tracing(self._modules_running, self.recorded, casts, constants)
         try:
             with (
                 fidelity.restored(self.model) as self.changes,

@@ -21,6 +21,7 @@ from torch import nn
 from planner._torch import DataDependentOutputException, TorchDispatchMode
 from planner.errors import CaptureError
 from planner.tracer.casts import Casts
+from planner.tracer.constants import Constants
 
 # Kernels that hand a tensor's value to Python.
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default})
@@ -105,8 +106,16 @@ class Tracing(TorchDispatchMode):
         where: source of the kernel called last, for errors.
     """
 
-    def __init__(self, modules: ModuleStack, recorded: Sequence[tuple[str, Any]] | None, casts: Casts) -> None:
+    def __init__(
+        self,
+        modules: ModuleStack,
+        recorded: Sequence[tuple[str, Any]] | None,
+        casts: Casts,
+        constants: Constants | None = None,
+    ) -> None:
+        """`constants`: collects them, and answers reads of them; without it, only the recording does."""
         super().__init__()
+        self._constants = constants
         self._casts = casts
         self._modules = modules
         self._recorded = recorded
@@ -118,9 +127,15 @@ class Tracing(TorchDispatchMode):
         if func in HOST_READS:
             return self._answer(func, args)
         with torch.fx.traceback.annotate({"planner_source": self.where, **self._casts.mark(func, args, kwargs)}):
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+        if self._constants is not None:
+            self._constants.note(func, args, kwargs or {}, out)
+        return out
 
     def _answer(self, func: Any, args: Any) -> Any:
+        constant = None if self._constants is None else self._constants.value(args[0])
+        if constant is not None:
+            return constant
         if self._recorded is None:
             raise DataDependentOutputException(func)
         position = len(self.read)

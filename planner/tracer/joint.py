@@ -128,6 +128,7 @@ class Joint:
         volatile: (position of the module, name) of the attributes that the model's own forward changes.
         parts: recorded calls of opaque parts, by key.
         tickets: nodes that hold their tickets.
+        elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
     """
 
     graph: fx.Graph
@@ -146,3 +147,4 @@ class Joint:
     volatile: frozenset[tuple[int, str]] = frozenset()
     parts: Mapping[str, PartCall] = field(default_factory=dict)
     tickets: frozenset[str] = frozenset()
+    elsewhere: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
@@ -13,7 +15,6 @@ from planner.tracer.parts import part_of
 from planner.tracer.randomness import is_random
 from planner.tracer.storage import Storages, items, mutates
 
-RESERVED = "(reserved)"
 _CUDA_BLOCK = 512
 """CUDA's allocator hands out multiples of this many bytes (torch docs, CUDA memory management)."""
 
@@ -24,15 +25,15 @@ def kernel_nodes(joint: Joint) -> list[fx.Node]:
     return [node for node in joint.graph.nodes if node in storages.writes and part_of(node) is None]
 
 
-def lower(joint: Joint, profile: Profile | None = None, *, reserve_bytes: int = 0) -> Graph:
+def lower(joint: Joint, profile: Profile | None = None, *, reserved: Mapping[str, int] | None = None) -> Graph:
     """The planner's Graph of a captured step.
 
     Args:
         joint: from `capture`.
         profile: costs by node name; without one every cost is 0 (enough to compare structures).
-        reserve_bytes: set aside for the caller (optimizer state), resident all the time.
+        reserved: bytes set aside, resident all the time, by what they are for ("optimizer state").
     """
-    return _Lowering(joint, profile).graph(reserve_bytes)
+    return _Lowering(joint, profile).graph(reserved or {})
 
 
 def backward_is_fixed(joint: Joint) -> bool:
@@ -55,10 +56,9 @@ class _Lowering:
             if self.storages.is_view(node) and node in self.storages.root:
                 self.views.setdefault(self.storages.root[node], []).append(node.name)
 
-    def graph(self, reserve_bytes: int) -> Graph:
+    def graph(self, reserved: Mapping[str, int]) -> Graph:
         values = self._resident()
-        if reserve_bytes:
-            values.append(Value(RESERVED, reserve_bytes, Kind.RESERVED))
+        values += [Value(f"({purpose})", self._bytes(nbytes), Kind.RESERVED) for purpose, nbytes in reserved.items()]
         resident = tuple(value.name for value in values if value.kind in RESIDENT_KINDS)
         ops: list[Op] = []
         num_forward_ops = 0

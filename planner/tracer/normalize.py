@@ -65,7 +65,7 @@ def normalize(
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
     _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
-    tickets = _write_kernels(graph, roles, node_of, parts)
+    tickets = _write_kernels(graph, roles, node_of, parts, device)
     last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
     gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
@@ -92,13 +92,13 @@ def normalize(
 
 
 def _write_kernels(
-    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], parts: Mapping[str, PartCall]
+    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], parts: Mapping[str, PartCall], device: torch.device
 ) -> frozenset[str]:
     """Turn what was traced into the kernels that eager runs; nodes that hold opaque parts' tickets."""
     _drop_detach(graph)
     tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
-    draw_as_eager(graph)
+    draw_as_eager(graph, device)
     _read_no_new_statistics(graph)
     graph.eliminate_dead_code(is_impure_node=_has_effects)
     return tickets

@@ -15,7 +15,7 @@ _INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
 _DIVISIONS = (torch.ops.aten.div.Scalar, torch.ops.aten.div.Tensor)
 
 
-def draw_as_eager(graph: fx.Graph) -> None:
+def draw_as_eager(graph: fx.Graph, device: torch.device) -> None:
     """Random draws as eager makes them, and dropout's noise taken apart.
 
     Eager's CPU dropout multiplies by `empty_like(x).bernoulli_(keep).div_(keep)`, in x's dtype. Drawing is by far its
@@ -29,12 +29,12 @@ def draw_as_eager(graph: fx.Graph) -> None:
         keep, dtype = node.args[1], like.dtype
         scaled = [user for user in node.users if user.target in _DIVISIONS and user.args[0] is node]
         only_scaled = 0 < len(scaled) == len(node.users) and all(isinstance(div.args[1], float) for div in scaled)
-        if only_scaled and like.device.type == "cpu":
+        if only_scaled and device.type == "cpu":
             for div in scaled:
                 div.target, div.args = kernels.noise, (node, div.args[1], dtype)
             dtype = torch.uint8
             node.meta["val"] = node.meta["val"].to(dtype)
-        node.target, node.args = kernels.bernoulli, (keep, tuple(like.shape), tuple(like.stride()), dtype, like.device)
+        node.target, node.args = kernels.bernoulli, (keep, tuple(like.shape), tuple(like.stride()), dtype, device)
 
 
 def is_random(node: fx.Node) -> bool:

@@ -1,0 +1,175 @@
+"""A training step captured and priced, ready to be planned: what `plan`, `sweep` and `max_batch` do first, and alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner import units
+from planner.errors import BudgetError, CaptureError
+from planner.graph.graph import Graph
+from planner.graph.plan import Plan
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.profiler.devices import find_device
+from planner.profiler.estimate import DeviceModel, estimate
+from planner.profiler.measure import measure
+from planner.profiler.optimizer import Optimizer, master_bytes, state_bytes
+from planner.profiler.profile import Profile
+from planner.report.progress import stage
+from planner.solver.solve import solve
+from planner.tracer.capture import Loss, capture
+from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.joint import Joint
+from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to capture and price a step; the fields are arguments of `planner.plan`.
+
+    Raises:
+        BudgetError: `reserve` or `costs` cannot be read.
+        InputError: an unknown device.
+    """
+
+    loss: Loss = None
+    reserve: int | str = 0
+    costs: str = "measure"
+    opaque: Collection[str] = ()
+    progress: bool = True
+    device: str | DeviceModel | None = None
+    optimizer: Optimizer | None = None
+    master_weights: bool = False
+    reserve_bytes: int = field(init=False)
+    target: DeviceModel | None = field(init=False)
+    """The device, where it is not here."""
+
+    def __post_init__(self) -> None:
+        if self.costs not in ("measure", "estimate"):
+            raise BudgetError(f"costs={self.costs!r} is not known; use 'measure' or 'estimate'")
+        object.__setattr__(self, "reserve_bytes", 0 if self.reserve == 0 else units.parse_bytes(self.reserve))
+        object.__setattr__(self, "target", None if self.device is None else find_device(self.device))
+
+    @property
+    def elsewhere(self) -> Elsewhere | None:
+        """The device for the tracer, where it is not here."""
+        if self.target is None:
+            return None
+        return Elsewhere(self.target.name, self.target.capability)
+
+    def budget_bytes(self, budget: int | str | float, plain_bytes: int) -> int:
+        """Bytes of a budget; see `units.parse_budget`.
+
+        Raises:
+            BudgetError: unreadable, or bytes that the device does not have.
+        """
+        nbytes = units.parse_budget(budget, plain_bytes)
+        if self.target is not None and not isinstance(budget, float) and nbytes > self.target.memory_bytes > 0:
+            has = units.format_bytes(self.target.memory_bytes)
+            raise BudgetError(f"budget {units.format_bytes(nbytes)} is more than the {has} that {self.target.name} has")
+        return nbytes
+
+    def set_aside(self, model: nn.Module) -> dict[str, int]:
+        """Bytes that are resident beside the step, by what they are for."""
+        asked = {"reserved": self.reserve_bytes}
+        if self.optimizer is not None:
+            asked["optimizer state"] = state_bytes(model, self.optimizer, master_weights=self.master_weights)
+        if self.master_weights:
+            asked["float32 weights"] = master_bytes(model)
+        if self.target is not None:
+            asked["libraries"] = self.target.library_bytes
+        return {purpose: nbytes for purpose, nbytes in asked.items() if nbytes}
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A captured step with its costs.
+
+    Attributes:
+        joint: as captured.
+        graph: what solvers see.
+        made_on: as in `Plan`.
+    """
+
+    joint: Joint
+    graph: Graph
+    made_on: tuple[tuple[str, str], ...]
+
+    @property
+    def plain_bytes(self) -> int:
+        """Peak of the step that keeps everything."""
+        return simulate(self.graph, keep_all(self.graph)).peak_bytes
+
+    @property
+    def is_movable(self) -> bool:
+        """Backward ops may be reordered."""
+        return not backward_is_fixed(self.joint)
+
+    def plan(self, budget_bytes: int, time_limit_s: float) -> Plan:
+        """The best plan found within a budget.
+
+        Raises:
+            InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
+        """
+        margin_bytes = allocator_margin(self.graph, budget_bytes)
+        solution = solve(self.graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=self.is_movable)
+        return Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
+
+
+def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: Options) -> Priced:
+    """Capture a step and price its kernels: measured on the device, or estimated.
+
+    Raises:
+        InputError, CaptureError: what was given cannot be planned; says why.
+    """
+    aside = options.set_aside(model)
+    try:
+        with stage("capture", options.progress):
+            joint = capture(model, args, kwargs, loss=options.loss, opaque=options.opaque, elsewhere=options.elsewhere)
+    except CaptureError as error:
+        hint = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        raise CaptureError(f"{str(error).rstrip('.')}. {hint}".rstrip(". "), module=error.module) from error
+    return price_joint(joint, options, aside)
+
+
+def price_joint(joint: Joint, options: Options, aside: Mapping[str, int] | None = None) -> Priced:
+    """Price a captured step; `aside`: bytes that are resident beside it, by what they are for."""
+    profile = _profile(joint, options)
+    return Priced(joint, lower(joint, profile, reserved=aside or {}), _made_on(joint, profile))
+
+
+def allocator_margin(graph: Graph, budget_bytes: int) -> int:
+    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
+
+    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
+    step itself fits, so that a full budget never forces a recompute.
+    """
+    plain = simulate(graph, keep_all(graph)).peak_bytes
+    if plain <= budget_bytes:
+        return 0
+    resident = sum(graph.value[name].nbytes for name in graph.inputs)
+    return min((plain - resident) // 1000, budget_bytes // 100)
+
+
+def _profile(joint: Joint, options: Options) -> Profile:
+    nodes = kernel_nodes(joint)
+    if options.target is not None or options.costs == "estimate":
+        return estimate(nodes, options.target)
+    return measure(nodes, joint.device, progress=options.progress)
+
+
+def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
+    opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
+    return (
+        *([("as they are", opaque)] if opaque else []),
+        ("costs", profile.how),
+        ("date", time.strftime("%Y-%m-%d")),
+        ("device", f"{profile.device} (not here)" if joint.elsewhere else profile.device),
+        ("torch", torch.__version__),
+    )
