@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -13,18 +12,21 @@ from planner.api import apply
 from planner.errors import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
-from planner.priced import Options, price
+from planner.priced import Options, Priced, price
 from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
 from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
 from planner.solver.floor import floor
-from planner.solver.solve import solve
 from planner.tracer.capture import Loss
 from planner.verification import time_step
 
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 """A batch's call: `args, kwargs = make_inputs(batch)`."""
+
+_BASIS = (2, 3)
+"""Larger batches are foreseen from these: the first may be a special case, sizes of 1 are."""
+_MOST = 2**40
 
 
 def max_batch(
@@ -64,53 +66,90 @@ def max_batch(
     if isinstance(budget, float):
         raise BudgetError(f"budget {budget!r}: a fraction of which batch's peak? Give max_batch bytes, or text such as '6GiB'")
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
-    budget_bytes = options.budget_bytes(budget, 0)
+    trials = _Trials(make_inputs, model, options, options.budget_bytes(budget, 0), time_limit_s)
+    tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes)
+    return MaxBatch(trials.budget_bytes, tried, trials.measure if options.target is None else None)
 
-    graphs: dict[int, Graph] = {}
 
-    def attempt(batch: int) -> Tried:
-        priced = price(model, *_call(make_inputs, batch), options)
-        graphs[batch] = priced.graph
+@dataclass(frozen=True, slots=True)
+class _Trials:
+    """What `search` asks of a model."""
+
+    make_inputs: MakeInputs
+    model: nn.Module
+    options: Options
+    budget_bytes: int
+    time_limit_s: float
+    steps: dict[int, Priced] = field(default_factory=dict)
+    """The steps of small batches, of which those of larger ones are foreseen."""
+
+    def attempt(self, batch: int) -> Tried:
+        """Capture and plan a batch."""
+        step = price(self.model, *self._call(batch), self.options)
+        if batch in _BASIS:
+            self.steps[batch] = step
         plan: Plan | None = None
         error: InfeasibleBudgetError | NoScheduleFoundError | None = None
-        with stage(f"solve for batch {batch}", progress):
+        with stage(f"solve for batch {batch}", self.options.progress):
             try:
-                plan = priced.plan(budget_bytes, time_limit_s)
+                plan = step.plan(self.budget_bytes, self.time_limit_s)
             except (InfeasibleBudgetError, NoScheduleFoundError) as missed:
                 error = missed
-        return Tried(batch, floor(priced.graph)[0], priced.plain_bytes, plan, error)
+        return Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, error)
 
-    def foresee(batch: int) -> bool:
-        graph = grown(graphs[2], graphs[3], batch - 2)
-        if graph is None:
-            return False
-        with stage(f"look ahead to batch {batch}", progress), suppress(InfeasibleBudgetError, NoScheduleFoundError):
-            solve(graph, budget_bytes, time_limit_s=time_limit_s / 2)
-            return True
-        return False
+    def plain_ahead(self, batch: int) -> bool:
+        """Whether a batch's plain step is likely to fit."""
+        step = self._ahead(batch)
+        return step is not None and step.plain_bytes <= self.budget_bytes
 
-    def measured(tried: Tried, rounds: int) -> Measured:
+    def plan_ahead(self, batch: int) -> bool:
+        """Whether a batch is likely to have a plan."""
+        step = self._ahead(batch)
+        with stage(f"look ahead to batch {batch}", self.options.progress):
+            try:
+                return step is not None and bool(step.plan(self.budget_bytes, self.time_limit_s / 2))
+            except (InfeasibleBudgetError, NoScheduleFoundError):
+                return False
+
+    def measure(self, tried: Tried, rounds: int) -> Measured:
+        """Run a batch's planned step."""
         assert tried.plan is not None
-        args, kwargs = _call(make_inputs, tried.batch)
-        planned = apply(tried.plan, model, args, kwargs, loss=loss, opaque=opaque)
+        args, kwargs = self._call(tried.batch)
+        planned = apply(tried.plan, self.model, args, kwargs, loss=self.options.loss, opaque=self.options.opaque)
         return Measured(*time_step(planned, args, kwargs, rounds=rounds))
 
-    return MaxBatch(budget_bytes, search(attempt, foresee, budget_bytes), None if options.elsewhere else measured)
+    def _ahead(self, batch: int) -> Priced | None:
+        smaller, larger = (self.steps[size] for size in _BASIS)
+        graph = grown(smaller.graph, larger.graph, batch - _BASIS[0])
+        return None if graph is None else replace(larger, graph=graph)
+
+    def _call(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        made = self.make_inputs(batch)
+        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
+            kind = type(made).__name__
+            raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not a {kind}")
+        return tuple(made[0]), dict(made[1])
 
 
-def search(attempt: Callable[[int], Tried], foresee: Callable[[int], bool], budget_bytes: int) -> tuple[Tried, ...]:
+def search(
+    attempt: Callable[[int], Tried],
+    plain_ahead: Callable[[int], bool],
+    plan_ahead: Callable[[int], bool],
+    budget_bytes: int,
+) -> tuple[Tried, ...]:
     """Find the largest batch that has a plan, and the largest that needs no recomputing, by few attempts.
 
     Where to look is foreseen; what is found was attempted: the batch above the largest has no plan.
 
     Args:
         attempt: captures and plans a batch.
-        foresee: whether a batch is likely to have a plan, told without capturing it; asked once 1, 2 and 3 were attempted.
+        plain_ahead: whether a batch's plain step is likely to fit, told without capturing it, once 1, 2 and 3 were attempted.
+        plan_ahead: whether it is likely to have a plan, likewise.
         budget_bytes: what plain peaks are compared with.
 
     Raises:
         InfeasibleBudgetError, NoScheduleFoundError: batch 1 has no plan.
-        InputError: a larger batch needs no more bytes.
+        InputError: there is no end.
     """
     tried: dict[int, Tried] = {}
 
@@ -126,30 +165,28 @@ def search(attempt: Callable[[int], Tried], foresee: Callable[[int], bool], budg
     if at(2).plan is not None and at(3).plan is not None:
         plain = max((batch for batch in (1, 2, 3) if at(batch).plain_bytes <= budget_bytes), default=0)
         if plain == 3:
-            likely = _extrapolated(at(2).plain_bytes, at(3).plain_bytes, budget_bytes)
+            likely = _boundary(plain_ahead, 3, 4)
             plain = _boundary(lambda batch: at(batch).plain_bytes <= budget_bytes, 3, likely)
-        likely = _boundary(foresee, max(3, plain), _extrapolated(at(2).floor_bytes, at(3).floor_bytes, budget_bytes))
-        largest = _boundary(lambda batch: at(batch).plan is not None, max(3, plain), likely)
+        known = max(3, plain)
+        likely = _boundary(plan_ahead, known, known + 1)
+        largest = _boundary(lambda batch: at(batch).plan is not None, known, likely)
         if largest - plain > 2:
             at((plain + largest) // 2)  # throughput may be best between the two
     return tuple(tried[batch] for batch in sorted(tried))
 
 
-def _extrapolated(bytes_of_2: int, bytes_of_3: int, budget_bytes: int) -> int:
-    """The largest batch within the budget, if every sample adds as much as the third (the first may be a special case)."""
-    if bytes_of_3 <= bytes_of_2:
-        raise InputError(
-            f"two samples need {bytes_of_2} bytes and three need {bytes_of_3}: make_inputs(batch) must make `batch` samples"
-        )
-    return 2 + (budget_bytes - bytes_of_2) // (bytes_of_3 - bytes_of_2)
-
-
 def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:
-    """The largest batch that holds; `low` does. From the guess in growing strides, then by halving."""
+    """The largest batch that holds; `low` does. From the guess in growing strides, then by halving.
+
+    Raises:
+        InputError: there is none.
+    """
     high, stride = max(low + 1, guess), 1
     if holds(high):
         while holds(high):
             low, high, stride = high, high + stride, 2 * stride
+            if high > _MOST:
+                raise InputError(f"a batch of {low} still fits: make_inputs(batch) must make inputs of `batch` samples")
     else:
         while high - stride > low and not holds(high - stride):
             high, stride = high - stride, 2 * stride
@@ -175,10 +212,3 @@ def grown(smaller: Graph, larger: Graph, times: int) -> Graph | None:
         for a, b in zip(smaller.ops, larger.ops, strict=True)
     )
     return replace(larger, values=tuple(values), ops=tuple(ops))
-
-
-def _call(make_inputs: MakeInputs, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    made = make_inputs(batch)
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
-        raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not a {type(made).__name__}")
-    return tuple(made[0]), dict(made[1])

@@ -327,7 +327,7 @@ def test_draws_become_bytes_only_where_every_dtype_draws_alike(device, dtype):
     drawn = graph.call_function(torch.ops.aten.bernoulli.p, (like, 0.9))
     graph.output(graph.call_function(torch.ops.aten.div.Scalar, (drawn, 0.9)))
     like.meta["val"] = drawn.meta["val"] = torch.zeros(4, device=device)
-    draw_as_eager(graph)
+    draw_as_eager(graph, torch.device(device))
     assert drawn.target is kernels.bernoulli and drawn.args[3] == dtype
     assert bool(graph.find_nodes(op="call_function", target=kernels.noise)) == (dtype == torch.uint8)
 

@@ -34,7 +34,7 @@ class Tried:
 
     Attributes:
         batch: how many samples.
-        floor_bytes: no schedule of its step has a lower peak.
+        floor_bytes: no schedule in the captured backward order has a lower peak.
         plain_bytes: peak of the step that keeps everything.
         plan: the best plan found; None where there is none.
         error: why there is none.

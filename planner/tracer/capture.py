@@ -265,7 +265,7 @@ class Step(nn.Module):
     def record(self, tensors: Sequence[torch.Tensor]) -> None:
         """Run a real forward, to learn what Python reads and what the parts do."""
         held = (*self.model.parameters(), *self.model.buffers(), *tensors)
-        if self._elsewhere is not None and any(t.device.type != "cpu" or isinstance(t, _torch.FakeTensor) for t in held):
+        if self._elsewhere is not None and any(t.is_meta or isinstance(t, _torch.FakeTensor) for t in held):
             raise CaptureError(
                 f"the model reads tensor values in its forward ({self.where}), which a model or an input without storage does "
                 "not have: build both on the CPU",
