@@ -4,7 +4,7 @@ planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
 planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json] [--json]
 planner explain FILE.py:FUNCTION --budget 6GiB
 planner max-batch FILE.py:FUNCTION --budget 6GiB [--device H100-80GB] [--verify] [--json]
-These need no torch:
+With --json, each of these prints figures for machines. These need no torch:
 planner explain PLAN.json
 planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
 planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]
@@ -16,7 +16,8 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from planner.graph import planfile
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.report import picture, sweepfile
+from planner.report import figures, picture, sweepfile
 from planner.report.sweep import Sweep, sweep_graph
 from planner.solver.solve import Solver
 from planner.units import parse_budget
 
+_JSON_HELP = "print figures for machines instead of the table"
 _BUDGET_HELP = "bytes, '6GiB', or a fraction of the plain step's peak such as 0.6"
 
 
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
+    plan.add_argument("--json", action="store_true", help=_JSON_HELP)
     plan.set_defaults(run=_plan)
     _sweep_parser(commands.add_parser("sweep", help="plan a model for many budgets: what memory costs in time"))
     _max_batch_parser(commands.add_parser("max-batch", help="find the largest batch that a budget holds, and the fastest"))
@@ -60,11 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--timeline", metavar="OUT.png", help="draw live memory over the step (a plan; .png or .svg)")
     show.add_argument("--trace", metavar="OUT.json", help="write a trace for Perfetto or chrome://tracing (a plan)")
     show.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (a sweep; .png or .svg)")
+    show.add_argument("--json", action="store_true", help=_JSON_HELP)
     show.set_defaults(run=_show)
     explain = commands.add_parser("explain", help="say why a plan keeps what it keeps, and what more memory is worth")
     _model_options(explain, "PLAN.json|FILE.py:FUNCTION", "a saved plan (needs no torch), or a model, with --budget")
     explain.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
     explain.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    explain.add_argument("--json", action="store_true", help=_JSON_HELP)
     explain.set_defaults(run=_explain)
     solve = commands.add_parser("solve", help="plan the graph of a plan file, without torch and without the model")
     solve.add_argument("graph", metavar="GRAPH.json", help="a plan file or a graph file, .gz or not")
@@ -105,7 +110,7 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (.png or .svg)")
     parser.add_argument("--verify", type=int, nargs="?", const=5, metavar="N", help="measure N of the plans (default 5)")
     parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
-    parser.add_argument("--json", action="store_true", help="print figures for machines instead of the table")
+    parser.add_argument("--json", action="store_true", help=_JSON_HELP)
     parser.set_defaults(run=_sweep)
 
 
@@ -117,7 +122,7 @@ def _max_batch_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--verify", type=int, nargs="?", const=3, metavar="N", help="run and time N of the batches (default 3)")
     parser.add_argument("--save", metavar="PLAN.json", help="write the largest batch's plan")
-    parser.add_argument("--json", action="store_true", help="print figures for machines instead of the table")
+    parser.add_argument("--json", action="store_true", help=_JSON_HELP)
     parser.set_defaults(run=_max_batch)
 
 
@@ -162,12 +167,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
     )
     if arguments.verify is not None:
         swept = swept.verify(arguments.verify)
-    print(json.dumps(sweepfile.summary(swept), indent=1, sort_keys=True) if arguments.json else swept)
-    told = sys.stderr if arguments.json else sys.stdout
+    _say(arguments, swept, sweepfile.summary(swept))
     for path, write, what in ((arguments.save, swept.save, "sweep"), (arguments.plot, swept.plot, "picture")):
         if path:
             write(path)
-            print(f"{what} written to {path}", file=told)
+            _tell(arguments, f"{what} written to {path}")
     return 0 if all(found.exact and found.peak_bytes <= found.budget_bytes for found in swept.measured) else 1
 
 
@@ -181,10 +185,10 @@ def _max_batch(arguments: argparse.Namespace) -> int:
     )
     if arguments.verify is not None:
         found = found.verify(arguments.verify)
-    print(json.dumps(found.summary(), indent=1, sort_keys=True) if arguments.json else found)
+    _say(arguments, found, found.summary())
     if arguments.save:
         found.plan.save(arguments.save)
-        print(f"plan written to {arguments.save}", file=sys.stderr if arguments.json else sys.stdout)
+        _tell(arguments, f"plan written to {arguments.save}")
     return 0
 
 
@@ -202,26 +206,38 @@ def _show(arguments: argparse.Namespace) -> int:
         raise InputError(f"{wrong[0]} is for a {'plan' if swept else 'sweep'}; {arguments.file} holds a {type(shown).__name__}")
     if arguments.plot or arguments.timeline:
         picture.check(arguments.plot or arguments.timeline)
-    print(shown)
+    _say(arguments, shown, sweepfile.summary(shown) if isinstance(shown, Sweep) else figures.plan_figures(shown))
     for path in (arguments.plot, arguments.timeline):
         if path:
             shown.plot(path)
-            print(f"\npicture written to {path}")
+            _tell(arguments, f"picture written to {path}")
     if isinstance(shown, Plan) and arguments.trace:
         shown.trace(arguments.trace)
-        print(f"\ntrace written to {arguments.trace}; open it in https://ui.perfetto.dev or chrome://tracing")
+        _tell(arguments, f"trace written to {arguments.trace}; open it in https://ui.perfetto.dev or chrome://tracing")
     return 0
+
+
+def _say(arguments: argparse.Namespace, result: object, summary: Mapping[str, Any]) -> None:
+    """Print a result: as people read it, or for machines."""
+    print(json.dumps(summary, indent=1, sort_keys=True) if arguments.json else result)
+
+
+def _tell(arguments: argparse.Namespace, what: str) -> None:
+    """Say what was done besides; not where a machine reads."""
+    print(what, file=sys.stderr) if arguments.json else print(f"\n{what}")
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     if arguments.target.endswith(".json"):
         if arguments.budget is not None:
             raise InputError(f"{arguments.target} is a saved plan and has a budget; --budget is for FILE.py:FUNCTION")
-        print(Plan.load(arguments.target).explain(time_limit_s=arguments.time_limit))
-        return 0
-    if arguments.budget is None:
+        plan = Plan.load(arguments.target)
+    elif arguments.budget is None:
         raise InputError(f"{arguments.target} is a model: give a --budget to plan it for")
-    print(_planned(arguments)[0].plan.explain(time_limit_s=arguments.time_limit))
+    else:
+        plan = _planned(arguments)[0].plan
+    explained = plan.explain(time_limit_s=arguments.time_limit)
+    _say(arguments, explained, figures.explanation_figures(explained))
     return 0
 
 
@@ -249,17 +265,20 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[
 def _plan(arguments: argparse.Namespace) -> int:
     _check_runnable(arguments)
     planned, args, kwargs = _planned(arguments)
-    print(planned.plan)
+    summary, report = figures.plan_figures(planned.plan), None
+    if not arguments.json:
+        print(planned.plan)
     if arguments.save:
         planned.plan.save(arguments.save)
-        print(f"\nplan written to {arguments.save}")
-    if not arguments.verify:
-        return 0
-    from planner.verification import verify
+        _tell(arguments, f"plan written to {arguments.save}")
+    if arguments.verify:
+        from planner.verification import verify
 
-    report = verify(planned, args, kwargs)
-    print(f"\n{report}")
-    return 0 if report.exact and report.within_budget else 1
+        report = verify(planned, args, kwargs)
+        summary["measured"] = asdict(report)
+    if arguments.json or report:
+        _say(arguments, f"\n{report}", summary)
+    return 0 if report is None or (report.exact and report.within_budget) else 1
 
 
 def _load(target: str, **sizes: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

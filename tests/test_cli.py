@@ -215,3 +215,26 @@ def test_saved_plans_are_read_without_torch(plan_file, command):
     script = "import sys; sys.modules['torch'] = None; from planner.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", script, command, plan_file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_show_and_explain_print_json_alone(plan_file, tmp_path, capsys):
+    made = Plan.load(plan_file)
+    capsys.readouterr()
+    assert main(["show", plan_file, "--json", "--trace", str(tmp_path / "trace.json")]) == 0
+    told = capsys.readouterr()
+    shown = json.loads(told.out)
+    assert (shown["peak_bytes"], shown["budget_bytes"]) == (made.peak_bytes, made.budget_bytes)
+    assert shown["num_recomputes"] == len(made.solution.schedule.recomputes()) > 0
+    assert "trace written" in told.err
+    assert main(["explain", plan_file, "--json", "--time-limit", "1"]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert explained["peak_bytes"] == made.peak_bytes and explained["prices"]["less"]["budget_bytes"] < made.budget_bytes
+    assert sum(row["recomputed_ns"] for row in explained["modules"]) == made.timeline.time_ns - made.plain.time_ns
+
+
+def test_plan_prints_json_with_what_verify_measured(target, tmp_path, capsys):
+    assert main(["plan", target, "--budget", "0.8", "--verify", "--json", "--save", str(tmp_path / "plan.json")]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert found["measured"]["differences"] == [] and found["measured"]["measured_peak_bytes"] <= found["budget_bytes"]
+    assert "plan written" in told.err
