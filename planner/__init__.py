@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         BackwardError,
         BudgetError,
         CaptureError,
+        ExportError,
         InfeasibleBudgetError,
         InputError,
         NoScheduleFoundError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from planner.report.sweep import Sweep
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
+    from planner.rewriter.source import export_source
     from planner.verification import Report, verify
 
 _HOMES = {
@@ -33,6 +35,7 @@ _HOMES = {
         "BackwardError",
         "BudgetError",
         "CaptureError",
+        "ExportError",
         "InfeasibleBudgetError",
         "InputError",
         "NoScheduleFoundError",
@@ -46,6 +49,7 @@ _HOMES = {
     "planner.graph.plan": ("Plan",),
     "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
+    "planner.rewriter.source": ("export_source",),
     "planner.verification": ("Report", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -55,6 +59,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CheckpointedModule",
+    "ExportError",
     "InfeasibleBudgetError",
     "InputError",
     "NoScheduleFoundError",
@@ -68,6 +73,7 @@ __all__ = [
     "SolverMissingError",
     "Sweep",
     "apply",
+    "export_source",
     "install",
     "plan",
     "sweep",
