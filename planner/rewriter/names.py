@@ -7,7 +7,7 @@ import json
 import keyword
 import re
 import string
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +155,21 @@ def _container(prefix: str) -> str:
     """What numbered modules are called by: "h" for transformer.h.3."""
     named = [part for part in prefix.split(".") if not part[:1].isdigit()]
     return named[-1] if named else ""
+
+
+def counted(paths: Sequence[str]) -> str:
+    """Module paths as a person would list them: "transformer.h.0, 3-11"."""
+    numbers: dict[str, list[int]] = {}
+    for path in paths:
+        container, dot, last = path.rpartition(".")
+        numbers.setdefault(container + dot if last.isdigit() else path, []).extend([int(last)] if last.isdigit() else [])
+    listed = []
+    for container, found in numbers.items():
+        firsts = [n for n in sorted(found) if n - 1 not in found]
+        lasts = [n for n in sorted(found) if n + 1 not in found]
+        ranges = [str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True)]
+        listed.append(container + ", ".join(ranges))
+    return "; ".join(listed)
 
 
 def snake(name: str) -> str:

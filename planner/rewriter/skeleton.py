@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -224,20 +225,19 @@ def _counted(text: str, path: str, marked: str) -> str:
     return text.replace(f'f"{path}', f'f"{marked}').replace(f'"{path}', f'f"{marked}').replace('ff"', 'f"')
 
 
-def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> tuple[str, str]:
-    """The expression that makes the model's output of the step's results, and what stands in for its class, if anything.
+@dataclass(frozen=True, slots=True)
+class OutputText:
+    """How forward makes the model's output of the step's results.
 
-    Args:
-        step: the rewritten step.
-        results: variables that hold the results.
-        paths: per tensor leaf of the call, the expression that finds it.
+    Attributes:
+        expression: the output.
+        definitions: statements that the expression needs, at the top of the file.
+        replaced: names of the classes that an Output stands in for.
     """
-    leaves = []
-    for out in step.joint.outputs:
-        text = paths[out.input] if out.input is not None else literal(out.constant, step.joint.device)
-        leaves.append(_Text(results[out.result] if out.result is not None else text))
-    replaced: list[str] = []
-    return _output(pytree.tree_unflatten(leaves, step.joint.call.out_spec), replaced), ", ".join(dict.fromkeys(replaced))
+
+    expression: str
+    definitions: tuple[str, ...]
+    replaced: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,21 +247,45 @@ class _Text:
     text: str
 
 
-def _output(value: Any, replaced: list[str]) -> str:
-    if isinstance(value, _Text):
-        return value.text
-    if type(value) in (list, tuple):
-        items = ", ".join(_output(item, replaced) for item in value)
-        one = "," if len(value) == 1 else ""
-        return f"[{items}]" if isinstance(value, list) else f"({items}{one})"
-    named = value if isinstance(value, Mapping) else getattr(value, "_asdict", lambda: vars(value))()
-    texts = {key: _output(item, replaced) for key, item in named.items() if item is not None}
-    if type(value) is dict:
-        return "{" + ", ".join(f"{literal(key)}: {text}" for key, text in texts.items()) + "}"
-    if not all(isinstance(key, str) and key.isidentifier() for key in texts):
-        raise ExportError(f"the model returns a {type(value).__name__}, whose fields cannot be written as names")
-    replaced.append(type(value).__name__)
-    return f"Output({', '.join(f'{key}={text}' for key, text in texts.items())})"
+def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> OutputText:
+    """The model's output as Python text.
+
+    Args:
+        step: the rewritten step.
+        results: variables that hold the results.
+        paths: per tensor leaf of the call, the expression that finds it.
+
+    Raises:
+        ExportError: it is of a class that torch alone does not have, and has no named fields.
+    """
+    leaves = []
+    for out in step.joint.outputs:
+        text = paths[out.input] if out.input is not None else literal(out.constant, step.joint.device)
+        leaves.append(_Text(results[out.result] if out.result is not None else text))
+    definitions: dict[str, None] = {}
+    replaced: dict[str, None] = {}
+
+    def written(value: Any) -> str:
+        if isinstance(value, _Text):
+            return value.text
+        kind = type(value)
+        if kind in (dict, OrderedDict, defaultdict):
+            return "{" + ", ".join(f"{literal(key)}: {written(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, (list, tuple)):
+            items = ", ".join(written(item) for item in value)
+            if hasattr(value, "_fields"):
+                definitions[f"{kind.__name__} = namedtuple({quoted(kind.__name__)}, {literal(value._fields)})"] = None
+                return f"{kind.__name__}({items})"
+            return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+        is_mapping = isinstance(value, Mapping)  # as a ModelOutput of transformers is, with the fields that are set
+        named = value if is_mapping or not is_dataclass(value) else {f.name: getattr(value, f.name) for f in fields(value)}
+        if not isinstance(named, Mapping) or not all(str(key).isidentifier() for key in named):
+            raise ExportError(f"the model returns a {kind.__name__}, which a file that needs torch alone cannot make")
+        replaced[kind.__name__] = None
+        return f"Output({', '.join(f'{key}={written(item)}' for key, item in named.items())})"
+
+    expression = written(pytree.tree_unflatten(leaves, step.joint.call.out_spec))
+    return OutputText(expression, tuple(definitions), tuple(replaced))
 
 
 def result_names(step: Step, taken: set[str]) -> list[str]:

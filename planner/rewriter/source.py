@@ -21,7 +21,7 @@ from planner.rewriter.body import Body, Call, Words, wrapped
 from planner.rewriter.fold import Block, repeated
 from planner.rewriter.lines import Half, half
 from planner.rewriter.module import CheckpointedModule, unplanned_forward
-from planner.rewriter.names import ValueNames, kernel_names, literal, quoted, snake, unique
+from planner.rewriter.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.tracer import kernels
 from planner.tracer.joint import Input
 
@@ -97,6 +97,7 @@ class _Source:
         self._class = unique(type(self._model).__name__, _TAKEN)
         self._arguments = skeleton.arguments(unplanned_forward(self._model), self._step)
         self._results = skeleton.result_names(self._step, {"self", *self._arguments.values})
+        self._output = skeleton.output_text(self._step, self._results, self._arguments.paths)
         graphs = [self._halves.forward, self._halves.backward, *([self._joint.guards] if self._joint.guards else [])]
         called = [n.target for g in graphs for n in g.nodes if n.op == "call_function" and n.target is not operator.getitem]
         names = kernel_names(called, {*_TAKEN, self._class, "w", "kept", "grads", "at"})
@@ -159,7 +160,7 @@ class _Source:
             name = unique(stem, taken)
             body = blocks[0].body
             parameters = ["at", "w", "kept", *(["grads"] if is_backward else []), *body.argument_names]
-            doc = f"{direction.capitalize()} of {', '.join(block.prefix for block in blocks)}."
+            doc = f"{direction.capitalize()} of {counted([block.prefix for block in blocks])}."
             functions.append(_Function(name, _function(name, ", ".join(parameters), doc, body.text), tuple(blocks)))
         calls = [
             Call(block.start, block.stop, block.prefix, function.name, block.body.arguments, block.body.results)
@@ -188,8 +189,8 @@ class _Source:
     def _header(self) -> str:
         tensors = [path for path in self._arguments.paths if path.isidentifier()]
         plan = textwrap.indent(str(self._planned.plan), "    ")
-        _, replaced = skeleton.output_text(self._step, self._results, self._arguments.paths)
-        stands_in = f"\nIt returns an Output of this file in place of {replaced}.\n" if replaced else ""
+        replaced = ", ".join(self._output.replaced)
+        stands_in = f"\nIt returns an Output of this file in place of a {replaced}.\n" if replaced else ""
         beside = f"\nIts constants lie next to it, in {self._stem}.pt.\n" if self.stored else ""
         return f'''\
 """One training step of {self._class} within a memory budget. Made by checkpoint-planner; needs torch alone.
@@ -211,6 +212,7 @@ It trains bit for bit like the original within this plan:
         return [
             "from __future__ import annotations\n",
             "import contextlib",
+            *(["from collections import namedtuple"] if self._output.definitions else []),
             "from collections.abc import Callable, Iterable, Iterator, Sequence",
             "from dataclasses import dataclass",
             *(["from pathlib import Path"] if self.stored else []),
@@ -221,10 +223,10 @@ It trains bit for bit like the original within this plan:
             f"DEVICE = torch.device({quoted(str(self._joint.device))})",
             *([_STORED] if self.stored else []),
             *(f"{name} = torch.ops.{op}" for name, op in operators),
+            *self._output.definitions,
         ]
 
     def _class_text(self) -> str:
-        output, _ = skeleton.output_text(self._step, self._results, self._arguments.paths)
         results = f"({self._results[0]},)" if len(self._results) == 1 else ", ".join(self._results)
         definition = "\n    ".join(wrapped([f"def forward(self, {str(self._arguments.signature)[1:-1]}):"]))
         return (
@@ -235,7 +237,7 @@ It trains bit for bit like the original within this plan:
             "        build(self, STEP.held, DEVICE)\n\n"
             f"    {definition}\n"
             f"        {results} = run_step(self, STEP, locals())\n"
-            f"        return {output}"
+            f"        return {self._output.expression}"
         )
 
     def _embedded(self) -> list[Any]:

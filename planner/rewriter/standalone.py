@@ -271,7 +271,7 @@ class TrainingStep(torch.autograd.Function):
         step: Step = ctx.step
         check_backward(tangents, step.differentiated, step.results, step.device)
         saved = release_saved(ctx)
-        w = dict(zip(ctx.checked, saved, strict=False)) | ctx.unchecked
+        w = step.constants | dict(zip(ctx.checked, saved, strict=False)) | ctx.unchecked
         kept = dict(zip(ctx.kept, saved[len(ctx.checked) :], strict=True))
         del saved
         gradients: Named = {}
