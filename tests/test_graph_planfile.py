@@ -84,7 +84,9 @@ def test_a_change_shows_as_the_lines_that_it_is_about() -> None:
     plain = keep_all(graph).steps
     turn = graph.num_forward_ops
     again = Schedule((*plain[:turn], plain[1], *plain[turn:]))
-    texts = [planfile.dumps(graph, replace(plan, solution=replace(plan.solution, schedule=s))) for s in (keep_all(graph), again)]
+    texts = [
+        planfile.dumps(graph, replace(plan, solution=replace(plan.solution, schedule=s))) for s in (keep_all(graph), again)
+    ]
     assert len(lines_that_differ(*texts)) <= 4
     assert "   1,\n" in texts[1]
 

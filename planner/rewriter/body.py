@@ -64,6 +64,7 @@ class Body:
         self._half, self._words, self._start, self._stop, self._prefix = half, words, start, stop, prefix
         self._called = {i: call for call in calls for i in range(call.start, call.stop)}
         self._names: dict[fx.Node, str] = {}
+        self._taken = {"w", "kept", "grads", "at", *words.kernels.values(), *(call.function for call in calls)}
         own = half.lines[start:stop]
         leaving = (n for line in own for n in line.made if half.last_read.get(n, -1) >= stop)
         self.results = tuple(leaving) if prefix else half.returned
@@ -99,8 +100,8 @@ class Body:
         return call.arguments if call.start == i else ()
 
     def _name(self, node: fx.Node, wanted: str) -> str:
-        taken = {*self._names.values(), *self._words.kernels.values(), "w", "kept", "grads", "at"}
-        self._names[node] = unique(wanted, taken)
+        self._names[node] = unique(wanted, self._taken)
+        self._taken.add(self._names[node])
         return self._names[node]
 
     def _name_result(self, line: Line, node: fx.Node) -> str:
@@ -266,18 +267,28 @@ def wrapped(statements: Sequence[str], note: str = "") -> Iterator[str]:
 
 
 def _broken(statement: str) -> Iterator[str]:
-    """A statement on lines of a readable width, broken where the fewest brackets are open."""
-    indent = ""
-    while len(indent + statement) > _WIDTH - len(_INDENT):
-        commas, depth, quoted = [(99, 0)], 0, False
-        for i, letter in enumerate(statement[: _WIDTH - len(_INDENT) - len(indent)]):
-            quoted ^= letter == '"'
-            depth += 0 if quoted else (letter in "([{") - (letter in ")]}")
-            if depth and not quoted and statement.startswith(", ", i):
-                commas.append((depth, -i))
-        _, end = min(commas)
-        if not end:
-            break
-        yield indent + statement[: 1 - end]
-        indent, statement = _INDENT, statement[2 - end :]
-    yield indent + statement
+    """A statement on lines of a readable width, broken inside as few brackets as possible, as late as possible."""
+    room = _WIDTH - len(_INDENT)
+    breaks = list(_breaks(statement))
+    start, indent = 0, ""
+    while len(indent) + len(statement) - start > room:
+        fitting = [(depth, -end) for end, depth in breaks if start < end <= start + room - len(indent)]
+        end = -min(fitting)[1] if fitting else next((end for end, _ in breaks if end > start), len(statement))
+        yield indent + statement[start:end].rstrip()
+        start, indent = end, _INDENT
+    if start < len(statement):
+        yield indent + statement[start:]
+
+
+def _breaks(statement: str) -> Iterator[tuple[int, float]]:
+    """Where a line may end: after a comma, rather than after an opening parenthesis; with the number of open brackets."""
+    depth, quoted = 0, False
+    for i, letter in enumerate(statement):
+        quoted ^= letter == '"'
+        if quoted:
+            continue
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "(":
+            yield i + 1, depth + 0.5
+        elif depth and statement.startswith(", ", i):
+            yield i + 2, depth

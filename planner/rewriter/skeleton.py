@@ -178,12 +178,23 @@ def held_rows(model: nn.Module, step: Step, stored: dict[str, torch.Tensor]) -> 
 
 def value_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
     """A tensor's numbers as text: written out where they are few or all the same, else stored under its name."""
-    if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+    if tensor.is_contiguous() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
         return literal(tensor.flatten()[0].item(), device)
-    if 0 < tensor.numel() <= _MOST_NUMBERS:
+    if tensor.is_contiguous() and 0 < tensor.numel() <= _MOST_NUMBERS:
         return literal(tensor.tolist(), device)
     stored[name] = tensor.detach().cpu().clone()
     return f"STORED[{quoted(name)}]"
+
+
+def constant_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
+    """An expression that makes the tensor."""
+    value = value_text(name, tensor, stored, device)
+    if name in stored:
+        return value
+    options = f"dtype={tensor.dtype}, device={literal(tensor.device, device)}"
+    if value.startswith("["):
+        return f"torch.tensor({value}, {options})"
+    return f"torch.full({literal(tuple(tensor.shape))}, {value}, {options})"
 
 
 def folded(rows: Sequence[Row], free: str = "ijklmn") -> Iterator[str]:

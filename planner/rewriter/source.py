@@ -108,7 +108,7 @@ class _Source:
         """The file."""
         forward, backward = self._functions(self._forward, "forward"), self._functions(self._backward, "backward")
         rows = list(skeleton.held_rows(self._model, self._step, self.stored))
-        constants = {n: skeleton.value_text(n, t, self.stored, self._joint.device) for n, t in self._joint.constants.items()}
+        constants = {n: skeleton.constant_text(n, t, self.stored, self._joint.device) for n, t in self._joint.constants.items()}
         parts = [
             self._header(),
             "\n".join(self._imports()),
@@ -253,7 +253,7 @@ It trains bit for bit like the original within this plan:
             f"        {quoted(name)}: {skeleton.expected_text(value, device)},\n"
             for name, value in self._arguments.values.items()
         )
-        made = ", ".join(f"{quoted(name)}: torch.tensor({text})" for name, text in constants.items())
+        made = "".join(f"\n        {quoted(name)}: {text}," for name, text in constants.items())
         trained = {given.key for given, _ in joint.gradients}
         idle = tuple(name for name, key in self._step.key.weights if key[-1] and name not in trained)
         facts = {
@@ -268,7 +268,7 @@ It trains bit for bit like the original within this plan:
             "autocast": literal(self._step.key.autocast),
             "device": "DEVICE",
             "swaps": literal(any(node.target is kernels.swap_rng_state for node in self._halves.backward.nodes)),
-            "constants": f"{{{made}}}",
+            "constants": f"{{{made}\n    }}" if made else "{}",
             "read": "read" if joint.guards is not None else "None",
             "values": literal(tuple((read.value, read.source) for read in joint.host_reads)),
             "without_gradient": literal(idle),
