@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         BackwardError,
         BudgetError,
         CaptureError,
+        ExportError,
         InfeasibleBudgetError,
         InputError,
         NoScheduleFoundError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from planner.report.sweep import Sweep
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
+    from planner.rewriter.source import export_source
     from planner.verification import Report, verify
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
         "BackwardError",
         "BudgetError",
         "CaptureError",
+        "ExportError",
         "InfeasibleBudgetError",
         "InputError",
         "NoScheduleFoundError",
@@ -56,6 +59,7 @@ _HOMES = {
     "planner.report.batches": ("MaxBatch",),
     "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
+    "planner.rewriter.source": ("export_source",),
     "planner.verification": ("Report", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -67,6 +71,7 @@ __all__ = [
     "CheckpointedModule",
     "Children",
     "DeviceModel",
+    "ExportError",
     "InfeasibleBudgetError",
     "InputError",
     "MaxBatch",
@@ -82,6 +87,7 @@ __all__ = [
     "Sweep",
     "apply",
     "devices",
+    "export_source",
     "install",
     "max_batch",
     "plan",

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import _disable_current_modes as untraced
 from planner.errors import CaptureError
 
 __all__ = [
+    "KEEPS_GRAPH_IMPORT",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "ExportedJoint",
@@ -294,6 +295,10 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
 def box(graph: fx.Graph) -> None:
     """Make the graph's code take one list and empty it, so that inputs can be freed midway."""
     graph.set_codegen(_BoxedCodeGen())
+
+
+KEEPS_GRAPH_IMPORT = "from torch._C._autograd import _get_current_graph_task_keep_graph"
+"""What `keeps_graph` needs where its source is written into an exported file."""
 
 
 def keeps_graph() -> bool:

@@ -4,7 +4,8 @@ planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
 planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json] [--json]
 planner explain FILE.py:FUNCTION --budget 6GiB
 planner max-batch FILE.py:FUNCTION --budget 6GiB [--device H100-80GB] [--verify] [--json]
-With --json, each of these prints figures for machines. These need no torch:
+planner export FILE.py:FUNCTION --budget 6GiB | --plan plan.json -o model_ckpt.py
+With --json, all but the last print figures for machines. These need no torch:
 planner explain PLAN.json
 planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
 planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     _sweep_parser(commands.add_parser("sweep", help="plan a model for many budgets: what memory costs in time"))
     _max_batch_parser(commands.add_parser("max-batch", help="find the largest batch that a budget holds, and the fastest"))
+    _export_parser(commands.add_parser("export", help="write the planned step as one Python file that needs torch alone"))
     show = commands.add_parser("show", help="show a plan or a sweep that was saved, as a table or a picture; needs no torch")
     show.add_argument("file", metavar="PLAN.json|SWEEP.json")
     show.add_argument("--timeline", metavar="OUT.png", help="draw live memory over the step (a plan; .png or .svg)")
@@ -124,6 +126,18 @@ def _max_batch_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="PLAN.json", help="write the largest batch's plan")
     parser.add_argument("--json", action="store_true", help=_JSON_HELP)
     parser.set_defaults(run=_max_batch)
+
+
+def _export_parser(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    made = parser.add_mutually_exclusive_group(required=True)
+    made.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
+    made.add_argument("--plan", metavar="PLAN.json", help="a plan of this model and call that was saved before")
+    parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="OUT.py", help="the file to write; load a state_dict into its class"
+    )
+    parser.set_defaults(run=_export)
 
 
 def _budget(text: str) -> float | str:
@@ -279,6 +293,22 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json or report:
         _say(arguments, f"\n{report}", summary)
     return 0 if report is None or (report.exact and report.within_budget) else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from planner import api
+    from planner.rewriter.source import check_path, export_source
+
+    check_path(arguments.out)
+    if arguments.plan:
+        made = Plan.load(arguments.plan)
+        model, args, kwargs = _load(arguments.target)
+        planned = api.apply(made, model, args, kwargs, loss=arguments.loss)
+    else:
+        planned, _, _ = _planned(arguments)
+    export_source(planned, arguments.out)
+    print(f"{planned.plan}\n\nplanned step written to {arguments.out}")
+    return 0
 
 
 def _load(target: str, **sizes: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -73,5 +73,9 @@ class PartError(PlannerError, RuntimeError):
     """An opaque part of a planned model returned something else than when it was planned."""
 
 
+class ExportError(PlannerError):
+    """A planned step cannot be written out as a file that needs torch alone; says which part of it, and what to do."""
+
+
 class PlotMissingError(PlannerError):
     """matplotlib is not installed; the extra `plot` brings it."""

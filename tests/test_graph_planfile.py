@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 from dataclasses import replace
@@ -9,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.errors import GraphError, PlanFileError
+from planner.errors import GraphError, InputError, PlanFileError
 from planner.graph import planfile
 from planner.graph.graph import Graph, Kind, Value
 from planner.graph.plan import Plan, Solution
-from planner.graph.schedule import keep_all
+from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from tests import graphs
 from tests.strategies import random_schedule, training_graphs
@@ -62,6 +63,44 @@ def test_a_graph_file_may_be_packed(tmp_path: Path) -> None:
             planfile.load_graph(tmp_path / "broken.json.gz")
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot write plan file .*nowhere"):
+        a_plan().save(tmp_path / "nowhere" / "plan.json")
+
+
+def lines_that_differ(one: str, other: str) -> list[str]:
+    return [line for line in difflib.ndiff(one.splitlines(), other.splitlines()) if line[0] in "+-"]
+
+
+def test_a_change_shows_as_the_lines_that_it_is_about() -> None:
+    plan = a_plan()
+    text = planfile.dumps(plan.graph, plan)
+    first, second, *others = plan.graph.ops
+    slower = replace(plan.graph, ops=(first, replace(second, cost_ns=second.cost_ns + 5), *others))
+    differing = lines_that_differ(text, planfile.dumps(slower, plan))
+    assert len(differing) == 2 and all(f'["{second.name}"' in line for line in differing)
+
+    graph = graphs.blocks(8)
+    plain = keep_all(graph).steps
+    turn = graph.num_forward_ops
+    again = Schedule((*plain[:turn], plain[1], *plain[turn:]))
+    texts = [
+        planfile.dumps(graph, replace(plan, solution=replace(plan.solution, schedule=s))) for s in (keep_all(graph), again)
+    ]
+    assert len(lines_that_differ(*texts)) <= 4
+    assert "   1,\n" in texts[1]
+
+
+def test_keys_are_sorted_and_every_op_and_value_has_a_line() -> None:
+    plan = a_plan()
+    text = planfile.dumps(plan.graph, plan)
+    document = json.loads(text)
+    for keys in (list(document), list(document["graph"]), list(document["plan"]), list(document["plan"]["made_on"])):
+        assert keys == sorted(keys)
+    lines = text.splitlines()
+    assert sum(line.startswith("   [") for line in lines) == len(plan.graph.ops) + len(plan.graph.values)
+
+
 def altered(**plan_fields: object) -> str:
     document = json.loads(planfile.dumps(graphs.dropout(), a_plan()))
     document["plan"].update(plan_fields)
@@ -74,7 +113,9 @@ def altered(**plan_fields: object) -> str:
         ("{", "is not JSON"),
         ("[]", "names no schema version"),
         ("{}", "names no schema version"),
-        ('{"schema": 99}', "has schema 99; this release reads schema 1"),
+        ('{"schema": 99}', "has schema 99, of a newer release; this one reads schema 1. Update checkpoint-planner"),
+        ('{"schema": 0}', "has schema 0; this release reads schema 1. Make the plan again"),
+        ('{"schema": "new"}', "has schema new"),
         ('{"schema": 1}', "holds no valid graph"),
         (altered(budget_bytes=5), "above its own budget of 5"),
         (altered(steps=[0, 1]), "never runs"),

@@ -108,7 +108,11 @@ class Plan:
         _report("trace").trace(self, path)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (docs: planner/graph/planfile.py)."""
+        """Write the plan as JSON (docs/plan-file.md).
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         from planner.graph import planfile
 
         planfile.save(self, path)

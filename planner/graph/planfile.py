@@ -1,10 +1,4 @@
-"""Graph and Plan as JSON: sorted keys, one op a line, a schema version and a fingerprint.
-
-Layout (schema 1): {"schema": 1, "fingerprint": hex, "graph": {...}, "plan": {...}}. `graph` holds
-`values` (rows [name, nbytes, kind]), `ops` (rows [name, nodes, reads, writes, cost_ns,
-workspace_bytes, recomputable, source]), `forward_outputs`, `backward_outputs`, `num_forward_ops`.
-`plan` is missing in a file that holds a graph alone.
-"""
+"""Graph and Plan as JSON: sorted keys, one op a line, a schema version and a fingerprint. Described in docs/plan-file.md."""
 
 from __future__ import annotations
 
@@ -12,11 +6,12 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from planner.errors import GraphError, PlanFileError, ScheduleError
+from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
@@ -51,8 +46,15 @@ def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any]
 
 
 def save(plan: Plan, path: str | Path) -> None:
-    """Write a plan and its graph."""
-    Path(path).write_text(dumps(plan.graph, plan), encoding="utf-8")
+    """Write a plan and its graph.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        Path(path).write_text(dumps(plan.graph, plan), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write plan file {path}: {error}") from error
 
 
 def load(path: str | Path) -> Plan:
@@ -120,21 +122,30 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
 def _write(document: dict[str, Any]) -> str:
     """JSON in which the long lists stand one row a line, so that a diff shows which op changed."""
 
-    def rows(items: list[Any]) -> str:
-        return "[\n" + ",\n".join("   " + json.dumps(item) for item in items) + "\n  ]"
+    def rows(lines: list[str]) -> str:
+        return "[\n" + ",\n".join(f"   {line}" for line in lines) + "\n  ]"
+
+    def written(name: str, field: Any) -> str:
+        if name in ("ops", "points", "values"):
+            return rows([json.dumps(item) for item in field])
+        if name == "steps":
+            return rows([json.dumps(run)[1:-1] for run in _runs(field)])
+        return json.dumps(field, sort_keys=True)
 
     parts = []
     for key, fields in sorted(document.items()):
         if not isinstance(fields, dict):
             parts.append(f" {json.dumps(key)}: {json.dumps(fields)}")
             continue
-        texts = {
-            name: rows(field) if name in ("ops", "points", "values") else json.dumps(field, sort_keys=True)
-            for name, field in sorted(fields.items())
-        }
-        lines = [f"  {json.dumps(name)}: {text}" for name, text in texts.items()]
+        lines = [f"  {json.dumps(name)}: {written(name, field)}" for name, field in sorted(fields.items())]
         parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _runs(steps: Sequence[int]) -> Iterator[list[int]]:
+    """The steps cut wherever the captured order is left: a recompute stands on a line of its own."""
+    for _, run in groupby(enumerate(steps), key=lambda place: place[1] - place[0]):
+        yield [step for _, step in run]
 
 
 def read_solution(fields: dict[str, Any]) -> Solution:
@@ -159,10 +170,14 @@ def _read(text: str, where: str) -> dict[str, Any]:
         raise PlanFileError(f"{where} is not JSON: {error}") from error
     if not isinstance(document, dict) or "schema" not in document:
         raise PlanFileError(f"{where} is not a plan file: it names no schema version")
-    if document["schema"] != SCHEMA:
+    schema = document["schema"]
+    if isinstance(schema, int) and schema > SCHEMA:
         raise PlanFileError(
-            f"{where} has schema {document['schema']}; this release reads schema {SCHEMA}. Make the plan again."
+            f"{where} has schema {schema}, of a newer release; this one reads schema {SCHEMA}. "
+            "Update checkpoint-planner, or make the plan again."
         )
+    if schema != SCHEMA:
+        raise PlanFileError(f"{where} has schema {schema}; this release reads schema {SCHEMA}. Make the plan again.")
     return document
 
 

@@ -6,7 +6,9 @@ code fx makes of a graph drops every name after its last use, which is what free
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,6 +23,8 @@ from planner.tracer.mutation import blind_arguments, updates_statistics
 from planner.tracer.storage import Storages, items
 
 _CLONE = torch.ops.aten.clone.default
+ORIGIN = "planner_origin"
+"""Metadata of every node of a half: name of the joint graph's node that it was written for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ class _Writer:
     def take(self, node: fx.Node, name: str) -> None:
         """Make `node`'s value an input of this half."""
         self._now[node] = self.out.placeholder(name.replace(".", "_"))
-        self._now[node].meta = dict(node.meta)
+        self._now[node].meta = {**node.meta, ORIGIN: node.name}
 
     def root(self, node: fx.Node) -> fx.Node:
         """The node that holds the whole storage `node` names."""
@@ -166,7 +170,8 @@ class _Writer:
         for name, _ in self._storages.writes[node]:
             for view in self._views.pop(name, ()):
                 del self._now[view]
-        blind = {arg: self._clone(arg) for arg in blind_arguments(node)} if again and updates_statistics(node) else {}
+        cloned = blind_arguments(node) if again and updates_statistics(node) else ()
+        blind = {arg: self._call(_CLONE, (self.get(arg),), node) for arg in cloned}
         suffix = "_recomputed" if again else ""
         copy = self._copy(node, node.name + suffix, blind)
         self._now[node] = copy
@@ -177,7 +182,7 @@ class _Writer:
             for gradient in self._gradients.get(name, ()):
                 self.get(gradient)  # at once, so that it can be handed out with its stage
         if previous is not None:
-            self.out.call_function(kernels.swap_rng_state, (previous, self._joint.device))
+            self._call(kernels.swap_rng_state, (previous, self._joint.device), node)
 
     def finish(self, results: list[fx.Node]) -> None:
         """End the half with its results; getitems nobody uses would only hold their tensors longer."""
@@ -191,18 +196,21 @@ class _Writer:
         known = replaced or {}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: known.get(arg) or self.get(arg))
         copy = self.out.create_node("call_function", node.target, args, kwargs, name=name)
-        copy.meta = dict(node.meta)
+        copy.meta = {**node.meta, ORIGIN: node.name}
         return copy
 
-    def _clone(self, node: fx.Node) -> fx.Node:
-        return self.out.call_function(_CLONE, (self.get(node),))
+    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], kernel: fx.Node) -> fx.Node:
+        """A call that the joint graph does not have, for `kernel`'s sake."""
+        call = self.out.call_function(target, args)
+        call.meta[ORIGIN] = kernel.name
+        return call
 
     def _is_replayed(self, state: fx.Node) -> bool:
         return any(name == state.name and kernel in self._rerun for kernel, name in self._joint.rng_states.items())
 
     def _set_rng(self, node: fx.Node) -> fx.Node:
         state = self._nodes[self._joint.rng_states[node.name]]
-        return self.out.call_function(kernels.swap_rng_state, (self.get(state), self._joint.device))
+        return self._call(kernels.swap_rng_state, (self.get(state), self._joint.device), node)
 
 
 def _is_getitem(node: fx.Node) -> bool:

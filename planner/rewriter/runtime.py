@@ -9,6 +9,7 @@ one. What is alive between two stages travels in the run's `alive` list, which e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from planner._torch import keeps_graph, release_saved
 from planner.errors import BackwardError
-from planner.tracer.kernels import rng_state, swap_rng_state
+from planner.tracer.kernels import rng_put_back_on_error
 
 Boxed = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -102,7 +103,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
         this: Run = ctx.run
         program = this.program
-        _check_backward(program, tangents)
+        check_backward(tangents, program.tangents, program.describe, program.device)
         held = release_saved(ctx)
         checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
         for i, ticket in zip(program.tickets, reversed(ctx.tickets), strict=False):
@@ -134,41 +135,46 @@ class _Tap(torch.autograd.Function):
 
 def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     program = this.program
-    # as bytes, because a tensor would be memory of the step that no plan counts
-    state = rng_state(program.device).numpy().tobytes() if program.swaps[stage] else None
-    try:
+    with rng_put_back_on_error(program.device) if program.swaps[stage] else contextlib.nullcontext():
         results = program.stages[stage](alive)
-    except BaseException:
-        if state is not None:  # the stage may have stopped under the state of a recompute
-            swap_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), program.device)
-        raise
     num_gradients = len(program.owners[stage])
     this.alive = list(results[num_gradients:])
     return results[:num_gradients]
 
 
-def _check_backward(program: Program, tangents: Sequence[torch.Tensor | None]) -> None:
-    """Refuse, before anything is changed, what this plan's backward cannot do."""
+def check_backward(
+    tangents: Sequence[torch.Tensor | None], differentiated: Sequence[int], names: Sequence[str], device: torch.device
+) -> None:
+    """Refuse, before anything is changed, what a planned backward cannot do.
+
+    Args:
+        tangents: per output, the gradient that came; None where none did.
+        differentiated: positions of the outputs that the plan differentiates.
+        names: of the outputs.
+
+    Raises:
+        BackwardError: says what to do instead.
+    """
     if torch.is_grad_enabled():
         raise BackwardError(
             "a planned module has no second derivative: backward was called with create_graph=True. "
             "Use the original model for this step."
         )
-    if torch.is_autocast_enabled(program.device.type):
+    if torch.is_autocast_enabled(device.type):
         raise BackwardError(
             "backward was called inside autocast, where eager's backward kernels would be cast too; the plan's are not. "
             "Leave the autocast context before calling backward()."
         )
     for i, tangent in enumerate(tangents):
-        if tangent is not None and i not in program.tangents:
+        if tangent is not None and i not in differentiated:
             raise BackwardError(
-                f"backward came through output {program.describe[i]!r}, but the plan differentiates only "
-                f"{', '.join(program.describe[j] for j in program.tangents)}. Plan with loss={program.describe[i]!r}, "
+                f"backward came through output {names[i]!r}, but the plan differentiates only "
+                f"{', '.join(names[j] for j in differentiated)}. Plan with loss={names[i]!r}, "
                 "or loss=a function of the output that returns all the tensors your loss is made of."
             )
-    for i in program.tangents:
+    for i in differentiated:
         if tangents[i] is None:
             raise BackwardError(
-                f"no gradient came through output {program.describe[i]!r}, which the plan differentiates. "
+                f"no gradient came through output {names[i]!r}, which the plan differentiates. "
                 "Plan with loss= naming just the outputs your loss is made of."
             )

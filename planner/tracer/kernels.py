@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ def swap_rng_state(state: torch.Tensor, device: torch.device) -> torch.Tensor:
     else:
         torch.set_rng_state(state)
     return previous
+
+
+@contextlib.contextmanager
+def rng_put_back_on_error(device: torch.device) -> Iterator[None]:
+    """An exception inside leaves the generator as it was before: a recompute may have stopped under an earlier state."""
+    # as bytes, because a tensor would be memory of the step that no plan counts
+    state = rng_state(device).numpy().tobytes()
+    try:
+        yield
+    except BaseException:
+        swap_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), device)
+        raise
 
 
 def bernoulli(p: float, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

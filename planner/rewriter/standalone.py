@@ -1,0 +1,308 @@
+"""What every exported file holds besides its model: `planner.rewriter.source` writes the sources of `EMBEDDED` into it.
+
+So this code is checked and tested here, and knows torch alone. In an exported file `backward` runs as one stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import keeps_graph, release_saved
+from planner.rewriter.runtime import check_backward
+from planner.tracer.kernels import rng_put_back_on_error, rng_state, swap_rng_state
+
+Named = dict[str, torch.Tensor]
+
+
+class CallError(RuntimeError):
+    """The call is not the one that this file was made for."""
+
+
+class BackwardError(RuntimeError):
+    """Backward was asked for something that this file does not hold."""
+
+
+class Output(dict[str, Any]):
+    """Outputs by name: out.loss, out["loss"] or out[0]."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"the output has no {name!r}, only {', '.join(self)}")
+        return super().__getitem__(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor as the step expects it.
+
+    Attributes:
+        name: of a parameter or buffer, as in state_dict; of an argument, as in the code below.
+        stride: None where it is contiguous.
+        device: None where it is the step's.
+        backward: the backward reads it again; nobody may write into it in between.
+        written: the forward itself writes into it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    requires_grad: bool = False
+    stride: tuple[int, ...] | None = None
+    device: torch.device | None = None
+    backward: bool = False
+    written: bool = False
+
+    def difference(self, tensor: Any, device: torch.device, with_stride: bool) -> str:
+        """What of a tensor is not as expected; '' if nothing is."""
+        if not isinstance(tensor, torch.Tensor):
+            return f"is a {type(tensor).__name__}, and was a tensor when planned"
+        expected = (self.dtype, list(self.shape), self.device or device, self.requires_grad)
+        found = (tensor.dtype, list(tensor.shape), tensor.device, tensor.requires_grad)
+        if expected != found:
+            described = ("{} {} on {}, requires_grad={}".format(*kind) for kind in (found, expected))
+            return "is {}, and was {} when planned".format(*described)
+        if with_stride and tensor.stride() != (self.stride or torch.empty(self.shape, device="meta").stride()):
+            return f"has strides {tensor.stride()}, and had {self.stride or 'contiguous ones'} when planned"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A parameter or buffer of the model.
+
+    Attributes:
+        tensor: what it is.
+        kind: "parameter", "buffer", or "unsaved" for a buffer that is not in state_dict.
+        same_as: the earlier name of the same tensor; "" if this is the first.
+        value: of an unsaved buffer; numbers, or a tensor.
+    """
+
+    tensor: Expected
+    kind: str
+    same_as: str = ""
+    value: Any = None
+
+
+def parameter(name: str, *shape: int, requires_grad: bool = True, **more: Any) -> Held:
+    """A parameter. Until a state_dict is loaded it holds no numbers."""
+    return Held(Expected(name, shape, requires_grad=requires_grad, **more), "parameter")
+
+
+def buffer(name: str, *shape: int, **more: Any) -> Held:
+    """A buffer that is in state_dict."""
+    return Held(Expected(name, shape, **more), "buffer")
+
+
+def unsaved(name: str, *shape: int, value: Any, **more: Any) -> Held:
+    """A buffer that is not in state_dict, with its value."""
+    return Held(Expected(name, shape, **more), "unsaved", value=value)
+
+
+def tied(name: str, same_as: str) -> Held:
+    """A second name of an earlier parameter or buffer."""
+    return Held(Expected(name, ()), "tied", same_as=same_as)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the code below is right for.
+
+    Attributes:
+        forward: (tensors by name, dict to put kept activations in) -> results.
+        backward: (tensors by name, kept activations, dict to put gradients in, gradients of `differentiated` results).
+        held: the model's parameters and buffers, in its order.
+        call: the arguments planned for, by name.
+        constants: tensors that the model holds otherwise.
+        results: names of the results.
+        differentiated: positions of the results that backward starts from.
+        requires_grad, aliased: per result: it requires grad; it lies in the storage of an argument or of another result.
+        autocast: (enabled, dtype) around the call.
+        device: where it runs.
+        swaps: the backward runs something again under an earlier state of the random generator.
+        read: tensors whose values decided how the model ran, from tensors by name; with the values and where they are read.
+        without_gradient: parameters and arguments that the backward does not reach.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+    backward: Callable[..., None]
+    held: tuple[Held, ...]
+    call: dict[str, Any]
+    results: tuple[str, ...]
+    differentiated: tuple[int, ...]
+    requires_grad: tuple[bool, ...]
+    aliased: tuple[bool, ...]
+    autocast: tuple[bool, str]
+    device: torch.device
+    swaps: bool
+    constants: Named
+    read: Callable[[Named], tuple[torch.Tensor, ...]] | None = None
+    values: tuple[tuple[Any, str], ...] = ()
+    without_gradient: tuple[str, ...] = ()
+
+
+def build(model: nn.Module, held: Iterable[Held], device: torch.device) -> None:
+    """Give the model its parameters and buffers, in the submodules that their names say."""
+    made: Named = {}
+    for one in held:
+        name, expected = one.tensor.name, one.tensor
+        path, _, attribute = name.rpartition(".")
+        place = model
+        for part in path.split(".") if path else ():
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        if one.same_as:
+            made[name] = made[one.same_as]
+        else:
+            stride = expected.stride or torch.empty(expected.shape, device="meta").stride()
+            tensor = torch.empty_strided(expected.shape, stride, dtype=expected.dtype, device=expected.device or device)
+            unset = float("nan") if tensor.is_floating_point() else 0
+            tensor.copy_(torch.as_tensor(unset if one.value is None else one.value, dtype=expected.dtype))
+            made[name] = nn.Parameter(tensor, expected.requires_grad) if one.kind == "parameter" else tensor
+        tensor = made[name]
+        if isinstance(tensor, nn.Parameter):
+            place.register_parameter(attribute, tensor)
+        else:
+            place.register_buffer(attribute, tensor, persistent=one.kind != "unsaved")
+
+
+def run_step(model: nn.Module, step: Step, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The step's results, wired for backward.
+
+    Raises:
+        CallError: this is not the call that the file was made for; says what differs.
+    """
+    arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+    given = {expected.name: (expected, tensor) for expected, tensor in _tensors("", step.call, arguments, step.device)}
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    _check(model, step, weights)
+    w = weights | step.constants | {name: tensor for name, (_, tensor) in given.items()}
+    _check_values(step, w)
+    everything = [*(one.tensor for one in step.held), *(expected for expected, _ in given.values())]
+    checked = [one.name for one in everything if one.backward and not one.written]
+    unchecked = [one.name for one in everything if one.backward and one.written]
+    trained = [one.name for one in everything if one.requires_grad and one.name not in step.without_gradient]
+    with torch.autocast(step.device.type, enabled=False):  # every cast is written out
+        names = (checked, unchecked, trained)
+        return TrainingStep.apply(step, w, names, *(w[name] for name in trained))  # type: ignore[no-any-return]
+
+
+def _tensors(where: str, expected: Any, found: Any, device: torch.device) -> Iterator[tuple[Expected, torch.Tensor]]:
+    """The tensors of a call, each with what was expected of it."""
+    if isinstance(expected, Expected):
+        difference = expected.difference(found, device, with_stride=True)
+        if difference:
+            raise CallError(f"this file holds one training step, planned for one call: {where} {difference}")
+        yield expected, found
+    elif isinstance(expected, (dict, list, tuple)) and type(found) is type(expected) and len(found) == len(expected):
+        keys = list(expected) if isinstance(expected, dict) else range(len(expected))
+        for key in keys:
+            if isinstance(found, dict) and key not in found:
+                raise CallError(f"this file holds one training step, planned for one call: {where} has no {key!r}")
+            yield from _tensors(f"{where}[{key!r}]" if where else str(key), expected[key], found[key], device)
+    elif isinstance(found, torch.Tensor) or type(found) is not type(expected) or found != expected:
+        raise CallError(
+            f"this file holds one training step, planned for one call: {where} is {_short(found)}, and was {_short(expected)} "
+            "when planned"
+        )
+
+
+def _short(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
+def _check(model: nn.Module, step: Step, weights: Named) -> None:
+    """Raise CallError where the model or the surroundings are not as planned."""
+    if not (model.training and torch.is_grad_enabled()):
+        raise CallError("this file holds a training step: for eval() or no_grad() load the state_dict into the original model")
+    expected = {one.tensor.name: one.tensor for one in step.held if not one.same_as}
+    if weights.keys() != expected.keys():
+        raise CallError(f"parameters were added, removed or untied: {', '.join(sorted(weights.keys() ^ expected.keys()))}")
+    for name, tensor in weights.items():
+        difference = expected[name].difference(tensor, step.device, with_stride=False)
+        if difference:
+            raise CallError(f"{name} {difference}")
+    enabled = torch.is_autocast_enabled(step.device.type)
+    autocast = (enabled, str(torch.get_autocast_dtype(step.device.type)) if enabled else "")
+    if autocast != step.autocast:
+        raise CallError(f"autocast is {autocast}, and was {step.autocast} when planned")
+
+
+def _check_values(step: Step, w: Named) -> None:
+    """Raise CallError where a value that decided how the model ran is another one now."""
+    if step.read is None:
+        return
+    with torch.no_grad(), torch.autocast(step.device.type, enabled=False):
+        tensors = step.read(w)
+    for tensor, (expected, where) in zip(tensors, step.values, strict=True):
+        value = tensor.item()
+        if value != expected and not (value != value and expected != expected):
+            raise CallError(f"the value that the model read at {where} is {value}, and was {expected} when planned")
+
+
+class TrainingStep(torch.autograd.Function):
+    """The whole step as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, w: Named, names: tuple[list[str], ...], *_trained: torch.Tensor) -> Any:
+        """Run the forward, and leave with autograd what the backward needs."""
+        kept: Named = {}
+        results = step.forward(w, kept)
+        ctx.step, (ctx.checked, unchecked, ctx.trained), ctx.kept = step, names, list(kept)
+        ctx.unchecked = {name: w[name] for name in unchecked}
+        ctx.save_for_backward(*(w[name] for name in ctx.checked), *kept.values())
+        ctx.set_materialize_grads(False)
+        outputs = tuple(out.detach() if alias else out for out, alias in zip(results, step.aliased, strict=True))
+        ctx.mark_non_differentiable(*(out for out, can in zip(outputs, step.requires_grad, strict=True) if not can))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
+        """Run the backward on what was kept, which goes as it is used."""
+        step: Step = ctx.step
+        check_backward(tangents, step.differentiated, step.results, step.device)
+        saved = release_saved(ctx)
+        w = step.constants | dict(zip(ctx.checked, saved, strict=False)) | ctx.unchecked
+        kept = dict(zip(ctx.kept, saved[len(ctx.checked) :], strict=True))
+        del saved
+        gradients: Named = {}
+        with rng_put_back_on_error(step.device) if step.swaps else contextlib.nullcontext():
+            step.backward(w, kept, gradients, *(tangents[i] for i in step.differentiated))
+        return (None, None, None, *(gradients.pop(name) for name in ctx.trained))
+
+
+EMBEDDED = (
+    CallError,
+    BackwardError,
+    Output,
+    Expected,
+    Held,
+    parameter,
+    buffer,
+    unsaved,
+    tied,
+    Step,
+    build,
+    run_step,
+    _tensors,
+    _short,
+    _check,
+    _check_values,
+    TrainingStep,
+    check_backward,
+    keeps_graph,
+    release_saved,
+    rng_state,
+    swap_rng_state,
+    rng_put_back_on_error,
+)
+"""In the order in which they are written."""
