@@ -191,6 +191,11 @@ def activations_again(graph: Any) -> Schedule:
     return lazy_schedule(graph, [name for op in graph.ops if "mlp.act" not in op.source for name in op.writes])
 
 
+@functools.cache
+def with_activations_again(layers: int) -> CheckpointedModule:
+    return by_schedule(gpt2(layers), activations_again)
+
+
 @pytest.mark.parametrize("made", ["by the solver", "by hand"])
 def test_the_peak_is_the_plans(made, tmp_path):
     from examples.gpt2 import build
@@ -209,7 +214,7 @@ def test_the_peak_is_the_plans(made, tmp_path):
 def test_more_layers_are_more_calls_of_the_same_functions(tmp_path):
     texts, defined = [], []
     for layers in (3, 6):
-        planned = by_schedule(gpt2(layers), activations_again)
+        planned = with_activations_again(layers)
         assert planned.plan.solution.schedule.recomputes()
         export_source(planned, tmp_path / "gpt2_ckpt.py")
         texts.append((tmp_path / "gpt2_ckpt.py").read_text())
@@ -222,7 +227,7 @@ def test_more_layers_are_more_calls_of_the_same_functions(tmp_path):
 
 
 def test_it_says_what_is_kept_recomputed_and_where_from(tmp_path):
-    planned = by_schedule(gpt2(), activations_again)
+    planned = with_activations_again(3)
     export_source(planned, tmp_path / "gpt2_ckpt.py")
     text = (tmp_path / "gpt2_ckpt.py").read_text()
     head, _, code = text.partition("def gpt2_block_forward")
@@ -313,6 +318,17 @@ def test_a_backward_that_it_does_not_hold_is_an_error(backward, message, tied_fi
     out = found.model(*args)
     with pytest.raises(found.BackwardError, match=message):
         backward(out)
+
+
+@pytest.mark.parametrize("written", ["argument", "body.weight"])
+def test_a_write_between_forward_and_backward_is_an_error_as_in_eager(written, tied_file):
+    found, args = tied_file
+    model, x = copy.deepcopy(found.model), args[0].clone()
+    loss = model(x)["loss"]
+    with torch.no_grad():
+        (x if written == "argument" else model.body.weight).add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 class Branching(nn.Module):
