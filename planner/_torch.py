@@ -90,10 +90,10 @@ def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def stand_ins(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Fake CPU tensors that look like these, which may be real, fake or on the meta device."""
+    """Fake CPU tensors that look like these, which may be real, fake or on the meta device; one for a tensor given twice."""
     with _mode_of(tensors):
-        made = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in tensors]
-    return [stand_in.requires_grad_(t.requires_grad) for stand_in, t in zip(made, tensors, strict=True)]
+        made = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in tensors}
+    return [made[id(t)].requires_grad_(t.requires_grad) for t in tensors]
 
 
 def _mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
@@ -212,7 +212,7 @@ def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator
         yield
     finally:
         for op, kernel in before.items():
-            del op.py_kernels[key]
+            op.py_kernels.pop(key, None)
             if kernel is not None:
                 op.py_kernels[key] = kernel
             op._dispatch_cache.clear()

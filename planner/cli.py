@@ -1,6 +1,6 @@
 """The command line.
 
-planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
+planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json] [--device H100-80GB] [--optimizer adamw]
 planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json] [--json]
 planner explain FILE.py:FUNCTION --budget 6GiB
 planner max-batch FILE.py:FUNCTION --budget 6GiB [--device H100-80GB] [--verify] [--json]

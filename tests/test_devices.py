@@ -54,6 +54,7 @@ def test_a_model_without_storage_plans_as_one_with():
         for m, a, k in ((model, args, kwargs), (real, (), {"input_ids": tokens, "labels": tokens}))
     ]
     assert fingerprint(graphs[0]) == fingerprint(graphs[1])
+    assert [v.nbytes for v in graphs[0].values if v.kind is Kind.INPUT] == [2 * 32 * 8], "tokens are labels too: one tensor"
     assert all(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers()))
 
 

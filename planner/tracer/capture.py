@@ -80,7 +80,7 @@ def _capture(
     if elsewhere is None:
         device = one_device(model, [leaves[i] for i in tensors])
     else:
-        check_elsewhere(elsewhere.name)
+        check_elsewhere(elsewhere)
         device = elsewhere.device
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss, elsewhere)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError, InputError
+from planner.tracer.elsewhere import Elsewhere
 
 
 def check_trainable(model: nn.Module, tensors: Sequence[int]) -> None:
@@ -40,10 +41,10 @@ def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.devic
     return device
 
 
-def check_elsewhere(name: str) -> None:
+def check_elsewhere(elsewhere: Elsewhere) -> None:
     """Raise InputError for what a trace for a device that is not here cannot hold."""
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cuda") or (elsewhere.capability is not None and torch.is_autocast_enabled("cpu")):
         raise InputError(
-            f"autocast is on, and which kernels it casts for on {name} cannot be traced here: plan a model in the dtype it "
-            "trains in, model.to(torch.bfloat16), or plan on the device"
+            f"autocast is on, and which kernels it casts for on {elsewhere.name} cannot be traced here: plan a model in the dtype "
+            "it trains in, model.to(torch.bfloat16), or plan on the device"
         )
