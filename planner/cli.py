@@ -3,6 +3,7 @@
 planner plan FILE.py:FUNCTION --budget 6GiB [--verify] [--save plan.json]
 planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json] [--json]
 planner explain FILE.py:FUNCTION --budget 6GiB
+planner export FILE.py:FUNCTION --budget 6GiB | --plan plan.json -o model_ckpt.py
 These need no torch:
 planner explain PLAN.json
 planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
     plan.set_defaults(run=_plan)
     _sweep_parser(commands.add_parser("sweep", help="plan a model for many budgets: what memory costs in time"))
+    _export_parser(commands.add_parser("export", help="write the planned step as one Python file that needs torch alone"))
     show = commands.add_parser("show", help="show a plan or a sweep that was saved, as a table or a picture; needs no torch")
     show.add_argument("file", metavar="PLAN.json|SWEEP.json")
     show.add_argument("--timeline", metavar="OUT.png", help="draw live memory over the step (a plan; .png or .svg)")
@@ -100,6 +102,18 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
     parser.add_argument("--json", action="store_true", help="print figures for machines instead of the table")
     parser.set_defaults(run=_sweep)
+
+
+def _export_parser(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    made = parser.add_mutually_exclusive_group(required=True)
+    made.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
+    made.add_argument("--plan", metavar="PLAN.json", help="a plan of this model and call that was saved before")
+    parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="OUT.py", help="the file to write; load a state_dict into its class"
+    )
+    parser.set_defaults(run=_export)
 
 
 def _budget(text: str) -> float | str:
@@ -217,6 +231,22 @@ def _plan(arguments: argparse.Namespace) -> int:
     report = verify(planned, args, kwargs)
     print(f"\n{report}")
     return 0 if report.exact and report.within_budget else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from planner import api
+    from planner.rewriter.source import check_path, export_source
+
+    check_path(arguments.out)
+    if arguments.plan:
+        made = Plan.load(arguments.plan)
+        model, args, kwargs = _load(arguments.target)
+        planned = api.apply(made, model, args, kwargs, loss=arguments.loss)
+    else:
+        planned, _, _ = _planned(arguments)
+    export_source(planned, arguments.out)
+    print(f"{planned.plan}\n\nplanned step written to {arguments.out}")
+    return 0
 
 
 def _load(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -102,6 +102,31 @@ def test_errors_are_one_line_and_exit_1(target, arguments, message, capsys):
     assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
 
 
+def test_exports_a_budget_and_a_saved_plan_as_the_same_file(target, tmp_path, capsys):
+    saved, one, other = tmp_path / "plan.json", tmp_path / "one.py", tmp_path / "other.py"
+    assert main(["plan", target, "--budget", "0.7", "--costs", "estimate", "--save", str(saved)]) == 0
+    assert main(["export", target, "--plan", str(saved), "-o", str(one)]) == 0
+    assert f"written to {one}" in capsys.readouterr().out
+    assert main(["export", target, "--budget", "0.7", "--costs", "estimate", "-o", str(other)]) == 0
+    step = "class Sequential(nn.Module)"
+    assert one.read_text().partition(step)[2] == other.read_text().partition(step)[2] != ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0.7", "-o", "model.txt"], "give a file name that Python can import"),
+        (["--budget", "0.7", "-o", "nowhere/model.py"], "there is no folder nowhere"),
+        (["--plan", "none.json", "-o", "model.py"], "none.json"),
+    ],
+)
+def test_export_errors_are_one_line_and_exit_1(target, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", target, *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
 @pytest.mark.parametrize("bad", ["nowhere.py:build", "build", "{path}:missing", "{path}:wrong"])
 def test_bad_target(target, bad, capsys):
     assert main(["plan", bad.format(path=target.removesuffix(":build")), "--budget", "0.7"]) == 1

@@ -60,9 +60,7 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
     """
     if not isinstance(planned, CheckpointedModule):
         raise InputError(f"export_source takes the module that plan() returned, not a {type(planned).__name__}")
-    file = Path(path)
-    if file.suffix != ".py" or not file.stem.isidentifier():
-        raise InputError(f"cannot export to {file}: give a file name that Python can import, such as model_ckpt.py")
+    file = check_path(path)
     source = _Source(planned, file.stem)
     text = source.text()
     try:
@@ -71,6 +69,20 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
             torch.save(source.stored, file.with_suffix(".pt"))
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot write {file}: {error}") from error
+
+
+def check_path(path: str | Path) -> Path:
+    """The path, if a Python file can be written there.
+
+    Raises:
+        InputError: it cannot.
+    """
+    file = Path(path)
+    if file.suffix != ".py" or not file.stem.isidentifier():
+        raise InputError(f"cannot export to {file}: give a file name that Python can import, such as model_ckpt.py")
+    if not file.parent.is_dir():
+        raise InputError(f"cannot export to {file}: there is no folder {file.parent}")
+    return file
 
 
 @dataclass(frozen=True, slots=True)
