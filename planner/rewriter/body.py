@@ -151,12 +151,12 @@ class Body:
             targets = [self._name_result(line, node)]
         else:
             targets = [self._take_apart(line)]
-            ended += ["_"] * ("_" in targets[0].split(", "))
+            ended += ["_"] * (len(line.made) < max(len(line.results), _num_results(line)))
             stored = [n for n in stored if n in half.last_read]
             expression += self._clipped(line)
         statements = [" = ".join([*targets, expression]), *(f"{self._place(node)} = {self._names[node]}" for node in stored)]
         if ended and i + 1 < self._stop:
-            statements.append(f"del {', '.join(ended)}")
+            statements.append(f"del {_enclosed(', '.join(ended))}")
         note = "  # recomputed" if line.again and line.kernel.target is not kernels.swap_rng_state else ""
         yield from wrapped(statements, note)
 
@@ -171,7 +171,7 @@ class Body:
             else:
                 targets.append(self._place(node))
         num_more = _num_results(line) - len(targets)
-        return ", ".join(targets + ["_"] * num_more) + ("," if len(targets) + num_more == 1 else "")
+        return _enclosed(", ".join(targets + ["_"] * num_more) + ("," if len(targets) + num_more == 1 else ""))
 
     def _clipped(self, line: Line) -> str:
         """What takes the wanted results off a longer list."""
@@ -255,6 +255,11 @@ def _num_results(line: Line) -> int:
     return len(target._schema.returns)
 
 
+def _enclosed(names: str) -> str:
+    """In parentheses where they are too many for a line, which can then be broken."""
+    return f"({names})" if len(names) > _WIDTH * 2 // 3 else names
+
+
 def wrapped(statements: Sequence[str], note: str = "") -> Iterator[str]:
     """Statements on one line if they fit, else each on its own lines; the note follows the first."""
     line = f"{'; '.join(statements)}{note}"
@@ -284,7 +289,7 @@ def _breaks(statement: str) -> Iterator[tuple[int, float]]:
     """Where a line may end: after a comma, rather than after an opening parenthesis; with the number of open brackets."""
     depth, quoted = 0, False
     for i, letter in enumerate(statement):
-        quoted ^= letter == '"'
+        quoted ^= letter == '"' and statement[i - 1] != "\\"
         if quoted:
             continue
         depth += (letter in "([{") - (letter in ")]}")

@@ -52,7 +52,6 @@ class Half:
         outside: placeholder -> ("w", tensor's name), ("kept", key) or ("tangent", name).
         stored: value -> ("kept", key) or ("grads", name): put there as soon as it is made.
         returned: the values handed out at the end.
-        nested: nodes that stand inside a statement.
         same: item -> the item that stands for it, where a result is taken apart twice.
         last_read: value -> the last line that reads it; `len(lines)` where it is returned.
         made_at: value -> the line that makes it.
@@ -61,7 +60,6 @@ class Half:
     lines: tuple[Line, ...]
     outside: Mapping[fx.Node, tuple[str, str]]
     returned: tuple[fx.Node, ...]
-    nested: Collection[fx.Node]
     same: Mapping[fx.Node, fx.Node]
     stored: Mapping[fx.Node, tuple[str, str]] = field(default_factory=dict)
     last_read: Mapping[fx.Node, int] = field(init=False)
@@ -128,13 +126,7 @@ def half(
         if root in carried:
             ran.add(origin(kernel))
         lines.append(Line(root, kernel, results, reads, module, source.rpartition(" ")[2], again))
-    return Half(
-        lines=tuple(lines),
-        outside=outside,
-        returned=tuple(same.get(node, node) for node in returned),
-        nested=nested,
-        same=same,
-    )
+    return Half(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
 
 
 def _nest(graph: fx.Graph, kernels: Collection[str]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:

@@ -135,7 +135,7 @@ def identifier(key: str, prefix: str, is_gradient: bool = False) -> str:
 def _operator(line: Line) -> str:
     target = line.kernel.target
     name = str(target).split(".")[1] if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
-    return name.lstrip("_").removeprefix("native_").removesuffix("_backward").removesuffix("_backward_data")
+    return re.sub(r"^_*(native_)?|(_legit)?(_functional)?(_backward(_data)?)?$", "", name)
 
 
 def _parts(path: str) -> list[str]:

@@ -92,7 +92,7 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
 
 
 def _flags(step: Step) -> dict[str | int, dict[str, bool]]:
-    """Per tensor of the call or of the model, by its key in the joint graph: whether the backward reads it, ..."""
+    """By a tensor's key in the joint graph, the attributes of its Expected that the step decides."""
     given = [i for i in step.joint.inputs if i.kind is not Kind.TANGENT]
     return {i.key: {"backward": i.node in step.halves.saved_inputs, "written": i.mutated} for i in given}
 
@@ -279,6 +279,8 @@ def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> Out
     def written(value: Any) -> str:
         if isinstance(value, _Text):
             return value.text
+        if value is None:  # a field that was not set
+            return "None"
         kind = type(value)
         if kind in (dict, OrderedDict, defaultdict):
             return "{" + ", ".join(f"{literal(key)}: {written(item)}" for key, item in value.items()) + "}"

@@ -32,6 +32,11 @@ _TAKEN = frozenset(
 )
 """Names that mean something in every exported file."""
 
+_CONSTANTS = ".constants.pt"
+"""Takes the place of .py where constants have to lie next to the file; .pt alone may be the user's own checkpoint."""
+
+_LOADED = "map_location=DEVICE, weights_only=True"
+
 _GUIDE = """\
 How to read it. `forward` and `backward` are the step, kernel by kernel; blocks of the model that repeat are functions of
 their own, with the module's name in `at`. Comments name the module and the line that a kernel comes from.
@@ -48,7 +53,7 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
     The file holds the forward and the backward kernel by kernel, with what is kept and recomputed; repeated blocks are one
     function each. Its class takes a `state_dict` of the original model, is called as the original, and trains bit for bit
     like it within the plan's budget. Gradients are handed out when the backward is complete (a planned module hands them
-    out in stages). Constants of the model too large to be written out go into a .pt file of the same name next to it.
+    out in stages). Constants of the model too large to be written out go next to it, into a file ending in .constants.pt.
 
     Args:
         planned: from `plan` or `apply`.
@@ -66,7 +71,7 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
     try:
         file.write_text(text, encoding="utf-8")
         if source.stored:
-            torch.save(source.stored, file.with_suffix(".pt"))
+            torch.save(source.stored, file.with_suffix(_CONSTANTS))
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot write {file}: {error}") from error
 
@@ -203,7 +208,7 @@ class _Source:
         plan = textwrap.indent(str(self._planned.plan), "    ")
         replaced = ", ".join(self._output.replaced)
         stands_in = f"\nIt returns an Output of this file in place of a {replaced}.\n" if replaced else ""
-        beside = f"\nIts constants lie next to it, in {self._stem}.pt.\n" if self.stored else ""
+        beside = f"\nIts constants lie next to it, in {self._stem}{_CONSTANTS}.\n" if self.stored else ""
         return f'''\
 """One training step of {self._class} within a memory budget. Made by checkpoint-planner; needs torch alone.
 
@@ -233,7 +238,7 @@ It trains bit for bit like the original within this plan:
             "from torch import nn",
             f"{KEEPS_GRAPH_IMPORT}\n",
             f"DEVICE = torch.device({quoted(str(self._joint.device))})",
-            *([_STORED] if self.stored else []),
+            *([f"STORED = torch.load(Path(__file__).with_suffix({quoted(_CONSTANTS)}), {_LOADED})"] if self.stored else []),
             *(f"{name} = torch.ops.{op}" for name, op in operators),
             *self._output.definitions,
         ]
@@ -266,8 +271,9 @@ It trains bit for bit like the original within this plan:
             for name, value in self._arguments.values.items()
         )
         made = "".join(f"\n        {quoted(name)}: {text}," for name, text in constants.items())
-        trained = {given.key for given, _ in joint.gradients}
-        idle = tuple(name for name, key in self._step.key.weights if key[-1] and name not in trained)
+        trained = {self._key(given) for given, _ in joint.gradients}
+        asking = [name for name, key in self._step.key.weights if key[-1]]
+        asking += [expected.name for expected in self._arguments.tensors if expected.requires_grad]
         facts = {
             "forward": "forward",
             "backward": "backward",
@@ -283,12 +289,9 @@ It trains bit for bit like the original within this plan:
             "constants": f"{{{made}\n    }}" if made else "{}",
             "read": "read" if joint.guards is not None else "None",
             "values": literal(tuple((read.value, read.source) for read in joint.host_reads)),
-            "without_gradient": literal(idle),
+            "without_gradient": literal(tuple(name for name in asking if name not in trained)),
         }
         return "STEP = Step(\n" + "".join(f"    {name}={text},\n" for name, text in facts.items()) + ")"
-
-
-_STORED = 'STORED = torch.load(Path(__file__).with_suffix(".pt"), map_location=DEVICE, weights_only=True)'
 
 
 def _refuse_parts(planned: CheckpointedModule) -> None:
@@ -297,8 +300,8 @@ def _refuse_parts(planned: CheckpointedModule) -> None:
     if modules:
         kinds = [f"{name} (a {type(planned.original.get_submodule(name)).__name__})" for name in modules]
         raise ExportError(
-            f"the plan runs {', '.join(kinds)} as it is, and a file that needs torch alone cannot hold a submodule's own code. "
-            "Replace it by one that can be captured, or train with the planned module itself; torch.save takes it as it is"
+            f"the plan runs {', '.join(kinds)} as the model has it, and a file that needs torch alone cannot hold a "
+            "submodule's own code. Replace it by what can be captured, or train with the planned module; torch.save takes that"
         )
 
 

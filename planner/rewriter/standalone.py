@@ -64,14 +64,14 @@ class Expected:
     def difference(self, tensor: Any, device: torch.device, with_stride: bool) -> str:
         """What of a tensor is not as expected; '' if nothing is."""
         if not isinstance(tensor, torch.Tensor):
-            return f"is a {type(tensor).__name__}, not a tensor"
+            return f"is a {type(tensor).__name__}, and was a tensor when planned"
         expected = (self.dtype, list(self.shape), self.device or device, self.requires_grad)
         found = (tensor.dtype, list(tensor.shape), tensor.device, tensor.requires_grad)
         if expected != found:
             described = ("{} {} on {}, requires_grad={}".format(*kind) for kind in (found, expected))
-            return "is {}, and was {}".format(*described)
+            return "is {}, and was {} when planned".format(*described)
         if with_stride and tensor.stride() != (self.stride or torch.empty(self.shape, device="meta").stride()):
-            return f"has strides {tensor.stride()}, and had {self.stride or 'contiguous ones'}"
+            return f"has strides {tensor.stride()}, and had {self.stride or 'contiguous ones'} when planned"
         return ""
 
 
@@ -129,7 +129,7 @@ class Step:
         device: where it runs.
         swaps: the backward runs something again under an earlier state of the random generator.
         read: tensors whose values decided how the model ran, from tensors by name; with the values and where they are read.
-        without_gradient: parameters that the step does not reach.
+        without_gradient: parameters and arguments that the backward does not reach.
     """
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
@@ -201,7 +201,7 @@ def _tensors(where: str, expected: Any, found: Any, device: torch.device) -> Ite
     if isinstance(expected, Expected):
         difference = expected.difference(found, device, with_stride=True)
         if difference:
-            raise CallError(f"this file holds one training step, planned for one call: {where} {difference} when planned")
+            raise CallError(f"this file holds one training step, planned for one call: {where} {difference}")
         yield expected, found
     elif isinstance(expected, (dict, list, tuple)) and type(found) is type(expected) and len(found) == len(expected):
         keys = list(expected) if isinstance(expected, dict) else range(len(expected))
@@ -230,7 +230,7 @@ def _check(model: nn.Module, step: Step, weights: Named) -> None:
     for name, tensor in weights.items():
         difference = expected[name].difference(tensor, step.device, with_stride=False)
         if difference:
-            raise CallError(f"{name} {difference} when planned")
+            raise CallError(f"{name} {difference}")
     enabled = torch.is_autocast_enabled(step.device.type)
     autocast = (enabled, str(torch.get_autocast_dtype(step.device.type)) if enabled else "")
     if autocast != step.autocast:
