@@ -23,6 +23,8 @@ from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
+from planner.rewriter.names import counted
+from planner.rewriter.skeleton import constant_text, folded
 from planner.rewriter.step import make_step
 from planner.solver.lazy import lazy_schedule
 from planner.tracer.capture import capture
@@ -411,3 +413,42 @@ def test_the_signature_is_the_originals(tmp_path):
         *(inspect.signature(m.forward).parameters.values() for m in (found.model, planned.original)), strict=True
     ):
         assert (ours.name, ours.kind, ours.default) == (theirs.name, theirs.kind, theirs.default)
+
+
+def test_equal_modules_become_loops():
+    names = [f"stages.{i}.blocks.{j}.weight" for i in range(2) for j in range(3)] + ["stages.2.blocks.0.weight", "head.weight"]
+    rows = [(name, f'parameter("{name}", 4)') for name in names]
+    assert list(folded(rows)) == [
+        "for i in range(2):",
+        "    for j in range(3):",
+        '        yield parameter(f"stages.{i}.blocks.{j}.weight", 4)',
+        'yield parameter("stages.2.blocks.0.weight", 4)',
+        'yield parameter("head.weight", 4)',
+    ]
+    rows = [(f"h.{i}.w", f'parameter("h.{i}.w", {4 if i < 3 else 5})') for i in range(1, 5)]
+    assert list(folded(rows))[:2] == ["for i in range(1, 3):", '    yield parameter(f"h.{i}.w", 4)']
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor([0.0, -0.0, 0.1, float("inf"), float("nan")]),
+        torch.tensor([[1, -2], [3, 4]]),
+        torch.tensor([True, False]),
+        torch.tensor([0.1, 0.3], dtype=torch.bfloat16),
+        torch.tensor([1 + 2j, 0.1 - 0.3j]),
+        torch.full((100, 3), -0.0),
+        torch.tensor(7, dtype=torch.uint8),
+    ],
+    ids=str,
+)
+def test_constants_are_written_to_the_last_bit(tensor):
+    stored: dict[str, torch.Tensor] = {}
+    text = constant_text("c", tensor, stored, torch.device("cpu"))
+    made = eval(text, {"torch": torch, "DEVICE": torch.device("cpu")})
+    assert not stored and made.dtype == tensor.dtype and made.shape == tensor.shape
+    assert torch.equal(made.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_paths_are_listed_as_a_person_would():
+    assert counted(["h.11", "h.3", "h.4", "h.5", "h.0", "ln_f", "encoder.1"]) == "h.0, 3-5, 11; ln_f; encoder.1"

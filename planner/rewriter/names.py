@@ -78,7 +78,9 @@ def literal(value: Any, device: torch.device | None = None) -> str:
         return str(value)
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f'float("{value}")'
-    if value is None or value is ... or type(value) in (bool, int, float, complex, str, bytes):
+    if isinstance(value, complex):
+        return f"complex({literal(value.real)}, {literal(value.imag)})"
+    if value is None or value is ... or type(value) in (bool, int, float, str, bytes):
         return quoted(value) if isinstance(value, str) else repr(value)
     raise ExportError(f"a {type(value).__name__} ({str(value)[:60]}) cannot be written into a file that knows torch alone")
 

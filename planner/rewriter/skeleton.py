@@ -23,8 +23,6 @@ from planner.rewriter.step import Step
 _MOST_NUMBERS = 64
 """Larger constants are stored in a file of their own."""
 
-_NO_FLAGS: Mapping[str, bool] = {}
-
 Row = tuple[str, str]
 """A parameter's or buffer's name, and the expression that describes it."""
 
@@ -74,8 +72,10 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     def named(path: str, value: Any) -> Any:
         if isinstance(value, _Leaf):
             name = f"argument {path}" if path in held else path
-            found[value.position] = (_expected(name, step.key.inputs[value.position], flags=flags[value.position]), path)
-            return found[value.position][0]
+            key = step.key.inputs[value.position]
+            expected = _expected(name, key, key[1], flags[value.position])
+            found[value.position] = (expected, path)
+            return expected
         if type(value) in (list, tuple):
             return type(value)(named(f"{path}[{i}]", item) for i, item in enumerate(value))
         if type(value) is dict:
@@ -111,11 +111,10 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(kept)
 
 
-def _expected(name: str, key: TensorKey, stride: Sequence[int] = (), flags: Mapping[str, bool] = _NO_FLAGS) -> Expected:
-    shape, strides, dtype, device, requires_grad = key
-    plain = torch.empty(shape, device="meta").stride()
-    stride = tuple(strides or stride)
-    return Expected(name, tuple(shape), dtype, requires_grad, None if stride == plain else stride, device, **flags)
+def _expected(name: str, key: TensorKey, stride: Sequence[int], flags: Mapping[str, bool]) -> Expected:
+    shape, _, dtype, device, requires_grad = key
+    is_plain = tuple(stride) == torch.empty(shape, device="meta").stride()
+    return Expected(name, tuple(shape), dtype, requires_grad, None if is_plain else tuple(stride), device, **flags)
 
 
 def expected_text(value: Any, device: torch.device) -> str:
@@ -178,10 +177,12 @@ def held_rows(model: nn.Module, step: Step, stored: dict[str, torch.Tensor]) -> 
 
 def value_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
     """A tensor's numbers as text: written out where they are few or all the same, else stored under its name."""
-    if tensor.is_contiguous() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
-        return literal(tensor.flatten()[0].item(), device)
-    if tensor.is_contiguous() and 0 < tensor.numel() <= _MOST_NUMBERS:
-        return literal(tensor.tolist(), device)
+    if tensor.is_contiguous() and tensor.numel():
+        rows = tensor.detach().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)  # as bytes: 0.0 and -0.0 are two numbers
+        if bool((rows == rows[0]).all()):
+            return literal(tensor.flatten()[0].item(), device)
+        if tensor.numel() <= _MOST_NUMBERS:
+            return literal(tensor.tolist(), device)
     stored[name] = tensor.detach().cpu().clone()
     return f"STORED[{quoted(name)}]"
 
