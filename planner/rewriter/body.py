@@ -73,6 +73,7 @@ class Body:
             for node in self.arguments:
                 self._name(node, "grad" if self._is_gradient(node) else "x")
         self._reads = Counter(node for i in range(start, stop) for node in self._reads_at(i))
+        self._read_inside = {node for i in self._called for node in half.lines[i].reads}
         handed = [self._names[node] for node in self.arguments if prefix and ends_in(half, node, stop)]
         self.text = "\n".join(_INDENT + line for line in (*(f"{name} = {name}.pop()" for name in handed), *self._statements()))
 
@@ -137,7 +138,7 @@ class Body:
 
     def _statement(self, i: int) -> Iterator[str]:
         half, line = self._half, self._half.lines[i]
-        yield from self._fetch(line.reads)
+        yield from self._fetch(line.reads, i)
         expression = self._text(line.root, i)
         ended = [self._names[n] for n in dict.fromkeys(line.reads) if n in self._names and half.last_read[n] == i]
         stored = [n for n in line.made if n in half.stored]
@@ -184,7 +185,7 @@ class Body:
 
     def _call(self, call: Call) -> Iterator[str]:
         half = self._half
-        yield from self._fetch(call.arguments)
+        yield from self._fetch(call.arguments, call.start)
         names = ["w", "kept", *(["grads"] if any(kind == "kept" for kind, _ in half.outside.values()) else [])]
         given = [self._handed(node, call) for node in call.arguments]
         results = [self._name_result(half.lines[half.made_at[n]], n) for n in call.results]
@@ -198,18 +199,20 @@ class Body:
             return f"{self._names[node]} := [{self._names[node]}]"
         return f"[kept.pop({key_text(self._half.outside[node][1], self._prefix)})]"
 
-    def _fetch(self, reads: Sequence[fx.Node]) -> Iterator[str]:
-        """Take off the kept values that several statements read; what one reads is taken where it stands."""
+    def _fetch(self, reads: Sequence[fx.Node], i: int) -> Iterator[str]:
+        """Take off the kept values that are read several times from here on; one that is read once is taken where it stands."""
         for node in dict.fromkeys(reads):
             kind, key = self._half.outside.get(node, ("", ""))
-            if kind == "kept" and node not in self._names and self._reads[node] > 1 and self._ends_here(node):
+            if kind == "kept" and node not in self._names and self._is_fetched(node, reads.count(node), i):
                 name = self._name(node, identifier(key, self._prefix))
                 yield f"{name} = kept.pop({key_text(key, self._prefix)})"
 
-    def _ends_here(self, node: fx.Node) -> bool:
-        """The last reader is a line of this body, not of a function it calls."""
+    def _is_fetched(self, node: fx.Node, count: int, i: int) -> bool:
+        """The value is read several times, and by nobody else: neither after this body nor in a function that it calls."""
         last = self._half.last_read[node]
-        return last < self._stop and last not in self._called
+        if node in self._read_inside:
+            return last == i and count > 1
+        return last < self._stop and self._reads[node] > 1
 
     def _text(self, node: fx.Node, i: int) -> str:
         """A value as an expression, read by line i."""

@@ -161,10 +161,10 @@ def _container(prefix: str) -> str:
 
 def counted(paths: Sequence[str]) -> str:
     """Module paths as a person would list them: "transformer.h.0, 3-11"."""
-    numbers: dict[str, list[int]] = {}
+    numbers: dict[str, set[int]] = {}
     for path in paths:
         container, dot, last = path.rpartition(".")
-        numbers.setdefault(container + dot if last.isdigit() else path, []).extend([int(last)] if last.isdigit() else [])
+        numbers.setdefault(container + dot if last.isdigit() else path, set()).update([int(last)] if last.isdigit() else [])
     listed = []
     for container, found in numbers.items():
         firsts = [n for n in sorted(found) if n - 1 not in found]
