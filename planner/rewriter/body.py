@@ -122,7 +122,7 @@ class Body:
                 yield from self._statement(i)
         if self.results:
             handed = ", ".join(self._text(node, self._stop) for node in self.results)
-            yield f"return {handed}{'' if self._prefix else ','}"
+            yield from wrapped([f"return {_enclosed(handed + ('' if self._prefix else ','))}"])
 
     def _heading(self, module: str, lines: Sequence[str]) -> Iterator[str]:
         """A comment that names the module and its lines."""
@@ -190,7 +190,7 @@ class Body:
         given = [self._handed(node, call) for node in call.arguments]
         results = [self._name_result(half.lines[half.made_at[n]], n) for n in call.results]
         text = f"{call.function}({', '.join([literal(call.prefix), *names, *given])})"
-        yield from wrapped([f"{', '.join(results)} = {text}" if results else text])
+        yield from wrapped([f"{_enclosed(', '.join(results))} = {text}" if results else text])
 
     def _handed(self, node: fx.Node, call: Call) -> str:
         if not ends_in(self._half, node, call.stop):

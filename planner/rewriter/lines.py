@@ -104,7 +104,7 @@ def half(
         ran: joint nodes that have run; those of this half are added.
         outside, returned: see Half.
     """
-    nested, carried = _nest(graph, kernels)
+    nested, carried = _nest(graph, kernels, {node for node, (kind, _) in outside.items() if kind == "w"})
     order = {node: i for i, node in enumerate(graph.nodes)}
     items: dict[fx.Node, dict[int, fx.Node]] = {}
     same: dict[fx.Node, fx.Node] = {}
@@ -129,10 +129,14 @@ def half(
     return Half(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
 
 
-def _nest(graph: fx.Graph, kernels: Collection[str]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
-    """Nodes to write inside their reader; and per node the kernel that its statement runs, which a mere view has none of."""
+def _nest(graph: fx.Graph, kernels: Collection[str], resident: set[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+    """Nodes to write inside their readers; and per node the kernel that its statement runs, which a mere view has none of.
+
+    A view of a `resident` tensor is written wherever it is read: it keeps nothing alive.
+    """
     nested: set[fx.Node] = set()
     carried: dict[fx.Node, fx.Node] = {}
+    free = set(resident)
 
     def is_view(node: fx.Node) -> bool:
         return node.op == "call_function" and not _is_getitem(node) and origin(node) not in kernels
@@ -144,10 +148,12 @@ def _nest(graph: fx.Graph, kernels: Collection[str]) -> tuple[set[fx.Node], dict
         kernel = next(inside, None) if is_view(node) else node
         if kernel is not None:
             carried[node] = kernel
-        reader = next(iter(node.users), None)
-        if reader is None or len(node.users) > 1 or reader.op != "call_function" or _is_getitem(reader):
+        if not all(reader.op == "call_function" and not _is_getitem(reader) for reader in node.users):
             continue
-        if is_view(reader) or node not in carried:
+        if is_view(node) and free.issuperset(node.all_input_nodes):
+            free.add(node)
+            nested.add(node)
+        elif len(node.users) == 1 and (node not in carried or is_view(*node.users)):
             nested.add(node)
     return nested, carried
 

@@ -104,9 +104,12 @@ class ValueNames:
     """Names for values by the module and the kernel that they come from: the same in forward and backward.
 
     A value of the forward has a key, "transformer.h.3.mlp.act.tanh"; what the backward makes starts with "d_".
+
+    `nodes`: names of the joint graph's nodes that are the forward.
     """
 
-    def __init__(self, forward: Half) -> None:
+    def __init__(self, forward: Half, nodes: Collection[str]) -> None:
+        self._nodes = nodes
         counts: dict[tuple[str, str], int] = {}
         self._stems: dict[str, tuple[str, str]] = {}
         for line in forward.lines:
@@ -116,8 +119,8 @@ class ValueNames:
                 self._stems[origin(line.kernel)] = (line.module, operator if n == 1 else f"{operator}_{n}")
 
     def is_of_forward(self, line: Line) -> bool:
-        """The line runs a kernel of the forward, for the first time or again."""
-        return origin(line.kernel) in self._stems
+        """The line is of the forward, for the first time or again."""
+        return origin(line.kernel) in self._nodes
 
     def key(self, line: Line, position: int) -> str:
         """Of the result of a line at this position: its module, and what is told apart there."""

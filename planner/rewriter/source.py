@@ -145,10 +145,11 @@ class _Source:
         inputs = {given.node: given for given in joint.inputs}
         before = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
         ran: set[str] = set()
+        sources = joint.sources | {state: joint.sources[kernel] for kernel, state in joint.rng_states.items()}
         handed, num_results = results(halves.forward), len(joint.results)
         outside = {node: ("w", self._key(i)) for node, i in zip(_placeholders(halves.forward), before, strict=True)}
-        forward = half(halves.forward, ops, joint.sources, ran, outside, handed[:num_results])
-        values = ValueNames(forward)
+        forward = half(halves.forward, ops, sources, ran, outside, handed[:num_results])
+        values = ValueNames(forward, {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]})
         keys = [values.key(*forward.place(node)) for node in handed[num_results:]]
         kept = {node: ("kept", key) for node, key in zip(handed[num_results:], keys, strict=True)}
 
@@ -156,7 +157,7 @@ class _Source:
         places += [("w", self._key(inputs[name])) for name in halves.saved_inputs]
         places += [("tangent", f"d_{self._results[i]}") for i in halves.tangents]
         taken = dict(zip(_placeholders(halves.backward), places, strict=True))
-        backward = half(halves.backward, ops, joint.sources, ran, taken, ())
+        backward = half(halves.backward, ops, sources, ran, taken, ())
         owners = [("grads", self._key(given)) for given, _ in joint.gradients]
         return forward.storing(kept), backward.storing(dict(zip(results(halves.backward), owners, strict=True))), values
 
