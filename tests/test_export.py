@@ -315,6 +315,17 @@ def test_a_backward_that_it_does_not_hold_is_an_error(backward, message, tied_fi
         backward(out)
 
 
+@pytest.mark.parametrize("written", ["argument", "body.weight"])
+def test_a_write_between_forward_and_backward_is_an_error_as_in_eager(written, tied_file):
+    found, args = tied_file
+    model, x = copy.deepcopy(found.model), args[0].clone()
+    loss = model(x)["loss"]
+    with torch.no_grad():
+        (x if written == "argument" else model.body.weight).add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class Branching(nn.Module):
     """Its way depends on a value of a tensor, its dropout is drawn again in the backward."""
 

@@ -122,7 +122,8 @@ class Body:
                 yield from self._statement(i)
         if self.results:
             handed = ", ".join(self._text(node, self._stop) for node in self.results)
-            yield from wrapped([f"return {_enclosed(handed + ('' if self._prefix else ','))}"])
+            is_tuple_of_one = len(self.results) == 1 and not self._prefix
+            yield from wrapped([f"return ({handed},)" if is_tuple_of_one else f"return {_enclosed(handed)}"])
 
     def _heading(self, module: str, lines: Sequence[str]) -> Iterator[str]:
         """A comment that names the module and its lines."""
@@ -275,12 +276,12 @@ def wrapped(statements: Sequence[str], note: str = "") -> Iterator[str]:
 
 
 def _broken(statement: str) -> Iterator[str]:
-    """A statement on lines of a readable width, broken inside as few brackets as possible, as late as possible."""
+    """A statement on lines of a readable width, each broken where it is least bad, as late as possible."""
     room = _WIDTH - len(_INDENT)
     breaks = list(_breaks(statement))
     start, indent = 0, ""
     while len(indent) + len(statement) - start > room:
-        fitting = [(depth, -end) for end, depth in breaks if start < end <= start + room - len(indent)]
+        fitting = [(badness, -end) for end, badness in breaks if start < end <= start + room - len(indent)]
         end = -min(fitting)[1] if fitting else next((end for end, _ in breaks if end > start), len(statement))
         yield indent + statement[start:end].rstrip()
         start, indent = end, _INDENT
@@ -289,14 +290,14 @@ def _broken(statement: str) -> Iterator[str]:
 
 
 def _breaks(statement: str) -> Iterator[tuple[int, float]]:
-    """Where a line may end: after a comma, rather than after an opening parenthesis; with the number of open brackets."""
+    """Where a line may end, and how bad that would be: after a comma, best inside few brackets; else after a parenthesis."""
     depth, quoted = 0, False
     for i, letter in enumerate(statement):
         quoted ^= letter == '"' and statement[i - 1] != "\\"
         if quoted:
             continue
-        depth += (letter in "([{") - (letter in ")]}")
+        depth += (letter in "({") + 2 * (letter == "[") - (letter in ")}") - 2 * (letter == "]")
         if letter == "(":
-            yield i + 1, depth + 0.5
+            yield i + 1, depth + 2.5
         elif depth and statement.startswith(", ", i):
             yield i + 2, depth

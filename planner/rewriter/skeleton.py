@@ -165,7 +165,7 @@ def held_rows(model: nn.Module, step: Step, stored: dict[str, torch.Tensor]) -> 
             expected = _expected(name, keys[name], tensor.stride(), flags[name])
             options = _options(expected, step.joint.device)
             if kind == "parameter":
-                options = [option for option in options if option != "requires_grad=True"]
+                options = [option for option in options if option not in ("requires_grad=True", "backward=True")]
                 options += [] if expected.requires_grad else ["requires_grad=False"]
             if kind == "unsaved":
                 options.append(f"value={value_text(name, tensor, stored, step.joint.device)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,13 +173,15 @@ class _Source:
         is_backward = direction == "backward"
         groups = repeated(written, self._words)
         stems = [f"{snake(type(self._model.get_submodule(blocks[0].prefix)).__name__)}_{direction}" for blocks in groups]
+        pieces = Counter(block.prefix for blocks in groups for block in blocks)
         functions: list[_Function] = []
         for stem, blocks in zip(stems, groups, strict=True):
             taken = {*_TAKEN, self._class, *self._words.kernels.values(), *(function.name for function in functions)}
             name = unique(stem, taken)
             body = blocks[0].body
             parameters = ["at", "w", "kept", *(["grads"] if is_backward else []), *body.argument_names]
-            doc = f"{direction.capitalize()} of {counted([block.prefix for block in blocks])}."
+            what = f"A part of the {direction}" if pieces[blocks[0].prefix] > 1 else direction.capitalize()
+            doc = f"{what} of {counted([block.prefix for block in blocks])}."
             functions.append(_Function(name, _function(name, ", ".join(parameters), doc, body.text), tuple(blocks)))
         calls = [
             Call(block.start, block.stop, block.prefix, function.name, block.body.arguments, block.body.results)

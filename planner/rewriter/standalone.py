@@ -48,7 +48,8 @@ class Expected:
         name: of a parameter or buffer, as in state_dict; of an argument, as in the code below.
         stride: None where it is contiguous.
         device: None where it is the step's.
-        backward: the backward reads it again; nobody may write into it in between.
+        backward: the backward reads it again; nobody may write into it in between. Not said of parameters, for whom it always
+            holds.
         written: the forward itself writes into it.
     """
 
@@ -187,9 +188,10 @@ def run_step(model: nn.Module, step: Step, arguments: dict[str, Any]) -> tuple[t
     _check(model, step, weights)
     w = weights | step.constants | {name: tensor for name, (_, tensor) in given.items()}
     _check_values(step, w)
-    everything = [*(one.tensor for one in step.held), *(expected for expected, _ in given.values())]
-    checked = [one.name for one in everything if one.backward and not one.written]
-    unchecked = [one.name for one in everything if one.backward and one.written]
+    everything = [*(one.tensor for one in step.held if not one.same_as), *(expected for expected, _ in given.values())]
+    again = {one.tensor.name for one in step.held if one.kind == "parameter"} | {one.name for one in everything if one.backward}
+    checked = [one.name for one in everything if one.name in again and not one.written]
+    unchecked = [one.name for one in everything if one.name in again and one.written]
     trained = [one.name for one in everything if one.requires_grad and one.name not in step.without_gradient]
     with torch.autocast(step.device.type, enabled=False):  # every cast is written out
         names = (checked, unchecked, trained)
