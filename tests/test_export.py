@@ -191,6 +191,11 @@ def activations_again(graph: Any) -> Schedule:
     return lazy_schedule(graph, [name for op in graph.ops if "mlp.act" not in op.source for name in op.writes])
 
 
+@functools.cache
+def with_activations_again(layers: int) -> CheckpointedModule:
+    return by_schedule(gpt2(layers), activations_again)
+
+
 @pytest.mark.parametrize("made", ["by the solver", "by hand"])
 def test_the_peak_is_the_plans(made, tmp_path):
     from examples.gpt2 import build
@@ -209,7 +214,7 @@ def test_the_peak_is_the_plans(made, tmp_path):
 def test_more_layers_are_more_calls_of_the_same_functions(tmp_path):
     texts, defined = [], []
     for layers in (3, 6):
-        planned = by_schedule(gpt2(layers), activations_again)
+        planned = with_activations_again(layers)
         assert planned.plan.solution.schedule.recomputes()
         export_source(planned, tmp_path / "gpt2_ckpt.py")
         texts.append((tmp_path / "gpt2_ckpt.py").read_text())
@@ -222,7 +227,7 @@ def test_more_layers_are_more_calls_of_the_same_functions(tmp_path):
 
 
 def test_it_says_what_is_kept_recomputed_and_where_from(tmp_path):
-    planned = by_schedule(gpt2(), activations_again)
+    planned = with_activations_again(3)
     export_source(planned, tmp_path / "gpt2_ckpt.py")
     text = (tmp_path / "gpt2_ckpt.py").read_text()
     head, _, code = text.partition("def gpt2_block_forward")
