@@ -7,8 +7,6 @@ import pickle
 import random
 import subprocess
 import sys
-from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,104 +15,21 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
-from planner import CheckpointedModule, ExportError, InputError, export_source, plan
+from planner import CheckpointedModule, export_source, plan
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
-from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
 from planner.rewriter.names import counted
 from planner.rewriter.skeleton import constant_text, folded
 from planner.rewriter.step import make_step
 from planner.solver.lazy import lazy_schedule
 from planner.tracer.capture import capture
-from planner.tracer.lower import kernel_nodes, lower
-from tests import exported, models
+from planner.tracer.lower import lower
+from tests import exported
+from tests.export_cases import CASES, block_functions, branching, by_schedule, gpt2, recompute_everything, step_of, write
 from tests.strategies import scatter, schedules
-
-
-@dataclass
-class Scored:
-    loss: torch.Tensor
-    scores: torch.Tensor
-
-
-torch.export.register_dataclass(Scored)
-Pair = namedtuple("Pair", "mean parts")
-
-
-class Outputs(nn.Module):
-    """Nested arguments and outputs, a gradient for an argument, a tensor of its own, buffers of every kind."""
-
-    def __init__(self, out: str) -> None:
-        super().__init__()
-        self.out = out
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-        self.second.weight, self.idle = self.first.weight, nn.Linear(2, 2)
-        self.register_buffer("scale", torch.linspace(0.5, 1.5, 6), persistent=False)
-        self.register_buffer("large", torch.linspace(0.1, 0.9, 600).view(100, 6), persistent=False)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.hidden, self.same = torch.tensor([1.0, float("inf"), 0.0, -1.0, 2.0, 0.5]), torch.full((4, 1), 0.5)
-
-    def forward(self, batch: dict[str, Any], /, scale: torch.Tensor, *rest: float, mode: str = "sum", **more: Any) -> Any:
-        self.count += 1
-        x = self.first(batch["x"] * self.scale * scale).tanh()
-        x = F.dropout(self.second(x), 0.15) + self.hidden.clamp(max=rest[0]) * self.same + batch["more"][0] + self.large.sum(0)
-        if self.out == "namedtuple":
-            return Pair(x.mean(), (x, [x.sum(0), 3, None]))
-        return Scored(x.square().mean(), x) if self.out == "dataclass" else (x, batch["x"])
-
-
-def outputs(out: str) -> models.Built:
-    batch = {"x": torch.randn(4, 6), "more": [torch.randn(6), "text"], "idle": torch.ones(1, requires_grad=True)}
-    return Outputs(out), (batch, torch.rand(6, requires_grad=True), 2.0), {"mode": "sum", "other": True}
-
-
-def gpt2(layers: int = 3) -> models.Built:
-    from examples.gpt2 import build
-
-    return build(layers=layers, width=32, heads=2, length=32, vocabulary=64)
-
-
-CASES = {
-    **models.MODELS,
-    "gpt2": gpt2,
-    **{out: functools.partial(outputs, out) for out in ("namedtuple", "dataclass", "tuple")},
-    "attention-bf16": models.attention,
-    "convolution-bf16": models.convolution,
-}
-
-
-def step_of(name: str, seed: int) -> tuple[CheckpointedModule, Any, Any, torch.dtype | None]:
-    """A planned module by a random schedule; the call; autocast."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model, args, kwargs = CASES[name]()
-    dtype = torch.bfloat16 if name.endswith("bf16") else None
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        joint = capture(model, args, kwargs)
-        schedule = scatter(lower(joint), random.Random(seed), keep=0.5)
-        made = Plan(lower(joint), 2**40, 0, Solution("feasible", schedule, 0, 0.0, "chance"), (("torch", torch.__version__),))
-        return CheckpointedModule(model, make_step(made, joint, model, args, kwargs, 4), made), args, kwargs, dtype
-
-
-def write(planned: CheckpointedModule, path: Path) -> Any:
-    """Export, load into this process, and fill with the original's weights."""
-    export_source(planned, path)
-    module = exported.load(path)
-    module.model = module.model_class()
-    module.model.load_state_dict(planned.original.state_dict())
-    return module
-
-
-def block_functions(module: Any) -> list[str]:
-    return [
-        name
-        for name, f in vars(module).items()
-        if inspect.isfunction(f) and list(inspect.signature(f).parameters)[0:1] == ["at"]
-    ]
 
 
 def assert_same(expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -176,14 +91,6 @@ def peak(module: nn.Module, planned: CheckpointedModule, kwargs: Any) -> int:
     graph = planned.plan.graph
     resident = sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
     return logical_peak(step, planned.device) + resident
-
-
-def by_schedule(built: models.Built, schedule_of: Any, *, measured: bool = False) -> CheckpointedModule:
-    model, args, kwargs = built
-    joint = capture(model, args, kwargs)
-    graph = lower(joint, measure(kernel_nodes(joint), joint.device, progress=False) if measured else None)
-    made = Plan(graph, 2**40, 0, Solution("feasible", schedule_of(graph), 0, 0.0, "test"))
-    return CheckpointedModule(model, make_step(made, joint, model, args, kwargs, 4), made)
 
 
 def activations_again(graph: Any) -> Schedule:
@@ -274,83 +181,6 @@ def test_copies_and_accumulation_train_like_the_original(tmp_path):
         loss.backward()
 
 
-def untie(module: nn.Module) -> None:
-    module.head.weight = nn.Parameter(module.head.weight.detach().clone())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m, x: m(x[:1]), r"tokens is torch.int64 \[1, 6\] .*, and was torch.int64 \[2, 6\] .* when planned"),
-        (lambda m, x: m(x.tolist()), "tokens is a list, and was a tensor when planned"),
-        (lambda m, x: m(x.t().contiguous().t()), "tokens has strides"),
-        (lambda m, x: m.eval()(x), "load the state_dict into the original model"),
-        (lambda m, x: torch.no_grad()(m)(x), "load the state_dict into the original model"),
-        (lambda m, x: m.requires_grad_(False)(x), "embed.weight is .* requires_grad=False, and was"),
-        (lambda m, x: m.double()(x), "embed.weight is torch.float64"),
-        (lambda m, x: (untie(m), m(x)), "added, removed or untied: head.weight"),
-        (lambda m, x: torch.autocast("cpu", torch.bfloat16)(m)(x), "autocast is"),
-    ],
-)
-def test_another_call_is_an_error_that_says_what_differs(change, message, tied_file):
-    found, args = tied_file
-    model = copy.deepcopy(found.model)
-    with pytest.raises(found.CallError, match=message):
-        change(model, *args)
-
-
-@pytest.fixture(scope="module")
-def tied_file(tmp_path_factory):
-    planned, args, _, _ = step_of("tied", 1)
-    return write(planned, tmp_path_factory.mktemp("tied") / "tied_ckpt.py"), args
-
-
-@pytest.mark.parametrize(
-    ("backward", "message"),
-    [
-        (lambda out: out["loss"].backward(create_graph=True), "no second derivative"),
-        (lambda out: out["logits"].sum().backward(), "differentiates only loss"),
-        (lambda out: torch.autocast("cpu", torch.bfloat16)(out["loss"].backward)(), "inside autocast"),
-    ],
-)
-def test_a_backward_that_it_does_not_hold_is_an_error(backward, message, tied_file):
-    found, args = tied_file
-    out = found.model(*args)
-    with pytest.raises(found.BackwardError, match=message):
-        backward(out)
-
-
-@pytest.mark.parametrize("written", ["argument", "body.weight"])
-def test_a_write_between_forward_and_backward_is_an_error_as_in_eager(written, tied_file):
-    found, args = tied_file
-    model, x = copy.deepcopy(found.model), args[0].clone()
-    loss = model(x)["loss"]
-    with torch.no_grad():
-        (x if written == "argument" else model.body.weight).add_(0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-class Branching(nn.Module):
-    """Its way depends on a value of a tensor, its dropout is drawn again in the backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        x = torch.rrelu(self.body(x).tanh(), training=True)
-        return (x * mask if not mask.all() else x).tanh().square().mean()
-
-
-def branching() -> models.Built:
-    return Branching(), (torch.randn(32, 64), torch.ones(32, 64, dtype=torch.bool)), {}
-
-
-def recompute_everything(graph: Any) -> Schedule:
-    return scatter(graph, random.Random(0), keep=0.0)
-
-
 def test_a_value_that_was_read_is_read_again_and_random_kernels_run_under_their_state(tmp_path):
     planned = by_schedule(branching(), recompute_everything)
     found = write(planned, tmp_path / "branching.py")
@@ -359,7 +189,7 @@ def test_a_value_that_was_read_is_read_again_and_random_kernels_run_under_their_
     x, mask = torch.randn(32, 64), torch.ones(32, 64, dtype=torch.bool)
     assert_same(exported.train(copy.deepcopy(planned.original), (x, mask), {}), exported.train(found.model, (x, mask), {}))
     mask[0, 0] = False
-    with pytest.raises(found.CallError, match=r"the value that the model read at test_export.py:\d+ is False, and was True"):
+    with pytest.raises(found.CallError, match=r"the value that the model read at export_cases.py:\d+ is False, and was True"):
         found.model(x, mask)
 
 
@@ -374,61 +204,6 @@ def test_the_generator_is_put_back_when_a_backward_fails(tmp_path):
     with pytest.raises(ZeroDivisionError):
         loss.backward()
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_a_step_with_a_part_that_runs_as_it_is_is_refused(tmp_path):
-    model = nn.ModuleDict({"rnn": nn.LSTM(4, 4, batch_first=True), "head": nn.Linear(4, 1)})
-    model.forward = lambda x: model["head"](model["rnn"](x)[0]).mean()
-    planned = plan(model, 1.0, (torch.randn(2, 3, 4),), costs="estimate", progress=False)
-    with pytest.raises(ExportError, match=r"the plan runs rnn \(a LSTM\) as the model has it"):
-        export_source(planned, tmp_path / "model.py")
-    assert not list(tmp_path.iterdir())
-
-
-@torch.library.custom_op("planner_tests::doubled", mutates_args=())
-def doubled(x: torch.Tensor) -> torch.Tensor:
-    """A kernel that plain torch does not have."""
-    return x * 2
-
-
-doubled.register_fake(torch.empty_like)
-doubled.register_autograd(lambda ctx, grad: grad * 2)
-
-
-class Custom(nn.Linear):
-    def forward(self, x: torch.Tensor, settings: object = None) -> torch.Tensor:
-        return doubled(super().forward(x)).sum()
-
-
-class Stateful(nn.Linear):
-    def get_extra_state(self) -> int:
-        return 3
-
-    def set_extra_state(self, state: int) -> None:
-        assert state == 3
-
-
-@pytest.mark.parametrize(
-    ("model", "args", "message"),
-    [
-        (Custom(3, 3), (), "planner_tests.doubled.default, which plain torch does not have"),
-        (Custom(3, 3), (object,), r"argument settings of the planned call: a type .* cannot be written"),
-        (Stateful(3, 3), (), "state_dict differs from its parameters and buffers in _extra_state"),
-    ],
-)
-def test_what_torch_alone_cannot_do_is_refused(model, args, message, tmp_path):
-    planned = by_schedule((model, (torch.randn(2, 3), *args), {}), lambda graph: Schedule(tuple(range(len(graph.ops)))))
-    with pytest.raises(ExportError, match=message):
-        export_source(planned, tmp_path / "model.py")
-
-
-def test_bad_paths_and_other_modules_are_refused(tmp_path):
-    planned, _, _, _ = step_of("mlp", 0)
-    for path in ("model.txt", "my-model.py", "folder/model.py", "."):
-        with pytest.raises(InputError, match=r"cannot (export to|write)"):
-            export_source(planned, tmp_path / path)
-    with pytest.raises(InputError, match="takes the module that plan\\(\\) returned, not a Linear"):
-        export_source(nn.Linear(1, 1), tmp_path / "model.py")
 
 
 def test_the_signature_is_the_originals(tmp_path):

@@ -151,7 +151,9 @@ class _Source:
         outside = {node: ("w", self._key(i)) for node, i in zip(_placeholders(halves.forward), before, strict=True)}
         forward = half(halves.forward, ops, sources, ran, outside, handed[:num_results])
         values = ValueNames(forward, {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]})
-        keys = [values.key(*forward.place(node)) for node in handed[num_results:]]
+        keys: dict[str, None] = {}
+        for node in handed[num_results:]:
+            keys[unique(values.key(*forward.place(node)), keys)] = None
         kept = {node: ("kept", key) for node, key in zip(handed[num_results:], keys, strict=True)}
 
         places = [("kept", key) for key in keys]
