@@ -45,6 +45,6 @@ def check_elsewhere(elsewhere: Elsewhere) -> None:
     """Raise InputError for what a trace for a device that is not here cannot hold."""
     if torch.is_autocast_enabled("cuda") or (elsewhere.capability is not None and torch.is_autocast_enabled("cpu")):
         raise InputError(
-            f"autocast is on, and which kernels it casts for on {elsewhere.name} cannot be traced here: plan a model in the dtype "
-            "it trains in, model.to(torch.bfloat16), or plan on the device"
+            f"autocast is on, and which kernels it casts for on {elsewhere.name} cannot be traced here: plan a model of the "
+            "dtype it trains in, model.to(torch.bfloat16), or plan on the device"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from planner._torch import pytree, untraced
+from planner._torch import OpOverload, pytree, untraced
 
 
 class Constants:
@@ -18,6 +18,8 @@ class Constants:
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """A kernel was called. One that writes into a constant ends all that is known: nobody follows the views."""
         known = [id(tensor) in self._made for tensor in _tensors((args, kwargs))]
+        if not isinstance(func, OpOverload):
+            return
         if func._schema.is_mutable:
             if any(known):
                 self._made.clear()
