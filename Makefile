@@ -1,6 +1,6 @@
 PYTHON := .venv/bin/python
 
-.PHONY: install test zoo lint types bench bench-solver
+.PHONY: install test zoo lint types bench bench-compare bench-solver
 
 install:
 	python3 -m venv .venv
@@ -20,6 +20,9 @@ types:
 
 bench:
 	$(PYTHON) -m benchmarks.main_job
+
+bench-compare:
+	$(PYTHON) -m benchmarks.compare
 
 bench-solver:
 	$(PYTHON) -m benchmarks.solver

@@ -113,7 +113,7 @@ def run_module(module: str, arguments: Sequence[str], settings: Mapping[str, str
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s
         )
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"not done after {limit_s:.0f} s: {' '.join(command)}") from error
+        raise RuntimeError(f"not done after {limit_s:g} s: {' '.join(command)}") from error
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
@@ -123,8 +123,10 @@ def mib(nbytes: int) -> str:
     return f"{nbytes / MIB:.1f}"
 
 
-def markdown(columns: Mapping[str, Callable[[Record], str]], records: Iterable[Record]) -> str:
-    """Return a Markdown table, a row for each record; a column is its title and what it shows of a record."""
+def markdown(columns: Mapping[str, Callable[[Record], str]], records: Sequence[Record]) -> str:
+    """Return a Markdown table, a row for each record; a column is its title and what it shows of a record. "" of no records."""
+    if not records:
+        return ""
     rows = [list(columns), ["---"] * len(columns)]
     rows += [[column(record) for column in columns.values()] for record in records]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

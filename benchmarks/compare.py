@@ -1,7 +1,7 @@
 """What people use to train in less memory, next to plans for the same peak: bytes, time, and whether results change.
 
-    python -m benchmarks.compare --out benchmarks/results/compare-2026-11-25.jsonl [--models gpt2 unet] [--methods selective]
-    python -m benchmarks.compare --table benchmarks/results/compare-2026-11-25.jsonl
+    python -m benchmarks.compare [--models gpt2 unet] [--methods selective ours-0.5] [--out FILE.jsonl]
+    python -m benchmarks.compare --table FILE.jsonl
 
 A case is one model and one method: a rival (benchmarks/rivals.py) beside a plan whose budget is the rival's measured logical
 peak, or a plan at a share of eager's. Peaks are above the resident bytes (parameters, buffers, inputs). Each case runs in two
@@ -17,6 +17,7 @@ import json
 import math
 import pickle
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,8 +40,9 @@ from planner.graph.plan import Plan
 MODELS = ("gpt2", "llama", "bert", "vit", "resnet50", "unet")
 SHARES = {f"ours-{share}": share for share in (0.8, 0.65, 0.5, 0.4, 0.3)}
 METHODS = (*RIVALS, *SHARES)
+RESULTS = Path(__file__).parent / "results" / f"compare-{time.strftime('%Y-%m-%d')}.jsonl"
 SEED = 1
-LIMIT_S = 900.0  # for a process; inductor compiles for minutes
+LIMIT_S = 1200.0  # for a process; inductor compiles for minutes
 
 Results = dict[str, dict[str, Tensor | None]]
 
@@ -187,7 +189,7 @@ def measure_physical(name: str, method: str, pickle_file: Path, scale: float = 1
 
 def run_case(name: str, method: str, rounds: int, cache: str, scale: float = 1.0, **sizes: Any) -> Record:
     """Run one case in fresh processes; that it does not apply, or failed, becomes a record that says why."""
-    head = {"model": name, "method": method, "scale": scale, "machine": cases.machine()}
+    head = {"model": name, "method": method, "scale": scale, "sizes": sizes, "machine": cases.machine()}
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "OMP_NUM_THREADS": "1",
@@ -197,6 +199,7 @@ def run_case(name: str, method: str, rounds: int, cache: str, scale: float = 1.0
         }
         case = ["--case", name, method, f"{folder}/planned.pickle"]
         case += ["--scale", str(scale), "--sizes", json.dumps(sizes), "--rounds", str(rounds)]
+        record: Record = {}
         try:
             record = cases.run_module("benchmarks.compare", case, settings, LIMIT_S)
             if "not_applicable" not in record:
@@ -205,34 +208,42 @@ def run_case(name: str, method: str, rounds: int, cache: str, scale: float = 1.0
                 for side, nbytes in peaks.items():
                     record[side]["physical_bytes"] = nbytes
         except RuntimeError as error:
-            record = {"error": str(error)}
+            record["error"] = str(error)
     return head | record
 
 
 def run_here(options: argparse.Namespace) -> Record:
-    """Measure the one case that this process was started for."""
+    """Measure the one case that this process was started for; what it raises ends the process with one line."""
     name, method, pickled = options.case
-    if options.physical:
-        return measure_physical(name, method, Path(pickled), options.scale, **options.sizes)
     try:
+        if options.physical:
+            return measure_physical(name, method, Path(pickled), options.scale, **options.sizes)
         return measure_case(name, method, options.rounds, Path(pickled), options.scale, **options.sizes)
     except NotApplicable as reason:
         return {"not_applicable": str(reason)}
+    except Exception as error:  # of any method: torch's messages end in advice, their first line says what happened
+        sys.exit(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def case_of(record: Record) -> tuple[str, str, float, str]:
+    """What a record is of."""
+    return record["model"], record["method"], record["scale"], json.dumps(record["sizes"], sort_keys=True)
 
 
 def read(files: Sequence[Path]) -> list[Record]:
     """The latest record of each case, in the order of models and methods."""
     lines = [line for file in files if file.exists() for line in file.read_text(encoding="utf-8").splitlines()]
-    latest = {(r["model"], r["method"], r["scale"]): r for r in map(json.loads, lines)}
+    latest = {case_of(record): record for record in map(json.loads, lines)}
     return sorted(latest.values(), key=lambda r: (r["scale"], MODELS.index(r["model"]), METHODS.index(r["method"])))
 
 
 def run_all(options: argparse.Namespace) -> None:
     """Run the cases that have no record yet; append a record for each as soon as it is done."""
-    done = {(r["model"], r["method"], r["scale"]) for r in read([options.out]) if "error" not in r}
+    done = {case_of(record) for record in read([options.out]) if "error" not in record}
     with tempfile.TemporaryDirectory() as cache:
         for name, method in product(options.models, options.methods):
-            if (name, method, options.scale) in done:
+            asked = {"model": name, "method": method, "scale": options.scale, "sizes": options.sizes}
+            if case_of(asked) in done:
                 continue
             start = time.perf_counter()
             record = run_case(name, method, options.rounds, cache, options.scale, **options.sizes)
@@ -248,7 +259,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--scale", type=float, default=1.0, help="batches this many times as large (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="of timing: each is a step of every side and a second eager one")
-    parser.add_argument("--out", type=Path, default=Path("compare.jsonl"), help="JSON lines; appended")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines; appended (default: of today)")
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSONL", help="only make the Markdown table of these records")
     parser.add_argument("--case", nargs=3, metavar=("MODEL", "METHOD", "PICKLE"), help="run one case here, print its record")
     parser.add_argument("--sizes", type=json.loads, default={}, metavar="JSON", help="of the model: arguments of its builder")

@@ -20,7 +20,7 @@ def tables(records: list[Record]) -> str:
     parts = [
         ("What people use, and ours at the same peak", markdown(RIVALS, rivals)),
         ("Ours at shares of the plain peak", markdown(SHARES, shares)),
-        ("Did the cost model tell the truth?", markdown(TRUTH, [*truths(plans)])),
+        ("Did the cost model tell the truth?", markdown(TRUTH, truths(plans))),
         ("Not applicable", listed(records, "not_applicable")),
         ("Failed", listed(records, "error")),
     ]
@@ -103,12 +103,10 @@ SHARES: Columns = {
 }
 
 
-def truths(plans: list[Record]) -> Iterable[Record]:
+def truths(plans: list[Record]) -> list[Record]:
     """Predicted against measured, for the plans of each model and for all of them."""
-    by_model = [(model, list(group)) for model, group in groupby(plans, key=lambda record: record["model"])]
-    for model, group in [*by_model, ("all", plans)]:
-        if group:
-            yield truth(model, group)
+    groups = [(model, list(group)) for model, group in groupby(plans, key=lambda record: record["model"])]
+    return [truth(model, group) for model, group in [*groups, ("all", plans)] if group]
 
 
 def truth(model: str, plans: list[Record]) -> Record:

@@ -15,6 +15,7 @@ def build(layers=12, width=256, heads=4, length=256, batch=4, vocabulary=4096, d
         vocab_size=vocabulary,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        use_cache=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -48,7 +48,7 @@ def test_a_recompute_that_updates_running_statistics_twice_shows_in_the_buffers(
 
 def test_what_torch_compile_draws_and_returns_is_compared():
     eager, rival = sides("unet", "aot_eager-0.5")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     assert rival["difference"]["loss"] < 1e-4
     assert rival["logical_bytes"] < eager["logical_bytes"]
 
@@ -112,22 +112,29 @@ def test_a_case_with_a_rival_that_changes_results(tmp_path, monkeypatch):
     assert "| gpt2 | 1 |" in text and "| all | 1 |" in text
 
 
-def options(out, **changed):
-    asked = {"models": ["unet"], "methods": ["transformers"], "scale": 1.0, "rounds": 2, "sizes": SMALL["unet"], "out": out}
-    return Namespace(**asked | changed)
+def options(out):
+    return Namespace(models=["unet"], methods=["transformers"], scale=1.0, rounds=2, sizes=SMALL["unet"], out=out)
 
 
-def test_a_case_fails_in_its_own_process_is_recorded_and_is_run_again(tmp_path, capsys):
+def test_a_case_that_fails_is_recorded_and_run_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "records.jsonl"
-    compare.run_all(options(out, sizes={"nonsense": 1}))
-    assert "nonsense" in compare.read([out])[0]["error"]
-    compare.run_all(options(out))
+    with monkeypatch.context() as changed:
+        changed.setattr(compare, "LIMIT_S", 0.01)
+        compare.run_all(options(out))
+    assert "not done after 0.01 s" in compare.read([out])[0]["error"]
+    for _ in range(2):  # the second finds it done
+        compare.run_all(options(out))
+    assert [("error" in json.loads(line)) for line in out.read_text().splitlines()] == [True, False]
     (record,) = compare.read([out])
     assert record["not_applicable"] == "no model of transformers"
-    compare.run_all(options(out))
-    assert [("error" in json.loads(line)) for line in out.read_text().splitlines()] == [True, False]
-    assert "- unet, transformers: no model of transformers" in tables(compare.read([out]))
-    assert "nonsense" in capsys.readouterr().out
+    assert "- unet, transformers: no model of transformers" in tables([record])
+    assert "unet transformers: not done after" in capsys.readouterr().out
+
+
+def test_an_error_is_told_in_one_line():
+    case = Namespace(case=("unet", "eager", "planned.pickle"), physical=False, rounds=2, scale=1.0, sizes={"nonsense": 1})
+    with pytest.raises(SystemExit, match=r"TypeError: .*nonsense"):
+        compare.run_here(case)
 
 
 def test_a_plan_below_the_floor_is_told_in_its_row():
