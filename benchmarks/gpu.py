@@ -72,12 +72,13 @@ class Bench:
         self.resident_bytes = cases.resident_bytes(self.model, self.args, self.kwargs)
 
     def step(self, model: nn.Module, forward: Forward) -> Callable[[], Tensor]:
-        """Forward and backward from empty gradients; returns the loss."""
+        """Forward and backward from empty gradients, which holds the output as training loops do; returns the loss."""
 
         def run() -> Tensor:
             model.zero_grad(set_to_none=True)
             with self.cast():
-                loss = cases.loss_of(forward(*self.args, **self.kwargs))
+                out = forward(*self.args, **self.kwargs)
+            loss = cases.loss_of(out)
             loss.backward()
             return loss.detach()
 
@@ -175,15 +176,17 @@ def cases_of(bench: Bench, rounds: int) -> Iterator[tuple[str, Callable[[], dict
         return compared(bench, model, RIVALS[method](model), plain, rounds)
 
     def largest() -> dict[str, Any]:
-        build = (BUILDERS | SMALL)[bench.name] if bench.device.type == "cuda" else SMALL[bench.name]
-        whole = torch.cuda.get_device_properties(bench.device).total_memory if bench.device.type == "cuda" else 2**25
+        build, whole, limit_s = SMALL[bench.name], 2**22, 0.5
+        if bench.device.type == "cuda":
+            build, limit_s = BUILDERS[bench.name], 4.0
+            whole = torch.cuda.get_device_properties(bench.device).total_memory
 
         def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
             _, args, kwargs = build(batch=batch)
             return tuple(arg.to(bench.device) for arg in args), {key: arg.to(bench.device) for key, arg in kwargs.items()}
 
         with bench.cast():
-            found = max_batch(inputs, bench.model, int(0.9 * whole), costs="estimate", time_limit_s=4)
+            found = max_batch(inputs, bench.model, int(0.9 * whole), costs="estimate", time_limit_s=limit_s)
         return {"summary": found.summary()}
 
     yield "eager", eager

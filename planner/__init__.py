@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from planner.profiler.estimate import DeviceModel
     from planner.report.batches import MaxBatch
     from planner.report.sweep import Sweep
+    from planner.rewriter.export.source import export_source
     from planner.rewriter.install import install, uninstall
     from planner.rewriter.module import CheckpointedModule, PlanMissWarning
-    from planner.rewriter.source import export_source
     from planner.verification import Report, verify
 
 _HOMES = {
@@ -59,7 +59,7 @@ _HOMES = {
     "planner.report.batches": ("MaxBatch",),
     "planner.report.sweep": ("Sweep",),
     "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
-    "planner.rewriter.source": ("export_source",),
+    "planner.rewriter.export.source": ("export_source",),
     "planner.verification": ("Report", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -21,8 +21,8 @@ from planner.graph.graph import Kind
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.profiler.memory import logical_peak
-from planner.rewriter.names import counted
-from planner.rewriter.skeleton import constant_text, folded
+from planner.rewriter.export.names import counted
+from planner.rewriter.export.skeleton import constant_text, folded
 from planner.rewriter.step import make_step
 from planner.solver.lazy import lazy_schedule
 from planner.tracer.capture import capture

@@ -121,3 +121,10 @@ def test_bad_paths_and_other_modules_are_refused(tmp_path):
             export_source(planned, tmp_path / path)
     with pytest.raises(InputError, match="takes the module that plan\\(\\) returned, not a Linear"):
         export_source(nn.Linear(1, 1), tmp_path / "model.py")
+
+
+def test_a_step_planned_from_afar_is_exported_where_it_runs(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1)).train()
+    planned = plan(model, 1.0, (torch.randn(4, 8),), device="H100-80GB", progress=False)
+    with pytest.raises(ExportError, match=r"from afar, for H100-80GB.*`apply` it on that device"):
+        export_source(planned, tmp_path / "far.py")

@@ -15,9 +15,9 @@ from torch import nn
 from planner._torch import pytree
 from planner.errors import ExportError
 from planner.graph.graph import Kind
+from planner.rewriter.export.names import literal, quoted, unique
+from planner.rewriter.export.standalone import Expected
 from planner.rewriter.guard import TensorKey
-from planner.rewriter.names import literal, quoted, unique
-from planner.rewriter.standalone import Expected
 from planner.rewriter.step import Step
 
 _MOST_NUMBERS = 64

@@ -17,12 +17,12 @@ from torch import fx
 from planner._torch import KEEPS_GRAPH_IMPORT, OpOverload, results
 from planner.errors import ExportError, InputError
 from planner.graph.graph import Kind
-from planner.rewriter import skeleton, standalone
-from planner.rewriter.body import Body, Call, Words, wrapped
-from planner.rewriter.fold import Block, repeated
-from planner.rewriter.lines import Half, half
+from planner.rewriter.export import skeleton, standalone
+from planner.rewriter.export.body import Body, Call, Words, wrapped
+from planner.rewriter.export.fold import Block, repeated
+from planner.rewriter.export.lines import Half, half
+from planner.rewriter.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.rewriter.module import CheckpointedModule, unplanned_forward
-from planner.rewriter.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.tracer import kernels
 from planner.tracer.joint import Input
 
@@ -110,7 +110,7 @@ class _Source:
     def __init__(self, planned: CheckpointedModule, stem: str) -> None:
         self._planned, self._stem, self._step, self._model = planned, stem, planned.step, planned.original
         self._joint, self._halves = self._step.joint, self._step.halves
-        _refuse_parts(planned)
+        _check_exportable(planned)
         self.stored: dict[str, torch.Tensor] = {}
         self._class = unique(type(self._model).__name__, _TAKEN)
         self._arguments = skeleton.arguments(unplanned_forward(self._model), self._step)
@@ -300,8 +300,13 @@ It trains bit for bit like the original within this plan:
         return "STEP = Step(\n" + "".join(f"    {name}={text},\n" for name, text in facts.items()) + ")"
 
 
-def _refuse_parts(planned: CheckpointedModule) -> None:
-    """Raise ExportError where submodules run as they are: their code is the user's."""
+def _check_exportable(planned: CheckpointedModule) -> None:
+    """Raise ExportError where submodules run as they are, whose code is the user's, or kernels are another device's."""
+    if planned.step.joint.elsewhere:
+        raise ExportError(
+            f"the step was planned from afar, for {planned.step.joint.elsewhere}: save the plan, `apply` it on that device, "
+            "and export there"
+        )
     modules = dict.fromkeys(spec.module for spec in planned.step.joint.parts.values())
     if modules:
         kinds = [f"{name} (a {type(planned.original.get_submodule(name)).__name__})" for name in modules]

@@ -1,4 +1,4 @@
-"""What every exported file holds besides its model: `planner.rewriter.source` writes the sources of `EMBEDDED` into it.
+"""What every exported file holds besides its model: `planner.rewriter.export.source` writes the sources of `EMBEDDED` into it.
 
 So this code is checked and tested here, and knows torch alone. In an exported file `backward` runs as one stage.
 """

@@ -1,0 +1,1 @@
+"""A planned step as one Python file that needs torch alone."""
