@@ -60,8 +60,7 @@ def plan(
         loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
             `.loss` or ["loss"], else every output that requires grad.
         reserve: bytes set aside within the budget.
-        costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes
-            times from FLOPs and bytes.
+        costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes times.
         time_limit_s: for the solver; the best plan found by then is taken.
         num_stages: in how many parts the backward hands out gradients, at most.
         progress: show a bar on stderr for stages that take more than a second.
@@ -71,12 +70,10 @@ def plan(
             data, its share of the peak does too.
         dynamic: hold for inputs of every size up to the planned one, too: plan for the largest batch and length. A step of
             a new size is captured when it first comes (seconds), and runs unplanned where its graph is another one.
-        device: plan for a device that is not here: a name such as "H100-80GB" (`planner.profiler.devices` lists them), or a
-            DeviceModel. Nothing is allocated: model and inputs may be on the meta device, or on the CPU. Kernels are those
-            that torch runs there, their times are estimated from published rates, and workspace is hardly known. The module
-            returned trains unplanned: save its plan, and `apply` it on the device.
-        optimizer: set its state aside, too: a name of torch.optim ("adamw") or what makes an optimizer of parameters,
-            such as `functools.partial(torch.optim.SGD, momentum=0.9)`.
+        device: plan for a device that is not here: a name such as "H100-80GB" (see `planner.devices`), or a DeviceModel. Model
+            and inputs may be on the meta device. Kernels are those that torch runs there, their times are estimated, and
+            workspace is hardly known. The module returned trains unplanned: save its plan, and `apply` it on the device.
+        optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
 
     Raises:
@@ -129,7 +126,7 @@ def sweep(
     loss: Loss = None,
     reserve: int | str = 0,
     costs: str = "measure",
-    time_limit_s: float = 4.5,
+    time_limit_s: float = 4.0,
     progress: bool = True,
     opaque: Collection[str] = (),
     device: str | DeviceModel | None = None,

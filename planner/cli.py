@@ -108,7 +108,7 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=int, default=20, metavar="N", help="how many budgets (default 20)")
     parser.add_argument("--low", type=_budget, help="the smallest budget (default: the lowest peak that is found soon)")
     parser.add_argument("--high", type=_budget, help="the largest budget (default: the plain step's peak)")
-    parser.add_argument("--time-limit", type=float, default=4.5, metavar="S", help="seconds for the solver (default 4.5)")
+    parser.add_argument("--time-limit", type=float, default=4.0, metavar="S", help="seconds for the solver (default 4)")
     parser.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (.png or .svg)")
     parser.add_argument("--verify", type=int, nargs="?", const=5, metavar="N", help="measure N of the plans (default 5)")
     parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
