@@ -118,7 +118,8 @@ def measure_case(
     for side in sides.values():
         side.compare(sides["eager"])
     times = timed(sides, rounds)
-    return {"resident_bytes": resident, **failed, **{side: sides[side].record for side in sides}, **times}
+    measured = {name: side.record for name, side in sides.items()}
+    return {"machine": cases.machine(), "resident_bytes": resident, **failed, **measured, **times}
 
 
 def planned_side(
@@ -189,7 +190,7 @@ def measure_physical(name: str, method: str, pickle_file: Path, scale: float = 1
 
 def run_case(name: str, method: str, rounds: int, cache: str, scale: float = 1.0, **sizes: Any) -> Record:
     """Run one case in fresh processes; that it does not apply, or failed, becomes a record that says why."""
-    head = {"model": name, "method": method, "scale": scale, "sizes": sizes, "machine": cases.machine()}
+    head = {"model": name, "method": method, "scale": scale, "sizes": sizes}
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "OMP_NUM_THREADS": "1",
