@@ -176,7 +176,7 @@ def cases_of(bench: Bench, rounds: int) -> Iterator[tuple[str, Callable[[], dict
         return compared(bench, model, RIVALS[method](model), plain, rounds)
 
     def largest() -> dict[str, Any]:
-        build, whole, limit_s = SMALL[bench.name], 2**22, 0.5
+        build, whole, limit_s = SMALL[bench.name], 2**20, 0.5
         if bench.device.type == "cuda":
             build, limit_s = BUILDERS[bench.name], 4.0
             whole = torch.cuda.get_device_properties(bench.device).total_memory

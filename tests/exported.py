@@ -1,6 +1,7 @@
 """Trains a model for three steps and says all that came of it. Runs where `planner` cannot be imported, too.
 
-python -I exported.py CASES.pt RESULTS.pt trains the exported files that CASES.pt lists.
+python -I exported.py CASES.pt RESULTS.pt THREADS trains the exported files that CASES.pt lists; bits depend on the number of
+threads, in eager too.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ def load(path: str | Path) -> Any:
     return module
 
 
-def main(cases: str, results: str) -> None:
+def main(cases: str, results: str, threads: str) -> None:
     """Train every case: (path, state_dict, args, kwargs, dtype) by name."""
     sys.modules.update(planner=None, transformers=None)
+    torch.set_num_threads(int(threads))
     found = {}
     for name, (path, state, args, kwargs, dtype) in torch.load(cases).items():
         model = load(path).model_class()

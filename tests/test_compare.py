@@ -19,6 +19,14 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A case sets one thread, for its own process; later tests keep theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def sides(name, *methods):
     """The sides of methods of rivals, compared with eager's results."""
     model, args, kwargs = cases.build(name, **SMALL[name])

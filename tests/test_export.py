@@ -54,7 +54,8 @@ def trained(tmp_path_factory):
         cases[name] = (str(path), copy.deepcopy(twin.state_dict()), *copy.deepcopy((args, kwargs)), dtype)
         expected[name] = exported.train(twin, args, kwargs, dtype)
     torch.save(cases, folder / "cases.pt")
-    run = [sys.executable, "-I", "-W", "error", exported.__file__, str(folder / "cases.pt"), str(folder / "found.pt")]
+    told = [str(folder / "cases.pt"), str(folder / "found.pt"), str(torch.get_num_threads())]
+    run = [sys.executable, "-I", "-W", "error", exported.__file__, *told]
     done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, expected, torch.load(folder / "found.pt")

@@ -14,6 +14,7 @@ from tests.training import assert_same, trajectory
 LOAD = """
 import sys, torch
 from tests.training import trajectory
+torch.set_num_threads(int(sys.argv[3]))
 found = {}
 for name, (planned, args, kwargs) in torch.load(sys.argv[1], weights_only=False).items():
     assert not planned.difference(args, kwargs)
@@ -30,7 +31,7 @@ def test_torch_save_and_load_in_a_fresh_process(tmp_path):
         assert made[name][0].plan.solution.schedule.recomputes()
     saved, trained = tmp_path / "planned.pt", tmp_path / "trained.pt"
     torch.save(made, saved)
-    run = [sys.executable, "-W", "error", "-c", LOAD, str(saved), str(trained)]
+    run = [sys.executable, "-W", "error", "-c", LOAD, str(saved), str(trained), str(torch.get_num_threads())]
     done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
     for name, (code, found) in torch.load(trained).items():
