@@ -287,6 +287,8 @@ def _capturable(trial: _Trial, options: Options) -> tuple[dict[str, _Child], dic
             module = trial.original.get_submodule(name)
             try:
                 _check_alone(trial, name, module)
+                if name not in calls:
+                    raise CaptureError("a second forward did not call it: what runs is drawn anew each time")
                 found[name] = _captured(module, calls.pop(name), trial.used[name], trial.device, options)
             except PlannerError as error:
                 children = [f"{name}.{child}" for child, _ in module.named_children()]

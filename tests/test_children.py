@@ -150,3 +150,21 @@ def test_speech_model_with_its_masks_and_ctc_loss_under_autocast():
     made.install(strict=True)
     assert not check.differences(expected, check.trajectory(model, args, kwargs, precision))
     uninstall(model)
+
+
+class Moody(nn.Module):
+    """Runs one of its halves, by a draw that no seed of torch governs."""
+
+    def __init__(self, turns):
+        super().__init__()
+        self.halves, self.turns = nn.ModuleList([tower(), tower()]), turns
+
+    def forward(self, x):
+        hidden = self.halves[next(self.turns)](x)
+        return hidden[hidden.sum(1) > 0].square().mean()
+
+
+def test_what_is_not_called_every_time_is_left():
+    model, args = Moody(iter([0] + 20 * [1])).train(), (torch.randn(64, 32),)
+    with pytest.raises(CaptureError, match="a second forward did not call it"):
+        planned(model, 1.0, args)
