@@ -140,6 +140,7 @@ def test_bad_input():
         planned(nn.Sequential(nn.LSTM(8, 8)).train(), 0.5, (torch.randn(4, 2, 8),), loss=lambda out: [out[0]])
 
 
+@pytest.mark.zoo
 def test_speech_model_with_its_masks_and_ctc_loss_under_autocast():
     model, args, kwargs = check.build("wav2vec2")
     precision = "bf16"

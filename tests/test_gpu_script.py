@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import gpu
 
 
+@pytest.mark.zoo
 def test_every_case_of_a_model_is_measured_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
     monkeypatch.setattr(gpu, "METHODS", ("transformers", "blocks"))
