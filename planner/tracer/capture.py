@@ -76,7 +76,7 @@ def _capture(
 ) -> Joint:
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    check_trainable(model, tensors)
+    check_trainable(model, len(tensors))
     if elsewhere is None:
         device = one_device(model, [leaves[i] for i in tensors])
     else:

@@ -11,9 +11,9 @@ from planner.errors import CaptureError, InputError
 from planner.tracer.elsewhere import Elsewhere
 
 
-def check_trainable(model: nn.Module, tensors: Sequence[int]) -> None:
-    """Raise what says why this is no training step that can be planned."""
-    if not tensors:
+def check_trainable(model: nn.Module, num_tensors: int) -> None:
+    """Raise what says why this is no training step that can be planned; `num_tensors`: among the call's arguments."""
+    if not num_tensors:
         raise InputError("no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y})")
     if not model.training:
         raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
