@@ -47,6 +47,8 @@ def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) 
     num_stages = max(1, min(num_stages, len(completed)))
     cuts = [completed[(k + 1) * len(completed) // num_stages - 1] for k in range(num_stages - 1)]
     stage_of = {node: sum(position > cut for cut in cuts) for node, position in order.items()}
+    for node in backward.find_nodes(op="call_function", target=operator.getitem):
+        stage_of[node] = stage_of[node.args[0]]  # a kernel's results part at once: no tuple travels between stages
 
     last_use: dict[fx.Node, int] = {}
     for node, stage in stage_of.items():
