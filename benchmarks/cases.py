@@ -69,7 +69,9 @@ def warm_peak(step: Step, peak: Callable[[Step], int], num_warm_ups: int = 2) ->
     return peak(step)
 
 
-def timed_plan(model: nn.Module, budget: int, args: Any, kwargs: Any) -> tuple[nn.Module, dict[str, float]]:
+def timed_plan(
+    model: nn.Module, budget: int, args: Any, kwargs: Any, compile: bool = False
+) -> tuple[nn.Module, dict[str, float]]:
     """Return the planned module and the wall seconds of planning: of each stage, and in total."""
     seconds = dict.fromkeys((*STAGES, "total"), 0.0)
 
@@ -86,7 +88,7 @@ def timed_plan(model: nn.Module, budget: int, args: Any, kwargs: Any) -> tuple[n
     with ExitStack() as patches:
         for name in STAGES:
             patches.enter_context(mock.patch.object(priced, name, clocked(name, getattr(priced, name))))
-        planned = clocked("total", api.plan)(model, budget, args=args, kwargs=kwargs)
+        planned = clocked("total", api.plan)(model, budget, args=args, kwargs=kwargs, compile=compile)
     return planned, seconds
 
 

@@ -4,10 +4,11 @@
     python -m benchmarks.compare --table FILE.jsonl
 
 A case is one model and one method: a rival (benchmarks/rivals.py) beside a plan whose budget is the rival's measured logical
-peak, or a plan at a share of eager's. Peaks are above the resident bytes (parameters, buffers, inputs). Each case runs in two
-fresh processes, in one thread: one measures logical peaks and results, then times the rival, the plan, eager and eager again
-in rotation; the other measures physical peaks under an allocator that gives freed tensors back to the system. What was
-measured of kernels, and what inductor compiled, is kept on disk until the run ends, for the next cases.
+peak, or a plan at a share of eager's. Beside inductor, the plan is compiled by inductor too. Peaks are above the resident
+bytes (parameters, buffers, inputs). Each case runs in two fresh processes, in one thread: one measures logical peaks and
+results, then times the rival, the plan, eager and eager again in rotation; the other measures physical peaks under an
+allocator that gives freed tensors back to the system. What was measured of kernels, and what inductor compiled, is kept on
+disk until the run ends, for the next cases.
 Every case becomes one JSON line in `--out`, as soon as it is done. Cases that stand there already are not run again, unless
 they failed. The second form makes the Markdown table beside the first file, of the latest record of each case.
 """
@@ -112,7 +113,8 @@ def measure_case(
         budget = resident + int(SHARES[method] * sides["eager"].record["logical_bytes"])
     failed: Record = {}
     try:
-        sides["ours"] = planned_side(deepcopy(model), args, kwargs, budget, pickle_file)
+        is_compiled = method.startswith("inductor")
+        sides["ours"] = planned_side(deepcopy(model), args, kwargs, budget, pickle_file, is_compiled)
     except PlannerError as error:
         failed = {"ours": {"budget_bytes": budget, "error": f"{type(error).__name__}: {error}"}}
     for side in sides.values():
@@ -123,10 +125,15 @@ def measure_case(
 
 
 def planned_side(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], budget: int, pickle_file: Path | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    budget: int,
+    pickle_file: Path | None,
+    is_compiled: bool = False,
 ) -> Side:
     """The side of a plan within `budget`, its record with what the plan promised."""
-    planned, planning = cases.timed_plan(model, budget, args, kwargs)
+    planned, planning = cases.timed_plan(model, budget, args, kwargs, is_compiled)
     if pickle_file is not None:
         pickle_file.write_bytes(pickle.dumps(planned))
     side = Side(model, args, kwargs, lambda _: planned)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner import units
-from planner.errors import PlanFileError
+from planner.errors import InputError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint
@@ -24,7 +24,7 @@ from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss, capture
 from planner.tracer.lower import lower
-from planner.verification import verify
+from planner.verification import measured_within, verify
 
 Budget = int | str | float
 
@@ -47,6 +47,7 @@ def plan(
     device: str | DeviceModel | None = None,
     optimizer: Optimizer | None = None,
     master_weights: bool = False,
+    compile: bool = False,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -75,20 +76,32 @@ def plan(
             workspace is hardly known. The module returned trains unplanned: save its plan, and `apply` it on the device.
         optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
+        compile: let inductor compile what runs between random draws and opaque parts, forward and backward (minutes). Results
+            are then those of compiled kernels, equal to eager's but for rounding. The plan decides what is kept as ever; as
+            fused kernels lie outside its prediction, a step is run to measure that the budget holds, and put back.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
+        CompileError: inductor cannot compile it, or makes of it what needs more than the budget.
         NoScheduleFoundError: none was found in the time given.
     """
     units.check_budget(budget)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
+    if compile and device is not None:
+        raise InputError("compile=True needs the device here; save the plan, and apply(plan, ..., compile=True) there")
     priced = price(model, args, kwargs, options)
-    with stage("solve", progress):
-        made = priced.plan(options.budget_bytes(budget, priced.plain_bytes), time_limit_s)
+    budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
-    step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture)
-    return CheckpointedModule(model, step, made, strict)
+
+    def within(aim_bytes: int) -> CheckpointedModule:
+        with stage("solve", progress):
+            made = priced.plan(aim_bytes, time_limit_s)
+        made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
+        step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
+        return CheckpointedModule(model, step, made, strict)
+
+    return measured_within(budget_bytes, within, args, kwargs) if compile else within(budget_bytes)
 
 
 def apply(
@@ -102,16 +115,20 @@ def apply(
     strict: bool = False,
     opaque: Collection[str] = (),
     dynamic: bool = False,
+    compile: bool = False,
 ) -> CheckpointedModule:
-    """Rewrite `model` by a plan made before, without profiling or solving.
+    """Rewrite `model` by a plan made before, without profiling or solving; arguments are as for `planner.plan`.
 
     Raises:
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
+        CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
     """
     joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
     _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
-    return CheckpointedModule(model, make_step(plan, joint, model, args, kwargs, num_stages, recapture), plan, strict)
+    step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
+    planned = CheckpointedModule(model, step, plan, strict)
+    return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs) if compile else planned
 
 
 def sweep(

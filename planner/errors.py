@@ -77,5 +77,9 @@ class ExportError(PlannerError):
     """A planned step cannot be written out as a file that needs torch alone; says which part of it, and what to do."""
 
 
+class CompileError(PlannerError):
+    """With compile=True: inductor cannot compile the planned step, or what it made of it does not fit the budget."""
+
+
 class PlotMissingError(PlannerError):
     """matplotlib is not installed; the extra `plot` brings it."""

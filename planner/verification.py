@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from planner._torch import pytree
-from planner.errors import InputError
+from planner.errors import CompileError, InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.rewriter.module import CheckpointedModule
@@ -28,6 +29,8 @@ class Report:
     Attributes:
         differences: names of outputs, gradients, buffers ("rng" too) that are not bit-equal; empty is good.
         num_compared: how many tensors were compared.
+        largest_difference: between entries of a tensor of the two steps, as a share of the largest entry of all outputs, all
+            gradients or all buffers; inf where they cannot be compared.
         budget_bytes, predicted_peak_bytes, measured_peak_bytes: of the planned step, everything resident included.
         plain_peak_bytes: measured, of the plain step; None where it did not fit on the device.
         time_ratio: planned over plain step, median of interleaved pairs; None where the plain step did not fit.
@@ -40,6 +43,7 @@ class Report:
     measured_peak_bytes: int
     plain_peak_bytes: int | None
     time_ratio: float | None
+    largest_difference: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -52,7 +56,8 @@ class Report:
         return self.measured_peak_bytes <= self.budget_bytes
 
     def __str__(self) -> str:
-        same = "bit-equal" if self.exact else f"DIFFERENT: {', '.join(self.differences[:5]) or 'nothing could be compared'}"
+        some = ", ".join(self.differences[:5]) or "nothing could be compared"
+        same = "bit-equal" if self.exact else f"DIFFERENT by up to {self.largest_difference:.1e}: {some}"
         plain = "did not fit" if self.plain_peak_bytes is None else format_bytes(self.plain_peak_bytes)
         ratio = "not measured" if self.time_ratio is None else f"{self.time_ratio:.3f}x plain"
         return (
@@ -107,6 +112,7 @@ def verify(
         measured_peak_bytes=measured,
         plain_peak_bytes=plain_peak,
         time_ratio=ratio,
+        largest_difference=_largest_difference(expected, result),
     )
 
 
@@ -136,6 +142,39 @@ def time_step(
         side.restore()
         for tensor, grad in held:
             tensor.grad = grad
+
+
+def measured_within(
+    budget_bytes: int,
+    plan: Callable[[int], CheckpointedModule],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> CheckpointedModule:
+    """A planned module whose step is measured to fit a budget, where it may need more bytes than its plan predicts.
+
+    Args:
+        plan: makes the module for a budget; it is asked again for less by what the step needed too much.
+        args, kwargs: the call planned for; steps run on the model itself, which is put back.
+
+    Raises:
+        CompileError: it needs more than the budget each time.
+    """
+    aim_bytes = budget_bytes
+    for attempt in range(3):
+        try:
+            planned = plan(aim_bytes)
+        except (InfeasibleBudgetError, NoScheduleFoundError):
+            if attempt == 0:
+                raise
+            break
+        peak_bytes = time_step(planned, args, kwargs, rounds=1)[1]
+        if peak_bytes <= budget_bytes:
+            return planned
+        aim_bytes = planned.plan.peak_bytes - (peak_bytes - budget_bytes)
+    raise CompileError(
+        f"compiled, the step peaks at {format_bytes(peak_bytes)}, more than the budget of {format_bytes(budget_bytes)} "
+        f"(its plan: {format_bytes(planned.plan.peak_bytes)}). Plan without compile=True, which keeps the budget"
+    )
 
 
 class _Side:
@@ -212,6 +251,21 @@ def _same(expected: Any, found: Any) -> bool:
     if expected.dtype != found.dtype or expected.shape != found.shape:
         return False
     return torch.equal(expected.contiguous().view(-1).view(torch.uint8), found.contiguous().view(-1).view(torch.uint8))
+
+
+def _largest_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+    """See `Report`; a tensor's kind is the first word of its name."""
+    off, scale = dict[str, float](), dict[str, float]()
+    for name, one in expected.items():
+        other, kind = found.get(name), name.split()[0]
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape and one.numel():
+            wide = one.to(torch.complex128)  # which holds every dtype's values
+            gap = float((wide - other.to(torch.complex128)).abs().max())
+            off[kind] = max(off.get(kind, 0.0), math.inf if math.isnan(gap) else gap)
+            scale[kind] = max(scale.get(kind, 0.0), float(wide.abs().max()))
+        elif not _same(one, other):
+            return math.inf
+    return max((gap / scale[kind] if scale[kind] else math.inf for kind, gap in off.items() if gap), default=0.0)
 
 
 def _time_ratio(ours: Callable[[], Any], plain: Callable[[], Any], rounds: int, device: torch.device) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 
 from planner.errors import InputError
 from planner.graph.plan import Plan
-from planner.rewriter.module import CheckpointedModule, report_miss
+from planner.rewriter.module import CheckpointedModule, report_miss, runs_as_planned
 from planner.rewriter.step import Step
 
 
@@ -46,6 +46,7 @@ class PlannedForward:
             self._planned = [CheckpointedModule(self._model, step, plan) for step, plan in self._plans]
         return self._planned
 
+    @runs_as_planned
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step by the first plan that was made for this call, else by the model's own forward."""
         misses = []

@@ -16,6 +16,7 @@ from planner.errors import PlanMissError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.rewriter import guard
+from planner.rewriter.compiled import Compiled
 from planner.rewriter.runtime import Boxed, Program, run
 from planner.rewriter.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.rewriter.stages import cut_stages
@@ -27,6 +28,12 @@ from planner.tracer.part import Part
 
 class PlanMissWarning(UserWarning):
     """A call was not the one planned for; the original forward ran instead."""
+
+
+runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
+    reason="a planned step runs as it was planned; to have it compiled, plan(..., compile=True)"
+)
+"""Where the user's torch.compile meets a plan, it lets the plan run as it is."""
 
 
 def report_miss(model: nn.Module, miss: str, warned: set[str], strict: bool, num_plans: int = 1) -> None:
@@ -66,7 +73,9 @@ class CheckpointedModule(fx.GraphModule):
         strict: a training call that was not planned for is a PlanMissError instead of a warning.
     """
 
-    def __init__(self, model: nn.Module, step: Step, plan: Plan, strict: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, step: Step, plan: Plan, strict: bool = False, *, program: Program | None = None
+    ) -> None:
         object.__setattr__(self, "_original", model)
         super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
         fresh = vars(nn.Module())
@@ -74,7 +83,7 @@ class CheckpointedModule(fx.GraphModule):
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
-        self.__dict__["_others"] = {}
+        self.__dict__.update(_others={}, _given=program)
         self.graph = step.halves.forward
 
     @property
@@ -121,11 +130,13 @@ class CheckpointedModule(fx.GraphModule):
         if "_step" in self.__dict__:
             names = [name for name, _ in self._step.key.weights]
             self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
-            self.__dict__["_program"] = _compile(self._step, self._original, self._graph, self.backward_graph)
+            given = self.__dict__.pop("_given", None)
+            self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
             self.__dict__["_inputs"] = _picker(_positions(self._step))
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
         return code
 
+    @runs_as_planned
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
         out, miss = self.attempt(args, kwargs)
@@ -204,10 +215,14 @@ class CheckpointedModule(fx.GraphModule):
         return self._original.load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
-        return CheckpointedModule(copy.deepcopy(self._original, memo), self._step, self.plan, self.strict)
+        return self._twin(copy.deepcopy(self._original, memo))
 
     def __copy__(self) -> CheckpointedModule:
-        return CheckpointedModule(self._original, self._step, self.plan, self.strict)
+        return self._twin(self._original)
+
+    def _twin(self, model: nn.Module) -> CheckpointedModule:
+        program = None if self._step.joint.parts else self._program  # that of a model with opaque parts holds the parts
+        return CheckpointedModule(model, self._step, self.plan, self.strict, program=program)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointedModule, (self._original, self._step, self.plan, self.strict)
@@ -216,13 +231,16 @@ class CheckpointedModule(fx.GraphModule):
         return self.__reduce__()
 
 
-def _boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None) -> Boxed:
+def _boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for: torch.device | None = None) -> Boxed:
     twin = fx.Graph()  # a copy: the one people print keeps its readable signature
     twin.output(twin.graph_copy(graph, {}))
     for node in twin.nodes:
         if node.target in (kernels.part, kernels.part_backward):
             key, *given = node.args
             node.target, node.args = _bound((parts or {})[str(key)], node.target is kernels.part), tuple(given)
+    if compiled_for is not None:
+        with torch.autocast(compiled_for.type, enabled=False):
+            return Compiled(twin)
     box(twin)
     return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
 
@@ -266,6 +284,7 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
     """Positions and code for the runtime."""
     parts = {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
     joint, halves = step.joint, step.halves
+    compiled_for = joint.device if step.is_compiled else None
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     position = {given.node: i for i, given in enumerate(inputs)}
     owners = [given.node.replace(".", "_") for given, _ in joint.gradients]
@@ -275,8 +294,8 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
     owned = [position[given.node] for given, _ in joint.gradients]
     leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
     return Program(
-        forward=_boxed(forward, parts),
-        stages=tuple(_boxed(stage.graph, parts) for stage in stages),
+        forward=_boxed(forward, parts, compiled_for),
+        stages=tuple(_boxed(stage.graph, parts, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
         aliased=halves.aliased,
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),

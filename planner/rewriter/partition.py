@@ -172,6 +172,8 @@ class _Writer:
                 del self._now[view]
         cloned = blind_arguments(node) if again and updates_statistics(node) else ()
         blind = {arg: self._call(_CLONE, (self.get(arg),), node) for arg in cloned}
+        for arg, clone in blind.items():
+            clone.meta["val"] = arg.meta["val"]
         suffix = "_recomputed" if again else ""
         copy = self._copy(node, node.name + suffix, blind)
         self._now[node] = copy

@@ -1,4 +1,4 @@
-"""fx graphs as plain rows, for pickling: kernels and nodes by name; of the metadata, only where a node comes from."""
+"""fx graphs as plain rows, for pickling: kernels and nodes by name; of the metadata, what a planned step needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import OpOverload
+from planner._torch import OpOverload, fake_mode, pytree
 from planner.rewriter.partition import ORIGIN
 
-Row = tuple[str, str, Any, Any, Any, str | None]
+Row = tuple[str, str, Any, Any, Any, str | None, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,24 @@ class TorchName:
     name: str
 
 
-def to_rows(graph: fx.Graph) -> list[Row]:
-    """(op, name, target, args, kwargs, origin) per node, picklable."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Stands for a fake tensor: all there is to it but the sharing of storages."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def to_rows(graph: fx.Graph, *, looks: bool) -> list[Row]:
+    """(op, name, target, args, kwargs, origin, what its value looks like) per node, picklable; the last if `looks`."""
     rows = []
     for node in graph.nodes:
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _named)
         target = str(node.target) if isinstance(node.target, OpOverload) else node.target
-        rows.append((node.op, node.name, target, args, kwargs, node.meta.get(ORIGIN)))
+        look = pytree.tree_map(_look, node.meta.get("val")) if looks else None
+        rows.append((node.op, node.name, target, args, kwargs, node.meta.get(ORIGIN), look))
     return rows
 
 
@@ -42,7 +53,8 @@ def from_rows(rows: list[Row]) -> fx.Graph:
     """The graph that `to_rows` was given, node names included."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    for op, name, target, args, kwargs, origin in rows:
+    mode = fake_mode()
+    for op, name, target, args, kwargs, origin, look in rows:
         if op == "output":
             graph.output(_resolve(args[0], nodes))
             continue
@@ -50,7 +62,20 @@ def from_rows(rows: list[Row]) -> fx.Graph:
         nodes[name] = graph.create_node(op, kernel, _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
         if origin is not None:
             nodes[name].meta[ORIGIN] = origin
+        if look is not None:
+            with mode:
+                nodes[name].meta["val"] = pytree.tree_map(_tensor, look)
     return graph
+
+
+def _look(leaf: Any) -> Any:
+    return Look(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _tensor(leaf: Any) -> Any:
+    if not isinstance(leaf, Look):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
 
 
 def _named(arg: Any) -> Any:

@@ -45,7 +45,7 @@ def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwa
     assert step.recapture is not None
     joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
     _check_smaller(plan.graph, lower(joint))
-    return make_step(plan, joint, model, args, kwargs, step.num_stages)
+    return make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)
 
 
 def _check_smaller(planned: Graph, graph: Graph) -> None:

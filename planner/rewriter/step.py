@@ -34,6 +34,7 @@ class Step:
         key: what they are right for.
         num_stages: in how many parts the backward hands out gradients, at most.
         recapture: set where the plan is to hold for smaller inputs too.
+        is_compiled: inductor compiles the halves wherever they are to run.
     """
 
     joint: Joint
@@ -41,17 +42,24 @@ class Step:
     key: guard.CallKey
     num_stages: int = DEFAULT_STAGES
     recapture: Recapture | None = None
+    is_compiled: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         joint, halves = self.joint, self.halves
         graphs = (joint.graph, joint.guards, halves.forward, halves.backward)
-        rows = tuple(None if graph is None else portable.to_rows(graph) for graph in graphs)
+        rows = tuple(None if graph is None else portable.to_rows(graph, looks=self.is_compiled) for graph in graphs)
         bare = (replace(joint, graph=None, guards=None), replace(halves, forward=None, backward=None))  # type: ignore[arg-type]
-        return _restore_step, (*bare, rows, self.key, self.num_stages, self.recapture)
+        return _restore_step, (*bare, rows, self.key, self.num_stages, self.recapture, self.is_compiled)
 
 
 def _restore_step(
-    joint: Joint, halves: Halves, rows: Sequence[Any], key: guard.CallKey, num_stages: int, recapture: Recapture | None
+    joint: Joint,
+    halves: Halves,
+    rows: Sequence[Any],
+    key: guard.CallKey,
+    num_stages: int,
+    recapture: Recapture | None,
+    is_compiled: bool,
 ) -> Step:
     graph, guards, forward, backward = (None if row is None else portable.from_rows(row) for row in rows)
     return Step(
@@ -60,6 +68,7 @@ def _restore_step(
         key,
         num_stages,
         recapture,
+        is_compiled,
     )
 
 
@@ -71,9 +80,11 @@ def make_step(
     kwargs: Mapping[str, Any] | None,
     num_stages: int,
     recapture: Recapture | None = None,
+    is_compiled: bool = False,
 ) -> Step:
     """The captured step, rewritten by a plan whose graph is its own."""
     halves = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
     parts = {spec.module for spec in joint.parts.values()}
-    return Step(joint, halves, guard.call_key(model, tensors, joint.device, joint.volatile, parts), num_stages, recapture)
+    key = guard.call_key(model, tensors, joint.device, joint.volatile, parts)
+    return Step(joint, halves, key, num_stages, recapture, is_compiled)
