@@ -194,3 +194,13 @@ def test_apply_trains_as_the_plan_did_without_solving(saved, monkeypatch):
     again = apply(Plan.load(path), copy.deepcopy(model), args, kwargs)
     assert again.plan == module.plan and again.code == module.code
     assert verify(again, args, kwargs, rounds=1).exact
+
+
+def test_apply_takes_a_plan_whose_kernels_were_measured_to_hold_more_than_they_say(tmp_path):
+    model, args, kwargs = models.build("mlp")  # mse_loss keeps the unreduced losses
+    made = plan(model, 1.0, args, kwargs, progress=False).plan
+    assert any(value.hidden_bytes for value in made.graph.values)
+    made.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == made
+    assert verify(apply(loaded, model, args, kwargs), args, kwargs, rounds=1).exact

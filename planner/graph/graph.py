@@ -28,11 +28,17 @@ RESIDENT_KINDS = frozenset({Kind.INPUT, Kind.PARAM, Kind.BUFFER, Kind.TANGENT, K
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One storage. Views are folded into the storage they look at, so bytes are never counted twice."""
+    """One storage. Views are folded into the storage they look at, so bytes are never counted twice.
+
+    Attributes:
+        nbytes: all that it takes.
+        hidden_bytes: those of them that were only seen when the kernel ran; its result does not need them.
+    """
 
     name: str
     nbytes: int
     kind: Kind
+    hidden_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +117,8 @@ def _check_values(graph: Graph) -> None:
         raise GraphError(f"num_forward_ops is {graph.num_forward_ops}, but there are {len(graph.ops)} ops")
     inputs = set(graph.inputs)
     for value in graph.values:
-        if value.nbytes < 0:
-            raise GraphError(f"value {value.name} has {value.nbytes} bytes")
+        if not 0 <= value.hidden_bytes <= value.nbytes:
+            raise GraphError(f"value {value.name} has {value.nbytes} bytes, {value.hidden_bytes} of them hidden")
         resident = value.kind in RESIDENT_KINDS
         if resident and value.name in graph.producer:
             raise GraphError(

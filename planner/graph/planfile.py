@@ -21,8 +21,8 @@ SCHEMA = 1
 
 
 def fingerprint(graph: Graph) -> str:
-    """Hex digest of the graph's structure: names, bytes, reads and writes, but not costs or sources."""
-    rows: list[Any] = [[v.name, v.nbytes, v.kind.value] for v in graph.values if v.kind is not Kind.RESERVED]
+    """Hex digest of the graph's structure: names, bytes, reads and writes, but nothing that is measured, and no sources."""
+    rows: list[Any] = [[v.name, v.nbytes - v.hidden_bytes, v.kind.value] for v in graph.values if v.kind is not Kind.RESERVED]
     rows += [[op.name, op.nodes, op.reads, op.writes, op.recomputable] for op in graph.ops]
     rows += [graph.forward_outputs, graph.backward_outputs, graph.num_forward_ops]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
@@ -108,7 +108,7 @@ def load_graph(path: str | Path) -> Graph:
 
 def _graph_fields(graph: Graph) -> dict[str, Any]:
     return {
-        "values": [[v.name, v.nbytes, v.kind.value] for v in graph.values],
+        "values": [[v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values],
         "ops": [
             [op.name, op.nodes, op.reads, op.writes, op.cost_ns, op.workspace_bytes, op.recomputable, op.source]
             for op in graph.ops
@@ -184,7 +184,8 @@ def _read(text: str, where: str) -> dict[str, Any]:
 def _graph(document: dict[str, Any], where: str) -> Graph:
     try:
         fields = document["graph"]
-        values = tuple(Value(str(name), int(nbytes), Kind(kind)) for name, nbytes, kind in fields["values"])
+        rows = fields["values"]
+        values = tuple(Value(str(name), int(nbytes), Kind(kind), *map(int, more)) for name, nbytes, kind, *more in rows)
         ops = tuple(
             Op(str(name), tuple(nodes), tuple(reads), tuple(writes), int(cost), int(workspace), bool(again), str(source))
             for name, nodes, reads, writes, cost, workspace, again, source in fields["ops"]

@@ -71,7 +71,8 @@ class _Lowering:
             hidden = self.costs[node.name].hidden_bytes if node.name in self.costs else ()
             for i, (name, nbytes) in enumerate(self.storages.writes[node]):
                 more = hidden[i] if i < len(hidden) else 0
-                values.append(Value(name, self._bytes(nbytes + more), kind))
+                known, real = self._bytes(nbytes), self._bytes(nbytes + more)
+                values.append(Value(name, real, kind, real - known))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
         by_name = {node.name: node for node in self.nodes}
