@@ -31,6 +31,7 @@ class Report:
         num_compared: how many tensors were compared.
         largest_difference: between entries of a tensor of the two steps, as a share of the largest entry of all outputs, all
             gradients or all buffers; inf where they cannot be compared.
+        compiled: the planned step ran inductor's kernels, which round differently.
         budget_bytes, predicted_peak_bytes, measured_peak_bytes: of the planned step, everything resident included.
         plain_peak_bytes: measured, of the plain step; None where it did not fit on the device.
         time_ratio: planned over plain step, median of interleaved pairs; None where the plain step did not fit.
@@ -44,6 +45,7 @@ class Report:
     plain_peak_bytes: int | None
     time_ratio: float | None
     largest_difference: float = 0.0
+    compiled: bool = False
 
     @property
     def exact(self) -> bool:
@@ -57,7 +59,9 @@ class Report:
 
     def __str__(self) -> str:
         some = ", ".join(self.differences[:5]) or "nothing could be compared"
-        same = "bit-equal" if self.exact else f"DIFFERENT by up to {self.largest_difference:.1e}: {some}"
+        off = f"by up to {self.largest_difference:.1e}"
+        unequal = f"compiled, different {off}" if self.compiled else f"DIFFERENT {off}: {some}"
+        same = "bit-equal" if self.exact else unequal
         plain = "did not fit" if self.plain_peak_bytes is None else format_bytes(self.plain_peak_bytes)
         ratio = "not measured" if self.time_ratio is None else f"{self.time_ratio:.3f}x plain"
         return (
@@ -113,6 +117,7 @@ def verify(
         plain_peak_bytes=plain_peak,
         time_ratio=ratio,
         largest_difference=_largest_difference(expected, result),
+        compiled=planned.step.is_compiled,
     )
 
 

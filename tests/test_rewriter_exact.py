@@ -144,3 +144,16 @@ def test_a_backward_that_draws_random_numbers_keeps_its_order():
     with pytest.raises(ScheduleError, match=r"runs rand_like after rand_like_1, but .* order must be the captured one"):
         partition(joint, graph, moved)
     assert_same(expected, trajectory(plan(copy.deepcopy(model), 0.9, args, costs="estimate", progress=False), args, {}))
+
+
+@pytest.mark.parametrize("name", ["attention", "convolution"])
+def test_several_threads_train_bit_exactly(name):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, args, kwargs, _, graph, _ = captured(name)
+        schedule = scatter(graph, random.Random(2), keep=0.3)
+        assert schedule.recomputes()
+        assert_same(trajectory(copy.deepcopy(model), args, kwargs), trajectory(rewritten(name, schedule), args, kwargs))
+    finally:
+        torch.set_num_threads(before)
