@@ -56,6 +56,30 @@ def test_highs_finds_the_optimum_or_proves_there_is_none(pairs: list[tuple[int, 
         assert sum(p * round(v) for p, v in zip(prices, answer.values, strict=True)) == expected
 
 
+@settings(deadline=None, max_examples=60)
+@given(items, st.integers(0, 40), st.sampled_from([0.0, 0.5, 3.0]))
+def test_relaxing_and_fixing_is_within_the_gap_and_leaves_the_program_as_it_was(pairs, least, gap) -> None:
+    prices, weights = [p for p, _ in pairs], [w for _, w in pairs]
+    model = backend.Model(knapsack(prices, weights, least))
+    answer, expected = model.relax_and_fix(time_limit_s=10, gap=gap), by_hand(prices, weights, least)
+    assert answer.status == ("infeasible" if math.isinf(expected) else "optimal")
+    assert answer.bound <= expected + 1e-5
+    if answer.values:
+        assert sum(p * round(v) for p, v in zip(prices, answer.values, strict=True)) <= expected + gap + 1e-5
+    again = model.solve(time_limit_s=10)
+    assert again.bound == pytest.approx(expected, abs=1e-5)
+
+
+def test_relaxing_and_fixing_solves_less_than_the_whole_where_it_can(monkeypatch) -> None:
+    runs = []
+    real = backend.Model.solve
+    monkeypatch.setattr(backend.Model, "solve", lambda self, **how: (runs.append(dict(self._fixed)), real(self, **how))[1])
+    model = backend.Model(knapsack([3, 1, 1, 9], [3, 5, 5, 2], 11))
+    answer = model.relax_and_fix(time_limit_s=10, gap=2.5)
+    assert answer.status == "optimal" and [round(v) for v in answer.values] == [1, 1, 1, 0]
+    assert runs == [{}, {1: 1, 2: 1, 3: 0}]  # the relaxation buys a third of the first
+
+
 @pytest.mark.parametrize(
     ("pairs", "least"), [([(3, 4), (2, 3), (9, 9)], 7), ([(5, 5), (5, 5)], 11), ([(1, 1)], 0), ([(4, 7), (3, 5), (2, 3)], 8)]
 )

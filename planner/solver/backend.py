@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from typing import Any, Literal
 import pulp
 
 from planner.errors import SolverMissingError
+
+_INTEGER = 1e-6
+"""A column so near to an integer is one."""
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Pairs = list[tuple[int, float]]
@@ -79,14 +83,44 @@ class Model:
         self._problem: Any = None
         self._columns: list[Any] = []
         self._solver: Any = None
+        self._fixed: dict[int, int] = {}
 
     def upper(self, column: int, upper: float) -> None:
         """Change a column's upper bound."""
         self.program.uppers[column] = upper
         if self._problem is not None:
-            self._columns[column].upBound = upper
-            if self._name == "HiGHS":
-                self._problem.solverModel.changeColBounds(self._columns[column].index, 0.0, upper)
+            self._bounds(column, 0.0, upper)
+
+    def relax_and_fix(self, *, time_limit_s: float, gap: float = 0.0) -> Answer:
+        """Solve the linear program, and in integers only what it leaves fractional: that much smaller a program is quick.
+
+        Where that is not within the gap of the linear optimum, solve the whole.
+        """
+        end = time.monotonic() + time_limit_s
+        linear = self.solve(time_limit_s=time_limit_s, relax=True)
+        if linear.status != "optimal":
+            return linear
+        at = {i: round(x) for i, x in enumerate(linear.values) if self.program.binary[i] and abs(x - round(x)) <= _INTEGER}
+        self._fix(at)
+        try:
+            answer = self.solve(time_limit_s=end - time.monotonic(), gap=gap)
+        finally:
+            self._fix({})
+        if answer.values and answer.bound + answer.gap <= linear.bound + gap:
+            return replace(answer, status="optimal", bound=linear.bound, gap=answer.bound + answer.gap - linear.bound)
+        return self.solve(time_limit_s=end - time.monotonic(), gap=gap)
+
+    def _fix(self, at: Mapping[int, int]) -> None:
+        """Hold these columns where they are, and let go those held before."""
+        for column in self._fixed.keys() | at.keys():
+            if self._problem is not None:
+                self._bounds(column, at.get(column, 0), at.get(column, self.program.uppers[column]))
+        self._fixed = dict(at)
+
+    def _bounds(self, column: int, lower: float, upper: float | None) -> None:
+        self._columns[column].lowBound, self._columns[column].upBound = lower, upper
+        if self._name == "HiGHS":
+            self._problem.solverModel.changeColBounds(self._columns[column].index, lower, math.inf if upper is None else upper)
 
     def solve(self, *, time_limit_s: float, gap: float = 0.0, relax: bool = False) -> Answer:
         """Solve as the program is now.
@@ -101,7 +135,7 @@ class Model:
             # PuLP 3.3 announces the names of PuLP 4; both 3.x spellings must work here.
             warnings.simplefilter("ignore", DeprecationWarning)
             if self._name == "CBC":
-                problem, columns = _build(self.program)
+                problem, columns = _build(self.program, self._fixed)
                 solver = self._make(msg=False, mip=not relax, timeLimit=seconds, gapAbs=gap, gapRel=0.0, threads=1)
                 return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
             _print_banner_nowhere()
@@ -127,7 +161,7 @@ class Model:
 
     def _run(self, seconds: float, gap: float, relax: bool, threads: int | None) -> None:
         if self._problem is None:
-            self._problem, self._columns = _build(self.program)
+            self._problem, self._columns = _build(self.program, self._fixed)
             self._solver = self._make(msg=False, gapRel=0.0, threads=threads)
             self._solver.createAndConfigureSolver(self._problem)
             self._solver.buildSolverModel(self._problem)
@@ -179,10 +213,10 @@ def _stdout_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _build(program: Program) -> tuple[Any, list[Any]]:
+def _build(program: Program, fixed: Mapping[int, int]) -> tuple[Any, list[Any]]:
     problem = pulp.LpProblem("planner", pulp.LpMinimize)
     columns = [
-        pulp.LpVariable(f"x{i}", 0, upper, pulp.LpInteger if binary else pulp.LpContinuous)
+        pulp.LpVariable(f"x{i}", fixed.get(i, 0), fixed.get(i, upper), pulp.LpInteger if binary else pulp.LpContinuous)
         for i, (upper, binary) in enumerate(zip(program.uppers, program.binary, strict=True))
     ]
     problem.setObjective(pulp.LpAffineExpression([(columns[i], cost) for i, cost in enumerate(program.costs)]))

@@ -25,6 +25,8 @@ _SCALE = 1e4
 """The plain step's time in units of the objective, its peak in units of a memory row: solvers' tolerances are absolute."""
 _ROWS_A_ROUND = 6
 _COPIES_A_ROUND = 4
+_MANY_COPIES = 4
+"""From so many on, a program takes ten times as long in integers as without, and what is without is nearly all integer."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,11 @@ class Closure:
         reached = -math.inf
         while True:
             rows, model = self._model(budget_bytes)
-            answer = model.solve(time_limit_s=deadline - time.monotonic(), gap=gap * _SCALE, relax=relax)
+            seconds = deadline - time.monotonic()
+            if relax or len(self.copies) < _MANY_COPIES:
+                answer = model.solve(time_limit_s=seconds, gap=gap * _SCALE, relax=relax)
+            else:
+                answer = model.relax_and_fix(time_limit_s=seconds, gap=gap * _SCALE)
             if answer.status in ("infeasible", "unknown"):
                 return Found(None, answer.status)
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
