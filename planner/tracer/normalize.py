@@ -99,6 +99,7 @@ def _write_kernels(
     tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
     draw_as_eager(graph, device)
+    _drop_copies(graph)
     _read_no_new_statistics(graph)
     graph.eliminate_dead_code(is_impure_node=_has_effects)
     return tickets
@@ -286,6 +287,25 @@ def _drop_detach(graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=target):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Read the original in place of its copy, as nothing writes into either.
+
+    Autograd copies what an in-place kernel overwrites and the backward reads (`silu_`, `clamp_`, ...). The graph has no such
+    writes, so that the original is still there; only what the caller is handed must not be what the backward reads.
+    """
+    storages = Storages(graph)
+    made = {name: nbytes for names in storages.writes.values() for name, nbytes in names}
+    written = [arg for node in graph.nodes if mutates(node) for arg in node.all_input_nodes]
+    apart = {storages.root[node] for node in (*results(graph), *written) if node in storages.root}
+    for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
+        original = copy.args[0]
+        name, val, like = storages.root[original], original.meta["val"], copy.meta["val"]
+        same = val.stride() == like.stride() and made.get(name) == made[copy.name]  # a copy of a part lets the rest go
+        if same and apart.isdisjoint((name, copy.name)):
+            copy.replace_all_uses_with(original)
+            graph.erase_node(copy)
 
 
 def _read_no_new_statistics(graph: fx.Graph) -> None:
