@@ -67,6 +67,9 @@ def test_a_copy_shares_the_compiled_code(uncompiled, monkeypatch):
     monkeypatch.setattr(compiled, "compile_boxed", None)
     twin = copy.deepcopy(planned)
     assert_same(trajectory(copy.deepcopy(planned), args, kwargs), trajectory(twin, args, kwargs))
+    owner = copy.deepcopy(planned).original
+    install(owner, CheckpointedModule(owner, planned.step, planned.plan, program=planned.program), strict=True)
+    assert_same(trajectory(copy.deepcopy(planned), args, kwargs), trajectory(copy.deepcopy(owner), args, kwargs))
     monkeypatch.setattr(compiled, "compile_boxed", as_eager)
     again = pickle.loads(pickle.dumps(planned))
     assert again.step.is_compiled

@@ -12,6 +12,7 @@ from torch import nn
 from planner.errors import InputError
 from planner.graph.plan import Plan
 from planner.rewriter.module import CheckpointedModule, report_miss, runs_as_planned
+from planner.rewriter.runtime import Program
 from planner.rewriter.step import Step
 
 
@@ -23,7 +24,11 @@ class PlannedForward:
     """
 
     def __init__(
-        self, model: nn.Module, plans: Sequence[tuple[Step, Plan]], before: Callable[..., Any] | None, strict: bool
+        self,
+        model: nn.Module,
+        plans: Sequence[tuple[Step, Plan, Program | None]],
+        before: Callable[..., Any] | None,
+        strict: bool,
     ) -> None:
         self._model, self._plans, self._before, self._strict = model, tuple(plans), before, strict
         self._planned: list[CheckpointedModule] = []
@@ -43,7 +48,9 @@ class PlannedForward:
     def planned(self) -> list[CheckpointedModule]:
         """The planned modules, in the order in which they are asked."""
         if not self._planned:
-            self._planned = [CheckpointedModule(self._model, step, plan) for step, plan in self._plans]
+            self._planned = [
+                CheckpointedModule(self._model, step, plan, program=program) for step, plan, program in self._plans
+            ]
         return self._planned
 
     @runs_as_planned
@@ -70,7 +77,8 @@ class PlannedForward:
         return PlannedForward(model, self._plans, before, self._strict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PlannedForward, (self._model, self._plans, self._before, self._strict)
+        plans = [(step, plan, None) for step, plan, _ in self._plans]  # code is made again where it is loaded
+        return PlannedForward, (self._model, plans, self._before, self._strict)
 
 
 def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False) -> None:
@@ -97,7 +105,7 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
             raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
     uninstall(model)
     before = vars(model).get("forward")
-    plans = [(module.step, module.plan) for module in planned]
+    plans = [(module.step, module.plan, module.program) for module in planned]
     vars(model)["forward"] = PlannedForward(model, plans, before, strict)
 
 

@@ -111,6 +111,11 @@ class CheckpointedModule(fx.GraphModule):
         return self._step  # type: ignore[no-any-return]
 
     @property
+    def program(self) -> Program | None:
+        """The compiled step, which copies of the model can share; None where it holds the model's opaque parts."""
+        return None if self._step.joint.parts else self._program
+
+    @property
     def original(self) -> nn.Module:
         """The model this was made from."""
         return self._original  # type: ignore[no-any-return]
@@ -221,8 +226,7 @@ class CheckpointedModule(fx.GraphModule):
         return self._twin(self._original)
 
     def _twin(self, model: nn.Module) -> CheckpointedModule:
-        program = None if self._step.joint.parts else self._program  # that of a model with opaque parts holds the parts
-        return CheckpointedModule(model, self._step, self.plan, self.strict, program=program)
+        return CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CheckpointedModule, (self._original, self._step, self.plan, self.strict)
