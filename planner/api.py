@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner import units
-from planner.errors import InputError, PlanFileError
+from planner.errors import PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint
@@ -52,11 +52,9 @@ def plan(
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
     Args:
-        model: in training mode, on the device it trains on. It is left as it is; the returned module
-            shares its parameters, buffers and submodules.
-        budget: bound on everything live on the device during forward and backward: parameters, buffers,
-            inputs, gradients, activations, temporaries, and `reserve`. Bytes (int), text ("6GiB"), or a
-            float in (0, 1]: fraction of the plain step's peak.
+        model: in training mode, on the device it trains on. It is left as it is; the returned module shares its tensors.
+        budget: bound on everything live on the device during forward and backward, parameters and `reserve` included. Bytes
+            (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
         loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
             `.loss` or ["loss"], else every output that requires grad.
@@ -67,8 +65,7 @@ def plan(
         progress: show a bar on stderr for stages that take more than a second.
         strict: a training call that is not the one planned for raises PlanMissError, instead of running unplanned.
         opaque: qualified names of submodules to run as they are, besides those found not to be capturable (LSTM kernels,
-            expert loops, hooks, ...). Such a part is measured on the example call: where its memory depends on the
-            data, its share of the peak does too.
+            hooks, ...). They are measured on the example call: where their memory depends on the data, the peak does too.
         dynamic: hold for inputs of every size up to the planned one, too: plan for the largest batch and length. A step of
             a new size is captured when it first comes (seconds), and runs unplanned where its graph is another one.
         device: plan for a device that is not here: a name such as "H100-80GB" (see `planner.devices`), or a DeviceModel. Model
@@ -76,20 +73,17 @@ def plan(
             workspace is hardly known. The module returned trains unplanned: save its plan, and `apply` it on the device.
         optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
-        compile: let inductor compile what runs between random draws and opaque parts, forward and backward (minutes). Results
-            are then those of compiled kernels, equal to eager's but for rounding. The plan decides what is kept as ever; as
-            fused kernels lie outside its prediction, a step is run to measure that the budget holds, and put back.
+        compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
+            kernels keep the budget is measured in a step that is put back.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
-        CompileError: inductor cannot compile it, or makes of it what needs more than the budget.
         NoScheduleFoundError: none was found in the time given.
+        CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
     """
     units.check_budget(budget)
-    options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
-    if compile and device is not None:
-        raise InputError("compile=True needs the device here; save the plan, and apply(plan, ..., compile=True) there")
+    options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
     priced = price(model, args, kwargs, options)
     budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from planner import units
-from planner.errors import BudgetError, CaptureError
+from planner.errors import BudgetError, CaptureError, InputError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
@@ -35,7 +35,7 @@ class Options:
 
     Raises:
         BudgetError: `reserve` or `costs` cannot be read.
-        InputError: an unknown device.
+        InputError: an unknown device, or one that is not here to compile for.
     """
 
     loss: Loss = None
@@ -46,6 +46,7 @@ class Options:
     device: str | DeviceModel | None = None
     optimizer: Optimizer | None = None
     master_weights: bool = False
+    compile: bool = False
     reserve_bytes: int = field(init=False)
     target: DeviceModel | None = field(init=False)
     """The device, where it is not here."""
@@ -53,6 +54,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.costs not in ("measure", "estimate"):
             raise BudgetError(f"costs={self.costs!r} is not known; use 'measure' or 'estimate'")
+        if self.compile and self.device is not None:
+            raise InputError("compile=True needs the device here; save the plan, and apply(plan, ..., compile=True) there")
         object.__setattr__(self, "reserve_bytes", 0 if self.reserve == 0 else units.parse_bytes(self.reserve))
         object.__setattr__(self, "target", None if self.device is None else find_device(self.device))
 
