@@ -145,6 +145,30 @@ def test_a_compiled_step_is_close_and_within_its_budget(tmp_path, name):
     assert verify(applied, args, kwargs, rounds=1).largest_difference < 1e-5
 
 
+@has_compiler
+def test_gradients_of_any_layout_come_in():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), torch.randn(3, 4)
+    planned = plan(copy.deepcopy(model), 1.0, (x,), costs="estimate", progress=False, compile=True, num_stages=1)
+    for backward in (lambda out: out.sum().backward(), lambda out: (out.t().contiguous() * torch.arange(3.0)).sum().backward()):
+        for module in (model, planned):
+            backward(module(x))  # an expanded gradient, without strides; a transposed one
+        torch.testing.assert_close(model[0].weight.grad, planned.get_parameter("0.weight").grad)
+
+
+def test_what_a_compiled_step_writes_into_must_be_laid_out_as_planned(uncompiled):
+    graph = fx.Graph()
+    total, x = graph.placeholder("total"), graph.placeholder("x")
+    total.meta["val"] = x.meta["val"] = torch.zeros(2, 3)
+    added = graph.call_function(torch.ops.aten.add_.Tensor, (total, x))
+    added.meta["val"] = torch.zeros(2, 3)
+    graph.output((added,))
+    run = compiled.Compiled(graph)
+    total, x = torch.zeros(2, 3), torch.ones(3, 2).t()
+    assert torch.equal(run([total, x])[0], torch.ones(2, 3)) and torch.equal(total, torch.ones(2, 3))
+    with pytest.raises(CompileError, match="total was laid out otherwise"):
+        run([torch.zeros(3, 2).t(), x])
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_torch_compile_around_a_plan_lets_it_run_as_planned(installed):
     model, args, kwargs = models.build("mlp")

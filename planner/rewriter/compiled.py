@@ -9,7 +9,7 @@ counts, and round differently from eager's kernels.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from planner._torch import OpOverload, box, pytree, results
 from planner.errors import CompileError
 from planner.tracer import kernels
 from planner.tracer.randomness import is_random
+from planner.tracer.storage import mutates
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -83,6 +84,7 @@ class Compiled:
         last_read = {node: k for k, piece in enumerate(pieces) for node in piece.reads}
         last_read |= dict.fromkeys(self._results, len(pieces))
         self._unread = [node for node in self._inputs if node not in last_read]
+        self._written = set(_written(graph))
         self._calls = []
         for k, piece in enumerate(pieces):
             writes = [node for node in piece.nodes if last_read.get(node, -1) > k]
@@ -92,7 +94,7 @@ class Compiled:
 
     def __call__(self, given: list[Any]) -> tuple[Any, ...]:
         """The graph's results."""
-        now = dict(zip(self._inputs, given, strict=True))
+        now = {node: self._as_compiled(node, value) for node, value in zip(self._inputs, given, strict=True)}
         given.clear()
         for node in self._unread:
             del now[node]
@@ -102,6 +104,32 @@ class Compiled:
                 del now[node]
             now.update(zip(call.writes, call.run(values), strict=True))
         return tuple(None if node is None else now[node] for node in self._results)
+
+    def _as_compiled(self, node: fx.Node, value: Any) -> Any:
+        """An input with the strides that the code was made for: a gradient from outside may have any."""
+        like = node.meta.get("val")
+        if not isinstance(like, torch.Tensor) or not isinstance(value, torch.Tensor) or _same_layout(value, like):
+            return value
+        if node in self._written:
+            raise CompileError(f"{node.name} was laid out otherwise when the step was compiled: {like.stride()}. Plan again")
+        return kernels.laid_out(value, like.shape, like.stride())
+
+
+def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Strides are equal where a dimension has more than one entry."""
+    if one.stride() == other.stride():
+        return True
+    sizes = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size <= 1 or mine == theirs for size, mine, theirs in sizes)
+
+
+def _written(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Nodes whose tensors kernels write into, by their schemas."""
+    for node in graph.nodes:
+        if mutates(node):
+            for arg, argument in zip(node.args, node.target._schema.arguments, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(arg, fx.Node):
+                    yield arg
 
 
 def _compile(piece: _Piece, writes: Sequence[fx.Node]) -> Boxed:
