@@ -122,7 +122,7 @@ def apply(
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs) if compile else planned
+    return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1) if compile else planned
 
 
 def sweep(

@@ -154,18 +154,22 @@ def measured_within(
     plan: Callable[[int], CheckpointedModule],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    tries: int = 3,
 ) -> CheckpointedModule:
     """A planned module whose step is measured to fit a budget, where it may need more bytes than its plan predicts.
 
     Args:
         plan: makes the module for a budget; it is asked again for less by what the step needed too much.
         args, kwargs: the call planned for; steps run on the model itself, which is put back.
+        tries: how often it is asked at most.
 
     Raises:
         CompileError: it needs more than the budget each time.
+        InfeasibleBudgetError, NoScheduleFoundError: there is no plan for the budget itself.
     """
     aim_bytes = budget_bytes
-    for attempt in range(3):
+    for attempt in range(tries):
         try:
             planned = plan(aim_bytes)
         except (InfeasibleBudgetError, NoScheduleFoundError):

@@ -1,4 +1,4 @@
-"""One thread: the models are tiny, and threads waiting for one another took most of the time (30 times as long, measured)."""
+"""One thread: the models are tiny, and on a busy machine threads that wait for one another take most of a step's time."""
 
 import os
 
