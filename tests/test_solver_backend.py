@@ -113,6 +113,29 @@ def test_the_linear_relaxation_bounds_from_below(use_cbc: bool, monkeypatch: pyt
     assert answer.bound == pytest.approx(5.5)
 
 
+@pytest.mark.parametrize("use_cbc", [False, True])
+def test_a_changed_cost_counts_in_the_next_solve(use_cbc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if use_cbc:
+        without_highs(monkeypatch)
+    model = backend.Model(knapsack([4, 3], [4, 4], 4))
+    assert model.solve(time_limit_s=10).bound == pytest.approx(3.0)
+    model.cost(1, 9.0)
+    answer = model.solve(time_limit_s=10)
+    assert answer.bound == pytest.approx(4.0) and answer.values == pytest.approx([1.0, 0.0])
+
+
+def test_the_clock_of_an_integer_program_starts_anew_and_that_of_a_linear_one_runs_on() -> None:
+    model = backend.Model(knapsack([4, 3], [4, 2], 5))
+    model.solve(time_limit_s=7)
+    highs = model._problem.solverModel
+    assert highs.getOptionValue("time_limit")[1] == 7
+    model.solve(time_limit_s=7)
+    assert highs.getOptionValue("time_limit")[1] == 7
+    spent = highs.getRunTime()
+    model.solve(time_limit_s=7, relax=True)
+    assert highs.getOptionValue("time_limit")[1] == pytest.approx(spent + 7)
+
+
 def test_a_column_may_occur_twice_in_a_row() -> None:
     program = Program()
     x = program.column(-0.0, upper=None)

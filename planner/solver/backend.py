@@ -91,6 +91,12 @@ class Model:
         if self._problem is not None:
             self._bounds(column, 0.0, upper)
 
+    def cost(self, column: int, cost: float) -> None:
+        """Change a column's cost."""
+        self.program.costs[column] = cost
+        if self._problem is not None and self._name == "HiGHS":
+            self._problem.solverModel.changeColCost(self._columns[column].index, cost)
+
     def relax_and_fix(self, *, time_limit_s: float, gap: float = 0.0) -> Answer:
         """Solve the linear program, and in integers only what it leaves fractional: that much smaller a program is quick.
 
@@ -166,8 +172,9 @@ class Model:
             self._solver.createAndConfigureSolver(self._problem)
             self._solver.buildSolverModel(self._problem)
         model = self._problem.solverModel
-        until = model.getRunTime() + seconds  # its clock runs on from solve to solve
-        options = {"mip_abs_gap": gap, "solve_relaxation": relax, "time_limit": until}
+        # The clock of linear programs runs on from solve to solve, that of integer ones starts anew.
+        spent = 0.0 if any(self.program.binary) and not relax else model.getRunTime()
+        options = {"mip_abs_gap": gap, "solve_relaxation": relax, "time_limit": spent + seconds}
         for name, value in options.items():
             model.setOptionValue(name, value)
         self._solver.callSolver(self._problem)

@@ -9,36 +9,40 @@ between cut g and the next (or the end). Whatever a schedule does, it obeys
 - at the cut: what must be live while the op runs, and the values alive, fit the budget.
 Ops that first run between two cuts may run again for nothing, and so may all ops before the first
 cut: that makes the program a relaxation. It assumes the captured order of first runs and the given costs.
+
+Which cuts? The best single one, by an estimate; then what is alive at the cuts of the program's answer makes a schedule, and
+the ops at which that is over the budget are the next cuts. Where the schedule fits and takes no more than the bound, it is
+optimal; on its way there it is a good place for local search to start.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from planner.graph.graph import Graph, Kind
-from planner.graph.schedule import keep_all
-from planner.graph.simulate import simulate
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Simulator, simulate
 from planner.solver import backend
 from planner.solver.cuts import Cuts
 from planner.solver.floor import least_bytes
+from planner.solver.lazy import lazy_schedule
 
 _SCALE = 1e4
 _SLACK = 1e-6
 """Relative slack given to the budget and taken from the bound, above the solver's tolerances."""
 _NEVER = 2**62
 """Nanoseconds added where the relaxation has no solution at all: nothing fits."""
-_FIRST, _SCANNED = 3, 20
-"""Single cuts that are tried at once, and in a thorough search."""
-_ADDED = 20
-"""Of these the best, and those nearest to the very best, are tried as further cuts."""
-_MORE_CUTS = 3
-_HOT, _APART = 8, 3
-"""Ops that need most by themselves, and how far apart, as cuts besides the best."""
+_FIRST = 3
+"""Single cuts that are tried at once."""
+_ADDED, _APART = 2, 3
+"""Cuts added at a time, and how far apart."""
+_CROWDED, _MOST_CROWDED = 0.9, 8
+"""Share of the budget."""
 
 Phases = tuple[tuple[int, frozenset[str]], ...]
 """Cuts, and the values alive at each."""
@@ -57,6 +61,9 @@ class Bounds:
         self._models: dict[tuple[int, ...], _Model] = {}
         self._known: dict[int, int] = {}
         self._hint: tuple[float, Phases] = (-1.0, ())
+        self._best_cut: dict[int, int] = {}
+        self._next: dict[int, tuple[int, ...]] = {}
+        self._simulator = Simulator(graph)
 
     def lower_bound(
         self,
@@ -65,7 +72,6 @@ class Bounds:
         effort: Effort = "exact",
         time_limit_s: float = 2.0,
         gap: float = 0.0001,
-        tight: int | None = None,
         enough_ns: int | None = None,
     ) -> int:
         """No schedule with the captured backward order that fits `budget_bytes` takes less time than this, in ns.
@@ -73,31 +79,102 @@ class Bounds:
         Args:
             budget_bytes: bound on the live bytes at every step.
             effort: "first": a linear program with one cut; "linear": with a few single cuts; "exact": and the best of them in
-                integers; "thorough": and cuts all over the step, alone and several at once.
+                integers; "thorough": and `refine` while it can.
             time_limit_s: wall seconds; the bound is valid whenever it stops.
             gap: how exact, as a fraction of the plain step's time.
-            tight: a backward op at which a good schedule's memory is tightest; one of the cuts tried.
             enough_ns: stop as soon as the bound has reached this.
         """
         plain = max(1, self.plain_ns)
         self._hint = (-1.0, ())
-        # What holds for a larger budget holds for a smaller one.
-        known_ns = max([ns for budget, ns in self._known.items() if budget >= budget_bytes], default=self.plain_ns)
+        known_ns = self.known_ns(budget_bytes)
         if enough_ns is not None and known_ns >= enough_ns:
             return known_ns
         enough = math.inf if enough_ns is None else enough_ns / plain - 1
-        trials = _Trials(self, budget_bytes, gap, enough, time.monotonic() + time_limit_s)
-        trials.search(effort, tight)
-        if math.isinf(trials.best):
-            return self.plain_ns + _NEVER
-        extra = max(0, math.ceil(trials.best * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))  # times are whole nanoseconds
-        self._known[budget_bytes] = max(known_ns, self.plain_ns + extra)
+        deadline = time.monotonic() + time_limit_s
+        trials = _Trials(self, budget_bytes, gap, enough, deadline)
+        trials.search(effort)
+        found_ns = self._raised(budget_bytes, trials.best)
+        if trials.best_cut is not None:
+            self._best_cut[budget_bytes] = trials.best_cut
+        while effort == "thorough" and time.monotonic() < deadline and (enough_ns is None or found_ns < enough_ns):
+            more = self.refine(budget_bytes, time_limit_s=deadline - time.monotonic())
+            found_ns = self.known_ns(budget_bytes)
+            if not more:
+                break
+        return found_ns
+
+    def _raised(self, budget_bytes: int, extra: float) -> int:
+        """The bound in ns, with a recompute time of `extra` of the plain step proven."""
+        plain = max(1, self.plain_ns)
+        # Times are whole nanoseconds.
+        more = _NEVER if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
+        self._known[budget_bytes] = max(self.plain_ns + more, self.known_ns(budget_bytes))
         return self._known[budget_bytes]
 
+    def known_ns(self, budget_bytes: int) -> int:
+        """The best bound proven so far: what holds for a larger budget holds for a smaller one."""
+        return max([ns for budget, ns in self._known.items() if budget >= budget_bytes], default=self.plain_ns)
+
+    def refine(self, budget_bytes: int, *, time_limit_s: float, gap: float = 0.0005) -> bool:
+        """One more round: solve with the cuts at hand, in integers; where the answer's schedule breaks the budget, cut next.
+
+        `lower_bound` must have been asked for the budget before; `known_ns` says what was proven.
+
+        Returns:
+            False where another round would say nothing new.
+        """
+        best = self._best_cut.get(budget_bytes)
+        if best is None:
+            return False
+        cuts = self._next.get(budget_bytes) or _with(best, *self._crowded(budget_bytes))
+        self._hint, deadline = (-1.0, ()), time.monotonic() + time_limit_s
+        extra = self.extra(budget_bytes, cuts, time_limit_s=time_limit_s, gap=gap, relax=False)
+        self._raised(budget_bytes, extra)
+        if time.monotonic() >= deadline:
+            return True  # with more time, these cuts may say more
+        more = self._broken(budget_bytes, cuts)
+        self._next[budget_bytes] = _with(*cuts, *more)
+        return bool(more)
+
+    def _crowded(self, budget_bytes: int) -> list[int]:
+        """Ops that leave so little of the budget that next to nothing else is alive there: such cuts make a program easy."""
+        needs = least_bytes(self.graph)
+        order = np.argsort(-needs, kind="stable").tolist()
+        return _apart((p for p in order if needs[p] >= _CROWDED * budget_bytes), _MOST_CROWDED)
+
+    def _broken(self, budget_bytes: int, cuts: tuple[int, ...]) -> list[int]:
+        """Ops to cut at next: where the hinted schedule breaks the budget, or before the first cut, where reruns were free."""
+        schedule = self.hinted
+        if schedule is None:
+            return []
+        first, again = self._excess(schedule, budget_bytes)
+        over = [*sorted(first, key=lambda p: -first[p]), *sorted(again, key=lambda p: -again[p])[:1]]
+        chosen = _apart((p for p in over if p not in cuts), _ADDED)
+        earlier = (p for p in self.cuts.ranked(budget_bytes) if p <= cuts[0] - _APART)
+        return chosen or _apart(earlier, 1)
+
+    def _excess(self, schedule: Schedule, budget_bytes: int) -> tuple[dict[int, int], dict[int, int]]:
+        """Bytes over the budget at the first runs of ops, and at reruns for the op that follows."""
+        excess = self._simulator.run(schedule.steps).live_bytes - budget_bytes
+        first: dict[int, int] = {}
+        again: dict[int, int] = {}
+        turn = following = self.graph.num_forward_ops
+        for t in range(len(schedule.steps) - 1, -1, -1):
+            is_first = t < turn or schedule.steps[t] >= turn
+            following = schedule.steps[t] if is_first else following
+            if excess[t] > 0:
+                where = first if is_first else again
+                where[following] = max(where.get(following, 0), int(excess[t]))
+        return first, again
+
     @property
-    def hint(self) -> Phases:
-        """What is alive at the cuts of the best program of the last call: a schedule that keeps to it is near the bound."""
-        return self._hint[1]
+    def hinted(self) -> Schedule | None:
+        """A schedule with that alive at the cuts which the last call's best program has: hardly dearer than the bound."""
+        turn, phases = self.graph.num_forward_ops, self._hint[1]
+        if not phases:
+            return None
+        kept = [names for cut, names in phases if cut < turn][-1:] or [phases[0][1]]
+        return lazy_schedule(self.graph, kept[0], {cut: names for cut, names in phases if cut >= turn})
 
     def extra(self, budget_bytes: int, cuts: tuple[int, ...], *, time_limit_s: float, gap: float, relax: bool) -> float:
         """The least recompute time of the relaxation with these cuts, as a fraction of the plain step (inf: infeasible)."""
@@ -136,66 +213,18 @@ class _Trials:
     def best(self) -> float:
         return max(self._found.values(), default=0.0)
 
-    def _ranked(self, count: int) -> list[tuple[int, ...]]:
-        """The best sets of so many cuts, best first."""
-        return sorted((cuts for cuts in self._found if len(cuts) == count), key=lambda cuts: -self._found[cuts])
+    @property
+    def best_cut(self) -> int | None:
+        """The best single cut."""
+        return max(self._found, key=lambda cuts: self._found[cuts])[0] if self._found else None
 
-    def search(self, effort: Effort, tight: int | None) -> None:
-        """Single cuts; the best in integers; where thorough, more cuts, and one after the other added where it helps most."""
+    def search(self, effort: Effort) -> None:
+        """A few single cuts; the best in integers."""
         promising = self._bounds.cuts.ranked(self._budget_bytes)
         for cut in promising[: 1 if effort == "first" else _FIRST]:
             self._run((cut,), self._half(), relax=True)
-        ranked = self._ranked(1)
-        # Where no single cut bites, several do not either.
-        if not ranked or effort in ("first", "linear") or not 0 < self.best < self._enough:
-            return
-        self._run(ranked[0], self._half(), relax=False)
-        if effort == "thorough":
-            self._add_hot()
-            self._scan(promising, tight)
-            self._add_cuts()
-
-    def _add_hot(self) -> None:
-        """With the best cut, those ops that need most by themselves: near the floor nothing else is alive there."""
-        needs = least_bytes(self._bounds.graph)
-        hot: list[int] = []
-        for cut in np.argsort(-needs, kind="stable").tolist():
-            if all(abs(cut - other) >= _APART for other in hot):
-                hot.append(cut)
-            if len(hot) == _HOT:
-                break
-        first, until, reached, useless = self._ranked(1)[0], self._half(), self.best, 0
-        for count in range(1, len(hot) + 1):
-            self._run(_with(first, *hot[:count]), min(until, self._half()), relax=False)
-            useless = 0 if self.best > reached + self._gap else useless + 1
-            reached = self.best
-            if useless == 2:
-                return
-
-    def _scan(self, promising: list[int], tight: int | None) -> None:
-        """More single cuts: the most promising, those next to the best, and where a good schedule is tightest."""
-        best = self._ranked(1)[0][0]
-        near = sorted(promising, key=lambda cut: abs(cut - best))
-        until = self._half()
-        for cut in [*([tight] if tight is not None else []), *promising[:_SCANNED], *near[:_SCANNED]]:
-            self._run((cut,), until, relax=True)
-        self._run(self._ranked(1)[0], self._half(), relax=False)
-
-    def _add_cuts(self) -> None:
-        """To the best cuts, the one that helps most, up to a handful."""
-        alone = [cuts[0] for cuts in self._ranked(1)]
-        best = min((cuts for cuts in self._found if self._found[cuts] >= self.best - 10 * self._gap), key=len)
-        near = sorted(alone, key=lambda cut: abs(cut - best[0]))
-        for _ in range(_MORE_CUTS):
-            until = self._half()
-            for cut in dict.fromkeys([*near[:_ADDED], *alone[:_ADDED]]):
-                if cut not in best:
-                    self._run(_with(best, cut), until, relax=True)
-            longer = [cuts for cuts in self._ranked(len(best) + 1) if set(best) < set(cuts)]
-            if not longer:
-                return
-            best = longer[0]
-            self._run(best, self._half(), relax=False)
+        if self.best_cut is not None and effort not in ("first", "linear") and 0 < self.best < self._enough:
+            self._run((self.best_cut,), self._half(), relax=False)
 
     def _half(self) -> float:
         """Half of the time that is left."""
@@ -208,8 +237,17 @@ class _Trials:
             self._found[cuts] = max(extra, self._found.get(cuts, 0.0))
 
 
-def _with(cuts: tuple[int, ...], *others: int) -> tuple[int, ...]:
-    return tuple(sorted({*cuts, *others}))
+def _apart(cuts: Iterable[int], most: int) -> list[int]:
+    """The first few of these that are not too near to each other."""
+    chosen: list[int] = []
+    for cut in cuts:
+        if len(chosen) < most and all(abs(cut - other) >= _APART for other in chosen):
+            chosen.append(cut)
+    return chosen
+
+
+def _with(*cuts: int) -> tuple[int, ...]:
+    return tuple(sorted(set(cuts)))
 
 
 class _Model:

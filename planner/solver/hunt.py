@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
 from planner.solver.backend import solver_name
-from planner.solver.bound import Effort, Phases
+from planner.solver.blocks import Blocks
+from planner.solver.bound import Effort
 from planner.solver.chain import Chain
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, expand, uncoarsened
 from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.floor import floor
-from planner.solver.lazy import lazy_schedule
 from planner.solver.local_search import LocalSearch
 from planner.solver.pool import Entry
 from planner.solver.window import Windows
@@ -30,17 +31,21 @@ _QUICK_GAP = 0.005
 """After this many seconds, a plan this close to the bound is not worth more of them."""
 _CERTIFICATE_S = 0.5
 """A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
-_EARLY_SHARE = 0.15
 _CERTIFICATE_SHARE = 0.25
-"""Of the time, for a thorough certificate where the quick one leaves a gap, before further search and after it."""
+"""Of the time, for rounds of the certificate after everything else."""
+_EARLY_SHARE, _PROGRAM_SHARE, _REFINE_SHARE, _LOCAL_SHARE = 0.1, 0.4, 0.6, 0.4
+"""Of what is left before that: first rounds of the certificate, the program with copies, more rounds, plain local search."""
 _ROUGH_GAP = 0.002
 """Copies make the program slow: the moments that matter are found with a wide gap, which is closed at the end."""
-_PROGRAM_SHARE = 0.4
-"""Of the time, for the program with copies, and of what is left for plain local search."""
 _FAR = 0.02
 """A gap this wide asks for more than one recompute of a value: chains are tried."""
+_BLOCKS_SHARE = 0.6
+_WORSE = 3
+"""So many schedules of blocks in a row that bring nothing, and the rest will not either."""
 _CHAIN_SHARE = 0.3
 _CHAINS = 12
+_NEAR = 1.1
+"""Peak over budget up to which local search is asked to make a schedule of blocks or of a chain fit."""
 
 
 class Hunt:
@@ -55,7 +60,9 @@ class Hunt:
         self._fitted: list[int] = []  # the last that local search made fit
         self._bound_ns = solver.plain_ns
         self._efforts: set[Effort] = set()
-        self._hint: Phases = ()
+        self._hint: Schedule | None = None
+        self._blocks_tried = False
+        self._settled = False  # the certificate has nothing more to say
         self.extend(start, end)
 
     @property
@@ -91,6 +98,8 @@ class Hunt:
             self._exact = self._program(program, coarse, self.deadline(), self.gap, relax=relax)
             if not self._exact:
                 self._fit(self._near)
+            if relax and self.left() > _FAR:
+                self._fit_blocks()
         if self.best is None:
             self._fit(list(range(len(coarse.graph.ops))))
         if self.left() > _QUICK_GAP:
@@ -118,28 +127,37 @@ class Hunt:
         return min(self.search_end, self.start + _QUICK_S) if left <= _QUICK_GAP else self.search_end
 
     def thoroughly(self) -> None:
-        """The program with copies, coarse and as it is, and search around what it finds, until it is good enough."""
+        """All that the quick stages left out, until the plan is good enough."""
+        if self.left() > _QUICK_GAP:
+            self._fit_blocks()
         if self.left() > _QUICK_GAP:
             self._solver.offer_baselines(self.budget_bytes)
-        if self.best is not None and self.left() > _QUICK_GAP:
-            # Often the bound is what is far from the optimum, and no search can help.
-            self._certify("thorough", _EARLY_SHARE * (self.end - time.monotonic()))
-            self._fit_hint()
-        if self.good_enough():
-            return
-        until = time.monotonic() + _PROGRAM_SHARE * (self.search_end - time.monotonic())
+        # Often the bound is what is far from the optimum, and no search can help.
+        for share, stage in ((_EARLY_SHARE, self._refine), (_PROGRAM_SHARE, self._with_copies), (_REFINE_SHARE, self._refine)):
+            if not self.good_enough():
+                now = time.monotonic()
+                stage(now + share * (self.search_end - now))
+        if not self.good_enough():
+            self._search_on()
+        if self.left() > _QUICK_GAP:
+            self._refine(self.end)
+
+    def _with_copies(self, deadline: float) -> None:
+        """The program with copies, coarse and as it is: merged ops hold their inputs a little longer than they must."""
         fine = self._solver.fine
-        # Merged ops hold their inputs a little longer than they must: look again without merging.
         for program, coarse in [(self._solver.program, self._solver.coarse), *([fine] if fine else [])]:
             gap = max(self.gap, _ROUGH_GAP)
-            while not self._exact and time.monotonic() < min(until, self.deadline()):
+            while not self._exact and time.monotonic() < min(deadline, self.deadline()):
                 known = program.knows()
-                if self._program(program, coarse, until, gap):
+                if self._program(program, coarse, deadline, gap):
                     self._exact, gap = gap == self.gap, self.gap
                 elif program.knows() == known:
                     break
                 elif coarse is self._solver.coarse:
                     self._fit(self._near)
+
+    def _search_on(self) -> None:
+        """Chains where a value may have to be recomputed more than once, then search around the best schedule."""
         if self.left() > _FAR:
             self.fit_chain()
         if self.best is None:
@@ -147,14 +165,41 @@ class Hunt:
         if self.best is not None and not self.good_enough():
             now = time.monotonic()
             for search in (self._search(), Windows(self._pool.graph, self.budget_bytes)):
-                until = self.deadline() if isinstance(search, Windows) else now + _PROGRAM_SHARE * (self.deadline() - now)
+                until = self.deadline() if isinstance(search, Windows) else now + _LOCAL_SHARE * (self.deadline() - now)
                 better = search.improve(list(self.best.schedule.steps), until, self.certify() + self.gap * self.plain_ns)
                 self._pool.offer(Schedule(tuple(better)), "windows" if isinstance(search, Windows) else "local search")
-        if self.left() > _QUICK_GAP:
-            self._certify("thorough", self.end - time.monotonic())
 
     def _search(self) -> LocalSearch:
         return LocalSearch(self._pool.graph, self.budget_bytes)
+
+    def _fit_blocks(self) -> None:
+        """Schedules of the forward as a chain of unequal blocks, made to fit: where very many moments are tight at once."""
+        if self._blocks_tried:
+            return
+        coarse, now = self._solver.coarse, time.monotonic()
+        until = now + _BLOCKS_SHARE * (self.search_end - now)
+        blocks = Blocks(self._solver.pieces, self.budget_bytes, until)
+        self._blocks_tried = blocks.complete
+        worse, least_ns = 0, math.inf
+        for schedule in blocks.schedules() if blocks.complete else ():
+            if time.monotonic() >= until or worse == _WORSE:
+                return
+            steps = self._made_to_fit(list(schedule.steps), "blocks, local search", until)
+            time_ns = math.inf if steps is None else sum(coarse.graph.ops[i].cost_ns for i in steps)
+            worse, least_ns = (0, time_ns) if time_ns < least_ns else (worse + 1, least_ns)
+
+    def _made_to_fit(self, steps: list[int], name: str, deadline: float) -> list[int] | None:
+        """A schedule of the coarse graph that local search makes fit, if it is near, and offers."""
+        coarse = self._solver.coarse
+        search = LocalSearch(coarse.graph, self.budget_bytes)
+        useful, run = search.useful(steps)
+        near = int(run.live_bytes.max()) <= _NEAR * self.budget_bytes
+        repaired = search.repair(useful, deadline) if near else None
+        if repaired is None:
+            return None
+        made = search.shrink(repaired, deadline)
+        self._pool.offer(expand(Schedule(tuple(made)), coarse.groups), name)
+        return made
 
     def fit_chain(self) -> None:
         """Schedules of the forward as a chain of segments, made to fit: for budgets that take more than one recompute."""
@@ -162,18 +207,11 @@ class Hunt:
         now = time.monotonic()
         until = now + _CHAIN_SHARE * (self.search_end - now)
         chain = Chain(coarse.graph, self.budget_bytes, until)
-        search = LocalSearch(coarse.graph, self.budget_bytes)
         tried = 0
         for steps in chain.schedules() if chain.complete else ():
             if time.monotonic() >= until or tried == _CHAINS:
                 return
-            useful, run = search.useful(steps)
-            over = int(run.live_bytes.max()) / self.budget_bytes
-            repaired = search.repair(useful, until) if over <= 1.1 else None
-            if repaired is not None:
-                tried += 1
-                made = search.shrink(repaired, until)
-                self._pool.offer(expand(Schedule(tuple(made)), coarse.groups), "chain, local search")
+            tried += self._made_to_fit(steps, "chain, local search", until) is not None
 
     def certify(self, effort: Effort = "linear") -> int:
         """A lower bound on the time of every schedule that fits, with at least this effort."""
@@ -190,18 +228,24 @@ class Hunt:
             self.budget_bytes,
             effort=effort,
             time_limit_s=max(0.1, seconds),
-            tight=None if best is None else _tightest(best.schedule, best.timeline),
             enough_ns=None if best is None else best.timeline.time_ns - int(self.gap * plain_ns),
         )
         self._bound_ns = max(self._bound_ns, bound_ns)
 
+    def _refine(self, deadline: float) -> None:
+        """Rounds of the certificate, each with the schedule it hints at, while they bring something."""
+        bounds = self._solver.bounds
+        while not self._settled and self.left() > self.gap and time.monotonic() < deadline:
+            self._settled = not bounds.refine(self.budget_bytes, time_limit_s=deadline - time.monotonic())
+            self._bound_ns = max(self._bound_ns, bounds.known_ns(self.budget_bytes))
+            self._fit_hint()
+
     def _fit_hint(self) -> None:
         """What is alive at the certificate's cuts makes a schedule that takes hardly more than the bound, if it fits."""
-        hint = self._solver.bounds.hint
-        if not hint or hint == self._hint:
+        schedule = self._solver.bounds.hinted
+        if schedule is None or schedule == self._hint:
             return
-        self._hint = hint
-        schedule = lazy_schedule(self._pool.graph, hint[0][1], dict(hint[1:]))
+        self._hint = schedule
         self._pool.offer(schedule, f"certificate/{solver_name()}")
         search = self._search()
         repaired = search.repair(list(schedule.steps), min(self.search_end, time.monotonic() + _QUICK_S / 2))
@@ -230,7 +274,7 @@ class Hunt:
         """Make a schedule of the coarse graph fit, and offer it."""
         coarse = self._solver.coarse
         search = LocalSearch(coarse.graph, self.budget_bytes)
-        until = self.deadline()
+        until = min(self.deadline(), time.monotonic() + 2 * _QUICK_S)  # what takes longer is far from a good schedule
         repaired = search.repair(steps, until) if steps else None
         if repaired is not None:
             self._fitted = search.shrink(repaired, until)
@@ -287,10 +331,3 @@ def _reached(solver: Solver, budget_bytes: int, deadline: float) -> bool:
     if hunt.best is None and time.monotonic() < deadline:
         hunt.fit_chain()
     return hunt.best is not None
-
-
-def _tightest(schedule: Schedule, timeline: Timeline) -> int | None:
-    """The first run of a backward op during which a schedule holds most, in the later half of the backward's steps."""
-    firsts = {i: t for t, i in reversed(list(enumerate(schedule.steps))) if t >= timeline.boundary and i >= 0}
-    late = [t for t in firsts.values() if t >= (timeline.boundary + len(schedule.steps)) // 2]
-    return schedule.steps[max(late, key=lambda t: timeline.live_bytes[t])] if late else None

@@ -22,7 +22,7 @@ def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Colle
 
     What is not available is recomputed with everything it needs that is not available either, in
     captured order, and is available from then on. Resident values, outputs and values of ops that
-    must not run again count as kept. `later`: at these backward ops, what is not among these values is let go.
+    must not run again count as kept. `later`: while these backward ops run, these values are available and no others.
     """
     turn = graph.num_forward_ops
     once = (op for i, op in enumerate(graph.ops) if i >= turn or not op.recomputable)
@@ -30,9 +30,8 @@ def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Colle
     available = set(kept) | constant
     steps = list(range(turn))
     for p in graph.backward_ops:
-        if later and p in later:
-            available &= constant.union(later[p])
-        missing = [name for name in graph.ops[p].reads if name not in available]
+        wanted = [*graph.ops[p].reads, *later.get(p, ())] if later else graph.ops[p].reads
+        missing = [name for name in wanted if name not in available]
         lane: set[int] = set()
         while missing:
             i = graph.producer[missing.pop()]
@@ -41,6 +40,8 @@ def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Colle
                 missing += [name for name in graph.ops[i].reads if name not in available]
         for i in sorted(lane):
             available.update(graph.ops[i].writes)
+        if later and p in later:
+            available &= constant.union(later[p])
         steps += [*sorted(lane), p]
     return Schedule(tuple(steps))
 

@@ -10,11 +10,13 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
 from planner.solver.baselines import all_baselines
+from planner.solver.blocks import MOST_PIECES
 from planner.solver.bound import Bounds
 from planner.solver.closure import Closure
 from planner.solver.coarsen import Coarse, coarsen, uncoarsened
 from planner.solver.floor import floor, infeasible
 from planner.solver.hunt import Hunt, lower_peak
+from planner.solver.pieces import Pieces
 from planner.solver.pool import Entry, Pool
 from planner.solver.reorder import reordered
 from planner.units import format_bytes
@@ -71,6 +73,7 @@ class Solver:
         self.program = Closure(self.coarse.graph, self.coarse.tiny)
         self._fine: tuple[Closure, Coarse] | None = None
         self._unmoved: Solver | None = None
+        self._pieces: Pieces | None = None
 
     @property
     def floor_bytes(self) -> int:
@@ -101,6 +104,13 @@ class Solver:
             coarse = uncoarsened(self.graph)
             self._fine = Closure(coarse.graph, coarse.tiny), coarse
         return self._fine
+
+    @property
+    def pieces(self) -> Pieces:
+        """The coarse graph in pieces, for blocks."""
+        if self._pieces is None:
+            self._pieces = Pieces(self.coarse.graph, MOST_PIECES)
+        return self._pieces
 
     def solve(self, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001) -> Solution:
         """As the function `solve`."""

@@ -1,0 +1,151 @@
+"""Pieces, their menus and blocks: menus are the lower hull of all kept sets, blocks what their table says."""
+
+from __future__ import annotations
+
+import time
+from itertools import combinations
+
+import numpy as np
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.solver import blocks as blocks_module
+from planner.solver import pieces as pieces_module
+from planner.solver.blocks import Blocks
+from planner.solver.pieces import Dish, Pieces
+from tests import graphs
+from tests.strategies import budgets, training_graphs
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def every_dish(pieces: Pieces, ops: range) -> list[tuple[int, int]]:
+    """Bytes and time of every kept set of a run, by hand."""
+    graph, life = pieces.graph, pieces.life
+    mine = [d for d in range(len(life.names)) if life.producer[d] in ops and life.last_forward[d] < ops.stop]
+    found = []
+    for count in range(len(mine) + 1):
+        for kept in combinations(mine, count):
+            missing = [d for d in mine if d not in kept and life.first_use[d] < len(graph.ops)]
+            lane: set[int] = set()
+            while missing:
+                i = int(life.producer[missing.pop()])
+                if i not in lane:
+                    lane.add(i)
+                    missing += [d for d in pieces.inputs(i) if d in mine and d not in kept]
+            if all(graph.ops[i].recomputable for i in lane):
+                found.append((sum(int(life.nbytes[d]) for d in kept), sum(graph.ops[i].cost_ns for i in lane)))
+    return found
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_menu_is_the_lower_hull_of_all_kept_sets(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=7))
+    pieces = Pieces(graph, 4)
+    i = data.draw(st.sampled_from(range(len(pieces))))
+    j = data.draw(st.sampled_from(range(i + 1, len(pieces) + 1)))
+    run = range(pieces.forward[i].start, pieces.forward[j - 1].stop)
+    menu, everything = pieces.menu(i, j), every_dish(pieces, run)
+    event(f"dishes: {len(menu)}")
+    assert [dish.nbytes for dish in menu] == sorted({dish.nbytes for dish in menu}, reverse=True)
+    for dish in menu:
+        assert dish.cost_ns == sum(graph.ops[op].cost_ns for op in dish.lane)
+        # Of equal bytes none takes less time: two of the solver's units of rounding are forgiven, one op each.
+        assert all(cost >= dish.cost_ns for nbytes, cost in everything if nbytes <= dish.nbytes) or len(menu) == 2
+    for nbytes, cost in everything:
+        assert cost >= _on_hull(menu, nbytes) - 2 * len(run) - 1
+
+
+def _on_hull(menu: list[Dish], nbytes: int) -> float:
+    """The time that mixing dishes takes for so many bytes."""
+    if nbytes >= menu[0].nbytes:
+        return menu[0].cost_ns
+    return float(np.interp(nbytes, [dish.nbytes for dish in menu[::-1]], [dish.cost_ns for dish in menu[::-1]]))
+
+
+def test_runs_that_look_alike_share_a_menu_and_others_do_not() -> None:
+    graph = graphs.blocks(12)
+    pieces = Pieces(graph, 100)
+    assert len(pieces) >= 12
+    inner = [i for i, ops in enumerate(pieces.forward) if [graph.ops[op].name[:2] for op in ops] == ["fa", "fm", "fc"]]
+    first, second = (pieces.menu(i, i + 1) for i in inner[2:4])
+    assert len(pieces._menus) == 1
+    shift = pieces.forward[inner[3]].start - pieces.forward[inner[2]].start
+    assert [tuple(op + shift for op in dish.lane) for dish in first] == [dish.lane for dish in second]
+    assert len(first) == 2
+    pieces.menu(inner[2], inner[4])
+    assert len(pieces._menus) == 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_blocks_take_the_time_their_table_says_and_more_memory_is_never_dearer(data: st.DataObject) -> None:
+    graph = data.draw(training_graphs(max_forward=8))
+    blocks = Blocks(Pieces(graph, 100), data.draw(budgets(graph)), soon())
+    assert blocks.complete
+    costs = blocks._best[0]
+    assert list(costs) == sorted(costs, reverse=True)
+    plain = simulate(graph, keep_all(graph)).time_ns
+    schedules = list(blocks.schedules())
+    event(f"schedules: {min(len(schedules), 4)}")
+    levels = [level for level in range(1940, blocks.levels, 20) if np.isfinite(costs[level])]
+    for schedule, level in zip(schedules, levels, strict=True):
+        assert simulate(graph, schedule).time_ns <= plain + costs[level]
+
+
+def recurrent(count: int) -> Graph:
+    """A long unrolled net: a state goes on from step to step, cheap to make again where the one before it is at hand."""
+    forward, backward = [], []
+    sizes = {f"{kind}{i}": nbytes for i in range(count) for kind, nbytes in (("h", 8), ("a", 8), ("g", 2))}
+    for i in range(count):
+        before = f"h{i - 1}" if i else "x"
+        forward.append(graphs.op(f"fa{i}", before, f"a{i}", 4))
+        forward.append(graphs.op(f"fh{i}", f"a{i}", f"h{i}", 2))
+    forward.append(graphs.op("floss", f"h{count - 1}", "loss", 1))
+    for i in reversed(range(count)):
+        after = f"g{i + 1}" if i + 1 < count else "t"
+        before = f"h{i - 1}" if i else "x"
+        backward.append(graphs.op(f"b{i}", f"a{i} {before} {after}", f"g{i}", 9))
+    return graphs.graph({"x": 8, "t": 1, "loss": 1, **sizes}, forward, backward, "loss", "g0")
+
+
+def test_the_blocks_of_a_long_recurrent_net_grow_from_its_end_to_its_start() -> None:
+    graph = recurrent(60)
+    plain = simulate(graph, keep_all(graph))
+    budget_bytes = plain.peak_bytes // 5
+    blocks = Blocks(Pieces(graph, 100), budget_bytes, soon())
+    fitting = [schedule for schedule in blocks.schedules() if simulate(graph, schedule).peak_bytes <= budget_bytes]
+    assert fitting
+    lengths, i, level = [], 0, blocks_module._ROOM
+    while i < len(blocks.pieces):
+        j, _, less = blocks._choice[i][int(blocks._chosen[i][level])]
+        lengths.append(j - i)
+        i, level = j, level - less
+    assert max(lengths[: len(lengths) // 2]) >= 13  # without a trace of a state kept in between
+    assert max(lengths[len(lengths) // 2 :]) <= 8
+    assert max(lengths[-5:]) <= 3
+    # As long as the graph is a chain, the table's count of memory is the simulator's but for rounding.
+    for schedule, level in zip(blocks.schedules(), range(1940, blocks.levels, 20), strict=True):
+        assert simulate(graph, schedule).peak_bytes <= (level + len(blocks.pieces)) * blocks.unit
+
+
+def test_a_budget_below_every_block_has_no_schedule_of_blocks() -> None:
+    graph = recurrent(8)
+    assert not list(Blocks(Pieces(graph, 100), 3, soon()).schedules())
+
+
+def test_a_menu_is_cut_short_at_its_most_useful_dishes() -> None:
+    graph = graphs.blocks(12)
+    pieces = Pieces(graph, 2)
+    most = pieces_module._DISHES
+    assert 2 <= len(pieces.menu(0, len(pieces))) <= most + 1
+
+
+def test_no_time_no_table() -> None:
+    assert not Blocks(Pieces(recurrent(8), 100), 100, time.monotonic() - 1).complete
