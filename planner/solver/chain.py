@@ -20,9 +20,9 @@ from planner.graph.graph import Graph
 from planner.solver.pieces import Pieces
 
 _MOST_SEGMENTS = 48
-_LEVELS = 1300
+_LEVELS = 320
 """Steps of memory; `_ROOM` of them stand for the budget, for the count is on the careful side."""
-_ROOM = 1000
+_ROOM = 200
 
 Costs = NDArray[np.float64]
 
@@ -43,7 +43,7 @@ class Chain:
         """The best schedules for different amounts of memory, the cheapest first."""
         costs = self._best[0][-1]
         last = -1.0
-        for m in range(len(costs) - 1, -1, -_ROOM // 100):
+        for m in range(len(costs) - 1, -1, -1):
             if np.isfinite(costs[m]) and costs[m] != last:
                 last = float(costs[m])
                 yield list(self._emit(0, len(self.segments) - 1, m, set()))

@@ -132,10 +132,11 @@ class Hunt:
             self._fit_blocks()
         if self.left() > _QUICK_GAP:
             self._solver.offer_baselines(self.budget_bytes)
-        # Often the bound is what is far from the optimum, and no search can help.
         for share, stage in ((_EARLY_SHARE, self._refine), (_PROGRAM_SHARE, self._with_copies), (_REFINE_SHARE, self._refine)):
-            if not self.good_enough():
-                now = time.monotonic()
+            now = time.monotonic()
+            # Often the bound is what is far from the optimum, and no search can help; but a round of it takes its time.
+            hurried = stage == self._refine and self.search_end - now < _QUICK_S
+            if not self.good_enough() and not hurried:
                 stage(now + share * (self.search_end - now))
         if not self.good_enough():
             self._search_on()
@@ -174,9 +175,9 @@ class Hunt:
 
     def _fit_blocks(self) -> None:
         """Schedules of the forward as a chain of unequal blocks, made to fit: where very many moments are tight at once."""
-        if self._blocks_tried:
-            return
         coarse, now = self._solver.coarse, time.monotonic()
+        if self._blocks_tried or self.search_end - now < _QUICK_S:  # menus take their time
+            return
         until = now + _BLOCKS_SHARE * (self.search_end - now)
         blocks = Blocks(self._solver.pieces, self.budget_bytes, until)
         self._blocks_tried = blocks.complete
