@@ -99,7 +99,7 @@ class Hunt:
             if not self._exact:
                 self._fit(self._near)
             if relax and self.left() > _FAR:
-                self._fit_blocks()
+                self.fit_blocks()
         if self.best is None:
             self._fit(list(range(len(coarse.graph.ops))))
         if self.left() > _QUICK_GAP:
@@ -129,7 +129,7 @@ class Hunt:
     def thoroughly(self) -> None:
         """All that the quick stages left out, until the plan is good enough."""
         if self.left() > _QUICK_GAP:
-            self._fit_blocks()
+            self.fit_blocks()
         if self.left() > _QUICK_GAP:
             self._solver.offer_baselines(self.budget_bytes)
         for share, stage in ((_EARLY_SHARE, self._refine), (_PROGRAM_SHARE, self._with_copies), (_REFINE_SHARE, self._refine)):
@@ -173,7 +173,7 @@ class Hunt:
     def _search(self) -> LocalSearch:
         return LocalSearch(self._pool.graph, self.budget_bytes)
 
-    def _fit_blocks(self) -> None:
+    def fit_blocks(self) -> None:
         """Schedules of the forward as a chain of unequal blocks, made to fit: where very many moments are tight at once."""
         coarse, now = self._solver.coarse, time.monotonic()
         if self._blocks_tried or self.search_end - now < _QUICK_S:  # menus take their time
@@ -321,7 +321,7 @@ def lower_peak(solver: Solver, budget_bytes: int, deadline: float) -> None:
 
 
 def _reached(solver: Solver, budget_bytes: int, deadline: float) -> bool:
-    """Some schedule fits: from the lowest known, by the quick stages, or as a chain."""
+    """Some schedule fits: from the lowest known, by the quick stages, in blocks, or as a chain."""
     pool = solver.pool
     steps = LocalSearch(pool.graph, budget_bytes).repair(list(pool.lowest.schedule.steps), deadline)
     if steps is not None:
@@ -329,6 +329,7 @@ def _reached(solver: Solver, budget_bytes: int, deadline: float) -> bool:
     hunt = Hunt(solver, budget_bytes, time.monotonic(), deadline, 1.0)
     if hunt.best is None:
         hunt.quickly()
-    if hunt.best is None and time.monotonic() < deadline:
-        hunt.fit_chain()
+    for fit in (hunt.fit_blocks, hunt.fit_chain):
+        if hunt.best is None and time.monotonic() < deadline:
+            fit()
     return hunt.best is not None
