@@ -42,7 +42,7 @@ _FIRST = 3
 _ADDED, _APART = 2, 3
 """Cuts added at a time, and how far apart."""
 _CROWDED, _MOST_CROWDED = 0.9, 8
-"""Share of the budget."""
+"""Share of the budget that an op must need by itself to be a cut from the first round on, and how many may be."""
 
 Phases = tuple[tuple[int, frozenset[str]], ...]
 """Cuts, and the values alive at each."""

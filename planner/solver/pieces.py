@@ -53,7 +53,7 @@ class Pieces:
         self.backward = self._backward()
         self._index = {name: d for d, name in enumerate(self.life.names)}
         turn, known = graph.num_forward_ops, dict[object, int]()
-        reads = [(i, int(self.life.producer[d])) for i in range(turn) for d in self.inputs(i)]
+        reads = [(i, d) for i in range(turn) for d in self.inputs(i)]
         self._reader, self._read = np.array(reads, dtype=np.int64).reshape(-1, 2).T
         self._kinds = np.array([known.setdefault(self._kind(i), len(known)) for i in range(turn)], dtype=np.int64)
         self._menus: dict[tuple[bytes, ...], list[Dish]] = {}
@@ -113,7 +113,7 @@ class Pieces:
         life = self.life
         reads = slice(*np.searchsorted(self._reader, (ops.start, ops.stop)))
         made = slice(*np.searchsorted(life.producer, (ops.start, ops.stop)))
-        within = np.maximum(self._read[reads] - ops.start, -1)
+        within = np.maximum(self._read[reads] - made.start, -1)  # values are in the order of their makers
         goes_on = life.last_forward[made] >= ops.stop
         return self._kinds[ops.start : ops.stop].tobytes(), within.tobytes(), goes_on.tobytes()
 
