@@ -11,13 +11,16 @@ models, on a CPU too, to try the script.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,18 @@ from benchmarks import cases
 from benchmarks.rivals import RIVALS, Forward, NotApplicable
 from examples import gpt2, llama, resnet50, unet, vit
 from planner import PlannerError, max_batch
+from planner.graph.plan import Plan
 from planner.priced import Options, Priced, price
 from planner.profiler.memory import logical_peak
 from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.step import DEFAULT_STAGES, make_step
+from planner.verification import measured_within
 
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3)
-METHODS = ("transformers", "blocks", "selective", "inductor-0.5")
+PLAN_LIMIT_S = 5.0
+METHODS = ("transformers", "blocks", "selective")
+SLOW_METHODS = ("inductor-0.5",)  # compiles for a minute or more: after all else
+Case = tuple[str, Callable[[], dict[str, Any]]]
 Build = Callable[..., tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 BUILDERS: dict[str, Build] = {
@@ -64,7 +72,8 @@ class Bench:
 
     def __init__(self, name: str, build: Build, device: torch.device) -> None:
         self.name, self.device = name, device
-        model, args, kwargs = build()
+        with device:
+            model, args, kwargs = build()
         self.model = model.to(device)
         self.args = tuple(arg.to(device) for arg in args)
         self.kwargs = {key: arg.to(device) for key, arg in kwargs.items()}
@@ -92,7 +101,11 @@ class Bench:
             torch.cuda.empty_cache()
         found = {"allocated_bytes": logical_peak(step, self.device)}
         if self.device.type == "cuda":
-            found["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+            stats = torch.cuda.memory_stats(self.device)
+            found["reserved_bytes"], found["requested_bytes"] = (
+                stats["reserved_bytes.all.peak"],
+                stats["requested_bytes.all.peak"],
+            )
         model.zero_grad(set_to_none=True)
         return found
 
@@ -142,14 +155,21 @@ def compared(bench: Bench, model: nn.Module, forward: Forward, plain: Callable[[
     return found | time_ratio(step, plain, bench.device, rounds)
 
 
-def cases_of(bench: Bench, rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The model's cases by name, each to be run in turn: eager, plans, today's methods, the largest batch."""
+def today(bench: Bench, method: str, plain: Callable[[], Tensor], rounds: int) -> dict[str, Any]:
+    """A copy of the model trained by one of today's methods."""
+    model = deepcopy(bench.model)
+    return compared(bench, model, RIVALS[method](model), plain, rounds)
+
+
+def cases_of(bench: Bench, rounds: int, plans: Path | None) -> Iterator[Case]:
+    """The model's cases by name, each to be run in turn: eager, plans, today's methods."""
     plain = bench.step(bench.model, bench.model)
     known: dict[str, Any] = {}
 
     def eager() -> dict[str, Any]:
         known["eager"] = bench.peaks(bench.model, plain)
-        return dict(known["eager"])
+        first, again = bench.results(bench.model, plain), bench.results(bench.model, plain)
+        return known["eager"] | {"different": sorted(name for name in first if not torch.equal(first[name], again[name]))}
 
     def prepare() -> dict[str, Any]:
         start = time.perf_counter()
@@ -161,19 +181,35 @@ def cases_of(bench: Bench, rounds: int) -> Iterator[tuple[str, Callable[[], dict
     def planned(share: float) -> dict[str, Any]:
         priced: Priced = known["priced"]
         budget = bench.resident_bytes + int(share * known["eager"]["allocated_bytes"])
-        start = time.perf_counter()
-        made = priced.plan(budget, 10.0)
-        solve_s = time.perf_counter() - start
-        with bench.cast():
-            step = make_step(made, priced.joint, bench.model, bench.args, bench.kwargs, DEFAULT_STAGES)
-        module = CheckpointedModule(bench.model, step, made, strict=True)
+        solved: list[tuple[Plan, float]] = []
+
+        def within(aim_bytes: int) -> CheckpointedModule:
+            start = time.perf_counter()
+            made = replace(priced.plan(aim_bytes, PLAN_LIMIT_S), budget_bytes=budget)
+            solved.append((made, time.perf_counter() - start))
+            with bench.cast():
+                step = make_step(made, priced.joint, bench.model, bench.args, bench.kwargs, DEFAULT_STAGES)
+            return CheckpointedModule(bench.model, step, made, strict=True)
+
+        module = measured_within(budget, within, bench.args, bench.kwargs)
+        made = module.plan
         predicted = {"predicted_bytes": made.peak_bytes - bench.resident_bytes, "predicted_time": 1 + made.overhead}
-        figures = {"budget_bytes": budget - bench.resident_bytes, "gap": made.gap, "solve_s": solve_s}
+        predicted["first_predicted_bytes"] = solved[0][0].peak_bytes - bench.resident_bytes
+        figures = {"budget_bytes": budget - bench.resident_bytes, "gap": made.gap, "solve_s": [s for _, s in solved]}
+        if plans is not None:
+            solved[0][0].save(plans / f"{bench.name}-{share}.json")
         return predicted | figures | compared(bench, module, module, plain, rounds)
 
-    def today(method: str) -> dict[str, Any]:
-        model = deepcopy(bench.model)
-        return compared(bench, model, RIVALS[method](model), plain, rounds)
+    yield "eager", eager
+    yield "prepare", prepare
+    for share in SHARES:
+        yield f"plan {share}", functools.partial(planned, share)
+    for method in METHODS:
+        yield method, functools.partial(today, bench, method, plain, rounds)
+
+
+def slow_cases_of(bench: Bench, rounds: int, plans: Path | None) -> Iterator[Case]:
+    """What takes a minute or more; for when all else has been measured: the largest batch, methods that compile."""
 
     def largest() -> dict[str, Any]:
         build, whole, limit_s = SMALL[bench.name], 2**20, 0.5
@@ -189,13 +225,10 @@ def cases_of(bench: Bench, rounds: int) -> Iterator[tuple[str, Callable[[], dict
             found = max_batch(inputs, bench.model, int(0.9 * whole), costs="estimate", time_limit_s=limit_s)
         return {"summary": found.summary()}
 
-    yield "eager", eager
-    yield "prepare", prepare
-    for share in SHARES:
-        yield f"plan {share}", functools.partial(planned, share)
-    for method in METHODS:
-        yield method, functools.partial(today, method)
     yield "largest batch", largest
+    plain = bench.step(bench.model, bench.model)
+    for method in SLOW_METHODS:
+        yield method, functools.partial(today, bench, method, plain, rounds)
 
 
 def main() -> None:
@@ -204,29 +237,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="JSON lines; appended")
     parser.add_argument("--limit", type=float, default=460.0, metavar="S", help="no case starts later (default 460)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plans", type=Path, metavar="FOLDER", help="save the plan files there")
     parser.add_argument("--small", action="store_true", help="tiny models, on a CPU where there is no GPU")
     options = parser.parse_args()
     if not options.small and not torch.cuda.is_available():
         parser.error("no CUDA device here; --small tries the script on a CPU")
-    run(options.models, options.out, options.limit, options.rounds, options.small)
+    run(options.models, options.out, options.limit, options.rounds, options.small, options.plans)
 
 
-def run(models: list[str], out: Path, limit_s: float, rounds: int, small: bool) -> None:
+def run(models: list[str], out: Path, limit_s: float, rounds: int, small: bool, plans: Path | None = None) -> None:
     """Run the models' cases until the time is over."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     start = time.perf_counter()
     machine = cases.machine() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-    for name in models:
+    for cases_made_by, name in itertools.product((cases_of, slow_cases_of), models):
         bench = Bench(name, (SMALL if small else BUILDERS)[name], device)
-        for case, measure in cases_of(bench, rounds):
+        # asked for strictly, attention is deterministic; some kernels of images have no such variant, and repeat in practice
+        torch.use_deterministic_algorithms(True, warn_only=name not in IN_BFLOAT16)
+        for case, measure in cases_made_by(bench, rounds, plans):
             if time.perf_counter() - start > limit_s:
                 return
             try:
                 found = measure()
             except (PlannerError, NotApplicable, RuntimeError) as error:
                 found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                if not isinstance(error, (PlannerError, NotApplicable)):
+                    traceback.print_exc()
             with out.open("a", encoding="utf-8") as lines:
                 print(json.dumps({"model": name, "case": case, "machine": machine} | found), file=lines)
             print(name, case, found, flush=True)

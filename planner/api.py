@@ -74,13 +74,17 @@ def plan(
         optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
-            kernels keep the budget is measured in a step that is put back.
+            kernels keep the budget is measured, as on CUDA.
+
+    On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
+    where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
         NoScheduleFoundError: none was found in the time given.
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
+        MeasuredPeakError: on CUDA: planned for ever less, the step was still measured to need more than the budget.
     """
     units.check_budget(budget)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
@@ -95,7 +99,9 @@ def plan(
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
         return CheckpointedModule(model, step, made, strict)
 
-    return measured_within(budget_bytes, within, args, kwargs) if compile else within(budget_bytes)
+    if compile or (priced.joint.device.type == "cuda" and options.target is None):
+        return measured_within(budget_bytes, within, args, kwargs)
+    return within(budget_bytes)
 
 
 def apply(
@@ -116,13 +122,16 @@ def apply(
     Raises:
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
+        MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
     """
     joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
     _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1) if compile else planned
+    if compile or joint.device.type == "cuda":
+        return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
+    return planned
 
 
 def sweep(
@@ -210,7 +219,10 @@ def _first_difference(planned: Graph, captured: Graph) -> str:
             theirs.writes,
             theirs.recomputable,
         ):
-            return f"op {ours.name} ({ours.source}) of the plan stands where the model has {theirs.name} ({theirs.source})"
+            reads = f" of {', '.join(theirs.reads)}, not of {', '.join(ours.reads)}" if ours.name == theirs.name else ""
+            return (
+                f"op {ours.name} ({ours.source}) of the plan stands where the model has {theirs.name} ({theirs.source}){reads}"
+            )
     if len(planned.ops) != len(captured.ops):
         return f"the plan has {len(planned.ops)} ops, the model {len(captured.ops)}"
     for value in planned.values:

@@ -81,5 +81,19 @@ class CompileError(PlannerError):
     """With compile=True: inductor cannot compile the planned step, or what it made of it does not fit the budget."""
 
 
+class MeasuredPeakError(PlannerError):
+    """The planned step was run, and needs more of the device's memory than the budget.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        peak_bytes: what was measured.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, peak_bytes: int) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.peak_bytes = peak_bytes
+
+
 class PlotMissingError(PlannerError):
     """matplotlib is not installed; the extra `plot` brings it."""

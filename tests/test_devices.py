@@ -129,8 +129,24 @@ def test_a_users_choice_of_attention_holds():
     q = torch.empty(2, 4, 16, 64, dtype=torch.bfloat16)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         assert attention_kernel(H100, q, q, q, None, 0.0, True) == "flash"
-    assert attention_kernel(H100, q, q, q, None, 0.1, True) == "flash"
     assert attention_kernel(H100, q, q, q, None, 0.125, True) == "cudnn"
+
+
+@pytest.mark.parametrize("version, kernel", [("2.11.0", "cudnn"), ("2.12.0", "flash")])
+def test_cudnn_is_given_what_it_rounds_until_torch_2_12(monkeypatch, version, kernel):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    q = torch.empty(2, 4, 16, 64, dtype=torch.bfloat16)
+    assert attention_kernel(H100, q, q, q, None, 0.1, True) == kernel
+
+
+@pytest.mark.parametrize("warn_only, kernel", [(True, "cudnn"), (False, "flash")])
+def test_only_strict_determinism_turns_cudnn_away(warn_only, kernel):
+    q = torch.empty(2, 4, 16, 64, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert attention_kernel(H100, q, q, q, None, 0.0, True) == kernel
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_grouped_queries_keep_their_few_keys():
@@ -148,6 +164,9 @@ def test_dropout_norms_and_batch_norm_as_on_cuda():
     model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.LayerNorm(16)).to(torch.bfloat16)
     ran, joint = kernels(model, (torch.randn(4, 8, 16, dtype=torch.bfloat16),))
     assert {"native_dropout", "native_dropout_backward", "cudnn_batch_norm", "cudnn_batch_norm_backward"} <= set(ran)
+    assert {op.name: op.recomputable for op in lower(joint).ops}["cudnn_batch_norm"], (
+        "its update of the statistics can be undone"
+    )
     dropout = next(node for node in joint.graph.nodes if "native_dropout.default" in str(node.target))
     assert dropout.meta["val"][1].dtype is torch.bool and dropout.name in joint.rng_states
     norm = next(node for node in joint.graph.nodes if "native_layer_norm.default" in str(node.target))

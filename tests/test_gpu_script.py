@@ -11,11 +11,21 @@ from benchmarks import gpu
 def test_every_case_of_a_model_is_measured_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
     monkeypatch.setattr(gpu, "METHODS", ("transformers", "blocks"))
+    monkeypatch.setattr(gpu, "SLOW_METHODS", ("selective",))
     monkeypatch.setattr(gpu, "SHARES", (0.7, 0.01))
     out = tmp_path / "gpu.jsonl"
     gpu.run(["gpt2-medium"], out, limit_s=600, rounds=1, small=True)
     records = {record["case"]: record for record in map(json.loads, out.read_text().splitlines())}
-    assert list(records) == ["eager", "prepare", "plan 0.7", "plan 0.01", "transformers", "blocks", "largest batch"]
+    assert list(records) == [
+        "eager",
+        "prepare",
+        "plan 0.7",
+        "plan 0.01",
+        "transformers",
+        "blocks",
+        "largest batch",
+        "selective",
+    ]
     planned, eager = records["plan 0.7"], records["eager"]
     assert planned["different"] == [] and planned["time_ratio"] > 0
     assert planned["allocated_bytes"] <= planned["budget_bytes"] < eager["allocated_bytes"]

@@ -1,3 +1,4 @@
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,19 @@ def test_footprint_counts_memory_not_elements():
     node = call(aten.add.Tensor, torch.rand(1, 100).expand(50, 100), torch.rand(50, 100))
     node.meta["val"] = torch.empty(50, 100, device="meta")
     assert footprint_bytes(node) == 4 * (100 + 5000 + 5000)
+
+
+def test_a_state_of_draws_is_what_the_drawing_kernel_made_of_it():
+    """CUDA keeps the seed of dropout within attention on the host, its fake tensor says otherwise: made up, it crashed."""
+    with torch.library._scoped_library("kernel_test", "DEF") as library:
+        library.define("attend(Tensor x) -> (Tensor, Tensor)", tags=[torch.Tag.nondeterministic_seeded])
+        library.impl("attend", lambda x: (x.clone(), torch.tensor(7)), "CPU")
+        attend = torch.ops.kernel_test.attend.default
+        node = call(attend, torch.rand(3))
+        node.meta["val"] = (torch.empty(3, device="meta"), torch.empty((), dtype=torch.int64, device="meta"))
+        graph = node.graph
+        out, seed = (graph.call_function(operator.getitem, (node, i)) for i in range(2))
+        out.meta["val"], seed.meta["val"] = node.meta["val"]
+        backward = graph.call_function(aten.mul.Tensor, (out, seed))
+        (made, state), _ = make_inputs(backward)
+        assert made.shape == (3,) and state.item() == 7, "other integers are 0"

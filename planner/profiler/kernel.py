@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,7 +32,8 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Real arguments that look like the fake ones: same dtype, sizes, strides (expanded ones too), device, alignment.
 
     Integers are 0 (an index that is always valid), floats lie in (.1, 1), bools are mixed. The same node given twice
-    becomes the same tensor. No random generator of the user's is touched.
+    becomes the same tensor. Where the kernel reads the generator's state as another one saved it (dropout within attention,
+    whose seed lies on the host or on the device), that one runs, and moves the default generator. No other use of a user's.
 
     Raises:
         ValueError: an argument cannot be made up (a sparse tensor, a size that is not known, ...).
@@ -45,11 +47,24 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
             val = arg.meta["val"]
             if node.target is _BATCH_NORM_BACKWARD and val.numel() == 0:
                 val = val.float()  # statistics that eval mode does not save: the kernel makes them float32, its fake does not
-            made[arg] = _real(val)
+            made[arg] = _drawn(arg) if _is_state_of_draws(arg) else _real(val)
         return made[arg]
 
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), make)
     return tuple(_plain(arg) for arg in args), {name: _plain(arg) for name, arg in kwargs.items()}
+
+
+def _is_state_of_draws(node: Node) -> bool:
+    val, kernel = node.meta["val"], node.args[0] if node.target is operator.getitem else None
+    if not isinstance(kernel, Node) or torch.Tag.nondeterministic_seeded not in getattr(kernel.target, "tags", ()):
+        return False
+    return isinstance(val, torch.Tensor) and val.dtype in (torch.int64, torch.uint64) and val.numel() <= 2
+
+
+def _drawn(node: Node) -> Any:
+    kernel, index = node.args
+    args, kwargs = make_inputs(kernel)  # type: ignore[arg-type]
+    return kernel.target(*args, **kwargs)[index]  # type: ignore[union-attr, operator, index]
 
 
 def footprint_bytes(node: Node) -> int:

@@ -111,7 +111,7 @@ def attention_kernel(
     alike = query.dim() == 4 and width == key.shape[-1] == value.shape[-1]
     if query.dim() == 4 and capability[0] in (9, 10) and backends.cudnn_sdp_enabled() and half:
         fits = max(width, value.shape[-1]) <= 128 and width % 8 == value.shape[-1] % 8 == 0 and key.shape[-2] > 1
-        if fits and (dropout_p * 16).is_integer() and not torch.are_deterministic_algorithms_enabled():
+        if fits and _takes_dropout(dropout_p) and not _strictly_deterministic():
             return "cudnn"
     if alike and ampere and backends.flash_sdp_enabled() and half and mask is None and width <= 256:
         consumer = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
@@ -123,6 +123,15 @@ def attention_kernel(
         if width == key.shape[-1] and width % aligned == value.shape[-1] % aligned == 0:
             return "efficient"
     return "math"
+
+
+def _takes_dropout(p: float) -> bool:
+    """cuDNN rounds p to sixteenths: torch 2.12 and later give it no other p (pytorch #174245), 2.11 did (seen on an H200)."""
+    return (p * 16).is_integer() or torch.__version__ < "2.12"
+
+
+def _strictly_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _runs_efficient(dtype: torch.dtype, capability: tuple[int, int]) -> bool:

@@ -10,7 +10,7 @@ from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer import kernels
 from planner.tracer.joint import Joint
-from planner.tracer.mutation import blind_arguments, updates_statistics
+from planner.tracer.mutation import blind_arguments, new_statistics, updates_statistics
 from planner.tracer.parts import part_of
 from planner.tracer.randomness import is_random
 from planner.tracer.storage import Storages, items, mutates
@@ -137,12 +137,8 @@ class _Lowering:
         if is_random(node) and node.name not in self.joint.rng_states:
             return False
         blind = set(blind_arguments(node))
-        if blind and self._statistics_read(node):
+        # somebody besides the buffers' update reads the new running statistics, which a second run would falsify
+        if any(mutates(user) is False for item in new_statistics(node) for user in item.users):
             return False
         read = {self.storages.root[arg] for arg in node.all_input_nodes if arg not in blind and arg in self.storages.root}
         return forward and not read & self.mutated
-
-    def _statistics_read(self, node: fx.Node) -> bool:
-        """Somebody besides the buffers' update reads the new running statistics, which a second run would falsify."""
-        results = [item for item in items(node) if item.args[1] in (3, 4)]
-        return any(mutates(user) is False for item in results for user in item.users)

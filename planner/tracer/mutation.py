@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from planner.tracer.parts import written_by_parts
-from planner.tracer.storage import Storages
+from planner.tracer.storage import Storages, items
 
 aten = torch.ops.aten
 
@@ -39,6 +39,13 @@ def blind_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     if node.target in _STATISTICS_BLIND + _HIDDEN and node.args[5] is True:
         return tuple(arg for arg in node.args[3:5] if isinstance(arg, fx.Node))
     return ()
+
+
+def new_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The results of a kernel that are the updated running statistics, where it hands them out."""
+    if node.target not in _STATISTICS_BLIND:
+        return ()  # those that write in place hand out other things in these places, for the backward
+    return tuple(item for item in items(node) if item.args[1] in (3, 4))
 
 
 def write_mutations(
