@@ -273,7 +273,7 @@ class _Model:
             bytes_held = [(column, graph.value[name].nbytes / unit) for name, column in held.items()]
             program.row([*bytes_held, (self.budget, -1.0)], -_fixed(graph, cut) / unit)
             self.alive.append(held)
-            alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE) for i in rerun}
+            alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE, binary=True) for i in rerun}
             reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
             for name in sorted(reads & held.keys()):
                 here = [(held[name], -1.0)] if name in own else _pairs(graph, name, alive, again)

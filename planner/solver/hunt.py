@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 TINY_OPS = 10
 """Up to so many ops, every schedule is looked at."""
-_QUICK_S = 1.0
+_QUICK_S = 0.8
 _QUICK_GAP = 0.005
 """After this many seconds, a plan this close to the bound is not worth more of them."""
+_LEAST_S = 0.1
+"""A stage for less than this is not begun."""
 _CERTIFICATE_S = 0.5
 """A good bound comes soon or late: equal blocks make the last tenth of a percent slow to prove."""
 _CERTIFICATE_SHARE = 0.25
@@ -128,20 +130,25 @@ class Hunt:
 
     def thoroughly(self) -> None:
         """All that the quick stages left out, until the plan is good enough."""
+        self._for_a_share(_EARLY_SHARE, self._refine)
         if self.left() > _QUICK_GAP:
             self.fit_blocks()
         if self.left() > _QUICK_GAP:
             self._solver.offer_baselines(self.budget_bytes)
-        for share, stage in ((_EARLY_SHARE, self._refine), (_PROGRAM_SHARE, self._with_copies), (_REFINE_SHARE, self._refine)):
-            now = time.monotonic()
-            # Often the bound is what is far from the optimum, and no search can help; but a round of it takes its time.
-            hurried = stage == self._refine and self.search_end - now < _QUICK_S
-            if not self.good_enough() and not hurried:
-                stage(now + share * (self.search_end - now))
+        self._for_a_share(_PROGRAM_SHARE, self._with_copies)
+        self._for_a_share(_REFINE_SHARE, self._refine)
         if not self.good_enough():
             self._search_on()
         if self.left() > _QUICK_GAP:
             self._refine(self.end)
+
+    def _for_a_share(self, share: float, stage: Callable[[float], None]) -> None:
+        """A stage for a part of the time that is left; rounds of the certificate take too long for the last second."""
+        now = time.monotonic()
+        hurried = stage == self._refine and self.search_end - now < _QUICK_S
+        until = min(now + share * (self.search_end - now), self.deadline())
+        if until - now > _LEAST_S and not hurried:
+            stage(until)
 
     def _with_copies(self, deadline: float) -> None:
         """The program with copies, coarse and as it is: merged ops hold their inputs a little longer than they must."""
