@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
@@ -322,6 +322,26 @@ def test_a_skip_is_dropped_between_its_two_ends() -> None:
 
 
 @pytest.mark.usefixtures("nothing_is_tiny")
+@pytest.mark.parametrize("left, begun", [(0.004, []), (0.04, ["_refine", "_with_copies", "_refine"])])
+def test_once_the_quick_time_is_over_only_a_wide_gap_is_worth_more(
+    monkeypatch: pytest.MonkeyPatch, left: float, begun: list[str]
+) -> None:
+    now, ran, until = time.monotonic(), [], []
+
+    def stage(name: str) -> Callable[[hunt.Hunt, float], None]:
+        return lambda _, deadline: (ran.append(name), until.append(deadline))[0]
+
+    for name in ("_refine", "_with_copies"):
+        monkeypatch.setattr(hunt.Hunt, name, stage(name))
+    for name in ("_search_on", "fit_blocks"):
+        monkeypatch.setattr(hunt.Hunt, name, lambda _: None)
+    monkeypatch.setattr(hunt.Hunt, "left", lambda _: left)
+    graph = graphs.SMALL["chain"]()
+    hunt.Hunt(Solver(graph), simulate(graph, keep_all(graph)).peak_bytes, now - 2.0, now + 20.0, 1e-4).thoroughly()
+    assert ran[: len(begun)] == begun and len(ran) == len(begun) + (left > 0.005), "and at the end what time is left"
+    assert until == sorted(until)
+
+
 def test_cbc_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in graphs.SMALL.values():
         graph = make()
