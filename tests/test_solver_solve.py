@@ -321,7 +321,6 @@ def test_a_skip_is_dropped_between_its_two_ends() -> None:
     assert solution.solver == "exhaustive search"
 
 
-@pytest.mark.usefixtures("nothing_is_tiny")
 @pytest.mark.parametrize("left, begun", [(0.004, []), (0.04, ["_refine", "_with_copies", "_refine"])])
 def test_once_the_quick_time_is_over_only_a_wide_gap_is_worth_more(
     monkeypatch: pytest.MonkeyPatch, left: float, begun: list[str]
@@ -342,6 +341,7 @@ def test_once_the_quick_time_is_over_only_a_wide_gap_is_worth_more(
     assert until == sorted(until)
 
 
+@pytest.mark.usefixtures("nothing_is_tiny")
 def test_cbc_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in graphs.SMALL.values():
         graph = make()
