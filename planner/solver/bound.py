@@ -7,6 +7,7 @@ between cut g and the next (or the end). Whatever a schedule does, it obeys
 - for every input d of an op that runs again: r_{i,g} <= a_{d,g} + r_{pi(d),g},
 - for d alive at the next cut: a_{d,g+1} <= a_{d,g} + r_{pi(d),g},
 - at the cut: what must be live while the op runs, and the values alive, fit the budget.
+With the a in integers the r are too, but HiGHS is twice as fast when it may branch on them.
 Ops that first run between two cuts may run again for nothing, and so may all ops before the first
 cut: that makes the program a relaxation. It assumes the captured order of first runs and the given costs.
 
