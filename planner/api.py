@@ -77,7 +77,8 @@ def plan(
             kernels keep the budget is measured, as on CUDA.
 
     On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
-    where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand.
+    where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand. Hooks of modules
+    run in it, those of parameters do not.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.

@@ -33,7 +33,7 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     Integers are 0 (an index that is always valid), floats lie in (.1, 1), bools are mixed. The same node given twice
     becomes the same tensor. Where the kernel reads the generator's state as another one saved it (dropout within attention,
-    whose seed lies on the host or on the device), that one runs, and moves the default generator. No other use of a user's.
+    whose seed lies on the host or on the device), that one runs, and moves the default generator, which is put back after.
 
     Raises:
         ValueError: an argument cannot be made up (a sparse tensor, a size that is not known, ...).
