@@ -93,6 +93,8 @@ class Hunt:
             self._fit_hint()
             if self.left() <= self.gap:
                 return
+        if self.left() <= _FAR:  # the bound may be what is off
+            self._for_a_share(_EARLY_SHARE, self._refine)
         program, coarse = self._solver.program, self._solver.coarse
         for relax in (True, False):
             if self.good_enough():
@@ -130,15 +132,11 @@ class Hunt:
 
     def thoroughly(self) -> None:
         """All that the quick stages left out, until the plan is good enough."""
-        is_near = self.left() <= _FAR  # then the bound may be what is off
-        if is_near:
-            self._for_a_share(_EARLY_SHARE, self._refine)
         if self.left() > _QUICK_GAP:
             self.fit_blocks()
         if self.left() > _QUICK_GAP:
             self._solver.offer_baselines(self.budget_bytes)
-        if not is_near:
-            self._for_a_share(_EARLY_SHARE, self._refine)
+        self._for_a_share(_EARLY_SHARE, self._refine)
         self._for_a_share(_PROGRAM_SHARE, self._with_copies)
         self._for_a_share(_REFINE_SHARE, self._refine)
         if not self.good_enough():
