@@ -23,6 +23,7 @@ from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss, capture
+from planner.tracer.joint import Joint
 from planner.tracer.lower import lower
 from planner.verification import measured_within, verify
 
@@ -125,14 +126,26 @@ def apply(
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
     """
-    joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
-    _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
+    joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
     if compile or joint.device.type == "cuda":
         return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
     return planned
+
+
+def captured_for(
+    plan: Plan, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, loss: Loss, opaque: Collection[str]
+) -> Joint:
+    """The model's joint graph, which is the one that the plan was made for.
+
+    Raises:
+        PlanFileError: it is not.
+    """
+    joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
+    _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
+    return joint
 
 
 def sweep(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from planner.api import apply
+from planner.api import captured_for
 from planner.errors import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
@@ -17,6 +17,8 @@ from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
 from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
+from planner.rewriter.module import CheckpointedModule
+from planner.rewriter.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
 from planner.tracer.capture import Loss
 from planner.verification import time_step
@@ -112,10 +114,12 @@ class _Trials:
                 return False
 
     def measure(self, tried: Tried, rounds: int) -> Measured:
-        """Run a batch's planned step."""
+        """Run a batch's planned step, whatever its peak turns out to be."""
         assert tried.plan is not None
         args, kwargs = self._call(tried.batch)
-        planned = apply(tried.plan, self.model, args, kwargs, loss=self.options.loss, opaque=self.options.opaque)
+        joint = captured_for(tried.plan, self.model, args, kwargs, self.options.loss, self.options.opaque)
+        step = make_step(tried.plan, joint, self.model, args, kwargs, DEFAULT_STAGES)
+        planned = CheckpointedModule(self.model, step, tried.plan)
         return Measured(*time_step(planned, args, kwargs, rounds=rounds))
 
     def _ahead(self, batch: int) -> Priced | None:

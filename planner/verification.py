@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,17 +134,29 @@ def time_step(
     Raises:
         InputError: the call is not the one planned for, or the model cannot be copied.
     """
+    with _own_side(planned, args, kwargs) as side:
+        peak_bytes = side.peak()
+        with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
+            seconds = [_seconds(side.step, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
+        return statistics.median(seconds), peak_bytes
+
+
+def step_peak(planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
+    """Measured peak of a planned step in bytes, everything resident included; run and raises as `time_step`."""
+    with _own_side(planned, args, kwargs) as side:
+        return side.peak()
+
+
+@contextlib.contextmanager
+def _own_side(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Iterator[_Side]:
     call = (tuple(args), dict(kwargs or {}))
     with _autocast(planned):
         miss = planned.difference(*call)
     if miss:
-        raise InputError(f"a step can be timed for the call that was planned for: {miss} differs")
+        raise InputError(f"a step can be measured for the call that was planned for: {miss} differs")
     side = _Side(_sharing(planned), planned, call)
     try:
-        peak_bytes = side.peak()
-        with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
-            seconds = [_seconds(side.step, planned.device, time.perf_counter) for _ in range(rounds)]
-        return statistics.median(seconds or [0.0]), peak_bytes
+        yield side
     finally:
         side.restore()
 
@@ -178,7 +191,7 @@ def measured_within(
         CompileError, MeasuredPeakError: it needs more than the budget each time; compiled, or not.
         InfeasibleBudgetError, NoScheduleFoundError: there is no plan for the budget itself.
     """
-    aim_bytes = budget_bytes
+    aim_bytes, fitting = budget_bytes, None
     for attempt in range(tries):
         try:
             planned = plan(aim_bytes)
@@ -187,24 +200,32 @@ def measured_within(
                 raise
             break
         try:
-            peak_bytes = time_step(planned, args, kwargs, rounds=0)[1]
+            peak_bytes = step_peak(planned, args, kwargs)
         except CopyError as error:
             warnings.warn(f"whether the step keeps its budget was not measured: {error}", stacklevel=4)
             return planned
         # how far the allocator strays changes from step to step with the blocks at hand: half as far again is left free
         strayed = 0 if planned.step.is_compiled else max(0, peak_bytes - planned.plan.peak_bytes) // 2
-        if peak_bytes + strayed <= budget_bytes or (peak_bytes <= budget_bytes and attempt == tries - 1):
+        if peak_bytes + strayed <= budget_bytes:
             return planned
+        fitting = planned if peak_bytes <= budget_bytes else fitting
         aim_bytes = planned.plan.peak_bytes - (peak_bytes + strayed - budget_bytes)
+    if fitting is not None:
+        return fitting
+    raise _over(budget_bytes, peak_bytes, planned)
+
+
+def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> CompileError | MeasuredPeakError:
+    """What to raise where a step was measured to need more than the budget."""
     needs = f"the step peaks at {format_bytes(peak_bytes)}, more than the budget of {format_bytes(budget_bytes)} "
     needs += f"(its plan: {format_bytes(planned.plan.peak_bytes)})"
     if planned.step.is_compiled:
-        raise CompileError(f"compiled, {needs}. Plan without compile=True, which keeps the budget")
+        return CompileError(f"compiled, {needs}. Plan without compile=True, which keeps the budget")
     if dict(planned.plan.made_on).get("costs", "").startswith("estimated"):
         remedy = "plan with costs='measure': what kernels need for themselves cannot be estimated"
     else:
         remedy = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where CUDA's allocator cuts every block to size"
-    raise MeasuredPeakError(
+    return MeasuredPeakError(
         f"measured, {needs}. Raise the budget to {peak_bytes} bytes, or {remedy}",
         budget_bytes=budget_bytes,
         peak_bytes=peak_bytes,

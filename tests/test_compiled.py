@@ -93,17 +93,17 @@ def test_a_step_that_needs_more_than_planned_is_planned_for_less_or_refused(unco
     budget, asked = int(0.9 * plain), []
 
     def peaks(extra_bytes):
-        def step(planned, args, kwargs, *, rounds):
+        def step(planned, args, kwargs):
             asked.append(planned.plan.peak_bytes)
-            return 0.0, planned.plan.peak_bytes + extra_bytes
+            return planned.plan.peak_bytes + extra_bytes
 
         return step
 
-    monkeypatch.setattr("planner.verification.time_step", peaks(plain // 60))
+    monkeypatch.setattr("planner.verification.step_peak", peaks(plain // 60))
     found = plan(model, budget, args, kwargs, costs="estimate", progress=False, compile=True)
     assert found.plan.budget_bytes == budget and found.plan.peak_bytes + plain // 60 <= budget
     assert 1 < len(asked) <= 3 and asked[0] + plain // 60 > budget
-    monkeypatch.setattr("planner.verification.time_step", peaks(plain))
+    monkeypatch.setattr("planner.verification.step_peak", peaks(plain))
     with pytest.raises(CompileError, match="more than the budget of"):
         plan(model, budget, args, kwargs, costs="estimate", progress=False, compile=True)
 

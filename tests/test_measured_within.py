@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CheckpointedModule, MeasuredPeakError, plan
-from planner.verification import measured_within, time_step
+from planner import CheckpointedModule, MeasuredPeakError, NoScheduleFoundError, plan
+from planner.verification import measured_within, step_peak, time_step
 from tests import models
 from tests.training import assert_same
 
@@ -28,7 +28,8 @@ def test_a_measured_step_changes_nothing_that_hangs_on_the_parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
         parameter.register_post_accumulate_grad_hook(fired.append)  # an optimizer within the backward hangs here
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    _, peak_bytes = time_step(planned, args, kwargs, rounds=1)
+    seconds, peak_bytes = time_step(planned, args, kwargs, rounds=0)
+    assert seconds > 0 and peak_bytes == step_peak(planned, args, kwargs)
     assert 0 < peak_bytes <= planned.plan.peak_bytes
     assert not fired and torch.equal(torch.get_rng_state(), rng)
     assert_same(list(before.values()), list(model.state_dict().values()))
@@ -48,12 +49,25 @@ def within_of(planned, asked):
 def test_as_much_again_as_half_of_what_it_strays_is_left_free(monkeypatch):
     _, planned, args, kwargs = planned_attention()
     peak, asked = planned.plan.peak_bytes, []
-    monkeypatch.setattr("planner.verification.time_step", lambda *_, **__: (0.0, peak + 200))
+    monkeypatch.setattr("planner.verification.step_peak", lambda *_: peak + 200)
     measured_within(peak + 300, within_of(planned, asked), args, kwargs)
     assert asked == [peak + 300]
     asked.clear()
     found = measured_within(peak + 299, within_of(planned, asked), args, kwargs)
     assert asked == [peak + 299, peak - 1, peak - 1] and found is not planned, "and in the end what fits is taken"
+
+
+def test_what_fits_is_taken_where_there_is_no_plan_with_room_to_spare(monkeypatch):
+    _, planned, args, kwargs = planned_attention()
+    peak = planned.plan.peak_bytes
+    monkeypatch.setattr("planner.verification.step_peak", lambda *_: peak + 200)
+
+    def within(aim_bytes):
+        if aim_bytes < peak:
+            raise NoScheduleFoundError("none for less")
+        return planned
+
+    assert measured_within(peak + 250, within, args, kwargs) is planned
 
 
 @pytest.mark.parametrize(
@@ -62,7 +76,7 @@ def test_as_much_again_as_half_of_what_it_strays_is_left_free(monkeypatch):
 def test_a_step_that_cannot_keep_the_budget_is_refused_with_what_would_do(monkeypatch, costs, remedy):
     _, planned, args, kwargs = planned_attention()
     told = CheckpointedModule(planned.original, planned.step, replace(planned.plan, made_on=(("costs", costs),)), True)
-    monkeypatch.setattr("planner.verification.time_step", lambda *_, **__: (0.0, 2**20))
+    monkeypatch.setattr("planner.verification.step_peak", lambda *_: 2**20)
     with pytest.raises(MeasuredPeakError, match=remedy) as caught:
         measured_within(2**20 - 1, lambda _: told, args, kwargs)
     assert (caught.value.budget_bytes, caught.value.peak_bytes) == (2**20 - 1, 2**20)
