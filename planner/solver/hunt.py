@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 TINY_OPS = 10
 """Up to so many ops, every schedule is looked at."""
 _QUICK_S = 0.8
-_QUICK_GAP = 0.005
+_QUICK_GAP = 0.0025
 """After this many seconds, a plan this close to the bound is not worth more of them."""
+_SOON_S, _SOON_GAP = 2.0, 0.005
+"""And after these, one that is not much farther."""
 _LEAST_S = 0.1
 """A stage for less than this is not begun."""
 _CERTIFICATE_S = 0.5
@@ -94,7 +96,7 @@ class Hunt:
             if self.left() <= self.gap:
                 return
         if self.left() <= _FAR:  # the bound may be what is off
-            self._for_a_share(_EARLY_SHARE, self._refine)
+            self._for_a_share(_EARLY_SHARE if self.left() > _SOON_GAP else 1.0, self._refine)
         program, coarse = self._solver.program, self._solver.coarse
         for relax in (True, False):
             if self.good_enough():
@@ -106,7 +108,7 @@ class Hunt:
                 self.fit_blocks()
         if self.best is None:
             self._fit(list(range(len(coarse.graph.ops))))
-        if self.left() > _QUICK_GAP:
+        if self.left() > _SOON_GAP:
             self._improve(coarse, self._fitted, min(self.search_end, time.monotonic() + _QUICK_S / 2))
 
     def left(self) -> float:
@@ -128,20 +130,21 @@ class Hunt:
         left = self.left()
         if left <= self.gap:
             return self.start
-        return min(self.search_end, self.start + _QUICK_S) if left <= _QUICK_GAP else self.search_end
+        seconds = _QUICK_S if left <= _QUICK_GAP else _SOON_S if left <= _SOON_GAP else math.inf
+        return min(self.search_end, self.start + seconds)
 
     def thoroughly(self) -> None:
         """All that the quick stages left out, until the plan is good enough."""
-        if self.left() > _QUICK_GAP:
+        if self.left() > _SOON_GAP:
             self.fit_blocks()
-        if self.left() > _QUICK_GAP:
+        if self.left() > _SOON_GAP:
             self._solver.offer_baselines(self.budget_bytes)
         self._for_a_share(_EARLY_SHARE, self._refine)
         self._for_a_share(_PROGRAM_SHARE, self._with_copies)
         self._for_a_share(_REFINE_SHARE, self._refine)
         if not self.good_enough():
             self._search_on()
-        if self.left() > _QUICK_GAP:
+        if self.left() > _SOON_GAP:
             self._refine(self.end)
 
     def _for_a_share(self, share: float, stage: Callable[[float], None]) -> None:
