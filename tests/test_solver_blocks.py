@@ -15,7 +15,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.solver import blocks as blocks_module
 from planner.solver import pieces as pieces_module
-from planner.solver.blocks import Blocks
+from planner.solver.blocks import FINE, ROOMS, Blocks
 from planner.solver.pieces import Dish, Pieces
 from tests import graphs
 from tests.strategies import budgets, training_graphs
@@ -108,11 +108,12 @@ def test_blocks_take_the_time_their_table_says_and_more_memory_is_never_dearer(d
     costs = blocks._best[0]
     assert list(costs) == sorted(costs, reverse=True)
     plain = simulate(graph, keep_all(graph)).time_ns
-    schedules = list(blocks.schedules())
-    event(f"schedules: {min(len(schedules), 4)}")
-    levels = [level for level in range(1940, blocks.levels, 20) if np.isfinite(costs[level])]
-    for schedule, level in zip(schedules, levels, strict=True):
-        assert simulate(graph, schedule).time_ns <= plain + costs[level]
+    schedules = {room: blocks.schedule(room) for room in (*ROOMS, 1 + FINE)}
+    event(f"schedules: {min(len({*schedules.values()} - {None}), 4)}")
+    for room, schedule in schedules.items():
+        cost = costs[round(room * blocks_module._ROOM)]
+        assert (schedule is None) == np.isinf(cost)
+        assert schedule is None or simulate(graph, schedule).time_ns <= plain + cost
 
 
 def recurrent(count: int) -> Graph:
@@ -136,8 +137,8 @@ def test_the_blocks_of_a_long_recurrent_net_grow_from_its_end_to_its_start() -> 
     plain = simulate(graph, keep_all(graph))
     budget_bytes = plain.peak_bytes // 5
     blocks = Blocks(Pieces(graph, 100), budget_bytes, soon())
-    fitting = [schedule for schedule in blocks.schedules() if simulate(graph, schedule).peak_bytes <= budget_bytes]
-    assert fitting
+    schedules = {room: schedule for room in ROOMS if (schedule := blocks.schedule(room)) is not None}
+    assert any(simulate(graph, schedule).peak_bytes <= budget_bytes for schedule in schedules.values())
     lengths, i, level = [], 0, blocks_module._ROOM
     while i < len(blocks.pieces):
         j, _, less = blocks._choice[i][int(blocks._chosen[i][level])]
@@ -147,13 +148,14 @@ def test_the_blocks_of_a_long_recurrent_net_grow_from_its_end_to_its_start() -> 
     assert max(lengths[len(lengths) // 2 :]) <= 8
     assert max(lengths[-5:]) <= 3
     # As long as the graph is a chain, the table's count of memory is the simulator's but for rounding.
-    for schedule, level in zip(blocks.schedules(), range(1940, blocks.levels, 20), strict=True):
-        assert simulate(graph, schedule).peak_bytes <= (level + len(blocks.pieces)) * blocks.unit
+    for room, schedule in schedules.items():
+        assert simulate(graph, schedule).peak_bytes <= (room * blocks_module._ROOM + 1 + len(blocks.pieces)) * blocks.unit
 
 
 def test_a_budget_below_every_block_has_no_schedule_of_blocks() -> None:
     graph = recurrent(8)
-    assert not list(Blocks(Pieces(graph, 100), 3, soon()).schedules())
+    blocks = Blocks(Pieces(graph, 100), 3, soon())
+    assert [blocks.schedule(room) for room in ROOMS] == [None] * len(ROOMS)
 
 
 def test_a_menu_is_cut_short_at_so_many_dishes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ import pulp
 
 from planner.errors import SolverMissingError
 
+_HEURISTICS = 0.05
+"""HiGHS's own share of effort for them."""
 _INTEGER = 1e-6
 """A column so near to an integer is one."""
 
@@ -128,13 +130,14 @@ class Model:
         if self._name == "HiGHS":
             self._problem.solverModel.changeColBounds(self._columns[column].index, lower, math.inf if upper is None else upper)
 
-    def solve(self, *, time_limit_s: float, gap: float = 0.0, relax: bool = False) -> Answer:
+    def solve(self, *, time_limit_s: float, gap: float = 0.0, relax: bool = False, prove: bool = False) -> Answer:
         """Solve as the program is now.
 
         Args:
             time_limit_s: wall seconds; with a solution found by then the status is "feasible".
             gap: absolute, in units of the objective.
             relax: drop integrality; then `bound` is the optimum of the linear program.
+            prove: it is the bound that matters: no time for HiGHS's heuristics.
         """
         seconds = max(0.05, time_limit_s)
         with warnings.catch_warnings():
@@ -145,19 +148,20 @@ class Model:
                 solver = self._make(msg=False, mip=not relax, timeLimit=seconds, gapAbs=gap, gapRel=0.0, threads=1)
                 return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
             _print_banner_nowhere()
-            answer = self._solve_highs(seconds, gap, relax)
+            options = {"mip_abs_gap": gap, "solve_relaxation": relax, "mip_heuristic_effort": 0.0 if prove else _HEURISTICS}
+            answer = self._solve_highs(seconds, options)
             if self._is_stale(answer):
                 self._problem = None
-                answer = self._solve_highs(seconds, gap, relax)
+                answer = self._solve_highs(seconds, options)
         return answer
 
-    def _solve_highs(self, seconds: float, gap: float, relax: bool) -> Answer:
-        self._run(seconds, gap, relax, threads=1)
+    def _solve_highs(self, seconds: float, options: dict[str, Any]) -> Answer:
+        self._run(seconds, options, threads=1)
         if self._problem.solverModel.getModelStatus().name == "kNotset":
             # The number of threads is global to the process: somebody else has already chosen another one.
             self._problem = None
-            self._run(seconds, gap, relax, threads=None)
-        return _read_highs(self._problem, self._columns, mip=not relax and any(self.program.binary))
+            self._run(seconds, options, threads=None)
+        return _read_highs(self._problem, self._columns, mip=not options["solve_relaxation"] and any(self.program.binary))
 
     def _is_stale(self, answer: Answer) -> bool:
         """Solved again after a change, HiGHS 1.16 may hand out the last solution with the new objective (1 in 1000, seen)."""
@@ -165,7 +169,7 @@ class Model:
         cost = sum(cost * value for cost, value in zip(self.program.costs, answer.values, strict=False))
         return bool(answer.values) and abs(cost - objective) > 1e-6 * max(1.0, abs(objective))
 
-    def _run(self, seconds: float, gap: float, relax: bool, threads: int | None) -> None:
+    def _run(self, seconds: float, options: dict[str, Any], threads: int | None) -> None:
         if self._problem is None:
             self._problem, self._columns = _build(self.program, self._fixed)
             self._solver = self._make(msg=False, gapRel=0.0, threads=threads)
@@ -173,9 +177,8 @@ class Model:
             self._solver.buildSolverModel(self._problem)
         model = self._problem.solverModel
         # The clock of linear programs runs on from solve to solve, that of integer ones starts anew.
-        spent = 0.0 if any(self.program.binary) and not relax else model.getRunTime()
-        options = {"mip_abs_gap": gap, "solve_relaxation": relax, "time_limit": spent + seconds}
-        for name, value in options.items():
+        spent = 0.0 if any(self.program.binary) and not options["solve_relaxation"] else model.getRunTime()
+        for name, value in {**options, "time_limit": spent + seconds}.items():
             model.setOptionValue(name, value)
         self._solver.callSolver(self._problem)
 

@@ -9,7 +9,6 @@ when the earlier ones have their turn, and these may be larger (on a long recurr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,10 @@ _LENGTHS = (1, 2, 3, 5, 8, 13, 21)
 """Of a block, in pieces."""
 _ROOM = 2000
 """Steps of memory that stand for the budget."""
-_BEYOND = 1.1
-"""Schedules a little over the budget are worth making fit: they may lack only what a block cannot express."""
+ROOMS = tuple(n / 100 for n in range(97, 111))
+"""Shares of the budget to have schedules for: what is a little over may lack only what a block cannot express."""
+FINE = 0.001
+"""And how much finer they may be where they are best."""
 
 Costs = NDArray[np.float64]
 
@@ -36,17 +37,16 @@ class Blocks:
         """`pieces`: the graph's; their menus are worth sharing between budgets."""
         self.pieces = pieces
         self.unit = max(1, budget_bytes) / _ROOM
-        self.levels = int(_BEYOND * _ROOM) + 1
+        self.levels = int(ROOMS[-1] * _ROOM) + 1
         self._choice: dict[int, list[tuple[int, Dish, int]]] = {}
         self._chosen: dict[int, NDArray[np.int64]] = {}
         self._best: dict[int, Costs] = {len(self.pieces): np.zeros(self.levels)}
         self.complete = self._fill(deadline)
 
-    def schedules(self) -> Iterator[Schedule]:
-        """The best schedules by memory, from a little less than the budget to a little more."""
-        for level in range(_ROOM * 97 // 100, self.levels, _ROOM // 100):
-            if np.isfinite(self._best[0][level]):
-                yield lazy_schedule(self.pieces.graph, self._kept(level))
+    def schedule(self, room: float) -> Schedule | None:
+        """The table's best schedule with this share of the budget, at most the largest of `ROOMS`; None where there is none."""
+        level = min(round(room * _ROOM), self.levels - 1)
+        return lazy_schedule(self.pieces.graph, self._kept(level)) if np.isfinite(self._best[0][level]) else None
 
     def _fill(self, deadline: float) -> bool:
         """The table, from the last piece to the first; False where time was up."""

@@ -1,15 +1,6 @@
 """The certificate: a lower bound on the time of every schedule that fits, whatever it recomputes (formulation, section 2).
 
-A cut is the moment at which an op runs for the first time. In captured order, everything before it
-has run and nothing after it has. Columns: a_{d,g}, value d is alive at cut g; r_{i,g}, op i runs again
-between cut g and the next (or the end). Whatever a schedule does, it obeys
-- for a read of d, from cut g up to the next: a_{d,g} + r_{pi(d),g} >= 1,
-- for every input d of an op that runs again: r_{i,g} <= a_{d,g} + r_{pi(d),g},
-- for d alive at the next cut: a_{d,g+1} <= a_{d,g} + r_{pi(d),g},
-- at the cut: what must be live while the op runs, and the values alive, fit the budget.
-With the a in integers the r are too, but HiGHS is twice as fast when it may branch on them.
-Ops that first run between two cuts may run again for nothing, and so may all ops before the first
-cut: that makes the program a relaxation. It assumes the captured order of first runs and the given costs.
+`planner.solver.relaxation` has the program.
 
 Which cuts? The best single one, by an estimate; then what is alive at the cuts of the program's answer makes a schedule, and
 the ops at which that is over the budget are the next cuts. Where the schedule fits and takes no more than the bound, it is
@@ -20,20 +11,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, simulate
-from planner.solver import backend
 from planner.solver.cuts import Cuts
 from planner.solver.floor import least_bytes
 from planner.solver.lazy import lazy_schedule
+from planner.solver.moments import Moments, RelaxationWithMoments
+from planner.solver.relaxation import SCALE, Relaxation
 
-_SCALE = 1e4
 _SLACK = 1e-6
 """Relative slack given to the budget and taken from the bound, above the solver's tolerances."""
 _NEVER = 2**62
@@ -44,6 +35,10 @@ _ADDED, _APART = 2, 3
 """Cuts added at a time, and how far apart."""
 _CROWDED, _MOST_CROWDED = 0.9, 8
 """Share of the budget that an op must need by itself to be a cut from the first round on, and how many may be."""
+_ROUND_GAP, _SLOW_GAP = 0.0005, 0.001
+"""How exact a round is, as a fraction of the plain step's time; and where values are watched between several cuts."""
+_SLOW_S = 30.0
+"""Seconds in which values can be watched between two cuts; one cut takes a few."""
 
 Phases = tuple[tuple[int, frozenset[str]], ...]
 """Cuts, and the values alive at each."""
@@ -58,8 +53,9 @@ class Bounds:
         self.graph = graph
         self.plain_ns = sum(op.cost_ns for op in graph.ops)
         self.cuts = Cuts(graph)
-        self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / _SCALE
-        self._models: dict[tuple[int, ...], _Model] = {}
+        self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / SCALE
+        self._moments = Moments(graph)
+        self._models: dict[tuple[tuple[int, ...], tuple[int, ...]], Relaxation] = {}
         self._known: dict[int, int] = {}
         self._hint: tuple[float, Phases] = (-1.0, ())
         self._best_cut: dict[int, int] = {}
@@ -116,7 +112,7 @@ class Bounds:
         """The best bound proven so far: what holds for a larger budget holds for a smaller one."""
         return max([ns for budget, ns in self._known.items() if budget >= budget_bytes], default=self.plain_ns)
 
-    def refine(self, budget_bytes: int, *, time_limit_s: float, gap: float = 0.0005) -> bool:
+    def refine(self, budget_bytes: int, *, time_limit_s: float) -> bool:
         """One more round: solve with the cuts at hand, in integers; where the answer's schedule breaks the budget, cut next.
 
         `lower_bound` must have been asked for the budget before; `known_ns` says what was proven.
@@ -128,14 +124,23 @@ class Bounds:
         if best is None:
             return False
         cuts = self._next.get(budget_bytes) or _with(best, *self._crowded(budget_bytes))
+        middle = self._moments.middle(cuts[0], budget_bytes)
+        if len(cuts) == 1 and time_limit_s >= _SLOW_S:
+            cuts = _with(*cuts, *middle)
         self._hint, deadline = (-1.0, ()), time.monotonic() + time_limit_s
+        gap = _SLOW_GAP if self.slow and len(cuts) > 1 else _ROUND_GAP
         extra = self.extra(budget_bytes, cuts, time_limit_s=time_limit_s, gap=gap, relax=False)
         self._raised(budget_bytes, extra)
         if time.monotonic() >= deadline:
             return True  # with more time, these cuts may say more
-        more = self._broken(budget_bytes, cuts)
+        more = middle if middle and len(cuts) == 1 else self._broken(budget_bytes, cuts)
         self._next[budget_bytes] = _with(*cuts, *more)
         return bool(more)
+
+    @property
+    def slow(self) -> bool:
+        """Rounds take long, and say much: some values are watched between cuts."""
+        return bool(self._moments.heavy)
 
     def _crowded(self, budget_bytes: int) -> list[int]:
         """Ops that leave so little of the budget that next to nothing else is alive there: such cuts make a program easy."""
@@ -179,18 +184,27 @@ class Bounds:
 
     def extra(self, budget_bytes: int, cuts: tuple[int, ...], *, time_limit_s: float, gap: float, relax: bool) -> float:
         """The least recompute time of the relaxation with these cuts, as a fraction of the plain step (inf: infeasible)."""
-        if cuts not in self._models:
-            self._models[cuts] = _Model(self.graph, cuts, self._unit)
-        model = self._models[cuts]
+        model = self._model(cuts, () if relax else self._moments.after(cuts[0], budget_bytes))
         model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
-        answer = model.program.solve(time_limit_s=time_limit_s, gap=gap * _SCALE, relax=relax)
-        found = max(0.0, answer.bound / _SCALE)
+        slow = self.slow and len(cuts) > 1
+        answer = model.program.solve(time_limit_s=time_limit_s, gap=gap * SCALE, relax=relax, prove=slow)
+        found = max(0.0, answer.bound / SCALE)
         if answer.values and found > self._hint[0] and (len(cuts) == 1 or not relax):
             held = [{name for name, column in alive.items() if answer.values[column] > 0.5} for alive in model.alive]
             for cut, names in zip(cuts, held, strict=True):  # the forward goes on after a cut in it
                 names.update(name for op in self.graph.ops[cut : self.graph.num_forward_ops] for name in op.writes)
             self._hint = found, tuple(zip(cuts, map(frozenset, held), strict=True))
         return found
+
+    def _model(self, cuts: tuple[int, ...], moments: tuple[int, ...]) -> Relaxation:
+        if (cuts, moments) not in self._models:
+            graph, unit = self.graph, self._unit
+            self._models[cuts, moments] = (
+                RelaxationWithMoments(graph, cuts, unit, self._moments.heavy, moments)
+                if moments
+                else Relaxation(graph, cuts, unit)
+            )
+        return self._models[cuts, moments]
 
 
 def lower_bound(graph: Graph, budget_bytes: int, **settings: Any) -> int:
@@ -249,73 +263,3 @@ def _apart(cuts: Iterable[int], most: int) -> list[int]:
 
 def _with(*cuts: int) -> tuple[int, ...]:
     return tuple(sorted(set(cuts)))
-
-
-class _Model:
-    """The relaxation with these cuts. `budget`: the column whose upper bound is the budget; `alive`: a_d, cut by cut."""
-
-    def __init__(self, graph: Graph, cuts: Sequence[int], unit: float) -> None:
-        program = backend.Program()
-        self.budget = program.column(upper=None)
-        plain = max(1, sum(op.cost_ns for op in graph.ops))
-        pinned = graph.pinned
-        self.alive: list[dict[str, int]] = []
-        alive: dict[str, int] = {}
-        again: dict[int, int] = {}
-        for g, cut in enumerate(cuts):
-            following = cuts[g + 1] if g + 1 < len(cuts) else len(graph.ops)
-            wanted, rerun = _wanted(graph, cut)
-            held = {name: program.column(binary=True) for name in wanted}
-            if g > 0:
-                for name in held:
-                    if graph.producer[name] < cuts[g - 1]:
-                        program.row([(held[name], 1.0), *_pairs(graph, name, alive, again)], 0.0)
-            own = set(graph.ops[cut].reads)
-            bytes_held = [(column, graph.value[name].nbytes / unit) for name, column in held.items()]
-            program.row([*bytes_held, (self.budget, -1.0)], -_fixed(graph, cut) / unit)
-            self.alive.append(held)
-            alive, again = held, {i: program.column(graph.ops[i].cost_ns / plain * _SCALE, binary=True) for i in rerun}
-            reads = {name for op in graph.ops[cut:following] for name in op.reads if name not in pinned}
-            for name in sorted(reads & held.keys()):
-                here = [(held[name], -1.0)] if name in own else _pairs(graph, name, alive, again)
-                program.row(here, -1.0)
-            for i, column in again.items():
-                for name in dict.fromkeys(graph.ops[i].reads):
-                    if name in held:
-                        program.row([(column, 1.0), *_pairs(graph, name, alive, again)], 0.0)
-        self.program = backend.Model(program)
-
-
-def _pairs(graph: Graph, name: str, alive: dict[str, int], again: dict[int, int]) -> backend.Pairs:
-    """-(a_d + r_pi(d)): the value is here, or its op runs again."""
-    i = graph.producer[name]
-    pairs = [(alive[name], -1.0)] if name in alive else []
-    return [*pairs, (again[i], -1.0)] if i in again else pairs
-
-
-def _wanted(graph: Graph, cut: int) -> tuple[list[str], list[int]]:
-    """Values written before the cut that may be wanted after it, and the ops that may run again for them."""
-    pinned = graph.pinned
-    stack = sorted({name for op in graph.ops[cut:] for name in op.reads})
-    values: set[str] = set()
-    rerun: set[int] = set()
-    while stack:
-        name = stack.pop()
-        if name in values or name in pinned or graph.producer[name] >= cut:
-            continue
-        values.add(name)
-        i = graph.producer[name]
-        if graph.ops[i].recomputable and i not in rerun:
-            rerun.add(i)
-            stack += graph.ops[i].reads
-    return sorted(values, key=lambda name: (graph.producer[name], name)), sorted(rerun)
-
-
-def _fixed(graph: Graph, cut: int) -> int:
-    """Bytes live while the op at the cut runs for the first time that nothing can drop (its reads left aside)."""
-    op = graph.ops[cut]
-    outputs = {*graph.forward_outputs, *graph.backward_outputs}
-    given = (graph.value[name] for name in graph.inputs)
-    resident = sum(value.nbytes for value in given if value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
-    handed_out = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
-    return resident + sum(graph.value[name].nbytes for name in handed_out.union(op.writes)) + op.workspace_bytes

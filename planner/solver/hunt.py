@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
 from planner.solver.backend import solver_name
-from planner.solver.blocks import Blocks
+from planner.solver.blocks import FINE, ROOMS, Blocks
 from planner.solver.bound import Effort
 from planner.solver.chain import Chain
 from planner.solver.closure import Closure
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TINY_OPS = 10
 """Up to so many ops, every schedule is looked at."""
+_LATE = 0.04
+"""Share of the time by which long programs end later than they are told."""
 _QUICK_S = 0.8
 _QUICK_GAP = 0.0025
 """After this many seconds, a plan this close to the bound is not worth more of them."""
@@ -45,7 +47,7 @@ _FAR = 0.02
 """A gap this wide asks for more than one recompute of a value: chains are tried."""
 _BLOCKS_SHARE = 0.6
 _WORSE = 3
-"""So many schedules of blocks in a row that bring nothing, and the rest will not either."""
+"""So many schedules of blocks in a row that bring nothing end the search by larger steps."""
 _CHAIN_SHARE = 0.3
 _CHAINS = 12
 _NEAR = 1.1
@@ -106,6 +108,8 @@ class Hunt:
                 self._fit(self._near)
             if relax and self.left() > _FAR:
                 self.fit_blocks()
+                if self._bound_is_off():
+                    return
         if self.best is None:
             self._fit(list(range(len(coarse.graph.ops))))
         if self.left() > _SOON_GAP:
@@ -120,6 +124,10 @@ class Hunt:
         if self.gap < gap <= 10 * self.gap:  # so near, integers in the certificate may settle it
             gap = (best.timeline.time_ns - self.certify("exact")) / max(1, self.plain_ns)
         return gap
+
+    def _bound_is_off(self) -> bool:
+        """Rounds of the certificate are slow here, and worth their time."""
+        return self._solver.bounds.slow and self.left() <= _FAR
 
     def good_enough(self) -> bool:
         """More search cannot gain much in proportion to its time."""
@@ -137,7 +145,9 @@ class Hunt:
         """All that the quick stages left out, until the plan is good enough."""
         if self.left() > _SOON_GAP:
             self.fit_blocks()
-        if self.left() > _SOON_GAP:
+        if self._bound_is_off() and not self.good_enough():
+            self._refine(self.end - _LATE * (self.end - self.start))
+        if self.best is None or (self.left() > _SOON_GAP and not self.good_enough()):
             self._solver.offer_baselines(self.budget_bytes)
         self._for_a_share(_EARLY_SHARE, self._refine)
         self._for_a_share(_PROGRAM_SHARE, self._with_copies)
@@ -187,19 +197,36 @@ class Hunt:
 
     def fit_blocks(self) -> None:
         """Schedules of the forward as a chain of unequal blocks, made to fit: where very many moments are tight at once."""
-        coarse, now = self._solver.coarse, time.monotonic()
+        now = time.monotonic()
         if self._blocks_tried or self.search_end - now < _QUICK_S:  # menus take their time
             return
         until = now + _BLOCKS_SHARE * (self.search_end - now)
         blocks = Blocks(self._solver.pieces, self.budget_bytes, until)
         self._blocks_tried = blocks.complete
-        worse, least_ns = 0, math.inf
-        for schedule in blocks.schedules() if blocks.complete else ():
-            if time.monotonic() >= until or worse == _WORSE:
-                return
-            steps = self._made_to_fit(list(schedule.steps), "blocks, local search", until)
+        if blocks.complete:
+            best = self._least_room(blocks, ROOMS, _WORSE, until)
+            finer = sorted((best + n * FINE for n in range(-9, 10)), key=lambda room: abs(room - best))
+            if self.left() > _SOON_GAP:
+                self._least_room(blocks, finer, len(finer), until)
+
+    def _least_room(self, blocks: Blocks, rooms: Sequence[float], patience: int, deadline: float) -> float:
+        """Offer schedules of blocks with these shares of the budget, made to fit; the share that gave the cheapest.
+
+        `patience`: so many in a row that bring nothing, and the rest will not either.
+        """
+        coarse, tried = self._solver.coarse, set[Schedule]()
+        worse, best, least_ns = 0, rooms[0], math.inf
+        for room in rooms:
+            schedule = blocks.schedule(room)
+            if schedule is None or schedule in tried:
+                continue
+            if time.monotonic() >= deadline or worse == patience:
+                break
+            tried.add(schedule)
+            steps = self._made_to_fit(list(schedule.steps), "blocks, local search", deadline)
             time_ns = math.inf if steps is None else sum(coarse.graph.ops[i].cost_ns for i in steps)
-            worse, least_ns = (0, time_ns) if time_ns < least_ns else (worse + 1, least_ns)
+            worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + 1, best, least_ns)
+        return best
 
     def _made_to_fit(self, steps: list[int], name: str, deadline: float) -> list[int] | None:
         """A schedule of the coarse graph that local search makes fit, if it is near, and offers."""

@@ -1,0 +1,170 @@
+"""Heavy values that come and go many times: a stronger certificate where a few cuts cannot see that (formulation, section 2).
+
+A recurrent net reads its embedded input in every time step, in the backward too. It may have to go after every read, but each
+cut sees one of these. So between cuts there are moments: ops at which the heavy value alone has columns of its own. Of the
+others, what is read later and does not run again is alive there. With R_i, op i runs again at any time after the first cut,
+- R_i <= sum_g r_{i,g}; a_{d,0} + R_pi(d) >= 1 for every d that is read, R_i <= a_{d,0} + R_pi(d) for every input d,
+- c_{d,g} >= a_{d,g+1} - r_{pi(d),g}, and c_{d,g} >= 1 - R_pi(d) for d that is read after cut g + 1: d is held from cut to cut,
+- at a moment after cut g: what must be live while the op runs, s_d (1 - r_{pi(d),g}) for d that is read between it and cut
+  g + 1, s_d c_{d,g} for the others and s_h for each heavy h that is alive fit the budget,
+- h is alive that was alive at the moment before, or its op has run since, which costs its time each time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from planner.graph.graph import Graph
+from planner.graph.simulate import Simulator
+from planner.solver import backend
+from planner.solver.relaxation import Interval, Relaxation, fixed, wanted
+
+_HEAVY, _OFTEN = 0.05, 8
+"""Share of the plain step's peak, and reads by the backward, that make a value one to watch."""
+_MOST = 14
+"""Reads whose moments are looked at, each before what follows it."""
+
+
+class Moments:
+    """Where to look, in one graph.
+
+    Attributes:
+        heavy: the values, most often none.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._live = Simulator(graph).run(range(len(graph.ops))).live_bytes
+        turn, peak = graph.num_forward_ops, int(self._live.max(initial=0))
+        self._reads: dict[str, list[int]] = {}
+        for p in range(turn, len(graph.ops)):
+            for name in dict.fromkeys(graph.ops[p].reads):
+                self._reads.setdefault(name, []).append(p)
+        self.heavy = tuple(
+            name for name, reads in self._reads.items() if len(reads) >= _OFTEN and self._may_go(graph, name, peak)
+        )
+
+    @staticmethod
+    def _may_go(graph: Graph, name: str, peak: int) -> bool:
+        i = graph.producer.get(name, len(graph.ops))
+        heavy = graph.value[name].nbytes >= _HEAVY * peak
+        return heavy and name not in graph.pinned and i < graph.num_forward_ops and graph.ops[i].recomputable
+
+    def after(self, cut: int, budget_bytes: int) -> tuple[int, ...]:
+        """The reads of heavy values after a cut, and the fullest ops between them, where the plain step is over the budget."""
+        reads, between = self._after(cut, budget_bytes)
+        return tuple(sorted({*reads, *between}))
+
+    def middle(self, cut: int, budget_bytes: int) -> list[int]:
+        """A second cut: in the middle of the moments at which no heavy value is read, if there are any."""
+        between = sorted(self._after(cut, budget_bytes)[1])
+        return between[(len(between) - 1) // 2 :][:1]
+
+    def _after(self, cut: int, budget_bytes: int) -> tuple[set[int], set[int]]:
+        reads: set[int] = set()
+        between: set[int] = set()
+        for name in self.heavy:
+            mine = [p for p in self._reads[name] if p > cut][:_MOST]
+            reads.update(mine)
+            between.update(p + 1 + int(self._live[p + 1 : q].argmax()) for p, q in pairwise([cut, *mine]) if q > p + 1)
+        over = set(np.flatnonzero(self._live > budget_bytes).tolist())
+        return reads & over, between & over
+
+
+class RelaxationWithMoments(Relaxation):
+    """The program for these cuts and moments."""
+
+    def __init__(self, graph: Graph, cuts: Sequence[int], unit: float, heavy: Sequence[str], moments: Sequence[int]) -> None:
+        to_the_last = {*wanted(graph, cuts[-1])[0]}
+        by_maker = {graph.producer[name]: name for name in heavy if name in to_the_last}  # what one run makes is paid for once
+        super().__init__(graph, cuts, unit, [name for i, name in by_maker.items() if i < cuts[0]])
+        self._reads: dict[str, list[int]] = {}
+        for p, op in enumerate(graph.ops):
+            for name in dict.fromkeys(op.reads):
+                self._reads.setdefault(name, []).append(p)
+        self._crossing: list[dict[str, int]] = [{} for _ in cuts]
+        self._ever = self._at_any_time()
+        inside = [[p for p in moments if interval.cut < p < interval.stop] for interval in self.intervals]
+        there = [{p: dict[str, int]() for p in ops} for ops in inside]
+        for name in sorted(self.heavy):
+            self._comes_and_goes(name, there)
+        for g, ops in enumerate(there):
+            for p, alive in ops.items():
+                self._at_moment(p, g, alive)
+
+    def _next_read(self, name: str, p: int) -> int:
+        """The first op from p on that reads it; past the last op where none does."""
+        reads = self._reads.get(name, [])
+        k = bisect_left(reads, p)
+        return reads[k] if k < len(reads) else len(self.graph.ops)
+
+    def _at_any_time(self) -> dict[int, int]:
+        """The R_i."""
+        first, *others = self.intervals
+        if not others:
+            return first.again
+        ever = {i: self.rows.column() for i in first.again}
+        self.reads_and_inputs(Interval(first.cut, len(self.graph.ops), first.alive, ever))
+        for i, column in ever.items():
+            runs = [(interval.again[i], -1.0) for interval in self.intervals if i in interval.again]
+            self.rows.row([(column, 1.0), *runs], 0.0)
+        for interval in others:
+            for name, column in interval.alive.items():
+                i = self.graph.producer[name]
+                if name not in self.heavy and i in ever and self._next_read(name, interval.cut) < len(self.graph.ops):
+                    self.rows.row([(column, -1.0), (ever[i], -1.0)], -1.0)
+        return ever
+
+    def _comes_and_goes(self, name: str, there: list[dict[int, dict[str, int]]]) -> None:
+        """Columns of a heavy value: alive at every moment (put there), made again between each and the next."""
+        maker, rows = self.graph.producer[name], self.rows
+        before: backend.Pairs = []
+        for interval, ops in zip(self.intervals, there, strict=True):
+            runs: list[int] = []
+            for p, following in pairwise([interval.cut, *ops, interval.stop]):
+                alive = interval.alive[name] if p == interval.cut else rows.column(binary=True)
+                if before:
+                    rows.row([(alive, 1.0), *before], 0.0)
+                if p != interval.cut:
+                    ops[p][name] = alive
+                    if self._next_read(name, p) == p:
+                        rows.row([(alive, -1.0)], -1.0)
+                runs.append(rows.column(self.costs[maker], binary=True))
+                before = [(alive, -1.0), (runs[-1], -1.0)]
+                if self._next_read(name, p + 1) < following:
+                    rows.row(before, -1.0)
+            rows.row([(interval.again[maker], 1.0), *((column, -1.0) for column in runs)], 0.0)
+            for column in runs:
+                rows.row([(column, 1.0), (interval.again[maker], -1.0)], 0.0)
+
+    def _at_moment(self, p: int, g: int, alive: dict[str, int]) -> None:
+        """The memory row of a moment after cut g."""
+        graph, interval = self.graph, self.intervals[g]
+        held, pairs = fixed(graph, p), list[tuple[int, float]]()
+        for name in wanted(graph, p)[0]:
+            i, nbytes, read = graph.producer[name], graph.value[name].nbytes, self._next_read(name, p)
+            if name in alive:
+                pairs.append((alive[name], nbytes / self.unit))
+            elif read == p or (read < len(graph.ops) and not graph.ops[i].recomputable):
+                held += nbytes
+            elif i in interval.again and read < interval.stop:
+                held += nbytes
+                pairs.append((interval.again[i], -nbytes / self.unit))
+            elif i in interval.again and g + 1 < len(self.intervals):
+                pairs += [(column, nbytes / self.unit) for column in self._crosses(name, g)]
+        self.rows.row([*pairs, (self.budget, -1.0)], -held / self.unit)
+
+    def _crosses(self, name: str, g: int) -> list[int]:
+        """c_d from cut g to the next, where it is wanted there."""
+        following, i = self.intervals[g + 1], self.graph.producer[name]
+        if name not in following.alive:
+            return []
+        if name not in self._crossing[g]:
+            column = self._crossing[g][name] = self.rows.column()
+            self.rows.row([(following.alive[name], 1.0), (self.intervals[g].again[i], -1.0), (column, -1.0)], 0.0)
+            if i in self._ever and self._next_read(name, following.cut) < len(self.graph.ops):
+                self.rows.row([(self._ever[i], -1.0), (column, -1.0)], -1.0)
+        return [self._crossing[g][name]]

@@ -1,0 +1,125 @@
+"""The certificate's program: what every schedule that fits obeys at a few cuts (formulation, section 2).
+
+A cut is the moment at which an op runs for the first time. In captured order, everything before it
+has run and nothing after it has. Columns: a_{d,g}, value d is alive at cut g; r_{i,g}, op i runs again
+between cut g and the next (or the end). Whatever a schedule does, it obeys
+- for a read of d, from cut g up to the next: a_{d,g} + r_{pi(d),g} >= 1,
+- for every input d of an op that runs again: r_{i,g} <= a_{d,g} + r_{pi(d),g},
+- for d alive at the next cut: a_{d,g+1} <= a_{d,g} + r_{pi(d),g},
+- at the cut: what must be live while the op runs, and the values alive, fit the budget.
+With the a in integers the r are too, but HiGHS is twice as fast when it may branch on them.
+Ops that first run between two cuts may run again for nothing, and so may all ops before the first
+cut: that makes the program a relaxation. It assumes the captured order of first runs and the given costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from planner.graph.graph import Graph, Kind
+from planner.solver import backend
+
+SCALE = 1e4
+"""The plain step's time, in units of the objective."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """From a cut up to the next, or the end. `alive`: the a_d at the cut; `again`: the r_i from there on."""
+
+    cut: int
+    stop: int
+    alive: dict[str, int]
+    again: dict[int, int]
+
+
+class Relaxation:
+    """The program for these cuts.
+
+    Attributes:
+        budget: the column whose upper bound is the budget, in units of `unit` bytes.
+        alive: a_d, cut by cut.
+    """
+
+    def __init__(self, graph: Graph, cuts: Sequence[int], unit: float, heavy: Iterable[str] = ()) -> None:
+        """`heavy`: values of which a subclass says how they get from cut to cut; only their columns are integers then."""
+        self.graph, self.unit = graph, unit
+        self.rows = backend.Program()
+        self.budget = self.rows.column(upper=None)
+        plain = max(1, sum(op.cost_ns for op in graph.ops))
+        self.costs = [op.cost_ns / plain * SCALE for op in graph.ops]
+        self.intervals: list[Interval] = []
+        self.heavy = frozenset(heavy)
+        makers = {graph.producer[name] for name in self.heavy}
+        for cut, stop in zip(cuts, [*cuts[1:], len(graph.ops)], strict=True):
+            values, ops = wanted(graph, cut)
+            alive = {name: self.rows.column(binary=not heavy or name in self.heavy) for name in values}
+            again = {i: self.rows.column(0.0 if i in makers else self.costs[i], binary=not heavy) for i in ops}
+            self.intervals.append(Interval(cut, stop, alive, again))
+        self.alive = [interval.alive for interval in self.intervals]
+        for g, interval in enumerate(self.intervals):
+            self._at_cut(interval)
+            self.reads_and_inputs(interval)
+            if g > 0:
+                self._since(self.intervals[g - 1], interval)
+        self.program = backend.Model(self.rows)
+
+    def here(self, interval: Interval, name: str) -> backend.Pairs:
+        """-(a_d + r_pi(d)): the value is alive at the cut, or its op runs again after it."""
+        i = self.graph.producer[name]
+        pairs = [(interval.alive[name], -1.0)] if name in interval.alive else []
+        return [*pairs, (interval.again[i], -1.0)] if i in interval.again else pairs
+
+    def reads_and_inputs(self, interval: Interval) -> None:
+        """What is read after the cut, by first runs and by others, was alive at it or is made again."""
+        reads = {name for op in self.graph.ops[interval.cut : interval.stop] for name in op.reads}
+        for name in sorted(reads & interval.alive.keys()):
+            self.rows.row(self.here(interval, name), -1.0)
+        for i, column in interval.again.items():
+            for name in dict.fromkeys(self.graph.ops[i].reads):
+                if name in interval.alive:
+                    self.rows.row([(column, 1.0), *self.here(interval, name)], 0.0)
+
+    def _at_cut(self, interval: Interval) -> None:
+        """What the op at the cut reads is alive, and what is alive fits the budget."""
+        graph, alive = self.graph, interval.alive
+        bytes_alive = [(column, graph.value[name].nbytes / self.unit) for name, column in alive.items()]
+        self.rows.row([*bytes_alive, (self.budget, -1.0)], -fixed(graph, interval.cut) / self.unit)
+        for name in dict.fromkeys(graph.ops[interval.cut].reads):
+            if name in alive:
+                self.rows.row([(alive[name], -1.0)], -1.0)
+
+    def _since(self, before: Interval, interval: Interval) -> None:
+        """What is alive at a cut was alive at the one before, or its op has run since."""
+        for name, column in interval.alive.items():
+            if name not in self.heavy and self.graph.producer[name] < before.cut:
+                self.rows.row([(column, 1.0), *self.here(before, name)], 0.0)
+
+
+def wanted(graph: Graph, cut: int) -> tuple[list[str], list[int]]:
+    """Values written before the cut that may be wanted after it, and the ops that may run again for them."""
+    pinned = graph.pinned
+    stack = sorted({name for op in graph.ops[cut:] for name in op.reads})
+    values: set[str] = set()
+    rerun: set[int] = set()
+    while stack:
+        name = stack.pop()
+        if name in values or name in pinned or graph.producer[name] >= cut:
+            continue
+        values.add(name)
+        i = graph.producer[name]
+        if graph.ops[i].recomputable and i not in rerun:
+            rerun.add(i)
+            stack += graph.ops[i].reads
+    return sorted(values, key=lambda name: (graph.producer[name], name)), sorted(rerun)
+
+
+def fixed(graph: Graph, cut: int) -> int:
+    """Bytes live while the op at the cut runs for the first time that nothing can drop (its reads left aside)."""
+    op = graph.ops[cut]
+    outputs = {*graph.forward_outputs, *graph.backward_outputs}
+    given = (graph.value[name] for name in graph.inputs)
+    resident = sum(value.nbytes for value in given if value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
+    handed_out = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
+    return resident + sum(graph.value[name].nbytes for name in handed_out.union(op.writes)) + op.workspace_bytes
