@@ -321,9 +321,15 @@ def test_a_skip_is_dropped_between_its_two_ends() -> None:
     assert solution.solver == "exhaustive search"
 
 
-@pytest.mark.parametrize("left, begun", [(0.004, []), (0.04, ["_refine", "_with_copies", "_refine"])])
+ALL_STAGES = ["_refine", "_with_copies", "_refine"]
+
+
+@pytest.mark.parametrize(
+    "left, seconds, begun",
+    [(0.002, 1.0, []), (0.002, 0.5, ALL_STAGES), (0.004, 1.0, ALL_STAGES), (0.004, 3.0, []), (0.04, 3.0, ALL_STAGES)],
+)
 def test_once_the_quick_time_is_over_only_a_wide_gap_is_worth_more(
-    monkeypatch: pytest.MonkeyPatch, left: float, begun: list[str]
+    monkeypatch: pytest.MonkeyPatch, left: float, seconds: float, begun: list[str]
 ) -> None:
     now, ran, until = time.monotonic(), [], []
 
@@ -336,7 +342,7 @@ def test_once_the_quick_time_is_over_only_a_wide_gap_is_worth_more(
         monkeypatch.setattr(hunt.Hunt, name, lambda _: None)
     monkeypatch.setattr(hunt.Hunt, "left", lambda _: left)
     graph = graphs.SMALL["chain"]()
-    hunt.Hunt(Solver(graph), simulate(graph, keep_all(graph)).peak_bytes, now - 2.0, now + 20.0, 1e-4).thoroughly()
+    hunt.Hunt(Solver(graph), simulate(graph, keep_all(graph)).peak_bytes, now - seconds, now + 20.0, 1e-4).thoroughly()
     assert ran[: len(begun)] == begun and len(ran) == len(begun) + (left > 0.005), "and at the end what time is left"
     assert until == sorted(until)
 
