@@ -186,11 +186,15 @@ class Hunt:
         if self.best is None:
             self._fit_any(self.search_end)
         if self.best is not None and not self.good_enough():
-            now = time.monotonic()
-            for search in (self._search(), Windows(self._pool.graph, self.budget_bytes)):
-                until = self.deadline() if isinstance(search, Windows) else now + _LOCAL_SHARE * (self.deadline() - now)
-                better = search.improve(list(self.best.schedule.steps), until, self.certify() + self.gap * self.plain_ns)
-                self._pool.offer(Schedule(tuple(better)), "windows" if isinstance(search, Windows) else "local search")
+            until, enough_ns = self.deadline(), self.certify() + self.gap * self.plain_ns
+            until = time.monotonic() + _LOCAL_SHARE * (until - time.monotonic())
+            search, steps = self._search(), list(self.best.schedule.steps)
+            better = search.squeeze(search.improve(steps, (time.monotonic() + until) / 2, enough_ns), until)
+            better = search.improve(better, until, enough_ns)
+            self._pool.offer(Schedule(tuple(better)), "local search")
+            windows = Windows(self._pool.graph, self.budget_bytes)
+            better = windows.improve(list(self.best.schedule.steps), self.deadline(), enough_ns)
+            self._pool.offer(Schedule(tuple(better)), "windows")
 
     def _search(self) -> LocalSearch:
         return LocalSearch(self._pool.graph, self.budget_bytes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ _LOOKED_AT = 24
 """Values over the peak, of the cheapest to recompute for the bytes they hold, that are looked at closely."""
 _TRIED = 6
 """Most promising evictions that are simulated before the best of them is made."""
+_SQUEEZES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91)
+"""Shares of the budget that a schedule is made to fit for a try."""
 
 
 class LocalSearch:
@@ -111,6 +114,16 @@ class LocalSearch:
                 repaired = self.shrink(repaired, deadline)
                 if self.time_ns(repaired) < now_ns:
                     steps, tried = repaired, set()
+        return steps
+
+    def squeeze(self, steps: Steps, deadline: float) -> Steps:
+        """Make it fit a smaller budget, then take back what this one allows: other recomputes may be left, and cheaper ones."""
+        for share in _SQUEEZES:
+            tighter = copy(self)
+            tighter.budget_bytes = int(share * self.budget_bytes)
+            repaired = tighter.repair(steps, deadline) if time.monotonic() < deadline else None
+            shrunk = steps if repaired is None else self.shrink(repaired, deadline)
+            steps = min(steps, shrunk, key=self.time_ns)
         return steps
 
     def _excess(self, run: Run) -> int:
