@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from benchmarks.solver import load
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
-from planner.graph.simulate import simulate
+from planner.graph.simulate import Simulator, simulate
 from planner.solver.bound import Bounds
 from planner.solver.moments import Moments, RelaxationWithMoments
 from planner.solver.relaxation import SCALE, Relaxation
@@ -33,6 +33,10 @@ def shared(count: int) -> Graph:
     return graphs.graph(sizes, forward, backward, "loss", "g0")
 
 
+def moments(graph: Graph) -> Moments:
+    return Moments(graph, Simulator(graph).run(range(len(graph.ops))).live_bytes)
+
+
 def bound(program: Relaxation, graph: Graph, budget_bytes: int, *, relax: bool = False) -> float:
     """The time, in ns, that the program proves."""
     program.program.upper(program.budget, float(budget_bytes))
@@ -50,8 +54,8 @@ def test_moments_anywhere_are_a_bound_and_no_weaker_than_the_cuts_alone(data: st
     loose = [name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.writes]
     loose = [name for name in loose if name not in graph.pinned]
     heavy = sorted(data.draw(st.sets(st.sampled_from(loose), min_size=1, max_size=2))) if loose else []
-    moments = [p for p in range(cuts[0], len(graph.ops)) if data.draw(st.booleans())]
-    watched = RelaxationWithMoments(graph, cuts, 1.0, heavy, moments)
+    between = [p for p in range(cuts[0], len(graph.ops)) if data.draw(st.booleans())]
+    watched = RelaxationWithMoments(graph, cuts, 1.0, heavy, between)
     with_moments = bound(watched, graph, budget_bytes)
     without = bound(Relaxation(graph, cuts, 1.0), graph, budget_bytes, relax=True)
     event(f"heavy: {len(heavy)}, stronger: {with_moments > without + 1e-6}")
@@ -105,7 +109,7 @@ def test_a_value_that_must_go_after_every_read_is_paid_for_every_time() -> None:
 def test_the_certificate_watches_heavy_values_between_its_cuts() -> None:
     graph = shared(12)
     budget_bytes = 50
-    assert Moments(graph).heavy == ("e",)
+    assert moments(graph).heavy == ("e",)
     solution = solve(graph, budget_bytes, time_limit_s=20)
     assert solution.status == "optimal"
     assert solution.schedule.steps.count(0) >= 6
@@ -117,16 +121,16 @@ def test_the_certificate_watches_heavy_values_between_its_cuts() -> None:
 
 def test_where_nothing_is_heavy_nothing_is_watched() -> None:
     graph = load("unet-4", gradients=True)
-    moments = Moments(graph)
-    assert moments.heavy == ()
-    assert moments.after(graph.num_forward_ops, 1) == () and moments.middle(graph.num_forward_ops, 1) == []
+    watched = moments(graph)
+    assert watched.heavy == ()
+    assert watched.after(graph.num_forward_ops, 1) == () and watched.middle(graph.num_forward_ops, 1) == []
 
 
 def test_moments_are_where_the_plain_step_is_over_the_budget_and_the_second_cut_reads_nothing_heavy() -> None:
     graph = shared(12)
-    moments, live = Moments(graph), simulate(graph, keep_all(graph)).live_bytes
+    watched, live = moments(graph), simulate(graph, keep_all(graph)).live_bytes
     for budget_bytes in (40, 50, 60):
-        ops = moments.after(graph.num_forward_ops, budget_bytes)
+        ops = watched.after(graph.num_forward_ops, budget_bytes)
         assert ops and all(live[p] > budget_bytes for p in ops)
-        (middle,) = moments.middle(graph.num_forward_ops, budget_bytes)
+        (middle,) = watched.middle(graph.num_forward_ops, budget_bytes)
         assert middle in ops and "e" not in graph.ops[middle].reads

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.graph.graph import Graph
-from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Simulator, simulate
+from planner.graph.schedule import Schedule
+from planner.graph.simulate import Simulator
 from planner.solver.cuts import Cuts
 from planner.solver.floor import least_bytes
 from planner.solver.lazy import lazy_schedule
@@ -53,14 +53,15 @@ class Bounds:
         self.graph = graph
         self.plain_ns = sum(op.cost_ns for op in graph.ops)
         self.cuts = Cuts(graph)
-        self._unit = max(1, simulate(graph, keep_all(graph)).peak_bytes) / SCALE
-        self._moments = Moments(graph)
+        self._simulator = Simulator(graph)
+        live = self._simulator.run(range(len(graph.ops))).live_bytes
+        self._unit = max(1, int(live.max(initial=0))) / SCALE
+        self._moments = Moments(graph, live)
         self._models: dict[tuple[tuple[int, ...], tuple[int, ...]], Relaxation] = {}
         self._known: dict[int, int] = {}
         self._hint: tuple[float, Phases] = (-1.0, ())
         self._best_cut: dict[int, int] = {}
         self._next: dict[int, tuple[int, ...]] = {}
-        self._simulator = Simulator(graph)
 
     def lower_bound(
         self,

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.graph.graph import Graph
-from planner.graph.simulate import Simulator
 from planner.solver import backend
 from planner.solver.relaxation import Interval, Relaxation, fixed, wanted
 
@@ -36,16 +36,12 @@ class Moments:
         heavy: the values, most often none.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self._live = Simulator(graph).run(range(len(graph.ops))).live_bytes
-        turn, peak = graph.num_forward_ops, int(self._live.max(initial=0))
-        self._reads: dict[str, list[int]] = {}
-        for p in range(turn, len(graph.ops)):
-            for name in dict.fromkeys(graph.ops[p].reads):
-                self._reads.setdefault(name, []).append(p)
-        self.heavy = tuple(
-            name for name, reads in self._reads.items() if len(reads) >= _OFTEN and self._may_go(graph, name, peak)
-        )
+    def __init__(self, graph: Graph, live_bytes: NDArray[np.int64]) -> None:
+        """`live_bytes`: the plain step's, op by op."""
+        self._live, peak, turn = live_bytes, int(live_bytes.max(initial=0)), graph.num_forward_ops
+        self._reads = _reads(graph)
+        late = {name: sum(p >= turn for p in reads) for name, reads in self._reads.items()}
+        self.heavy = tuple(name for name, count in late.items() if count >= _OFTEN and self._may_go(graph, name, peak))
 
     @staticmethod
     def _may_go(graph: Graph, name: str, peak: int) -> bool:
@@ -81,10 +77,7 @@ class RelaxationWithMoments(Relaxation):
         to_the_last = {*wanted(graph, cuts[-1])[0]}
         by_maker = {graph.producer[name]: name for name in heavy if name in to_the_last}  # what one run makes is paid for once
         super().__init__(graph, cuts, unit, [name for i, name in by_maker.items() if i < cuts[0]])
-        self._reads: dict[str, list[int]] = {}
-        for p, op in enumerate(graph.ops):
-            for name in dict.fromkeys(op.reads):
-                self._reads.setdefault(name, []).append(p)
+        self._reads = _reads(graph)
         self._crossing: list[dict[str, int]] = [{} for _ in cuts]
         self._ever = self._at_any_time()
         inside = [[p for p in moments if interval.cut < p < interval.stop] for interval in self.intervals]
@@ -168,3 +161,12 @@ class RelaxationWithMoments(Relaxation):
             if i in self._ever and self._next_read(name, following.cut) < len(self.graph.ops):
                 self.rows.row([(self._ever[i], -1.0), (column, -1.0)], -1.0)
         return [self._crossing[g][name]]
+
+
+def _reads(graph: Graph) -> dict[str, list[int]]:
+    """The ops that read each value, in order."""
+    reads: dict[str, list[int]] = {}
+    for p, op in enumerate(graph.ops):
+        for name in dict.fromkeys(op.reads):
+            reads.setdefault(name, []).append(p)
+    return reads
