@@ -31,7 +31,7 @@ _LATE = 0.04
 _QUICK_S = 0.8
 _QUICK_GAP = 0.0025
 """After this many seconds, a plan this close to the bound is not worth more of them."""
-_SOON_S, _SOON_GAP = 2.0, 0.005
+_SOON_S, _SOON_GAP = 3.0, 0.005
 """And after these, one that is not much farther."""
 _LEAST_S = 0.1
 """A stage for less than this is not begun."""
@@ -97,8 +97,8 @@ class Hunt:
             self._fit_hint()
             if self.left() <= self.gap:
                 return
-        if self.left() <= _FAR:  # the bound may be what is off
-            self._for_a_share(_EARLY_SHARE if self.left() > _SOON_GAP else 1.0, self._refine)
+        if _SOON_GAP < self.left() <= _FAR:  # the bound may be what is off
+            self._for_a_share(_EARLY_SHARE, self._refine)
         program, coarse = self._solver.program, self._solver.coarse
         for relax in (True, False):
             if self.good_enough():
@@ -106,6 +106,8 @@ class Hunt:
             self._exact = self._program(program, coarse, self.deadline(), self.gap, relax=relax)
             if not self._exact:
                 self._fit(self._near)
+            if relax and self.left() <= _SOON_GAP:
+                self._for_a_share(1.0, self._refine)
             if relax and self.left() > _FAR:
                 self.fit_blocks()
                 if self._bound_is_off():
