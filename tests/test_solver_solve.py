@@ -21,6 +21,7 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.solver import hunt
 from planner.solver.baselines import all_baselines
+from planner.solver.bound import Bounds
 from planner.solver.closure import Closure
 from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.lazy import lazy_schedule
@@ -345,6 +346,17 @@ def test_once_the_quick_time_is_over_only_a_wide_gap_is_worth_more(
     hunt.Hunt(Solver(graph), simulate(graph, keep_all(graph)).peak_bytes, now - seconds, now + 20.0, 1e-4).thoroughly()
     assert ran[: len(begun)] == begun and len(ran) == len(begun) + (left > 0.005), "and at the end what time is left"
     assert until == sorted(until)
+
+
+def test_a_bound_is_asked_for_once_though_it_is_late_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graphs.SMALL["chain"]()
+    now, asked = time.monotonic(), []
+    monkeypatch.setattr(Bounds, "lower_bound", lambda _, budget_bytes, *, effort, **how: asked.append(effort) or 0)
+    search = hunt.Hunt(Solver(graph), simulate(graph, keep_all(graph)).peak_bytes - 1, now - 2.0, now - 1.0, 1e-4)
+    for _ in range(2):
+        search.certify("first")
+        search.certify("linear")
+    assert asked == ["first"]
 
 
 @pytest.mark.usefixtures("nothing_is_tiny")

@@ -261,7 +261,8 @@ class Hunt:
 
     def certify(self, effort: Effort = "linear") -> int:
         """A lower bound on the time of every schedule that fits, with at least this effort."""
-        if effort not in self._efforts:
+        late = bool(self._efforts) and time.monotonic() >= self.end
+        if effort not in self._efforts and not late:
             self._efforts.add(effort)
             self._certify(effort, min(self.end - time.monotonic(), _CERTIFICATE_S))
         return self._bound_ns

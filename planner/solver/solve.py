@@ -23,8 +23,10 @@ from planner.units import format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
 
-_OVERRUN = 0.04
+_OVERRUN = 0.06
 """Share of a sweep's time by which its stages end later than they are told."""
+_LEAST_S = 0.1
+"""What is left to search when the programs took all of the time to be built."""
 
 
 def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001, reorder: bool = True) -> Solution:
@@ -42,14 +44,18 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: f
         NoScheduleFoundError: nothing was found in the time given.
         SolverMissingError: neither HiGHS nor CBC can be run.
     """
-    return Solver(graph, reorder=reorder).solve(budget_bytes, time_limit_s=time_limit_s, gap=gap)
+    end = time.monotonic() + time_limit_s
+    solver = Solver(graph, reorder=reorder)
+    return solver.solve(budget_bytes, time_limit_s=max(_LEAST_S, end - time.monotonic()), gap=gap)
 
 
 def sweep(
     graph: Graph, budgets_bytes: Iterable[int], *, time_limit_s: float = 20.0, gap: float = 0.001
 ) -> dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError]:
     """`solve` for many budgets, in little more time than for a few; see `Solver.sweep`."""
-    return Solver(graph).sweep(budgets_bytes, time_limit_s=time_limit_s, gap=gap)
+    end = time.monotonic() + time_limit_s
+    solver = Solver(graph)
+    return solver.sweep(budgets_bytes, time_limit_s=max(_LEAST_S, end - time.monotonic()), gap=gap)
 
 
 def lowest_peak(graph: Graph, *, time_limit_s: float = 10.0) -> int:
