@@ -37,8 +37,8 @@ from planner import PlannerError, max_batch
 from planner.graph.plan import Plan
 from planner.priced import Options, Priced, price
 from planner.profiler.memory import logical_peak
-from planner.rewriter.module import CheckpointedModule
-from planner.rewriter.step import DEFAULT_STAGES, make_step
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.verification import measured_within
 
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3)

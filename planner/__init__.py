@@ -26,14 +26,14 @@ if TYPE_CHECKING:
         PlotMissingError,
         SolverMissingError,
     )
+    from planner.export.source import export_source
     from planner.graph.plan import Plan
     from planner.profiler.devices import devices, register_device
     from planner.profiler.estimate import DeviceModel
     from planner.report.batches import MaxBatch
     from planner.report.sweep import Sweep
-    from planner.rewriter.export.source import export_source
-    from planner.rewriter.install import install, uninstall
-    from planner.rewriter.module import CheckpointedModule, PlanMissWarning
+    from planner.runtime.install import install, uninstall
+    from planner.runtime.module import CheckpointedModule, PlanMissWarning
     from planner.verification import Report, verify
 
 _HOMES = {
@@ -56,14 +56,14 @@ _HOMES = {
         "PlotMissingError",
         "SolverMissingError",
     ),
-    "planner.rewriter.install": ("install", "uninstall"),
+    "planner.runtime.install": ("install", "uninstall"),
     "planner.graph.plan": ("Plan",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
     "planner.report.batches": ("MaxBatch",),
     "planner.report.sweep": ("Sweep",),
-    "planner.rewriter.module": ("CheckpointedModule", "PlanMissWarning"),
-    "planner.rewriter.export.source": ("export_source",),
+    "planner.runtime.module": ("CheckpointedModule", "PlanMissWarning"),
+    "planner.export.source": ("export_source",),
     "planner.verification": ("Report", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

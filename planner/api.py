@@ -20,8 +20,8 @@ from planner.profiler.optimizer import Optimizer
 from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
-from planner.rewriter.module import CheckpointedModule
-from planner.rewriter.step import DEFAULT_STAGES, Recapture, make_step
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower

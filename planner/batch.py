@@ -17,8 +17,8 @@ from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
 from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
-from planner.rewriter.module import CheckpointedModule
-from planner.rewriter.step import DEFAULT_STAGES, make_step
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
 from planner.tracer.capture import Loss
 from planner.verification import time_step

@@ -24,9 +24,9 @@ from planner.graph.simulate import simulate
 from planner.priced import Options, Priced, allocator_margin, price_joint
 from planner.profiler.memory import logical_peak
 from planner.report.progress import stage
-from planner.rewriter.install import install, uninstall
-from planner.rewriter.module import CheckpointedModule
-from planner.rewriter.step import DEFAULT_STAGES, Step, make_step
+from planner.runtime.install import install, uninstall
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
 from planner.tracer import fidelity
 from planner.tracer.capture import Loss, capture, loss_leaves

@@ -297,7 +297,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from planner import api
-    from planner.rewriter.export.source import check_path, export_source
+    from planner.export.source import check_path, export_source
 
     check_path(arguments.out)
     if arguments.plan:

@@ -19,7 +19,7 @@ from planner._torch import pytree
 from planner.errors import CompileError, InfeasibleBudgetError, InputError, MeasuredPeakError, NoScheduleFoundError
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
-from planner.rewriter.module import CheckpointedModule
+from planner.runtime.module import CheckpointedModule
 from planner.tracer.kernels import rng_state
 from planner.units import format_bytes
 

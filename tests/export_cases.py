@@ -16,7 +16,7 @@ from planner import CheckpointedModule, export_source
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.profiler.measure import measure
-from planner.rewriter.step import make_step
+from planner.runtime.step import make_step
 from planner.tracer.capture import capture
 from planner.tracer.lower import kernel_nodes, lower
 from tests import exported, models

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from planner import plan
 from planner.graph.plan import Plan, Solution
-from planner.rewriter.guard import call_key
-from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.partition import partition
-from planner.rewriter.step import Step
+from planner.runtime.guard import call_key
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import Step
 from planner.solver.solve import Solver
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower

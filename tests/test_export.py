@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planner import CheckpointedModule, export_source, plan
+from planner.export.names import counted
+from planner.export.skeleton import constant_text, folded
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.profiler.memory import logical_peak
-from planner.rewriter.export.names import counted
-from planner.rewriter.export.skeleton import constant_text, folded
-from planner.rewriter.step import make_step
+from planner.runtime.step import make_step
 from planner.solver.lazy import lazy_schedule
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower

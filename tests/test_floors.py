@@ -22,6 +22,8 @@ FLOORS: dict[str, float] = {
     "planner.tracer": 2,
     "planner.profiler": 2,
     "planner.rewriter": 2,
+    "planner.runtime": 2.5,
+    "planner.export": 2.7,
     "planner.report": 3,
     "planner.api": 4,
     "planner.batch": 4,
@@ -32,7 +34,7 @@ FLOORS: dict[str, float] = {
     "planner.compile_backend": 5,
 }
 HOMES = ("planner._torch", "planner._inductor")
-TORCH_SIDE = (*HOMES, "planner.tracer", "planner.profiler", "planner.rewriter")
+TORCH_SIDE = (*HOMES, "planner.tracer", "planner.profiler", "planner.rewriter", "planner.runtime", "planner.export")
 ALLOWED: dict[str, frozenset[str]] = {
     "planner.errors": frozenset(),
     "planner.units": frozenset(),
@@ -126,7 +128,7 @@ def test_every_room_has_a_floor() -> None:
         ("planner.graph.plan", "import networkx as nx", "never sees networkx"),
         ("planner.tracer.lower", "from planner.solver import solve", "meet in api.py only"),
         ("planner.solver.solve", "from planner.tracer import lower", "meet in api.py only"),
-        ("planner.rewriter.module", "from planner.api import plan", "floor 4"),
+        ("planner.runtime.module", "from planner.api import plan", "floor 4"),
         ("planner.report.table", "import planner.cli", "floor 5"),
         ("planner.report.table", "import planner", "public face"),
     ],

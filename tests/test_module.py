@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
-from planner.rewriter.module import CheckpointedModule as Module
+from planner.runtime.module import CheckpointedModule as Module
 from planner.tracer import kernels
 from planner.tracer.randomness import draw_as_eager
 from tests import models

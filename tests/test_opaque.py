@@ -15,7 +15,7 @@ from planner import Plan, apply, plan
 from planner.errors import CaptureError, InputError, PartError
 from planner.graph.graph import Kind
 from planner.profiler.memory import allocations_of, logical_peak
-from planner.rewriter.module import CheckpointedModule
+from planner.runtime.module import CheckpointedModule
 from tests.models import Wrapped
 from tests.training import assert_same, trajectory
 

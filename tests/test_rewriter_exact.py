@@ -17,10 +17,10 @@ from planner.graph.schedule import Schedule, check, keep_all
 from planner.graph.simulate import simulate
 from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
-from planner.rewriter.guard import call_key
-from planner.rewriter.module import CheckpointedModule
 from planner.rewriter.partition import partition
-from planner.rewriter.step import Step
+from planner.runtime.guard import call_key
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import Step
 from planner.tracer.capture import capture
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from tests import models

@@ -15,13 +15,13 @@ from planner._torch import box, keeps_graph, pytree
 from planner.errors import PlanMissError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
-from planner.rewriter import guard
 from planner.rewriter.compiled import Compiled
-from planner.rewriter.runtime import Boxed, Program, run
-from planner.rewriter.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.rewriter.stages import cut_stages
-from planner.rewriter.step import Step
-from planner.rewriter.watch import Watched
+from planner.runtime import guard
+from planner.runtime.functions import Boxed, Program, run
+from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
+from planner.runtime.step import Step
+from planner.runtime.watch import Watched
 from planner.tracer import kernels
 from planner.tracer.part import Part
 

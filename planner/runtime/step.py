@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from planner.graph.plan import Plan
-from planner.rewriter import guard, portable
+from planner.rewriter import portable
 from planner.rewriter.partition import Halves, partition
+from planner.runtime import guard
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8

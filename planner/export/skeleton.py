@@ -14,11 +14,11 @@ from torch import nn
 
 from planner._torch import pytree
 from planner.errors import ExportError
+from planner.export.names import literal, quoted, unique
+from planner.export.standalone import Expected
 from planner.graph.graph import Kind
-from planner.rewriter.export.names import literal, quoted, unique
-from planner.rewriter.export.standalone import Expected
-from planner.rewriter.guard import TensorKey
-from planner.rewriter.step import Step
+from planner.runtime.guard import TensorKey
+from planner.runtime.step import Step
 
 _MOST_NUMBERS = 64
 """Larger constants are stored in a file of their own."""

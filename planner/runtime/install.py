@@ -11,9 +11,9 @@ from torch import nn
 
 from planner.errors import InputError
 from planner.graph.plan import Plan
-from planner.rewriter.module import CheckpointedModule, report_miss, runs_as_planned
-from planner.rewriter.runtime import Program
-from planner.rewriter.step import Step
+from planner.runtime.functions import Program
+from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned
+from planner.runtime.step import Step
 
 
 class PlannedForward:

@@ -1,4 +1,4 @@
-"""What every exported file holds besides its model: `planner.rewriter.export.source` writes the sources of `EMBEDDED` into it.
+"""What every exported file holds besides its model: `planner.export.source` writes the sources of `EMBEDDED` into it.
 
 So this code is checked and tested here, and knows torch alone. In an exported file `backward` runs as one stage.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from planner._torch import keeps_graph, release_saved
-from planner.rewriter.runtime import check_backward
+from planner.runtime.functions import check_backward
 from planner.tracer.kernels import rng_put_back_on_error, rng_state, swap_rng_state
 
 Named = dict[str, torch.Tensor]

@@ -15,8 +15,8 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
-from planner.rewriter.guard import tensor_key
-from planner.rewriter.step import Step, make_step
+from planner.runtime.guard import tensor_key
+from planner.runtime.step import Step, make_step
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower
 

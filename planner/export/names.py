@@ -14,7 +14,7 @@ import torch
 
 from planner._torch import OpOverload
 from planner.errors import ExportError
-from planner.rewriter.export.lines import Half, Line, origin
+from planner.export.lines import Half, Line, origin
 from planner.tracer import kernels
 
 _WRITTEN_OUT = (kernels.bernoulli, kernels.noise, kernels.laid_out, kernels.rng_state, kernels.swap_rng_state)

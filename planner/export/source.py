@@ -16,13 +16,13 @@ from torch import fx
 
 from planner._torch import KEEPS_GRAPH_IMPORT, OpOverload, results
 from planner.errors import ExportError, InputError
+from planner.export import skeleton, standalone
+from planner.export.body import Body, Call, Words, wrapped
+from planner.export.fold import Block, repeated
+from planner.export.lines import Half, half
+from planner.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.graph.graph import Kind
-from planner.rewriter.export import skeleton, standalone
-from planner.rewriter.export.body import Body, Call, Words, wrapped
-from planner.rewriter.export.fold import Block, repeated
-from planner.rewriter.export.lines import Half, half
-from planner.rewriter.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
-from planner.rewriter.module import CheckpointedModule, unplanned_forward
+from planner.runtime.module import CheckpointedModule, unplanned_forward
 from planner.tracer import kernels
 from planner.tracer.joint import Input
 

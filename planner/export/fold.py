@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.rewriter.export.body import Body, Words
-from planner.rewriter.export.lines import Half
+from planner.export.body import Body, Words
+from planner.export.lines import Half
 
 _LEAST_LINES = 10
 """A function with fewer lines is not worth a jump of the eye."""

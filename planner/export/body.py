@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from planner._torch import OpOverload
-from planner.rewriter.export.lines import Half, Line
-from planner.rewriter.export.names import ValueNames, identifier, is_below, key_text, literal, unique
+from planner.export.lines import Half, Line
+from planner.export.names import ValueNames, identifier, is_below, key_text, literal, unique
 from planner.tracer import kernels
 
 _WIDTH = 120

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner._torch import pytree
-from planner.rewriter.watch import Attributes, Watched, attributes
+from planner.runtime.watch import Attributes, Watched, attributes
 from planner.tracer.joint import CallSpec
 
 Autocast = tuple[bool, str]
