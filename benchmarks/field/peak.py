@@ -27,12 +27,8 @@ def step_peak(setup: Setup, module: nn.Module, precision: str) -> int:
     def step() -> None:
         with cast(precision):
             out = module(*batch.args, **batch.kwargs)
-        leaves = pytree.tree_leaves(out)
-        starts = [leaves[i] for i in layouts]
-        del out, leaves
-        last = _Start.apply(list(layouts.values()), *starts)
-        del starts
-        last.backward(torch.empty(0))
+        leaves = pytree.tree_leaves(out)  # which the loop holds, too, until the backward is done
+        _Start.apply(list(layouts.values()), *(leaves[i] for i in layouts)).backward(torch.empty(0))
 
     seed_all(SEED)
     peak = logical_peak(step, torch.device("cpu"))
