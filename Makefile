@@ -1,6 +1,6 @@
 PYTHON := .venv/bin/python
 
-.PHONY: install test zoo lint types bench bench-compare bench-solver
+.PHONY: install test zoo field lint types bench bench-compare bench-solver
 
 install:
 	python3 -m venv .venv
@@ -11,6 +11,10 @@ test:
 
 zoo:
 	$(PYTHON) -m pytest -m zoo
+
+field:
+	$(PYTHON) -m pip install -c constraints.txt -c benchmarks/field/constraints.txt -e '.[dev,examples,plot,field]'
+	$(PYTHON) -m pytest -n 0 -m field
 
 lint:
 	$(PYTHON) -m ruff check .
