@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     if arguments.table:
         print(write_table(arguments.out, every))
         return []
-    done = {} if arguments.again else read(arguments.out)
+    done = {key for key, outcome in read(arguments.out).items() if outcome.outcome != "broken" and not arguments.again}
     rows = [(case, p) for case in cases.values() for p in case.precisions if p in arguments.precision]
     outcomes = []
     for outcome in run([(case, p) for case, p in rows if (case.name, p) not in done], arguments.time_limit):

@@ -180,13 +180,15 @@ def _judge_peak(verdict: Outcome, case: Case, setup: Any, planned: Any, precisio
 
 
 def _first_difference(expected: Trajectory, found: Trajectory) -> str:
-    """What differs in the first step in which anything does; '' if nothing does."""
-    for step, (one, other) in enumerate(zip(expected.steps, found.steps, strict=False)):
-        off = differences(one, other)
-        if off:
-            more = f" and {len(off) - 4} more" if len(off) > 4 else ""
-            return f"step {step}: {', '.join(off[:4])}{more}"
-    return ""
+    """What differs in the first step in which anything does; '' if nothing does. Says so where it is attributes alone."""
+    steps = [differences(one, other) for one, other in zip(expected.steps, found.steps, strict=False)]
+    first = next((i for i, off in enumerate(steps) if off), None)
+    if first is None:
+        return ""
+    off = steps[first]
+    more = f" and {len(off) - 4} more" if len(off) > 4 else ""
+    alone = all(name.startswith("attribute ") for names in steps for name in names)
+    return f"step {first}: {', '.join(off[:4])}{more}{'; all else is equal in all steps' if alone else ''}"
 
 
 def failure(error: BaseException | None) -> str:

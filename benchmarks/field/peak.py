@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ def step_peak(setup: Setup, module: nn.Module, precision: str) -> int:
     """
     batch = copy.deepcopy(setup.batches[0])
     seed_all(SEED)
-    layouts = _gradients_of_outputs(setup, module, batch, precision)  # and what a first call allocates for good
-    module.zero_grad(set_to_none=True)
+    with _around(setup, module):
+        layouts = _gradients_of_outputs(setup, module, batch, precision)  # and what a first call allocates for good
 
     def step() -> None:
         with cast(precision):
@@ -31,9 +33,19 @@ def step_peak(setup: Setup, module: nn.Module, precision: str) -> int:
         _Start.apply(list(layouts.values()), *(leaves[i] for i in layouts)).backward(torch.empty(0))
 
     seed_all(SEED)
-    peak = logical_peak(step, torch.device("cpu"))
+    with _around(setup, module):
+        return logical_peak(step, torch.device("cpu"))
+
+
+@contextmanager
+def _around(setup: Setup, module: nn.Module) -> Iterator[None]:
+    """What the loop does around a step."""
+    if setup.before_step is not None:
+        setup.before_step(module, 0)
+    yield
     module.zero_grad(set_to_none=True)
-    return peak
+    if setup.after_step is not None:
+        setup.after_step(module, 0)
 
 
 def resident_bytes(planned: Any) -> int:
@@ -47,7 +59,11 @@ def _gradients_of_outputs(setup: Setup, module: nn.Module, batch: Any, precision
     arrived: dict[int, torch.Tensor] = {}
 
     def hook(position: int) -> Any:
-        return lambda gradient: arrived.update({position: gradient.detach()})
+        def arrives(gradient: torch.Tensor | None) -> None:
+            if gradient is not None:
+                arrived[position] = gradient.detach()
+
+        return arrives
 
     with cast(precision):
         out = module(*batch.args, **batch.kwargs)
