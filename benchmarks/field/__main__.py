@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="packages, models, or the start of a name")
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--again", action="store_true", help="run what has a record, too")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"field-{datetime.date.today()}.jsonl", help="JSON lines")
+    today = RESULTS / f"field-{datetime.date.today()}.jsonl"
+    parser.add_argument("--out", type=Path, default=today, help="JSON lines; by default, today's in benchmarks/results")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, metavar="S", help="seconds for one row")
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--table", action="store_true", help="write and print the table of the records that are there")

@@ -89,13 +89,25 @@ def _discriminator() -> nn.Module:
     return PatchDiscriminator(spatial_dims=2, num_layers_d=2, channels=8, in_channels=1, out_channels=1)
 
 
+class Score(nn.Module):
+    """A discriminator whose loss takes no features, only the score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _discriminator()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        score: torch.Tensor = self.net(x)[-1]
+        return score
+
+
 def _images() -> tuple[Batch, ...]:
     return batches(lambda: call(torch.randn(2, 1, 24, 24), target=torch.randn(2, 1, 24, 24)))
 
 
 @CASES("monai")
 def discriminator_real_and_fake() -> Setup:
-    """Two calls, one backward: both forwards are in flight."""
+    """Two calls, one backward: both forwards are in flight; of the outputs, a list of features, the loss takes the last."""
 
     def forward(module: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
         real, fake = module(batch.args[0])[-1], module(batch.target)[-1]
@@ -110,13 +122,13 @@ def discriminator_for_its_generator() -> Setup:
     generator = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
 
     def forward(module: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
-        score = module(generator(batch.target))[-1]
+        score = module(generator(batch.target).float())
         return score, -score.mean()
 
     def make() -> Batch:
         return call(torch.randn(2, 1, 24, 24).requires_grad_(), target=torch.randn(2, 1, 24, 24))
 
-    return Setup(_discriminator(), batches(make), forward=forward, extra=generator)
+    return Setup(Score(), batches(make), forward=forward, extra=generator)
 
 
 @CASES("monai")
@@ -125,14 +137,14 @@ def discriminator_in_both_turns() -> Setup:
     generator = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
 
     def forward(module: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
-        made = generator(batch.target)
-        judged = module(made)[-1]
+        made = generator(batch.target).float()
+        judged = module(made)
         (-judged.mean()).backward()
         module.zero_grad()
-        real, fake = module(batch.args[0])[-1], module(made.detach())[-1]
+        real, fake = module(batch.args[0]), module(made.detach())
         return (judged, real, fake), F.softplus(-real).mean() + F.softplus(fake).mean()
 
-    return Setup(_discriminator(), _images(), forward=forward, extra=generator)
+    return Setup(Score(), _images(), forward=forward, extra=generator)
 
 
 @CASES("monai")
@@ -141,11 +153,11 @@ def discriminator_with_gradient_penalty() -> Setup:
 
     def forward(module: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
         mixed = (0.5 * batch.args[0] + 0.5 * batch.target).requires_grad_()
-        score = module(mixed)[-1]
+        score = module(mixed)
         (slope,) = torch.autograd.grad(score.sum(), mixed, create_graph=True)
         return score, score.mean() + 10 * (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
     def make() -> Batch:
         return call(torch.randn(2, 1, 24, 24).requires_grad_(), target=torch.randn(2, 1, 24, 24))
 
-    return Setup(_discriminator(), batches(make), forward=forward)
+    return Setup(Score(), batches(make), forward=forward)
