@@ -6,6 +6,7 @@ When a torch release moves something, `selfcheck()` and tests/test_torch_private
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ __all__ = [
     "export_joint",
     "fake_inputs",
     "fake_mode",
+    "global_switches",
     "keeps_graph",
     "kernels_chosen",
     "kernels_kept",
@@ -250,10 +252,11 @@ def calls_intercepted(
     """
     call = nn.Module.__call__
     inside = False
+    thread = threading.get_ident()
 
     def intercepted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
-        if inside or self not in modules:
+        if inside or threading.get_ident() != thread or self not in modules:
             return call(self, *args, **kwargs)
         inside = True
         try:
@@ -290,6 +293,47 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
         return lambda others: False
     check = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     return lambda others: bool(check(*others))
+
+
+def global_switches() -> tuple[tuple[str, Any], ...]:
+    """Torch's switches that decide which kernels run or what a call means, by name; the same for equal states."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return (
+        ("deterministic algorithms", torch.get_deterministic_debug_mode()),
+        ("fill_uninitialized_memory", getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)),
+        ("sdpa: flash", cuda.flash_sdp_enabled()),
+        ("sdpa: memory-efficient", cuda.mem_efficient_sdp_enabled()),
+        ("sdpa: math", cuda.math_sdp_enabled()),
+        ("sdpa: cudnn", cuda.cudnn_sdp_enabled()),
+        ("sdpa: math in low precision", cuda.fp16_bf16_reduction_math_sdp_allowed()),
+        ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
+        ("float32 matmul precision", torch.get_float32_matmul_precision()),
+        ("cuda tf32", cuda.matmul.allow_tf32),
+        ("cuda reduced precision", (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction)),
+        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)),
+        ("mkldnn", torch._C._get_mkldnn_enabled()),
+        ("mkldnn deterministic", getattr(mkldnn, "deterministic", None)),
+        ("default dtype", torch.get_default_dtype()),
+        ("default device", str(torch.get_default_device())),
+        ("autocast cache", torch.is_autocast_cache_enabled()),
+        ("inference mode", torch.is_inference_mode_enabled()),
+        ("forward-mode AD", torch.autograd.forward_ad._current_level),
+        ("torch.func transforms", torch._C._functorch.maybe_current_level() or 0),
+        ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
+        ("dispatch modes", torch._C._len_torch_dispatch_stack()),
+        ("global module hooks", _num_global_hooks()),
+    )
+
+
+def _device_modes() -> int:
+    """A default device is a function mode, and compared by itself."""
+    return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _num_global_hooks() -> int:
+    module = torch.nn.modules.module
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+    return sum(len(getattr(module, name, ())) for name in names)
 
 
 def box(graph: fx.Graph) -> None:

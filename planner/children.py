@@ -28,8 +28,8 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
-from planner.tracer import fidelity
 from planner.tracer.capture import Loss, capture, loss_leaves
+from planner.tracer.host.preserve import model_preserved
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""
@@ -196,7 +196,7 @@ class _Trial:
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors or the random state."""
         grads = [(tensor, tensor.grad) for tensor in self._inputs]
-        with fidelity.untouched(self.model, [*self.model.buffers(), *self._inputs]):
+        with model_preserved(self.model, [*self.model.buffers(), *self._inputs]):
             yield
         self.model.zero_grad(set_to_none=True)
         for tensor, grad in grads:

@@ -59,7 +59,7 @@ class PlannedForward:
         misses = []
         for module in self.planned:
             planned, miss = module.attempt(args, kwargs)
-            if not miss:
+            if miss is None:
                 return planned
             misses.append(miss)
         report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))

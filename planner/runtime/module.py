@@ -19,6 +19,7 @@ from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
 from planner.runtime.functions import Boxed, Program, run
+from planner.runtime.mismatch import Mismatch
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
@@ -36,7 +37,7 @@ runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
 """Where the user's torch.compile meets a plan, it lets the plan run as it is."""
 
 
-def report_miss(model: nn.Module, miss: str, warned: set[str], strict: bool, num_plans: int = 1) -> None:
+def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
     """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
 
     Raises:
@@ -47,7 +48,7 @@ def report_miss(model: nn.Module, miss: str, warned: set[str], strict: bool, num
         raise PlanMissError(
             f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
         )
-    reason = miss.split(" (")[0]
+    reason = miss.where
     if reason not in warned:
         warned.add(reason)
         message = f"{type(model).__name__}: not {which}, {miss} differs; the original forward runs, unplanned"
@@ -134,7 +135,7 @@ class CheckpointedModule(fx.GraphModule):
         self._code = code.src
         if "_step" in self.__dict__:
             names = [name for name, _ in self._step.key.weights]
-            self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
+            self.__dict__["_watched"] = Watched(self._original, names, self._step.joint.host)
             given = self.__dict__.pop("_given", None)
             self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
             self.__dict__["_inputs"] = _picker(_positions(self._step))
@@ -145,17 +146,17 @@ class CheckpointedModule(fx.GraphModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
         out, miss = self.attempt(args, kwargs)
-        if miss:
+        if miss is not None:
             report_miss(self._original, miss, self._warned, self.strict)
             return unplanned_forward(self._original)(*args, **kwargs)
         return out
 
-    def attempt(self, args: Any, kwargs: Any) -> tuple[Any, str]:
+    def attempt(self, args: Any, kwargs: Any) -> tuple[Any, Mismatch | None]:
         """The planned step's output, or None and what keeps this call from running planned."""
         step = self._step
         tensors, inputs, miss = self._match(args, kwargs)
-        if miss:
-            other = self._of_other_shape(args, kwargs) if step.recapture is not None and guard.is_about_inputs(miss) else miss
+        if miss is not None:
+            other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             found = run(self._program, inputs)
@@ -163,9 +164,18 @@ class CheckpointedModule(fx.GraphModule):
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in step.joint.outputs
         ]
-        return pytree.tree_unflatten(leaves, step.joint.call.out_spec), ""
+        self._write_state(found, tensors)
+        return pytree.tree_unflatten(leaves, step.joint.call.out_spec), None
 
-    def _of_other_shape(self, args: Any, kwargs: Any) -> CheckpointedModule | str:
+    def _write_state(self, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        """Leave in Python state what the model's own forward leaves there."""
+        if self._step.joint.effects:
+            weights = dict((*self._original.named_parameters(), *self._original.named_buffers()))
+            sources = {"result": results, "input": tensors, "weight": weights}
+            for effect in self._step.joint.effects:
+                effect.write(self._original, lambda ref: sources[ref.source][ref.key])
+
+    def _of_other_shape(self, args: Any, kwargs: Any) -> CheckpointedModule | Mismatch:
         """The plan carried over to a call of smaller inputs, made when that shape is first met; or why there is none."""
         key = call_shapes(self._step, args, kwargs)
         if key not in self._others:
@@ -175,32 +185,49 @@ class CheckpointedModule(fx.GraphModule):
                 step = step_of_other_shape(self._step, self.plan, self._original, args, kwargs)
                 self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict)
             except PlannerError as error:
-                self._others[key] = f"the inputs' shape ({error})"
+                self._others[key] = Mismatch("input", "the inputs' shape", str(error))
         return self._others[key]  # type: ignore[no-any-return]
 
-    def difference(self, args: Any, kwargs: Any) -> str:
-        """What keeps this call from running planned; '' if nothing does."""
+    def difference(self, args: Any, kwargs: Any) -> Mismatch | None:
+        """What keeps this call from running planned."""
         return self._match(args, kwargs)[2]
 
-    def _match(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], str]:
-        """The call's tensors, the graph's inputs, and what differs from the call planned for."""
-        step = self._step
-        if step.joint.elsewhere:
-            return [], [], f"the device (planned from afar for {step.joint.elsewhere}: save the plan, and apply it there)"
-        tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
-        if tensors is None:
-            return [], [], miss
-        held = self._watched.now()
-        miss = guard.difference(step.key, self._watched, held, tensors, self.device)
-        if miss:
-            return tensors, [], miss
-        inputs = self._inputs((*held, *tensors, *step.joint.constants.values()))
-        return tensors, inputs, self._host_reads_differ(inputs)
+    def _match(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
+        """The tensors of the call and of Python state, the graph's inputs, and what differs from the call planned for.
 
-    def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> str:
-        """Name of a tensor value that Python read during capture and that is another now; '' if none is."""
+        An error while comparing says that something is not as planned, too.
+        """
+        try:
+            return self._compare(args, kwargs)
+        except Exception as error:
+            return [], [], Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
+
+    def _compare(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
+        step = self._step
+        joint = step.joint
+        if joint.elsewhere:
+            cure = f"planned from afar for {joint.elsewhere}: save the plan, and apply it there"
+            return [], [], Mismatch("device", "the device", cure)
+        tensors, miss = guard.flatten_call(joint.call, args, kwargs, step.key.arguments)
+        if miss is not None:
+            return [], [], miss
+        held = self._watched.held()
+        if held is None:
+            return tensors, [], self._watched.missing()
+        miss = guard.difference(step.key, self._watched, held, tensors, self.device)
+        if miss is not None:
+            return tensors, [], miss
+        state = [path.get(self._original) for path in joint.state]
+        for path, found in zip(joint.state, state, strict=True):
+            if not isinstance(found, torch.Tensor):
+                return tensors, [], Mismatch("host", str(path), type(found).__name__, "a tensor")
+        inputs = self._inputs((*held, *tensors, *state, *joint.constants.values()))
+        return [*tensors, *state], inputs, self._host_reads_differ(inputs)
+
+    def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> Mismatch | None:
+        """A tensor value that Python read during capture and that is another now."""
         if self._guards is None:
-            return ""
+            return None
         joint = self._step.joint
         given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
         with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
@@ -208,8 +235,8 @@ class CheckpointedModule(fx.GraphModule):
         for tensor, expected in zip(read, joint.host_reads, strict=True):
             value = tensor.item()
             if value != expected.value and not (value != value and expected.value != expected.value):
-                return f"the value read at {expected.source} ({value}, planned for {expected.value})"
-        return ""
+                return Mismatch("value", f"the value read at {expected.source}", str(value), str(expected.value))
+        return None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's state_dict."""
@@ -270,7 +297,7 @@ def _positions(step: Step) -> list[int]:
     """Per graph input, its position among the model's tensors, the call's, and the constants, one after the other."""
     names = {name: i for i, (name, _) in enumerate(step.key.weights)}
     constants = {node: i for i, node in enumerate(step.joint.constants)}
-    num_tensors = len(step.joint.call.tensors)
+    num_tensors = len(step.joint.call.tensors) + len(step.joint.state)
     sources = []
     for given in step.joint.inputs:
         if given.kind is Kind.TANGENT:
@@ -296,7 +323,7 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]
-    leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
+    leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Program(
         forward=_boxed(forward, parts, compiled_for),
         stages=tuple(_boxed(stage.graph, parts, compiled_for) for stage in stages),

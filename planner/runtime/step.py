@@ -86,6 +86,5 @@ def make_step(
     """The captured step, rewritten by a plan whose graph is its own."""
     halves = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    parts = {spec.module for spec in joint.parts.values()}
-    key = guard.call_key(model, tensors, joint.device, joint.volatile, parts)
+    key = guard.call_key(model, tensors, joint)
     return Step(joint, halves, key, num_stages, recapture, is_compiled)

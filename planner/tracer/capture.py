@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,11 @@ from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.host.observe import Observation
+from planner.tracer.host.preserve import Generators, model_preserved
+from planner.tracer.host.reads import Reads
+from planner.tracer.host.state import Effect, HostKey, Path, Ref, same_build, weight_keys
+from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.normalize import normalize
 from planner.tracer.part import PartCall
@@ -71,6 +78,10 @@ def capture(
                 raise first from None
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Capturing patches classes and kernels of the whole process."""
+
+
 def _capture(
     model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str], elsewhere: Elsewhere | None
 ) -> Joint:
@@ -86,12 +97,18 @@ def _capture(
     step = Step(model, template, tensors, in_spec, loss, elsewhere)
     step.parts, step.device = tuple(opaque), device
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with fidelity.untouched(model):
-        installed = getattr(vars(model).get("forward"), "unplanned", None)
-        if installed is not None:  # a plan is made of the model's own forward, not of a plan
-            vars(model)["forward"] = installed
-        exported = _export(step, given)
-        _refuse_counting(step, given, exported)
+    with _ONE_AT_A_TIME, Generators(device).preserved():
+        before = vars(model).get("forward")
+        installed = getattr(before, "unplanned", None)
+        try:
+            if installed is not None:  # a plan is made of the model's own forward, not of a plan
+                vars(model)["forward"] = installed
+            exported = _export(step, given)
+            weights = weight_keys(model)
+        finally:
+            step.restore()
+            if installed is not None:
+                vars(model)["forward"] = before
     joint = normalize(
         exported,
         names=step.names,
@@ -101,61 +118,26 @@ def _capture(
         call=CallSpec(in_spec, template, tensors, step.out_spec),
         device=device,
         parts=step.calls,
+        moving=step.moving,
     )
     return replace(
         joint,
-        volatile=frozenset((change.module, change.name) for change in step.changes),
+        weights=weights,
+        state=step.state,
+        left=tuple(step.left),
+        effects=tuple(step.effects),
+        host=step.host_key,
         elsewhere="" if elsewhere is None else elsewhere.name,
     )
 
 
-def _refuse_counting(step: Step, tensors: Sequence[torch.Tensor], exported: _torch.ExportedJoint) -> None:
-    """Raise CaptureError where the forward steers by something that Python changes from call to call.
-
-    What it changes among plain attributes is left changed, and the next call is traced too: both must be the same.
-    """
-    modules = dict(enumerate(step.model.named_modules()))
-    counted = [change for change in step.changes if change.steers]
-    for change in counted:
-        if change.module < 0:
-            raise CaptureError(
-                "the model's forward draws from Python's random module; a plan would repeat one draw for ever. Draw with torch",
-                module=step.drew,
-            )
-        vars(modules[change.module][1])[change.name] = change.after
-    if counted and not _same_trace(exported, _export(step, tensors)):
-        change = counted[0]
-        module = modules[change.module][0]
-        where = f"{module}.{change.name}".strip(".")
-        raise CaptureError(
-            f"the model's forward changes its attribute {where} ({change.before!r} before, {change.after!r} after), and the "
-            "next call is another one; a plan would repeat one for ever. Run the model once before planning if only the first "
-            "call differs; else make it a buffer, or change it outside of forward",
-            module=module,
-        )
-
-
-def _same_trace(one: _torch.ExportedJoint, other: _torch.ExportedJoint) -> bool:
-    constants = [{name: tensor for name, tensor in vars(e.graph_module).items() if _is_constant(tensor)} for e in (one, other)]
-    if one.graph_module.code != other.graph_module.code or constants[0].keys() != constants[1].keys():
-        return False
-    return all(torch.equal(tensor, constants[1][name]) for name, tensor in constants[0].items())
-
-
-def _is_constant(held: Any) -> bool:
-    return isinstance(held, torch.Tensor) and not isinstance(held, _torch.FakeTensor)
-
-
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
-    """Trace; if the model reads tensor values, or has opaque parts, learn about these in a real forward before."""
+    """Learn what Python does in real forwards, then trace."""
     try:
-        if step.parts:
+        if step.is_here:
             step.record(tensors)
-        try:
-            return step.export(tensors)
-        except _torch.DataDependentOutputException:
-            step.record(tensors)
-            return step.export(tensors)
+        step.hold_weights()
+        return step.export([*tensors, *step.state_inputs()])
     except PlannerError:
         raise
     except _torch.DynamicOutputShapeException as error:
@@ -197,7 +179,9 @@ class Step(nn.Module):
         num_results: how many results of the traced function stand for outputs.
         reads: host reads of the last trace; their tensors follow the outputs.
         recorded: values to answer host reads with, once a real forward has been run.
-        changes: what the forward changes on Python's side.
+        observed: what the recording forwards found.
+        left: one Output per tensor that the forward leaves in Python state.
+        effects: how they get there.
         parts: names of the submodules that run as they are.
         calls: their calls, as recorded, by key.
     """
@@ -217,22 +201,20 @@ class Step(nn.Module):
         self._template, self._tensors, self._in_spec, self._loss = template, tensors, in_spec, loss
         self._modules_running = fidelity.ModuleStack(model)
         self.names: dict[str, str] = {}
-        for i, (name, parameter) in enumerate(model.named_parameters()):
-            self.register_parameter(f"p{i}", parameter)
-            self.names[f"p{i}"] = name
-        for i, (name, buffer) in enumerate(model.named_buffers()):
-            self.register_buffer(f"b{i}", buffer)
-            self.names[f"b{i}"] = name
+        self.hold_weights()
         self.recorded: list[tuple[str, Any]] | None = None
         self.out_spec: Any = None
         self.outputs: list[Output] = []
         self.num_results = 0
         self.reads: list[tuple[Any, str]] = []
         self.where = ""
-        self.changes: list[fidelity.Change] = []
+        self.observed: Observation | None = None
+        self.left: list[Output] = []
+        self.effects: list[Effect] = []
         self.parts: Sequence[str] = ()
         self.calls: dict[str, PartCall] = {}
         self.device = torch.device("cpu")
+        self.caches_casts = torch.is_autocast_cache_enabled()
 
     @property
     def where_module(self) -> str:
@@ -240,9 +222,47 @@ class Step(nn.Module):
         return self.where.rpartition(" ")[0]
 
     @property
-    def drew(self) -> str:
-        """The submodule that drew from Python's random module."""
-        return self._modules_running.drew
+    def is_here(self) -> bool:
+        """The step is captured on the device it runs on."""
+        return self._elsewhere is None
+
+    @property
+    def state(self) -> tuple[Path, ...]:
+        """Where the tensors of Python state lie that the graph reads; they follow the call's tensors."""
+        return tuple(path for path, _ in self.observed.state) if self.observed is not None else ()
+
+    @property
+    def host_key(self) -> HostKey:
+        """What of Python's state the trace is right for."""
+        return self.observed.key if self.observed is not None else HostKey(Reads({}, frozenset()))
+
+    @property
+    def moving(self) -> frozenset[int]:
+        """Positions, behind the call's tensors, of the state that the forward replaces."""
+        done = [effect.path for effect in self.effects]
+        return frozenset(len(self._tensors) + i for i, path in enumerate(self.state) if any(path.is_inside(d) for d in done))
+
+    def hold_weights(self) -> None:
+        """Take the model's parameters and buffers, each once, as they are now."""
+        self._parameters.clear()
+        self._buffers.clear()
+        self.names.clear()
+        for i, (name, parameter) in enumerate(self.model.named_parameters()):
+            self.register_parameter(f"p{i}", parameter)
+            self.names[f"p{i}"] = name
+        for i, (name, buffer) in enumerate(self.model.named_buffers()):
+            self.register_buffer(f"b{i}", buffer)
+            self.names[f"b{i}"] = name
+
+    def state_inputs(self) -> list[torch.Tensor]:
+        """The tensors of Python state, as leaves."""
+        found = [tensor for _, tensor in self.observed.state] if self.observed is not None else []
+        return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found]
+
+    def restore(self) -> None:
+        """Put Python state back as it was before the recording forwards."""
+        if self.observed is not None:
+            self.observed.preserved.restore()
 
     def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
         """Trace forward and backward."""
@@ -272,7 +292,8 @@ class Step(nn.Module):
                 module=self.where_module,
             )
         run = lambda: self.call(tensors)
-        self.recorded, self.calls = record(self.model, run, tensors, self.parts, self.device)
+        self.observed, self.calls = record(self.model, run, tensors, self.parts, self.device, self._modules_running)
+        self.recorded = self.observed.run.reads
 
     @property
     def model(self) -> nn.Module:
@@ -282,7 +303,7 @@ class Step(nn.Module):
     def call(self, tensors: Sequence[torch.Tensor], weights: dict[str, torch.Tensor] | None = None) -> Any:
         """The model on the call's leaves with `tensors` in place; tied parameters follow their one name in `weights`."""
         leaves = list(self._template)
-        for position, tensor in zip(self._tensors, tensors, strict=True):
+        for position, tensor in zip(self._tensors, tensors, strict=False):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
         if weights is None:
@@ -293,28 +314,40 @@ class Step(nn.Module):
         """The traced function: results, then tensors that Python read."""
         given = {name: getattr(self, here) for here, name in self.names.items()}
         weights = dict(given)
-        casts = Casts()
+        casts = Casts(self.caches_casts)
         constants = Constants() if self._elsewhere is not None else None
         tracing = fidelity.Tracing(self._modules_running, self.recorded, casts, constants)
+        kept = model_preserved(self.model) if self.observed is None else self.observed.preserved.checkpoint()
         try:
             with (
-                fidelity.restored(self.model) as self.changes,
+                kept,
                 parts.tracing(self.model, self.calls),
                 self._modules_running.following(),
                 casts.counting(),
                 tracing,
             ):
+                self._place_state(tensors[len(self._tensors) :], given)
                 out = self.call(tensors, weights)
                 _write_reassigned(given, weights)
+                paths, self.out_spec = pytree.tree_flatten_with_path(out)
+                handed = self._hand_out(out, paths, tensors, given)
         finally:
             self.where = tracing.where
-        paths, self.out_spec = pytree.tree_flatten_with_path(out)
-        handed = self._hand_out(out, paths, tensors)
         self.reads = [(value, where) for _, value, where in tracing.read]
         read = [tensor.detach() for tensor, _, _ in tracing.read]
         return (*handed, *read)
 
-    def _hand_out(self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _place_state(self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+        """Put traced tensors where Python state holds tensors."""
+        if self.observed is not None:
+            for path, traced in zip(self.state, tensors, strict=True):
+                path.set(self.model, traced)
+            for path, name in self.observed.aliases:
+                path.set(self.model, weights[name])
+
+    def _hand_out(
+        self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
         """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
         leaves = [leaf for _, leaf in paths]
         for leaf in leaves:
@@ -334,8 +367,41 @@ class Step(nn.Module):
                 differentiated = id(leaf) in starts
                 results.setdefault(id(leaf), _Handed.apply(leaf) if differentiated else leaf.detach())
                 self.outputs.append(Output(name, list(results).index(id(leaf)), differentiated, leaf.requires_grad))
+        self._collect_left(tensors, weights, results)
         self.num_results = len(results)
         return list(results.values())
+
+    def _collect_left(
+        self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor], results: dict[int, torch.Tensor]
+    ) -> None:
+        """Make what the forward left in Python state results, and note how a planned call writes it there."""
+        self.left, self.effects = [], []
+        sources = {id(tensor): Ref("input", i) for i, tensor in enumerate(tensors)}
+        sources |= {id(tensor): Ref("weight", name) for name, tensor in weights.items()}
+
+        def ref(path: Path, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or type(leaf) in (torch.Tensor, nn.Parameter):
+                return leaf
+            if id(leaf) not in sources:
+                if id(leaf) not in results:
+                    # a scalar that is left for the loop is a term of its loss, as a rule
+                    differentiated = leaf.requires_grad and leaf.dim() == 0
+                    results[id(leaf)] = _Handed.apply(leaf) if differentiated else leaf.detach()
+                    position = len(results) - 1
+                    self.left.append(Output(str(path), position, differentiated, leaf.requires_grad))
+                sources[id(leaf)] = Ref("result", list(results).index(id(leaf)))
+            return sources[id(leaf)]
+
+        for effect in self.observed.changes.effects if self.observed is not None else ():
+            live = effect.path.get(self.model)
+            if effect.appends:
+                live = list(live)[-len(effect.template) :]
+            template = rebuilt(live, partial(ref, effect.path))
+            if not same_build(template, effect.template):
+                raise CaptureError(
+                    f"{effect.path} is left otherwise while traced than in a real forward", module=effect.path.module
+                )
+            self.effects.append(replace(effect, template=template))
 
 
 def _write_reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> None:

@@ -11,6 +11,9 @@ from torch import fx
 
 from planner._torch import pytree
 from planner.graph.graph import Kind
+from planner.tracer.host.fingerprint import TensorKey
+from planner.tracer.host.reads import Reads
+from planner.tracer.host.state import Effect, HostKey, Path
 
 if TYPE_CHECKING:
     from planner.tracer.part import PartCall
@@ -23,7 +26,7 @@ class Input:
     Attributes:
         node: its name.
         kind: PARAM, BUFFER, INPUT or TANGENT.
-        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves;
+        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves, then the tensors of `state`;
             for a tangent the position among the results; for a captured constant "constant:N".
         mutated: the forward writes into it (running statistics, in-place ops on inputs).
     """
@@ -44,7 +47,7 @@ class Output:
         differentiated: backward starts from it.
         requires_grad: eager's output requires grad (it does not when False).
         constant: the leaf itself where it is no tensor.
-        input: position among the call's tensor leaves where it is an input handed through.
+        input: position among the call's tensor leaves, then `Joint.state`, where it is an input handed through.
     """
 
     name: str
@@ -125,7 +128,11 @@ class Joint:
         call: how calls map onto the graph.
         sources: node name -> "module.path file.py:line".
         device: where the step runs.
-        volatile: (position of the module, name) of the attributes that the model's own forward changes.
+        weights: name and metadata of the model's parameters and buffers.
+        state: where Python state holds the tensors that follow the call's tensors as inputs.
+        left: one Output per result that the forward leaves in Python state.
+        effects: how a planned call writes these.
+        host: what of Python's state the graph is right for.
         parts: recorded calls of opaque parts, by key.
         tickets: nodes that hold their tickets.
         elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
@@ -144,7 +151,11 @@ class Joint:
     call: CallSpec
     sources: dict[str, str]
     device: torch.device
-    volatile: frozenset[tuple[int, str]] = frozenset()
+    weights: tuple[tuple[str, TensorKey], ...] = ()
+    state: tuple[Path, ...] = ()
+    left: tuple[Output, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    host: HostKey = HostKey(Reads({}, frozenset()))
     parts: Mapping[str, PartCall] = field(default_factory=dict)
     tickets: frozenset[str] = frozenset()
     elsewhere: str = ""

@@ -39,6 +39,7 @@ def normalize(
     call: CallSpec,
     device: torch.device,
     parts: Mapping[str, PartCall],
+    moving: Collection[int] = (),
 ) -> Joint:
     """Bring the exported joint graph into normal form.
 
@@ -50,6 +51,7 @@ def normalize(
         reads: value and source of each of those.
         call, device: handed on.
         parts: recorded calls of opaque parts, by key.
+        moving: positions of the inputs whose place holds another tensor after the forward.
 
     Raises:
         CaptureError: the graph holds something that cannot be planned exactly (named).
@@ -64,7 +66,8 @@ def normalize(
     constants = _lift_constants(graph, exported.graph_module, inputs)
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
-    _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
+    changed = [role[1:] for role in roles if role[0] == "mutation"] + [("input", i) for i in moving]
+    _refuse_moving_reads(guards, host_reads, [node_of[role].name for role in changed])
     tickets = _write_kernels(graph, roles, node_of, parts, device)
     last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
     gradients = _hand_out_gradients(graph, roles, node_of)
