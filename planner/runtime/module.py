@@ -171,7 +171,7 @@ class CheckpointedModule(fx.GraphModule):
         """Leave in Python state what the model's own forward leaves there."""
         if self._step.joint.effects:
             weights = dict((*self._original.named_parameters(), *self._original.named_buffers()))
-            sources = {"result": results, "input": tensors, "weight": weights}
+            sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
             for effect in self._step.joint.effects:
                 effect.write(self._original, lambda ref: sources[ref.source][ref.key])
 

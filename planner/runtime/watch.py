@@ -15,8 +15,8 @@ from torch import nn
 from planner._torch import tensors_alike
 from planner.runtime.host_guard import HostGuard
 from planner.runtime.mismatch import Mismatch
-from planner.tracer.fidelity import HOOKS, is_foreign
-from planner.tracer.host.observe import named
+from planner.tracer.fidelity import is_foreign
+from planner.tracer.host.observe import HOOKS, named
 from planner.tracer.host.state import HostKey
 
 

@@ -26,8 +26,8 @@ class Input:
     Attributes:
         node: its name.
         kind: PARAM, BUFFER, INPUT or TANGENT.
-        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves, then the tensors of `state`;
-            for a tangent the position among the results; for a captured constant "constant:N".
+        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves and, behind these, the
+            tensors of `Joint.state`; for a tangent the position among the results; for a captured constant "constant:N".
         mutated: the forward writes into it (running statistics, in-place ops on inputs).
     """
 
@@ -155,7 +155,7 @@ class Joint:
     state: tuple[Path, ...] = ()
     left: tuple[Output, ...] = ()
     effects: tuple[Effect, ...] = ()
-    host: HostKey = HostKey(Reads({}, frozenset()))
+    host: HostKey = field(default_factory=lambda: HostKey(Reads({}, frozenset())))
     parts: Mapping[str, PartCall] = field(default_factory=dict)
     tickets: frozenset[str] = frozenset()
     elsewhere: str = ""

@@ -18,7 +18,7 @@ from planner.errors import CaptureError, InputError
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity, kernels
-from planner.tracer.host.observe import Observation, Observer
+from planner.tracer.host.observe import HOOKS, Observation, Observer
 from planner.tracer.host.preserve import Generators, contents_preserved, model_preserved
 from planner.tracer.host.reads import global_names
 from planner.tracer.host.values import parts as parts_of
@@ -82,7 +82,7 @@ def record(
 
 
 def _refuse_collected(module: nn.Module, name: str) -> None:
-    """Raise InputError where hooks keep tensors that the loop could differentiate: they belong to no graph that a plan knows."""
+    """Raise InputError where hooks keep tensors that the loop could differentiate: no graph that a plan knows holds them."""
     todo, seen = [hook for hook in _hooks(module) if fidelity.is_foreign(hook)], set[int]()
     while todo and len(seen) < _MOST_VALUES:
         value = todo.pop()
@@ -91,8 +91,8 @@ def _refuse_collected(module: nn.Module, name: str) -> None:
         seen.add(id(value))
         if isinstance(value, torch.Tensor) and value.grad_fn is not None:
             raise InputError(
-                f"a forward hook on {name} keeps a tensor {list(value.shape)} that requires grad, for a loss of the training loop; a "
-                "plan knows no gradient that arrives there. Return it from the model's forward, or keep it detached in the hook"
+                f"a forward hook on {name} keeps a tensor {list(value.shape)} that requires grad, for a loss of the training loop; "
+                "a plan knows no gradient that arrives there. Return it from the model's forward, or keep it detached in the hook"
             )
         todo += [item for _, item in parts_of(value, lambda _, __: True)]
         if isinstance(value, types.FunctionType):
@@ -300,4 +300,4 @@ def _generators(device: torch.device) -> list[bytes]:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for m in module.modules() for kind in fidelity.HOOKS for hook in vars(m)[kind].values()]
+    return [hook for m in module.modules() for kind in HOOKS for hook in vars(m)[kind].values()]

@@ -1,4 +1,4 @@
-"""A value's fingerprint: equal exactly where Python and torch could not tell the values apart; plain data that can be pickled."""
+"""A value's fingerprint: equal exactly where a forward could not tell the values apart; plain data that can be pickled."""
 
 from __future__ import annotations
 

@@ -214,8 +214,8 @@ class Observer:
         if self.reads.controlled is not None:
             module, function = self.reads.controlled
             raise CaptureError(
-                f"the model's forward ({module or 'the model itself'}) controls torch's random generator (Generator.{function}: "
-                "torch.manual_seed, fork_rng, set_rng_state, ...), which a plan does not repeat. Do it outside of the forward",
+                f"the forward of {module or 'the model'} controls torch's random generator (Generator.{function}: manual_seed, "
+                "fork_rng, set_rng_state, ...), which a plan does not repeat. Do it outside of the forward",
                 module=module,
             )
         if self.kernels.generator_at:
@@ -307,8 +307,8 @@ def _unsteady(one: Run, other: Run) -> CaptureError:
     first = next((kernel for kernel, again in pairs if kernel != again), (one.kernels + other.kernels + [("", "")])[-1])
     return CaptureError(
         f"the model's forward is another one at each call: {first[0]} in {first[1] or 'the model itself'} is run with other "
-        "arguments, or not at all (a counter, a clock, a schedule in Python?); a plan would repeat one call for ever. Pass what "
-        "changes as a tensor argument, or make it a buffer",
+        "arguments, or not at all (a counter, a clock, a schedule in Python?); a plan would repeat one call for ever. Pass "
+        "what changes as a tensor argument, or make it a buffer",
         module=first[1],
     )
 

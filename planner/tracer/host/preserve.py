@@ -77,7 +77,8 @@ class Preserved:
             if scope.get(name, ABSENT) is not value:
                 _put_variable(scope, name, value)
                 changed = True
-        return any([put_back() for _, put_back in self._kept.values()]) or changed
+        put_back = [restore() for _, restore in self._kept.values()]  # every one of them
+        return any(put_back) or changed
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[None]:
@@ -217,7 +218,7 @@ def _content(cell: types.CellType) -> Any:
 def _restorer_of_generator(value: Any) -> Callable[[], bool]:
     if isinstance(value, random.Random):
         state = value.getstate()
-        return lambda: value.getstate() != state and value.setstate(state) is None
+        return lambda: value.getstate() != state and not value.setstate(state)  # type: ignore[func-returns-value]
     if isinstance(value, torch.Generator):
         kept = value.get_state()
         return lambda: not torch.equal(value.get_state(), kept) and bool(value.set_state(kept))

@@ -95,7 +95,7 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 def is_library_code(code: types.CodeType) -> bool:
     """Code of torch, of Python's own library or of this package: its global variables steer no model."""
     file = code.co_filename
-    if file.startswith((_TORCH, _PACKAGE)) or file.startswith("<frozen"):
+    if file.startswith((_TORCH, _PACKAGE, "<frozen")):
         return True
     return file.startswith(_STDLIB) and "site-packages" not in file
 
@@ -195,9 +195,9 @@ class ReadRecorder:
                 self._codes[code] = (frame.f_globals, self._where())
                 with self._not_noting():
                     self._see_variables(code, frame)
-        elif event == "c_call" and isinstance(getattr(arg, "__self__", None), torch.Generator):
-            if arg.__name__ in _CONTROL and self.controlled is None and not _is_ours(frame):
-                self.controlled = (self._where(), arg.__name__)
+        elif event == "c_call" and self.controlled is None and isinstance(getattr(arg, "__self__", None), torch.Generator):
+            controls = arg.__name__ in _CONTROL and not _is_ours(frame)
+            self.controlled = (self._where(), arg.__name__) if controls else None
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType) -> None:
         for name in global_names(code):

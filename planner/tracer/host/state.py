@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -82,12 +83,24 @@ def look_up(module: nn.Module, name: str) -> Any:
     """What `module.name` is, without running properties: its own, its tensors' and submodules', or its class's."""
     own = vars(module)
     if name in own:
-        value = own[name]
-        return getattr(value, "unplanned", value) if name == "forward" else value
+        return _plain_forward(module, own[name]) if name == "forward" else own[name]
     for kind in MODULE_STATE:
         if name in own[kind]:
             return own[kind][name]
-    return next((vars(base)[name] for base in type(module).__mro__ if name in vars(base)), ABSENT)
+    return find_in_class(type(module), name)
+
+
+def find_in_class(kind: type, name: str) -> Any:
+    """What a class, or one that it derives from, holds under this name; ABSENT where none does."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), ABSENT)
+
+
+def _plain_forward(module: nn.Module, value: Any) -> Any:
+    """What an instance's own `forward` comes to: under an installed plan, what the plan was installed over."""
+    value = getattr(value, "unplanned", value)
+    of_class = next(vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base))
+    is_class_one = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is of_class
+    return of_class if is_class_one else value
 
 
 def roots(model: nn.Module, attributes: Callable[[type], frozenset[str]], reads: Reads, apart: Sequence[str]) -> Iterator[Path]:
