@@ -65,6 +65,10 @@ class PlanMissError(PlannerError, RuntimeError):
     """With strict=True: a training call is not the one that was planned for; names what differs."""
 
 
+class PlanAuditError(PlannerError, RuntimeError):
+    """With strict=True: the planned forward gave other results than the model's own, twice; names the outputs. A bug report."""
+
+
 class BackwardError(PlannerError, RuntimeError):
     """Backward was asked for something the plan does not hold (another output, a second derivative)."""
 

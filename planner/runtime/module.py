@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from torch import fx, nn
 
 from planner._torch import box, keeps_graph, pytree
-from planner.errors import PlanMissError, PlannerError
+from planner.errors import PlanAuditError, PlanMissError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
+from planner.runtime.audit import Digest, Rewind, difference, digest, is_due, run_original
 from planner.runtime.functions import Boxed, Program, run
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
@@ -51,8 +53,23 @@ def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool
     reason = miss.where
     if reason not in warned:
         warned.add(reason)
-        message = f"{type(model).__name__}: not {which}, {miss} differs; the original forward runs, unplanned"
-        warnings.warn(message, PlanMissWarning, stacklevel=5)
+        differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"
+        warnings.warn(
+            f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning, stacklevel=_LEVEL
+        )
+
+
+_LEVEL = 5
+"""Frames from the warning to the user's line: this module's and nn.Module's."""
+
+
+def _cure(miss: Mismatch) -> str:
+    """How to have both calls planned."""
+    if miss.kind in ("input", "argument"):
+        return " (plan both: plan(..., also=[(args, kwargs)]))"
+    if miss.kind == "host" and miss.now == "absent":
+        return " (the first call fills it; run the model once before planning to plan that call, too)"
+    return ""
 
 
 def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
@@ -72,11 +89,22 @@ class CheckpointedModule(fx.GraphModule):
         plan: the Plan.
         backward_graph: fx graph of the backward, before it is cut into stages.
         strict: a training call that was not planned for is a PlanMissError instead of a warning.
+        audits: now and then the original forward runs beside the planned one, and both are compared.
+        alternatives: planned modules of the same model for other calls, which are asked in turn.
+        num_planned_calls: how many calls ran planned.
     """
 
     def __init__(
-        self, model: nn.Module, step: Step, plan: Plan, strict: bool = False, *, program: Program | None = None
+        self,
+        model: nn.Module,
+        step: Step,
+        plan: Plan,
+        strict: bool = False,
+        *,
+        program: Program | None = None,
+        audits: bool = True,
     ) -> None:
+        audits = audits and can_audit(step)
         object.__setattr__(self, "_original", model)
         super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
         fresh = vars(nn.Module())
@@ -84,7 +112,7 @@ class CheckpointedModule(fx.GraphModule):
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
-        self.__dict__.update(_others={}, _given=program)
+        self.__dict__.update(_others={}, _given=program, _refused=None, num_planned_calls=0, alternatives=[], audits=audits)
         self.graph = step.halves.forward
 
     @property
@@ -154,18 +182,71 @@ class CheckpointedModule(fx.GraphModule):
     def attempt(self, args: Any, kwargs: Any) -> tuple[Any, Mismatch | None]:
         """The planned step's output, or None and what keeps this call from running planned."""
         step = self._step
+        if self._refused is not None:
+            return None, self._refused
         tensors, inputs, miss = self._match(args, kwargs)
         if miss is not None:
+            for alternative in self.alternatives:
+                out, other_miss = alternative.attempt(args, kwargs)
+                if other_miss is None:
+                    return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
+        self.__dict__["num_planned_calls"] += 1
+        if self.audits and is_due(self.num_planned_calls):
+            return self._audited(args, kwargs, tensors, inputs)
+        return self._run(tensors, inputs), None
+
+    def _run(self, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+        """The planned forward."""
+        joint = self._step.joint
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             found = run(self._program, inputs)
         leaves = [
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
-            for out in step.joint.outputs
+            for out in joint.outputs
         ]
         self._write_state(found, tensors)
-        return pytree.tree_unflatten(leaves, step.joint.call.out_spec), None
+        return pytree.tree_unflatten(leaves, joint.call.out_spec)
+
+    def _audited(
+        self, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+    ) -> tuple[Any, Mismatch | None]:
+        """The planned forward, compared with the model's own; not planned from now on where they differ, twice alike.
+
+        Raises:
+            PlanAuditError: they differ, and `strict`.
+        """
+        model = self._original
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        start = Rewind(model, self._step.joint.host, [*given, *inputs[len(self._step.key.weights) :]], self.device)
+
+        def original() -> Digest:
+            out = run_original(unplanned_forward(model), args, kwargs)
+            found = digest(model, out, given, self.device)
+            start.restore()
+            return found
+
+        expected = original()
+        out = self._run(tensors, inputs)
+        found = digest(model, out, given, self.device)
+        different = difference(expected, found)
+        if different:
+            start.restore()
+            again = original()
+            out = self._run(tensors, inputs)
+            if not difference(expected, again) and not difference(found, digest(model, out, given, self.device)):
+                start.restore()
+                return None, self._accuse(different)
+        return out, None
+
+    def _accuse(self, different: Sequence[str]) -> Mismatch:
+        names = ", ".join(different[:5])
+        what = f"the planned forward gave another {names} than the model's own, at planned call {self.num_planned_calls}"
+        if self.strict:
+            raise PlanAuditError(f"{type(self._original).__name__}: {what}. Train unplanned, and please report the model")
+        self.__dict__["_refused"] = Mismatch("audit", f"the audit: {what}; please report it with the model")
+        return self._refused  # type: ignore[no-any-return]
 
     def _write_state(self, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
         """Leave in Python state what the model's own forward leaves there."""
@@ -247,19 +328,53 @@ class CheckpointedModule(fx.GraphModule):
         return self._original.load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
-        return self._twin(copy.deepcopy(self._original, memo))
+        return self._twin(copy.deepcopy(self._original, with_left_tensors(self._original, memo)))
 
     def __copy__(self) -> CheckpointedModule:
         return self._twin(self._original)
 
     def _twin(self, model: nn.Module) -> CheckpointedModule:
-        return CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program)
+        twin = CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program, audits=self.audits)
+        twin.alternatives.extend(alternative._twin(model) for alternative in self.alternatives)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CheckpointedModule, (self._original, self._step, self.plan, self.strict)
+        others = [(other.step, other.plan) for other in self.alternatives]
+        return _restored, (self._original, self._step, self.plan, self.strict, self.audits, others)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
+
+
+def _restored(
+    model: nn.Module, step: Step, plan: Plan, strict: bool, audits: bool, others: Sequence[tuple[Step, Plan]]
+) -> CheckpointedModule:
+    made = CheckpointedModule(model, step, plan, strict, audits=audits)
+    made.alternatives.extend(CheckpointedModule(model, *other, strict, audits=audits) for other in others)
+    return made
+
+
+def can_audit(step: Step) -> bool:
+    """The original forward may run beside the planned one: nothing in it acts on the world outside, and bits are the same."""
+    hooked = any(not spec.repeatable for spec in step.joint.parts.values())
+    return not step.is_compiled and not step.joint.elsewhere and not hooked
+
+
+def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """A deep copy's memo in which tensors that a forward left on modules are copied without their autograd graphs."""
+    for module in model.modules():
+        for value in vars(module).values():
+            todo = [value]
+            while todo:
+                held = todo.pop()
+                if isinstance(held, torch.Tensor):
+                    if held.grad_fn is not None:
+                        memo[id(held)] = held.detach().clone().requires_grad_()
+                elif isinstance(held, (list, tuple, deque)):
+                    todo += held
+                elif isinstance(held, dict):
+                    todo += held.values()
+    return memo
 
 
 def _boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for: torch.device | None = None) -> Boxed:

@@ -91,8 +91,8 @@ def _refuse_collected(module: nn.Module, name: str) -> None:
         seen.add(id(value))
         if isinstance(value, torch.Tensor) and value.grad_fn is not None:
             raise InputError(
-                f"a forward hook on {name} keeps a tensor {list(value.shape)} that requires grad, for a loss of the training loop; "
-                "a plan knows no gradient that arrives there. Return it from the model's forward, or keep it detached in the hook"
+                f"a forward hook on {name} keeps a tensor {list(value.shape)} that requires grad, for a loss of the loop; "
+                "a plan knows no gradient that arrives there. Return it from the model, or keep it detached in the hook"
             )
         todo += [item for _, item in parts_of(value, lambda _, __: True)]
         if isinstance(value, types.FunctionType):

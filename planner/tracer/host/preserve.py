@@ -301,19 +301,28 @@ class Generators:
         state = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
         return (random.getstate(), None if state is None else (state[0], state[1].tobytes(), *state[2:]))
 
-    @contextlib.contextmanager
-    def preserved(self) -> Iterator[None]:
-        """Put all of them back at the end: Python's, numpy's, torch's on every device in use."""
+    def remembered(self) -> Callable[[], None]:
+        """What puts Python's and numpy's global states back to what they are now."""
         numpy = sys.modules.get("numpy")
         python = random.getstate()
         state = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+
+        def put_back() -> None:
+            random.setstate(python)
+            if numpy is not None and state is not None:
+                numpy.random.set_state(state)
+
+        return put_back
+
+    @contextlib.contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Put all of them back at the end: Python's, numpy's, torch's on every device in use."""
+        put_back = self.remembered()
         with torch.random.fork_rng(devices=self.devices()):
             try:
                 yield
             finally:
-                random.setstate(python)
-                if numpy is not None and state is not None:
-                    numpy.random.set_state(state)
+                put_back()
 
 
 @contextlib.contextmanager
