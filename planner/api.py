@@ -49,6 +49,8 @@ def plan(
     optimizer: Optimizer | None = None,
     master_weights: bool = False,
     compile: bool = False,
+    also: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
+    audit: bool = True,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -76,6 +78,11 @@ def plan(
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
             kernels keep the budget is measured, as on CUDA.
+        also: other calls to plan for within the budget, as (args, kwargs): other shapes, other arguments, inputs that require
+            grad beside inputs that do not (a discriminator's): `also=[((x.detach().requires_grad_(),), {})]`.
+        audit: at the 2nd, 10th, 100th, 1000th, ... planned call, run the original forward beside the planned one from the same
+            state, and compare results and state bit by bit. Where they differ, twice alike, the model trains unplanned
+            from then on, with a warning (PlanAuditError where `strict`).
 
     On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
     where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand. Hooks of modules
@@ -99,11 +106,19 @@ def plan(
             made = priced.plan(aim_bytes, time_limit_s)
         made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
-        return CheckpointedModule(model, step, made, strict)
+        return CheckpointedModule(model, step, made, strict, audits=audit)
 
     if compile or (priced.joint.device.type == "cuda" and options.target is None):
-        return measured_within(budget_bytes, within, args, kwargs)
-    return within(budget_bytes)
+        planned = measured_within(budget_bytes, within, args, kwargs)
+    else:
+        planned = within(budget_bytes)
+    same: dict[str, Any] = {
+        "loss": loss, "reserve": reserve, "costs": costs, "time_limit_s": time_limit_s, "num_stages": num_stages,
+        "progress": progress, "strict": strict, "opaque": opaque, "dynamic": dynamic, "device": device,
+        "optimizer": optimizer, "master_weights": master_weights, "compile": compile, "audit": audit,
+    }  # fmt: skip
+    planned.alternatives.extend(plan(model, budget_bytes, *call, **same) for call in also)
+    return planned
 
 
 def apply(

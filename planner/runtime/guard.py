@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from planner._torch import global_switches, pytree, storage_id
 from planner.graph.graph import Kind
@@ -58,8 +57,8 @@ def autocast_key(device: torch.device) -> Autocast:
     return (True, str(torch.get_autocast_dtype(device.type))) if enabled else _NO_AUTOCAST
 
 
-def call_key(model: nn.Module, tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
-    """The key of a call of `model` on these tensor leaves, in the modes that are on now."""
+def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
+    """The key of a call on these tensor leaves, in the modes that are on now."""
     return CallKey(
         inputs=tuple(tensor_key(tensor) for tensor in tensors),
         weights=joint.weights,

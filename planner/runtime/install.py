@@ -12,15 +12,16 @@ from torch import nn
 from planner.errors import InputError
 from planner.graph.plan import Plan
 from planner.runtime.functions import Program
-from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned
+from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned, with_left_tensors
 from planner.runtime.step import Step
 
 
 class PlannedForward:
     """What stands in `model.forward` while plans are installed. It belongs to one model: a copy of the model gets its own.
 
-    The planned modules are made at the first call: while a model is being copied or unpickled, it is not whole.
-
+    Args:
+        planned: the modules whose plans are installed. A copy of the model makes its own from `plans` at its first call: while
+            it is being copied or unpickled, it is not whole.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class PlannedForward:
         plans: Sequence[tuple[Step, Plan, Program | None]],
         before: Callable[..., Any] | None,
         strict: bool,
+        planned: Sequence[CheckpointedModule] = (),
     ) -> None:
         self._model, self._plans, self._before, self._strict = model, tuple(plans), before, strict
-        self._planned: list[CheckpointedModule] = []
+        self._planned = list(planned)
         self._warned: set[str] = set()
 
     @property
@@ -48,8 +50,9 @@ class PlannedForward:
     def planned(self) -> list[CheckpointedModule]:
         """The planned modules, in the order in which they are asked."""
         if not self._planned:
+            strict = self._strict
             self._planned = [
-                CheckpointedModule(self._model, step, plan, program=program) for step, plan, program in self._plans
+                CheckpointedModule(self._model, step, plan, strict, program=program) for step, plan, program in self._plans
             ]
         return self._planned
 
@@ -73,7 +76,7 @@ class PlannedForward:
             del vars(self._model)["forward"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
-        model, before = copy.deepcopy(self._model, memo), copy.deepcopy(self._before, memo)
+        model, before = copy.deepcopy(self._model, with_left_tensors(self._model, memo)), copy.deepcopy(self._before, memo)
         return PlannedForward(model, self._plans, before, self._strict)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,8 +108,9 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
             raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
     uninstall(model)
     before = vars(model).get("forward")
-    plans = [(module.step, module.plan, module.program) for module in planned]
-    vars(model)["forward"] = PlannedForward(model, plans, before, strict)
+    every = [one for module in planned for one in (module, *module.alternatives)]
+    plans = [(module.step, module.plan, module.program) for module in every]
+    vars(model)["forward"] = PlannedForward(model, plans, before, strict, planned)
 
 
 def uninstall(model: nn.Module) -> None:

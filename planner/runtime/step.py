@@ -86,5 +86,5 @@ def make_step(
     """The captured step, rewritten by a plan whose graph is its own."""
     halves = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    key = guard.call_key(model, tensors, joint)
+    key = guard.call_key(tensors, joint)
     return Step(joint, halves, key, num_stages, recapture, is_compiled)
