@@ -25,6 +25,7 @@ _PACKAGE = str(Path(__file__).parents[2])
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
+_PLAIN = (int, float, str, bool)
 _CONTROL = frozenset(
     {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
 )
@@ -119,6 +120,7 @@ class ReadRecorder:
         self._first: dict[tuple[int, str], str] = {}
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
+        self._known: set[types.CodeType] = set()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self.controlled: tuple[str, str] | None = None
@@ -176,7 +178,7 @@ class ReadRecorder:
             sys.setprofile(self._on_event)
             yield
         finally:
-            sys.setprofile(profile)
+            _put_back_profiler(profile)
             environ.__getitem__ = read_variable  # type: ignore[method-assign]
             for kind, own in self._patched.items():
                 for name, held in zip(("__getattribute__", "__setattr__"), own, strict=True):
@@ -187,17 +189,18 @@ class ReadRecorder:
             self._patched.clear()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if self.paused:
-            return
         if event == "call":
             code = frame.f_code
-            if code not in self._codes and not is_library_code(code):
+            if code in self._known or self.paused:
+                return
+            self._known.add(code)
+            if not is_library_code(code):
                 self._codes[code] = (frame.f_globals, self._where())
                 with self._not_noting():
                     self._see_variables(code, frame)
-        elif event == "c_call" and self.controlled is None and isinstance(getattr(arg, "__self__", None), torch.Generator):
-            controls = arg.__name__ in _CONTROL and not _is_ours(frame)
-            self.controlled = (self._where(), arg.__name__) if controls else None
+        elif event == "c_call" and arg.__name__ in _CONTROL and self.controlled is None and not self.paused:
+            if isinstance(getattr(arg, "__self__", None), torch.Generator) and not _is_ours(frame):
+                self.controlled = (self._where(), arg.__name__)
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType) -> None:
         for name in global_names(code):
@@ -242,9 +245,9 @@ class ReadRecorder:
         self._patched[kind] = own
 
     def _note_read(self, this: Any, name: str, value: Any) -> None:
-        if self.paused or threading.get_ident() != self._thread:
+        if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
             return
-        if name in _INTERNAL or (name.startswith("__") and name.endswith("__")):
+        if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
             return
         with self._not_noting():
             if not isinstance(this, nn.Module):
@@ -254,7 +257,7 @@ class ReadRecorder:
             if isinstance(value, nn.Module):
                 if id(value) not in self._names:
                     self._preserved.keep(value, name)
-            elif value is not None and type(value) not in (int, float, str, bool) and not isinstance(value, torch.Tensor):
+            elif value is not None and type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
                 self.see(value, name)
 
     def _note_write(self, this: Any, name: str) -> None:
@@ -274,6 +277,14 @@ class ReadRecorder:
             yield
         finally:
             self.paused = before
+
+
+def _put_back_profiler(profile: Any) -> None:
+    if profile is None or callable(profile):
+        sys.setprofile(profile)
+    else:  # cProfile's, which only it can set
+        sys.setprofile(None)
+        profile.enable()
 
 
 def _is_ours(frame: types.FrameType) -> bool:
