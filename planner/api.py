@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from planner import units
+from planner.analysis.measured import measured_within, noted
+from planner.analysis.verify import verify
 from planner.errors import PlanFileError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
+from planner.graph.plan import NOT_RUN, Plan
 from planner.graph.planfile import fingerprint
 from planner.priced import Options, allocator_margin, price
 from planner.profiler.estimate import DeviceModel
@@ -25,9 +27,9 @@ from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower
-from planner.verification import measured_within, verify
 
 Budget = int | str | float
+SWITCHED_OFF = "switched off by check=False"
 
 
 def plan(
@@ -49,6 +51,7 @@ def plan(
     optimizer: Optimizer | None = None,
     master_weights: bool = False,
     compile: bool = False,
+    check: bool = True,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -75,18 +78,21 @@ def plan(
         optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
-            kernels keep the budget is measured, as on CUDA.
+            kernels keep the budget is only measured, by the check.
+        check: run one planned step at the end: that it runs, that its outputs look as captured, and its measured peak. Where
+            it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
 
-    On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
-    where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand. Hooks of modules
-    run in it, those of parameters do not.
+    On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
+    where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator hands out
+    depends on the blocks it has at hand). Hooks of parameters do not run in it.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
         NoScheduleFoundError: none was found in the time given.
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
-        MeasuredPeakError: on CUDA: planned for ever less, the step was still measured to need more than the budget.
+        MeasuredPeakError: planned for ever less, the step was still measured to need more than the budget.
+        PlanCheckError: the planned step fails. This is a fault of the planner.
     """
     units.check_budget(budget)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
@@ -101,9 +107,10 @@ def plan(
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
         return CheckpointedModule(model, step, made, strict)
 
-    if compile or (priced.joint.device.type == "cuda" and options.target is None):
-        return measured_within(budget_bytes, within, args, kwargs)
-    return within(budget_bytes)
+    reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+    if reason:
+        return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
+    return measured_within(budget_bytes, within, args, kwargs, progress=progress)
 
 
 def apply(
@@ -118,21 +125,23 @@ def apply(
     opaque: Collection[str] = (),
     dynamic: bool = False,
     compile: bool = False,
+    check: bool = True,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving; arguments are as for `planner.plan`.
 
     Raises:
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
-        MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
+        MeasuredPeakError: the step needs more than the plan's budget here.
+        PlanCheckError: the planned step fails. This is a fault of the planner.
     """
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    if compile or joint.device.type == "cuda":
-        return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
-    return planned
+    if not check:
+        return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF}")
+    return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
 
 
 def captured_for(

@@ -23,7 +23,11 @@ def table(plan: Plan) -> str:
     saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} (of which {format_bytes(plan.margin_bytes)} are left to the allocator)"),
-        ("peak", f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} planned ({saved:.1%} less)"),
+        (
+            "peak",
+            f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} predicted ({saved:.1%} less), "
+            f"{_measured(plan)}",
+        ),
         ("peak at", _where(plan)),
         (
             "step time",
@@ -35,6 +39,14 @@ def table(plan: Plan) -> str:
     ]
     lines = [f"{name:<11} {text}" for name, text in rows if text]
     return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
+
+
+def _measured(plan: Plan) -> str:
+    """The measured peak; or that there is none, and why."""
+    if plan.measured_bytes is not None:
+        return f"{format_bytes(plan.measured_bytes)} measured"
+    _, _, reason = plan.check.partition(": ")
+    return f"not measured{reason and f' ({reason})'}"
 
 
 def _where(plan: Plan) -> str:

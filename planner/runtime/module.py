@@ -71,6 +71,7 @@ class CheckpointedModule(fx.GraphModule):
         plan: the Plan.
         backward_graph: fx graph of the backward, before it is cut into stages.
         strict: a training call that was not planned for is a PlanMissError instead of a warning.
+        num_planned_calls, num_unplanned_calls: how many calls ran planned, and how many were not the planned one.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class CheckpointedModule(fx.GraphModule):
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
-        self.__dict__.update(_others={}, _given=program)
+        self.__dict__.update(_others={}, _given=program, num_planned_calls=0, num_unplanned_calls=0)
         self.graph = step.halves.forward
 
     @property
@@ -152,6 +153,11 @@ class CheckpointedModule(fx.GraphModule):
 
     def attempt(self, args: Any, kwargs: Any) -> tuple[Any, str]:
         """The planned step's output, or None and what keeps this call from running planned."""
+        out, miss = self._attempt(args, kwargs)
+        self.__dict__["num_unplanned_calls" if miss else "num_planned_calls"] += 1
+        return out, miss
+
+    def _attempt(self, args: Any, kwargs: Any) -> tuple[Any, str]:
         step = self._step
         tensors, inputs, miss = self._match(args, kwargs)
         if miss:
