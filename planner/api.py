@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner import units
-from planner.analysis.measured import measured_within, noted
+from planner.analysis.measured import measured, measured_within, noted
 from planner.analysis.verify import verify
 from planner.errors import PlanFileError
 from planner.graph.graph import Graph
@@ -81,6 +81,7 @@ def plan(
             kernels keep the budget is only measured, by the check.
         check: run one planned step at the end: that it runs, that its outputs look as captured, and its measured peak. Where
             it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
+            (On a CPU, a budget that is a fraction of an estimate holds for estimates; the plan then says what it needs.)
 
     On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
     where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator hands out
@@ -110,6 +111,9 @@ def plan(
     reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
     if reason:
         return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
+    on_estimate = isinstance(budget, float) and dict(priced.made_on)["costs"].startswith("estimated")
+    if on_estimate and priced.joint.device.type == "cpu" and not compile:
+        return measured(within(budget_bytes), args, kwargs, progress=progress)
     return measured_within(budget_bytes, within, args, kwargs, progress=progress)
 
 
@@ -141,7 +145,8 @@ def apply(
     planned = CheckpointedModule(model, step, plan, strict)
     if not check:
         return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF}")
-    return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
+    limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # where it was made it was known to need that
+    return measured_within(limit, lambda _: planned, args, kwargs, tries=1)
 
 
 def captured_for(

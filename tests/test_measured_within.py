@@ -49,7 +49,8 @@ def within_of(planned, asked):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(CheckpointedModule, "device", property(lambda self: torch.device("cuda")))
+    """The peak strays as that of CUDA's allocator does."""
+    monkeypatch.setattr("planner.analysis.measured.can_stray", lambda planned: True)
 
 
 def test_as_much_again_as_half_of_what_it_strays_is_left_free(monkeypatch, as_on_cuda):

@@ -88,7 +88,7 @@ def measured_within(
         CompileError, MeasuredPeakError: it needs more than the budget each time; compiled, or not.
         InfeasibleBudgetError, NoScheduleFoundError: there is no plan for the budget itself.
     """
-    aim_bytes, fitting = budget_bytes, None
+    aim_bytes, fitting, peak_bytes = budget_bytes, None, None
     for attempt in range(tries):
         try:
             planned = plan(aim_bytes)
@@ -96,30 +96,54 @@ def measured_within(
             if attempt == 0:
                 raise
             break
-        try:
-            with stage("run one step", progress):
-                peak_bytes = step_peak(planned, args, kwargs)
-        except (NotRunError, CopyError) as reason:
-            if not getattr(reason, "expected", False):
-                warnings.warn(f"whether the step keeps its budget was not measured: {reason}", stacklevel=3)
-            return noted(planned, f"{NOT_RUN}: {reason}")
-        planned = noted(planned, RUN, peak_bytes)
-        # how far CUDA's allocator strays changes from step to step with the blocks at hand: half as far again is left free
-        can_stray = planned.device.type == "cuda" and not planned.step.is_compiled
-        strayed = max(0, peak_bytes - planned.plan.peak_bytes) // 2 if can_stray else 0
+        planned = measured(planned, args, kwargs, progress=progress, stacklevel=4)
+        peak_bytes = planned.plan.measured_bytes
+        if peak_bytes is None:
+            return planned
+        # how far it strays changes from step to step with the blocks at hand: half as far again is left free
+        strayed = max(0, peak_bytes - planned.plan.peak_bytes) // 2 if can_stray(planned) else 0
         if peak_bytes + strayed <= budget_bytes:
             return planned
         fitting = planned if peak_bytes <= budget_bytes else fitting
         aim_bytes = planned.plan.peak_bytes - (peak_bytes + strayed - budget_bytes)
     if fitting is not None:
         return fitting
+    assert peak_bytes is not None
     raise _over(budget_bytes, peak_bytes, planned)
+
+
+def measured(
+    planned: CheckpointedModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = False,
+    stacklevel: int = 3,
+) -> CheckpointedModule:
+    """The module, one step of which was run, whatever it needed; its plan says what that was, or why none was run.
+
+    Raises:
+        PlanCheckError: the step fails.
+    """
+    try:
+        with stage("run one step", progress):
+            peak_bytes = step_peak(planned, args, kwargs)
+    except (NotRunError, CopyError) as reason:
+        if not getattr(reason, "expected", False):
+            warnings.warn(f"whether the step keeps its budget was not measured: {reason}", stacklevel=stacklevel)
+        return noted(planned, f"{NOT_RUN}: {reason}")
+    return noted(planned, RUN, peak_bytes)
 
 
 def noted(planned: CheckpointedModule, check: str, measured_bytes: int | None = None) -> CheckpointedModule:
     """The module, whose plan now says whether a step was run and what it needed."""
     planned.plan = replace(planned.plan, check=check, measured_bytes=measured_bytes)
     return planned
+
+
+def can_stray(planned: CheckpointedModule) -> bool:
+    """The peak is that of CUDA's allocator, which hands out larger blocks than it is asked for."""
+    return planned.device.type == "cuda" and not planned.step.is_compiled
 
 
 def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> CompileError | MeasuredPeakError:
@@ -129,8 +153,8 @@ def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> Co
     if planned.step.is_compiled:
         return CompileError(f"compiled, {needs}. Plan without compile=True, which keeps the budget")
     cure = f"Raise the budget to {peak_bytes} bytes"
-    if dict(planned.plan.made_on).get("costs", "").startswith("estimated"):
+    if planned.plan.is_estimated:
         cure += ", or plan with costs='measure': what kernels need for themselves cannot be estimated"
-    elif planned.device.type == "cuda":
+    elif can_stray(planned):
         cure += ", or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where CUDA's allocator cuts every block to size"
     return MeasuredPeakError(f"measured, {needs}. {cure}", budget_bytes=budget_bytes, peak_bytes=peak_bytes)

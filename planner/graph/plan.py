@@ -66,6 +66,11 @@ class Plan:
         return simulate(self.graph, self.solution.schedule)
 
     @property
+    def is_estimated(self) -> bool:
+        """Costs were computed instead of measured: what kernels need for themselves (workspace) is not known."""
+        return dict(self.made_on).get("costs", "").startswith("estimated")
+
+    @property
     def plain(self) -> Timeline:
         """The step that keeps everything, simulated."""
         return simulate(self.graph, keep_all(self.graph))

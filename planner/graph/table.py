@@ -19,7 +19,7 @@ def table(plan: Plan) -> str:
     """The table that `print(plan)` shows."""
     timeline, plain = plan.timeline, plan.plain
     made = ", ".join(f"{key} {value}" for key, value in plan.made_on)
-    known = "; estimated, not measured" if dict(plan.made_on).get("costs", "").startswith("estimated") else ""
+    known = "; estimated, not measured" if plan.is_estimated else ""
     saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} (of which {format_bytes(plan.margin_bytes)} are left to the allocator)"),
@@ -44,7 +44,9 @@ def table(plan: Plan) -> str:
 def _measured(plan: Plan) -> str:
     """The measured peak; or that there is none, and why."""
     if plan.measured_bytes is not None:
-        return f"{format_bytes(plan.measured_bytes)} measured"
+        over = plan.measured_bytes > plan.budget_bytes
+        why = ": costs='estimate' leaves out what kernels need for themselves" if plan.is_estimated else ""
+        return f"{format_bytes(plan.measured_bytes)} measured{f', MORE than the budget{why}' if over else ''}"
     _, _, reason = plan.check.partition(": ")
     return f"not measured{reason and f' ({reason})'}"
 
