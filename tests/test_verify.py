@@ -221,7 +221,8 @@ def test_time_is_a_median_with_its_spread_or_none(rounds, pairs):
     low, high = report.time_spread
     assert 0 < low <= report.time_ratio <= high and 0 < report.noise[0] <= report.noise[1]
     span = r"\d+\.\d\d-\d+\.\d\d"
-    assert re.search(rf"step time \d+\.\d\dx plain \(median of {pairs} pairs, {span}; plain against itself {span}\)", str(report))
+    text = rf"step time \d+\.\d\dx plain \(median of {pairs} pairs, {span}; plain against itself {span}\)"
+    assert re.search(text, str(report))
 
 
 def test_where_the_plain_step_does_not_fit_only_the_planned_one_is_measured(monkeypatch):
