@@ -355,3 +355,30 @@ def test_planned_modules_made_without_plan_are_not_run(monkeypatch):
     model, x = blocks()
     planned = plan(model, 1.0, (x,), check=False, **QUICK)
     assert CheckpointedModule(model, planned.step, planned.plan).plan.measured_bytes is None
+
+
+@pytest.mark.parametrize("fault", ["", "raises", "metadata", "memory"])
+def test_in_this_process_as_for_an_accelerator_it_says_the_same(monkeypatch, fault):
+    monkeypatch.setattr(step, "_in_child", step._in_process)
+
+    def changed(run, inputs):
+        if fault == "raises":
+            raise RuntimeError("sizes do not match")
+        if fault == "memory":
+            raise torch.OutOfMemoryError("none left")
+        out, *saved = run(inputs)
+        return (out.double() if fault == "metadata" else out, *saved)
+
+    model, x = blocks()
+    expected = plan(model, 0.9, (x,), check=False, **QUICK).plan.peak_bytes
+    with_results(monkeypatch, changed)
+    rng = torch.get_rng_state()
+    if fault == "memory":
+        with pytest.warns(UserWarning, match="the device has not the memory for the step's"):
+            assert plan(model, 0.9, (x,), **QUICK).plan.check.startswith("not run: the device has not")
+    elif fault:
+        with pytest.raises(PlanCheckError, match="sizes do not match" if fault == "raises" else "has dtype torch.float64"):
+            plan(model, 0.9, (x,), **QUICK)
+    else:
+        assert plan(model, 0.9, (x,), **QUICK).plan.measured_bytes == expected
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), rng)
