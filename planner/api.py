@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from planner import units
+from planner.analysis.measured import measured, measured_within, noted
+from planner.analysis.verify import verify
 from planner.errors import PlanFileError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
+from planner.graph.plan import NOT_RUN, Plan
 from planner.graph.planfile import fingerprint
 from planner.priced import Options, allocator_margin, price
 from planner.profiler.estimate import DeviceModel
@@ -25,9 +27,9 @@ from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower
-from planner.verification import measured_within, verify
 
 Budget = int | str | float
+SWITCHED_OFF = "switched off by check=False"
 
 
 def plan(
@@ -51,6 +53,7 @@ def plan(
     compile: bool = False,
     also: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
     audit: bool = True,
+    check: bool = True,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -77,47 +80,53 @@ def plan(
         optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
-            kernels keep the budget is measured, as on CUDA.
+            kernels keep the budget is only measured, by the check.
+        check: run one planned step at the end: that it runs, that its outputs look as captured, and its measured peak. Where
+            it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
+            (On a CPU, a budget that is a fraction of an estimate holds for estimates; the plan then says what it needs.)
         also: other calls to plan for within the budget, as (args, kwargs): other shapes, other arguments, inputs that require
             grad beside inputs that do not (a discriminator's): `also=[((x.detach().requires_grad_(),), {})]`.
         audit: at the 2nd, 10th, 100th, 1000th, ... planned call, run the original forward beside the planned one from the same
             state, and compare results and state bit by bit. Where they differ, twice alike, the model trains unplanned
             from then on, with a warning (PlanAuditError where `strict`).
 
-    On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
-    where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand. Hooks of modules
-    run in it, those of parameters do not.
+    On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
+    where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator hands out
+    depends on the blocks it has at hand). Hooks of parameters do not run in it.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
         NoScheduleFoundError: none was found in the time given.
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
-        MeasuredPeakError: on CUDA: planned for ever less, the step was still measured to need more than the budget.
+        MeasuredPeakError: planned for ever less, the step was still measured to need more than the budget.
+        PlanCheckError: the planned step fails. This is a fault of the planner.
     """
     units.check_budget(budget)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
-    priced = price(model, args, kwargs, options)
-    budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
 
-    def within(aim_bytes: int) -> CheckpointedModule:
-        with stage("solve", progress):
-            made = priced.plan(aim_bytes, time_limit_s)
-        made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
-        step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
-        return CheckpointedModule(model, step, made, strict, audits=audit)
+    def one(budget: Budget, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> CheckpointedModule:
+        priced = price(model, args, kwargs, options)
+        budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
 
-    if compile or (priced.joint.device.type == "cuda" and options.target is None):
-        planned = measured_within(budget_bytes, within, args, kwargs)
-    else:
-        planned = within(budget_bytes)
-    same: dict[str, Any] = {
-        "loss": loss, "reserve": reserve, "costs": costs, "time_limit_s": time_limit_s, "num_stages": num_stages,
-        "progress": progress, "strict": strict, "opaque": opaque, "dynamic": dynamic, "device": device,
-        "optimizer": optimizer, "master_weights": master_weights, "compile": compile, "audit": audit,
-    }  # fmt: skip
-    planned.alternatives.extend(plan(model, budget_bytes, *call, **same) for call in also)
+        def within(aim_bytes: int) -> CheckpointedModule:
+            with stage("solve", progress):
+                made = priced.plan(aim_bytes, time_limit_s)
+            made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
+            step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
+            return CheckpointedModule(model, step, made, strict, audits=audit)
+
+        reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+        if reason:
+            return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
+        if is_fraction and dict(priced.made_on)["costs"].startswith("estimated") and not compile and priced.is_on_cpu:
+            return measured(within(budget_bytes), args, kwargs, progress=progress, stacklevel=4)
+        return measured_within(budget_bytes, within, args, kwargs, progress=progress, stacklevel=5)
+
+    is_fraction = isinstance(budget, float)
+    planned = one(budget, args, kwargs)
+    planned.alternatives.extend(one(planned.plan.budget_bytes, *call) for call in also)
     return planned
 
 
@@ -133,21 +142,24 @@ def apply(
     opaque: Collection[str] = (),
     dynamic: bool = False,
     compile: bool = False,
+    check: bool = True,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving; arguments are as for `planner.plan`.
 
     Raises:
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
-        MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
+        MeasuredPeakError: the step needs more than the plan's budget here.
+        PlanCheckError: the planned step fails. This is a fault of the planner.
     """
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    if compile or joint.device.type == "cuda":
-        return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
-    return planned
+    if not check:
+        return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF}")
+    limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # where it was made it was known to need that
+    return measured_within(limit, lambda _: planned, args, kwargs, tries=1)
 
 
 def captured_for(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from planner.analysis.measured import time_step
 from planner.api import captured_for
 from planner.errors import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.graph import Graph
@@ -21,7 +22,6 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
 from planner.tracer.capture import Loss
-from planner.verification import time_step
 
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 """A batch's call: `args, kwargs = make_inputs(batch)`."""

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budget", required=True, type=_budget, help=_BUDGET_HELP)
     plan.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
+    plan.add_argument("--no-check", action="store_true", help="do not run one planned step to see that it runs and fits")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
     plan.add_argument("--json", action="store_true", help=_JSON_HELP)
     plan.set_defaults(run=_plan)
@@ -271,6 +272,7 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[
         arguments.budget,
         args,
         kwargs,
+        check=not getattr(arguments, "no_check", False),
         **_options(arguments),
     )
     return planned, args, kwargs
@@ -286,7 +288,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         planned.plan.save(arguments.save)
         _tell(arguments, f"plan written to {arguments.save}")
     if arguments.verify:
-        from planner.verification import verify
+        from planner.analysis.verify import verify
 
         report = verify(planned, args, kwargs)
         summary["measured"] = asdict(report)

@@ -99,5 +99,9 @@ class MeasuredPeakError(PlannerError):
         self.peak_bytes = peak_bytes
 
 
+class PlanCheckError(PlannerError):
+    """The planned step was run once at the end of `plan`, and failed or returned other metadata: a fault of the planner."""
+
+
 class PlotMissingError(PlannerError):
     """matplotlib is not installed; the extra `plot` brings it."""

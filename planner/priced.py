@@ -110,6 +110,11 @@ class Priced:
         return simulate(self.graph, keep_all(self.graph)).peak_bytes
 
     @property
+    def is_on_cpu(self) -> bool:
+        """The step runs on a CPU."""
+        return self.joint.device.type == "cpu"
+
+    @property
     def is_movable(self) -> bool:
         """Backward ops may be reordered."""
         return not backward_is_fixed(self.joint)

@@ -25,11 +25,12 @@ FLOORS: dict[str, float] = {
     "planner.runtime": 2.5,
     "planner.export": 2.7,
     "planner.report": 3,
+    "planner.results": 3,
+    "planner.analysis": 3.5,
     "planner.api": 4,
     "planner.batch": 4,
     "planner.children": 4,
     "planner.priced": 4,
-    "planner.verification": 4,
     "planner.cli": 5,
     "planner.compile_backend": 5,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,10 @@ from planner.graph.simulate import Timeline, simulate
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+RUN, NOT_RUN = "run", "not run"
+"""How `Plan.check` starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Plan:
         margin_bytes: part of the budget the schedule leaves free for the allocator.
         solution: schedule, bound and how it was found.
         made_on: pairs such as ("torch", "2.13.0"), ("device", "cpu"), ("costs", "measured").
+        measured_bytes: measured peak of one planned step, everything resident included; None where none was run.
+        check: "run" where one planned step was run, else "not run", with the reason after a colon.
     """
 
     graph: Graph
@@ -51,11 +57,18 @@ class Plan:
     margin_bytes: int
     solution: Solution
     made_on: tuple[tuple[str, str], ...] = ()
+    measured_bytes: int | None = field(default=None, compare=False)
+    check: str = field(default=NOT_RUN, compare=False)
 
     @property
     def timeline(self) -> Timeline:
         """The planned step, simulated."""
         return simulate(self.graph, self.solution.schedule)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Costs were computed instead of measured: what kernels need for themselves (workspace) is not known."""
+        return dict(self.made_on).get("costs", "").startswith("estimated")
 
     @property
     def plain(self) -> Timeline:

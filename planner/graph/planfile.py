@@ -13,7 +13,7 @@ from typing import Any
 
 from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
-from planner.graph.plan import Plan, Solution
+from planner.graph.plan import NOT_RUN, Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
 
@@ -41,6 +41,8 @@ def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any]
             "solve_s": plan.solution.solve_s,
             "solver": plan.solution.solver,
             "steps": plan.solution.schedule.steps,
+            "check": plan.check,
+            **({} if plan.measured_bytes is None else {"measured_bytes": plan.measured_bytes}),
         }
     return _write(document | dict(sections or {}))
 
@@ -83,6 +85,8 @@ def loads(text: str, where: str = "plan") -> Plan:
             margin_bytes=int(fields["margin_bytes"]),
             solution=solution,
             made_on=tuple(sorted((str(k), str(v)) for k, v in fields["made_on"].items())),
+            measured_bytes=_optional_bytes(fields, "measured_bytes"),
+            check=str(fields.get("check", NOT_RUN)),
         )
         peak = simulate(graph, solution.schedule).peak_bytes
     except (KeyError, TypeError, ValueError, AttributeError, ScheduleError) as error:
@@ -90,6 +94,18 @@ def loads(text: str, where: str = "plan") -> Plan:
     if peak > plan.budget_bytes:
         raise PlanFileError(f"{where}: its schedule peaks at {peak} bytes, above its own budget of {plan.budget_bytes}")
     return plan
+
+
+def _optional_bytes(fields: Mapping[str, Any], name: str) -> int | None:
+    """A number of bytes that files of earlier releases do not have.
+
+    Raises:
+        ValueError: it is no number of bytes.
+    """
+    found = fields.get(name)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
+        raise ValueError(f"{name} is {str(found)[:40]!r}")
+    return found
 
 
 def load_graph(path: str | Path) -> Graph:

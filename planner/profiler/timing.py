@@ -42,9 +42,9 @@ def cost_on_cpu(node: Node) -> KernelCost:
         MemoryError: the call needs more than the machine has free.
         Exception: whatever the kernel raises.
     """
-    free_bytes = _free_bytes()
-    if free_bytes is not None and footprint_bytes(node) > free_bytes:
-        raise MemoryError(f"{node.name} needs {footprint_bytes(node)} bytes, {free_bytes} are free")
+    free = free_bytes()
+    if free is not None and footprint_bytes(node) > free:
+        raise MemoryError(f"{node.name} needs {footprint_bytes(node)} bytes, {free} are free")
     with torch.no_grad():
         args, kwargs = make_inputs(node)
         call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
@@ -138,7 +138,8 @@ def _last_level_cache_bytes() -> int:
     return 2**25
 
 
-def _free_bytes() -> int | None:
+def free_bytes() -> int | None:
+    """Bytes of main memory that are free; None where the system does not say."""
     with suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("MemAvailable:"))

@@ -26,6 +26,7 @@ from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
 from planner.tracer import kernels
+from planner.tracer.host.state import written
 from planner.tracer.part import Part
 
 
@@ -91,7 +92,7 @@ class CheckpointedModule(fx.GraphModule):
         strict: a training call that was not planned for is a PlanMissError instead of a warning.
         audits: now and then the original forward runs beside the planned one, and both are compared.
         alternatives: planned modules of the same model for other calls, which are asked in turn.
-        num_planned_calls: how many calls ran planned.
+        num_planned_calls, num_unplanned_calls: how many calls ran planned, and how many were not the planned one.
     """
 
     def __init__(
@@ -112,7 +113,8 @@ class CheckpointedModule(fx.GraphModule):
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
-        self.__dict__.update(_others={}, _given=program, _refused=None, num_planned_calls=0, alternatives=[], audits=audits)
+        self.__dict__.update(_others={}, _given=program, num_planned_calls=0, num_unplanned_calls=0)
+        self.__dict__.update(_refused=None, _num_runs=0, alternatives=[], audits=audits)
         self.graph = step.halves.forward
 
     @property
@@ -133,6 +135,22 @@ class CheckpointedModule(fx.GraphModule):
     def differentiated(self) -> tuple[int, ...]:
         """Positions of the output leaves that backward starts from."""
         return tuple(i for i, out in enumerate(self._step.joint.outputs) if out.differentiated)
+
+    def starts(self, leaves: Sequence[Any], model: nn.Module | None = None) -> list[torch.Tensor]:
+        """The tensors that backward starts from, as the plan assumes, after a forward.
+
+        Args:
+            leaves: the leaves of what the forward returned.
+            model: whose forward it was; this module's own model where it is not given.
+        """
+        joint = self._step.joint
+        found = {joint.outputs[i].result: leaves[i] for i in self.differentiated}
+        wanted = {out.result for out in joint.left if out.differentiated}
+        for effect in joint.effects if wanted else ():
+            for ref, tensor in written(effect, model or self._original):
+                if ref.source == "result" and ref.key in wanted and isinstance(tensor, torch.Tensor):
+                    found.setdefault(ref.key, tensor)
+        return list(found.values())
 
     @property
     def step(self) -> Step:
@@ -181,6 +199,11 @@ class CheckpointedModule(fx.GraphModule):
 
     def attempt(self, args: Any, kwargs: Any) -> tuple[Any, Mismatch | None]:
         """The planned step's output, or None and what keeps this call from running planned."""
+        out, miss = self._attempt(args, kwargs)
+        self.__dict__["num_unplanned_calls" if miss else "num_planned_calls"] += 1
+        return out, miss
+
+    def _attempt(self, args: Any, kwargs: Any) -> tuple[Any, Mismatch | None]:
         step = self._step
         if self._refused is not None:
             return None, self._refused
@@ -192,8 +215,8 @@ class CheckpointedModule(fx.GraphModule):
                     return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
-        self.__dict__["num_planned_calls"] += 1
-        if self.audits and is_due(self.num_planned_calls):
+        self.__dict__["_num_runs"] += 1
+        if self.audits and is_due(self._num_runs):
             return self._audited(args, kwargs, tensors, inputs)
         return self._run(tensors, inputs), None
 
@@ -242,7 +265,7 @@ class CheckpointedModule(fx.GraphModule):
 
     def _accuse(self, different: Sequence[str]) -> Mismatch:
         names = ", ".join(different[:5])
-        what = f"the planned forward gave another {names} than the model's own, at planned call {self.num_planned_calls}"
+        what = f"the planned forward gave another {names} than the model's own, at planned call {self._num_runs}"
         if self.strict:
             raise PlanAuditError(f"{type(self._original).__name__}: {what}. Train unplanned, and please report the model")
         self.__dict__["_refused"] = Mismatch("audit", f"the audit: {what}; please report it with the model")

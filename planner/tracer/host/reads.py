@@ -198,9 +198,13 @@ class ReadRecorder:
                 self._codes[code] = (frame.f_globals, self._where())
                 with self._not_noting():
                     self._see_variables(code, frame)
-        elif event == "c_call" and arg.__name__ in _CONTROL and self.controlled is None and not self.paused:
-            if isinstance(getattr(arg, "__self__", None), torch.Generator) and not _is_ours(frame):
-                self.controlled = (self._where(), arg.__name__)
+        elif event == "c_call" and arg.__name__ in _CONTROL:
+            self._on_control(frame, arg)
+
+    def _on_control(self, frame: types.FrameType, function: Any) -> None:
+        is_torchs = isinstance(getattr(function, "__self__", None), torch.Generator)
+        if is_torchs and self.controlled is None and not self.paused and not _is_ours(frame):
+            self.controlled = (self._where(), function.__name__)
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType) -> None:
         for name in global_names(code):

@@ -146,6 +146,18 @@ class Effect:
             self.path.set(model, new)
 
 
+def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
+    """The tensors that a forward left at an effect's place, each with what stands for it in the template."""
+    live = effect.path.get(model)
+    todo = [(effect.template, list(live)[-len(effect.template) :] if effect.appends else live)]
+    while todo:
+        template, value = todo.pop()
+        if isinstance(template, Ref):
+            yield template, value
+        elif not isinstance(template, torch.Tensor):
+            todo += [(item, part(value, step)) for step, item in parts(template, lambda _, __: True)]
+
+
 @dataclass(frozen=True, slots=True)
 class HostKey:
     """What of Python's state a plan was made for.
