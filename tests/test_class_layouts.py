@@ -49,6 +49,7 @@ MODELS = {
     "several weights' uses": {"out": "self.b(torch.tanh(self.b(torch.sigmoid(self.b(h)))))"},
     "recurrent layer": {**SEQUENCE, "init": "self.r = nn.GRU(8, 8, batch_first=True)", "out": "self.c(self.r(h)[0])"},
 }
+OF_WIDTH_8 = ("linear", "sequence", "batch norm of a sequence", "attention", "softmax", "recurrent layer")
 GRADIENTS = ("transposed", "expanded", "broadcast", "sliced", "transposed_loss")
 
 
@@ -63,10 +64,11 @@ def upstream():
 WEIGHTS = {
     "channels_last": "m.to(memory_format=torch.channels_last)",
     "one weight in channels_last": "part.b.weight.data = part.b.weight.data.contiguous(memory_format=torch.channels_last)",
-    "replaced by a transposed one": "part.b.weight = nn.Parameter(part.b.weight.detach().transpose(0, 1).contiguous().transpose(0, 1))",
+    "replaced by a transposed one": "part.b.weight = nn.Parameter(part.b.weight.detach().mT.contiguous().mT)",
     "data transposed": "part.b.weight.data = part.b.weight.data.transpose(0, 1).contiguous().transpose(0, 1)",
     "expanded": "part.b.weight = nn.Parameter(part.b.weight.detach()[:1].expand(part.b.weight.shape))",
-    "a slice of a larger one": "w = part.b.weight.detach()\npart.b.weight = nn.Parameter(torch.cat([w, w], -1)[..., : w.shape[-1]])",
+    "a slice of a larger one": "w = part.b.weight.detach()\nw = torch.cat([w, w], -1)[..., : w.shape[-1]]\n"
+    "part.b.weight = nn.Parameter(w)",
     "in one flat buffer": "flat = nn.utils.parameters_to_vector(m.parameters()).detach()\nfor p in m.parameters():\n"
     "    n = p.numel()\n    p.data, flat = flat[:n].view_as(p), flat[n:]",
 }
@@ -123,11 +125,9 @@ def test_gradients_in_any_layout_train_within_the_budget(of):
     check(of)
 
 
-@pytest.mark.parametrize("of", upstream()[::3], ids=ids(upstream()[::3]))
+@pytest.mark.parametrize("of", [of for of in upstream() if of.name in OF_WIDTH_8], ids=OF_WIDTH_8)
 def test_gradients_in_any_layout_reach_a_submodule(of):
-    check(
-        inside(of.__class__(of.program.within(given=of.program.given or "(torch.randn(16, 8),)")))
-    ) if not of.program.given or "8)," in of.program.given else None
+    check(inside(of))
 
 
 @pytest.mark.parametrize("of", weights(), ids=ids(weights()))

@@ -79,11 +79,12 @@ class Noise(torch.autograd.Function):
     def backward(ctx, g):
         return g * {back}
 """
-INIT = (
-    "self.s, self.g, self.k = torch.get_rng_state(), torch.Generator().manual_seed(1), None\n"
-    "self.gs = {'a': torch.Generator().manual_seed(2)}\n"
-    "self.rng, self.old = np.random.default_rng(0), np.random.RandomState(0)\nself.rngs, self.r = [np.random.default_rng(1)], random.Random(0)\nself.o = types.SimpleNamespace(r=random.Random(1))"
-)
+INIT = """
+self.s, self.g, self.k = torch.get_rng_state(), torch.Generator().manual_seed(1), None
+self.gs = {'a': torch.Generator().manual_seed(2)}
+self.rng, self.old, self.rngs = np.random.default_rng(0), np.random.RandomState(0), [np.random.default_rng(1)]
+self.r, self.o = random.Random(0), types.SimpleNamespace(r=random.Random(1))
+"""
 HEAD = "N, R, G = np.random.default_rng(3), random.Random(4), torch.Generator().manual_seed(5)"
 STEPS = (Step(), Step(), Step("in_flight"), Step("accumulate"))
 

@@ -85,11 +85,19 @@ FLOW = (
     f"{THROUGH}\nfor layer in self.more:\n    h = layer(h) + h\nh = h if self.maybe is None else self.maybe(h)\n"
     "h = self.norm(self.drop(h)) if self.mask is None else h * self.mask\nh = helper(self.fn(self.tied(h))) * self.kept"
 )
-HEAD = (
-    "def double_gradient(p):\n    p.grad.mul_(2)\nclass Mine(nn.Linear):\n    def forward(self, x):\n        return super().forward(x)\n"
-    "class Doubled(nn.Module):\n    def forward(self, w):\n        return w * 2\ndef helper(h):\n    return h * 2\n"
-    "import torch.nn.utils.parametrize, torch.nn.utils.prune\n"
-)
+HEAD = """
+import torch.nn.utils.parametrize, torch.nn.utils.prune
+def double_gradient(p):
+    p.grad.mul_(2)
+class Mine(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+class Doubled(nn.Module):
+    def forward(self, w):
+        return w * 2
+def helper(h):
+    return h * 2
+"""
 
 
 def changed_modules():

@@ -1,4 +1,4 @@
-"""Switches of the process and contexts around a call that eager's kernels depend on: one that was not planned for is noticed."""
+"""Switches of the process and contexts that eager's kernels depend on: one that was not planned for is noticed."""
 
 import warnings
 
