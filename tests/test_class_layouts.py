@@ -80,7 +80,8 @@ def weights():
         for name, change in WEIGHTS.items():
             if name.endswith("channels_last") and model != "convolution":
                 continue
-            steps = (Step(), Step(before=change), Step())
+            kind = "no_update" if name == "expanded" else "train"  # which cannot be written into
+            steps = (Step(), Step(kind, before=change), Step(kind))
             made.append(member(f"{model}: {name}", steps=steps, allowed=GUARDED, planned_to=1, **MODELS[model]))
     return made
 

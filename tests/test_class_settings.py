@@ -100,10 +100,15 @@ def helper(h):
 """
 
 
+def _steps(name, change):
+    kind = "no_update" if name == "weight expanded" else "train"  # which cannot be written into
+    return (Step(), Step(kind, before=change), Step(kind))
+
+
 def changed_modules():
     """A model of many parts, one of which changes."""
     return [
-        member(name, FLOW, init=SETUP, head=HEAD, allowed=GUARDED, steps=(Step(), Step(before=change), Step()), planned_to=1)
+        member(name, FLOW, init=SETUP, head=HEAD, allowed=GUARDED, steps=_steps(name, change), planned_to=1)
         for name, change in MODULES.items()
     ]
 

@@ -18,6 +18,8 @@ HEAD = """
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+def double(gradients):
+    return tuple(g if g is None else g * 2 for g in gradients)
 class Doubles(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -42,7 +44,7 @@ FLAGS = {
     "fill of uninitialized memory": "torch.utils.deterministic.fill_uninitialized_memory = False",
     "a hook of every module": "nn.modules.module.register_module_forward_hook(lambda m, a, o: o * 2)",
     "a pre-hook of every module": "nn.modules.module.register_module_forward_pre_hook(lambda m, a: (a[0] * 2,))",
-    "a backward hook of every module": "nn.modules.module.register_module_full_backward_hook(lambda m, i, o: (i[0] * 2,))",
+    "a backward hook of every module": "nn.modules.module.register_module_full_backward_hook(lambda m, i, o: double(i))",
     "autocast, without a context": "torch.set_autocast_enabled('cpu', True)",
     "grad mode, without a context": "torch.set_grad_enabled(False)",
 }
@@ -72,8 +74,9 @@ def switched():
     base = "h = torch.tanh(self.b(torch.relu(h))) + 0.5"
     made = []
     for name, text in FLAGS.items():
-        steps = (Step(), Step(before=text), Step())
-        flow = f"{ATTENTION}\n{base}" if "default dtype" not in name else f"{base}\nh = h + torch.ones(8) * 0.1"
+        kind = "dropped" if "grad mode" in name else "train"
+        steps = (Step(), Step(kind, before=text), Step(kind))
+        flow = f"{ATTENTION}\n{base}" if "default dtype" not in name else f"{base}\nh = h * len(str(torch.ones(1).dtype))"
         made.append(member(name, flow, head=HEAD, steps=steps, allowed=GUARDED, planned_to=1))
     for name, text in CONTEXTS.items():
         kind = "no_grad" if name in ("no_grad", "inference mode") else "train"

@@ -46,13 +46,13 @@ CONTEXTS = (
     "torch.random.fork_rng([])",
     "torch.no_grad()",
 )
-SIMPLE = tuple(
-    "train accumulate in_flight in_flight_in_order twice transposed expanded broadcast sliced transposed_loss frozen_update "
-    "dropped".split()
+SIMPLE = (
+    *("train", "accumulate", "in_flight", "in_flight_in_order", "twice", "transposed", "expanded", "broadcast", "sliced"),
+    *("transposed_loss", "frozen_update", "dropped"),
 )
-OTHERS = tuple(
-    "joint partial last_output one_at_a_time written written_by_autograd evaluated no_grad smaller bad_shape interrupted "
-    "non_contiguous input_gradients copied".split()
+OTHERS = (
+    *("joint", "partial", "last_output", "one_at_a_time", "written", "written_by_autograd", "evaluated", "no_grad", "smaller"),
+    *("bad_shape", "interrupted", "non_contiguous", "input_gradients", "copied"),
 )
 OUTS = {
     "one": "self.c(torch.tanh(self.b(torch.sigmoid(h) * 2)))",

@@ -6,8 +6,9 @@ import contextlib
 import re
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Outcome:
         planned: per step, a call of it ran planned.
         told: per step, it was said that a call ran unplanned.
         opaque: submodules that run as they are.
+        raised: per step before planning and after, the error that eager raised; "" for none.
     """
 
     verdict: str
@@ -62,6 +64,7 @@ class Outcome:
     planned: tuple[bool, ...] = ()
     told: tuple[bool, ...] = ()
     opaque: str = ""
+    raised: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -160,7 +163,13 @@ class Run:
 
 
 def outcome(
-    program: Program, *, budget: float = 0.75, measure: bool = False, time_limit_s: float = 0.3, **options: Any
+    program: Program,
+    *,
+    budget: float = 0.75,
+    measure: bool = False,
+    time_limit_s: float = 0.3,
+    make: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Outcome:
     """Train a program by eager and by its plan, from the same state, and compare everything after every step.
 
@@ -169,6 +178,7 @@ def outcome(
         budget: fraction of the plain step's peak; raised where there is no schedule.
         measure: also measure kernels, and a planned step's peak at the end.
         time_limit_s, options: for `planner.plan`.
+        make: called instead of `planned_near`.
 
     Raises:
         Different: the outcome is none of the allowed ones.
@@ -184,7 +194,10 @@ def outcome(
     with world.kept():
         home, model = _built(program)
         try:
-            return _planned(program, home, model, expected, budget, measure, given)
+            found = _planned(
+                program, home, model, expected, partial(make or planned_near, budget=budget, options=given), measure
+            )
+            return replace(found, raised=tuple("" if log.error is None else repr(log.error) for log in expected))
         finally:
             forget(home)
 
@@ -201,7 +214,7 @@ def _steps(run: Run, program: Program, first: int, last: int) -> Iterator[_Log]:
 
 
 def _planned(
-    program: Program, home: Any, model: nn.Module, expected: Sequence[_Log], budget: float, measure: bool, options: Any
+    program: Program, home: Any, model: nn.Module, expected: Sequence[_Log], make: Callable[..., Any], measure: bool
 ) -> Outcome:
     plain = Run(model, model, home)
     for i, log in enumerate(_steps(plain, program, 0, program.warm)):
@@ -209,9 +222,8 @@ def _planned(
     world.seed(2)
     args = home.inputs()
     try:
-        with _unchanged(program, home, model), warnings.catch_warnings(), home.plan_under():
-            warnings.simplefilter("ignore")
-            planned = planned_near(model, budget, args, options)
+        with _unchanged(program, home, model), _quiet(), home.plan_under():
+            planned = make(model, args=args)
     except PlannerError as error:
         _check_words(program, [str(error)])
         plain.hold()
@@ -241,6 +253,13 @@ def planned_near(model: nn.Module, budget: float, args: Any, options: Mapping[st
         return plan(model, int(middle * (1 + _MARGIN)), args, **options)
     except (InfeasibleBudgetError, NoScheduleFoundError):
         return plan(model, 1.0, args, **options)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ TENSORS = [
     ),
     Kind(
         "tensor of another type",
-        "self.{v}",
+        "self.{v}.to(h.dtype)",
         {"replaced": "part.{v} = torch.full((8,), 2.0).double()"},
         "self.{v} = torch.full((8,), 2.0)",
         exact=False,

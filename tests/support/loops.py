@@ -15,6 +15,12 @@ def train(run: Any) -> None:
     run.update()
 
 
+def no_update(run: Any) -> None:
+    """Forward and backward; weights stay."""
+    run.backward(run.loss(run.call(*run.inputs())))
+    run.model.zero_grad()
+
+
 def accumulate(run: Any) -> None:
     """Two backwards, one update."""
     for _ in range(2):

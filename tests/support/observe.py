@@ -144,8 +144,9 @@ class _Walk:
         if isinstance(value, (set, frozenset)):
             yield path, repr(sorted(map(repr, value)))
         elif isinstance(value, (Mapping, OrderedDict)):
-            yield f"{path} keys", repr([key if isinstance(key, _PLAIN) else type(key).__name__ for key in value])
-            yield from self._mapping(path, {repr(key)[:60]: item for key, item in value.items()})
+            keys = [repr(key)[:60] if isinstance(key, _PLAIN) else f"{type(key).__name__} {i}" for i, key in enumerate(value)]
+            yield f"{path} keys", ", ".join(keys)
+            yield from self._mapping(path, dict(zip(keys, value.values(), strict=True)))
         elif isinstance(value, (list, tuple, deque)):
             yield from self._mapping(path, dict(enumerate(value)))
         slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}

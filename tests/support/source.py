@@ -83,7 +83,7 @@ class Program:
                 self.classes or self._part(),
                 _OUTER if self.inside else "",
                 f"def build():\n    return {self.build or ('Outer(Part())' if self.inside else 'Part()')}\n",
-                f"def inputs():\n    return {self.given or f'(torch.randn({self.rows}, 8),)'}\n",
+                f"def inputs():\n    return {self.given or f'(torch.randn({self.rows}, 8, dtype=torch.float32),)'}\n",
                 f"def part_of(m):\n    return {part}\n",
                 f"def losses(part):\n    return {self.losses}\n",
                 *(self._change(i, step.before) for i, step in enumerate(self.steps)),
