@@ -15,7 +15,7 @@ def check(first: int, count: int) -> list[Result]:
     failed = [f"python -m tests.fuzz --seed {r.seed}: {r.verdict}: {r.detail}" for r in results if r.failed]
     assert not failed, "\n".join([f"{len(failed)} of seeds {first} to {first + count - 1}", *failed])
     planned = sum(result.first_planned for result in results)
-    assert planned >= count * 0.45, f"seeds {first} to {first + count - 1}: only {planned} of {count} ran planned"
+    assert planned >= count * 0.3, f"seeds {first} to {first + count - 1}: only {planned} of {count} ran planned"
     return results
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.support import world
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _ITERATORS = (*{type(iter(held)) for held in ([], (), {}, range(0), "", set())}, itertools.cycle, itertools.count)
 _HOOKS = (
@@ -215,5 +217,5 @@ def _opaque_text(value: Any) -> str | None:
     if isinstance(value, np.random.Generator):
         return f"state {value.bit_generator.state}"
     if isinstance(value, np.random.RandomState):
-        return f"state {hash(str(value.get_state()))}"
+        return world.numpy_text(value)
     return None

@@ -42,8 +42,14 @@ def generators() -> dict[str, str]:
     return {
         "torch's generator": str(hash(torch.get_rng_state().numpy().tobytes())),
         "Python's generator": str(hash(random.getstate())),
-        "numpy's generator": str(hash(tuple(map(str, np.random.get_state(legacy=False).items())))),
+        "numpy's generator": numpy_text(np.random.get_state.__self__),
     }
+
+
+def numpy_text(state: np.random.RandomState) -> str:
+    """A digest of the state of a generator of numpy's old kind."""
+    name, keys, *rest = state.get_state(legacy=True)
+    return f"{name} {hash(keys.tobytes())} {rest}"
 
 
 def seed(number: int) -> None:
