@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner import units
-from planner.errors import PlanFileError
+from planner import arguments, units
+from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint
@@ -88,11 +88,15 @@ def plan(
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
         MeasuredPeakError: on CUDA: planned for ever less, the step was still measured to need more than the budget.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    arguments.check_flags(strict=strict, dynamic=dynamic)
+    time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
     priced = price(model, args, kwargs, options)
     budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
-    recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+    recapture = Recapture(options.loss, tuple(options.opaque)) if dynamic else None
 
     def within(aim_bytes: int) -> CheckpointedModule:
         with stage("solve", progress):
@@ -101,9 +105,12 @@ def plan(
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
         return CheckpointedModule(model, step, made, strict)
 
-    if compile or (priced.joint.device.type == "cuda" and options.target is None):
-        return measured_within(budget_bytes, within, args, kwargs)
-    return within(budget_bytes)
+    try:
+        if compile or (priced.joint.device.type == "cuda" and options.target is None):
+            return measured_within(budget_bytes, within, args, kwargs)
+        return within(budget_bytes)
+    except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+        raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
 
 
 def apply(
@@ -126,6 +133,11 @@ def apply(
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
     """
+    arguments.check_plan(plan, Plan)
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    arguments.check_flags(strict=strict, dynamic=dynamic, compile=compile)
+    num_stages, loss, opaque = arguments.count(num_stages, "num_stages"), arguments.loss_choice(loss), arguments.names(opaque)
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
@@ -184,6 +196,9 @@ def sweep(
         InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError, NoScheduleFoundError: not one of the budgets has a plan.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    time_limit_s = arguments.seconds(time_limit_s)
     check_budgets(budgets, points, low, high)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     priced = price(model, args, kwargs, options)

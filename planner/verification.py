@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner import arguments
 from planner._torch import pytree
 from planner.errors import CompileError, InfeasibleBudgetError, InputError, MeasuredPeakError, NoScheduleFoundError
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.kernels import rng_state
-from planner.units import format_bytes
+from planner.units import enough_text, format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,9 @@ def verify(
     Raises:
         InputError: `planned` is no planned module, or the call is not the one planned for.
     """
-    if not isinstance(planned, CheckpointedModule):
-        raise InputError(f"verify takes the module that plan() returned, not a {type(planned).__name__}")
+    arguments.check_planned(planned, CheckpointedModule, "verify")
+    arguments.check_call(args, kwargs)
+    rounds = arguments.count(rounds, "rounds")
     call = (tuple(args), dict(kwargs or {}))
     with _autocast(planned):
         miss = planned.difference(*call)
@@ -225,8 +227,10 @@ def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> Co
         remedy = "plan with costs='measure': what kernels need for themselves cannot be estimated"
     else:
         remedy = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where CUDA's allocator cuts every block to size"
+    # a plan for a larger budget is measured again, and how far the allocator strays changes from step to step
+    enough = peak_bytes + max(0, peak_bytes - planned.plan.peak_bytes) // 2
     return MeasuredPeakError(
-        f"measured, {needs}. Raise the budget to {peak_bytes} bytes, or {remedy}",
+        f"measured, {needs}. Raise the budget to {enough_text(enough)} ({enough} bytes), or {remedy}",
         budget_bytes=budget_bytes,
         peak_bytes=peak_bytes,
     )

@@ -38,6 +38,8 @@ def table(plan: Plan) -> str:
 
 
 def _where(plan: Plan) -> str:
+    if not plan.graph.ops:
+        return "no op"
     op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
     return f"{op.name} ({op.source})" if op.source else op.name
 
