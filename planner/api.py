@@ -22,8 +22,9 @@ from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
-from planner.tracer.capture import Loss, capture
+from planner.tracer.capture import capture
 from planner.tracer.joint import Joint
+from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
 from planner.verification import measured_within, verify
 
@@ -57,8 +58,8 @@ def plan(
         budget: bound on everything live on the device during forward and backward, parameters and `reserve` included. Bytes
             (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
-        loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
-            `.loss` or ["loss"], else every output that requires grad.
+        loss: which output backward starts from: its name ("loss"), its position, or a function of the output. Default: the
+            output's `.loss` or ["loss"], else its only scalar that requires grad, else every output that requires grad.
         reserve: bytes set aside within the budget.
         costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes times.
         time_limit_s: for the solver; the best plan found by then is taken.

@@ -38,7 +38,7 @@ def check_model(model: Any, what: str = "model") -> None:
 def check_call(args: Any, kwargs: Any) -> None:
     """Raise InputError unless `model(*args, **kwargs)` can be called with these."""
     if isinstance(args, Mapping):
-        raise InputError(f"args is {kind(args)}: keyword arguments go into kwargs={{'labels': y}}, args takes a tuple: args=(x,)")
+        raise InputError(f"args is {kind(args)}: keyword arguments go into kwargs={{'labels': y}}, args takes a tuple, (x,)")
     if args is None:
         raise InputError("args is None: give the example call's positional arguments as a tuple such as (x,), or ()")
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):

@@ -21,7 +21,7 @@ from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
-from planner.tracer.capture import Loss
+from planner.tracer.loss import Loss
 from planner.units import is_fraction, kind, shown
 from planner.verification import time_step
 

@@ -29,7 +29,8 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
 from planner.tracer import fidelity
-from planner.tracer.capture import Loss, capture, loss_leaves
+from planner.tracer.capture import capture
+from planner.tracer.loss import Loss, loss_leaves
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""

@@ -93,7 +93,7 @@ def _model_options(
     parser.add_argument(
         "--reserve", default=0, help="bytes of the budget to leave free, for example for optimizer state: '1GiB'"
     )
-    parser.add_argument("--loss", default=None, help="name of the output that backward starts from")
+    parser.add_argument("--loss", type=_loss, help="name or position of the output that backward starts from")
     costs = "run every distinct kernel once, or compute its time"
     parser.add_argument("--costs", choices=("measure", "estimate"), default="measure", help=costs)
     there = "plan for a device that is not here, such as H100-80GB: nothing is allocated, times are estimated"
@@ -146,6 +146,11 @@ def _budget(text: str) -> float | str:
         return float(text) if "." in text else text
     except ValueError:
         return text
+
+
+def _loss(text: str) -> int | str:
+    """Digits are a position among the outputs; everything else is a name."""
+    return int(text) if text.isdecimal() and len(text) < 10 else text
 
 
 def _solve(arguments: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ _LONGEST = 80
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
-def parse_bytes(text: str | int, what: str = "size", *, least: int = 1) -> int:
+def parse_bytes(text: Any, what: str = "size", *, least: int = 1) -> int:
     """Bytes of "6GiB" (binary units), "6GB" (decimal units), "6442450944" or an int (of numpy's, too).
 
     Args:
@@ -66,7 +66,8 @@ def _times(number: str, unit: int) -> int:
     whole, rest = whole.lstrip("0") or "0", rest[:_DIGITS]
     if len(whole) > _DIGITS:
         return MOST_BYTES + 1
-    return int(whole + rest) * unit // 10 ** len(rest)
+    power: int = 10 ** len(rest)
+    return int(whole + rest) * unit // power
 
 
 def parse_budget(budget: str | int | float, plain_peak_bytes: int) -> int:

@@ -69,8 +69,8 @@ def _maker(optimizer: Optimizer) -> Callable[[list[nn.Parameter]], torch.optim.O
     named: dict[str, Any] = {kind.__name__.lower(): kind for kind in kinds if kind is not torch.optim.Optimizer}
     if optimizer.lower() not in named:
         raise InputError(
-            f"optimizer {shown(optimizer)} is not known: {', '.join(sorted(named))}. For another, pass what makes one of a list "
-            "of parameters: functools.partial(torch.optim.SGD, momentum=0.9)"
+            f"optimizer {shown(optimizer)} is not known: {', '.join(sorted(named))}. For another, pass what makes one of a "
+            "list of parameters: functools.partial(torch.optim.SGD, momentum=0.9)"
         )
     return lambda parameters: named[optimizer.lower()](parameters)  # type: ignore[no-any-return]
 

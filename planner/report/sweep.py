@@ -298,7 +298,8 @@ def sweep_graph(
         else:
             lowest = solver.pool.lowest.timeline.peak_bytes
             error = answer
-            misses.append(Miss(budget, type(error).__name__, str(restated(error, format_bytes(budget), budget, margin, lowest))))
+            said = restated(error, format_bytes(budget), budget, margin, lowest)
+            misses.append(Miss(budget, type(error).__name__, str(said)))
     if not made:
         lowest = solver.lowest_peak(time_limit_s=max(0.1, time_limit_s - (time.monotonic() - start)))
         raise restated(error, format_bytes(budget), budget, margin, lowest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +11,17 @@ from torch import nn
 
 from planner import _torch
 from planner._torch import pytree
-from planner.errors import CaptureError, InputError, PlannerError
+from planner.errors import CaptureError, PlannerError
 from planner.tracer import fidelity, parts
 from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import CallSpec, Joint, Output
+from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.normalize import normalize
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
-
-Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
 
 
 def capture(
@@ -43,9 +42,7 @@ def capture(
     Args:
         model: in training mode, on the device it will train on.
         args, kwargs: an example call; tensors in any pytree, other leaves are held fixed.
-        loss: which output backward starts from: attribute or key ("loss"), position, or a function of
-            the output. Default: the output if it is one scalar; its `.loss` or ["loss"]; else every
-            output that requires grad.
+        loss: which output backward starts from; see `planner.tracer.loss.loss_leaves`.
         opaque: qualified names of submodules to run as they are.
         elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
 
@@ -308,20 +305,20 @@ class Step(nn.Module):
                 _write_reassigned(given, weights)
         finally:
             self.where = tracing.where
-        paths, self.out_spec = pytree.tree_flatten_with_path(out)
-        handed = self._hand_out(out, paths, tensors)
+        leaves, names, self.out_spec = flatten_output(out)
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                _check_constant(leaf)
+        handed = self._hand_out(leaves, names, loss_leaves(out, leaves, self._loss), tensors)
         self.reads = [(value, where) for _, value, where in tracing.read]
         read = [tensor.detach() for tensor, _, _ in tracing.read]
         return (*handed, *read)
 
-    def _hand_out(self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _hand_out(
+        self, leaves: Sequence[Any], names: Sequence[str], losses: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
         """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
-        leaves = [leaf for _, leaf in paths]
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                _check_constant(leaf)
-        starts = {id(leaf) for leaf in loss_leaves(out, leaves, self._loss)}
-        names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
+        starts = {id(leaf) for leaf in losses}
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
         for name, leaf in zip(names, leaves, strict=True):
@@ -360,35 +357,3 @@ def _check_constant(leaf: Any) -> None:
             f"torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten) "
             "(torch.export.register_dataclass for a dataclass), or switch it off (transformers: use_cache=False)"
         )
-
-
-def loss_leaves(out: Any, leaves: list[Any], loss: Loss) -> list[torch.Tensor]:
-    """The output leaves that backward starts from; `loss` as for `capture`."""
-    candidates = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if loss is None:
-        named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-        chosen = [named] if isinstance(named, torch.Tensor) else candidates
-    elif callable(loss):
-        picked = loss(out)
-        chosen = [picked] if isinstance(picked, torch.Tensor) else list(picked)
-    else:
-        chosen = [_member(out, loss)]
-    for leaf in chosen:
-        if not isinstance(leaf, torch.Tensor) or not any(leaf is other for other in leaves):
-            raise InputError(f"loss={loss!r} does not name a tensor of the model's output (found {type(leaf).__name__})")
-        if not leaf.requires_grad:
-            raise InputError(f"the output named by loss={loss!r} does not require grad: nothing to differentiate")
-    if not chosen:
-        raise InputError("no output of the model requires grad: nothing to differentiate")
-    return chosen
-
-
-def _member(out: Any, loss: str | int) -> Any:
-    try:
-        if isinstance(loss, str) and hasattr(out, loss):
-            return getattr(out, loss)
-        if isinstance(out, torch.Tensor):
-            raise TypeError("it is a single tensor")
-        return out[loss]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"the model's output has no {loss!r}: {type(error).__name__}: {error}") from error
