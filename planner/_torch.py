@@ -48,9 +48,11 @@ __all__ = [
     "export_joint",
     "fake_inputs",
     "fake_mode",
+    "in_backward",
     "keeps_graph",
     "kernels_chosen",
     "kernels_kept",
+    "kernels_replaced",
     "pytree",
     "release_saved",
     "results",
@@ -139,7 +141,11 @@ def _input_role(desc: Any) -> tuple[Any, ...]:
             return ("input", desc.idx)
         case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput() as output):
             return ("tangent", output.idx)
-    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {desc!r}")
+    if "Token" in type(desc).__name__:
+        raise CaptureError(
+            "the model runs an operator with side effects (it prints, or calls a TorchScript object), which no plan can hold"
+        )
+    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {type(desc).__name__}")
 
 
 def _output_role(desc: Any) -> tuple[Any, ...]:
@@ -148,7 +154,7 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
             return ("output", desc.idx)
         case descriptors.InputMutationAOTOutput():
             return ("mutation", *_input_role(desc.mutated_input))
-    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {desc!r}")
+    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {type(desc).__name__}")
 
 
 # Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on
@@ -216,6 +222,29 @@ def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator
             if kernel is not None:
                 op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def kernels_replaced(replacements: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """While tracing, these operators run what stands there instead, in the backward too."""
+    keys = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.AutogradMeta)
+    before = {(op, key): op.py_kernels.get(key) for op in replacements for key in keys}
+    try:
+        for op, key in before:
+            op.py_kernels[key] = replacements[op]
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for (op, key), kernel in before.items():
+            op.py_kernels.pop(key, None)
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+def in_backward() -> bool:
+    """Autograd's engine is running a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextlib.contextmanager

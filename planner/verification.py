@@ -22,6 +22,7 @@ from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.kernels import rng_state
+from planner.tracer.outputs import without_caches
 from planner.units import enough_text, format_bytes
 
 
@@ -246,17 +247,26 @@ class _Side:
     def __init__(self, module: nn.Module, planned: CheckpointedModule, call: tuple[Any, Any]) -> None:
         self.module, self._planned, self._call = module, planned, call
         self._device = planned.device
+        outputs = planned.step.joint.outputs
+        self._has_caches = any(known.left_out for known in outputs)
+        told_apart = [known.constant if known.result is None and known.input is None else known for known in outputs]
+        kept = without_caches(told_apart) if self._has_caches else told_apart
+        self._starts = [kept.index(outputs[i]) for i in planned.differentiated]
         self._state = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
         inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
         self._inputs = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in inputs]
+
+    def _leaves(self, out: Any) -> list[Any]:
+        leaves = pytree.tree_leaves(out)
+        return without_caches(leaves) if self._has_caches else leaves
 
     def step(self) -> Any:
         """Forward and backward; the module's gradients start at None."""
         self.module.zero_grad(set_to_none=True)
         with _autocast(self._planned):
             out = self.module(*self._call[0], **self._call[1])
-        leaves = pytree.tree_leaves(out)
-        starts = [leaves[i] for i in self._planned.differentiated]
+        leaves = self._leaves(out)
+        starts = [leaves[i] for i in self._starts]
         with torch.autocast(self._device.type, enabled=False):
             torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
         return out
@@ -281,7 +291,7 @@ class _Side:
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             out = self.step()
             rng = rng_state(self._device)
-        leaves = pytree.tree_leaves(out)
+        leaves = self._leaves(out)
         found = {
             f"output {i}": leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)
         }

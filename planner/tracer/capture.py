@@ -12,7 +12,7 @@ from torch import nn
 from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, PlannerError
-from planner.tracer import fidelity, parts
+from planner.tracer import fidelity, parts, raising
 from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.constants import Constants
@@ -20,6 +20,7 @@ from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.normalize import normalize
+from planner.tracer.outputs import check_constant, is_cache, warn_left_out
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
 
@@ -89,6 +90,7 @@ def _capture(
             vars(model)["forward"] = installed
         exported = _export(step, given)
         _refuse_counting(step, given, exported)
+    warn_left_out(model, step.outputs)
     joint = normalize(
         exported,
         names=step.names,
@@ -243,7 +245,7 @@ class Step(nn.Module):
 
     def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
         """Trace forward and backward."""
-        with parts.known(self.calls):
+        with parts.known(self.calls), _torch.kernels_replaced(raising.stand_ins()):
             if self._elsewhere is None:
                 return _torch.export_joint(self, _torch.fake_inputs(tensors))
             return self._elsewhere.as_there(_torch.export_joint(self, self._stand_ins(tensors), self._elsewhere.choices))
@@ -306,9 +308,9 @@ class Step(nn.Module):
         finally:
             self.where = tracing.where
         leaves, names, self.out_spec = flatten_output(out)
-        for leaf in leaves:
+        for name, leaf in zip(names, leaves, strict=True):
             if not isinstance(leaf, torch.Tensor):
-                _check_constant(leaf)
+                check_constant(leaf, name)
         handed = self._hand_out(leaves, names, loss_leaves(out, leaves, self._loss), tensors)
         self.reads = [(value, where) for _, value, where in tracing.read]
         read = [tensor.detach() for tensor, _, _ in tracing.read]
@@ -323,7 +325,8 @@ class Step(nn.Module):
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
         for name, leaf in zip(names, leaves, strict=True):
             if not isinstance(leaf, torch.Tensor):
-                self.outputs.append(Output(name, None, constant=leaf))
+                left_out = is_cache(leaf)
+                self.outputs.append(Output(name, None, constant=None if left_out else leaf, left_out=left_out))
             elif any(leaf is tensor for tensor in tensors):
                 position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
                 self.outputs.append(Output(name, None, input=position))
@@ -347,13 +350,3 @@ def _write_reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tens
         if isinstance(tensor, nn.Parameter) or new.shape != tensor.shape or new.dtype != tensor.dtype:
             raise CaptureError(f"the model's forward replaces {name} by another tensor; only in-place updates can be planned")
         tensor.copy_(new.detach())
-
-
-def _check_constant(leaf: Any) -> None:
-    if not isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
-        kind = type(leaf)
-        raise CaptureError(
-            f"the model returns a {kind.__module__}.{kind.__qualname__}, which is not a known container. Register it: "
-            f"torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten) "
-            "(torch.export.register_dataclass for a dataclass), or switch it off (transformers: use_cache=False)"
-        )

@@ -18,6 +18,7 @@ from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
 from planner.tracer.parts import is_traced_part, write_parts
+from planner.tracer.raising import in_forward, raises, write_raising
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
 from planner.tracer.storage import Storages, mutates
 
@@ -65,8 +66,9 @@ def normalize(
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
     _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
+    checks = in_forward(graph)
     tickets = _write_kernels(graph, roles, node_of, parts, device)
-    last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
+    last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of, checks))
     gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
@@ -95,6 +97,7 @@ def _write_kernels(
     graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], parts: Mapping[str, PartCall], device: torch.device
 ) -> frozenset[str]:
     """Turn what was traced into the kernels that eager runs; nodes that hold opaque parts' tickets."""
+    write_raising(graph)
     _drop_detach(graph)
     tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
@@ -106,7 +109,7 @@ def _write_kernels(
 
 
 def _has_effects(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node)
+    return node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node) or raises(node)
 
 
 def _write_mutations(
@@ -201,9 +204,11 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _end_forward(graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node]) -> fx.Node | None:
-    """Bring the forward together in front, and return its last node."""
-    forward_results = [node for role, node in zip(roles, results(graph), strict=True) if role[0] != "gradient"]
+def _end_forward(
+    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], checks: Sequence[fx.Node]
+) -> fx.Node | None:
+    """Bring the forward together in front, `checks` included, and return its last node."""
+    forward_results = [node for role, node in zip(roles, results(graph), strict=True) if role[0] != "gradient"] + [*checks]
     _move_forward_up(graph, forward_results, [node for role, node in node_of.items() if role[0] == "tangent"])
     return _last_ancestor(graph, forward_results)
 
