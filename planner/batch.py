@@ -10,7 +10,7 @@ from torch import nn
 
 from planner import arguments
 from planner.api import captured_for
-from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError
+from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.priced import Options, Priced, price
@@ -22,6 +22,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
 from planner.tracer.loss import Loss
+from planner.tracer.refusal import own_words
 from planner.units import is_fraction, kind, shown
 from planner.verification import time_step
 
@@ -166,7 +167,12 @@ class _Trials:
         return None if graph is None else replace(larger, graph=graph)
 
     def _call(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        made = self.make_inputs(batch)
+        try:
+            made = self.make_inputs(batch)
+        except PlannerError:
+            raise
+        except Exception as error:
+            raise InputError(f"make_inputs({batch}) {own_words(error)}") from error
         if not isinstance(made, tuple) or len(made) != 2:
             raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not {kind(made)}")
         arguments.check_call(*made)

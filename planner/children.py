@@ -31,6 +31,7 @@ from planner.solver.solve import Solver
 from planner.tracer import fidelity
 from planner.tracer.capture import capture
 from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.refusal import own_words
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""
@@ -185,7 +186,10 @@ class _Trial:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not model.training or not tensors:
             raise InputError("plan_children takes a model in training mode and an example call with tensors")
-        self.original, self.model = model, copy.deepcopy(model)
+        try:
+            self.original, self.model = model, copy.deepcopy(model)
+        except Exception as error:
+            raise InputError(f"the model cannot be copied, and steps are measured on a copy: {own_words(error)}") from error
         for module in self.model.modules():
             uninstall(module)
         self.device = tensors[0].device
@@ -193,7 +197,12 @@ class _Trial:
         self._inputs = tensors
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
-        self._look()
+        try:
+            self._look()
+        except (PlannerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(f"a step of the model as it is {own_words(error)}") from error
 
     def step(self) -> None:
         """Forward and backward from empty gradients."""

@@ -115,7 +115,8 @@ def test_an_error_lists_the_outputs_and_what_to_pass():
 
 def test_a_function_that_fails_or_picks_something_else():
     assert "(KeyError: 'nothing')" in refusal(lambda logits, loss: {"a": logits}, loss=lambda out: out["nothing"])
-    assert "found a tensor that is not among its outputs" in refusal(lambda logits, loss: {"a": logits}, loss=lambda out: out["a"].sum())
+    made = refusal(lambda logits, loss: {"a": logits}, loss=lambda out: out["a"].sum())
+    assert "found a tensor that is not among its outputs" in made
     assert "cannot be applied" in refusal(lambda logits, loss: {"a": logits}, loss=lambda out: None)
 
 

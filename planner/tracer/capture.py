@@ -23,6 +23,8 @@ from planner.tracer.normalize import normalize
 from planner.tracer.outputs import check_constant, is_cache, warn_left_out
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
+from planner.tracer.refusal import refusal
+from planner.units import shown
 
 
 def capture(
@@ -126,8 +128,9 @@ def _refuse_counting(step: Step, tensors: Sequence[torch.Tensor], exported: _tor
         change = counted[0]
         module = modules[change.module][0]
         where = f"{module}.{change.name}".strip(".")
+        before, after = shown(change.before), shown(change.after)
         raise CaptureError(
-            f"the model's forward changes its attribute {where} ({change.before!r} before, {change.after!r} after), and the "
+            f"the model's forward changes its attribute {where} ({before} before, {after} after), and the "
             "next call is another one; a plan would repeat one for ever. Run the model once before planning if only the first "
             "call differs; else make it a buffer, or change it outside of forward",
             module=module,
@@ -157,22 +160,8 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
             return step.export(tensors)
     except PlannerError:
         raise
-    except _torch.DynamicOutputShapeException as error:
-        raise CaptureError(
-            f"{error.func} at {step.where} makes a tensor whose shape depends on the data; "
-            "a plan needs fixed shapes. Rewrite it with a mask, or leave this part out of the planned module.",
-            module=step.where_module,
-        ) from error
-    except (_torch.DataDependentOutputException, _torch.UnsupportedOperatorException) as error:
-        raise CaptureError(
-            f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured", module=step.where_module
-        ) from error
     except Exception as error:
-        where = f" (last kernel at {step.where})" if step.where else ""
-        message = (str(error).splitlines() or [""])[0]
-        raise CaptureError(
-            f"the model cannot be captured{where}: {type(error).__name__}: {message}", module=step.where_module
-        ) from error
+        raise refusal(error, step.where, step.where_module) from error
 
 
 class _Handed(torch.autograd.Function):

@@ -34,6 +34,9 @@ _OWN_HOOKS = ("torch.nn.utils", "transformers.")
 _PACKAGE = str(Path(__file__).parent.parent)
 _CALLER = str(Path(__file__).with_name("capture.py"))  # who calls the model: frames beyond are not the model's
 _TORCH = str(Path(torch.__file__).parent)
+_DISTRIBUTIONS = str(Path(torch.__file__).parent / "distributions")
+VALIDATIONS: set[str] = set()
+"""Lines that ran code of torch.distributions, whose argument checks read tensor values: for errors."""
 _STDLIB = str(Path(functools.__file__).parent)
 
 
@@ -90,11 +93,15 @@ def user_line() -> str:
     Frames of torch, of the standard library and of this package are no place that a user can go to.
     """
     frame: FrameType | None = sys._getframe(1)
-    inside_torch = ""
+    inside_torch, is_validation = "", False
     while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename
         if is_users(file):
-            return f"{Path(file).name}:{frame.f_lineno}"
+            line = f"{Path(file).name}:{frame.f_lineno}"
+            if is_validation:
+                VALIDATIONS.add(line)
+            return line
+        is_validation = is_validation or file.startswith(_DISTRIBUTIONS)
         module = frame.f_locals.get("self") if frame.f_code.co_name == "forward" and not inside_torch else None
         if isinstance(module, nn.Module) and file.startswith(_TORCH):
             inside_torch = f"({type(module).__name__})"

@@ -14,6 +14,7 @@ from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer import kernels
 from planner.tracer.casts import merge_casts
+from planner.tracer.fidelity import VALIDATIONS
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
@@ -251,8 +252,10 @@ def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, str]]) -> fx.Graph |
         moving = [n for n in _ancestors([node]) if n.op == "call_function" and (is_random(n) or is_traced_part(n))]
         if moving:
             why = "random numbers" if is_random(moving[0]) else "a part of it that runs as it is"
+            is_validation = where.rpartition(" ")[2] in VALIDATIONS
+            cure = "set validate_args=False in torch.distributions there: " if is_validation else ""
             raise CaptureError(
-                f"the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
+                f"{cure}the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
                 module=_module(where),
             )
     needed = _ancestors(node for node, _ in reads)

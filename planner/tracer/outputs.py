@@ -34,13 +34,13 @@ def check_constant(leaf: Any, name: str) -> None:
     if isinstance(leaf, _CONSTANTS) or is_cache(leaf):
         return
     kind = type(leaf)
-    cure = f"register it with pytree: torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten)"
+    cure = f"Register it: torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten)"
     if hasattr(kind, "__dataclass_fields__"):
-        cure = f"register it with pytree: torch.export.register_dataclass({kind.__qualname__})"
-    if kind.__module__.startswith(("transformers.", "diffusers.")):
-        cure = f"set return_dict=False, or {cure}"
+        cure = f"Register it: torch.export.register_dataclass({kind.__qualname__})"
+    switch = "set return_dict=False: " if kind.__module__.startswith(("transformers.", "diffusers.")) else ""
     raise CaptureError(
-        f"{cure}. The model returns a {kind.__module__}.{kind.__qualname__} ({name}), which is not a known container of tensors"
+        f"{switch}the model returns a {kind.__module__}.{kind.__qualname__} ({name}), which is not a known container of "
+        f"tensors. {cure}, or return its tensors in a tuple or dict"
     )
 
 
