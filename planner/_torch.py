@@ -6,6 +6,7 @@ When a torch release moves something, `selfcheck()` and tests/test_torch_private
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,7 @@ def export_joint(
         CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet_fakes())
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
         stack.enter_context(kernels_chosen(choices or {}))
@@ -129,6 +131,18 @@ def export_joint(
     forward = descs[: len(descs) - len(plain)]
     outputs = tuple(_output_role(desc) for desc in forward) + tuple(("gradient", *role) for role in plain)
     return ExportedJoint(graph_module, inputs, outputs)
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """What fake kernels raise is raised to the user as an error of ours; torch logs it with its own frames as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _input_role(desc: Any) -> tuple[Any, ...]:
