@@ -6,6 +6,7 @@ When a torch release moves something, `selfcheck()` and tests/test_torch_private
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,9 +51,11 @@ __all__ = [
     "fake_inputs",
     "fake_mode",
     "global_switches",
+    "in_backward",
     "keeps_graph",
     "kernels_chosen",
     "kernels_kept",
+    "kernels_replaced",
     "pytree",
     "release_saved",
     "results",
@@ -114,6 +117,7 @@ def export_joint(
         CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet_fakes())
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
         stack.enter_context(kernels_chosen(choices or {}))
@@ -131,6 +135,18 @@ def export_joint(
     return ExportedJoint(graph_module, inputs, outputs)
 
 
+@contextlib.contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """What fake kernels raise is raised to the user as an error of ours; torch logs it with its own frames as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _input_role(desc: Any) -> tuple[Any, ...]:
     match desc:
         case descriptors.ParamAOTInput():
@@ -141,7 +157,11 @@ def _input_role(desc: Any) -> tuple[Any, ...]:
             return ("input", desc.idx)
         case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput() as output):
             return ("tangent", output.idx)
-    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {desc!r}")
+    if "Token" in type(desc).__name__:
+        raise CaptureError(
+            "the model runs an operator with side effects (it prints, or calls a TorchScript object), which no plan can hold"
+        )
+    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {type(desc).__name__}")
 
 
 def _output_role(desc: Any) -> tuple[Any, ...]:
@@ -150,7 +170,7 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
             return ("output", desc.idx)
         case descriptors.InputMutationAOTOutput():
             return ("mutation", *_input_role(desc.mutated_input))
-    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {desc!r}")
+    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {type(desc).__name__}")
 
 
 # Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on
@@ -218,6 +238,29 @@ def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator
             if kernel is not None:
                 op.py_kernels[key] = kernel
             op._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def kernels_replaced(replacements: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """While tracing, these operators run what stands there instead, in the backward too."""
+    keys = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.AutogradMeta)
+    before = {(op, key): op.py_kernels.get(key) for op in replacements for key in keys}
+    try:
+        for op, key in before:
+            op.py_kernels[key] = replacements[op]
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for (op, key), kernel in before.items():
+            op.py_kernels.pop(key, None)
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+def in_backward() -> bool:
+    """Autograd's engine is running a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner import units
+from planner import arguments, units
 from planner.analysis.measured import measured, measured_within, noted
 from planner.analysis.verify import verify
-from planner.errors import PlanFileError
+from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import NOT_RUN, Plan
 from planner.graph.planfile import fingerprint
@@ -24,8 +24,9 @@ from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
-from planner.tracer.capture import Loss, capture
+from planner.tracer.capture import capture
 from planner.tracer.joint import Joint
+from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
 
 Budget = int | str | float
@@ -62,8 +63,8 @@ def plan(
         budget: bound on everything live on the device during forward and backward, parameters and `reserve` included. Bytes
             (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
-        loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
-            `.loss` or ["loss"], else every output that requires grad.
+        loss: which output backward starts from: its name ("loss"), its position, or a function of the output. Default: the
+            output's `.loss` or ["loss"], else its only scalar that requires grad, else every output that requires grad.
         reserve: bytes set aside within the budget.
         costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes times.
         time_limit_s: for the solver; the best plan found by then is taken.
@@ -102,9 +103,13 @@ def plan(
         MeasuredPeakError: planned for ever less, the step was still measured to need more than the budget.
         PlanCheckError: the planned step fails. This is a fault of the planner.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    arguments.check_flags(strict=strict, dynamic=dynamic, check=check, audit=audit)
+    time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
-    recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+    recapture = Recapture(options.loss, tuple(options.opaque)) if dynamic else None
 
     def one(budget: Budget, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> CheckpointedModule:
         priced = price(model, args, kwargs, options)
@@ -117,14 +122,17 @@ def plan(
             step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
             return CheckpointedModule(model, step, made, strict, audits=audit)
 
-        reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
-        if reason:
-            return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
-        if is_fraction and dict(priced.made_on)["costs"].startswith("estimated") and not compile and priced.is_on_cpu:
-            return measured(within(budget_bytes), args, kwargs, progress=progress, stacklevel=4)
-        return measured_within(budget_bytes, within, args, kwargs, progress=progress, stacklevel=5)
+        try:
+            reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+            if reason:
+                return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
+            if is_fraction and dict(priced.made_on)["costs"].startswith("estimated") and not compile and priced.is_on_cpu:
+                return measured(within(budget_bytes), args, kwargs, progress=progress, stacklevel=4)
+            return measured_within(budget_bytes, within, args, kwargs, progress=progress, stacklevel=5)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
 
-    is_fraction = isinstance(budget, float)
+    is_fraction = units.is_fraction(budget)
     planned = one(budget, args, kwargs)
     planned.alternatives.extend(one(planned.plan.budget_bytes, *call) for call in also)
     return planned
@@ -152,6 +160,11 @@ def apply(
         MeasuredPeakError: the step needs more than the plan's budget here.
         PlanCheckError: the planned step fails. This is a fault of the planner.
     """
+    arguments.check_plan(plan, Plan)
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    arguments.check_flags(strict=strict, dynamic=dynamic, compile=compile)
+    num_stages, loss, opaque = arguments.count(num_stages, "num_stages"), arguments.loss_choice(loss), arguments.names(opaque)
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
@@ -211,6 +224,9 @@ def sweep(
         InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError, NoScheduleFoundError: not one of the budgets has a plan.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    time_limit_s = arguments.seconds(time_limit_s)
     check_budgets(budgets, points, low, high)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     priced = price(model, args, kwargs, options)

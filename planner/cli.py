@@ -17,11 +17,13 @@ import argparse
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from planner.arguments import check_call, seconds
 from planner.errors import InputError, PlannerError
 from planner.graph import planfile
 from planner.graph.plan import Plan
@@ -30,7 +32,7 @@ from planner.graph.simulate import simulate
 from planner.report import figures, picture, sweepfile
 from planner.report.sweep import Sweep, sweep_graph
 from planner.solver.solve import Solver
-from planner.units import parse_budget
+from planner.units import kind, parse_budget
 
 _JSON_HELP = "print figures for machines instead of the table"
 _BUDGET_HELP = "bytes, '6GiB', or a fraction of the plain step's peak such as 0.6"
@@ -94,7 +96,7 @@ def _model_options(
     parser.add_argument(
         "--reserve", default=0, help="bytes of the budget to leave free, for example for optimizer state: '1GiB'"
     )
-    parser.add_argument("--loss", default=None, help="name of the output that backward starts from")
+    parser.add_argument("--loss", type=_loss, help="name or position of the output that backward starts from")
     costs = "run every distinct kernel once, or compute its time"
     parser.add_argument("--costs", choices=("measure", "estimate"), default="measure", help=costs)
     there = "plan for a device that is not here, such as H100-80GB: nothing is allocated, times are estimated"
@@ -149,7 +151,13 @@ def _budget(text: str) -> float | str:
         return text
 
 
+def _loss(text: str) -> int | str:
+    """Digits are a position among the outputs; everything else is a name."""
+    return int(text) if text.isdecimal() and len(text) < 10 else text
+
+
 def _solve(arguments: argparse.Namespace) -> int:
+    arguments.time_limit = seconds(arguments.time_limit, "--time-limit")
     graph = planfile.load_graph(Path(arguments.graph))
     if arguments.sweep is not None:
         print(sweep_graph(graph, points=arguments.sweep, time_limit_s=arguments.time_limit))
@@ -319,11 +327,27 @@ def _load(target: str, **sizes: int) -> tuple[Any, tuple[Any, ...], dict[str, An
     Raises:
         InputError: no such file or function, or it returned something else than (model, args, kwargs).
     """
-    built = _function(target)(**sizes)
+    try:
+        built = _function(target)(**sizes)
+    except PlannerError:
+        raise
+    except Exception as error:
+        raise InputError(f"{target} cannot be run: {_reason(error, target)}") from error
     if not isinstance(built, tuple) or len(built) != 3:
-        raise InputError(f"{target} must return (model, args, kwargs), not a {type(built).__name__}")
+        raise InputError(f"{target} must return (model, args, kwargs), not {kind(built)}")
     model, args, kwargs = built
-    return model, tuple(args), dict(kwargs)
+    check_call(args, kwargs)
+    return model, tuple(args), dict(kwargs or {})
+
+
+def _reason(error: Exception, target: str) -> str:
+    """An exception of the user's file in a line, with the last line of that file that led to it."""
+    file = target.rpartition(":")[0]
+    lines = [entry.lineno for entry in traceback.extract_tb(error.__traceback__) if entry.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    where = f" at {Path(file).name}:{lines[-1]}" if lines else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def _function(target: str) -> Callable[..., Any]:

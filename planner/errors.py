@@ -17,16 +17,29 @@ class InfeasibleBudgetError(PlannerError):
     Attributes:
         budget_bytes: what was asked for.
         floor_bytes: the least any schedule of this graph, in its captured backward order, can reach.
+        culprit: the op that holds it, and what it holds, in words.
+        advice: what would lower it, in words; follows "Raise the budget to ...".
     """
 
-    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int) -> None:
+    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int, culprit: str = "", advice: str = "") -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes
+        self.culprit, self.advice = culprit, advice
 
 
 class NoScheduleFoundError(PlannerError):
-    """The time given ran out before a schedule was found; the budget was not proven infeasible."""
+    """The time given ran out before a schedule was found; the budget was not proven infeasible.
+
+    Attributes:
+        lowest_bytes: the lowest peak that was found; None where nothing was searched.
+        floor_bytes: no schedule has a lower peak than this.
+        solve_s: wall seconds spent.
+    """
+
+    def __init__(self, message: str, *, lowest_bytes: int | None = None, floor_bytes: int = 0, solve_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.lowest_bytes, self.floor_bytes, self.solve_s = lowest_bytes, floor_bytes, solve_s
 
 
 class SolverMissingError(PlannerError):

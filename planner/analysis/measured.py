@@ -17,7 +17,7 @@ from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakErro
 from planner.graph.plan import NOT_RUN, RUN
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
-from planner.units import format_bytes
+from planner.units import enough_text, format_bytes
 
 
 def time_step(
@@ -154,7 +154,9 @@ def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> Co
     needs += f"(its plan: {format_bytes(planned.plan.peak_bytes)})"
     if planned.step.is_compiled:
         return CompileError(f"compiled, {needs}. Plan without compile=True, which keeps the budget")
-    cure = f"Raise the budget to {peak_bytes} bytes"
+    # a plan for a larger budget is measured again, and how far the allocator strays changes from step to step
+    enough = peak_bytes + max(0, peak_bytes - planned.plan.peak_bytes) // 2
+    cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes)"
     if planned.plan.is_estimated:
         cure += ", or plan with costs='measure': what kernels need for themselves cannot be estimated"
     elif can_stray(planned):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from planner import arguments
 from planner.analysis.measured import seconds_of
 from planner.analysis.side import Call, Side, check_call, copy_of
 from planner.analysis.state import (
@@ -57,8 +58,9 @@ def verify(
         InputError: `planned` is no planned module, the call is not the one planned for, the model cannot be copied, or its copy
             does not run planned: then there is nothing to compare.
     """
-    if not isinstance(planned, CheckpointedModule):
-        raise InputError(f"verify takes the module that plan() returned, not a {type(planned).__name__}")
+    arguments.check_planned(planned, CheckpointedModule, "verify")
+    arguments.check_call(args, kwargs)
+    rounds = arguments.count(rounds, "rounds", least=0)
     call = check_call(planned, args, kwargs, "verify needs")
     before = generators()
     try:

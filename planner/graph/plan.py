@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from planner.arguments import check_flags, check_path, seconds
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
@@ -101,7 +102,8 @@ class Plan:
         Returns:
             a `planner.report.explain.Explanation`, which prints as a table.
         """
-        return _report("explain").explain(self, prices=prices, time_limit_s=time_limit_s)
+        check_flags(prices=prices)
+        return _report("explain").explain(self, prices=prices, time_limit_s=seconds(time_limit_s))
 
     def plot(self, path: str | Path) -> None:
         """Draw live bytes over the step, plain above planned, into a .png or .svg file.
@@ -110,6 +112,7 @@ class Plan:
             PlotMissingError: matplotlib (the extra `plot`) is not installed.
             InputError: another suffix, or the file cannot be written.
         """
+        check_path(path)
         _report("timeline").plot(self, path)
 
     def trace(self, path: str | Path) -> None:
@@ -118,6 +121,7 @@ class Plan:
         Raises:
             InputError: the file cannot be written.
         """
+        check_path(path)
         _report("trace").trace(self, path)
 
     def save(self, path: str | Path) -> None:

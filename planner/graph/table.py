@@ -52,6 +52,8 @@ def _measured(plan: Plan) -> str:
 
 
 def _where(plan: Plan) -> str:
+    if not plan.graph.ops:
+        return "no op"
     op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
     return f"{op.name} ({op.source})" if op.source else op.name
 

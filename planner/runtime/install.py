@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from planner import arguments
 from planner.errors import InputError
 from planner.graph.plan import Plan
 from planner.runtime.functions import Program
@@ -99,11 +100,12 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
     Raises:
         InputError: a planned module was made from another model, or none was given.
     """
+    arguments.check_model(model)
+    arguments.check_flags(strict=strict)
     if not planned:
         raise InputError("install needs at least one planned module: install(model, plan(model, budget, args, kwargs))")
     for module in planned:
-        if not isinstance(module, CheckpointedModule):
-            raise InputError(f"install takes modules that plan() returned, not a {type(module).__name__}")
+        arguments.check_planned(module, CheckpointedModule, "install")
         if module.original is not model:
             raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
     uninstall(model)
@@ -115,6 +117,7 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install`; does nothing where nothing is installed."""
+    arguments.check_model(model)
     forward = vars(model).get("forward")
     if isinstance(forward, PlannedForward):
         forward.restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,8 +13,8 @@ from torch import nn
 
 from planner import _torch
 from planner._torch import pytree
-from planner.errors import CaptureError, InputError, PlannerError
-from planner.tracer import fidelity, parts
+from planner.errors import CaptureError, PlannerError
+from planner.tracer import fidelity, parts, raising
 from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.constants import Constants
@@ -25,11 +25,12 @@ from planner.tracer.host.reads import Reads
 from planner.tracer.host.state import Effect, HostKey, Path, Ref, same_build, weight_keys
 from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import CallSpec, Joint, Output
+from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.normalize import normalize
+from planner.tracer.outputs import check_constant, is_cache, warn_left_out
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
-
-Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
+from planner.tracer.refusal import refusal
 
 
 def capture(
@@ -50,9 +51,7 @@ def capture(
     Args:
         model: in training mode, on the device it will train on.
         args, kwargs: an example call; tensors in any pytree, other leaves are held fixed.
-        loss: which output backward starts from: attribute or key ("loss"), position, or a function of
-            the output. Default: the output if it is one scalar; its `.loss` or ["loss"]; else every
-            output that requires grad.
+        loss: which output backward starts from; see `planner.tracer.loss.loss_leaves`.
         opaque: qualified names of submodules to run as they are.
         elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
 
@@ -109,6 +108,7 @@ def _capture(
             step.restore()
             if installed is not None:
                 vars(model)["forward"] = before
+    warn_left_out(model, step.outputs)
     joint = normalize(
         exported,
         names=step.names,
@@ -140,22 +140,8 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
         return step.export([*tensors, *step.state_inputs()])
     except PlannerError:
         raise
-    except _torch.DynamicOutputShapeException as error:
-        raise CaptureError(
-            f"{error.func} at {step.where} makes a tensor whose shape depends on the data; "
-            "a plan needs fixed shapes. Rewrite it with a mask, or leave this part out of the planned module.",
-            module=step.where_module,
-        ) from error
-    except (_torch.DataDependentOutputException, _torch.UnsupportedOperatorException) as error:
-        raise CaptureError(
-            f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured", module=step.where_module
-        ) from error
     except Exception as error:
-        where = f" (last kernel at {step.where})" if step.where else ""
-        message = (str(error).splitlines() or [""])[0]
-        raise CaptureError(
-            f"the model cannot be captured{where}: {type(error).__name__}: {message}", module=step.where_module
-        ) from error
+        raise refusal(error, step.where, step.where_module) from error
 
 
 class _Handed(torch.autograd.Function):
@@ -266,7 +252,7 @@ class Step(nn.Module):
 
     def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
         """Trace forward and backward."""
-        with parts.known(self.calls):
+        with parts.known(self.calls), _torch.kernels_replaced(raising.stand_ins()):
             if self._elsewhere is None:
                 return _torch.export_joint(self, _torch.fake_inputs(tensors))
             return self._elsewhere.as_there(_torch.export_joint(self, self._stand_ins(tensors), self._elsewhere.choices))
@@ -329,8 +315,12 @@ class Step(nn.Module):
                 self._place_state(tensors[len(self._tensors) :], given)
                 out = self.call(tensors, weights)
                 _write_reassigned(given, weights)
-                paths, self.out_spec = pytree.tree_flatten_with_path(out)
-                handed = self._hand_out(out, paths, tensors, given)
+                leaves, names, self.out_spec = flatten_output(out)
+                for name, leaf in zip(names, leaves, strict=True):
+                    if not isinstance(leaf, torch.Tensor):
+                        check_constant(leaf, name)
+                losses = loss_leaves(out, leaves, self._loss)
+                handed = self._hand_out(leaves, names, losses, tensors, given)
         finally:
             self.where = tracing.where
         self.reads = [(value, where) for _, value, where in tracing.read]
@@ -346,20 +336,21 @@ class Step(nn.Module):
                 path.set(self.model, weights[name])
 
     def _hand_out(
-        self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+        self,
+        leaves: Sequence[Any],
+        names: Sequence[str],
+        losses: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
     ) -> list[torch.Tensor]:
         """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
-        leaves = [leaf for _, leaf in paths]
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                _check_constant(leaf)
-        starts = {id(leaf) for leaf in loss_leaves(out, leaves, self._loss)}
-        names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
+        starts = {id(leaf) for leaf in losses}
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
         for name, leaf in zip(names, leaves, strict=True):
             if not isinstance(leaf, torch.Tensor):
-                self.outputs.append(Output(name, None, constant=leaf))
+                left_out = is_cache(leaf)
+                self.outputs.append(Output(name, None, constant=None if left_out else leaf, left_out=left_out))
             elif any(leaf is tensor for tensor in tensors):
                 position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
                 self.outputs.append(Output(name, None, input=position))
@@ -416,45 +407,3 @@ def _write_reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tens
         if isinstance(tensor, nn.Parameter) or new.shape != tensor.shape or new.dtype != tensor.dtype:
             raise CaptureError(f"the model's forward replaces {name} by another tensor; only in-place updates can be planned")
         tensor.copy_(new.detach())
-
-
-def _check_constant(leaf: Any) -> None:
-    if not isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
-        kind = type(leaf)
-        raise CaptureError(
-            f"the model returns a {kind.__module__}.{kind.__qualname__}, which is not a known container. Register it: "
-            f"torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten) "
-            "(torch.export.register_dataclass for a dataclass), or switch it off (transformers: use_cache=False)"
-        )
-
-
-def loss_leaves(out: Any, leaves: list[Any], loss: Loss) -> list[torch.Tensor]:
-    """The output leaves that backward starts from; `loss` as for `capture`."""
-    candidates = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if loss is None:
-        named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-        chosen = [named] if isinstance(named, torch.Tensor) else candidates
-    elif callable(loss):
-        picked = loss(out)
-        chosen = [picked] if isinstance(picked, torch.Tensor) else list(picked)
-    else:
-        chosen = [_member(out, loss)]
-    for leaf in chosen:
-        if not isinstance(leaf, torch.Tensor) or not any(leaf is other for other in leaves):
-            raise InputError(f"loss={loss!r} does not name a tensor of the model's output (found {type(leaf).__name__})")
-        if not leaf.requires_grad:
-            raise InputError(f"the output named by loss={loss!r} does not require grad: nothing to differentiate")
-    if not chosen:
-        raise InputError("no output of the model requires grad: nothing to differentiate")
-    return chosen
-
-
-def _member(out: Any, loss: str | int) -> Any:
-    try:
-        if isinstance(loss, str) and hasattr(out, loss):
-            return getattr(out, loss)
-        if isinstance(out, torch.Tensor):
-            raise TypeError("it is a single tensor")
-        return out[loss]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"the model's output has no {loss!r}: {type(error).__name__}: {error}") from error

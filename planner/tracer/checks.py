@@ -31,7 +31,8 @@ def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.devic
                 f"{name} is on the meta device: give the model storage first, model.to_empty(device=...), "
                 "or plan for a device that is not here, plan(..., device='H100-80GB')"
             )
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 0}
+    held = (*model.parameters(), *model.buffers())
+    devices = {t.device for t in held if t.dim() > 0} or {t.device for t in held}  # a scalar may lie elsewhere beside others
     if len(devices) > 1:
         raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
     (device,) = devices

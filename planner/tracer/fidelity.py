@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,6 +26,10 @@ _OWN_HOOKS = ("torch.nn.utils", "transformers.")
 _PACKAGE = str(Path(__file__).parent.parent)
 _CALLER = str(Path(__file__).with_name("capture.py"))  # who calls the model: frames beyond are not the model's
 _TORCH = str(Path(torch.__file__).parent)
+_DISTRIBUTIONS = str(Path(torch.__file__).parent / "distributions")
+VALIDATIONS: set[str] = set()
+"""Lines that ran code of torch.distributions, whose argument checks read tensor values: for errors."""
+_STDLIB = str(Path(functools.__file__).parent)
 
 
 class ModuleStack:
@@ -84,18 +89,32 @@ def is_foreign(hook: Any) -> bool:
 
 
 def user_line() -> str:
-    """'file.py:12' of the innermost running frame of the model's own code, else of torch's."""
+    """'file.py:12' of the innermost running frame of the model's own code; where only torch's runs, '(BatchNorm2d)'.
+
+    Frames of torch, of the standard library and of this package are no place that a user can go to.
+    """
     frame: FrameType | None = sys._getframe(1)
-    inside_torch = ""
+    inside_torch, is_validation = "", False
     while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename
-        line = f"{Path(file).name}:{frame.f_lineno}"
-        if file.startswith(_TORCH):
-            inside_torch = inside_torch or line
-        elif not file.startswith(_PACKAGE):
+        if is_users(file):
+            line = f"{Path(file).name}:{frame.f_lineno}"
+            if is_validation:
+                VALIDATIONS.add(line)
             return line
+        is_validation = is_validation or file.startswith(_DISTRIBUTIONS)
+        module = frame.f_locals.get("self") if frame.f_code.co_name == "forward" and not inside_torch else None
+        if isinstance(module, nn.Module) and file.startswith(_TORCH):
+            inside_torch = f"({type(module).__name__})"
         frame = frame.f_back
     return inside_torch
+
+
+def is_users(file: str) -> bool:
+    """A source file of the user's, or of a library other than torch, the standard library and this package."""
+    if file.startswith((_TORCH, _PACKAGE, "<")):
+        return file.startswith("<ipython")
+    return not file.startswith(_STDLIB) or "site-packages" in file or "dist-packages" in file
 
 
 class Tracing(TorchDispatchMode):

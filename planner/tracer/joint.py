@@ -48,6 +48,7 @@ class Output:
         requires_grad: eager's output requires grad (it does not when False).
         constant: the leaf itself where it is no tensor.
         input: position among the call's tensor leaves, then `Joint.state`, where it is an input handed through.
+        left_out: None takes the place of what eager returns (a key-value cache).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Output:
     requires_grad: bool = False
     constant: Any = None
     input: int | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from planner.tracer import kernels
 from planner.tracer.joint import Joint
 from planner.tracer.mutation import blind_arguments, new_statistics, updates_statistics
 from planner.tracer.parts import part_of
+from planner.tracer.raising import raises
 from planner.tracer.randomness import is_random
 from planner.tracer.storage import Storages, items, mutates
 
@@ -129,7 +130,7 @@ class _Lowering:
 
     def _recomputable(self, node: fx.Node, forward: bool) -> bool:
         """A second execution is sure to give the same bits and to change nothing."""
-        if node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
+        if raises(node) or node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
             return False
         part = part_of(node)
         if part is not None and not part.repeatable:
