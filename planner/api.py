@@ -93,12 +93,13 @@ def plan(
     priced = price(model, args, kwargs, options)
     budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+    fraction = budget if isinstance(budget, float) else None
 
     def within(aim_bytes: int) -> CheckpointedModule:
         with stage("solve", progress):
             made = priced.plan(aim_bytes, time_limit_s)
         made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
-        step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
+        step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile, fraction)
         return CheckpointedModule(model, step, made, strict)
 
     if compile or (priced.joint.device.type == "cuda" and options.target is None):

@@ -18,6 +18,7 @@ import torch
 
 from planner._torch import keeps_graph, release_saved
 from planner.errors import BackwardError
+from planner.runtime.backward_key import BackwardKey, backward_key
 from planner.tracer.kernels import rng_put_back_on_error
 
 Boxed = Callable[[list[Any]], tuple[Any, ...]]
@@ -41,6 +42,9 @@ class Program:
         describe: per output, its name in errors.
         swaps: per stage: it runs something again under an earlier state of the random generator.
         device: where the step runs.
+        stage_gradients: per stage, positions of its gradients among the joint graph's.
+        inputs: names of the inputs, for errors.
+        key: what the stages are right for.
         tickets: positions, among the saved activations, of opaque parts' tickets, which are no tensors.
     """
 
@@ -57,21 +61,56 @@ class Program:
     describe: tuple[str, ...]
     swaps: tuple[bool, ...]
     device: torch.device
+    stage_gradients: tuple[tuple[int, ...], ...]
+    inputs: tuple[str, ...]
+    key: BackwardKey
     tickets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OtherBackward:
+    """The backward of a program for another key.
+
+    Attributes:
+        run: boxed; what it reads of what the forward saved, then gradients of outputs -> gradients.
+        takes: positions of the former, among saved activations and then saved inputs.
+        tangents: positions (among the outputs) of the latter, in its order.
+        gradients: per gradient of the program, in the joint graph's order, its position among the results; None where there
+            is none.
+        swaps: it runs something again under an earlier state of the random generator.
+        peak_bytes: of its step, simulated.
+    """
+
+    run: Boxed
+    takes: tuple[int, ...]
+    tangents: tuple[int, ...]
+    gradients: tuple[int | None, ...]
+    swaps: bool
+    peak_bytes: int
+
+
+FindBackward = Callable[[BackwardKey, Sequence[torch.Tensor | None]], OtherBackward | None]
 
 
 @dataclass(slots=True)
 class Run:
-    """One call: hands the inputs to the forward and what is alive from stage to stage of the backward."""
+    """One call: hands the inputs to the forward and what is alive from stage to stage of the backward.
+
+    Attributes:
+        find_backward: the backward for gradients that are not as planned.
+        complete: gradients of the later stages, by stage, where another backward has computed them all.
+    """
 
     program: Program
     inputs: list[torch.Tensor]
+    find_backward: FindBackward
     alive: list[torch.Tensor] = field(default_factory=list)
+    complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
 
 
-def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def run(program: Program, inputs: Sequence[torch.Tensor], find_backward: FindBackward) -> tuple[torch.Tensor, ...]:
     """Outputs of the forward on `inputs`, wired for backward."""
-    this = Run(program, list(inputs))
+    this = Run(program, list(inputs), find_backward)
     token: torch.Tensor | None = None
     for k in range(len(program.owners) - 1, 0, -1):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in program.owners[k]))
@@ -103,7 +142,12 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
         this: Run = ctx.run
         program = this.program
-        check_backward(tangents, program.tangents, program.describe, program.device)
+        came = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        check_backward(tangents, came, program.describe, program.device)
+        key = backward_key(tangents)
+        other = None if key == program.key else this.find_backward(key, tangents)
+        if other is not None:
+            _check_unreached(ctx, program, other)
         held = release_saved(ctx)
         checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
         for i, ticket in zip(program.tickets, reversed(ctx.tickets), strict=False):
@@ -112,9 +156,13 @@ class _Forward(torch.autograd.Function):
             ctx.tickets = []
         unchecked = ctx.unchecked
         alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in program.saved_inputs]
-        alive += [tangent for tangent in (tangents[i] for i in program.tangents) if tangent is not None]
+        if other is not None:
+            alive = [alive[i] for i in other.takes]
+        taken = program.tangents if other is None else other.tangents
+        alive += [tangent for tangent in (tangents[i] for i in taken) if tangent is not None]
         del held, checked, tangents
-        grads = _run_stage(this, 0, alive)
+        this.complete = []
+        grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
         token = torch.empty(0, device=program.device) if ctx.has_token else None
         return (None, token, *grads)
 
@@ -129,7 +177,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
         this: Run = ctx.run
         alive, this.alive = this.alive, []
-        grads = _run_stage(this, ctx.stage, alive)
+        grads = this.complete.pop(0) if this.complete else _run_stage(this, ctx.stage, alive)
         return (None, None, torch.empty(0, device=this.program.device) if ctx.has_token else None, *grads)
 
 
@@ -140,6 +188,42 @@ def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.
     num_gradients = len(program.owners[stage])
     this.alive = list(results[num_gradients:])
     return results[:num_gradients]
+
+
+def _run_other(this: Run, other: OtherBackward, alive: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """Run another backward as a whole; the gradients of the first stage's inputs. The taps hand out the rest."""
+    program = this.program
+    with rng_put_back_on_error(program.device) if other.swaps else contextlib.nullcontext():
+        results = other.run(alive)
+    this.alive = []
+    this.complete = [
+        tuple(None if (at := other.gradients[i]) is None else results[at] for i in stage) for stage in program.stage_gradients
+    ]
+    return this.complete.pop(0)
+
+
+def _check_unreached(ctx: Any, program: Program, other: OtherBackward) -> None:
+    """Raise BackwardError where it would show that autograd visits inputs which this backward has no gradient for.
+
+    Eager's graph does not reach them. Here they get None: a parameter's `grad` stays as it is, but its tensor hooks would run,
+    and so would the backward of whatever has made an input.
+    """
+    if None not in other.gradients:
+        return
+    for owned, gradients in zip(program.owners, program.stage_gradients, strict=True):
+        edges = [edge for edge, _ in ctx.next_functions]
+        later = edges.pop(0) if ctx.has_token else None
+        for position, gradient, edge in zip(owned, gradients, edges, strict=True):
+            if other.gradients[gradient] is not None or edge is None:
+                continue
+            leaf = getattr(edge, "variable", None)
+            why = "was computed by an earlier step" if leaf is None else "has a tensor hook" if leaf._backward_hooks else ""
+            if why:
+                raise BackwardError(
+                    f"this backward does not reach {program.inputs[position]}, which {why}: eager would leave it alone, a planned "
+                    "module cannot. Use the original model for this step, or plan a module that ends where this loss begins."
+                )
+        ctx = later
 
 
 def check_backward(

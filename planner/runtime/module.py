@@ -18,6 +18,7 @@ from planner.graph.plan import Plan
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
+from planner.runtime.backwards import Backwards
 from planner.runtime.functions import Boxed, Program, run
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
@@ -137,6 +138,7 @@ class CheckpointedModule(fx.GraphModule):
             self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
             given = self.__dict__.pop("_given", None)
             self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
+            self.__dict__["_backwards"] = Backwards(self._original, self._step, self.plan, _compiled_backward(self._step, self._original))
             self.__dict__["_inputs"] = _picker(_positions(self._step))
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
         return code
@@ -158,7 +160,7 @@ class CheckpointedModule(fx.GraphModule):
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and guard.is_about_inputs(miss) else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            found = run(self._program, inputs)
+            found = run(self._program, inputs, self._backwards.find)
         leaves = [
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in step.joint.outputs
@@ -284,9 +286,18 @@ def _positions(step: Step) -> list[int]:
     return sources
 
 
+def _compiled_backward(step: Step, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
+    """Makes code of a backward graph of this step."""
+    return lambda backward: _boxed(backward, _parts(step, model), step.joint.device if step.is_compiled else None)
+
+
+def _parts(step: Step, model: nn.Module) -> dict[str, Part]:
+    return {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+
+
 def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
     """Positions and code for the runtime."""
-    parts = {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+    parts = _parts(step, model)
     joint, halves = step.joint, step.halves
     compiled_for = joint.device if step.is_compiled else None
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
@@ -313,5 +324,8 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
         swaps=tuple(any(node.target is kernels.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
+        stage_gradients=tuple(stage.gradients for stage in stages),
+        inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
+        key=step.backward_key,
         tickets=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets),
     )

@@ -21,6 +21,7 @@ from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.normalize import normalize
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
+from planner.tracer.replay import Replay, Strides, with_strides
 
 Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
 
@@ -33,6 +34,7 @@ def capture(
     loss: Loss = None,
     opaque: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
+    replay: Replay | None = None,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
@@ -48,11 +50,15 @@ def capture(
             output that requires grad.
         opaque: qualified names of submodules to run as they are.
         elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
+        replay: the call was captured before, and is again for other gradients; its tensors may then be fake. Takes the place
+            of `loss`, and nothing is run.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
         CaptureError: the model cannot be traced; names the operation and the user's line.
     """
+    if replay is not None:
+        return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere, replay)
     opaque, first = parts.parts_from_start(model, opaque), None
     if elsewhere is not None and opaque:
         raise CaptureError(
@@ -72,7 +78,13 @@ def capture(
 
 
 def _capture(
-    model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str], elsewhere: Elsewhere | None
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    loss: Loss,
+    opaque: Collection[str],
+    elsewhere: Elsewhere | None,
+    replay: Replay | None = None,
 ) -> Joint:
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
@@ -85,13 +97,16 @@ def _capture(
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss, elsewhere)
     step.parts, step.device = tuple(opaque), device
+    if replay is not None:
+        step.replay, step.recorded, step.calls = replay, replay.recorded, dict(replay.calls)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with fidelity.untouched(model):
         installed = getattr(vars(model).get("forward"), "unplanned", None)
         if installed is not None:  # a plan is made of the model's own forward, not of a plan
             vars(model)["forward"] = installed
         exported = _export(step, given)
-        _refuse_counting(step, given, exported)
+        if replay is None:
+            _refuse_counting(step, given, exported)
     joint = normalize(
         exported,
         names=step.names,
@@ -106,6 +121,7 @@ def _capture(
         joint,
         volatile=frozenset((change.module, change.name) for change in step.changes),
         elsewhere="" if elsewhere is None else elsewhere.name,
+        recorded=None if step.recorded is None else tuple(step.recorded),
     )
 
 
@@ -149,7 +165,7 @@ def _is_constant(held: Any) -> bool:
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
     """Trace; if the model reads tensor values, or has opaque parts, learn about these in a real forward before."""
     try:
-        if step.parts:
+        if step.parts and step.replay is None:
             step.record(tensors)
         try:
             return step.export(tensors)
@@ -180,12 +196,13 @@ class _Handed(torch.autograd.Function):
     """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, strides: Strides | None) -> torch.Tensor:
+        ctx.strides = strides
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return with_strides(grad, ctx.strides), None
 
 
 class Step(nn.Module):
@@ -200,6 +217,7 @@ class Step(nn.Module):
         changes: what the forward changes on Python's side.
         parts: names of the submodules that run as they are.
         calls: their calls, as recorded, by key.
+        replay: what is known of the call from an earlier capture.
     """
 
     def __init__(
@@ -232,6 +250,7 @@ class Step(nn.Module):
         self.changes: list[fidelity.Change] = []
         self.parts: Sequence[str] = ()
         self.calls: dict[str, PartCall] = {}
+        self.replay: Replay | None = None
         self.device = torch.device("cpu")
 
     @property
@@ -320,7 +339,7 @@ class Step(nn.Module):
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 _check_constant(leaf)
-        starts = {id(leaf) for leaf in loss_leaves(out, leaves, self._loss)}
+        starts = {id(leaf) for leaf in loss_leaves(out, leaves, self._loss)} if self.replay is None else set()
         names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
@@ -331,9 +350,12 @@ class Step(nn.Module):
                 position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
                 self.outputs.append(Output(name, None, input=position))
             else:
-                differentiated = id(leaf) in starts
-                results.setdefault(id(leaf), _Handed.apply(leaf) if differentiated else leaf.detach())
-                self.outputs.append(Output(name, list(results).index(id(leaf)), differentiated, leaf.requires_grad))
+                position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
+                strides = None if self.replay is None else self.replay.strides[position]
+                differentiated = id(leaf) in starts or strides is not None
+                if position == len(results):
+                    results[id(leaf)] = _Handed.apply(leaf, strides) if differentiated else leaf.detach()
+                self.outputs.append(Output(name, position, differentiated, leaf.requires_grad))
         self.num_results = len(results)
         return list(results.values())
 

@@ -129,6 +129,7 @@ class Joint:
         parts: recorded calls of opaque parts, by key.
         tickets: nodes that hold their tickets.
         elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
+        recorded: (kernel, value) of every host read, to capture the call again without running it; None where none was needed.
     """
 
     graph: fx.Graph
@@ -148,3 +149,4 @@ class Joint:
     parts: Mapping[str, PartCall] = field(default_factory=dict)
     tickets: frozenset[str] = frozenset()
     elsewhere: str = ""
+    recorded: tuple[tuple[str, Any], ...] | None = None

@@ -19,6 +19,7 @@ from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
 from planner.tracer.parts import is_traced_part, write_parts
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
+from planner.tracer.replay import set_layouts
 from planner.tracer.storage import Storages, mutates
 
 aten = torch.ops.aten
@@ -96,6 +97,7 @@ def _write_kernels(
 ) -> frozenset[str]:
     """Turn what was traced into the kernels that eager runs; nodes that hold opaque parts' tickets."""
     _drop_detach(graph)
+    set_layouts(graph)
     tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
     draw_as_eager(graph, device)
