@@ -213,7 +213,8 @@ class _Evicting:
 
     def steps(self) -> list[int]:
         """The steps of the backward."""
-        for self.time, i in enumerate(self.order):
+        for t, i in enumerate(self.order):
+            self.time = t
             self._run(i)
         return self.out
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
@@ -52,33 +52,52 @@ class Backwards:
     def __init__(self, model: nn.Module, step: Step, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
         """`compiled`: makes code of a backward graph."""
         self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
-        self._known: dict[BackwardKey, OtherBackward | BackwardError] = {}
+        self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward | BackwardError] = {}
 
-    def find(self, key: BackwardKey, gradients: Sequence[torch.Tensor | None]) -> OtherBackward | None:
+    def find(
+        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...] = ()
+    ) -> OtherBackward | None:
         """The backward for the gradients that came; None where the planned one is right for them.
+
+        `written`: positions of the saved activations that the caller has written into, which are to be recomputed.
 
         Raises:
             BackwardError: none is exact, or none fits the budget.
         """
-        known = self._known.get(key)
+        known = self._known.get((key, written))
         if known is None:
             key = normal(key, gradients)
-            if key == normal(self._step.backward_key, gradients):
+            if not written and key == normal(self._step.backward_key, gradients):
                 return None
-            known = self._known.get(key)
+            known = self._known.get((key, written))
         if known is None:
             if len(self._known) >= MOST_KEYS:
                 del self._known[next(iter(self._known))]
             try:
-                known = self._made(key, gradients)
+                known = self._made(gradients, written)
+            except BackwardError as error:
+                known = error
             except PlannerError as error:
-                known = error if isinstance(error, BackwardError) else BackwardError(f"{_described(self._step, gradients)}: {error}")
-            self._known[key] = known
+                known = BackwardError(f"{self._described(gradients, written)}: {error}")
+            self._known[key, written] = known
         if isinstance(known, BackwardError):
             raise BackwardError(*known.args)
         return known
 
-    def _made(self, key: BackwardKey, gradients: Sequence[torch.Tensor | None]) -> OtherBackward:
+    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
+        """The name of the first tensor that is no longer of the version it had; "" if there is none.
+
+        Args:
+            read: name, version when it was saved, and the tensor, where it is not one that the model holds.
+        """
+        held = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        for name, version, tensor in read:
+            now = held.get(name) if tensor is None else tensor
+            if now is not None and now._version != version:
+                return name
+        return ""
+
+    def _made(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
         begun = time.monotonic()
         step, plan = self._step, self._plan
         strides = tuple(None if gradient is None else gradient.stride() for gradient in gradients)
@@ -86,14 +105,15 @@ class Backwards:
         graph = _lowered(joint, plan, step)
         limits = _limits(graph, plan, step.fraction)
         storages = Storages(joint.graph)
-        given = {given.node for given in joint.inputs if given.kind is Kind.TANGENT} | set(step.halves.saved_inputs)
+        given = {given.node for given in joint.inputs if given.kind is Kind.TANGENT}
+        given |= {*step.halves.saved_inputs, *step.halves.spare}
         kept = {storages.root[node] for node in joint.graph.find_nodes(op="placeholder") if node.name in given}
-        kept |= set(step.halves.saved)
+        kept |= {name for i, name in enumerate(step.halves.saved) if i not in written}
         try:
             choice = reschedule(graph, plan.graph, plan.solution.schedule, kept, limits, backward_is_fixed(joint))
         except MissingValueError as error:
-            raise self._missing(error.value, joint, gradients) from None
-        what = _described(step, gradients)
+            raise self._missing(error.value, joint, self._described(gradients, written)) from None
+        what = self._described(gradients, written)
         if choice.peak_bytes > limits[-1]:
             raise self._over(choice, what)
         other = self._written(joint, graph, choice)
@@ -108,7 +128,7 @@ class Backwards:
 
     def _written(self, joint: Joint, graph: Graph, choice: Choice) -> OtherBackward:
         planned, halves = self._step.halves, partition(joint, graph, choice.schedule)
-        there = [*planned.saved, *planned.saved_inputs]
+        there = [*planned.saved, *planned.saved_inputs, *planned.spare]
         try:
             takes = tuple(there.index(name) for name in (*halves.saved, *halves.saved_inputs))
         except ValueError as error:
@@ -123,13 +143,12 @@ class Backwards:
             peak_bytes=choice.peak_bytes,
         )
 
-    def _missing(self, value: str, joint: Joint, gradients: Sequence[torch.Tensor | None]) -> BackwardError:
-        known = {given.node: given.key for given in joint.inputs}
+    def _missing(self, value: str, joint: Joint, what: str) -> BackwardError:
+        name = {given.node: given.key for given in joint.inputs}.get(value, value)
         where = joint.sources.get(value, "")
-        name = known.get(value, value)
         return BackwardError(
-            f"{_described(self._step, gradients)}: its backward reads {name}{f' ({where})' if where else ''}, which the plan "
-            f"neither saved nor can recompute, as its own backward has no use for it. {_CURE}"
+            f"{what}: its backward reads {name}{f' ({where})' if where else ''}, which the plan neither saved nor can "
+            f"recompute, as its own backward does not read it. {_CURE}"
         )
 
     def _over(self, choice: Choice, what: str) -> BackwardError:
@@ -137,8 +156,20 @@ class Backwards:
         would_do = choice.peak_bytes + max(plan.margin_bytes, choice.peak_bytes // 100)
         return BackwardError(
             f"{what}: with it this step needs {format_bytes(choice.peak_bytes)}, more than the budget of "
-            f"{format_bytes(plan.budget_bytes)} ({plan.margin_bytes} bytes of it kept free); budget={would_do} would do. {_CURE}"
+            f"{format_bytes(plan.budget_bytes)} ({plan.margin_bytes} bytes of it kept free); budget={would_do} would do. "
+            f"{_CURE}"
         )
+
+    def _described(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> str:
+        """What came otherwise than planned, for messages."""
+        step = self._step
+        name = {out.result: out.name for out in reversed(step.joint.outputs) if out.result is not None}
+        came = [f"{name[i]!r} with strides {tuple(g.stride())}" for i, g in enumerate(gradients) if g is not None]
+        planned = [f"{name[i]!r} with strides {strides}" for i, strides in enumerate(step.backward_key) if strides is not None]
+        roots = {step.halves.saved[i] for i in written}
+        modified = [repr(name[i]) for i, root in enumerate(step.halves.roots) if root in roots]
+        also = f", after {', '.join(modified)} {'was' if len(modified) == 1 else 'were'} modified in place" if modified else ""
+        return f"backward through {', '.join(came) or 'no output'}{also} (planned for {', '.join(planned)})"
 
 
 def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]:
@@ -151,19 +182,6 @@ def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]
     if fraction is None:
         return (limit,)
     return limit, max(limit, int(fraction * simulate(graph, keep_all(graph)).peak_bytes) - plan.margin_bytes)
-
-
-def _described(step: Step, gradients: Sequence[torch.Tensor | None]) -> str:
-    """The gradients that came, for messages."""
-    leaf = {out.result: out.name for out in reversed(step.joint.outputs) if out.result is not None}
-    came = [
-        f"{leaf[i]!r} with strides {tuple(gradient.stride())}" for i, gradient in enumerate(gradients) if gradient is not None
-    ]
-    return f"backward through {', '.join(came) or 'no output'} (planned for {_planned(step, leaf)})"
-
-
-def _planned(step: Step, leaf: dict[int, str]) -> str:
-    return ", ".join(f"{leaf[i]!r} with strides {s}" for i, s in enumerate(step.backward_key) if s is not None)
 
 
 def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
@@ -231,9 +249,7 @@ def _costs(joint: Joint, plan: Plan) -> Profile:
     if joint.device.type != "cuda":
         return measure(nodes, joint.device, progress=False)
     known = estimate(nodes, None)
-    return Profile(
-        {node.name: _with_copies(node, known.costs[node.name]) for node in nodes}, known.how, known.device
-    )
+    return Profile({node.name: _with_copies(node, known.costs[node.name]) for node in nodes}, known.how, known.device)
 
 
 def _with_copies(node: fx.Node, cost: KernelCost) -> KernelCost:

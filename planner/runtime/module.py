@@ -138,7 +138,8 @@ class CheckpointedModule(fx.GraphModule):
             self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
             given = self.__dict__.pop("_given", None)
             self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
-            self.__dict__["_backwards"] = Backwards(self._original, self._step, self.plan, _compiled_backward(self._step, self._original))
+            compiled = _compiled_backward(self._step, self._original)
+            self.__dict__["_backwards"] = Backwards(self._original, self._step, self.plan, compiled)
             self.__dict__["_inputs"] = _picker(_positions(self._step))
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
         return code
@@ -160,7 +161,7 @@ class CheckpointedModule(fx.GraphModule):
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and guard.is_about_inputs(miss) else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            found = run(self._program, inputs, self._backwards.find)
+            found = run(self._program, inputs, self._backwards)
         leaves = [
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in step.joint.outputs
@@ -312,6 +313,7 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
         forward=_boxed(forward, parts, compiled_for),
         stages=tuple(_boxed(stage.graph, parts, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
+        num_saved=len(halves.saved),
         aliased=halves.aliased,
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
         tangents=halves.tangents,
@@ -326,6 +328,14 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
         device=joint.device,
         stage_gradients=tuple(stage.gradients for stage in stages),
         inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
+        call_inputs=tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
         key=step.backward_key,
-        tickets=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets),
+        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets or name in halves.exposed),
+        exposed=frozenset(i for i, name in enumerate(halves.saved) if name in halves.exposed),
+        watched=tuple(
+            (i, halves.saved.index(root) if root in halves.exposed else None)
+            for i, root in enumerate(halves.roots)
+            if root in halves.saved or root in checked
+        ),
+        spare=tuple(position[name] for name in halves.spare),
     )

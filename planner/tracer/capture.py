@@ -98,7 +98,8 @@ def _capture(
     step = Step(model, template, tensors, in_spec, loss, elsewhere)
     step.parts, step.device = tuple(opaque), device
     if replay is not None:
-        step.replay, step.recorded, step.calls = replay, replay.recorded, dict(replay.calls)
+        step.replay, step.calls = replay, dict(replay.calls)
+        step.recorded = None if replay.recorded is None else list(replay.recorded)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with fidelity.untouched(model):
         installed = getattr(vars(model).get("forward"), "unplanned", None)
