@@ -20,6 +20,7 @@ from planner.profiler.optimizer import Optimizer
 from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
+from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss, capture
@@ -49,6 +50,8 @@ def plan(
     optimizer: Optimizer | None = None,
     master_weights: bool = False,
     compile: bool = False,
+    criterion: Criterion | None = None,
+    criterion_args: Sequence[Any] | None = None,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -76,6 +79,11 @@ def plan(
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
             kernels keep the budget is measured, as on CUDA.
+        criterion: a loss outside of the model, to be planned with it: a function or an nn.Module, called as
+            `criterion(output, *criterion_args)`. The planned module is then called
+            `loss, output = planned(*args, criterion_args=(y,), **kwargs)`; without criterion_args it returns the output. Its
+            parameters, buffers and state_dict are the model's alone.
+        criterion_args: an example of what the loss takes beside the output, such as (targets,).
 
     On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
     where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand. Hooks of modules
@@ -89,6 +97,7 @@ def plan(
         MeasuredPeakError: on CUDA: planned for ever less, the step was still measured to need more than the budget.
     """
     units.check_budget(budget)
+    model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, tuple(opaque), criterion, criterion_args)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
     priced = price(model, args, kwargs, options)
     budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
@@ -119,6 +128,8 @@ def apply(
     opaque: Collection[str] = (),
     dynamic: bool = False,
     compile: bool = False,
+    criterion: Criterion | None = None,
+    criterion_args: Sequence[Any] | None = None,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving; arguments are as for `planner.plan`.
 
@@ -127,6 +138,7 @@ def apply(
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
     """
+    model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, tuple(opaque), criterion, criterion_args)
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)

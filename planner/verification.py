@@ -19,6 +19,7 @@ from planner._torch import pytree
 from planner.errors import CompileError, InfeasibleBudgetError, InputError, MeasuredPeakError, NoScheduleFoundError
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
+from planner.runtime.criterion import planned_model
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.kernels import rng_state
 from planner.units import format_bytes
@@ -281,9 +282,9 @@ class _Side:
         found = {
             f"output {i}": leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)
         }
-        found |= {f"gradient {name}": p.grad for name, p in self.module.named_parameters()}
+        found |= {f"gradient {name}": p.grad for name, p in planned_model(self.module).named_parameters()}
         found |= {f"input gradient {i}": tensor.grad for i, (tensor, _, _) in enumerate(self._inputs)}
-        found |= {f"buffer {name}": tensor.clone() for name, tensor in self.module.named_buffers()}
+        found |= {f"buffer {name}": tensor.clone() for name, tensor in planned_model(self.module).named_buffers()}
         found |= {f"input {i}": tensor.detach().clone() for i, (tensor, _, _) in enumerate(self._inputs)}
         found["rng"] = rng
         self.restore()

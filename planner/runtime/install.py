@@ -11,6 +11,7 @@ from torch import nn
 
 from planner.errors import InputError
 from planner.graph.plan import Plan
+from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program
 from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned
 from planner.runtime.step import Step
@@ -101,6 +102,11 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
     for module in planned:
         if not isinstance(module, CheckpointedModule):
             raise InputError(f"install takes modules that plan() returned, not a {type(module).__name__}")
+        if isinstance(module.original, WithCriterion):
+            raise InputError(
+                "a module planned with criterion= returns (loss, output), which model.forward does not: call the planned "
+                "module, loss, output = planned(*args, criterion_args=(y,))"
+            )
         if module.original is not model:
             raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
     uninstall(model)

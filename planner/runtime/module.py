@@ -19,6 +19,7 @@ from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
 from planner.runtime.backwards import Backwards
+from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.functions import Boxed, Program, run
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
@@ -80,7 +81,9 @@ class CheckpointedModule(fx.GraphModule):
         object.__setattr__(self, "_original", model)
         super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
         fresh = vars(nn.Module())
-        for name, held in vars(model).items():
+        if isinstance(model, WithCriterion):  # the model's hooks run within the call
+            fresh = {name: fresh[name] for name in ("_parameters", "_buffers", "_modules")}
+        for name, held in vars(planned_model(model)).items():
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)

@@ -37,8 +37,8 @@ class Step:
         num_stages: in how many parts the backward hands out gradients, at most.
         recapture: set where the plan is to hold for smaller inputs too.
         is_compiled: inductor compiles the halves wherever they are to run.
-        backward_key: what the backward is right for.
-        same_inputs: per tensor leaf of the call, the first leaf that was the same tensor.
+        backward_key: what the backward is right for; by default, what the joint graph was captured for.
+        same_inputs: per tensor leaf of the call, the first leaf that was the same tensor; by default, each is its own.
         fraction: the budget, where it was given as a fraction of the plain step's peak.
     """
 
@@ -51,6 +51,12 @@ class Step:
     backward_key: BackwardKey = ()
     same_inputs: tuple[int, ...] = ()
     fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.backward_key:
+            object.__setattr__(self, "backward_key", captured_key(self.joint))
+        if not self.same_inputs:
+            object.__setattr__(self, "same_inputs", tuple(range(len(self.key.inputs))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         joint, halves = self.joint, self.halves
@@ -92,4 +98,4 @@ def make_step(
     parts = {spec.module for spec in joint.parts.values()}
     key = guard.call_key(model, tensors, joint.device, joint.volatile, parts)
     same = tuple(next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors)
-    return Step(joint, halves, key, num_stages, recapture, is_compiled, captured_key(joint), same, fraction)
+    return Step(joint, halves, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)
