@@ -329,7 +329,7 @@ def test_an_output_that_the_plan_saved_nothing_for_is_refused_with_the_cure():
 def test_bytes_that_no_schedule_can_do_with_are_refused_with_numbers():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 512)), torch.randn(8, 16, 64)
-    module = plan(model, int(plan(model, 1.0, (x,), progress=False).plan.peak_bytes), (x,), progress=False)
+    module = plan(model, int(plan(model, 1.0, (x,), progress=False).plan.peak_bytes * 1.05), (x,), progress=False)
     transposed = LAYOUTS["transposed"](module(x).detach())
     with pytest.raises(BackwardError, match=r"more than the budget of .* budget=(\d+) would do") as caught:
         module(x).backward(transposed)
@@ -355,7 +355,7 @@ def test_strides_that_no_kernel_reads_are_not_another_key(caplog):
 
 
 def test_many_keys_come_and_go():
-    module, twin, x = planned_and_twin("mlp")
+    module, twin, x = planned_and_twin("linear")
     for stride in [*range(1, 11), 1]:
         make = lambda out, stride=stride: torch.ones(*out.shape[:-1], out.shape[-1] * stride)[..., ::stride]
         assert_same(*(step(each, (x,), lambda out, make=make: out.backward(make(out))) for each in (twin, module)))

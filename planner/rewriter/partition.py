@@ -43,7 +43,7 @@ class Halves:
         roots: per result, the name of its storage.
         exposed: those of the saved activations that are outputs and only read to recompute: eager does not read them, and does
             not notice when the caller writes into them.
-        spare: names of further inputs, which the exposed ones can be recomputed from.
+        spare: names of further inputs, from which a backward that was not planned may recompute more.
     """
 
     forward: fx.Graph
@@ -105,8 +105,9 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
     roots = [storages.root[node] for node in results]
     aliased = tuple(nodes[root].op == "placeholder" or root in roots[:i] for i, root in enumerate(roots))
     exposed = _exposed(graph, saved, roots)
-    spare_roots = _needed_inputs(graph, exposed, set(saved) - set(exposed))
-    spare = tuple(n for n in given_before if storages.root[nodes[n]] in spare_roots and n not in saved_inputs)
+    reread = {name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.reads}
+    mutated = {given.node for given in joint.inputs if given.mutated}
+    spare = tuple(n for n in given_before if storages.root[nodes[n]] in reread and n not in {*saved_inputs, *mutated})
     handed = tuple(int(given.key) for given in tangents)
     return Halves(before.out, after.out, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare)
 
@@ -114,22 +115,6 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
 def _exposed(graph: Graph, saved: Sequence[str], results: Collection[str]) -> tuple[str, ...]:
     read = {name for i in graph.backward_ops for name in graph.ops[i].reads}
     return tuple(name for name in saved if name in results and name not in read)
-
-
-def _needed_inputs(graph: Graph, names: Sequence[str], there: Collection[str]) -> set[str]:
-    """Inputs that a recompute of these values reads, where the values `there` need none."""
-    todo, seen = list(names), set(there)
-    needed: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in graph.producer:
-            todo.extend(graph.ops[graph.producer[name]].reads)
-        else:
-            needed.add(name)
-    return needed
 
 
 def _check_captured_order(graph: Graph, schedule: Schedule) -> None:

@@ -219,7 +219,6 @@ class _Evicting:
         return self.out
 
     def _run(self, i: int) -> None:
-        locked: set[str] = set()
         todo = [i]
         while todo:
             op = self.graph.ops[todo[-1]]
@@ -228,15 +227,11 @@ class _Evicting:
                 producer = self.graph.producer.get(missing)
                 if producer is None or producer >= self.graph.num_forward_ops or not self.graph.ops[producer].recomputable:
                     raise MissingValueError(missing)
-                locked.update(op.reads)
                 todo.append(producer)
                 continue
-            locked.update(op.reads)
-            step = todo.pop()
-            self._make_room(step, locked)
-            self.out.append(step)
+            self._make_room(todo[-1], {name for waiting in todo for name in self.graph.ops[waiting].reads})
+            self.out.append(todo.pop())
             self.there.update(op.writes)
-            locked.update(op.writes)
 
     def _make_room(self, step: int, locked: set[str]) -> None:
         op = self.graph.ops[step]

@@ -54,7 +54,7 @@ class Program:
             write into them.
         watched: (position of an output, position of the exposed saved activation in its storage) for every output whose storage
             the backward reads; None where it is not exposed, or an input's.
-        spare: positions of further inputs, which the exposed ones can be recomputed from once they were written into.
+        spare: positions of further inputs, from which a backward that was not planned may recompute more.
     """
 
     forward: Boxed
@@ -161,7 +161,7 @@ class _Forward(torch.autograd.Function):
         ctx.apart = {i: saved.pop(i) for i in reversed(program.apart)}
         for i in program.exposed:
             ctx.apart[i] = ctx.apart[i].detach()  # the output itself would hold what holds it
-        ctx.spare = [tensor.detach() for tensor in spare]
+        ctx.spare = spare
         ctx.watched = [outputs[i].detach() for i, _ in program.watched]  # views made in here have version counters of their own
         ctx.watched_versions = [tensor._version for tensor in ctx.watched]
         ctx.spare_versions = [tensor._version for tensor in spare]

@@ -6,6 +6,7 @@ other one reads. What was saved by the planned forward is known by the planned g
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -53,7 +54,7 @@ def graft(planned: Joint, other: Joint) -> Joint:
         made[node.name] = _planned_node(out, node, made, seen.get(node.name))
         if node.name in seen:
             now[seen[node.name]] = made[node.name]
-    num_forward_nodes = len(out.nodes) if any(True for _ in _forward(planned)) else 0
+    last = list(planned.graph.nodes)[planned.num_forward_nodes - 1].name if planned.num_forward_nodes else ""
     for node in other.graph.nodes:
         if node.op == "call_function" and node not in now:
             now[node] = out.node_copy(node, now.__getitem__)
@@ -68,7 +69,7 @@ def graft(planned: Joint, other: Joint) -> Joint:
         inputs=tuple(inputs),
         outputs=other.outputs,
         gradients=tuple((known[given.key], names[name]) for given, name in other.gradients),
-        num_forward_nodes=num_forward_nodes,
+        num_forward_nodes=next((i + 1 for i, node in enumerate(out.nodes) if node.name == last), 0),
         sources={names[name]: source for name, source in other.sources.items() if name in names} | planned.sources,
     )
 
@@ -77,8 +78,16 @@ def _placeholders(joint: Joint) -> Iterator[tuple[Input, fx.Node]]:
     return zip(joint.inputs, joint.graph.find_nodes(op="placeholder"), strict=True)
 
 
-def _forward(joint: Joint) -> Iterator[fx.Node]:
-    return (node for node in list(joint.graph.nodes)[: joint.num_forward_nodes] if node.op == "call_function")
+def _forward(joint: Joint) -> list[fx.Node]:
+    """The forward's calls, and what takes their results apart for the backward alone, which stands behind them."""
+    nodes = list(joint.graph.nodes)
+    before = [node for node in nodes[: joint.num_forward_nodes] if node.op == "call_function"]
+    known = set(before)
+    return before + [node for node in nodes[joint.num_forward_nodes :] if _takes_apart(node, known)]
+
+
+def _takes_apart(node: fx.Node, kernels: set[fx.Node]) -> bool:
+    return node.target is operator.getitem and node.args[0] in kernels
 
 
 def _identity(joint: Joint, given: Input) -> Any:
