@@ -52,7 +52,7 @@ class Backwards:
     def __init__(self, model: nn.Module, step: Step, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
         """`compiled`: makes code of a backward graph."""
         self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
-        self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward | BackwardError] = {}
+        self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward] = {}
 
     def find(
         self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...] = ()
@@ -71,17 +71,15 @@ class Backwards:
                 return None
             known = self._known.get((key, written))
         if known is None:
-            if len(self._known) >= MOST_KEYS:
-                del self._known[next(iter(self._known))]
             try:
                 known = self._made(gradients, written)
-            except BackwardError as error:
-                known = error
+            except BackwardError:
+                raise
             except PlannerError as error:
-                known = BackwardError(f"{self._described(gradients, written)}: {error}")
+                raise BackwardError(f"{self._described(gradients, written)}: {error}") from error
+            if len(self._known) >= MOST_KEYS:
+                del self._known[next(iter(self._known))]
             self._known[key, written] = known
-        if isinstance(known, BackwardError):
-            raise BackwardError(*known.args)
         return known
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
