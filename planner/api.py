@@ -22,6 +22,7 @@ from planner.profiler.optimizer import Optimizer
 from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
+from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import capture
@@ -55,6 +56,8 @@ def plan(
     also: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
     audit: bool = True,
     check: bool = True,
+    criterion: Criterion | None = None,
+    criterion_args: Sequence[Any] | None = None,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -90,6 +93,11 @@ def plan(
         audit: at the 2nd, 10th, 100th, 1000th, ... planned call, run the original forward beside the planned one from the same
             state, and compare results and state bit by bit. Where they differ, twice alike, the model trains unplanned
             from then on, with a warning (PlanAuditError where `strict`).
+        criterion: a loss outside of the model, to be planned with it: a function or an nn.Module, called as
+            `criterion(output, *criterion_args)`. The planned module is then called
+            `loss, output = planned(*args, criterion_args=(y,), **kwargs)`; without criterion_args it returns the output. Its
+            parameters, buffers and state_dict are the model's alone.
+        criterion_args: an example of what the loss takes beside the output, such as (targets,).
 
     On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
     where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator hands out
@@ -108,6 +116,8 @@ def plan(
     arguments.check_flags(strict=strict, dynamic=dynamic, check=check, audit=audit)
     time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
+    names = arguments.names(opaque)
+    model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, names, criterion, criterion_args)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
     recapture = Recapture(options.loss, tuple(options.opaque)) if dynamic else None
 
@@ -119,7 +129,8 @@ def plan(
             with stage("solve", progress):
                 made = priced.plan(aim_bytes, time_limit_s)
             made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
-            step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
+            fraction = float(budget) if units.is_fraction(budget) else None
+            step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile, fraction)
             return CheckpointedModule(model, step, made, strict, audits=audit)
 
         try:
@@ -151,6 +162,8 @@ def apply(
     dynamic: bool = False,
     compile: bool = False,
     check: bool = True,
+    criterion: Criterion | None = None,
+    criterion_args: Sequence[Any] | None = None,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving; arguments are as for `planner.plan`.
 
@@ -163,8 +176,9 @@ def apply(
     arguments.check_plan(plan, Plan)
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
-    arguments.check_flags(strict=strict, dynamic=dynamic, compile=compile)
+    arguments.check_flags(strict=strict, dynamic=dynamic, compile=compile, check=check)
     num_stages, loss, opaque = arguments.count(num_stages, "num_stages"), arguments.loss_choice(loss), arguments.names(opaque)
+    model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, opaque, criterion, criterion_args)
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)

@@ -255,13 +255,14 @@ class _Trial:
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
-        hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
-        try:
-            with self.untouched(), torch.autograd.graph.save_on_cpu():
+        with self.untouched(), torch.autograd.graph.save_on_cpu():
+            # from here on: what hooks write to before is put back
+            hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
+            try:
                 self.step()
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def record(self, names: Sequence[str]) -> dict[str, _Call]:
         """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""
@@ -273,13 +274,13 @@ class _Trial:
             found[name] = _Call(bare[0], bare[1], (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
-        hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
-        try:
-            with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
+            try:
                 self.model(*self._args, **self._kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return found
 
 

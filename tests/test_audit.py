@@ -164,7 +164,7 @@ def test_an_audited_call_is_as_any_other():
 def test_audits_can_be_switched_off(monkeypatch):
     model = Left().train()
     module = plan(model, 1.0, (X,), costs="estimate", progress=False, audit=False)
-    monkeypatch.setattr(CheckpointedModule, "_audited", lambda *_: pytest.fail("audited"))
+    monkeypatch.setattr(CheckpointedModule, "_audit", lambda *_: pytest.fail("audited"))
     for _ in range(11):
         module(X)
     assert module.num_planned_calls == 11

@@ -18,6 +18,7 @@ from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.tracer.outputs import without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -152,7 +153,7 @@ class Side:
         with torch.enable_grad():
             with autocast_of(self._planned):
                 out = self.module(*self.call[0], **self.call[1])
-            leaves = pytree.tree_leaves(out)
+            leaves = aligned(self._planned, pytree.tree_leaves(out))
             backward_of_ones(self._planned.starts(leaves, self._model), self._device)
         return leaves
 
@@ -166,6 +167,18 @@ class Side:
             torch.cuda.empty_cache()
             above = max(above, logical_peak(self.step, self._device))
         return resident_bytes(self._planned) + above
+
+
+def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
+    """An output's leaves as the plan numbers them; None for a cache that a planned output leaves out."""
+    outputs = planned.step.joint.outputs
+    if not any(out.left_out for out in outputs):
+        return list(leaves)
+    there = [i for i, out in enumerate(outputs) if not out.left_out and (out.result, out.input, out.constant) != (None,) * 3]
+    found: list[Any] = [None] * len(outputs)
+    for i, leaf in zip(there, without_caches(leaves), strict=True):
+        found[i] = leaf
+    return found
 
 
 def backward_of_ones(starts: Sequence[torch.Tensor], device: torch.device) -> None:

@@ -17,7 +17,17 @@ import torch
 from torch import nn
 
 from planner._torch import pytree
-from planner.analysis.side import Call, Side, autocast_of, backward_of_ones, copy_of, first_line, own_call, resident_bytes
+from planner.analysis.side import (
+    Call,
+    Side,
+    aligned,
+    autocast_of,
+    backward_of_ones,
+    copy_of,
+    first_line,
+    own_call,
+    resident_bytes,
+)
 from planner.analysis.state import strides_that_matter
 from planner.errors import InputError, PlanCheckError, PlannerError
 from planner.profiler.child import CAN_FORK, Child
@@ -174,7 +184,7 @@ def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
         uninstall(planned.original)
         with autocast_of(planned):
             out = unplanned_forward(planned.original)(*call[0], **call[1])
-        leaves = pytree.tree_leaves(out)
+        leaves = aligned(planned, pytree.tree_leaves(out))
         backward_of_ones(planned.starts(leaves), planned.device)
     except Exception as error:
         if not _is_out_of_memory(error):
@@ -217,7 +227,7 @@ def _check(planned: Any, call: Call) -> str:
             out, miss = planned.attempt(*call)
         if miss:
             raise NotRunError(f"the module takes its own example call for another: {miss} differs")
-        leaves = pytree.tree_leaves(out)
+        leaves = aligned(planned, pytree.tree_leaves(out))
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:
             backward_of_ones(planned.starts(leaves), planned.device)

@@ -23,6 +23,7 @@ from planner.analysis.state import (
 )
 from planner.errors import InputError
 from planner.results.verify_report import VerifyReport
+from planner.runtime.criterion import planned_model
 from planner.runtime.module import CheckpointedModule, PlanMissWarning
 
 FEWEST_PAIRS = 5
@@ -172,11 +173,11 @@ def _result(side: Side, states: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         found[f"output {i}"] = leaf
         if isinstance(leaf, torch.Tensor):
             found[f"output {i} strides"] = strides_that_matter(leaf)
-    found |= {f"gradient {name}": p.grad for name, p in side.module.named_parameters()}
+    found |= {f"gradient {name}": p.grad for name, p in planned_model(side.module).named_parameters()}
     found |= {f"input {i}": tensor for i, tensor in enumerate(side.inputs)}
     found |= {f"input gradient {i}": tensor.grad for i, tensor in enumerate(side.inputs)}
     module = side.module.original if isinstance(side.module, CheckpointedModule) else side.module
-    return found | state_of(module) | generators_as_leaves(after), after
+    return found | state_of(planned_model(module)) | generators_as_leaves(after), after
 
 
 class _Times(NamedTuple):

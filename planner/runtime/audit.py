@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from planner._torch import pytree
+from planner.graph.graph import Graph
+from planner.graph.plan import Plan
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.observe import HOOKS
-from planner.tracer.host.preserve import Generators, Preserved, keep_deep
-from planner.tracer.host.state import HostKey
-from planner.tracer.host.values import attributes
+from planner.tracer.host.preserve import Generators
+from planner.tracer.host.state import HostKey, remembered
 
 Digest = dict[str, Fingerprint]
 
@@ -30,24 +33,38 @@ def is_due(num_calls: int) -> bool:
     return num_calls == 2 or (num_calls >= 10 and set(str(num_calls)[1:]) == {"0"} and str(num_calls)[0] == "1")
 
 
-class Rewind:
-    """The state that a forward starts from: what it may change is put back by `restore`, as often as wanted."""
+_SMALL_BYTES = 4096
+"""Copies of running statistics and the like, which the part of a budget that is kept free for the allocator holds."""
 
-    def __init__(self, model: nn.Module, key: HostKey, inputs: Sequence[torch.Tensor], device: torch.device) -> None:
-        self._preserved = Preserved()
-        names = {id(module): "" for module in model.modules()}
-        todo: list[Any] = list(model.modules())
-        for scope in key.reads.scopes:
-            for name in scope.names:
-                self._preserved.keep_variable(scope.variables, name)
-                todo += keep_deep(self._preserved, scope.variables.get(name), names, name)
-        while todo and len(self._preserved.held) < _MOST_OBJECTS:
-            item = todo.pop()
-            if self._preserved.keep(item, type(item).__name__):
-                for held in list(attributes(item).values()):
-                    todo += keep_deep(self._preserved, held, names)
-        tensors = [*model.buffers(), *inputs]
-        self._contents = [(tensor, tensor.detach().clone()) for tensor in tensors if tensor.layout is torch.strided]
+
+def has_room(plan: Plan, written_bytes: int) -> bool:
+    """Whether an audit keeps the budget: the original's forward, then the planned one, beside copies of what is written."""
+    graph = plan.graph
+    made = {name for op in graph.ops[: graph.num_forward_ops] for name in op.writes}
+    forward = Graph(
+        ops=graph.ops[: graph.num_forward_ops],
+        values=tuple(value for value in graph.values if value.name in made or value.name in graph.inputs),
+        inputs=graph.inputs,
+        forward_outputs=graph.forward_outputs,
+        backward_outputs=(),
+        num_forward_ops=graph.num_forward_ops,
+    )
+    original = simulate(forward, keep_all(forward)).peak_bytes
+    boundary = plan.solution.schedule.boundary(graph)
+    planned = max(plan.timeline.live_bytes[: boundary + 1], default=0)
+    return max(original, planned) + max(0, written_bytes - _SMALL_BYTES) <= plan.budget_bytes
+
+
+class Rewind:
+    """The state that a forward starts from: what it changes is put back by `restore`, as often as wanted.
+
+    Args:
+        written: the tensors that it writes into.
+    """
+
+    def __init__(self, model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], device: torch.device) -> None:
+        self._preserved = remembered(model, key)
+        self._contents = [(tensor, tensor.detach().clone()) for tensor in written]
         self._states = _generator_states(device)
 
     def restore(self) -> None:
@@ -61,16 +78,25 @@ class Rewind:
             put_back()
 
 
-_MOST_OBJECTS = 20_000
-"""Objects followed from a model at most."""
-
-
 def _generator_states(device: torch.device) -> list[Callable[[], Any]]:
     generators = Generators(device)
-    restored: list[Callable[[], Any]] = [partial(torch.set_rng_state, torch.get_rng_state()), generators.remembered()]
-    for index in generators.devices():
-        restored.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(index), index))
+    restored: list[Callable[[], Any]] = [partial(_set_state, _bytes_of_state(), None), generators.remembered()]
+    restored += [partial(_set_state, _bytes_of_state(index), index) for index in generators.devices()]
     return restored
+
+
+def _bytes_of_state(index: int | None = None) -> bytes:
+    """State of the host's generator, or of a CUDA device's; as bytes, because a tensor would be memory of the step."""
+    state = torch.get_rng_state() if index is None else torch.cuda.get_rng_state(index)
+    return state.numpy().tobytes()
+
+
+def _set_state(content: bytes, index: int | None) -> None:
+    state = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if index is None:
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, index)
 
 
 def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -89,7 +115,8 @@ def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: t
         for attribute, value in vars(module).items():
             if attribute not in _NOT_STATE and attribute not in HOOKS:
                 found[f"{name}.{attribute}".lstrip(".")] = prints.of(value)
-    found["random state"] = (prints.of(torch.get_rng_state()), repr(Generators(device).host()))
+    generators = Generators(device)
+    found["random state"] = (_bytes_of_state(), *map(_bytes_of_state, generators.devices()), repr(generators.host()))
     return found
 
 

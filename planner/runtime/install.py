@@ -12,6 +12,7 @@ from torch import nn
 from planner import arguments
 from planner.errors import InputError
 from planner.graph.plan import Plan
+from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program
 from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned, with_left_tensors
 from planner.runtime.step import Step
@@ -106,6 +107,11 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
         raise InputError("install needs at least one planned module: install(model, plan(model, budget, args, kwargs))")
     for module in planned:
         arguments.check_planned(module, CheckpointedModule, "install")
+        if isinstance(module.original, WithCriterion):
+            raise InputError(
+                "a module planned with criterion= returns (loss, output), which model.forward does not: call the planned "
+                "module, loss, output = planned(*args, criterion_args=(y,))"
+            )
         if module.original is not model:
             raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
     uninstall(model)

@@ -19,7 +19,9 @@ from planner.graph.plan import Plan
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
-from planner.runtime.audit import Digest, Rewind, difference, digest, is_due, run_original
+from planner.runtime.audit import Digest, Rewind, difference, digest, has_room, is_due, run_original
+from planner.runtime.backwards import Backwards
+from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.functions import Boxed, Program, run
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
@@ -109,7 +111,9 @@ class CheckpointedModule(fx.GraphModule):
         object.__setattr__(self, "_original", model)
         super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
         fresh = vars(nn.Module())
-        for name, held in vars(model).items():
+        if isinstance(model, WithCriterion):  # the model's hooks run within the call
+            fresh = {name: fresh[name] for name in ("_parameters", "_buffers", "_modules")}
+        for name, held in vars(planned_model(model)).items():
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
@@ -146,7 +150,7 @@ class CheckpointedModule(fx.GraphModule):
         joint = self._step.joint
         found = {joint.outputs[i].result: leaves[i] for i in self.differentiated}
         wanted = {out.result for out in joint.left if out.differentiated}
-        for effect in joint.effects if wanted else ():
+        for effect in joint.host.effects if wanted else ():
             for ref, tensor in written(effect, model or self._original):
                 if ref.source == "result" and ref.key in wanted and isinstance(tensor, torch.Tensor):
                     found.setdefault(ref.key, tensor)
@@ -181,9 +185,11 @@ class CheckpointedModule(fx.GraphModule):
         self._code = code.src
         if "_step" in self.__dict__:
             names = [name for name, _ in self._step.key.weights]
-            self.__dict__["_watched"] = Watched(self._original, names, self._step.joint.host)
+            self.__dict__["_watched"] = Watched(self._original, names, self._step.joint.host.key)
             given = self.__dict__.pop("_given", None)
             self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
+            compiled = _compiled_backward(self._step, self._original)
+            self.__dict__["_backwards"] = Backwards(self._original, self._step, self.plan, compiled)
             self.__dict__["_inputs"] = _picker(_positions(self._step))
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
         return code
@@ -217,14 +223,23 @@ class CheckpointedModule(fx.GraphModule):
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
         self.__dict__["_num_runs"] += 1
         if self.audits and is_due(self._num_runs):
-            return self._audited(args, kwargs, tensors, inputs)
+            plain = [given for given in step.joint.inputs if given.kind is not Kind.TANGENT]
+            written = [tensor for given, tensor in zip(plain, inputs, strict=True) if given.mutated]
+            if has_room(self.plan, sum(tensor.nbytes for tensor in written)):
+                accused = self._audit(args, kwargs, tensors, inputs, written)
+                if accused is not None:
+                    return None, accused
         return self._run(tensors, inputs), None
 
     def _run(self, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
         """The planned forward."""
-        joint = self._step.joint
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            found = run(self._program, inputs)
+            found = run(self._program, inputs, self._backwards)
+        return self._returned(found, tensors)
+
+    def _returned(self, found: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+        """What the forward returns, made of the graph's results, with Python state as the forward leaves it."""
+        joint = self._step.joint
         leaves = [
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
             for out in joint.outputs
@@ -232,36 +247,50 @@ class CheckpointedModule(fx.GraphModule):
         self._write_state(found, tensors)
         return pytree.tree_unflatten(leaves, joint.call.out_spec)
 
-    def _audited(
-        self, args: Any, kwargs: Any, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> tuple[Any, Mismatch | None]:
-        """The planned forward, compared with the model's own; not planned from now on where they differ, twice alike.
+    def _audit(
+        self,
+        args: Any,
+        kwargs: Any,
+        tensors: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        changed: Sequence[torch.Tensor],
+    ) -> Mismatch | None:
+        """Compare the planned forward with the model's own; unplanned from now on where they differ, twice alike.
+
+        `changed`: the tensors among the inputs that the forward writes into.
 
         Raises:
             PlanAuditError: they differ, and `strict`.
         """
         model = self._original
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        start = Rewind(model, self._step.joint.host, [*given, *inputs[len(self._step.key.weights) :]], self.device)
+        start = Rewind(model, self._step.joint.host.key, changed, self.device)
 
         def original() -> Digest:
-            out = run_original(unplanned_forward(model), args, kwargs)
-            found = digest(model, out, given, self.device)
+            return digest(model, run_original(unplanned_forward(model), args, kwargs), given, self.device)
+
+        def planned() -> Digest:
+            return digest(model, self._forward_alone(tensors, inputs), given, self.device)
+
+        def afterwards(run: Callable[[], Digest]) -> Digest:
+            found = run()
             start.restore()
             return found
 
-        expected = original()
-        out = self._run(tensors, inputs)
-        found = digest(model, out, given, self.device)
+        expected, found = afterwards(original), afterwards(planned)
         different = difference(expected, found)
-        if different:
-            start.restore()
-            again = original()
-            out = self._run(tensors, inputs)
-            if not difference(expected, again) and not difference(found, digest(model, out, given, self.device)):
-                start.restore()
-                return None, self._accuse(different)
-        return out, None
+        if different and not difference(expected, afterwards(original)) and not difference(found, afterwards(planned)):
+            return self._accuse(different)
+        return None
+
+    def _forward_alone(self, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+        """The planned forward without what it saves for the backward: an audit adds nothing to the memory of a step."""
+        program = self._program
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            found = list(program.forward([tensor.detach() for tensor in inputs])[: program.num_outputs])
+        for i, can in enumerate(program.differentiable):
+            found[i] = found[i].detach().requires_grad_(can)
+        return self._returned(found, tensors)
 
     def _accuse(self, different: Sequence[str]) -> Mismatch:
         names = ", ".join(different[:5])
@@ -273,10 +302,10 @@ class CheckpointedModule(fx.GraphModule):
 
     def _write_state(self, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
         """Leave in Python state what the model's own forward leaves there."""
-        if self._step.joint.effects:
+        if self._step.joint.host.effects:
             weights = dict((*self._original.named_parameters(), *self._original.named_buffers()))
             sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
-            for effect in self._step.joint.effects:
+            for effect in self._step.joint.host.effects:
                 effect.write(self._original, lambda ref: sources[ref.source][ref.key])
 
     def _of_other_shape(self, args: Any, kwargs: Any) -> CheckpointedModule | Mismatch:
@@ -321,8 +350,8 @@ class CheckpointedModule(fx.GraphModule):
         miss = guard.difference(step.key, self._watched, held, tensors, self.device)
         if miss is not None:
             return tensors, [], miss
-        state = [path.get(self._original) for path in joint.state]
-        for path, found in zip(joint.state, state, strict=True):
+        state = [path.get(self._original) for path in joint.host.state]
+        for path, found in zip(joint.host.state, state, strict=True):
             if not isinstance(found, torch.Tensor):
                 return tensors, [], Mismatch("host", str(path), type(found).__name__, "a tensor")
         inputs = self._inputs((*held, *tensors, *state, *joint.constants.values()))
@@ -435,7 +464,7 @@ def _positions(step: Step) -> list[int]:
     """Per graph input, its position among the model's tensors, the call's, and the constants, one after the other."""
     names = {name: i for i, (name, _) in enumerate(step.key.weights)}
     constants = {node: i for i, node in enumerate(step.joint.constants)}
-    num_tensors = len(step.joint.call.tensors) + len(step.joint.state)
+    num_tensors = len(step.joint.call.tensors) + len(step.joint.host.state)
     sources = []
     for given in step.joint.inputs:
         if given.kind is Kind.TANGENT:
@@ -449,9 +478,18 @@ def _positions(step: Step) -> list[int]:
     return sources
 
 
+def _compiled_backward(step: Step, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
+    """Makes code of a backward graph of this step."""
+    return lambda backward: _boxed(backward, _parts(step, model), step.joint.device if step.is_compiled else None)
+
+
+def _parts(step: Step, model: nn.Module) -> dict[str, Part]:
+    return {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+
+
 def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
     """Positions and code for the runtime."""
-    parts = {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+    parts = _parts(step, model)
     joint, halves = step.joint, step.halves
     compiled_for = joint.device if step.is_compiled else None
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
@@ -466,6 +504,7 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
         forward=_boxed(forward, parts, compiled_for),
         stages=tuple(_boxed(stage.graph, parts, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
+        num_saved=len(halves.saved),
         aliased=halves.aliased,
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
         tangents=halves.tangents,
@@ -478,5 +517,16 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
         swaps=tuple(any(node.target is kernels.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
-        tickets=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets),
+        stage_gradients=tuple(stage.gradients for stage in stages),
+        inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
+        call_inputs=tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
+        key=step.backward_key,
+        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets or name in halves.exposed),
+        exposed=frozenset(i for i, name in enumerate(halves.saved) if name in halves.exposed),
+        watched=tuple(
+            (i, halves.saved.index(root) if root in halves.exposed else None)
+            for i, root in enumerate(halves.roots)
+            if root in halves.saved or root in checked
+        ),
+        spare=tuple(position[name] for name in halves.spare),
     )

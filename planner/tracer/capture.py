@@ -19,10 +19,8 @@ from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
-from planner.tracer.host.observe import Observation
-from planner.tracer.host.preserve import Generators, model_preserved
-from planner.tracer.host.reads import Reads
-from planner.tracer.host.state import Effect, HostKey, Path, Ref, same_build, weight_keys
+from planner.tracer.host.preserve import Generators, Preserved, model_preserved
+from planner.tracer.host.state import Effect, HostState, Path, Ref, remembered, same_build, weight_keys
 from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import CallSpec, Joint, Output
 from planner.tracer.loss import Loss, flatten_output, loss_leaves
@@ -31,6 +29,7 @@ from planner.tracer.outputs import check_constant, is_cache, warn_left_out
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
 from planner.tracer.refusal import refusal
+from planner.tracer.replay import Replay, Strides, with_strides
 
 
 def capture(
@@ -41,6 +40,7 @@ def capture(
     loss: Loss = None,
     opaque: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
+    replay: Replay | None = None,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
@@ -54,11 +54,15 @@ def capture(
         loss: which output backward starts from; see `planner.tracer.loss.loss_leaves`.
         opaque: qualified names of submodules to run as they are.
         elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
+        replay: the call was captured before, and is again for other gradients; its tensors may then be fake. Takes the place
+            of `loss`, and nothing is run.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
         CaptureError: the model cannot be traced; names the operation and the user's line.
     """
+    if replay is not None:
+        return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere, replay)
     opaque, first = parts.parts_from_start(model, opaque), None
     if elsewhere is not None and opaque:
         raise CaptureError(
@@ -82,7 +86,13 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def _capture(
-    model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str], elsewhere: Elsewhere | None
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    loss: Loss,
+    opaque: Collection[str],
+    elsewhere: Elsewhere | None,
+    replay: Replay | None = None,
 ) -> Joint:
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
@@ -95,6 +105,10 @@ def _capture(
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss, elsewhere)
     step.parts, step.device = tuple(opaque), device
+    if replay is not None:
+        step.replay, step.calls = replay, dict(replay.calls)
+        step.recorded = None if replay.recorded is None else list(replay.recorded)
+        step.host, step.preserved = replay.host, remembered(model, replay.host.key)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with _ONE_AT_A_TIME, Generators(device).preserved():
         before = vars(model).get("forward")
@@ -123,18 +137,17 @@ def _capture(
     return replace(
         joint,
         weights=weights,
-        state=step.state,
         left=tuple(step.left),
-        effects=tuple(step.effects),
-        host=step.host_key,
+        host=replace(step.host, effects=tuple(step.effects)),
         elsewhere="" if elsewhere is None else elsewhere.name,
+        recorded=None if step.recorded is None else tuple(step.recorded),
     )
 
 
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
     """Learn what Python does in real forwards, then trace."""
     try:
-        if step.is_here:
+        if step.is_here and step.replay is None:
             step.record(tensors)
         step.hold_weights()
         return step.export([*tensors, *step.state_inputs()])
@@ -148,12 +161,13 @@ class _Handed(torch.autograd.Function):
     """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, strides: Strides | None) -> torch.Tensor:
+        ctx.strides = strides
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return with_strides(grad, ctx.strides), None
 
 
 class Step(nn.Module):
@@ -165,11 +179,13 @@ class Step(nn.Module):
         num_results: how many results of the traced function stand for outputs.
         reads: host reads of the last trace; their tensors follow the outputs.
         recorded: values to answer host reads with, once a real forward has been run.
-        observed: what the recording forwards found.
+        host: what Python does beside the kernels; the tensors of `host.state` follow the call's as inputs.
+        preserved: puts Python state back; None where no recording forward was run.
         left: one Output per tensor that the forward leaves in Python state.
         effects: how they get there.
         parts: names of the submodules that run as they are.
         calls: their calls, as recorded, by key.
+        replay: what is known of the call from an earlier capture.
     """
 
     def __init__(
@@ -194,11 +210,13 @@ class Step(nn.Module):
         self.num_results = 0
         self.reads: list[tuple[Any, str]] = []
         self.where = ""
-        self.observed: Observation | None = None
+        self.host = HostState()
+        self.preserved: Preserved | None = None
         self.left: list[Output] = []
         self.effects: list[Effect] = []
         self.parts: Sequence[str] = ()
         self.calls: dict[str, PartCall] = {}
+        self.replay: Replay | None = None
         self.device = torch.device("cpu")
         self.caches_casts = torch.is_autocast_cache_enabled()
 
@@ -213,20 +231,11 @@ class Step(nn.Module):
         return self._elsewhere is None
 
     @property
-    def state(self) -> tuple[Path, ...]:
-        """Where the tensors of Python state lie that the graph reads; they follow the call's tensors."""
-        return tuple(path for path, _ in self.observed.state) if self.observed is not None else ()
-
-    @property
-    def host_key(self) -> HostKey:
-        """What of Python's state the trace is right for."""
-        return self.observed.key if self.observed is not None else HostKey(Reads({}, frozenset()))
-
-    @property
     def moving(self) -> frozenset[int]:
         """Positions, behind the call's tensors, of the state that the forward replaces."""
-        done = [effect.path for effect in self.effects]
-        return frozenset(len(self._tensors) + i for i, path in enumerate(self.state) if any(path.is_inside(d) for d in done))
+        written = [effect.path for effect in self.effects]
+        places = enumerate(self.host.state, start=len(self._tensors))
+        return frozenset(i for i, path in places if any(path.is_inside(other) for other in written))
 
     def hold_weights(self) -> None:
         """Take the model's parameters and buffers, each once, as they are now."""
@@ -242,13 +251,13 @@ class Step(nn.Module):
 
     def state_inputs(self) -> list[torch.Tensor]:
         """The tensors of Python state, as leaves."""
-        found = [tensor for _, tensor in self.observed.state] if self.observed is not None else []
+        found = [path.get(self.model) for path in self.host.state]
         return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found]
 
     def restore(self) -> None:
         """Put Python state back as it was before the recording forwards."""
-        if self.observed is not None:
-            self.observed.preserved.restore()
+        if self.preserved is not None:
+            self.preserved.restore()
 
     def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
         """Trace forward and backward."""
@@ -278,8 +287,14 @@ class Step(nn.Module):
                 module=self.where_module,
             )
         run = lambda: self.call(tensors)
-        self.observed, self.calls = record(self.model, run, tensors, self.parts, self.device, self._modules_running)
-        self.recorded = self.observed.run.reads
+        try:
+            observed, self.calls = record(self.model, run, tensors, self.parts, self.device, self._modules_running)
+        except PlannerError:
+            raise
+        except Exception:
+            self.where = self._modules_running.failed
+            raise
+        self.host, self.preserved, self.recorded = observed.host, observed.preserved, observed.run.reads
 
     @property
     def model(self) -> nn.Module:
@@ -303,7 +318,7 @@ class Step(nn.Module):
         casts = Casts(self.caches_casts)
         constants = Constants() if self._elsewhere is not None else None
         tracing = fidelity.Tracing(self._modules_running, self.recorded, casts, constants)
-        kept = model_preserved(self.model) if self.observed is None else self.observed.preserved.checkpoint()
+        kept = model_preserved(self.model) if self.preserved is None else self.preserved.checkpoint()
         try:
             with (
                 kept,
@@ -329,11 +344,10 @@ class Step(nn.Module):
 
     def _place_state(self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
         """Put traced tensors where Python state holds tensors."""
-        if self.observed is not None:
-            for path, traced in zip(self.state, tensors, strict=True):
-                path.set(self.model, traced)
-            for path, name in self.observed.aliases:
-                path.set(self.model, weights[name])
+        for path, traced in zip(self.host.state, tensors, strict=True):
+            path.set(self.model, traced)
+        for path, name in self.host.aliases:
+            path.set(self.model, weights[name])
 
     def _hand_out(
         self,
@@ -344,7 +358,7 @@ class Step(nn.Module):
         weights: Mapping[str, torch.Tensor],
     ) -> list[torch.Tensor]:
         """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
-        starts = {id(leaf) for leaf in losses}
+        starts = {id(leaf) for leaf in losses} if self.replay is None else set()
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
         for name, leaf in zip(names, leaves, strict=True):
@@ -355,12 +369,21 @@ class Step(nn.Module):
                 position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
                 self.outputs.append(Output(name, None, input=position))
             else:
-                differentiated = id(leaf) in starts
-                results.setdefault(id(leaf), _Handed.apply(leaf) if differentiated else leaf.detach())
-                self.outputs.append(Output(name, list(results).index(id(leaf)), differentiated, leaf.requires_grad))
+                position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
+                differentiated = self._add_result(results, leaf, id(leaf) in starts)
+                self.outputs.append(Output(name, position, differentiated, leaf.requires_grad))
         self._collect_left(tensors, weights, results)
         self.num_results = len(results)
         return list(results.values())
+
+    def _add_result(self, results: dict[int, torch.Tensor], leaf: torch.Tensor, is_start: bool) -> bool:
+        """Make a tensor a result, unless it is one; whether backward starts from it."""
+        position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
+        strides = None if self.replay is None else self.replay.strides[position]
+        differentiated = strides is not None if self.replay is not None else is_start
+        if position == len(results):
+            results[id(leaf)] = _Handed.apply(leaf, strides) if differentiated else leaf.detach()
+        return differentiated
 
     def _collect_left(
         self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor], results: dict[int, torch.Tensor]
@@ -376,14 +399,13 @@ class Step(nn.Module):
             if id(leaf) not in sources:
                 if id(leaf) not in results:
                     # a scalar that is left for the loop is a term of its loss, as a rule
-                    differentiated = leaf.requires_grad and leaf.dim() == 0
-                    results[id(leaf)] = _Handed.apply(leaf) if differentiated else leaf.detach()
-                    position = len(results) - 1
+                    position = len(results)
+                    differentiated = self._add_result(results, leaf, leaf.requires_grad and leaf.dim() == 0)
                     self.left.append(Output(str(path), position, differentiated, leaf.requires_grad))
                 sources[id(leaf)] = Ref("result", list(results).index(id(leaf)))
             return sources[id(leaf)]
 
-        for effect in self.observed.changes.effects if self.observed is not None else ():
+        for effect in self.host.effects:
             live = effect.path.get(self.model)
             if effect.appends:
                 live = list(live)[-len(effect.template) :]

@@ -37,6 +37,7 @@ class ModuleStack:
 
     Attributes:
         drew: the innermost submodule that drew from a generator of the host's; None if none did.
+        failed: "name (Class)" of the innermost submodule whose forward raised; "" if none did.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,6 +45,7 @@ class ModuleStack:
         self._running: list[str] = []
         self._states: list[Any] = []
         self.drew: str | None = None
+        self.failed = ""
 
     def __str__(self) -> str:
         return self._running[-1] if self._running else ""
@@ -65,6 +67,8 @@ class ModuleStack:
         def leave(module: nn.Module, _args: Any, _output: Any) -> None:
             if module in self._names and self._running:
                 name, state = self._running.pop(), self._states.pop()
+                if not self.failed and sys.exc_info()[1] is not None:
+                    self.failed = f"{name} ({type(module).__name__})".strip()
                 now = states()
                 if now != state:
                     inside = any(name == part or name.startswith(f"{part}.") for part in apart)

@@ -12,8 +12,7 @@ from torch import fx
 from planner._torch import pytree
 from planner.graph.graph import Kind
 from planner.tracer.host.fingerprint import TensorKey
-from planner.tracer.host.reads import Reads
-from planner.tracer.host.state import Effect, HostKey, Path
+from planner.tracer.host.state import HostState
 
 if TYPE_CHECKING:
     from planner.tracer.part import PartCall
@@ -27,7 +26,7 @@ class Input:
         node: its name.
         kind: PARAM, BUFFER, INPUT or TANGENT.
         key: the parameter's or buffer's qualified name; the position among the call's tensor leaves and, behind these, the
-            tensors of `Joint.state`; for a tangent the position among the results; for a captured constant "constant:N".
+            tensors of `Joint.host.state`; for a tangent the position among the results; for a captured constant "constant:N".
         mutated: the forward writes into it (running statistics, in-place ops on inputs).
     """
 
@@ -47,7 +46,7 @@ class Output:
         differentiated: backward starts from it.
         requires_grad: eager's output requires grad (it does not when False).
         constant: the leaf itself where it is no tensor.
-        input: position among the call's tensor leaves, then `Joint.state`, where it is an input handed through.
+        input: position among the call's tensor leaves, then `Joint.host.state`, where it is an input handed through.
         left_out: None takes the place of what eager returns (a key-value cache).
     """
 
@@ -131,13 +130,12 @@ class Joint:
         sources: node name -> "module.path file.py:line".
         device: where the step runs.
         weights: name and metadata of the model's parameters and buffers.
-        state: where Python state holds the tensors that follow the call's tensors as inputs.
         left: one Output per result that the forward leaves in Python state.
-        effects: how a planned call writes these.
-        host: what of Python's state the graph is right for.
+        host: what Python does beside the kernels.
         parts: recorded calls of opaque parts, by key.
         tickets: nodes that hold their tickets.
         elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
+        recorded: (kernel, value) of every host read, to capture the call again without running it; None where none was needed.
     """
 
     graph: fx.Graph
@@ -154,10 +152,9 @@ class Joint:
     sources: dict[str, str]
     device: torch.device
     weights: tuple[tuple[str, TensorKey], ...] = ()
-    state: tuple[Path, ...] = ()
     left: tuple[Output, ...] = ()
-    effects: tuple[Effect, ...] = ()
-    host: HostKey = field(default_factory=lambda: HostKey(Reads({}, frozenset())))
+    host: HostState = field(default_factory=HostState)
     parts: Mapping[str, PartCall] = field(default_factory=dict)
     tickets: frozenset[str] = frozenset()
     elsewhere: str = ""
+    recorded: tuple[tuple[str, Any], ...] | None = None

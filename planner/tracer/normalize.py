@@ -21,6 +21,7 @@ from planner.tracer.part import PartCall
 from planner.tracer.parts import is_traced_part, write_parts
 from planner.tracer.raising import in_forward, raises, write_raising
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
+from planner.tracer.replay import set_layouts
 from planner.tracer.storage import Storages, mutates
 
 aten = torch.ops.aten
@@ -103,6 +104,7 @@ def _write_kernels(
     """Turn what was traced into the kernels that eager runs; nodes that hold opaque parts' tickets."""
     write_raising(graph)
     _drop_detach(graph)
+    set_layouts(graph)
     tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
     draw_as_eager(graph, device)

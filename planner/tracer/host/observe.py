@@ -20,7 +20,7 @@ from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.preserve import Generators, Preserved
 from planner.tracer.host.reads import ReadRecorder, Reads
-from planner.tracer.host.state import HostKey, Path, roots, walk
+from planner.tracer.host.state import HostKey, HostState, Path, roots, walk
 
 _RUNS = 4
 """So many runs are made at most; the first ones may fill caches and first states."""
@@ -112,18 +112,12 @@ class Observation:
 
     Attributes:
         run: the last run.
-        key: what of Python's state the trace is right for.
-        state: (place, tensor) that kernels or later state read, but for weights and the call's inputs.
-        aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
-        changes: what the forward leaves in Python state.
+        host: what Python does; the templates of its effects hold the tensors that the last run left.
         preserved: puts Python state back as it was before the first run.
     """
 
     run: Run
-    key: HostKey
-    state: tuple[tuple[Path, torch.Tensor], ...]
-    aliases: tuple[tuple[Path, str], ...]
-    changes: Changes
+    host: HostState
     preserved: Preserved
 
 
@@ -185,7 +179,8 @@ class Observer:
         outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
         changes = find_changes(self._model, snapshots[-2], self._snapshot(), outside, known)
         state = self._state(snapshots[-2], outside, changes)
-        return Observation(runs[-1], self._key(reads, changes), state, self._aliases(), changes, self.preserved)
+        host = HostState(self._key(reads, changes), state, self._aliases(), changes.effects)
+        return Observation(runs[-1], host, self.preserved)
 
     def _run(self, call: Callable[[], Any]) -> Run:
         def refuse(_: Any) -> Any:
@@ -255,14 +250,14 @@ class Observer:
 
     def _state(
         self, before: Mapping[Path, Any], outside: Mapping[int, torch.Tensor], changes: Changes
-    ) -> tuple[tuple[Path, torch.Tensor], ...]:
-        """The places whose tensors the last run read, or moved elsewhere, with the tensors that are there now."""
+    ) -> tuple[Path, ...]:
+        """The places whose tensors the last run read, or moved elsewhere."""
         wanted = {*outside, *changes.moved}
-        found: dict[int, tuple[Path, torch.Tensor]] = {}
+        found: dict[int, Path] = {}
         for path, value in before.items():
             now = path.get(self._model) if isinstance(value, torch.Tensor) and id(value) in wanted else None
             if isinstance(now, torch.Tensor) and id(value) not in found:
-                found[id(value)] = (path, now)
+                found[id(value)] = path
         for key, tensor in outside.items():
             if key not in found and tensor.requires_grad:
                 raise CaptureError(

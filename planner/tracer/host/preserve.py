@@ -338,6 +338,22 @@ def contents_preserved(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
                     tensor.copy_(content)
 
 
+def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = ()) -> Preserved:
+    """Remember a model's attributes, and the containers and objects that they, or `objects`, lead to."""
+    names = {id(module): "" for module in model.modules()}
+    todo: list[Any] = [*model.modules(), *objects]
+    while todo and len(preserved.held) < _MOST_OBJECTS:
+        item = todo.pop()
+        if preserved.keep(item, type(item).__name__):
+            for held in list(attributes(item).values()):
+                todo += keep_deep(preserved, held, names)
+    return preserved
+
+
+_MOST_OBJECTS = 20_000
+"""Objects followed from a model at most: some lead to everything there is."""
+
+
 def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where: str = "") -> list[Any]:
     """Remember a value and the containers and functions it is made of; returns the objects met, whose attributes are not.
 
@@ -374,23 +390,13 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
     return objects
 
 
-_MOST_OBJECTS = 20_000
-"""Objects followed from a module at most: some lead to everything there is."""
-
-
 @contextlib.contextmanager
 def model_preserved(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[Preserved]:
     """Put back, at the end, what running a model may change: attributes, containers, objects in them, generators, `tensors`.
 
     What is yielded says with `restore()` whether something of it was changed so far.
     """
-    preserved, names = Preserved(), {id(module): "" for module in model.modules()}
-    todo: list[Any] = list(model.modules())
-    while todo and len(preserved.held) < _MOST_OBJECTS:
-        item = todo.pop()
-        if preserved.keep(item, type(item).__name__):
-            for held in list(attributes(item).values()):
-                todo += keep_deep(preserved, held, names)
+    preserved = keep_model(model, Preserved())
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with Generators(device).preserved(), contents_preserved(tensors):
         try:

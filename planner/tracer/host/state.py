@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
+from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.reads import Reads, Scope
 from planner.tracer.host.values import ABSENT, MODULE_STATE, Step, part, parts, put, rebuilt, text_of
 
@@ -175,6 +176,34 @@ class HostKey:
     apart: tuple[str, ...] = ()
     growing: tuple[Path, ...] = ()
     environment: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What Python does beside the kernels of a forward.
+
+    Attributes:
+        key: what of Python's state the graph is right for.
+        state: the places whose tensors are inputs of the graph, behind the call's tensors.
+        aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
+        effects: what the forward leaves in Python state.
+    """
+
+    key: HostKey = HostKey(Reads({}, frozenset()))
+    state: tuple[Path, ...] = ()
+    aliases: tuple[tuple[Path, str], ...] = ()
+    effects: tuple[Effect, ...] = ()
+
+
+def remembered(model: nn.Module, key: HostKey) -> Preserved:
+    """The Python state of a model, and what its forward reads besides, as it is now: to be put back."""
+    preserved, objects = Preserved(), list[Any]()
+    names = {id(module): "" for module in model.modules()}
+    for scope in key.reads.scopes:
+        for name in scope.names:
+            preserved.keep_variable(scope.variables, name)
+            objects += keep_deep(preserved, scope.variables.get(name), names, name)
+    return keep_model(model, preserved, objects)
 
 
 def walk(path: Path, value: Any, reads: Reads, names: Any, seen: set[int]) -> Iterator[tuple[Path, Any]]:
