@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PlanMissError,
         PlannerError,
         PlotMissingError,
+        RanksDifferError,
         SolverMissingError,
     )
     from planner.export.source import export_source
@@ -54,6 +55,7 @@ _HOMES = {
         "PlanMissError",
         "PlannerError",
         "PlotMissingError",
+        "RanksDifferError",
         "SolverMissingError",
     ),
     "planner.runtime.install": ("install", "uninstall"),
@@ -88,6 +90,7 @@ __all__ = [
     "PlanMissWarning",
     "PlannerError",
     "PlotMissingError",
+    "RanksDifferError",
     "Report",
     "SolverMissingError",
     "Sweep",

@@ -21,10 +21,12 @@ from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.ranks import communicates
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
-from planner.tracer.capture import Loss, capture
+from planner.tracer.capture import Loss
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower
+from planner.tracer.settled import capture_settled
 from planner.verification import measured_within, verify
 
 Budget = int | str | float
@@ -101,7 +103,8 @@ def plan(
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
         return CheckpointedModule(model, step, made, strict)
 
-    if compile or (priced.joint.device.type == "cuda" and options.target is None):
+    alone = not communicates(priced.joint)  # a rank that plans alone would wait for the others for ever
+    if alone and (compile or (priced.joint.device.type == "cuda" and options.target is None)):
         return measured_within(budget_bytes, within, args, kwargs)
     return within(budget_bytes)
 
@@ -130,7 +133,7 @@ def apply(
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    if compile or joint.device.type == "cuda":
+    if (compile or joint.device.type == "cuda") and not communicates(joint):
         return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
     return planned
 
@@ -143,7 +146,7 @@ def captured_for(
     Raises:
         PlanFileError: it is not.
     """
-    joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
+    joint = capture_settled(model, args, kwargs, loss=loss, opaque=opaque)
     _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
     return joint
 

@@ -23,10 +23,11 @@ from planner.profiler.optimizer import Optimizer, master_bytes, state_bytes
 from planner.profiler.profile import Profile
 from planner.report.progress import stage
 from planner.solver.solve import solve
-from planner.tracer.capture import Loss, capture
+from planner.tracer.capture import Loss
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.settled import capture_settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     aside = options.set_aside(model)
     try:
         with stage("capture", options.progress):
-            joint = capture(model, args, kwargs, loss=options.loss, opaque=options.opaque, elsewhere=options.elsewhere)
+            joint = capture_settled(model, args, kwargs, loss=options.loss, opaque=options.opaque, elsewhere=options.elsewhere)
     except CaptureError as error:
         hint = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {hint}".rstrip(". "), module=error.module) from error

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -29,24 +29,38 @@ _MAX_DEATHS = 8
 """Children that may die before the rest of the jobs is given up."""
 
 
+def _row_of_cost(cost: KernelCost) -> Any:
+    return [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes]
+
+
+def _cost_of_row(row: Any) -> KernelCost:
+    return KernelCost(row[0], row[1], tuple(row[2:]))
+
+
 def run_forked(
-    jobs: Sequence[Callable[[], KernelCost]], patience_s: Sequence[float]
-) -> Iterator[tuple[int, KernelCost | None]]:
+    jobs: Sequence[Callable[[], Any]],
+    patience_s: Sequence[float],
+    encode: Callable[[Any], Any] = _row_of_cost,
+    decode: Callable[[Any], Any] = _cost_of_row,
+) -> Iterator[tuple[int, Any]]:
     """Run every job in a child process, in order; yield (index, result), or (index, None) for a job that failed.
+
+    Results travel as JSON: `encode` makes something of them that JSON holds, `decode` makes them of it. By default KernelCosts.
 
     A job that raises fails alone. One that kills its child fails, and a new child goes on behind it. One that takes
     longer than its `patience_s` fails and takes the rest with it: most likely forking is not safe here.
     """
     start, deaths = 0, 0
     while start < len(jobs):
-        child = _Child(jobs, start)
+        child = _Child(jobs, start, encode)
         try:
             for index in range(start, len(jobs)):
                 answer = child.read(patience_s[index])
                 if answer is None:
                     break
                 start = index + 1
-                yield index, _decode(answer)
+                row = json.loads(answer)
+                yield index, None if row is None else decode(row)
         finally:
             child.end()
         if start < len(jobs):
@@ -59,7 +73,7 @@ def run_forked(
 class _Child:
     """A forked process that runs jobs[start:] and writes a line of JSON for each."""
 
-    def __init__(self, jobs: Sequence[Callable[[], KernelCost]], start: int) -> None:
+    def __init__(self, jobs: Sequence[Callable[[], Any]], start: int, encode: Callable[[Any], Any]) -> None:
         num_threads = torch.get_num_threads()
         self.hung = False
         self.pending = b""
@@ -73,7 +87,7 @@ class _Child:
             try:
                 os.close(self.source)
                 _live_as_child()
-                worker = threading.Thread(target=_work, args=(jobs, start, sink, num_threads), daemon=True)
+                worker = threading.Thread(target=_work, args=(jobs, start, encode, sink, num_threads), daemon=True)
                 worker.start()
                 worker.join()
                 code = 0
@@ -120,24 +134,19 @@ def _live_as_child() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _work(jobs: Sequence[Callable[[], KernelCost]], start: int, sink: int, num_threads: int) -> None:
+def _work(jobs: Sequence[Callable[[], Any]], start: int, encode: Callable[[Any], Any], sink: int, num_threads: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(num_threads)
     with os.fdopen(sink, "w", encoding="ascii") as pipe:
         for job in jobs[start:]:
             try:
-                _send(pipe, job())
+                _send(pipe, encode(job()))
             except BrokenPipeError:
                 return  # the parent is gone
             except Exception:
                 _send(pipe, None)
 
 
-def _send(pipe: TextIO, cost: KernelCost | None) -> None:
-    pipe.write(json.dumps(cost and [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes]) + "\n")
+def _send(pipe: TextIO, row: Any) -> None:
+    pipe.write(json.dumps(row) + "\n")
     pipe.flush()
-
-
-def _decode(line: bytes) -> KernelCost | None:
-    answer = json.loads(line)
-    return KernelCost(answer[0], answer[1], tuple(answer[2:])) if answer else None

@@ -19,6 +19,7 @@ from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
 from planner.runtime.functions import Boxed, Program, run
+from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
@@ -83,7 +84,7 @@ class CheckpointedModule(fx.GraphModule):
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
-        self.__dict__.update(_others={}, _given=program)
+        self.__dict__.update(_others={}, _given=program, _to_compare=communicates(step.joint))
         self.graph = step.halves.forward
 
     @property
@@ -157,6 +158,9 @@ class CheckpointedModule(fx.GraphModule):
         if miss:
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and guard.is_about_inputs(miss) else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
+        if self._to_compare:
+            self.__dict__["_to_compare"] = False
+            compare_plans(step, self.plan)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             found = run(self._program, inputs)
         leaves = [
@@ -174,6 +178,7 @@ class CheckpointedModule(fx.GraphModule):
             try:
                 step = step_of_other_shape(self._step, self.plan, self._original, args, kwargs)
                 self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict)
+                self._others[key].__dict__["_to_compare"] = False  # it is the plan that was compared
             except PlannerError as error:
                 self._others[key] = f"the inputs' shape ({error})"
         return self._others[key]  # type: ignore[no-any-return]

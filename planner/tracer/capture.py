@@ -15,6 +15,7 @@ from planner.errors import CaptureError, InputError, PlannerError
 from planner.tracer import fidelity, parts
 from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
+from planner.tracer.collectives import Refusing
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import CallSpec, Joint, Output
@@ -142,6 +143,13 @@ def _same_trace(one: _torch.ExportedJoint, other: _torch.ExportedJoint) -> bool:
     return all(torch.equal(tensor, constants[1][name]) for name, tensor in constants[0].items())
 
 
+_IN_PLACE = (
+    "{} at {}: torch.distributed's collectives write in place, which no graph can hold. Use the functional ones "
+    "(torch.distributed._functional_collectives.all_reduce(x, 'sum', group) and its like), communicate outside of forward, or "
+    "plan submodules that do not communicate"
+)
+
+
 def _is_constant(held: Any) -> bool:
     return isinstance(held, torch.Tensor) and not isinstance(held, _torch.FakeTensor)
 
@@ -168,6 +176,8 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
         raise CaptureError(
             f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured", module=step.where_module
         ) from error
+    except _torch.InPlaceCollectiveError as error:
+        raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
         where = f" (last kernel at {step.where})" if step.where else ""
         message = (str(error).splitlines() or [""])[0]
@@ -271,7 +281,11 @@ class Step(nn.Module):
                 "not have: build both on the CPU",
                 module=self.where_module,
             )
-        run = lambda: self.call(tensors)
+
+        def run() -> Any:
+            with Refusing(self.parts):
+                return self.call(tensors)
+
         self.recorded, self.calls = record(self.model, run, tensors, self.parts, self.device)
 
     @property
