@@ -109,6 +109,9 @@ def fake_mode() -> FakeTensorMode:
     def dispatch(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "namespace", "") == "c10d":
             raise InPlaceCollectiveError(str(func))
+        kept = _KEPT_CALLS.get()
+        if kept is not None and observed.is_foreign(func):
+            kept.add(func)
         out = own(func, types, args, kwargs or {})
         if func is torch.ops.aten.bernoulli.p:  # the real kernel draws into an empty_like; the fake one is contiguous
             with mode:
@@ -152,6 +155,7 @@ def export_joint(
         CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_foreign_calls_kept())
         stack.callback(_FOLLOWS.reset, _FOLLOWS.set(not choices))
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
@@ -171,6 +175,30 @@ def export_joint(
     forward = descs[: len(descs) - len(plain)]
     outputs = tuple(_output_role(desc) for desc in forward) + tuple(("gradient", *role) for role in plain)
     return ExportedJoint(graph_module, inputs, outputs)
+
+
+class _Kept(set[Any]):
+    """Operators whose calls no elimination of dead code takes out."""
+
+    def add(self, op: Any) -> None:
+        if op not in torch.fx.node._side_effectful_functions:
+            torch.fx.node._side_effectful_functions.add(op)
+            super().add(op)
+
+
+_KEPT_CALLS: ContextVar[set[Any] | None] = ContextVar("operators from outside of torch that were traced", default=None)
+
+
+@contextlib.contextmanager
+def _foreign_calls_kept() -> Iterator[None]:
+    """While tracing, calls of operators that are not torch's stay in the graph, used or not: nobody knows what else they do."""
+    kept = _Kept()
+    token = _KEPT_CALLS.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT_CALLS.reset(token)
+        torch.fx.node._side_effectful_functions.difference_update(kept)
 
 
 def _input_role(desc: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import sysconfig
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 
-_TORCH = str(Path(torch.__file__).parent)
-_DEPTH, _MOST = 4, 1000
+_NOT_LOOKED_AT = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<frozen")
+_LIBRARY = sysconfig.get_path("stdlib")
+_DEPTH, _MOST, _MOST_BYTES = 4, 1000, 2**20
 _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -32,7 +34,7 @@ class Effects:
         self._runs.append(seen)
 
         def enter(frame: types.FrameType, event: str, _arg: Any) -> None:
-            if event == "call" and not frame.f_code.co_filename.startswith((_TORCH, "<frozen", str(Path(__file__).parent))):
+            if event == "call" and _is_looked_at(frame.f_code.co_filename):
                 seen.append((frame.f_code.co_filename, frame.f_code.co_firstlineno, _readable(frame)))
 
         previous = sys.getprofile()
@@ -47,24 +49,27 @@ class Effects:
         return any(run != self._runs[0] for run in self._runs[1:])
 
 
+def _is_looked_at(file: str) -> bool:
+    """Code of the user's, and of packages other than torch and Python's own."""
+    return not file.startswith(_NOT_LOOKED_AT) and (not file.startswith(_LIBRARY) or "site-packages" in file)
+
+
 def _readable(frame: types.FrameType) -> Any:
-    """Globals that the function names, variables of the functions around it, and the object it is a method of."""
+    """Globals that the function names, variables of the functions around it, and its arguments, but for tensors."""
     code, inside = frame.f_code, frame.f_locals
-    free = {name: inside.get(name) for name in code.co_freevars}
-    if code.co_varnames[:1] in (("self",), ("cls",), ("ctx",)):
-        free["self"] = inside.get(code.co_varnames[0])
+    free = {k: v for k, v in inside.items() if k in code.co_freevars or not isinstance(v, torch.Tensor)}
     named = {name: frame.f_globals[name] for name in code.co_names if name in frame.f_globals}
     return _state({**named, **free}, _DEPTH, frozenset(code.co_names))
 
 
 def _state(value: Any, depth: int, names: frozenset[str]) -> Any:
-    """A value as nested tuples that are equal where nothing in it changed."""
+    """A value as nested tuples that are equal where nothing in it changed; objects made anew in each call are alike."""
     if isinstance(value, _ATOMS):
         return (type(value).__name__, repr(value))
     if isinstance(value, torch.Tensor):
-        return (id(value), value._version)
+        return _of_tensor(value)
     if depth == 0 or isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-        return id(value)
+        return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, torch.Generator):
@@ -79,13 +84,23 @@ def _state(value: Any, depth: int, names: frozenset[str]) -> Any:
     if isinstance(value, (set, frozenset)):
         return frozenset(_state(item, depth - 1, names) for item in value)
     if kind == "torch" or (isinstance(value, type) and value.__module__.partition(".")[0] in ("builtins", "torch")):
-        return id(value)
+        return type(value).__qualname__
     held = getattr(value, "__dict__", {})
     if isinstance(value, types.ModuleType):  # of a module, what the code names
         held = {name: held[name] for name in names if name in held and not isinstance(held[name], types.ModuleType)}
     if not held:
         return _of_iterator(value)
-    return (id(value), *((name, _state(item, depth - 1, names)) for name, item in [*held.items()][:_MOST]))
+    return (type(value).__qualname__, *((name, _state(item, depth - 1, names)) for name, item in [*held.items()][:_MOST]))
+
+
+def _of_tensor(tensor: torch.Tensor) -> Any:
+    if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.nbytes <= _MOST_BYTES:
+        return (
+            str(tensor.dtype),
+            tuple(tensor.shape),
+            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+        )
+    return (id(tensor), tensor._version)
 
 
 def _of_numpy(value: Any) -> Any:
@@ -96,10 +111,10 @@ def _of_numpy(value: Any) -> Any:
         return repr(generator.state)
     if hasattr(value, "get_state"):
         return repr(value.get_state())
-    return id(value)
+    return type(value).__qualname__
 
 
 def _of_iterator(value: Any) -> Any:
     """How far an iterator is, as itertools' repr and the iterators' length hints say it; nothing is taken from it."""
     text = repr(value) if type(value).__module__ == "itertools" else ""
-    return (id(value), text, operator.length_hint(value, -1) if hasattr(value, "__next__") else -1)
+    return (type(value).__qualname__, text, operator.length_hint(value, -1) if hasattr(value, "__next__") else -1)
