@@ -26,7 +26,7 @@ from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
 from planner.tracer.capture import Loss
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 from planner.verification import measured_within, verify
 
 Budget = int | str | float
@@ -146,7 +146,7 @@ def captured_for(
     Raises:
         PlanFileError: it is not.
     """
-    joint = capture_settled(model, args, kwargs, loss=loss, opaque=opaque)
+    joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
     _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
     return joint
 

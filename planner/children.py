@@ -30,7 +30,7 @@ from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
 from planner.tracer import fidelity
 from planner.tracer.capture import Loss, loss_leaves
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""
@@ -324,7 +324,7 @@ def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch
         return [leaves[i] for i in sorted(set(used))]
 
     with torch.autocast(device.type, dtype, enabled=enabled):
-        joint = capture_settled(module, call.args, call.kwargs, loss=loss)
+        joint = capture(module, call.args, call.kwargs, loss=loss)
     return _Child(call, price_joint(joint, options))
 
 

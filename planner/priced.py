@@ -27,7 +27,7 @@ from planner.tracer.capture import Loss
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     aside = options.set_aside(model)
     try:
         with stage("capture", options.progress):
-            joint = capture_settled(model, args, kwargs, loss=options.loss, opaque=options.opaque, elsewhere=options.elsewhere)
+            joint = capture(model, args, kwargs, loss=options.loss, opaque=options.opaque, elsewhere=options.elsewhere)
     except CaptureError as error:
         hint = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {hint}".rstrip(". "), module=error.module) from error

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from planner import InfeasibleBudgetError, NoScheduleFoundError, Plan, RanksDifferError, apply, plan
 from planner.tracer.lower import backward_is_fixed, lower
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 
 
 class Block(nn.Module):
@@ -108,7 +108,7 @@ def check_order(planned):
 def same_plans(rank, _folder):
     for block in (Block, Hiding):
         expected = train(build(block), rank)
-        joint = capture_settled(build(block), (batch(rank),))
+        joint = capture(build(block), (batch(rank),))
         assert backward_is_fixed(joint)
         assert not any(op.recomputable for op in lower(joint).ops if is_communication(op.name))
         planned = lowest(build(block), rank)

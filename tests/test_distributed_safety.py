@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from planner import InputError, apply, plan
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 
 
 @pytest.mark.parametrize("case", ["same_plans", "different_plans", "one_plan_for_all", "one_rank_unplanned", "ddp", "fsdp"])
@@ -123,7 +123,7 @@ def test_collectives_beside_modules_that_run_as_they_are_are_refused(alone) -> N
 
 def test_a_wait_is_no_storage_of_its_own(alone) -> None:
     module = Communicating(lambda y: collectives.all_reduce(y, "sum", dist.group.WORLD))
-    joint = capture_settled(module, (torch.randn(4, 8),))
+    joint = capture(module, (torch.randn(4, 8),))
     from planner.tracer.storage import Storages
 
     storages = Storages(joint.graph)
@@ -137,5 +137,5 @@ def test_a_collective_whose_result_is_not_used_still_runs(alone) -> None:
         collectives.all_reduce(y.detach(), "sum", dist.group.WORLD)
         return y
 
-    joint = capture_settled(Communicating(communicate), (torch.randn(4, 8),))
+    joint = capture(Communicating(communicate), (torch.randn(4, 8),))
     assert any("all_reduce" in str(node.target) for node in joint.graph.nodes)

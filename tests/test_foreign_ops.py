@@ -13,7 +13,7 @@ from torch import nn
 
 from planner import CaptureError, InfeasibleBudgetError, NoScheduleFoundError, plan
 from planner.tracer.lower import backward_is_fixed, lower
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 from tests.training import assert_same, trajectory
 
 CALLS = {"count": 0, "list": []}
@@ -143,7 +143,7 @@ def test_what_is_known_of_an_operator(name: str) -> None:
     body, repeatable, draws = BODIES[name]
     model, x = Model(operator(body)), torch.randn(8, 16)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    joint = capture_settled(model, (x,))
+    joint = capture(model, (x,))
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
     ops = [op for op in lower(joint).ops if op.name.startswith("op")]
@@ -178,7 +178,7 @@ def test_an_operator_that_counts_is_called_as_often_as_eager_calls_it() -> None:
 def test_a_random_operator_in_the_backward_fixes_its_order() -> None:
     noise = operator(lambda x: x + torch.randn_like(x))
     model, x = Model(operator(lambda x: x * 2, lambda ctx, grad: noise(grad))), torch.randn(512, 16)
-    assert backward_is_fixed(capture_settled(model, (x,)))
+    assert backward_is_fixed(capture(model, (x,)))
     expected = trajectory(copy.deepcopy(model), (x,), {})
     assert_same(expected, trajectory(lowest_plan(copy.deepcopy(model), (x,)), (x,), {}))
 
@@ -186,8 +186,8 @@ def test_a_random_operator_in_the_backward_fixes_its_order() -> None:
 def test_a_counting_operator_in_the_backward_fixes_its_order() -> None:
     count = operator(counted)
     model = Model(operator(lambda x: x * 2, lambda ctx, grad: count(grad)))
-    assert backward_is_fixed(capture_settled(model, (torch.randn(8, 16),)))
-    assert not backward_is_fixed(capture_settled(Model(operator(lambda x: x * 2)), (torch.randn(8, 16),)))
+    assert backward_is_fixed(capture(model, (torch.randn(8, 16),)))
+    assert not backward_is_fixed(capture(Model(operator(lambda x: x * 2)), (torch.randn(8, 16),)))
 
 
 def test_an_operator_whose_result_is_not_used_still_runs() -> None:
@@ -274,6 +274,6 @@ def test_an_operator_that_cannot_be_run_on_made_up_inputs_is_kept() -> None:
         return x * 2
 
     model, x = Model(operator(checked)), torch.randn(512, 16)
-    assert not any(op.recomputable for op in lower(capture_settled(model, (x,))).ops if op.name.startswith("op"))
+    assert not any(op.recomputable for op in lower(capture(model, (x,))).ops if op.name.startswith("op"))
     expected = trajectory(copy.deepcopy(model), (x,), {})
     assert_same(expected, trajectory(lowest_plan(copy.deepcopy(model), (x,)), (x,), {}))

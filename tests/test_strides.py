@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from planner import InfeasibleBudgetError, NoScheduleFoundError, apply, plan
 from planner.graph.planfile import load, save
 from planner.profiler import observed
-from planner.tracer.capture import capture
-from planner.tracer.settled import capture_settled
+from planner.tracer import settled
+from planner.tracer.settled import capture
 from tests.training import assert_same, trajectory
 
 
@@ -200,10 +200,8 @@ class Turned(nn.Module):
 
 
 def test_nothing_is_captured_again_where_fakes_are_right(monkeypatch) -> None:
-    from planner.tracer import settled
-
-    count = []
-    monkeypatch.setattr(settled, "capture", lambda *args, **kwargs: count.append(1) or capture(*args, **kwargs))
+    count, once = [], settled.capture_once
+    monkeypatch.setattr(settled, "capture_once", lambda *args, **kwargs: count.append(1) or once(*args, **kwargs))
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 2))
-    capture_settled(model, (torch.randn(4, 8),))
+    capture(model, (torch.randn(4, 8),))
     assert len(count) == 1

@@ -18,7 +18,7 @@ from planner.graph.plan import Plan
 from planner.runtime.guard import tensor_key
 from planner.runtime.step import Step, make_step
 from planner.tracer.lower import lower
-from planner.tracer.settled import capture_settled
+from planner.tracer.settled import capture
 
 MOST_SHAPES = 64
 """So many are remembered; then the oldest is forgotten."""
@@ -43,7 +43,7 @@ def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwa
         if len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
             raise CaptureError(f"input {i} is {list(shape)}, the plan holds up to {list(most)}")
     assert step.recapture is not None
-    joint = capture_settled(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
+    joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
     _check_smaller(plan.graph, lower(joint))
     return make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)
 

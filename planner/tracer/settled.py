@@ -13,7 +13,8 @@ from planner.profiler.kernel import tensors_in
 from planner.profiler.observed import Observation
 from planner.profiler.probe import observe
 from planner.tracer import parts
-from planner.tracer.capture import Loss, capture
+from planner.tracer.capture import Loss
+from planner.tracer.capture import capture as capture_once
 from planner.tracer.collectives import is_collective
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
@@ -23,7 +24,7 @@ _ROUNDS = 5
 """A trace that follows one kernel's strides may come to calls that were not seen before."""
 
 
-def capture_settled(
+def capture(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
@@ -32,17 +33,18 @@ def capture_settled(
     opaque: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
 ) -> Joint:
-    """As `capture`, with every kernel that may return other strides than its fake, or is not torch's, run once before.
+    """As `planner.tracer.capture.capture`, and the trace is laid out as the real step is.
 
+    Kernels that may return other strides than their fakes, and operators that are not torch's, are run once before.
     On a CPU they run in a forked child, on made-up inputs; on CUDA in this process. What was seen of torch's own kernels holds
     for the process. Nothing is run for a device that is not here.
 
     Raises:
-        InputError, CaptureError: as `capture`; or a kernel's fake is wrong in a way that no trace can follow.
+        InputError, CaptureError: as there; or a kernel's fake is wrong in a way that no trace can follow.
     """
     fresh: set[str] = set()
     for _ in range(_ROUNDS):
-        joint = capture(model, args, kwargs, loss=loss, opaque=opaque, elsewhere=elsewhere)
+        joint = capture_once(model, args, kwargs, loss=loss, opaque=opaque, elsewhere=elsewhere)
         if elsewhere is not None and elsewhere.capability is not None:
             return joint
         nodes = [node for node in _run_nodes(joint) if _key(node) not in fresh]
