@@ -199,6 +199,21 @@ class Turned(nn.Module):
         return self.layer(x.transpose(1, 2)).transpose(1, 2)
 
 
+def test_a_chain_of_kernels_whose_strides_come_to_light_one_by_one() -> None:
+    class Rolls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(1) + 0.5)
+
+        def forward(self, x):
+            x = (x * self.weight).permute(0, 3, 1, 2)
+            for size in range(9, 2, -1):  # each of another shape: the input of one is right when the one before was seen
+                x = torch.tanh(torch.roll(x[..., :size, :size], 1, 1))
+            return x.permute(0, 2, 3, 1).reshape(-1, 2).square().mean()
+
+    assert_trains_alike(Rolls(), (torch.randn(2, 10, 10, 4),))
+
+
 def test_nothing_is_captured_again_where_fakes_are_right(monkeypatch) -> None:
     count, once = [], settled.capture_once
     monkeypatch.setattr(settled, "capture_once", lambda *args, **kwargs: count.append(1) or once(*args, **kwargs))

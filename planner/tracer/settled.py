@@ -20,8 +20,8 @@ from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
 from planner.tracer.storage import Storages
 
-_ROUNDS = 5
-"""A trace that follows one kernel's strides may come to calls that were not seen before."""
+_ROUNDS = 50
+"""A trace that follows one kernel's strides may come to calls that were not seen before. Seldom are there more than two."""
 
 
 def capture(
@@ -56,8 +56,8 @@ def capture(
             opaque = _without(model, opaque, joint, wrong)
         elif not any(_differs(node) for node in _run_nodes(joint)) and drew == {_key(node) for node in nodes if _draws(node)}:
             return joint
-    node = next(node for node in _run_nodes(joint) if _differs(node))
-    raise CaptureError(f"{_name(node, joint)} returns other strides each time it is traced, and cannot be planned")
+    node = next((node for node in _run_nodes(joint) if _differs(node)), nodes[0])
+    raise CaptureError(f"{_name(node, joint)} behaves otherwise each time it is run, and cannot be planned")
 
 
 def _run_nodes(joint: Joint) -> list[fx.Node]:
