@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PlanMissError,
         PlannerError,
         PlotMissingError,
+        RanksDifferError,
         SolverMissingError,
     )
     from planner.export.source import export_source
@@ -60,6 +61,7 @@ _HOMES = {
         "PlanMissError",
         "PlannerError",
         "PlotMissingError",
+        "RanksDifferError",
         "SolverMissingError",
     ),
     "planner.runtime.install": ("install", "uninstall"),
@@ -99,6 +101,7 @@ __all__ = [
     "PlanMissWarning",
     "PlannerError",
     "PlotMissingError",
+    "RanksDifferError",
     "Report",
     "SolverMissingError",
     "Sweep",

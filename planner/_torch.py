@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as untraced
 
 from planner.errors import CaptureError
+from planner.profiler import observed
+from planner.profiler.kernel import call_key
 
 __all__ = [
     "KEEPS_GRAPH_IMPORT",
@@ -42,11 +47,13 @@ __all__ = [
     "ExportedJoint",
     "FakeTensor",
     "HigherOrderOperator",
+    "InPlaceCollectiveError",
     "OpOverload",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "box",
     "calls_intercepted",
+    "collectives_forbidden",
     "export_joint",
     "fake_inputs",
     "fake_mode",
@@ -56,7 +63,9 @@ __all__ = [
     "kernels_chosen",
     "kernels_kept",
     "kernels_replaced",
+    "key_value_store",
     "pytree",
+    "ranks_of_group",
     "release_saved",
     "results",
     "selfcheck",
@@ -83,9 +92,42 @@ class ExportedJoint:
     outputs: tuple[tuple[Any, ...], ...]
 
 
+class InPlaceCollectiveError(Exception):
+    """A traced call communicates by one of torch.distributed's operators that write in place, which no graph can hold."""
+
+
+_FOLLOWS: ContextVar[bool] = ContextVar("fake tensors follow what was observed on this machine", default=True)
+
+
 def fake_mode() -> FakeTensorMode:
-    """While entered, tensors are made without data; real ones, as a model's own constants, are let in."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    """While entered, tensors are made without data; real ones, as a model's own constants, are let in.
+
+    Fake tensors look as the real ones do, where a kernel was seen to return other strides than its fake (profiler/observed.py).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = mode.dispatch
+
+    def empty(look: observed.Look, device: torch.device) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(look.shape, look.stride, dtype=getattr(torch, look.dtype), device=device)
+
+    def dispatch(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") == "c10d":
+            raise InPlaceCollectiveError(str(func))
+        kept = _KEPT_CALLS.get()
+        if kept is not None and observed.is_foreign(func):
+            kept.add(func)
+        out = own(func, types, args, kwargs or {})
+        if func is torch.ops.aten.bernoulli.p:  # the real kernel draws into an empty_like; the fake one is contiguous
+            with mode:
+                return torch.empty_like(args[0])
+        if str(func) == "_c10d_functional.wait_tensor.default":  # the real one returns its argument, the fake one a copy
+            with mode:
+                return torch.ops.aten.alias.default(args[0])
+        return observed.as_observed(func, args, kwargs or {}, out, empty) if _FOLLOWS.get() else out
+
+    mode.dispatch = dispatch  # type: ignore[method-assign]  # not a subclass: higher-order operators look for this very type
+    return mode
 
 
 def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -111,13 +153,16 @@ def export_joint(
     """Trace forward and backward of `module(*fakes)` into one functional ATen graph.
 
     Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
-    survives on `node.meta["custom"]`, on backward nodes too. `choices`: see `kernels_chosen`.
+    survives on `node.meta["custom"]`, on backward nodes too. `choices`: see `kernels_chosen`. A call whose outputs may really
+    look otherwise than their fakes is noted in `node.meta[TRACED]` (planner.profiler.observed).
 
     Raises:
         CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet_fakes())
+        stack.enter_context(_foreign_calls_kept())
+        stack.callback(_FOLLOWS.reset, _FOLLOWS.set(not choices))
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
         stack.enter_context(kernels_chosen(choices or {}))
@@ -125,6 +170,9 @@ def export_joint(
         stack.enter_context(fx.traceback.preserve_node_meta())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
         graph_module = joint._aot_graph_capture.graph_module
+    for node in graph_module.graph.nodes:
+        if isinstance(node.target, OpOverload) and not choices and observed.needs_run(node):
+            node.meta[observed.TRACED] = call_key(node.target, node.args, node.kwargs)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     output = graph_module.graph.output_node()
     inputs = tuple(_input_role(node.meta["desc"]) for node in placeholders)
@@ -145,6 +193,28 @@ def _quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+class _Kept(set[Any]):
+    """Operators whose calls no elimination of dead code takes out."""
+
+    def add(self, op: Any) -> None:
+        if op not in torch.fx.node._side_effectful_functions:
+            torch.fx.node._side_effectful_functions.add(op)
+            super().add(op)
+
+
+_KEPT_CALLS: ContextVar[set[Any] | None] = ContextVar("operators from outside of torch that were traced", default=None)
+
+
+@contextlib.contextmanager
+def _foreign_calls_kept() -> Iterator[None]:
+    """While tracing, calls of operators that are not torch's stay in the graph, used or not: nobody knows what else they do."""
+    kept = _Kept()
+    token = _KEPT_CALLS.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT_CALLS.reset(token)
+        torch.fx.node._side_effectful_functions.difference_update(kept)
 
 
 def _input_role(desc: Any) -> tuple[Any, ...]:
@@ -312,6 +382,55 @@ def calls_intercepted(
         yield
     finally:
         nn.Module.__call__ = call  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def collectives_forbidden() -> Iterator[list[str]]:
+    """While entered, torch.distributed's operators raise, on CPU and CUDA tensors; yields the names of those that were called.
+
+    In a forked child, or on one rank alone, they would wait for ever.
+    """
+    refused: list[str] = []
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        yield refused
+        return
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            refused.append(name)
+            raise RuntimeError(f"{name} is not run while a kernel is looked at")
+
+        return call
+
+    known = [name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()]
+    libraries = {space: torch.library.Library(space, "IMPL") for space in ("c10d", "_c10d_functional")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced
+            for name in sorted(set(known)):
+                space, _, op = name.partition("::")
+                for key in ("CPU", "CUDA") if space in libraries else ():
+                    libraries[space].impl(op, refuse(name), key, allow_override=True)
+        yield refused
+    finally:
+        for library in libraries.values():
+            library._destroy()
+
+
+def key_value_store() -> Any:
+    """The store by which the processes of torch.distributed find each other; None where it is not in use."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def ranks_of_group(name: str) -> tuple[list[int], int]:
+    """The ranks of a process group, by its name ('' for the default one), and this process's rank, all in the world."""
+    c10d: Any = torch.distributed.distributed_c10d
+    group = c10d._resolve_process_group(name) if name else c10d._get_default_group()
+    return torch.distributed.get_process_group_ranks(group), torch.distributed.get_rank()
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:

@@ -24,14 +24,16 @@ from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
 from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.ranks import communicates
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
-from planner.tracer.capture import capture
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
+from planner.tracer.settled import capture
 
 Budget = int | str | float
 SWITCHED_OFF = "switched off by check=False"
+COMMUNICATES = "it communicates: a rank that plans alone would wait for the others for ever"
 
 
 def plan(
@@ -135,6 +137,7 @@ def plan(
 
         try:
             reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+            reason = reason or (COMMUNICATES if communicates(priced.joint) else "")
             if reason:
                 return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
             if is_fraction and dict(priced.made_on)["costs"].startswith("estimated") and not compile and priced.is_on_cpu:
@@ -183,8 +186,8 @@ def apply(
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    if not check:
-        return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF}")
+    if not check or communicates(joint):
+        return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF if not check else COMMUNICATES}")
     limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # where it was made it was known to need that
     return measured_within(limit, lambda _: planned, args, kwargs, tries=1)
 

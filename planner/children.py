@@ -28,10 +28,10 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
-from planner.tracer.capture import capture
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
 from planner.tracer.refusal import own_words
+from planner.tracer.settled import capture
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""

@@ -90,6 +90,10 @@ class PartError(PlannerError, RuntimeError):
     """An opaque part of a planned model returned something else than when it was planned."""
 
 
+class RanksDifferError(PlannerError, RuntimeError):
+    """Ranks that communicate inside a planned step run different plans of it, or one of them does not come to it."""
+
+
 class ExportError(PlannerError):
     """A planned step cannot be written out as a file that needs torch alone; says which part of it, and what to do."""
 

@@ -24,11 +24,11 @@ from planner.profiler.profile import Profile
 from planner.report.budgets import Refusal, restated
 from planner.report.progress import stage
 from planner.solver.solve import Solver, solve
-from planner.tracer.capture import capture
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.settled import capture
 
 
 @dataclass(frozen=True, slots=True)

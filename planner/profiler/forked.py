@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from planner.profiler.child import Child
 from planner.profiler.profile import KernelCost
@@ -12,10 +13,23 @@ _MAX_DEATHS = 8
 """Children that may die before the rest of the jobs is given up."""
 
 
+def _row_of_cost(cost: KernelCost) -> Any:
+    return [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes]
+
+
+def _cost_of_row(row: Any) -> KernelCost:
+    return KernelCost(row[0], row[1], tuple(row[2:]))
+
+
 def run_forked(
-    jobs: Sequence[Callable[[], KernelCost]], patience_s: Sequence[float]
-) -> Iterator[tuple[int, KernelCost | None]]:
+    jobs: Sequence[Callable[[], Any]],
+    patience_s: Sequence[float],
+    encode: Callable[[Any], Any] = _row_of_cost,
+    decode: Callable[[Any], Any] = _cost_of_row,
+) -> Iterator[tuple[int, Any]]:
     """Run every job in a child process, in order; yield (index, result), or (index, None) for a job that failed.
+
+    Results travel as JSON: `encode` makes something of them that JSON holds, `decode` makes them of it. By default KernelCosts.
 
     A job that raises fails alone. One that kills its child fails, and a new child goes on behind it. One that takes
     longer than its `patience_s` fails and takes the rest with it: most likely forking is not safe here.
@@ -23,14 +37,15 @@ def run_forked(
     start, deaths = 0, 0
     while start < len(jobs):
         rest = jobs[start:]
-        child = Child(lambda rest=rest: map(_answer, rest))  # type: ignore[misc]
+        child = Child(lambda rest=rest: (_answer(job, encode) for job in rest))  # type: ignore[misc]
         try:
             for index in range(start, len(jobs)):
                 answer = child.read(patience_s[index])
                 if answer is None:
                     break
                 start = index + 1
-                yield index, _decode(answer)
+                row = json.loads(answer)
+                yield index, None if row is None else decode(row)
         finally:
             child.end()
         if start < len(jobs):
@@ -40,14 +55,8 @@ def run_forked(
             start = lost
 
 
-def _answer(job: Callable[[], KernelCost]) -> list[int] | None:
+def _answer(job: Callable[[], Any], encode: Callable[[Any], Any]) -> Any:
     try:
-        cost = job()
+        return encode(job())
     except Exception:
         return None
-    return [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes]
-
-
-def _decode(line: bytes) -> KernelCost | None:
-    answer = json.loads(line)
-    return KernelCost(answer[0], answer[1], tuple(answer[2:])) if answer else None

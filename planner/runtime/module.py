@@ -24,6 +24,7 @@ from planner.runtime.backwards import Backwards
 from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.functions import Boxed, Program, run
 from planner.runtime.mismatch import Mismatch
+from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
@@ -118,7 +119,7 @@ class CheckpointedModule(fx.GraphModule):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
         self.__dict__.update(_others={}, _given=program, num_planned_calls=0, num_unplanned_calls=0)
-        self.__dict__.update(_refused=None, _num_runs=0, alternatives=[], audits=audits)
+        self.__dict__.update(_refused=None, _num_runs=0, alternatives=[], audits=audits, _to_compare=communicates(step.joint))
         self.graph = step.halves.forward
 
     @property
@@ -221,6 +222,9 @@ class CheckpointedModule(fx.GraphModule):
                     return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
             return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
+        if self._to_compare:
+            self.__dict__["_to_compare"] = False
+            compare_plans(step, self.plan)
         self.__dict__["_num_runs"] += 1
         if self.audits and is_due(self._num_runs):
             plain = [given for given in step.joint.inputs if given.kind is not Kind.TANGENT]
@@ -317,6 +321,7 @@ class CheckpointedModule(fx.GraphModule):
             try:
                 step = step_of_other_shape(self._step, self.plan, self._original, args, kwargs)
                 self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict)
+                self._others[key].__dict__["_to_compare"] = False  # it is the plan that was compared
             except PlannerError as error:
                 self._others[key] = Mismatch("input", "the inputs' shape", str(error))
         return self._others[key]  # type: ignore[no-any-return]
@@ -409,7 +414,7 @@ def _restored(
 def can_audit(step: Step) -> bool:
     """The original forward may run beside the planned one: nothing in it acts on the world outside, and bits are the same."""
     hooked = any(not spec.repeatable for spec in step.joint.parts.values())
-    return not step.is_compiled and not step.joint.elsewhere and not hooked
+    return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)
 
 
 def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:

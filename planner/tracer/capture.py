@@ -13,10 +13,11 @@ from torch import nn
 
 from planner import _torch
 from planner._torch import pytree
-from planner.errors import CaptureError, PlannerError
+from planner.errors import CaptureError, InputError, PlannerError
 from planner.tracer import fidelity, parts, raising
 from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
+from planner.tracer.collectives import Refusing
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.host.preserve import Generators, Preserved, model_preserved
@@ -144,6 +145,13 @@ def _capture(
     )
 
 
+_IN_PLACE = (
+    "{} at {}: torch.distributed's collectives write in place, which no graph can hold. Use the functional ones "
+    "(torch.distributed._functional_collectives.all_reduce(x, 'sum', group) and its like), communicate outside of forward, or "
+    "plan submodules that do not communicate"
+)
+
+
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
     """Learn what Python does in real forwards, then trace."""
     try:
@@ -153,6 +161,8 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
         return step.export([*tensors, *step.state_inputs()])
     except PlannerError:
         raise
+    except _torch.InPlaceCollectiveError as error:
+        raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
         raise refusal(error, step.where, step.where_module) from error
 
@@ -286,7 +296,11 @@ class Step(nn.Module):
                 "not have: build both on the CPU",
                 module=self.where_module,
             )
-        run = lambda: self.call(tensors)
+
+        def run() -> Any:
+            with Refusing(self.parts):
+                return self.call(tensors)
+
         try:
             observed, self.calls = record(self.model, run, tensors, self.parts, self.device, self._modules_running)
         except PlannerError:

@@ -12,6 +12,7 @@ from torch import fx
 from planner._torch import ExportedJoint, HigherOrderOperator, pytree, results
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
+from planner.profiler.observed import is_foreign
 from planner.tracer import kernels
 from planner.tracer.casts import merge_casts
 from planner.tracer.fidelity import VALIDATIONS
@@ -115,7 +116,10 @@ def _write_kernels(
 
 
 def _has_effects(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node) or raises(node)
+    """What eager runs for more than its result; who knows what an operator from outside of torch does besides."""
+    if node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node) or raises(node):
+        return True
+    return node.op == "call_function" and is_foreign(node.target)
 
 
 def _write_mutations(
