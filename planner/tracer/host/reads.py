@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import gc
 import os
 import sys
 import sysconfig
@@ -163,7 +164,7 @@ class ReadRecorder:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """While entered, reads and writes of this thread are noted."""
-        profile = sys.getprofile()
+        profile, collects = sys.getprofile(), gc.isenabled()
         environ = type(os.environ)
         read_variable = environ.__getitem__
 
@@ -173,12 +174,15 @@ class ReadRecorder:
             return read_variable(this, key)
 
         try:
+            gc.disable()  # callbacks and finalizers that a collection runs are not the forward's code
             self._patch(nn.Module)
             environ.__getitem__ = look_up  # type: ignore[method-assign]
             sys.setprofile(self._on_event)
             yield
         finally:
             _put_back_profiler(profile)
+            if collects:
+                gc.enable()
             environ.__getitem__ = read_variable  # type: ignore[method-assign]
             for kind, own in self._patched.items():
                 for name, held in zip(("__getattribute__", "__setattr__"), own, strict=True):
