@@ -46,7 +46,7 @@ def nothing(model, y):
 @pytest.fixture
 def unguarded(monkeypatch):
     """Changes of Python state are no mismatch: what verify finds is not found before."""
-    monkeypatch.setattr(HostGuard, "difference", lambda self: None)
+    monkeypatch.setattr(HostGuard, "difference", lambda self, **_: None)
 
 
 def beside(change, **attributes):

@@ -111,9 +111,15 @@ def _is_plain_equal(leaf: Any, expected: Any) -> bool:
 
 
 def difference(
-    key: CallKey, watched: Watched, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], device: torch.device
+    key: CallKey,
+    watched: Watched,
+    held: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    *,
+    through_forward: bool = False,
 ) -> Mismatch | None:
-    """The first part of the key that does not hold for a call."""
+    """The first part of the key that does not hold for a call; `through_forward`: see `HostGuard.difference`."""
     if not torch.is_grad_enabled():
         return Mismatch("mode", "grad mode", "disabled")
     switches = global_switches()
@@ -121,7 +127,7 @@ def difference(
         for (name, now), (_, planned) in zip(switches, key.switches, strict=True):
             if now != planned:
                 return Mismatch("mode", name, str(now)[:80], str(planned)[:80])
-    changed = watched.changed()
+    changed = watched.changed(through_forward=through_forward)
     if changed is not None:
         return changed
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):

@@ -18,7 +18,7 @@ from torch import nn
 
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, first_difference
-from planner.tracer.host.state import HostKey, Path, find_in_class
+from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
 from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, parts
 
 Look = Callable[[], Sequence[Any]]
@@ -63,7 +63,11 @@ class HostGuard:
     def __init__(self, model: nn.Module, key: HostKey, names: Callable[[], Mapping[int, str]]) -> None:
         self._model, self._key, self._names = model, key, names
         groups: dict[Any, _Group] = {}
+        self._forward: tuple[Path, Fingerprint] | None = None
         for path, expected in key.expected:
+            if (path.module, path.name, path.scope) == ("", "forward", None):
+                self._forward = (path, expected)
+                continue
             where = path.module if path.scope is None else id(path.scope.variables)
             groups.setdefault(where, _Group([])).expected.append((path, expected))
         self._groups = list(groups.values())
@@ -80,8 +84,17 @@ class HostGuard:
         self._moving = [group for group in self._groups if not group.is_known]
         self._remember_steady()
 
-    def difference(self) -> Mismatch | None:
-        """The first place that is not as it was planned for."""
+    def difference(self, *, through_forward: bool = False) -> Mismatch | None:
+        """The first place that is not as it was planned for.
+
+        `through_forward`: the plan stands in the model's `forward`, and was called by it, whatever was wrapped around it.
+        """
+        if self._forward is not None and not through_forward:
+            path, expected = self._forward
+            now = self._prints().of(path.root(self._model))
+            if not alike(expected, now, copied=True):
+                where, old, new = first_difference(expected, now, "forward")
+                return Mismatch("host", where, new, old)
         for name, value in self._key.environment:
             if os.environ.get(name) != value:
                 return Mismatch("host", f"the environment variable {name}", repr(os.environ.get(name)), repr(value))
@@ -128,13 +141,12 @@ class HostGuard:
         return None
 
     def _prints(self) -> Fingerprints:
-        growing = {id(path.get(self._model)) for path in self._key.growing}
-        return Fingerprints(self._names(), self._key.reads.wants, growing)
+        return Fingerprints(self._names(), self._key.reads.wants, skipped_places(self._key.left, self._model))
 
     def _remember(self, group: _Group) -> None:
         """Note what every container of these places holds now."""
         group.dicts, group.others, group.is_known = [], [], True
-        skipped = {id(path.get(self._model)) for path in self._key.growing}
+        skipped = {id(path.get(self._model)) for path in self._key.left}
         named = self._names()
         modules = {path.module: None for path, _ in group.expected if path.scope is None}
         for name in modules:

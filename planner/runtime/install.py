@@ -63,7 +63,7 @@ class PlannedForward:
         """One step by the first plan that was made for this call, else by the model's own forward."""
         misses = []
         for module in self.planned:
-            planned, miss = module.attempt(args, kwargs)
+            planned, miss = module.attempt(args, kwargs, through_forward=True)
             if miss is None:
                 return planned
             misses.append(miss)

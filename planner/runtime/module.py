@@ -204,24 +204,31 @@ class CheckpointedModule(fx.GraphModule):
             return unplanned_forward(self._original)(*args, **kwargs)
         return out
 
-    def attempt(self, args: Any, kwargs: Any) -> tuple[Any, Mismatch | None]:
-        """The planned step's output, or None and what keeps this call from running planned."""
-        out, miss = self._attempt(args, kwargs)
+    def attempt(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> tuple[Any, Mismatch | None]:
+        """The planned step's output, or None and what keeps this call from running planned.
+
+        `through_forward`: the plan is installed, and the model's `forward` led to it.
+        """
+        out, miss = self._attempt(args, kwargs, through_forward)
         self.__dict__["num_unplanned_calls" if miss else "num_planned_calls"] += 1
         return out, miss
 
-    def _attempt(self, args: Any, kwargs: Any) -> tuple[Any, Mismatch | None]:
+    def _attempt(self, args: Any, kwargs: Any, through_forward: bool) -> tuple[Any, Mismatch | None]:
         step = self._step
         if self._refused is not None:
             return None, self._refused
-        tensors, inputs, miss = self._match(args, kwargs)
+        tensors, inputs, miss = self._match(args, kwargs, through_forward)
         if miss is not None:
             for alternative in self.alternatives:
-                out, other_miss = alternative.attempt(args, kwargs)
+                out, other_miss = alternative.attempt(args, kwargs, through_forward=through_forward)
                 if other_miss is None:
                     return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
-            return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
+            return (
+                other.attempt(args, kwargs, through_forward=through_forward)
+                if isinstance(other, CheckpointedModule)
+                else (None, other)
+            )
         if self._to_compare:
             self.__dict__["_to_compare"] = False
             compare_plans(step, self.plan)
@@ -328,19 +335,23 @@ class CheckpointedModule(fx.GraphModule):
 
     def difference(self, args: Any, kwargs: Any) -> Mismatch | None:
         """What keeps this call from running planned."""
-        return self._match(args, kwargs)[2]
+        return self._match(args, kwargs, False)[2]
 
-    def _match(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
+    def _match(
+        self, args: Any, kwargs: Any, through: bool
+    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
         """The tensors of the call and of Python state, the graph's inputs, and what differs from the call planned for.
 
         An error while comparing says that something is not as planned, too.
         """
         try:
-            return self._compare(args, kwargs)
+            return self._compare(args, kwargs, through)
         except Exception as error:
             return [], [], Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
 
-    def _compare(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
+    def _compare(
+        self, args: Any, kwargs: Any, through: bool
+    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
         step = self._step
         joint = step.joint
         if joint.elsewhere:
@@ -352,7 +363,7 @@ class CheckpointedModule(fx.GraphModule):
         held = self._watched.held()
         if held is None:
             return tensors, [], self._watched.missing()
-        miss = guard.difference(step.key, self._watched, held, tensors, self.device)
+        miss = guard.difference(step.key, self._watched, held, tensors, self.device, through_forward=through)
         if miss is not None:
             return tensors, [], miss
         state = [path.get(self._original) for path in joint.host.state]

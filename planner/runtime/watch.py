@@ -60,19 +60,20 @@ class Watched:
                 return Mismatch("weight", name, str(holder.get(name, "absent"))[:80], "a tensor")
         return Mismatch("weight", "the model's tensors")
 
-    def changed(self) -> Mismatch | None:
-        """What of the modules and of Python's state is not as it was planned for."""
+    def changed(self, *, through_forward: bool = False) -> Mismatch | None:
+        """What of the modules and of Python's state is not as it was planned for; see `HostGuard.difference`."""
         if list(map(type, self.modules)) != self._kinds:
-            i = next(i for i, module in enumerate(self.modules) if type(module) is not self._kinds[i])
-            kind = type(self.modules[i]).__name__
-            return Mismatch("module", f"the class of {self._names[i]}", kind, self._kinds[i].__name__)
+            for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
+                if not isinstance(module, kind):  # a class derived from it (fully_shard) is told by what it overrides
+                    return Mismatch("module", f"the class of {name}", type(module).__name__, kind.__name__)
+            self._kinds = [type(module) for module in self.modules]
         if self._submodules() != self._children:
             return Mismatch("module", "the model's submodules", "one was replaced, added or removed")
         if any(self._without_hooks):
             if any(is_foreign(hook) for hooks in self._without_hooks for hook in hooks.values()):
                 return Mismatch("module", "a submodule's hooks", "one was added, which a plan would not call")
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
-        return self._host.difference()
+        return self._host.difference(through_forward=through_forward)
 
     def untied(self, held: Sequence[torch.Tensor]) -> str:
         """Name of a tensor that was the same as another when this was made and no longer is; '' if none."""

@@ -412,9 +412,9 @@ class Step(nn.Module):
                 return leaf
             if id(leaf) not in sources:
                 if id(leaf) not in results:
-                    # a scalar that is left for the loop is a term of its loss, as a rule
+                    # it may be a term of the loop's loss; a backward without it is captured when it comes
                     position = len(results)
-                    differentiated = self._add_result(results, leaf, leaf.requires_grad and leaf.dim() == 0)
+                    differentiated = self._add_result(results, leaf, leaf.requires_grad)
                     self.left.append(Output(str(path), position, differentiated, leaf.requires_grad))
                 sources[id(leaf)] = Ref("result", list(results).index(id(leaf)))
             return sources[id(leaf)]

@@ -43,7 +43,7 @@ class Refusing(TorchDispatchMode):
 def alone(func: Any, args: Any, kwargs: Any) -> Any:
     """What a collective returns as far as shapes go, without the other ranks: nobody waits for a rank that captures a model."""
     mode = fake_mode()
-    fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (args, kwargs))
+    fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t.detach(), static_shapes=True), (args, kwargs))
     with mode:
         out = func(*fakes[0], **fakes[1])
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

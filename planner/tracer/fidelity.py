@@ -50,6 +50,10 @@ class ModuleStack:
     def __str__(self) -> str:
         return self._running[-1] if self._running else ""
 
+    def drawn(self, now: Any) -> None:
+        """What an opaque submodule or operator has drawn so far is no draw of the modules around it."""
+        self._states = [now] * len(self._states)
+
     @contextlib.contextmanager
     def following(self, states: Callable[[], Any] = random.getstate, apart: Collection[str] = ()) -> Iterator[None]:
         """While entered, forwards of the model's submodules are followed.

@@ -20,6 +20,10 @@ _INTERNAL = re.compile(
 
 _MEANINGS = (
     (
+        r"'(FunctionalTensor|FakeTensor)' object has no attribute",
+        "reads an attribute that was set on a tensor, which a plan does not follow: keep it on the module",
+    ),
+    (
         r"\.numpy\(\)|data pointer|data_ptr|python object",
         "reads a tensor's memory (numpy, data_ptr, copy.deepcopy), which a trace does not have: compute it with torch, or put "
         "it into a submodule of its own, which then runs as it is",
@@ -74,7 +78,8 @@ def _meaning(error: Exception) -> str:
     message = " ".join(str(error).split())
     name = type(error).__name__
     is_internal = _INTERNAL.search(message) or (not message and name == "AssertionError")
-    if _raised_by_user(error.__traceback__) or not is_internal:
+    names_fakes = re.search(r"FunctionalTensor|FakeTensor", message)
+    if not names_fakes and (_raised_by_user(error.__traceback__) or not is_internal):
         return own_words(error)
     for pattern, meaning in _MEANINGS:
         if re.search(pattern, message, re.IGNORECASE):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,13 @@ class Changes:
 
 
 def find_changes(
-    model: nn.Module, before: Mapping[Path, Any], after: Mapping[Path, Any], outside: Collection[int], known: Collection[int]
+    model: nn.Module,
+    before: Mapping[Path, Any],
+    after: Mapping[Path, Any],
+    outside: Collection[int] = (),
+    known: Collection[int] = (),
+    inputs: Collection[int] = (),
+    only_written: Callable[[Path], bool] = lambda path: False,
 ) -> Changes:
     """Compare two snapshots of successive steady forwards.
 
@@ -39,11 +45,13 @@ def find_changes(
         before, after: every place that the forward reads or writes, with its value.
         outside: identities of the tensors of Python state that kernels read.
         known: identities of weights and inputs.
+        inputs: identities of the call's tensors, which every call leaves anew.
+        only_written: an attribute is written by every forward before it is read: a planned call writes it, too.
 
     Raises:
         CaptureError: something that is no tensor changes from call to call, or a container that cannot be written.
     """
-    finder = _Finder(model, before, after, outside)
+    finder = _Finder(model, before, after, outside, inputs, only_written)
     effects = tuple(finder.find())
     old = {id(value) for value in before.values() if isinstance(value, torch.Tensor)} - set(known)
     moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old)
@@ -69,9 +77,16 @@ def frozen(value: Any) -> Any:
 
 class _Finder:
     def __init__(
-        self, model: nn.Module, before: Mapping[Path, Any], after: Mapping[Path, Any], outside: Collection[int]
+        self,
+        model: nn.Module,
+        before: Mapping[Path, Any],
+        after: Mapping[Path, Any],
+        outside: Collection[int],
+        inputs: Collection[int],
+        only_written: Callable[[Path], bool],
     ) -> None:
         self._model, self._before, self._after, self._outside = model, before, after, outside
+        self._inputs, self._only_written = inputs, only_written
         self._done: list[Path] = []
         self._num_parts = Counter(_parent(path) for path in before if path.steps)
         self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
@@ -81,7 +96,12 @@ class _Finder:
             if any(path.is_inside(done) for done in self._done):
                 continue
             was = self._before.get(path, ABSENT)
-            if was is now:
+            if (isinstance(now, torch.Tensor) and id(now) in self._inputs) or (
+                self._only_written(path) and self._equal(was, now)
+            ):
+                self._done.append(path)
+                yield Effect(self._writable(path), now)
+            elif was is now:
                 yield from self._of_same_object(path, now)
             elif isinstance(now, torch.Tensor) and isinstance(was, torch.Tensor):
                 self._done.append(path)

@@ -84,10 +84,10 @@ class Fingerprints:
     Args:
         names: of the model's own modules and tensors, by identity: they are compared elsewhere.
         wanted: which attributes of objects count.
-        skipped: identities of containers whose content does not count.
+        skipped: identities of containers whose content does not count, and (identity, step) of parts that do not.
     """
 
-    def __init__(self, names: Mapping[int, str], wanted: Wanted, skipped: Collection[int] = ()) -> None:
+    def __init__(self, names: Mapping[int, str], wanted: Wanted, skipped: Collection[Any] = ()) -> None:
         self._names, self._wanted, self._skipped = names, wanted, skipped
         self._open: dict[int, int] = {}
 
@@ -129,7 +129,10 @@ class Fingerprints:
             return (head, value.name)
         if is_generator(value) or is_iterator(value):
             return (head,)  # what they have come to is looked at elsewhere
-        found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in parts(value, self._wanted))
+        every = parts(value, self._wanted)
+        if self._skipped:
+            every = ((step, item) for step, item in every if (id(value), step) not in self._skipped)
+        found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
         if isinstance(value, _ATOMIC):
             return (Same(value, kind.__qualname__, True), found)
         if not found and is_foreign_class(kind) and not isinstance(value, (list, tuple, dict)):

@@ -6,21 +6,25 @@ Nothing is kept for a backward, so a run needs no more memory than an inference 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from planner._torch import OpOverload, TorchDispatchMode, pytree
+from planner._torch import OpOverload, TorchDispatchMode, collectives_forbidden, pytree
 from planner.errors import CaptureError
+from planner.profiler.observed import is_foreign
+from planner.tracer.collectives import alone
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.preserve import Generators, Preserved
 from planner.tracer.host.reads import ReadRecorder, Reads
-from planner.tracer.host.state import HostKey, HostState, Path, roots, walk
+from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 
 _RUNS = 4
 """So many runs are made at most; the first ones may fill caches and first states."""
@@ -52,9 +56,10 @@ class Run:
 class RecordKernels(TorchDispatchMode):
     """Fills a Run; what happens while `paused` (inside opaque submodules) is left out."""
 
-    def __init__(self, where: Callable[[], str]) -> None:
+    def __init__(self, where: Callable[[], str], apart: Callable[[], AbstractContextManager[None]]) -> None:
+        """`apart`: entered where an operator that is not torch's runs, whose Python code is its own affair."""
         super().__init__()
-        self._where = where
+        self._where, self._apart = where, apart
         self._made: dict[int, torch.Tensor] = {}
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.run = Run()
@@ -83,7 +88,11 @@ class RecordKernels(TorchDispatchMode):
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
         if isinstance(func, OpOverload) and func._schema.is_mutable:
             self._keep_written(func, args, kwargs or {})
-        result = func(*args, **(kwargs or {}))
+        if is_foreign(func) and not self.paused:
+            with self._apart():
+                result = _without_others(func, args, kwargs or {})
+        else:
+            result = func(*args, **(kwargs or {}))
         for made in pytree.tree_leaves(result):
             if isinstance(made, torch.Tensor) and id(made) not in self.run.outside:
                 self._made[id(made)] = made
@@ -98,6 +107,17 @@ class RecordKernels(TorchDispatchMode):
             for tensor in pytree.tree_leaves(value):
                 if isinstance(tensor, torch.Tensor) and id(tensor) in self.run.outside and id(tensor) not in self._contents:
                     self._contents[id(tensor)] = (tensor, tensor.detach().clone())
+
+
+def _without_others(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operator run; where it communicates inside, what it returns as far as shapes go."""
+    with collectives_forbidden() as refused:
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if not refused:
+                raise
+    return alone(func, args, kwargs)
 
 
 def _described(leaf: Any) -> Any:
@@ -143,7 +163,8 @@ class Observer:
                 self.preserved.keep(kind)
         where = lambda: str(modules)
         self.reads = ReadRecorder(self.preserved, self._names, where)
-        self.kernels = RecordKernels(where)
+        self.kernels = RecordKernels(where, self.pause)
+        self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
 
     @contextlib.contextmanager
@@ -151,10 +172,14 @@ class Observer:
         """An opaque submodule runs: what it does is its own affair."""
         before = self.kernels.paused, self.reads.paused
         self.kernels.paused = self.reads.paused = True
+        host = self._generators.host()
         try:
             yield
         finally:
             self.kernels.paused, self.reads.paused = before
+            now = self._generators.host()
+            if now != host:
+                self._modules.drawn(now)
 
     def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Observation:
         """Run the forward until two runs do the same, and say what Python does in it.
@@ -167,19 +192,23 @@ class Observer:
         contents = [(tensor, tensor.detach().clone()) for tensor in inputs]
         while len(runs) < 2 or not _same(runs[-2], runs[-1]):
             if len(runs) == _RUNS:
-                find_changes(self._model, snapshots[-2], snapshots[-1], (), ())  # names the attribute, if it is one
+                find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
                 raise _unsteady(runs[-2], runs[-1])
             with torch.no_grad():
                 for tensor, content in contents if runs else ():
                     tensor.copy_(content)
-            runs.append(self._run(call))
-            snapshots.append(self._snapshot())
+            runs.append(self._inside(lambda: self._run(call)))
+            snapshots.append(self._inside(self._snapshot))
         reads = self.reads.reads()
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
         outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
-        changes = find_changes(self._model, snapshots[-2], self._snapshot(), outside, known)
+        given = {id(tensor) for tensor in inputs}
+        after = self._inside(self._snapshot)
+        changes = find_changes(self._model, snapshots[-2], after, outside, known, given, self._is_only_written)
         state = self._state(snapshots[-2], outside, changes)
-        host = HostState(self._key(reads, changes), state, self._aliases(), changes.effects)
+        # the first run came from another state, and did the same: what this forward leaves there does not steer it
+        left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
+        host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
         return Observation(runs[-1], host, self.preserved)
 
     def _run(self, call: Callable[[], Any]) -> Run:
@@ -189,7 +218,6 @@ class Observer:
         torch.clear_autocast_cache()  # or a run would read casts of the one before
         run = self.kernels.new_run()
         self.reads.new_run()
-        host = self._generators.host()
         with (
             torch.random.fork_rng(devices=self._generators.devices()),
             torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
@@ -202,10 +230,10 @@ class Observer:
             except CaptureError as error:
                 error.module = error.module or str(self._modules)
                 raise
-        self._refuse_other_generators(host)
+        self._refuse_other_generators()
         return run
 
-    def _refuse_other_generators(self, host: Any) -> None:
+    def _refuse_other_generators(self) -> None:
         if self.reads.controlled is not None:
             module, function = self.reads.controlled
             raise CaptureError(
@@ -222,8 +250,6 @@ class Observer:
             )
         if self._modules.drew is not None:
             raise _draws(self._modules.drew)
-        if self._generators.host() != host and not self._parts:
-            raise _draws("")
 
     def _snapshot(self) -> dict[Path, Any]:
         """Every place that the forward reads or writes, with its value."""
@@ -248,9 +274,7 @@ class Observer:
         places = ((path, value) for path, value in self._snapshot().items() if isinstance(value, torch.Tensor))
         return tuple((path, names[id(value)]) for path, value in places if id(value) in names and (path.steps or path.scope))
 
-    def _state(
-        self, before: Mapping[Path, Any], outside: Mapping[int, torch.Tensor], changes: Changes
-    ) -> tuple[Path, ...]:
+    def _state(self, before: Mapping[Path, Any], outside: Mapping[int, torch.Tensor], changes: Changes) -> tuple[Path, ...]:
         """The places whose tensors the last run read, or moved elsewhere."""
         wanted = {*outside, *changes.moved}
         found: dict[int, Path] = {}
@@ -266,19 +290,26 @@ class Observer:
                 )
         return tuple(found.values())
 
-    def _key(self, reads: Reads, changes: Changes) -> HostKey:
+    def _is_only_written(self, path: Path) -> bool:
+        if path.steps or path.scope is not None:
+            return False
+        kind = type(self._model.get_submodule(path.module))
+        reads = self.reads.reads().attributes.get(kind, frozenset())
+        return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
+
+    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path]) -> HostKey:
         model = self._model
         names = named(model)
-        growing = tuple(effect.path for effect in changes.effects if effect.appends)
-        prints = Fingerprints(names, reads.wants, {id(path.get(model)) for path in growing})
+        left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
+        prints = Fingerprints(names, reads.wants, skipped_places(left, model))
         places = list(roots(model, lambda kind: reads.attributes.get(kind, frozenset()) - {"training"}, reads, self._parts))
         places += [Path(name, "training") for name, _ in model.named_modules()]
         for name, module in model.named_modules():
             if name and not self._is_apart(name):
                 places += [Path(name, kind) for kind in HOOKS if vars(module)[kind]]
-        expected = tuple((path, prints.of(path.root(model))) for path in places)
+        expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
-        return HostKey(reads, expected, self._parts, growing, environment)
+        return HostKey(reads, expected, self._parts, left, environment)
 
 
 def named(model: nn.Module) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -167,15 +168,26 @@ class HostKey:
         reads: what the forward reads.
         expected: the fingerprint of every place it reads.
         apart: opaque submodules, whose state is their own affair.
-        growing: lists that the forward appends to and does not read.
+        left: places that the forward writes to and that do not steer it, and lists that it appends to.
         environment: values of the environment variables it reads.
     """
 
     reads: Reads
     expected: tuple[tuple[Path, Fingerprint], ...] = ()
     apart: tuple[str, ...] = ()
-    growing: tuple[Path, ...] = ()
+    left: tuple[Path, ...] = ()
     environment: tuple[tuple[str, str | None], ...] = ()
+
+
+def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
+    """For `Fingerprints`: containers as a whole, by identity, and parts of one, by (identity, step)."""
+    found: set[Any] = set()
+    for path in left:
+        if isinstance(path.get(model), (list, deque)):
+            found.add(id(path.get(model)))
+        if path.steps:
+            found.add((id(Path(path.module, path.name, path.steps[:-1], path.scope).get(model)), path.steps[-1]))
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
