@@ -216,7 +216,7 @@ class _Trial:
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors or the random state."""
         grads = [(tensor, tensor.grad) for tensor in self._inputs]
-        with model_preserved(self.model, [*self.model.buffers(), *self._inputs]):
+        with model_preserved(self.model, [*self.model.buffers(), *self._inputs], guards_iterators=False):
             yield
         self.model.zero_grad(set_to_none=True)
         for tensor, grad in grads:

@@ -16,6 +16,7 @@ from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program
 from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned, with_left_tensors
 from planner.runtime.step import Step
+from planner.tracer.capture import IS_CAPTURING
 
 
 class PlannedForward:
@@ -61,9 +62,11 @@ class PlannedForward:
     @runs_as_planned
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step by the first plan that was made for this call, else by the model's own forward."""
+        if IS_CAPTURING.get():
+            return self.unplanned(*args, **kwargs)
         misses = []
         for module in self.planned:
-            planned, miss = module.attempt(args, kwargs, through_forward=True)
+            planned, miss = module.attempt(args, kwargs, unplanned=self.unplanned)
             if miss is None:
                 return planned
             misses.append(miss)

@@ -204,31 +204,27 @@ class CheckpointedModule(fx.GraphModule):
             return unplanned_forward(self._original)(*args, **kwargs)
         return out
 
-    def attempt(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> tuple[Any, Mismatch | None]:
+    def attempt(self, args: Any, kwargs: Any, *, unplanned: Callable[..., Any] | None = None) -> tuple[Any, Mismatch | None]:
         """The planned step's output, or None and what keeps this call from running planned.
 
-        `through_forward`: the plan is installed, and the model's `forward` led to it.
+        `unplanned`: the plan is installed, the model's `forward` led to it, and this is what the plan was installed over.
         """
-        out, miss = self._attempt(args, kwargs, through_forward)
+        out, miss = self._attempt(args, kwargs, unplanned)
         self.__dict__["num_unplanned_calls" if miss else "num_planned_calls"] += 1
         return out, miss
 
-    def _attempt(self, args: Any, kwargs: Any, through_forward: bool) -> tuple[Any, Mismatch | None]:
+    def _attempt(self, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None) -> tuple[Any, Mismatch | None]:
         step = self._step
         if self._refused is not None:
             return None, self._refused
-        tensors, inputs, miss = self._match(args, kwargs, through_forward)
+        tensors, inputs, miss = self._match(args, kwargs, unplanned is not None)
         if miss is not None:
             for alternative in self.alternatives:
-                out, other_miss = alternative.attempt(args, kwargs, through_forward=through_forward)
+                out, other_miss = alternative.attempt(args, kwargs, unplanned=unplanned)
                 if other_miss is None:
                     return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
-            return (
-                other.attempt(args, kwargs, through_forward=through_forward)
-                if isinstance(other, CheckpointedModule)
-                else (None, other)
-            )
+            return other.attempt(args, kwargs, unplanned=unplanned) if isinstance(other, CheckpointedModule) else (None, other)
         if self._to_compare:
             self.__dict__["_to_compare"] = False
             compare_plans(step, self.plan)
@@ -237,7 +233,8 @@ class CheckpointedModule(fx.GraphModule):
             plain = [given for given in step.joint.inputs if given.kind is not Kind.TANGENT]
             written = [tensor for given, tensor in zip(plain, inputs, strict=True) if given.mutated]
             if has_room(self.plan, sum(tensor.nbytes for tensor in written)):
-                accused = self._audit(args, kwargs, tensors, inputs, written)
+                original = unplanned or unplanned_forward(self._original)
+                accused = self._audit(original, args, kwargs, tensors, inputs, written)
                 if accused is not None:
                     return None, accused
         return self._run(tensors, inputs), None
@@ -260,6 +257,7 @@ class CheckpointedModule(fx.GraphModule):
 
     def _audit(
         self,
+        forward: Callable[..., Any],
         args: Any,
         kwargs: Any,
         tensors: Sequence[torch.Tensor],
@@ -268,7 +266,10 @@ class CheckpointedModule(fx.GraphModule):
     ) -> Mismatch | None:
         """Compare the planned forward with the model's own; unplanned from now on where they differ, twice alike.
 
-        `changed`: the tensors among the inputs that the forward writes into.
+        Args:
+            forward: the model's own.
+            args, kwargs, tensors, inputs: the call, and what the graph takes of it.
+            changed: the tensors among the inputs that the forward writes into.
 
         Raises:
             PlanAuditError: they differ, and `strict`.
@@ -278,7 +279,7 @@ class CheckpointedModule(fx.GraphModule):
         start = Rewind(model, self._step.joint.host.key, changed, self.device)
 
         def original() -> Digest:
-            return digest(model, run_original(unplanned_forward(model), args, kwargs), given, self.device)
+            return digest(model, run_original(forward, args, kwargs), given, self.device)
 
         def planned() -> Digest:
             return digest(model, self._forward_alone(tensors, inputs), given, self.device)

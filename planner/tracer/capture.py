@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -85,6 +86,9 @@ def capture(
 _ONE_AT_A_TIME = threading.RLock()
 """Capturing patches classes and kernels of the whole process."""
 
+IS_CAPTURING: ContextVar[bool] = ContextVar("a model is being captured", default=False)
+"""Installed plans stand aside: a plan is made of the model's own forward, not of a plan."""
+
 
 def _capture(
     model: nn.Module,
@@ -112,17 +116,13 @@ def _capture(
         step.host, step.preserved = replay.host, remembered(model, replay.host.key)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with _ONE_AT_A_TIME, Generators(device).preserved():
-        before = vars(model).get("forward")
-        installed = getattr(before, "unplanned", None)
+        token = IS_CAPTURING.set(True)
         try:
-            if installed is not None:  # a plan is made of the model's own forward, not of a plan
-                vars(model)["forward"] = installed
             exported = _export(step, given)
             weights = weight_keys(model)
         finally:
             step.restore()
-            if installed is not None:
-                vars(model)["forward"] = before
+            IS_CAPTURING.reset(token)
     warn_left_out(model, step.outputs)
     joint = normalize(
         exported,
@@ -221,6 +221,7 @@ class Step(nn.Module):
         self.reads: list[tuple[Any, str]] = []
         self.where = ""
         self.host = HostState()
+        self._reassigned: dict[str, torch.Tensor] = {}
         self.preserved: Preserved | None = None
         self.left: list[Output] = []
         self.effects: list[Effect] = []
@@ -343,7 +344,7 @@ class Step(nn.Module):
             ):
                 self._place_state(tensors[len(self._tensors) :], given)
                 out = self.call(tensors, weights)
-                _write_reassigned(given, weights)
+                self._reassigned = _reassigned(given, weights)
                 leaves, names, self.out_spec = flatten_output(out)
                 for name, leaf in zip(names, leaves, strict=True):
                     if not isinstance(leaf, torch.Tensor):
@@ -390,6 +391,10 @@ class Step(nn.Module):
         self.num_results = len(results)
         return list(results.values())
 
+    def _is_of_buffer(self, effect: Effect) -> bool:
+        name = f"{effect.path.module}.{effect.path.name}".lstrip(".")
+        return not effect.path.steps and effect.path.scope is None and name in self.names.values()
+
     def _add_result(self, results: dict[int, torch.Tensor], leaf: torch.Tensor, is_start: bool) -> bool:
         """Make a tensor a result, unless it is one; whether backward starts from it."""
         position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
@@ -419,27 +424,33 @@ class Step(nn.Module):
                 sources[id(leaf)] = Ref("result", list(results).index(id(leaf)))
             return sources[id(leaf)]
 
-        for effect in self.host.effects:
+        for effect in (effect for effect in self.host.effects if not self._is_of_buffer(effect)):
             live = effect.path.get(self.model)
-            if effect.appends:
-                live = list(live)[-len(effect.template) :]
+            if effect.appends or effect.replaces:
+                live = list(live)[-len(effect.template) :] if effect.template else []
             template = rebuilt(live, partial(ref, effect.path))
             if not same_build(template, effect.template):
                 raise CaptureError(
                     f"{effect.path} is left otherwise while traced than in a real forward", module=effect.path.module
                 )
             self.effects.append(replace(effect, template=template))
+        for name, new in self._reassigned.items():
+            module, _, attribute = name.rpartition(".")
+            path = Path(module, attribute)
+            self.effects.append(Effect(path, ref(path, new)))
 
 
-def _write_reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> None:
-    """Turn `self.buffer = new` in the model's forward into a write, which the graph can hold.
+def _reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `self.buffer = new` in the model's forward has put in place of buffers.
 
     functional_call leaves in its dictionary what the module held at the end of the forward.
+
+    Raises:
+        CaptureError: a parameter was replaced, or a buffer by a tensor of another shape or dtype.
     """
-    for name, tensor in given.items():
-        new = left[name]
-        if new is tensor:
-            continue
+    found = {name: left[name] for name, tensor in given.items() if left[name] is not tensor}
+    for name, new in found.items():
+        tensor = given[name]
         if isinstance(tensor, nn.Parameter) or new.shape != tensor.shape or new.dtype != tensor.dtype:
             raise CaptureError(f"the model's forward replaces {name} by another tensor; only in-place updates can be planned")
-        tensor.copy_(new.detach())
+    return found

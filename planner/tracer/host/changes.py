@@ -104,8 +104,7 @@ class _Finder:
             elif was is now:
                 yield from self._of_same_object(path, now)
             elif isinstance(now, torch.Tensor) and isinstance(was, torch.Tensor):
-                self._done.append(path)
-                yield Effect(self._writable(path), now)
+                yield self._of_tensor(path, now)
             elif not self._equal(was, now):
                 self._done.append(path)
                 yield Effect(self._writable(path), self._fresh(path, was, now))
@@ -128,6 +127,16 @@ class _Finder:
             raise _refusal(path, f"{old} items", f"{len(new)} items")
         self._done.append(path)
         yield Effect(path, _tensors_only(path, grown), appends=True)
+
+    def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
+        """Another tensor in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
+        holder = Path(path.module, path.name, path.steps[:-1], path.scope)
+        held: Any = holder.get(self._model) if path.steps else None
+        if isinstance(held, (list, deque)) and self._before.get(holder) is held:
+            self._done.append(holder)
+            return Effect(holder, list(held), replaces=True)  # type: ignore[arg-type]
+        self._done.append(path)
+        return Effect(self._writable(path), now)
 
     def _equal(self, was: Any, now: Any) -> bool:
         """The same for Python: equal values without tensors in them."""
@@ -153,6 +162,8 @@ class _Finder:
         return now
 
     def _writable(self, path: Path) -> Path:
+        if any(kind == "value" for kind, _ in path.steps):  # a context variable, whose value belongs to who runs the call
+            raise _refusal(path, "one tensor", "another")
         if not path.steps and path.scope is None:
             module = self._model.get_submodule(path.module)
             own = path.name in vars(module)

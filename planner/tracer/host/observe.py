@@ -190,6 +190,7 @@ class Observer:
         runs: list[Run] = []
         snapshots: list[Mapping[Path, Any]] = []
         contents = [(tensor, tensor.detach().clone()) for tensor in inputs]
+        environment = dict(os.environ)
         while len(runs) < 2 or not _same(runs[-2], runs[-1]):
             if len(runs) == _RUNS:
                 find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
@@ -199,6 +200,11 @@ class Observer:
                     tensor.copy_(content)
             runs.append(self._inside(lambda: self._run(call)))
             snapshots.append(self._inside(self._snapshot))
+        changed = {name for name, _ in dict(os.environ).items() ^ environment.items()}
+        if changed:
+            os.environ.clear()
+            os.environ.update(environment)
+            raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
         reads = self.reads.reads()
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
         outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
@@ -258,7 +264,8 @@ class Observer:
         both = Reads({**reads.attributes, **merged}, reads.names, reads.scopes)
         found: dict[Path, Any] = {}
         seen: set[int] = set()
-        for path in roots(self._model, lambda kind: both.attributes.get(kind, frozenset()), both, self._parts):
+        names = lambda kind: both.attributes.get(kind, frozenset())
+        for path in roots(self._model, names, both, self._parts, self.reads.written_at):
             if path.scope is None and _is_weight(self._model.get_submodule(path.module), path.name):
                 continue
             places = walk(path, path.root(self._model), both, self._names, seen)

@@ -42,9 +42,14 @@ class UsedUp:
 
 
 class Preserved:
-    """Python state as it was when it was first seen; `restore` puts it back, in place."""
+    """Python state as it was when it was first seen; `restore` puts it back, in place.
 
-    def __init__(self) -> None:
+    Args:
+        guards_iterators: until then, a `UsedUp` stands in the place of every iterator.
+    """
+
+    def __init__(self, *, guards_iterators: bool = True) -> None:
+        self._guards_iterators = guards_iterators
         self._kept: dict[int, tuple[Any, Callable[[], bool]]] = {}
         self._variables: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
 
@@ -52,7 +57,7 @@ class Preserved:
         """Remember what this container or object holds; False where it holds nothing that can change, or is known."""
         if id(value) in self._kept:
             return False
-        restore = _restorer(value, where)
+        restore = _restorer(value, where if self._guards_iterators else None)
         if restore is None:
             return False
         self._kept[id(value)] = (value, restore)
@@ -62,7 +67,7 @@ class Preserved:
         """Remember a global variable."""
         value = scope.get(name, ABSENT)
         self._variables.setdefault((id(scope), name), (scope, name, value))
-        if _is_used_up(value):
+        if self._guards_iterators and _is_used_up(value):
             scope[name] = UsedUp(value, f"the global variable {name}")
 
     @property
@@ -105,12 +110,12 @@ def _put_variable(scope: dict[str, Any], name: str, value: Any) -> None:
         scope[name] = value
 
 
-def _restorer(value: Any, where: str) -> Callable[[], bool] | None:
+def _restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
     """What puts a container's or an object's content back."""
     if isinstance(value, (list, deque, dict, set, bytearray)):
         return _restorer_of_container(value, where)
     if isinstance(value, types.FunctionType):
-        return _restorer_of_function(value)
+        return _restorer_of_function(value, where)
     if isinstance(value, functools._lru_cache_wrapper):
         return _restorer_of_cache(value)
     if is_generator(value):
@@ -128,11 +133,11 @@ def _restorer(value: Any, where: str) -> Callable[[], bool] | None:
     return None
 
 
-def _restorer_of_container(value: Any, where: str) -> Callable[[], bool]:
+def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
     content = _shallow(value)
     kept = dict(vars(value)) if hasattr(value, "__dict__") else None
     for key, item in _items(value):
-        if _is_used_up(item):
+        if where is not None and _is_used_up(item):
             value[key] = UsedUp(item, f"{where}[{key!r}]")
 
     def put_back() -> bool:
@@ -186,11 +191,11 @@ def _same_items(value: Any, content: Any) -> bool:
     return all(a is b for a, b in zip(value, content, strict=True)) if not isinstance(value, bytearray) else value == content
 
 
-def _restorer_of_function(value: types.FunctionType) -> Callable[[], bool]:
+def _restorer_of_function(value: types.FunctionType, where: str | None) -> Callable[[], bool]:
     cells = [(cell, _content(cell)) for cell in value.__closure__ or ()]
     held = dict(vars(value))
     for cell, content in cells:
-        if _is_used_up(content):
+        if where is not None and _is_used_up(content):
             cell.cell_contents = UsedUp(content, f"a closure variable of {value.__qualname__}")
 
     def put_back() -> bool:
@@ -263,11 +268,11 @@ _PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakre
 """What recording itself changes on classes, and undoes."""
 
 
-def _restorer_of_object(value: Any, where: str) -> Callable[[], bool]:
+def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     held = dict(vars(value)) if hasattr(value, "__dict__") else {}
     slots = {name: item for name, item in attributes(value).items() if name not in held}
     for name, item in held.items():
-        if _is_used_up(item):
+        if where is not None and _is_used_up(item):
             vars(value)[name] = UsedUp(item, f"{where}.{name}".lstrip("."))
 
     def put_back() -> bool:
@@ -391,12 +396,14 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
 
 
 @contextlib.contextmanager
-def model_preserved(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[Preserved]:
+def model_preserved(
+    model: nn.Module, tensors: Sequence[torch.Tensor] = (), *, guards_iterators: bool = True
+) -> Iterator[Preserved]:
     """Put back, at the end, what running a model may change: attributes, containers, objects in them, generators, `tensors`.
 
     What is yielded says with `restore()` whether something of it was changed so far.
     """
-    preserved = keep_model(model, Preserved())
+    preserved = keep_model(model, Preserved(guards_iterators=guards_iterators))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with Generators(device).preserved(), contents_preserved(tensors):
         try:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from planner.tracer.host.preserve import Preserved, keep_deep
-from planner.tracer.host.values import is_foreign_class
+from planner.tracer.host.values import attributes, is_foreign_class
 
 _PACKAGE = str(Path(__file__).parents[2])
 _STDLIB = sysconfig.get_paths()["stdlib"]
@@ -110,6 +110,7 @@ class ReadRecorder:
 
     Attributes:
         controlled: (submodule, function) of the first call that controls torch's generator; None if there is none.
+        written_at: attributes that were written, by identity of the object.
     """
 
     def __init__(self, preserved: Preserved, names: Mapping[int, str], where: Callable[[], str]) -> None:
@@ -118,6 +119,8 @@ class ReadRecorder:
         self._thread = threading.get_ident()
         self._read: dict[type, set[str]] = {}
         self._written: dict[type, set[str]] = {}
+        self.written_at: dict[int, set[str]] = {}
+        self._opened: dict[int, Any] = {}
         self._first: dict[tuple[int, str], str] = {}
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
@@ -133,6 +136,11 @@ class ReadRecorder:
 
     def reads(self) -> Reads:
         """What was read so far."""
+        for this in self._opened.values():
+            held = object.__getattribute__(this, "__dict__")
+            opened = {name for name in held if name not in _INTERNAL and name[:2] != "__"}
+            self._read.setdefault(type(this), set()).update(opened)
+            self._written.setdefault(type(this), set()).update(opened)
         scopes: dict[int, Scope] = {}
         for code, (variables, where) in self._codes.items():
             known = scopes.get(id(variables))
@@ -158,8 +166,9 @@ class ReadRecorder:
         """Remember a value as it is now, and note what is read of the objects it is made of."""
         for item in keep_deep(self._preserved, value, self._names, where):
             self._objects.append(item)
-            if not isinstance(item, nn.Module):
-                self._patch(type(item))
+            if not isinstance(item, nn.Module) and not self._patch(type(item)) and self._preserved.keep(item, where):
+                for held in list(attributes(item).values()):  # a class that cannot be patched: a namespace
+                    self.see(held, where)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -224,10 +233,12 @@ class ReadRecorder:
             if held is not None and not isinstance(held, nn.Module):
                 self.see(held, name)
 
-    def _patch(self, kind: type) -> None:
-        """Have attribute access of this class's instances noted."""
-        if kind in self._patched or (kind is not nn.Module and (issubclass(kind, nn.Module) or is_foreign_class(kind))):
-            return
+    def _patch(self, kind: type) -> bool:
+        """Have attribute access of this class's instances noted; False where that cannot be had."""
+        if kind in self._patched:
+            return True
+        if kind is not nn.Module and (issubclass(kind, nn.Module) or is_foreign_class(kind)):
+            return False
         getter, setter = kind.__getattribute__, kind.__setattr__
         own = (vars(kind).get("__getattribute__"), vars(kind).get("__setattr__"))
         noted, written = self._note_read, self._note_write
@@ -249,10 +260,14 @@ class ReadRecorder:
             kind.__getattribute__ = missing  # type: ignore[method-assign, assignment]
             kind.__setattr__ = put  # type: ignore[method-assign, assignment]
         except TypeError:  # a class that cannot be changed
-            return
+            return False
         self._patched[kind] = own
+        return True
 
     def _note_read(self, this: Any, name: str, value: Any) -> None:
+        if name == "__dict__" and not self.paused and _is_users(sys._getframe(2)):
+            self._opened[id(this)] = this  # vars(module): anything in it may be read or written
+            return
         if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
             return
         if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
@@ -276,6 +291,7 @@ class ReadRecorder:
                 self._preserved.keep(this, type(this).__qualname__)
             self._first.setdefault((id(this), name), "write")
             self._written.setdefault(type(this), set()).add(name)
+            self.written_at.setdefault(id(this), set()).add(name)
 
     @contextlib.contextmanager
     def _not_noting(self) -> Iterator[None]:
@@ -293,6 +309,10 @@ def _put_back_profiler(profile: Any) -> None:
     else:  # cProfile's, which only it can set
         sys.setprofile(None)
         profile.enable()
+
+
+def _is_users(frame: types.FrameType | None) -> bool:
+    return frame is not None and not is_library_code(frame.f_code)
 
 
 def _is_ours(frame: types.FrameType) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -105,10 +105,24 @@ def _plain_forward(module: nn.Module, value: Any) -> Any:
     return of_class if is_class_one else value
 
 
-def roots(model: nn.Module, attributes: Callable[[type], frozenset[str]], reads: Reads, apart: Sequence[str]) -> Iterator[Path]:
-    """Every place to start from. `attributes`: names per class; `apart`: submodules that are left out, with what is in them."""
+def roots(
+    model: nn.Module,
+    attributes: Callable[[type], frozenset[str]],
+    reads: Reads,
+    apart: Sequence[str],
+    written: Mapping[int, Collection[str]] | None = None,
+) -> Iterator[Path]:
+    """Every place to start from.
+
+    Args:
+        attributes: names per class.
+        apart: submodules that are left out, with what is in them, but for what others write there.
+        written: attributes that others wrote, by identity of the module.
+    """
     for module_name, module in model.named_modules():
-        if not any(module_name == name or module_name.startswith(f"{name}.") for name in apart):
+        if any(module_name == name or module_name.startswith(f"{name}.") for name in apart):
+            yield from (Path(module_name, name) for name in sorted((written or {}).get(id(module), ())))
+        else:
             yield from (Path(module_name, name) for name in sorted(attributes(type(module))))
     for scope in reads.scopes:
         yield from (Path(scope.where, name, scope=scope) for name in sorted(scope.names))
@@ -130,20 +144,25 @@ class Effect:
         path: where.
         template: what: a Ref, or a container that holds Refs.
         appends: the template's items are appended to the list or deque at `path`.
+        replaces: they take the place of what it holds.
     """
 
     path: Path
     template: Any
     appends: bool = False
+    replaces: bool = False
 
     def write(self, model: nn.Module, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
         """Do it."""
         new = rebuilt(self.template, lambda leaf: tensor_of(leaf) if isinstance(leaf, Ref) else leaf)
-        if self.appends:
+        if self.replaces:
+            self.path.get(model).clear()
+        if self.appends or self.replaces:
             self.path.get(model).extend(new)
         elif not self.path.steps and self.path.scope is None:
             module = model.get_submodule(self.path.module)
-            vars(module)[self.path.name] = new
+            holder = next((vars(module)[kind] for kind in MODULE_STATE if self.path.name in vars(module)[kind]), vars(module))
+            holder[self.path.name] = new
         else:
             self.path.set(model, new)
 
@@ -151,7 +170,9 @@ class Effect:
 def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
     """The tensors that a forward left at an effect's place, each with what stands for it in the template."""
     live = effect.path.get(model)
-    todo = [(effect.template, list(live)[-len(effect.template) :] if effect.appends else live)]
+    if effect.appends or effect.replaces:
+        live = list(live)[-len(effect.template) :] if isinstance(live, (list, deque)) else []
+    todo = [(effect.template, live)]
     while todo:
         template, value = todo.pop()
         if isinstance(template, Ref):
