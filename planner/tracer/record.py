@@ -155,6 +155,7 @@ class _Recording:
         versions = [tensor._version for tensor in watched]
         contents = {name: tensor.detach().clone() for name, tensor in self.state.items() if name in spec.buffers}
         host = Generators(self.device).host()
+        inside = [dict(inner._modules) for inner in self.module.modules()]
         with self._untouched() as preserved:
             before = _generators(self.device)
             ticket, results, packed = call_part(self.module, spec, arguments, state, lambda out: self._see(out, arguments))
@@ -167,6 +168,8 @@ class _Recording:
             written = [tensor._version != version for tensor, version in zip(watched, versions, strict=True)]
             changed = [name for name, old in contents.items() if not torch.equal(old, self.state[name])]
             drew_on_host = Generators(self.device).host() != host
+            if inside != [dict(inner._modules) for inner in self.module.modules()]:
+                raise CaptureError(f"the forward of {spec.module} exchanges its submodules", module=spec.module)
             left_changed = preserved.restore()
         if any(written[: len(arguments)]):
             raise CaptureError(f"{spec.module} runs as it is, but writes into its argument in place", module=spec.module)

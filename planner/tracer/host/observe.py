@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._torch import OpOverload, TorchDispatchMode, collectives_forbidden, pytree
+from planner._torch import OpOverload, TorchDispatchMode, collectives_forbidden, pytree, storage_id
 from planner.errors import CaptureError
 from planner.profiler.observed import is_foreign
 from planner.tracer.collectives import alone
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
-from planner.tracer.host.preserve import Generators, Preserved
+from planner.tracer.host.preserve import Generators, Preserved, keep_model
 from planner.tracer.host.reads import ReadRecorder, Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
+from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 
 _RUNS = 4
 """So many runs are made at most; the first ones may fill caches and first states."""
@@ -62,6 +63,8 @@ class RecordKernels(TorchDispatchMode):
         self._where, self._apart = where, apart
         self._made: dict[int, torch.Tensor] = {}
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._storages: dict[int, torch.Tensor] = {}
+        self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.run = Run()
         self.paused = False
         self.generator_at = ""
@@ -71,9 +74,17 @@ class RecordKernels(TorchDispatchMode):
         self.run, self._made = Run(), {}
         return self.run
 
+    @property
+    def has_swapped_data(self) -> bool:
+        """A tensor that was there before has been given other memory (`tensor.data = other`)."""
+        return any(storage_id(tensor) != storage_id(data) for tensor, data in self._data.values())
+
     def restore_contents(self) -> None:
         """Put back what kernels wrote into tensors that were there before."""
         with torch.no_grad():
+            for tensor, data in self._data.values():
+                if storage_id(tensor) != storage_id(data):
+                    tensor.data = data
             for tensor, content in self._contents.values():
                 tensor.copy_(content)
 
@@ -81,8 +92,11 @@ class RecordKernels(TorchDispatchMode):
         leaves = pytree.tree_leaves((args, kwargs))
         if not self.paused:
             for leaf in leaves:
-                if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made:
-                    self.run.outside.setdefault(id(leaf), leaf)
+                if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
+                    self.run.outside[id(leaf)] = leaf
+                    if leaf.layout is torch.strided:
+                        self._storages.setdefault(storage_id(leaf), leaf)
+                        self._data.setdefault(id(leaf), (leaf, leaf.detach()))
                 elif isinstance(leaf, torch.Generator):
                     self.generator_at = self.generator_at or self._where() or "the model"
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
@@ -105,8 +119,11 @@ class RecordKernels(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             for tensor in pytree.tree_leaves(value):
-                if isinstance(tensor, torch.Tensor) and id(tensor) in self.run.outside and id(tensor) not in self._contents:
-                    self._contents[id(tensor)] = (tensor, tensor.detach().clone())
+                if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                    continue
+                base = self._storages.get(storage_id(tensor))  # it may be a view that is written through
+                if base is not None and id(base) not in self._contents:
+                    self._contents[id(base)] = (base, base.detach().clone())
 
 
 def _without_others(func: Any, args: Any, kwargs: Any) -> Any:
@@ -161,11 +178,18 @@ class Observer:
                     self.preserved.keep(held)
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
+        if parts:  # what runs in there is not followed: everything that it can lead to is remembered
+            keep_model(model, self.preserved)
+        for tensor in model.parameters():
+            self.preserved.keep(tensor)
         where = lambda: str(modules)
         self.reads = ReadRecorder(self.preserved, self._names, where)
         self.kernels = RecordKernels(where, self.pause)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
+        self._environment = dict(os.environ)
+        self._on_tensors = {id(tensor): dict(vars(tensor)) for tensor in model.parameters()}
+        self._of_classes = self._class_data()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -190,7 +214,6 @@ class Observer:
         runs: list[Run] = []
         snapshots: list[Mapping[Path, Any]] = []
         contents = [(tensor, tensor.detach().clone()) for tensor in inputs]
-        environment = dict(os.environ)
         while len(runs) < 2 or not _same(runs[-2], runs[-1]):
             if len(runs) == _RUNS:
                 find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
@@ -199,12 +222,8 @@ class Observer:
                 for tensor, content in contents if runs else ():
                     tensor.copy_(content)
             runs.append(self._inside(lambda: self._run(call)))
+            self._refuse_elsewhere()
             snapshots.append(self._inside(self._snapshot))
-        changed = {name for name, _ in dict(os.environ).items() ^ environment.items()}
-        if changed:
-            os.environ.clear()
-            os.environ.update(environment)
-            raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
         reads = self.reads.reads()
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
         outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
@@ -216,6 +235,42 @@ class Observer:
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
         host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
         return Observation(runs[-1], host, self.preserved)
+
+    def _refuse_elsewhere(self) -> None:
+        """Raise CaptureError where the last run changed something that no place of Python state stands for."""
+        changed = {name for name, _ in dict(os.environ).items() ^ self._environment.items()}
+        if changed:
+            os.environ.clear()
+            os.environ.update(self._environment)
+            raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
+        if self.kernels.has_swapped_data:
+            raise CaptureError(
+                "the model's forward gives a tensor other memory (tensor.data = ...): write into it, or assign it"
+            )
+        for name, tensor in self._model.named_parameters():
+            if vars(tensor).keys() ^ self._on_tensors.get(id(tensor), {}).keys() or any(
+                vars(tensor)[key] is not held for key, held in self._on_tensors.get(id(tensor), {}).items()
+            ):
+                raise CaptureError(f"the model's forward sets an attribute on the tensor {name}: keep it on the module")
+        for (kind, attribute), held in self._class_data().items():
+            if self._of_classes.get((kind, attribute)) is not held and held is not ABSENT:
+                module = next(name for name, module in self._model.named_modules() if isinstance(module, kind))
+                raise CaptureError(
+                    f"the model's forward changes the class attribute {kind.__name__}.{attribute}, which a plan would not do: "
+                    "keep it in the module, or in a buffer",
+                    module=module,
+                )
+
+    def _class_data(self) -> dict[tuple[type, str], Any]:
+        """What the classes of the model's modules hold, but for their code."""
+        kinds = {base for module in self._model.modules() for base in type(module).__mro__}
+        return {
+            (kind, name): ABSENT if is_code(value) else value
+            for kind in kinds
+            if not is_foreign_class(kind)
+            for name, value in vars(kind).items()
+            if not name.startswith("__")
+        }
 
     def _run(self, call: Callable[[], Any]) -> Run:
         def refuse(_: Any) -> Any:
@@ -309,7 +364,13 @@ class Observer:
         names = named(model)
         left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
         prints = Fingerprints(names, reads.wants, skipped_places(left, model))
-        places = list(roots(model, lambda kind: reads.attributes.get(kind, frozenset()) - {"training"}, reads, self._parts))
+        of_classes: dict[type, set[str]] = {}
+        for (kind, name), value in self._class_data().items():
+            if name in reads.names and value is not ABSENT:
+                for other in {type(module) for module in model.modules()}:
+                    of_classes.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
+        read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
+        places = list(roots(model, read, reads, self._parts))
         places += [Path(name, "training") for name, _ in model.named_modules()]
         for name, module in model.named_modules():
             if name and not self._is_apart(name):

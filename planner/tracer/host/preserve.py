@@ -128,7 +128,7 @@ def _restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
         return lambda: value.tobytes() != content.tobytes() and value.__setitem__(..., content) is None
     if isinstance(value, type):
         return _restorer_of_class(value)
-    if isinstance(value, nn.Module) or is_object(value):
+    if isinstance(value, (nn.Module, nn.Parameter)) or is_object(value):
         return _restorer_of_object(value, where)
     return None
 
@@ -284,6 +284,10 @@ def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
             if getattr(value, name, ABSENT) is not item:
                 object.__setattr__(value, name, item)
                 changed = True
+        own = vars(value) if hasattr(value, "__dict__") else {}
+        for name in [name for name in attributes(value) if name not in slots and name not in own]:
+            object.__delattr__(value, name)
+            changed = True
         return changed
 
     return put_back
@@ -347,9 +351,12 @@ def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = 
     """Remember a model's attributes, and the containers and objects that they, or `objects`, lead to."""
     names = {id(module): "" for module in model.modules()}
     todo: list[Any] = [*model.modules(), *objects]
-    while todo and len(preserved.held) < _MOST_OBJECTS:
+    followed: set[int] = set()
+    while todo and len(followed) < _MOST_OBJECTS:
         item = todo.pop()
-        if preserved.keep(item, type(item).__name__):
+        if id(item) not in followed:
+            followed.add(id(item))
+            preserved.keep(item, type(item).__name__)
             for held in list(attributes(item).values()):
                 todo += keep_deep(preserved, held, names)
     return preserved

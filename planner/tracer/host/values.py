@@ -62,6 +62,11 @@ def is_object(value: Any) -> bool:
     return hasattr(value, "__dict__") or any("__slots__" in vars(base) for base in kind.__mro__[:-1])
 
 
+def is_code(value: Any) -> bool:
+    """A function, method, property, class or Python module: compared where it runs."""
+    return isinstance(value, (types.FunctionType, staticmethod, classmethod, property, type, types.ModuleType))
+
+
 def is_iterator(value: Any) -> bool:
     """The value is used up as it is read: a generator, itertools.cycle, a file."""
     return hasattr(type(value), "__next__")
@@ -125,9 +130,8 @@ def _parts_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Itera
     package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
     if package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__"):
         return
-    code = (types.FunctionType, staticmethod, classmethod, property, type, types.ModuleType)
     for name, item in list(vars(value).items()):
-        if not name.startswith("__") and wanted(value, name) and (not isinstance(item, code)):
+        if not name.startswith("__") and wanted(value, name) and not is_code(item):
             yield ("attr", name), item
 
 
