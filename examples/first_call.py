@@ -14,19 +14,29 @@ def plan_at_first_call(model, budget, done=None, **options):
     has to be known. Calls before it (a validation pass) run as ever. `done(planned, args, kwargs)` is told; options: `plan`'s.
     """
     own = vars(model).get("forward")  # what a framework put on this instance, else its class's
+    planned_forward = None
 
     @functools.wraps(model.forward)
     def first(*args, **kwargs):
+        nonlocal planned_forward
+        if planned_forward is not None:  # called by what a framework wrapped around this function
+            return planned_forward(*args, **kwargs)
         if not (model.training and torch.is_grad_enabled()):
             return first.__wrapped__(*args, **kwargs)
+        outer = model.forward
         if own is None:
             del model.forward
         else:
             model.forward = own
-        planned = plan(model, budget, args, kwargs, **options)
-        install(model, planned, strict=True)
+        try:
+            planned = plan(model, budget, args, kwargs, **options)
+            install(model, planned, strict=True)
+            planned_forward = model.forward
+        finally:
+            if outer is not first:  # accelerate.prepare, say, put an autocast around it: that stays
+                model.forward = outer
         if done is not None:
             done(planned, args, kwargs)
-        return model.forward(*args, **kwargs)
+        return planned_forward(*args, **kwargs)
 
     model.forward = first

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.analysis.verify import verify
     from planner.api import apply, plan, sweep
     from planner.batch import max_batch
     from planner.children import Children, plan_children
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
         InputError,
         MeasuredPeakError,
         NoScheduleFoundError,
+        PlanAuditError,
+        PlanCheckError,
         PlanFileError,
         PlanMissError,
         PlannerError,
         PlotMissingError,
+        RanksDifferError,
         SolverMissingError,
     )
     from planner.export.source import export_source
@@ -32,9 +36,10 @@ if TYPE_CHECKING:
     from planner.profiler.estimate import DeviceModel
     from planner.report.batches import MaxBatch
     from planner.report.sweep import Sweep
+    from planner.results.verify_report import VerifyReport
+    from planner.results.verify_report import VerifyReport as Report
     from planner.runtime.install import install, uninstall
     from planner.runtime.module import CheckpointedModule, PlanMissWarning
-    from planner.verification import Report, verify
 
 _HOMES = {
     "planner.api": ("apply", "plan", "sweep"),
@@ -50,10 +55,13 @@ _HOMES = {
         "InputError",
         "MeasuredPeakError",
         "NoScheduleFoundError",
+        "PlanAuditError",
+        "PlanCheckError",
         "PlanFileError",
         "PlanMissError",
         "PlannerError",
         "PlotMissingError",
+        "RanksDifferError",
         "SolverMissingError",
     ),
     "planner.runtime.install": ("install", "uninstall"),
@@ -64,9 +72,12 @@ _HOMES = {
     "planner.report.sweep": ("Sweep",),
     "planner.runtime.module": ("CheckpointedModule", "PlanMissWarning"),
     "planner.export.source": ("export_source",),
-    "planner.verification": ("Report", "verify"),
+    "planner.analysis.verify": ("verify",),
+    "planner.results.verify_report": ("VerifyReport",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+_FORMER = {"Report": "VerifyReport"}
+"""Names of earlier releases."""
 
 __all__ = [
     "BackwardError",
@@ -83,14 +94,18 @@ __all__ = [
     "MeasuredPeakError",
     "NoScheduleFoundError",
     "Plan",
+    "PlanAuditError",
+    "PlanCheckError",
     "PlanFileError",
     "PlanMissError",
     "PlanMissWarning",
     "PlannerError",
     "PlotMissingError",
+    "RanksDifferError",
     "Report",
     "SolverMissingError",
     "Sweep",
+    "VerifyReport",
     "apply",
     "devices",
     "export_source",
@@ -106,10 +121,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    here = _FORMER.get(name, name)
+    if here not in _HOME:
         raise AttributeError(f"module 'planner' has no attribute {name!r}")
-    home = import_module(_HOME[name])
-    value = getattr(home, name)
+    value = getattr(import_module(_HOME[here]), here)
     globals()[name] = value
     return value
 

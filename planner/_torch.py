@@ -6,7 +6,12 @@ When a torch release moves something, `selfcheck()` and tests/test_torch_private
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as untraced
 
 from planner.errors import CaptureError
+from planner.profiler import observed
+from planner.profiler.kernel import call_key
 
 __all__ = [
     "KEEPS_GRAPH_IMPORT",
@@ -40,18 +47,25 @@ __all__ = [
     "ExportedJoint",
     "FakeTensor",
     "HigherOrderOperator",
+    "InPlaceCollectiveError",
     "OpOverload",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "box",
     "calls_intercepted",
+    "collectives_forbidden",
     "export_joint",
     "fake_inputs",
     "fake_mode",
+    "global_switches",
+    "in_backward",
     "keeps_graph",
     "kernels_chosen",
     "kernels_kept",
+    "kernels_replaced",
+    "key_value_store",
     "pytree",
+    "ranks_of_group",
     "release_saved",
     "results",
     "selfcheck",
@@ -78,9 +92,42 @@ class ExportedJoint:
     outputs: tuple[tuple[Any, ...], ...]
 
 
+class InPlaceCollectiveError(Exception):
+    """A traced call communicates by one of torch.distributed's operators that write in place, which no graph can hold."""
+
+
+_FOLLOWS: ContextVar[bool] = ContextVar("fake tensors follow what was observed on this machine", default=True)
+
+
 def fake_mode() -> FakeTensorMode:
-    """While entered, tensors are made without data; real ones, as a model's own constants, are let in."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    """While entered, tensors are made without data; real ones, as a model's own constants, are let in.
+
+    Fake tensors look as the real ones do, where a kernel was seen to return other strides than its fake (profiler/observed.py).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = mode.dispatch
+
+    def empty(look: observed.Look, device: torch.device) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(look.shape, look.stride, dtype=getattr(torch, look.dtype), device=device)
+
+    def dispatch(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") == "c10d":
+            raise InPlaceCollectiveError(str(func))
+        kept = _KEPT_CALLS.get()
+        if kept is not None and observed.is_foreign(func):
+            kept.add(func)
+        out = own(func, types, args, kwargs or {})
+        if func is torch.ops.aten.bernoulli.p:  # the real kernel draws into an empty_like; the fake one is contiguous
+            with mode:
+                return torch.empty_like(args[0])
+        if str(func) == "_c10d_functional.wait_tensor.default":  # the real one returns its argument, the fake one a copy
+            with mode:
+                return torch.ops.aten.alias.default(args[0])
+        return observed.as_observed(func, args, kwargs or {}, out, empty) if _FOLLOWS.get() else out
+
+    mode.dispatch = dispatch  # type: ignore[method-assign]  # not a subclass: higher-order operators look for this very type
+    return mode
 
 
 def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -106,12 +153,16 @@ def export_joint(
     """Trace forward and backward of `module(*fakes)` into one functional ATen graph.
 
     Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
-    survives on `node.meta["custom"]`, on backward nodes too. `choices`: see `kernels_chosen`.
+    survives on `node.meta["custom"]`, on backward nodes too. `choices`: see `kernels_chosen`. A call whose outputs may really
+    look otherwise than their fakes is noted in `node.meta[TRACED]` (planner.profiler.observed).
 
     Raises:
         CaptureError: an input or output of a kind that is not understood.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet_fakes())
+        stack.enter_context(_foreign_calls_kept())
+        stack.callback(_FOLLOWS.reset, _FOLLOWS.set(not choices))
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
         stack.enter_context(kernels_chosen(choices or {}))
@@ -119,6 +170,9 @@ def export_joint(
         stack.enter_context(fx.traceback.preserve_node_meta())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
         graph_module = joint._aot_graph_capture.graph_module
+    for node in graph_module.graph.nodes:
+        if isinstance(node.target, OpOverload) and not choices and observed.needs_run(node):
+            node.meta[observed.TRACED] = call_key(node.target, node.args, node.kwargs)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     output = graph_module.graph.output_node()
     inputs = tuple(_input_role(node.meta["desc"]) for node in placeholders)
@@ -127,6 +181,40 @@ def export_joint(
     forward = descs[: len(descs) - len(plain)]
     outputs = tuple(_output_role(desc) for desc in forward) + tuple(("gradient", *role) for role in plain)
     return ExportedJoint(graph_module, inputs, outputs)
+
+
+@contextlib.contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """What fake kernels raise is raised to the user as an error of ours; torch logs it with its own frames as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+class _Kept(set[Any]):
+    """Operators whose calls no elimination of dead code takes out."""
+
+    def add(self, op: Any) -> None:
+        if op not in torch.fx.node._side_effectful_functions:
+            torch.fx.node._side_effectful_functions.add(op)
+            super().add(op)
+
+
+_KEPT_CALLS: ContextVar[set[Any] | None] = ContextVar("operators from outside of torch that were traced", default=None)
+
+
+@contextlib.contextmanager
+def _foreign_calls_kept() -> Iterator[None]:
+    """While tracing, calls of operators that are not torch's stay in the graph, used or not: nobody knows what else they do."""
+    kept = _Kept()
+    token = _KEPT_CALLS.set(kept)
+    try:
+        yield
+    finally:
+        _KEPT_CALLS.reset(token)
+        torch.fx.node._side_effectful_functions.difference_update(kept)
 
 
 def _input_role(desc: Any) -> tuple[Any, ...]:
@@ -139,7 +227,11 @@ def _input_role(desc: Any) -> tuple[Any, ...]:
             return ("input", desc.idx)
         case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput() as output):
             return ("tangent", output.idx)
-    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {desc!r}")
+    if "Token" in type(desc).__name__:
+        raise CaptureError(
+            "the model runs an operator with side effects (it prints, or calls a TorchScript object), which no plan can hold"
+        )
+    raise CaptureError(f"the graph takes an input of a kind that cannot be planned: {type(desc).__name__}")
 
 
 def _output_role(desc: Any) -> tuple[Any, ...]:
@@ -148,7 +240,7 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
             return ("output", desc.idx)
         case descriptors.InputMutationAOTOutput():
             return ("mutation", *_input_role(desc.mutated_input))
-    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {desc!r}")
+    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {type(desc).__name__}")
 
 
 # Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on
@@ -219,6 +311,29 @@ def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator
 
 
 @contextlib.contextmanager
+def kernels_replaced(replacements: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
+    """While tracing, these operators run what stands there instead, in the backward too."""
+    keys = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.AutogradMeta)
+    before = {(op, key): op.py_kernels.get(key) for op in replacements for key in keys}
+    try:
+        for op, key in before:
+            op.py_kernels[key] = replacements[op]
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for (op, key), kernel in before.items():
+            op.py_kernels.pop(key, None)
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+            op._dispatch_cache.clear()
+
+
+def in_backward() -> bool:
+    """Autograd's engine is running a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@contextlib.contextmanager
 def _grouped_mm_of_any_dtype() -> Iterator[None]:
     """While tracing, the fake grouped matmul (for experts) takes float32, as the real one does; before 2.15 it does not."""
     home = torch._meta_registrations
@@ -250,10 +365,11 @@ def calls_intercepted(
     """
     call = nn.Module.__call__
     inside = False
+    thread = threading.get_ident()
 
     def intercepted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
-        if inside or self not in modules:
+        if inside or threading.get_ident() != thread or self not in modules:
             return call(self, *args, **kwargs)
         inside = True
         try:
@@ -266,6 +382,55 @@ def calls_intercepted(
         yield
     finally:
         nn.Module.__call__ = call  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def collectives_forbidden() -> Iterator[list[str]]:
+    """While entered, torch.distributed's operators raise, on CPU and CUDA tensors; yields the names of those that were called.
+
+    In a forked child, or on one rank alone, they would wait for ever.
+    """
+    refused: list[str] = []
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        yield refused
+        return
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            refused.append(name)
+            raise RuntimeError(f"{name} is not run while a kernel is looked at")
+
+        return call
+
+    known = [name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()]
+    libraries = {space: torch.library.Library(space, "IMPL") for space in ("c10d", "_c10d_functional")}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced
+            for name in sorted(set(known)):
+                space, _, op = name.partition("::")
+                for key in ("CPU", "CUDA") if space in libraries else ():
+                    libraries[space].impl(op, refuse(name), key, allow_override=True)
+        yield refused
+    finally:
+        for library in libraries.values():
+            library._destroy()
+
+
+def key_value_store() -> Any:
+    """The store by which the processes of torch.distributed find each other; None where it is not in use."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def ranks_of_group(name: str) -> tuple[list[int], int]:
+    """The ranks of a process group, by its name ('' for the default one), and this process's rank, all in the world."""
+    c10d: Any = torch.distributed.distributed_c10d
+    group = c10d._resolve_process_group(name) if name else c10d._get_default_group()
+    return torch.distributed.get_process_group_ranks(group), torch.distributed.get_rank()
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:
@@ -290,6 +455,48 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
         return lambda others: False
     check = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     return lambda others: bool(check(*others))
+
+
+def global_switches() -> tuple[tuple[str, Any], ...]:
+    """Torch's switches that decide which kernels run or what a call means, by name; the same for equal states."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return (
+        ("deterministic algorithms", torch.get_deterministic_debug_mode()),
+        ("fill_uninitialized_memory", getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)),
+        ("sdpa: flash", cuda.flash_sdp_enabled()),
+        ("sdpa: memory-efficient", cuda.mem_efficient_sdp_enabled()),
+        ("sdpa: math", cuda.math_sdp_enabled()),
+        ("sdpa: cudnn", cuda.cudnn_sdp_enabled()),
+        ("sdpa: math in low precision", cuda.fp16_bf16_reduction_math_sdp_allowed()),
+        ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
+        ("float32 matmul precision", torch.get_float32_matmul_precision()),
+        ("cuda tf32", cuda.matmul.allow_tf32),
+        ("cuda fp16 reduction", cuda.matmul.allow_fp16_reduced_precision_reduction),
+        ("cuda bf16 reduction", cuda.matmul.allow_bf16_reduced_precision_reduction),
+        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)),
+        ("mkldnn", torch._C._get_mkldnn_enabled()),
+        ("mkldnn deterministic", getattr(mkldnn, "deterministic", None)),
+        ("default dtype", torch.get_default_dtype()),
+        ("default device", str(torch.get_default_device())),
+        ("autocast cache", torch.is_autocast_cache_enabled()),
+        ("inference mode", torch.is_inference_mode_enabled()),
+        ("forward-mode AD", torch.autograd.forward_ad._current_level),
+        ("torch.func transforms", torch._C._functorch.maybe_current_level() or 0),
+        ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
+        ("dispatch modes", torch._C._len_torch_dispatch_stack()),
+        ("global module hooks", _num_global_hooks()),
+    )
+
+
+def _device_modes() -> int:
+    """A default device is a function mode, and compared by itself."""
+    return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _num_global_hooks() -> int:
+    module = torch.nn.modules.module
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+    return sum(len(getattr(module, name, ())) for name in names)
 
 
 def box(graph: fx.Graph) -> None:

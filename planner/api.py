@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner import units
-from planner.errors import PlanFileError
+from planner import arguments, units
+from planner.analysis.measured import measured, measured_within, noted
+from planner.analysis.verify import verify
+from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, PlanFileError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
+from planner.graph.plan import NOT_RUN, Plan
 from planner.graph.planfile import fingerprint
 from planner.priced import Options, allocator_margin, price
 from planner.profiler.estimate import DeviceModel
@@ -20,14 +22,18 @@ from planner.profiler.optimizer import Optimizer
 from planner.report.budgets import check_budgets
 from planner.report.progress import stage
 from planner.report.sweep import Measured, Sweep, sweep_graph
+from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.ranks import communicates
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
-from planner.tracer.capture import Loss, capture
 from planner.tracer.joint import Joint
+from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
-from planner.verification import measured_within, verify
+from planner.tracer.settled import capture
 
 Budget = int | str | float
+SWITCHED_OFF = "switched off by check=False"
+COMMUNICATES = "it communicates: a rank that plans alone would wait for the others for ever"
 
 
 def plan(
@@ -49,6 +55,11 @@ def plan(
     optimizer: Optimizer | None = None,
     master_weights: bool = False,
     compile: bool = False,
+    also: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
+    audit: bool = True,
+    check: bool = True,
+    criterion: Criterion | None = None,
+    criterion_args: Sequence[Any] | None = None,
 ) -> CheckpointedModule:
     """The model, with its training step checkpointed so that it fits a budget. Results do not change.
 
@@ -57,8 +68,8 @@ def plan(
         budget: bound on everything live on the device during forward and backward, parameters and `reserve` included. Bytes
             (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
-        loss: which output backward starts from (see `planner.tracer.capture`). Default: the output's
-            `.loss` or ["loss"], else every output that requires grad.
+        loss: which output backward starts from: its name ("loss"), its position, or a function of the output. Default: the
+            output's `.loss` or ["loss"], else its only scalar that requires grad, else every output that requires grad.
         reserve: bytes set aside within the budget.
         costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes times.
         time_limit_s: for the solver; the best plan found by then is taken.
@@ -75,35 +86,70 @@ def plan(
         optimizer: set its state aside, too: a name of torch.optim ("adamw"), or what makes one of a list of parameters.
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
-            kernels keep the budget is measured, as on CUDA.
+            kernels keep the budget is only measured, by the check.
+        check: run one planned step at the end: that it runs, that its outputs look as captured, and its measured peak. Where
+            it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
+            (On a CPU, a budget that is a fraction of an estimate holds for estimates; the plan then says what it needs.)
+        also: other calls to plan for within the budget, as (args, kwargs): other shapes, other arguments, inputs that require
+            grad beside inputs that do not (a discriminator's): `also=[((x.detach().requires_grad_(),), {})]`.
+        audit: at the 2nd, 10th, 100th, 1000th, ... planned call, run the original forward beside the planned one from the same
+            state, and compare results and state bit by bit. Where they differ, twice alike, the model trains unplanned
+            from then on, with a warning (PlanAuditError where `strict`).
+        criterion: a loss outside of the model, to be planned with it: a function or an nn.Module, called as
+            `criterion(output, *criterion_args)`. The planned module is then called
+            `loss, output = planned(*args, criterion_args=(y,), **kwargs)`; without criterion_args it returns the output. Its
+            parameters, buffers and state_dict are the model's alone.
+        criterion_args: an example of what the loss takes beside the output, such as (targets,).
 
-    On a CUDA device the planned step is run thrice, on a copy that shares the parameters' memory, and planned again for less
-    where it needs more than the budget: what CUDA's allocator hands out depends on the blocks it has at hand. Hooks of modules
-    run in it, those of parameters do not.
+    On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
+    where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator hands out
+    depends on the blocks it has at hand). Hooks of parameters do not run in it.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
         NoScheduleFoundError: none was found in the time given.
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
-        MeasuredPeakError: on CUDA: planned for ever less, the step was still measured to need more than the budget.
+        MeasuredPeakError: planned for ever less, the step was still measured to need more than the budget.
+        PlanCheckError: the planned step fails. This is a fault of the planner.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    arguments.check_flags(strict=strict, dynamic=dynamic, check=check, audit=audit)
+    time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
+    names = arguments.names(opaque)
+    model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, names, criterion, criterion_args)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
-    priced = price(model, args, kwargs, options)
-    budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
-    recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+    recapture = Recapture(options.loss, tuple(options.opaque)) if dynamic else None
 
-    def within(aim_bytes: int) -> CheckpointedModule:
-        with stage("solve", progress):
-            made = priced.plan(aim_bytes, time_limit_s)
-        made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
-        step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile)
-        return CheckpointedModule(model, step, made, strict)
+    def one(budget: Budget, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> CheckpointedModule:
+        priced = price(model, args, kwargs, options)
+        budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
 
-    if compile or (priced.joint.device.type == "cuda" and options.target is None):
-        return measured_within(budget_bytes, within, args, kwargs)
-    return within(budget_bytes)
+        def within(aim_bytes: int) -> CheckpointedModule:
+            with stage("solve", progress):
+                made = priced.plan(aim_bytes, time_limit_s)
+            made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
+            fraction = float(budget) if units.is_fraction(budget) else None
+            step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile, fraction)
+            return CheckpointedModule(model, step, made, strict, audits=audit)
+
+        try:
+            reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+            reason = reason or (COMMUNICATES if communicates(priced.joint) else "")
+            if reason:
+                return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
+            if is_fraction and dict(priced.made_on)["costs"].startswith("estimated") and not compile and priced.is_on_cpu:
+                return measured(within(budget_bytes), args, kwargs, progress=progress, stacklevel=4)
+            return measured_within(budget_bytes, within, args, kwargs, progress=progress, stacklevel=5)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
+
+    is_fraction = units.is_fraction(budget)
+    planned = one(budget, args, kwargs)
+    planned.alternatives.extend(one(planned.plan.budget_bytes, *call) for call in also)
+    return planned
 
 
 def apply(
@@ -118,21 +164,32 @@ def apply(
     opaque: Collection[str] = (),
     dynamic: bool = False,
     compile: bool = False,
+    check: bool = True,
+    criterion: Criterion | None = None,
+    criterion_args: Sequence[Any] | None = None,
 ) -> CheckpointedModule:
     """Rewrite `model` by a plan made before, without profiling or solving; arguments are as for `planner.plan`.
 
     Raises:
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
-        MeasuredPeakError: on CUDA: the step needs more than the plan's budget there.
+        MeasuredPeakError: the step needs more than the plan's budget here.
+        PlanCheckError: the planned step fails. This is a fault of the planner.
     """
+    arguments.check_plan(plan, Plan)
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    arguments.check_flags(strict=strict, dynamic=dynamic, compile=compile, check=check)
+    num_stages, loss, opaque = arguments.count(num_stages, "num_stages"), arguments.loss_choice(loss), arguments.names(opaque)
+    model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, opaque, criterion, criterion_args)
     joint = captured_for(plan, model, args, kwargs, loss, opaque)
     recapture = Recapture(loss, tuple(opaque)) if dynamic else None
     step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
     planned = CheckpointedModule(model, step, plan, strict)
-    if compile or joint.device.type == "cuda":
-        return measured_within(plan.budget_bytes, lambda _: planned, args, kwargs, tries=1)
-    return planned
+    if not check or communicates(joint):
+        return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF if not check else COMMUNICATES}")
+    limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # where it was made it was known to need that
+    return measured_within(limit, lambda _: planned, args, kwargs, tries=1)
 
 
 def captured_for(
@@ -184,6 +241,9 @@ def sweep(
         InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError, NoScheduleFoundError: not one of the budgets has a plan.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    time_limit_s = arguments.seconds(time_limit_s)
     check_budgets(budgets, points, low, high)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     priced = price(model, args, kwargs, options)

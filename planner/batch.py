@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from planner import arguments
+from planner.analysis.measured import time_step
 from planner.api import captured_for
-from planner.errors import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError
+from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.priced import Options, Priced, price
@@ -20,14 +22,15 @@ from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
-from planner.tracer.capture import Loss
-from planner.verification import time_step
+from planner.tracer.loss import Loss
+from planner.tracer.refusal import own_words
+from planner.units import is_fraction, kind, shown
 
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 """A batch's call: `args, kwargs = make_inputs(batch)`."""
 
-_BASIS = (2, 3)
-"""Larger batches are foreseen from these: the first may be a special case, sizes of 1 are."""
+_SMALLEST = 4
+"""The largest batch that a search may begin with, where the model cannot run smaller ones."""
 _MOST = 2**40
 
 
@@ -62,15 +65,24 @@ def max_batch(
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
-        InfeasibleBudgetError: not even one sample fits; carries its floor.
-        NoScheduleFoundError: for one sample none was found in the time given.
+        InfeasibleBudgetError: not even the smallest batch that the model can run fits; carries its floor.
+        NoScheduleFoundError: for that batch none was found in the time given.
     """
-    if isinstance(budget, float):
-        raise BudgetError(f"budget {budget!r}: a fraction of which batch's peak? Give max_batch bytes, or text such as '6GiB'")
+    arguments.check_function(make_inputs, "make_inputs", "args, kwargs = make_inputs(batch)")
+    arguments.check_model(model)
+    time_limit_s = arguments.seconds(time_limit_s)
+    if is_fraction(budget):
+        raise BudgetError(f"budget {shown(budget)}: a fraction of which batch's peak? Give bytes, or text such as '6GiB'")
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     trials = _Trials(make_inputs, model, options, options.budget_bytes(budget, 0), time_limit_s)
-    tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes)
-    return MaxBatch(trials.budget_bytes, tried, trials.measure if options.target is None else None)
+    first, smaller = trials.first()
+    try:
+        tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes, first)
+    except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+        refusal = trials.step(first).refusal(error, budget, trials.budget_bytes, time_limit_s)
+        refusal.args = (_smallest_does_not_fit(first, refusal),)
+        raise refusal from None
+    return MaxBatch(trials.budget_bytes, tried, trials.measure if options.target is None else None, smaller)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +97,36 @@ class _Trials:
     steps: dict[int, Priced] = field(default_factory=dict)
     """The steps of small batches, of which those of larger ones are foreseen."""
 
+    def first(self) -> tuple[int, str]:
+        """The smallest batch that the model can run in training, and why smaller ones cannot (batch norm raises for one).
+
+        Raises:
+            CaptureError: none of the first few can be captured; the error of a single sample.
+        """
+        errors: list[CaptureError] = []
+        for batch in range(1, _SMALLEST + 1):
+            try:
+                self.step(batch)
+            except CaptureError as error:
+                if errors and str(error) == str(errors[-1]):
+                    break  # it is not the batch
+                errors.append(error)
+            else:
+                return batch, str(errors[-1]) if errors else ""
+        raise errors[0]
+
+    def step(self, batch: int) -> Priced:
+        """Capture and price a batch; small ones are kept."""
+        if batch in self.steps:
+            return self.steps[batch]
+        step = price(self.model, *self._call(batch), self.options)
+        if batch <= _SMALLEST + 1:
+            self.steps[batch] = step
+        return step
+
     def attempt(self, batch: int) -> Tried:
         """Capture and plan a batch."""
-        step = price(self.model, *self._call(batch), self.options)
-        if batch in _BASIS:
-            self.steps[batch] = step
+        step = self.step(batch)
         plan: Plan | None = None
         error: InfeasibleBudgetError | NoScheduleFoundError | None = None
         with stage(f"solve for batch {batch}", self.options.progress):
@@ -123,16 +160,23 @@ class _Trials:
         return Measured(*time_step(planned, args, kwargs, rounds=rounds))
 
     def _ahead(self, batch: int) -> Priced | None:
-        smaller, larger = (self.steps[size] for size in _BASIS)
-        graph = grown(smaller.graph, larger.graph, batch - _BASIS[0])
+        # the first may be a special case: sizes of 1 are
+        size = max(2, min(self.steps))
+        smaller, larger = self.steps[size], self.steps[size + 1]
+        graph = grown(smaller.graph, larger.graph, batch - size)
         return None if graph is None else replace(larger, graph=graph)
 
     def _call(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        made = self.make_inputs(batch)
-        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
-            kind = type(made).__name__
-            raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not a {kind}")
-        return tuple(made[0]), dict(made[1])
+        try:
+            made = self.make_inputs(batch)
+        except PlannerError:
+            raise
+        except Exception as error:
+            raise InputError(f"make_inputs({batch}) {own_words(error)}") from error
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not {kind(made)}")
+        arguments.check_call(*made)
+        return tuple(made[0]), dict(made[1] or {})
 
 
 def search(
@@ -140,6 +184,7 @@ def search(
     plain_ahead: Callable[[int], bool],
     plan_ahead: Callable[[int], bool],
     budget_bytes: int,
+    first: int = 1,
 ) -> tuple[Tried, ...]:
     """Find the largest batch that has a plan, and the largest that needs no recomputing, by few attempts.
 
@@ -147,12 +192,13 @@ def search(
 
     Args:
         attempt: captures and plans a batch.
-        plain_ahead: whether a batch's plain step is likely to fit, told without capturing it, once 1, 2 and 3 were attempted.
+        plain_ahead: whether a batch's plain step is likely to fit, told without capturing it, once the first three were tried.
         plan_ahead: whether it is likely to have a plan, likewise.
         budget_bytes: what plain peaks are compared with.
+        first: the smallest batch.
 
     Raises:
-        InfeasibleBudgetError, NoScheduleFoundError: batch 1 has no plan.
+        InfeasibleBudgetError, NoScheduleFoundError: the smallest batch has no plan.
         InputError: there is no end.
     """
     tried: dict[int, Tried] = {}
@@ -162,21 +208,27 @@ def search(
             tried[batch] = attempt(batch)
         return tried[batch]
 
-    first = at(1)
-    if first.error is not None:
-        first.error.args = (f"one sample does not fit: {first.error}", *first.error.args[1:])
-        raise first.error
-    if at(2).plan is not None and at(3).plan is not None:
-        plain = max((batch for batch in (1, 2, 3) if at(batch).plain_bytes <= budget_bytes), default=0)
-        if plain == 3:
-            likely = _boundary(plain_ahead, 3, 4)
-            plain = _boundary(lambda batch: at(batch).plain_bytes <= budget_bytes, 3, likely)
-        known = max(3, plain)
+    error = at(first).error
+    if error is not None:
+        error.args = (_smallest_does_not_fit(first, error),)
+        raise error
+    second, third = first + 1, first + 2
+    if at(second).plan is not None and at(third).plan is not None:
+        plain = max((batch for batch in (first, second, third) if at(batch).plain_bytes <= budget_bytes), default=0)
+        if plain == third:
+            likely = _boundary(plain_ahead, third, third + 1)
+            plain = _boundary(lambda batch: at(batch).plain_bytes <= budget_bytes, third, likely)
+        known = max(third, plain)
         likely = _boundary(plan_ahead, known, known + 1)
         largest = _boundary(lambda batch: at(batch).plan is not None, known, likely)
         if largest - plain > 2:
             at((plain + largest) // 2)  # throughput may be best between the two
     return tuple(tried[batch] for batch in sorted(tried))
+
+
+def _smallest_does_not_fit(batch: int, error: Exception) -> str:
+    which = "one sample" if batch == 1 else f"the smallest batch that the model can run, {batch},"
+    return f"{which} does not fit: {error}"
 
 
 def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:

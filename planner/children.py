@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner import units
+from planner import arguments, units
 from planner._torch import pytree
 from planner.api import Budget
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
@@ -28,8 +28,10 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
-from planner.tracer import fidelity
-from planner.tracer.capture import Loss, capture, loss_leaves
+from planner.tracer.host.preserve import model_preserved
+from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.refusal import own_words
+from planner.tracer.settled import capture
 
 LEVELS = 8
 """How many steps there are between every child at its lowest peak and every child plain."""
@@ -57,6 +59,7 @@ class Children:
 
     def install(self, *, strict: bool = False) -> None:
         """Let the model train with its planned submodules; see `planner.install`."""
+        arguments.check_flags(strict=strict)
         for module in self.planned.values():
             install(module.original, module, strict=strict)
 
@@ -117,16 +120,21 @@ def plan_children(
         CaptureError: no submodule can be captured; says why, for each.
         NoScheduleFoundError: the step peaks above the budget with every submodule at its lowest.
     """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
+    options = Options(loss=loss, costs=costs, progress=progress)
+    loss = options.loss
     trial = _Trial(model, tuple(args), dict(kwargs or {}), loss)
     with stage("capture", progress):
-        found, left = _capturable(trial, Options(costs=costs, progress=progress))
+        found, left = _capturable(trial, options)
     with stage("solve", progress):
         plans = _plans(found, time_limit_s)
     steps = partial(_steps, found, plans, trial, num_stages)
     with stage("measure steps", progress):
         plain = trial.peak({})
-        if plain is None and isinstance(budget, float):
+        if plain is None and units.is_fraction(budget):
             raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
         budget_bytes = units.parse_budget(budget, plain or 0)
         level, peak = _highest_level(lambda level: trial.peak(steps(level)), budget_bytes)
@@ -143,9 +151,13 @@ def _highest_level(peak_at: Callable[[int], int | None], budget_bytes: int) -> t
     low, lowest = 0, peak_at(0)
     if lowest is None or lowest > budget_bytes:
         found = "did not fit on the device" if lowest is None else f"peaks at {units.format_bytes(lowest)} ({lowest} bytes)"
+        if lowest is None:
+            cure = "Reduce the batch."
+        else:
+            cure = f"Raise it to {units.enough_text(lowest)} ({lowest} bytes), or reduce the batch."
         raise NoScheduleFoundError(
             f"with every submodule at the lowest peak that was found for it, a measured step {found}; the budget is "
-            f"{units.format_bytes(budget_bytes)}. Raise it, or reduce the batch."
+            f"{units.format_bytes(budget_bytes)}. {cure}"
         )
     high, peak = LEVELS + 1, lowest
     while high - low > 1:
@@ -174,7 +186,10 @@ class _Trial:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if not model.training or not tensors:
             raise InputError("plan_children takes a model in training mode and an example call with tensors")
-        self.original, self.model = model, copy.deepcopy(model)
+        try:
+            self.original, self.model = model, copy.deepcopy(model)
+        except Exception as error:
+            raise InputError(f"the model cannot be copied, and steps are measured on a copy: {own_words(error)}") from error
         for module in self.model.modules():
             uninstall(module)
         self.device = tensors[0].device
@@ -182,7 +197,12 @@ class _Trial:
         self._inputs = tensors
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
-        self._look()
+        try:
+            self._look()
+        except (PlannerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise InputError(f"a step of the model as it is {own_words(error)}") from error
 
     def step(self) -> None:
         """Forward and backward from empty gradients."""
@@ -196,7 +216,7 @@ class _Trial:
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors or the random state."""
         grads = [(tensor, tensor.grad) for tensor in self._inputs]
-        with fidelity.untouched(self.model, [*self.model.buffers(), *self._inputs]):
+        with model_preserved(self.model, [*self.model.buffers(), *self._inputs], guards_iterators=False):
             yield
         self.model.zero_grad(set_to_none=True)
         for tensor, grad in grads:
@@ -235,13 +255,14 @@ class _Trial:
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
-        hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
-        try:
-            with self.untouched(), torch.autograd.graph.save_on_cpu():
+        with self.untouched(), torch.autograd.graph.save_on_cpu():
+            # from here on: what hooks write to before is put back
+            hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
+            try:
                 self.step()
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def record(self, names: Sequence[str]) -> dict[str, _Call]:
         """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""
@@ -253,13 +274,13 @@ class _Trial:
             found[name] = _Call(bare[0], bare[1], (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
-        hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
-        try:
-            with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
+            try:
                 self.model(*self._args, **self._kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return found
 
 

@@ -17,11 +17,13 @@ import argparse
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from planner.arguments import check_call, seconds
 from planner.errors import InputError, PlannerError
 from planner.graph import planfile
 from planner.graph.plan import Plan
@@ -30,7 +32,7 @@ from planner.graph.simulate import simulate
 from planner.report import figures, picture, sweepfile
 from planner.report.sweep import Sweep, sweep_graph
 from planner.solver.solve import Solver
-from planner.units import parse_budget
+from planner.units import kind, parse_budget
 
 _JSON_HELP = "print figures for machines instead of the table"
 _BUDGET_HELP = "bytes, '6GiB', or a fraction of the plain step's peak such as 0.6"
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budget", required=True, type=_budget, help=_BUDGET_HELP)
     plan.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
+    plan.add_argument("--no-check", action="store_true", help="do not run one planned step to see that it runs and fits")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
     plan.add_argument("--json", action="store_true", help=_JSON_HELP)
     plan.set_defaults(run=_plan)
@@ -93,7 +96,7 @@ def _model_options(
     parser.add_argument(
         "--reserve", default=0, help="bytes of the budget to leave free, for example for optimizer state: '1GiB'"
     )
-    parser.add_argument("--loss", default=None, help="name of the output that backward starts from")
+    parser.add_argument("--loss", type=_loss, help="name or position of the output that backward starts from")
     costs = "run every distinct kernel once, or compute its time"
     parser.add_argument("--costs", choices=("measure", "estimate"), default="measure", help=costs)
     there = "plan for a device that is not here, such as H100-80GB: nothing is allocated, times are estimated"
@@ -148,7 +151,13 @@ def _budget(text: str) -> float | str:
         return text
 
 
+def _loss(text: str) -> int | str:
+    """Digits are a position among the outputs; everything else is a name."""
+    return int(text) if text.isdecimal() and len(text) < 10 else text
+
+
 def _solve(arguments: argparse.Namespace) -> int:
+    arguments.time_limit = seconds(arguments.time_limit, "--time-limit")
     graph = planfile.load_graph(Path(arguments.graph))
     if arguments.sweep is not None:
         print(sweep_graph(graph, points=arguments.sweep, time_limit_s=arguments.time_limit))
@@ -271,6 +280,7 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[
         arguments.budget,
         args,
         kwargs,
+        check=not getattr(arguments, "no_check", False),
         **_options(arguments),
     )
     return planned, args, kwargs
@@ -286,7 +296,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         planned.plan.save(arguments.save)
         _tell(arguments, f"plan written to {arguments.save}")
     if arguments.verify:
-        from planner.verification import verify
+        from planner.analysis.verify import verify
 
         report = verify(planned, args, kwargs)
         summary["measured"] = asdict(report)
@@ -317,11 +327,27 @@ def _load(target: str, **sizes: int) -> tuple[Any, tuple[Any, ...], dict[str, An
     Raises:
         InputError: no such file or function, or it returned something else than (model, args, kwargs).
     """
-    built = _function(target)(**sizes)
+    try:
+        built = _function(target)(**sizes)
+    except PlannerError:
+        raise
+    except Exception as error:
+        raise InputError(f"{target} cannot be run: {_reason(error, target)}") from error
     if not isinstance(built, tuple) or len(built) != 3:
-        raise InputError(f"{target} must return (model, args, kwargs), not a {type(built).__name__}")
+        raise InputError(f"{target} must return (model, args, kwargs), not {kind(built)}")
     model, args, kwargs = built
-    return model, tuple(args), dict(kwargs)
+    check_call(args, kwargs)
+    return model, tuple(args), dict(kwargs or {})
+
+
+def _reason(error: Exception, target: str) -> str:
+    """An exception of the user's file in a line, with the last line of that file that led to it."""
+    file = target.rpartition(":")[0]
+    lines = [entry.lineno for entry in traceback.extract_tb(error.__traceback__) if entry.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines = [error.lineno]
+    where = f" at {Path(file).name}:{lines[-1]}" if lines else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def _function(target: str) -> Callable[..., Any]:

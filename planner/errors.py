@@ -17,16 +17,29 @@ class InfeasibleBudgetError(PlannerError):
     Attributes:
         budget_bytes: what was asked for.
         floor_bytes: the least any schedule of this graph, in its captured backward order, can reach.
+        culprit: the op that holds it, and what it holds, in words.
+        advice: what would lower it, in words; follows "Raise the budget to ...".
     """
 
-    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int) -> None:
+    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int, culprit: str = "", advice: str = "") -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes
+        self.culprit, self.advice = culprit, advice
 
 
 class NoScheduleFoundError(PlannerError):
-    """The time given ran out before a schedule was found; the budget was not proven infeasible."""
+    """The time given ran out before a schedule was found; the budget was not proven infeasible.
+
+    Attributes:
+        lowest_bytes: the lowest peak that was found; None where nothing was searched.
+        floor_bytes: no schedule has a lower peak than this.
+        solve_s: wall seconds spent.
+    """
+
+    def __init__(self, message: str, *, lowest_bytes: int | None = None, floor_bytes: int = 0, solve_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.lowest_bytes, self.floor_bytes, self.solve_s = lowest_bytes, floor_bytes, solve_s
 
 
 class SolverMissingError(PlannerError):
@@ -65,12 +78,20 @@ class PlanMissError(PlannerError, RuntimeError):
     """With strict=True: a training call is not the one that was planned for; names what differs."""
 
 
+class PlanAuditError(PlannerError, RuntimeError):
+    """With strict=True: the planned forward gave other results than the model's own, twice; names the outputs. A bug report."""
+
+
 class BackwardError(PlannerError, RuntimeError):
     """Backward was asked for something the plan does not hold (another output, a second derivative)."""
 
 
 class PartError(PlannerError, RuntimeError):
     """An opaque part of a planned model returned something else than when it was planned."""
+
+
+class RanksDifferError(PlannerError, RuntimeError):
+    """Ranks that communicate inside a planned step run different plans of it, or one of them does not come to it."""
 
 
 class ExportError(PlannerError):
@@ -93,6 +114,10 @@ class MeasuredPeakError(PlannerError):
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.peak_bytes = peak_bytes
+
+
+class PlanCheckError(PlannerError):
+    """The planned step was run once at the end of `plan`, and failed or returned other metadata: a fault of the planner."""
 
 
 class PlotMissingError(PlannerError):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from planner import units
+from planner import arguments, units
 from planner.errors import BudgetError, CaptureError, InputError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
@@ -21,12 +21,14 @@ from planner.profiler.estimate import DeviceModel, estimate
 from planner.profiler.measure import measure
 from planner.profiler.optimizer import Optimizer, master_bytes, state_bytes
 from planner.profiler.profile import Profile
+from planner.report.budgets import Refusal, restated
 from planner.report.progress import stage
-from planner.solver.solve import solve
-from planner.tracer.capture import Loss, capture
+from planner.solver.solve import Solver, solve
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
+from planner.tracer.loss import Loss
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.settled import capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Options:
 
     Raises:
         BudgetError: `reserve` or `costs` cannot be read.
-        InputError: an unknown device, or one that is not here to compile for.
+        InputError: an unknown device, or one that is not here to compile for; an argument of another type.
     """
 
     loss: Loss = None
@@ -52,11 +54,15 @@ class Options:
     """The device, where it is not here."""
 
     def __post_init__(self) -> None:
-        if self.costs not in ("measure", "estimate"):
-            raise BudgetError(f"costs={self.costs!r} is not known; use 'measure' or 'estimate'")
+        object.__setattr__(self, "loss", arguments.loss_choice(self.loss))
+        object.__setattr__(self, "opaque", arguments.names(self.opaque))
+        arguments.check_flags(progress=self.progress, master_weights=self.master_weights, compile=self.compile)
+        arguments.check_optimizer(self.optimizer)
+        if not isinstance(self.costs, str) or self.costs not in ("measure", "estimate"):
+            raise BudgetError(f"costs={units.shown(self.costs)} is not known; use 'measure' or 'estimate'")
         if self.compile and self.device is not None:
             raise InputError("compile=True needs the device here; save the plan, and apply(plan, ..., compile=True) there")
-        object.__setattr__(self, "reserve_bytes", 0 if self.reserve == 0 else units.parse_bytes(self.reserve))
+        object.__setattr__(self, "reserve_bytes", units.parse_bytes(self.reserve, "reserve", least=0))
         object.__setattr__(self, "target", None if self.device is None else find_device(self.device))
 
     @property
@@ -73,7 +79,7 @@ class Options:
             BudgetError: unreadable, or bytes that the device does not have.
         """
         nbytes = units.parse_budget(budget, plain_bytes)
-        if self.target is not None and not isinstance(budget, float) and nbytes > self.target.memory_bytes > 0:
+        if self.target is not None and not units.is_fraction(budget) and nbytes > self.target.memory_bytes > 0:
             has = units.format_bytes(self.target.memory_bytes)
             raise BudgetError(f"budget {units.format_bytes(nbytes)} is more than the {has} that {self.target.name} has")
         return nbytes
@@ -110,6 +116,11 @@ class Priced:
         return simulate(self.graph, keep_all(self.graph)).peak_bytes
 
     @property
+    def is_on_cpu(self) -> bool:
+        """The step runs on a CPU."""
+        return self.joint.device.type == "cpu"
+
+    @property
     def is_movable(self) -> bool:
         """Backward ops may be reordered."""
         return not backward_is_fixed(self.joint)
@@ -123,6 +134,16 @@ class Priced:
         margin_bytes = allocator_margin(self.graph, budget_bytes)
         solution = solve(self.graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=self.is_movable)
         return Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
+
+    def refusal(self, error: Refusal, budget: int | str | float, budget_bytes: int, time_limit_s: float) -> Refusal:
+        """What `plan` raised for `budget_bytes`, with the budget as the user gave it and one for which there is a plan.
+
+        That one is searched for: the lowest peak found in half of the time, where the proven floor is not reached.
+        """
+        solver = Solver(self.graph, reorder=self.is_movable)
+        lowest = solver.lowest_peak(time_limit_s=time_limit_s / 2)
+        margin = _margin_of(self.graph)
+        return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest)
 
 
 def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: Options) -> Priced:
@@ -153,11 +174,14 @@ def allocator_margin(graph: Graph, budget_bytes: int) -> int:
     A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
     step itself fits, so that a full budget never forces a recompute.
     """
+    return _margin_of(graph)(budget_bytes)
+
+
+def _margin_of(graph: Graph) -> Callable[[int], int]:
+    """The margin by budget; what is left of a budget never falls as it grows."""
     plain = simulate(graph, keep_all(graph)).peak_bytes
-    if plain <= budget_bytes:
-        return 0
     resident = sum(graph.value[name].nbytes for name in graph.inputs)
-    return min((plain - resident) // 1000, budget_bytes // 100)
+    return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
 def _profile(joint: Joint, options: Options) -> Profile:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Integral, Real
+from typing import Any
 
 from planner.errors import BudgetError
+
+MOST_BYTES = 2**62
+"""More than any size that is read: sums of sizes below it fit into 64 bits."""
 
 _BYTES = {
     "": 1,
     "b": 1,
+    "byte": 1,
+    "bytes": 1,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,
@@ -19,53 +26,116 @@ _BYTES = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_DIGITS = 30
+"""More digits than a size has."""
+_LONGEST = 80
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
-def parse_bytes(text: str | int) -> int:
-    """Bytes of "6GiB" (binary units), "6GB" (decimal units), "6442450944" or an int.
+def parse_bytes(text: Any, what: str = "size", *, least: int = 1) -> int:
+    """Bytes of "6GiB" (binary units), "6GB" (decimal units), "6442450944" or an int (of numpy's, too).
+
+    Args:
+        what: what the number is, for errors: "budget".
+        least: the smallest number that is accepted.
 
     Raises:
-        BudgetError: not a size, or not positive.
+        BudgetError: not a size, below `least`, or beyond 64 bits.
     """
-    if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise BudgetError(f"cannot read {text!r} as a number of bytes; write an int or a string like '6GiB'")
-    if isinstance(text, int):
-        nbytes = text
-    else:
+    how = "write an int (bytes) or a string such as '6GiB', '800MB' or '6442450944'"
+    nbytes: int | None = None
+    if isinstance(text, Integral) and not isinstance(text, bool):
+        nbytes = int(text)
+    elif isinstance(text, str):
         match = _SIZE.fullmatch(text)
         unit = match and _BYTES.get(match[2].lower())
-        if not match or not unit:
-            raise BudgetError(f"cannot read {text!r} as a number of bytes; write for example '6GiB', '800MB' or 6442450944")
-        nbytes = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
-    if nbytes <= 0:
-        raise BudgetError(f"a size of {text!r} is not positive")
+        if match and unit:
+            nbytes = _times(match[1], unit)
+    if nbytes is None:
+        raise BudgetError(f"{what} {shown(text)} cannot be read as a number of bytes; {how}")
+    if nbytes < least:
+        raise BudgetError(f"{what} {shown(text)} is not positive; {how}")
+    if nbytes > MOST_BYTES:
+        raise BudgetError(f"{what} {shown(text)} is more than any device has; {how}")
     return nbytes
+
+
+def _times(number: str, unit: int) -> int:
+    """A decimal number times a unit, rounded down."""
+    whole, _, rest = number.partition(".")
+    whole, rest = whole.lstrip("0") or "0", rest[:_DIGITS]
+    if len(whole) > _DIGITS:
+        return MOST_BYTES + 1
+    power: int = 10 ** len(rest)
+    return int(whole + rest) * unit // power
 
 
 def parse_budget(budget: str | int | float, plain_peak_bytes: int) -> int:
     """Bytes of a budget given as bytes, as text, or as a fraction of the plain step's peak.
 
     Args:
-        budget: int (bytes), str ("6GiB"), or float in (0, 1] (fraction of `plain_peak_bytes`).
+        budget: int (bytes), str ("6GiB"), or float in (0, 1] (fraction of `plain_peak_bytes`); numpy's scalars likewise.
         plain_peak_bytes: peak of the step that keeps everything.
 
     Raises:
         BudgetError: unreadable, not positive, or a fraction above 1.
     """
-    if isinstance(budget, float):
-        if not math.isfinite(budget) or not 0 < budget <= 1:
+    if isinstance(budget, Real) and not isinstance(budget, Integral):
+        fraction = float(budget)
+        if not math.isfinite(fraction) or not 0 < fraction <= 1:
             raise BudgetError(
-                f"budget {budget!r}: a float is a fraction of the plain step's peak and must lie in (0, 1]; "
+                f"budget {shown(budget)}: a float is a fraction of the plain step's peak and must lie in (0, 1]; "
                 "for bytes pass an int or a string like '6GiB'"
             )
-        return math.floor(budget * plain_peak_bytes)
-    return parse_bytes(budget)
+        return math.floor(fraction * plain_peak_bytes)
+    return parse_bytes(budget, "budget")
 
 
 def check_budget(budget: str | int | float) -> None:
     """Raise BudgetError for a budget that no model could give a meaning to."""
     parse_budget(budget, 2**62)
+
+
+def is_fraction(budget: str | int | float) -> bool:
+    """Whether a budget is a fraction of the plain step's peak, and no number of bytes."""
+    return isinstance(budget, Real) and not isinstance(budget, Integral)
+
+
+def budget_text(budget: str | int | float, budget_bytes: int) -> str:
+    """A budget as its user gave it, with its bytes where it is a fraction: for messages."""
+    if is_fraction(budget):
+        return f"{float(budget):g} of the plain step's peak ({format_bytes(budget_bytes)})"
+    return shown(budget).strip("'") if isinstance(budget, str) else format_bytes(budget_bytes)
+
+
+def enough_text(nbytes: int) -> str:
+    """A size to type in, '3.91 GiB': rounded up, so that what is read from it is not less than `nbytes`."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            hundredths = -(-nbytes * 100 // 1024**power)
+            return f"{hundredths // 100}.{hundredths % 100:02d} {unit}"
+    return f"{nbytes} B"
+
+
+def shown(value: Any) -> str:
+    """An object in a message: its repr, in at most 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"of about {round(value.bit_length() * math.log10(2))} digits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr of the user's, or an int of thousands of digits inside
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+
+
+def kind(value: Any) -> str:
+    """What an object is, for messages: 'a Tensor', 'the class Linear', 'None'."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def format_bytes(nbytes: int) -> str:

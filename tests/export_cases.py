@@ -51,7 +51,7 @@ class Outputs(nn.Module):
         x = self.first(batch["x"] * self.scale * scale).tanh()
         x = F.dropout(self.second(x), 0.15) + self.hidden.clamp(max=rest[0]) * self.same + batch["more"][0] + self.large.sum(0)
         if self.out == "namedtuple":
-            return Pair(x.mean(), (x, [x.sum(0), 3, None]))
+            return Pair(x.mean(0), (x, [x.sum(0), 3, None]))
         return Scored(x.square().mean(), x) if self.out == "dataclass" else (x, batch["x"])
 
 

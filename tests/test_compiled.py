@@ -99,11 +99,11 @@ def test_a_step_that_needs_more_than_planned_is_planned_for_less_or_refused(unco
 
         return step
 
-    monkeypatch.setattr("planner.verification.step_peak", peaks(plain // 60))
+    monkeypatch.setattr("planner.analysis.measured.step_peak", peaks(plain // 60))
     found = plan(model, budget, args, kwargs, costs="estimate", progress=False, compile=True)
     assert found.plan.budget_bytes == budget and found.plan.peak_bytes + plain // 60 <= budget
     assert 1 < len(asked) <= 3 and asked[0] + plain // 60 > budget
-    monkeypatch.setattr("planner.verification.step_peak", peaks(plain))
+    monkeypatch.setattr("planner.analysis.measured.step_peak", peaks(plain))
     with pytest.raises(CompileError, match="more than the budget of"):
         plan(model, budget, args, kwargs, costs="estimate", progress=False, compile=True)
 

@@ -105,7 +105,7 @@ def test_gradients_equal_central_differences_where_every_mask_is_drawn_again(mod
         schedule = scatter(graph, random.Random(0), keep=0.0)
         again = [graph.ops[schedule.steps[t]] for t in schedule.recomputes()]
         assert sum(read.startswith("rng_state") for op in again for read in op.reads) >= 8
-        key = call_key(model, [X], joint.device)
+        key = call_key([X], joint)
         kept = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
         module = CheckpointedModule(model, Step(joint, partition(joint, graph, schedule), key), kept)
         assert_gradients_are_differences(model, module)

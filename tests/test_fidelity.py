@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, plan
+from planner import CaptureError, PlanMissWarning, plan
 from planner.profiler.measure import measure
 from planner.tracer.capture import capture
 from planner.tracer.lower import kernel_nodes, lower
@@ -138,7 +138,10 @@ def test_caches_hold_no_traced_tensors_afterwards():
     model = Wrapped(Cached()).train()
     module = plan(model, 1.0, (X,), costs="estimate", progress=False)
     assert model.body.seen == {} and Cached.ramp.cache_info().currsize == 0
-    assert_same(gradients(copy.deepcopy(model), False), gradients(module, False))
+    twin = copy.deepcopy(model)
+    with pytest.warns(PlanMissWarning, match="seen"):  # the first call fills the dictionary, as eager's does
+        assert_same(gradients(twin, False), gradients(module, False))
+    assert_same(gradients(twin, False), gradients(module, False))
     assert type(Cached.ramp(8)) is torch.Tensor
 
 

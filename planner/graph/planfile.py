@@ -11,11 +11,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from planner.arguments import check_path
 from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
+from planner.graph.fields import boolean, integer, number, pairs, parse, read_all, reason, rows, string, strings, table
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
-from planner.graph.plan import Plan, Solution
+from planner.graph.plan import NOT_RUN, Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
+from planner.units import MOST_BYTES, shown
 
 SCHEMA = 1
 
@@ -41,6 +44,8 @@ def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any]
             "solve_s": plan.solution.solve_s,
             "solver": plan.solution.solver,
             "steps": plan.solution.schedule.steps,
+            "check": plan.check,
+            **({} if plan.measured_bytes is None else {"measured_bytes": plan.measured_bytes}),
         }
     return _write(document | dict(sections or {}))
 
@@ -51,6 +56,7 @@ def save(plan: Plan, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    check_path(path)
     try:
         Path(path).write_text(dumps(plan.graph, plan), encoding="utf-8")
     except OSError as error:
@@ -63,33 +69,62 @@ def load(path: str | Path) -> Plan:
     Raises:
         PlanFileError: unreadable, not JSON, another schema, or a graph or schedule that does not check.
     """
+    return loads(read_text(path, "plan file"), str(path))
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A file's text; a name in .gz is unpacked. `what`: what it is, for errors.
+
+    Raises:
+        PlanFileError: unreadable, or larger than any plan.
+    """
+    check_path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanFileError(f"cannot read plan file {path}: {error}") from error
-    return loads(text, str(path))
+        with open(path, "rb") as file:
+            if Path(path).suffix == ".gz":
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    return read_all(unpacked).decode("utf-8")  # type: ignore[arg-type]
+            return read_all(file).decode("utf-8")
+    except (OSError, EOFError, zlib.error, ValueError, MemoryError) as error:
+        raise PlanFileError(f"cannot read {what} {path}: {reason(error)}") from error
 
 
 def loads(text: str, where: str = "plan") -> Plan:
     """Read a plan from the text of a file; `where` names it in errors."""
-    document = _read(text, where)
-    graph = _graph(document, where)
+    document = read_document(text, where)
+    graph = read_graph(document, where)
     try:
-        fields = document["plan"]
-        solution = read_solution(fields)
+        fields = table(document.get("plan"), "the section plan")
+        solution = read_solution(fields, graph)
         plan = Plan(
             graph=graph,
-            budget_bytes=int(fields["budget_bytes"]),
-            margin_bytes=int(fields["margin_bytes"]),
+            budget_bytes=integer(fields["budget_bytes"], "budget_bytes", 0, MOST_BYTES),
+            margin_bytes=integer(fields["margin_bytes"], "margin_bytes", 0, MOST_BYTES),
             solution=solution,
-            made_on=tuple(sorted((str(k), str(v)) for k, v in fields["made_on"].items())),
+            made_on=pairs(fields["made_on"], "made_on"),
+            measured_bytes=_optional_bytes(fields, "measured_bytes"),
+            check=string(fields.get("check", NOT_RUN), "check"),
         )
         peak = simulate(graph, solution.schedule).peak_bytes
-    except (KeyError, TypeError, ValueError, AttributeError, ScheduleError) as error:
-        raise PlanFileError(f"{where} holds no valid plan: {type(error).__name__}: {error}") from error
+    except (KeyError, ValueError, ScheduleError) as error:
+        raise PlanFileError(f"{where} holds no valid plan: {_named(error)}") from error
     if peak > plan.budget_bytes:
         raise PlanFileError(f"{where}: its schedule peaks at {peak} bytes, above its own budget of {plan.budget_bytes}")
+    if plan.margin_bytes > plan.budget_bytes:
+        raise PlanFileError(f"{where}: its margin of {plan.margin_bytes} bytes is above its budget of {plan.budget_bytes}")
     return plan
+
+
+def _optional_bytes(fields: Mapping[str, Any], name: str) -> int | None:
+    """A number of bytes that files of earlier releases do not have.
+
+    Raises:
+        ValueError: it is no number of bytes.
+    """
+    found = fields.get(name)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
+        raise ValueError(f"{name} is {str(found)[:40]!r}")
+    return found
 
 
 def load_graph(path: str | Path) -> Graph:
@@ -98,12 +133,12 @@ def load_graph(path: str | Path) -> Graph:
     Raises:
         PlanFileError: as for `load`.
     """
-    try:
-        content = Path(path).read_bytes()
-        text = (gzip.decompress(content) if Path(path).suffix == ".gz" else content).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise PlanFileError(f"cannot read graph file {path}: {error}") from error
-    return _graph(_read(text, str(path)), str(path))
+    return read_graph(read_document(read_text(path, "graph file"), str(path)), str(path))
+
+
+def _named(error: Exception) -> str:
+    """What is wrong with a file: a missing field, or a wrong one."""
+    return f"the field {reason(error)} is missing" if isinstance(error, KeyError) else reason(error)
 
 
 def _graph_fields(graph: Graph) -> dict[str, Any]:
@@ -122,14 +157,14 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
 def _write(document: dict[str, Any]) -> str:
     """JSON in which the long lists stand one row a line, so that a diff shows which op changed."""
 
-    def rows(lines: list[str]) -> str:
+    def listed(lines: list[str]) -> str:
         return "[\n" + ",\n".join(f"   {line}" for line in lines) + "\n  ]"
 
     def written(name: str, field: Any) -> str:
         if name in ("ops", "points", "values"):
-            return rows([json.dumps(item) for item in field])
+            return listed([json.dumps(item) for item in field])
         if name == "steps":
-            return rows([json.dumps(run)[1:-1] for run in _runs(field)])
+            return listed([json.dumps(run)[1:-1] for run in _runs(field)])
         return json.dumps(field, sort_keys=True)
 
     parts = []
@@ -148,59 +183,100 @@ def _runs(steps: Sequence[int]) -> Iterator[list[int]]:
         yield [step for _, step in run]
 
 
-def read_solution(fields: dict[str, Any]) -> Solution:
-    """A solution out of a file's fields.
+def read_solution(fields: dict[str, Any], graph: Graph) -> Solution:
+    """A solution for a graph, out of a file's fields.
 
     Raises:
-        KeyError, TypeError, ValueError: a field is missing or of another kind.
+        KeyError, ValueError: a field is missing or of another kind.
     """
+    status = string(fields["status"], "status")
+    if status not in ("optimal", "feasible"):
+        raise ValueError(f"status is {shown(status)}, not optimal or feasible")
+    last = len(graph.ops) - 1
     return Solution(
-        status=str(fields["status"]),
-        schedule=Schedule(tuple(int(i) for i in fields["steps"])),
-        bound_ns=int(fields["bound_ns"]),
-        solve_s=float(fields["solve_s"]),
-        solver=str(fields["solver"]),
+        status=status,
+        schedule=Schedule(tuple(integer(i, "a step", 0, last) for i in rows(fields["steps"], "steps"))),
+        bound_ns=integer(fields["bound_ns"], "bound_ns", -MOST_BYTES, MOST_BYTES),
+        solve_s=number(fields["solve_s"], "solve_s"),
+        solver=string(fields["solver"], "solver"),
     )
 
 
-def _read(text: str, where: str) -> dict[str, Any]:
+def read_document(text: str, where: str) -> dict[str, Any]:
+    """A file's sections.
+
+    Raises:
+        PlanFileError: not JSON, or of another schema.
+    """
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanFileError(f"{where} is not JSON: {error}") from error
+        document = parse(text)
+    except (ValueError, MemoryError) as error:
+        raise PlanFileError(f"{where} is not JSON: {reason(error)}") from error
     if not isinstance(document, dict) or "schema" not in document:
         raise PlanFileError(f"{where} is not a plan file: it names no schema version")
     schema = document["schema"]
-    if isinstance(schema, int) and schema > SCHEMA:
+    if type(schema) is int and schema > SCHEMA:
         raise PlanFileError(
-            f"{where} has schema {schema}, of a newer release; this one reads schema {SCHEMA}. "
+            f"{where} has schema {shown(schema)}, of a newer release; this one reads schema {SCHEMA}. "
             "Update checkpoint-planner, or make the plan again."
         )
-    if schema != SCHEMA:
-        raise PlanFileError(f"{where} has schema {schema}; this release reads schema {SCHEMA}. Make the plan again.")
+    if type(schema) is not int or schema != SCHEMA:
+        named = shown(schema).strip("'")
+        raise PlanFileError(f"{where} has schema {named}; this release reads schema {SCHEMA}. Make the plan again.")
     return document
 
 
-def _graph(document: dict[str, Any], where: str) -> Graph:
+def read_graph(document: dict[str, Any], where: str) -> Graph:
+    """The graph of a file.
+
+    Raises:
+        PlanFileError: it does not check, or does not match its fingerprint.
+    """
     try:
-        fields = document["graph"]
-        rows = fields["values"]
-        values = tuple(Value(str(name), int(nbytes), Kind(kind), *map(int, more)) for name, nbytes, kind, *more in rows)
-        ops = tuple(
-            Op(str(name), tuple(nodes), tuple(reads), tuple(writes), int(cost), int(workspace), bool(again), str(source))
-            for name, nodes, reads, writes, cost, workspace, again, source in fields["ops"]
-        )
+        fields = table(document.get("graph"), "the section graph")
+        values = tuple(map(_value, rows(fields["values"], "values")))
+        ops = tuple(map(_op, rows(fields["ops"], "ops")))
         graph = Graph(
             ops=ops,
             values=values,
             inputs=tuple(value.name for value in values if value.kind in RESIDENT_KINDS),
-            forward_outputs=tuple(fields["forward_outputs"]),
-            backward_outputs=tuple(fields["backward_outputs"]),
-            num_forward_ops=int(fields["num_forward_ops"]),
+            forward_outputs=strings(fields["forward_outputs"], "forward_outputs"),
+            backward_outputs=strings(fields["backward_outputs"], "backward_outputs"),
+            num_forward_ops=integer(fields["num_forward_ops"], "num_forward_ops"),
         )
-        stored = document["fingerprint"]
-    except (KeyError, TypeError, ValueError, GraphError) as error:
-        raise PlanFileError(f"{where} holds no valid graph: {type(error).__name__}: {error}") from error
+        if sum(value.nbytes for value in values) + sum(op.workspace_bytes for op in ops) > MOST_BYTES:
+            raise ValueError("its sizes add up to more than 64 bits hold")
+        stored = string(document["fingerprint"], "fingerprint")
+    except (KeyError, ValueError, GraphError) as error:
+        raise PlanFileError(f"{where} holds no valid graph: {_named(error)}") from error
     if fingerprint(graph) != stored:
-        raise PlanFileError(f"{where} was altered: its graph does not match its fingerprint {stored}")
+        raise PlanFileError(f"{where} was altered: its graph does not match its fingerprint {shown(stored)}")
     return graph
+
+
+def _value(row: Any) -> Value:
+    fields = rows(row, "a value")
+    if len(fields) not in (3, 4):
+        raise ValueError(f"a value has {len(fields)} fields, not 3 or 4")
+    name = string(fields[0], "the name of a value")
+    hidden = integer(fields[3], f"the hidden bytes of {shown(name)}") if len(fields) == 4 else 0
+    nbytes, kind = integer(fields[1], f"the bytes of {shown(name)}"), Kind(string(fields[2], "the kind of a value"))
+    return Value(name, nbytes, kind, hidden)
+
+
+def _op(row: Any) -> Op:
+    fields = rows(row, "an op")
+    if len(fields) != 8:
+        raise ValueError(f"an op has {len(fields)} fields, not 8")
+    name, nodes, reads, writes, cost_ns, workspace_bytes, recomputable, source = fields
+    where = f"of op {shown(string(name, 'the name of an op'))}"
+    return Op(
+        name,
+        strings(nodes, f"the nodes {where}"),
+        strings(reads, f"the reads {where}"),
+        strings(writes, f"the writes {where}"),
+        integer(cost_ns, f"the time {where}"),
+        integer(workspace_bytes, f"the workspace {where}"),
+        boolean(recomputable, f"whether it is recomputable {where}"),
+        string(source, f"the source {where}"),
+    )

@@ -19,11 +19,15 @@ def table(plan: Plan) -> str:
     """The table that `print(plan)` shows."""
     timeline, plain = plan.timeline, plan.plain
     made = ", ".join(f"{key} {value}" for key, value in plan.made_on)
-    known = "; estimated, not measured" if dict(plan.made_on).get("costs", "").startswith("estimated") else ""
+    known = "; estimated, not measured" if plan.is_estimated else ""
     saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} (of which {format_bytes(plan.margin_bytes)} are left to the allocator)"),
-        ("peak", f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} planned ({saved:.1%} less)"),
+        (
+            "peak",
+            f"{format_bytes(plain.peak_bytes)} plain -> {format_bytes(timeline.peak_bytes)} predicted ({saved:.1%} less), "
+            f"{_measured(plan)}",
+        ),
         ("peak at", _where(plan)),
         (
             "step time",
@@ -37,7 +41,19 @@ def table(plan: Plan) -> str:
     return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
 
 
+def _measured(plan: Plan) -> str:
+    """The measured peak; or that there is none, and why."""
+    if plan.measured_bytes is not None:
+        over = plan.measured_bytes > plan.budget_bytes
+        why = ": costs='estimate' leaves out what kernels need for themselves" if plan.is_estimated else ""
+        return f"{format_bytes(plan.measured_bytes)} measured{f', MORE than the budget{why}' if over else ''}"
+    _, _, reason = plan.check.partition(": ")
+    return f"not measured{reason and f' ({reason})'}"
+
+
 def _where(plan: Plan) -> str:
+    if not plan.graph.ops:
+        return "no op"
     op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
     return f"{op.name} ({op.source})" if op.source else op.name
 

@@ -11,12 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from planner.graph.fields import parse, read_all
 from planner.profiler.profile import KernelCost
 
 DEFAULT_CACHE_DIR = Path("~/.cache/checkpoint-planner")
 """Where measured costs are kept, unless the environment variable CHECKPOINT_PLANNER_CACHE names another folder."""
 
 _RULE = 4  # raise it when kernels are timed in another way: old files are then no longer read
+
+
+_MOST = 2**50
+"""No kernel takes so many nanoseconds (13 days) or bytes (a PiB)."""
 
 
 class KernelCache:
@@ -44,11 +49,12 @@ class KernelCache:
         if self.path is None:
             return {}
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            with open(self.path, "rb") as file:
+                content = parse(read_all(file).decode("utf-8"))
             if content["conditions"] != self.conditions:
                 return {}
             return {str(key): _cost(row) for key, row in content["kernels"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError):
             return {}
 
     def add(self, costs: Mapping[str, KernelCost]) -> None:
@@ -74,6 +80,6 @@ class KernelCache:
 
 def _cost(row: Any) -> KernelCost:
     time_ns, workspace_bytes, *hidden_bytes = row
-    if any(type(figure) is not int or figure < 0 for figure in row):
-        raise ValueError(f"not a cost: {row!r}")
+    if any(type(figure) is not int or not 0 <= figure <= _MOST for figure in row):
+        raise ValueError("not a cost")
     return KernelCost(time_ns, workspace_bytes, tuple(hidden_bytes))

@@ -6,6 +6,7 @@ import torch
 
 from planner.errors import InputError
 from planner.profiler.estimate import DeviceModel
+from planner.units import kind, shown
 
 ATTAINABLE = 0.7
 """Share of the published peaks that a kernel is taken to reach.
@@ -81,7 +82,13 @@ def devices() -> tuple[DeviceModel, ...]:
 
 
 def register_device(device: DeviceModel) -> None:
-    """Make a device of your own known by its name; one of the same name is replaced."""
+    """Make a device of your own known by its name; one of the same name is replaced.
+
+    Raises:
+        InputError: `device` is no DeviceModel.
+    """
+    if not isinstance(device, DeviceModel):
+        raise InputError(f"register_device takes a planner.DeviceModel, not {kind(device)}")
     _devices[device.name] = device
 
 
@@ -93,7 +100,9 @@ def find_device(device: str | DeviceModel) -> DeviceModel:
     """
     if isinstance(device, DeviceModel):
         return device
-    asked = str(device).lower()
+    if not isinstance(device, str):
+        raise InputError(f"device is {kind(device)}: give a device's name such as 'H100-80GB', or a planner.DeviceModel")
+    asked = device.lower()
     exact = [known for known in devices() if known.name.lower() == asked]
     found = exact or [known for known in devices() if known.name.lower().startswith(f"{asked}-")]
     if len(found) == 1:
@@ -101,6 +110,6 @@ def find_device(device: str | DeviceModel) -> DeviceModel:
     which = "is more than one device" if found else "is not a known device"
     names = ", ".join(known.name for known in found or devices())
     raise InputError(
-        f"device {device!r} {which}: {names}. For another, pass a planner.DeviceModel, or planner.register_device(it) first; "
-        "for the device that is here, leave device= out"
+        f"device {shown(device)} {which}: {names}. For another, pass a planner.DeviceModel, or planner.register_device(it) "
+        "first; for the device that is here, leave device= out"
     )

@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 
 import torch
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from planner.errors import InputError
 from planner.profiler.kernel import tensors_in
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer.randomness import is_random
+from planner.units import shown
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -50,9 +53,14 @@ class DeviceModel:
     source: str = ""
 
     def __post_init__(self) -> None:
+        numbers = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, self.launch_ns, self.memory_bytes)
+        if not isinstance(self.name, str) or not isinstance(self.dtype_speed, Mapping):
+            raise InputError(f"a device has a name (str) and dtype_speed (a dict), got {shown(self.name)}")
+        if not all(isinstance(n, Real) and n == n for n in (*numbers, self.library_bytes, *self.dtype_speed.values())):
+            raise InputError(f"device {shown(self.name)}: rates, times and sizes must be numbers, got {numbers}")
         rates = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, *self.dtype_speed.values())
         if min(rates) <= 0 or self.launch_ns < 0:
-            raise ValueError(f"device {self.name!r}: rates must be positive and launch_ns must not be negative, got {self}")
+            raise InputError(f"device {shown(self.name)}: rates must be positive, launch_ns must not be negative: {numbers}")
 
 
 GENERIC_CPU = DeviceModel("generic CPU", 100e9, 15e9, 5_000, MappingProxyType({torch.float64: 0.5}), 3e8)

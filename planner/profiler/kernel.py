@@ -28,6 +28,29 @@ def kernel_key(node: Node) -> str:
     return f"{_target_name(node.target)}({', '.join(filter(None, (args, kwargs)))})"
 
 
+def call_key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A line of text for a call on tensors, or on nodes that stand for them: equal where outputs are laid out alike."""
+    given = ", ".join((*map(_describe_call, args), *(f"{name}={_describe_call(arg)}" for name, arg in sorted(kwargs.items()))))
+    return f"{_target_name(target)}({given}) {_settings()}"
+
+
+def _settings() -> str:
+    """What a kernel's layouts depend on besides its inputs."""
+    mkldnn, cudnn = torch.backends.mkldnn, torch.backends.cudnn
+    flags = (torch.are_deterministic_algorithms_enabled(), mkldnn.enabled, cudnn.enabled, cudnn.benchmark)
+    return "".join("01"[bool(flag)] for flag in flags)
+
+
+def _describe_call(arg: Any) -> str:
+    if isinstance(arg, Node):
+        arg = arg.meta.get("val")
+    if isinstance(arg, (list, tuple)):
+        return f"[{', '.join(map(_describe_call, arg))}]"
+    if isinstance(arg, torch.Tensor) and arg.layout is torch.strided:
+        return f"{str(arg.dtype).removeprefix('torch.')}{list(arg.shape)}{list(arg.stride())} {arg.device}"
+    return _describe_value(arg)
+
+
 def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Real arguments that look like the fake ones: same dtype, sizes, strides (expanded ones too), device, alignment.
 

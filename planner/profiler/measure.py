@@ -22,6 +22,7 @@ from planner.profiler.forked import run_forked
 from planner.profiler.kernel import kernel_key
 from planner.profiler.profile import KernelCost, Profile
 from planner.profiler.timing import cost_on_cpu, cost_on_cuda
+from planner.tracer.collectives import is_collective
 
 
 def measure(
@@ -46,7 +47,7 @@ def measure(
     cache = KernelCache(cache_dir, _conditions(device))
     on_file = cache.load()
     known = {key: on_file[key] for key in example if key in on_file}
-    missing = [key for key in example if key not in known]
+    missing = [key for key in example if key not in known and not is_collective(example[key])]  # the other ranks run none
     if missing:
         fresh: dict[str, KernelCost] = {}
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from planner.errors import InputError
+from planner.units import shown
 
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """A name of torch.optim in any case ("adamw"), or what makes an optimizer of a list of parameters."""
@@ -47,9 +48,10 @@ def state_bytes(model: nn.Module, optimizer: Optimizer, *, master_weights: bool 
             made = make([parameter])
             made.step()
         except Exception as error:
-            name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer))
+            name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", shown(optimizer))
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"the state of optimizer {name} cannot be counted without running it ({type(error).__name__}: {error}); "
+                f"the state of optimizer {name} cannot be counted without running it ({type(error).__name__}: {reason}); "
                 "leave optimizer= out and set its bytes aside with reserve='2GiB'"
             ) from error
         total += times * sum(tensor.nbytes for tensor in _tensors(made.state.values()))
@@ -67,8 +69,8 @@ def _maker(optimizer: Optimizer) -> Callable[[list[nn.Parameter]], torch.optim.O
     named: dict[str, Any] = {kind.__name__.lower(): kind for kind in kinds if kind is not torch.optim.Optimizer}
     if optimizer.lower() not in named:
         raise InputError(
-            f"optimizer {optimizer!r} is not known: {', '.join(sorted(named))}. For another, pass what makes one of a list of "
-            "parameters: functools.partial(torch.optim.SGD, momentum=0.9)"
+            f"optimizer {shown(optimizer)} is not known: {', '.join(sorted(named))}. For another, pass what makes one of a "
+            "list of parameters: functools.partial(torch.optim.SGD, momentum=0.9)"
         )
     return lambda parameters: named[optimizer.lower()](parameters)  # type: ignore[no-any-return]
 

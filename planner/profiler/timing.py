@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planner._torch import pytree, storage_id
+from planner._torch import collectives_forbidden, pytree, storage_id
 from planner.profiler.kernel import footprint_bytes, make_inputs
 from planner.profiler.memory import cpu_allocations, peak_of
+from planner.profiler.observed import is_foreign
 from planner.profiler.profile import KernelCost
 
 _BUDGET_NS = 40_000_000
@@ -42,16 +43,26 @@ def cost_on_cpu(node: Node) -> KernelCost:
         MemoryError: the call needs more than the machine has free.
         Exception: whatever the kernel raises.
     """
-    free_bytes = _free_bytes()
-    if free_bytes is not None and footprint_bytes(node) > free_bytes:
-        raise MemoryError(f"{node.name} needs {footprint_bytes(node)} bytes, {free_bytes} are free")
-    with torch.no_grad():
+    check_memory(node)
+    with torch.no_grad(), forbidding_collectives(node):
         args, kwargs = make_inputs(node)
         call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
         # warm-up: code pages, thread pools, packed weights
         hidden_bytes = _hidden_bytes(node, call())
         workspace_bytes = cpu_workspace_bytes(call)
         return KernelCost(_time_on_cpu(call), workspace_bytes, hidden_bytes)
+
+
+def check_memory(node: Node) -> None:
+    """Raise MemoryError where a call needs more than the machine has free."""
+    free = free_bytes()
+    if free is not None and footprint_bytes(node) > free:
+        raise MemoryError(f"{node.name} needs {footprint_bytes(node)} bytes, {free} are free")
+
+
+def forbidding_collectives(node: Node) -> AbstractContextManager[Any]:
+    """While entered, what an operator from outside of torch communicates inside is an exception: the other ranks do not."""
+    return collectives_forbidden() if is_foreign(node.target) else nullcontext()
 
 
 def _time_on_cpu(call: Callable[[], Any]) -> int:
@@ -138,7 +149,8 @@ def _last_level_cache_bytes() -> int:
     return 2**25
 
 
-def _free_bytes() -> int | None:
+def free_bytes() -> int | None:
+    """Bytes of main memory that are free; None where the system does not say."""
     with suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo", encoding="ascii") as file:
             line = next(line for line in file if line.startswith("MemAvailable:"))
@@ -154,7 +166,7 @@ def cost_on_cuda(node: Node, device: torch.device) -> KernelCost:
     Raises:
         Exception: whatever the kernel raises; torch.cuda.OutOfMemoryError among them.
     """
-    with torch.no_grad(), torch.cuda.device(device):
+    with torch.no_grad(), torch.cuda.device(device), forbidding_collectives(node):
         args, kwargs = make_inputs(node)
         call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
         call()  # warm-up: algorithm choice, library handles and their lasting workspaces

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from planner.arguments import count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.plan import Plan
 from planner.units import format_bytes, format_ns
@@ -78,11 +79,13 @@ class MaxBatch:
         budget_bytes: bound on everything live during a step.
         tried: the batches looked at, smallest first; the smallest fits.
         measure: runs a batch of this search; None where the device is not here.
+        smaller: why batches below the smallest one tried cannot run; "" where that is 1.
     """
 
     budget_bytes: int
     tried: tuple[Tried, ...]
     measure: Measure | None = field(default=None, repr=False, compare=False)
+    smaller: str = ""
 
     def __iter__(self) -> Iterator[Any]:
         yield self.batch
@@ -152,8 +155,7 @@ class MaxBatch:
         Raises:
             InputError: `n` is not positive, or the device is not here.
         """
-        if n < 1:
-            raise InputError(f"verify(n={n}): give the number of batches to measure, at least 1")
+        n, rounds = count(n, "n"), count(rounds, "rounds")
         if self.measure is None:
             raise InputError("the device that this was planned for is not here: nothing can be measured")
         wanted = [self.largest, self.largest_plain, self.fastest, *reversed(self.fitting)]
@@ -168,6 +170,7 @@ class MaxBatch:
             "schema": SCHEMA,
             "budget_bytes": self.budget_bytes,
             "batch": self.batch,
+            "smallest": self.tried[0].batch,
             "largest_plain": None if self.largest_plain is None else self.largest_plain.batch,
             "fastest": self.fastest.batch,
             "verdict": self.verdict,
@@ -189,6 +192,7 @@ class MaxBatch:
             console.print(table)
         head = [
             ("batch", f"{self.batch} is the largest within {format_bytes(self.budget_bytes)}; {self.proof}"),
+            *([("smallest", f"{self.tried[0].batch}; below it: {self.smaller}")] if self.smaller else []),
             ("throughput", self.verdict),
             ("made on", ", ".join(f"{key} {value}" for key, value in self.plan.made_on)),
         ]

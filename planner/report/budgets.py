@@ -1,26 +1,80 @@
-"""Which budgets a sweep looks at."""
+"""Which budgets a sweep looks at, and which budget to name where one has no plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from planner.errors import BudgetError
-from planner.units import check_budget, format_bytes, parse_budget
+from planner.errors import BudgetError, InfeasibleBudgetError, NoScheduleFoundError
+from planner.solver.floor import infeasible_text
+from planner.solver.solve import not_found_text
+from planner.units import MOST_BYTES, check_budget, enough_text, format_bytes, kind, parse_budget, shown
 
 Budget = int | str | float
 """Bytes (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak."""
+
+
+_MOST_POINTS = 10_000
+
+Refusal = InfeasibleBudgetError | NoScheduleFoundError
+"""Why a budget has no plan."""
+
+
+def smallest_budget(needed_bytes: int, margin: Callable[[int], int]) -> int:
+    """The smallest budget that leaves `needed_bytes` when its margin is taken off.
+
+    Args:
+        margin: bytes of a budget that are left free; `budget - margin(budget)` never falls as the budget grows.
+    """
+    low, high = needed_bytes - 1, needed_bytes
+    while high - margin(high) < needed_bytes and high < MOST_BYTES:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle - margin(middle) < needed_bytes else (low, middle)
+    return high
+
+
+def restated(
+    error: Refusal, budget: str, budget_bytes: int, margin: Callable[[int], int], lowest_bytes: int | None = None
+) -> Refusal:
+    """A solver's refusal in the user's terms: the budget as it was given, and one that can be met, margin included.
+
+    Args:
+        error: raised for `budget_bytes - margin(budget_bytes)`.
+        budget: what was asked for, in words.
+        margin: see `smallest_budget`.
+        lowest_bytes: the lowest peak that is known to be reached.
+    """
+    free = margin(budget_bytes)
+    needed = error.floor_bytes if isinstance(error, InfeasibleBudgetError) else error.lowest_bytes or 0
+    if free and budget_bytes >= needed:
+        budget = f"{budget}, of which {format_bytes(free)} are left free for the allocator,"
+    if isinstance(error, InfeasibleBudgetError):
+        enough = smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin)
+        cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes)"
+        message = infeasible_text(f"budget {budget}", error.floor_bytes, error.culprit, cure, error.advice)
+        return InfeasibleBudgetError(
+            message,
+            budget_bytes=budget_bytes,
+            floor_bytes=error.floor_bytes,
+            culprit=error.culprit,
+            advice=error.advice,
+        )
+    lowest = min(known for known in (error.lowest_bytes, lowest_bytes, MOST_BYTES) if known is not None)
+    message = not_found_text(budget, lowest, error.floor_bytes, error.solve_s, smallest_budget(lowest, margin))
+    return NoScheduleFoundError(message, lowest_bytes=lowest, floor_bytes=error.floor_bytes, solve_s=error.solve_s)
 
 
 def check_budgets(budgets: Sequence[Budget] | None, points: int, low: Budget | None, high: Budget | None) -> None:
     """Raise BudgetError for what no model could give a meaning to, before one is captured."""
     if budgets is not None and (low is not None or high is not None):
         raise BudgetError("give either the budgets, or low and high")
-    if isinstance(budgets, (str, bytes, int, float)):
-        raise BudgetError(f"budgets={budgets!r}: give a list of budgets; for one budget use plan()")
+    if budgets is not None and (not isinstance(budgets, Sequence) or isinstance(budgets, (str, bytes))):
+        raise BudgetError(f"budgets= is {kind(budgets)}: give a list of budgets; for one budget use plan()")
     if budgets is not None and len(budgets) == 0:
         raise BudgetError("the list of budgets is empty")
-    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-        raise BudgetError(f"points={points!r}: give the number of budgets, at least 1")
+    if isinstance(points, bool) or not isinstance(points, int) or not 1 <= points <= _MOST_POINTS:
+        raise BudgetError(f"points={shown(points)}: give the number of budgets, at least 1 and at most {_MOST_POINTS}")
     for budget in (*(budgets or ()), low, high):
         if budget is not None:
             check_budget(budget)
@@ -39,7 +93,7 @@ def asked_budgets(
     for budget in bounds:
         nbytes = parse_budget(budget, plain_bytes)
         if nbytes <= 0:
-            raise BudgetError(f"budget {budget!r} is less than a byte of the plain step's {format_bytes(plain_bytes)}")
+            raise BudgetError(f"budget {shown(budget)} is less than a byte of the plain step's {format_bytes(plain_bytes)}")
         if nbytes > plain_bytes:
             raise BudgetError(
                 f"budget {format_bytes(nbytes)} is above the plain step's peak of {format_bytes(plain_bytes)} ({plain_bytes} "

@@ -19,6 +19,8 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "margin_bytes": plan.margin_bytes,
         "plain": {"peak_bytes": plain.peak_bytes, "time_ns": plain.time_ns},
         "peak_bytes": timeline.peak_bytes,
+        "measured_bytes": plan.measured_bytes,
+        "check": plan.check,
         "time_ns": timeline.time_ns,
         "bound_ns": plan.solution.bound_ns,
         "overhead": plan.overhead,

@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from planner.arguments import check_path, count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
-from planner.report.budgets import Budget, asked_budgets, spread
+from planner.report.budgets import Budget, asked_budgets, restated, spread
 from planner.solver.floor import floor
 from planner.solver.solve import Solver
-from planner.units import format_bytes, parse_budget
+from planner.units import enough_text, format_bytes, parse_budget, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,7 +159,7 @@ class Sweep:
             return self.plan(self._within(parse_budget(budget, self.plain.peak_bytes)))
         assert max_overhead is not None
         if isinstance(max_overhead, bool) or not isinstance(max_overhead, (int, float)) or not max_overhead >= 0:
-            raise InputError(f"max_overhead={max_overhead!r} must be a fraction of the plain step's time, such as 0.05")
+            raise InputError(f"max_overhead={shown(max_overhead)} must be a fraction of the plain step's time, such as 0.05")
         cheap = [point for point in self.points if point.overhead <= max_overhead]
         if not cheap:
             least = min(point.overhead for point in self.points)
@@ -172,17 +173,19 @@ class Sweep:
         fitting = [point for point in self.points if point.budget_bytes <= budget_bytes]
         if fitting:
             return min(fitting, key=lambda point: (point.time_ns, point.peak_bytes))
+        smallest = self.points[0].budget_bytes
         if budget_bytes < self.floor_bytes:
             raise InfeasibleBudgetError(
-                f"budget {format_bytes(budget_bytes)} is below {format_bytes(self.floor_bytes)}, the least any schedule of "
-                f"this graph can reach (op {self.floor_op}). Raise the budget, or reduce the batch.",
+                f"budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least any schedule of "
+                f"this graph can reach (op {self.floor_op}). Raise the budget to {enough_text(smallest)} ({smallest} bytes), "
+                "the smallest that has a plan in this sweep, or reduce the batch.",
                 budget_bytes=budget_bytes,
                 floor_bytes=self.floor_bytes,
             )
         raise NoScheduleFoundError(
-            f"the smallest budget of this sweep that has a plan is {format_bytes(self.points[0].budget_bytes)}, above "
+            f"the smallest budget of this sweep that has a plan is {enough_text(smallest)} ({smallest} bytes), above "
             f"{format_bytes(budget_bytes)} (the proven floor is {format_bytes(self.floor_bytes)}). "
-            "Raise the budget, or plan for it alone."
+            "Raise the budget to that, or plan for it alone."
         )
 
     def verify(self, n: int = 5, *, rounds: int = 3) -> Sweep:
@@ -195,8 +198,7 @@ class Sweep:
         Raises:
             InputError: `n` is not positive, or the sweep came from a file or a bare graph: there is no model to run.
         """
-        if n < 1:
-            raise InputError(f"verify(n={n}): give the number of points to measure, at least 1")
+        n, rounds = count(n, "n"), count(rounds, "rounds")
         if self.measure is None:
             raise InputError("this sweep holds no model to run: only one that planner.sweep(model, ...) returned can verify")
         last = len(self.points) - 1
@@ -215,12 +217,14 @@ class Sweep:
             PlotMissingError: matplotlib (the extra `plot`) is not installed.
             InputError: another suffix, or the file cannot be written.
         """
+        check_path(path)
         from planner.report.sweepplot import plot
 
         plot(self, path)
 
     def save(self, path: str | Path) -> None:
         """Write the sweep as JSON (docs: planner/report/sweepfile.py)."""
+        check_path(path)
         from planner.report.sweepfile import save
 
         save(self, path)
@@ -232,6 +236,7 @@ class Sweep:
         Raises:
             PlanFileError: not JSON, a newer schema, or inconsistent.
         """
+        check_path(path)
         from planner.report.sweepfile import load
 
         return load(path)
@@ -291,10 +296,13 @@ def sweep_graph(
         if isinstance(answer, Solution):
             made.append(make_point(graph, budget, margin(budget), answer))
         else:
-            misses.append(Miss(budget, type(answer).__name__, str(answer)))
+            lowest = solver.pool.lowest.timeline.peak_bytes
             error = answer
+            said = restated(error, format_bytes(budget), budget, margin, lowest)
+            misses.append(Miss(budget, type(error).__name__, str(said)))
     if not made:
-        raise error
+        lowest = solver.lowest_peak(time_limit_s=max(0.1, time_limit_s - (time.monotonic() - start)))
+        raise restated(error, format_bytes(budget), budget, margin, lowest)
     floor_bytes, floor_op = _floor(graph, solver)
     return Sweep(graph, tuple(made), tuple(misses), floor_bytes, floor_op, time.monotonic() - start, made_on, (), measure)
 

@@ -8,15 +8,16 @@ reads the file as a graph.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, PlanFileError, ScheduleError
 from planner.graph import planfile
+from planner.graph.fields import boolean, integer, number, pairs, reason, rows, string, table
 from planner.graph.graph import Graph
 from planner.report.sweep import Measured, Miss, Point, Sweep, make_point
 from planner.report.today import references
+from planner.units import MOST_BYTES
 
 
 def save(sweep: Sweep, path: str | Path) -> None:
@@ -48,8 +49,8 @@ def dumps(sweep: Sweep) -> str:
 def is_sweep(path: str | Path) -> bool:
     """Whether a file looks like one that `save` wrote; False where it cannot be read."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = planfile.read_document(planfile.read_text(path, "file"), str(path))
+    except PlanFileError:
         return False
     return isinstance(document, dict) and "sweep" in document
 
@@ -60,31 +61,50 @@ def load(path: str | Path) -> Sweep:
     Raises:
         PlanFileError: unreadable, not JSON, a newer schema, or a graph or schedule that does not check.
     """
-    graph = planfile.load_graph(path)
-    document = json.loads(Path(path).read_text(encoding="utf-8"))
+    document = planfile.read_document(planfile.read_text(path, "sweep file"), str(path))
+    graph = planfile.read_graph(document, str(path))
     try:
-        fields = document["sweep"]
-        points = tuple(_point(graph, entry) for entry in fields["points"])
-        misses = tuple(Miss(int(budget), str(error), str(reason)) for budget, error, reason in fields["misses"])
-        measured = tuple(
-            Measured(int(budget), int(peak), None if ratio is None else float(ratio), bool(exact))
-            for budget, peak, ratio, exact in fields["measured"]
-        )
+        fields = table(document.get("sweep"), "the section sweep")
         sweep = Sweep(
             graph=graph,
-            points=points,
-            misses=misses,
-            floor_bytes=int(fields["floor_bytes"]),
-            floor_op=str(fields["floor_op"]),
-            solve_s=float(fields["solve_s"]),
-            made_on=tuple(sorted((str(k), str(v)) for k, v in fields["made_on"].items())),
-            measured=measured,
+            points=tuple(_point(graph, table(entry, "a point")) for entry in rows(fields["points"], "points")),
+            misses=tuple(_miss(row) for row in rows(fields["misses"], "misses")),
+            floor_bytes=integer(fields["floor_bytes"], "floor_bytes", 0, MOST_BYTES),
+            floor_op=string(fields["floor_op"], "floor_op"),
+            solve_s=number(fields["solve_s"], "solve_s"),
+            made_on=pairs(fields["made_on"], "made_on"),
+            measured=tuple(_measured(row) for row in rows(fields["measured"], "measured")),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ScheduleError) as error:
-        raise PlanFileError(f"{path} holds no valid sweep: {type(error).__name__}: {error}") from error
-    if not points:
+    except KeyError as error:
+        raise PlanFileError(f"{path} holds no valid sweep: the field {reason(error)} is missing") from error
+    except (ValueError, ScheduleError) as error:
+        raise PlanFileError(f"{path} holds no valid sweep: {reason(error)}") from error
+    if not sweep.points:
         raise PlanFileError(f"{path} holds a sweep without points")
     return sweep
+
+
+def _miss(row: Any) -> Miss:
+    budget_bytes, error, why = _columns(row, 3, "a miss")
+    nbytes = integer(budget_bytes, "the budget of a miss", 0, MOST_BYTES)
+    return Miss(nbytes, string(error, "an error"), string(why, "a reason"))
+
+
+def _measured(row: Any) -> Measured:
+    budget_bytes, peak_bytes, ratio, exact = _columns(row, 4, "a measurement")
+    return Measured(
+        integer(budget_bytes, "a measured budget", 0, MOST_BYTES),
+        integer(peak_bytes, "a measured peak", 0, MOST_BYTES),
+        None if ratio is None else number(ratio, "a measured time"),
+        boolean(exact, "whether it was exact"),
+    )
+
+
+def _columns(row: Any, count: int, what: str) -> list[Any]:
+    fields = rows(row, what)
+    if len(fields) != count:
+        raise ValueError(f"{what} has {len(fields)} fields, not {count}")
+    return fields
 
 
 def _point_fields(point: Point) -> dict[str, Any]:
@@ -100,8 +120,9 @@ def _point_fields(point: Point) -> dict[str, Any]:
 
 
 def _point(graph: Graph, fields: dict[str, Any]) -> Point:
-    solution = planfile.read_solution(fields)
-    point = make_point(graph, int(fields["budget_bytes"]), int(fields["margin_bytes"]), solution)
+    solution = planfile.read_solution(fields, graph)
+    budget_bytes = integer(fields["budget_bytes"], "budget_bytes", 0, MOST_BYTES)
+    point = make_point(graph, budget_bytes, integer(fields["margin_bytes"], "margin_bytes", 0, budget_bytes), solution)
     if point.peak_bytes > point.budget_bytes:
         raise ValueError(f"a schedule peaks at {point.peak_bytes} bytes, above its budget of {point.budget_bytes}")
     return point

@@ -6,7 +6,7 @@ code fx makes of a graph drops every name after its last use, which is what free
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ class Halves:
         saved_inputs: names of the inputs that the backward reads.
         tangents: positions of the results whose tangents the backward takes, in its order.
         aliased: per result: it lies in the storage of an input or of an earlier result.
+        roots: per result, the name of its storage.
+        exposed: those of the saved activations that are outputs and only read to recompute: eager does not read them, and does
+            not notice when the caller writes into them.
+        spare: names of further inputs, from which a backward that was not planned may recompute more.
     """
 
     forward: fx.Graph
@@ -48,6 +52,9 @@ class Halves:
     saved_inputs: tuple[str, ...]
     tangents: tuple[int, ...]
     aliased: tuple[bool, ...]
+    roots: tuple[str, ...] = ()
+    exposed: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
 
 
 def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
@@ -97,7 +104,17 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
     after.finish([after.get(node) for node in gradients])
     roots = [storages.root[node] for node in results]
     aliased = tuple(nodes[root].op == "placeholder" or root in roots[:i] for i, root in enumerate(roots))
-    return Halves(before.out, after.out, saved, saved_inputs, tuple(int(given.key) for given in tangents), aliased)
+    exposed = _exposed(graph, saved, roots)
+    reread = {name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.reads}
+    mutated = {given.node for given in joint.inputs if given.mutated}
+    spare = tuple(n for n in given_before if storages.root[nodes[n]] in reread and n not in {*saved_inputs, *mutated})
+    handed = tuple(int(given.key) for given in tangents)
+    return Halves(before.out, after.out, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare)
+
+
+def _exposed(graph: Graph, saved: Sequence[str], results: Collection[str]) -> tuple[str, ...]:
+    read = {name for i in graph.backward_ops for name in graph.ops[i].reads}
+    return tuple(name for name in saved if name in results and name not in read)
 
 
 def _check_captured_order(graph: Graph, schedule: Schedule) -> None:

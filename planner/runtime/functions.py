@@ -10,14 +10,16 @@ one. What is alive between two stages travels in the run's `alive` list, which e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from planner._torch import keeps_graph, release_saved
 from planner.errors import BackwardError
+from planner.runtime.backward_key import BackwardKey, backward_key
 from planner.tracer.kernels import rng_put_back_on_error
 
 Boxed = Callable[[list[Any]], tuple[Any, ...]]
@@ -31,6 +33,7 @@ class Program:
         forward: boxed; all inputs -> outputs, then saved activations.
         stages: boxed; see rewriter/stages.py.
         num_outputs: how many of the forward's results are outputs.
+        num_saved: how many are saved activations.
         aliased: per output: it shares its storage with an input or another output, and is handed out as a tensor of its own.
         differentiable: per output: eager's output requires grad.
         tangents: positions (among the outputs) whose tangents the backward takes, in its order.
@@ -41,12 +44,23 @@ class Program:
         describe: per output, its name in errors.
         swaps: per stage: it runs something again under an earlier state of the random generator.
         device: where the step runs.
-        tickets: positions, among the saved activations, of opaque parts' tickets, which are no tensors.
+        stage_gradients: per stage, positions of its gradients among the joint graph's.
+        inputs: names of the inputs, for errors.
+        call_inputs: positions, among the checked inputs' ones, of tensors of the call, which no module holds.
+        key: what the stages are right for.
+        apart: positions of the saved activations that autograd does not keep: tickets of opaque parts, which are no tensors,
+            and `exposed` ones.
+        exposed: those of `apart` that are outputs and are only read to recompute: eager does not read them, and lets the caller
+            write into them.
+        watched: (position of an output, position of the exposed saved activation in its storage) for every output whose storage
+            the backward reads; None where it is not exposed, or an input's.
+        spare: positions of further inputs, from which a backward that was not planned may recompute more.
     """
 
     forward: Boxed
     stages: tuple[Boxed, ...]
     num_outputs: int
+    num_saved: int
     aliased: tuple[bool, ...]
     differentiable: tuple[bool, ...]
     tangents: tuple[int, ...]
@@ -57,21 +71,69 @@ class Program:
     describe: tuple[str, ...]
     swaps: tuple[bool, ...]
     device: torch.device
-    tickets: tuple[int, ...] = ()
+    stage_gradients: tuple[tuple[int, ...], ...]
+    inputs: tuple[str, ...]
+    call_inputs: tuple[int, ...]
+    key: BackwardKey
+    apart: tuple[int, ...] = ()
+    exposed: frozenset[int] = frozenset()
+    watched: tuple[tuple[int, int | None], ...] = ()
+    spare: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OtherBackward:
+    """The backward of a program for another key.
+
+    Attributes:
+        run: boxed; what it reads of what the forward saved, then gradients of outputs -> gradients.
+        takes: positions of the former, among saved activations, then saved inputs, then spare ones.
+        tangents: positions (among the outputs) of the latter, in its order.
+        gradients: per gradient of the program, in the joint graph's order, its position among the results; None where there
+            is none.
+        swaps: it runs something again under an earlier state of the random generator.
+        peak_bytes: of its step, simulated.
+    """
+
+    run: Boxed
+    takes: tuple[int, ...]
+    tangents: tuple[int, ...]
+    gradients: tuple[int | None, ...]
+    swaps: bool
+    peak_bytes: int
+
+
+class Others(Protocol):
+    """What a program asks its planned module for."""
+
+    def find(
+        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]
+    ) -> OtherBackward | None:
+        """The backward for gradients that are not as planned, or where saved activations were written into."""
+
+    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
+        """The name of the first tensor that is no longer of the version it had; "" if there is none."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One call: hands the inputs to the forward and what is alive from stage to stage of the backward."""
+    """One call: hands the inputs to the forward and what is alive from stage to stage of the backward.
+
+    Attributes:
+        others: backwards for gradients that are not as planned.
+        complete: gradients of the later stages, by stage, where another backward has computed them all.
+    """
 
     program: Program
     inputs: list[torch.Tensor]
+    others: Others
     alive: list[torch.Tensor] = field(default_factory=list)
+    complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
 
 
-def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def run(program: Program, inputs: Sequence[torch.Tensor], others: Others) -> tuple[torch.Tensor, ...]:
     """Outputs of the forward on `inputs`, wired for backward."""
-    this = Run(program, list(inputs))
+    this = Run(program, list(inputs), others)
     token: torch.Tensor | None = None
     for k in range(len(program.owners) - 1, 0, -1):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in program.owners[k]))
@@ -86,6 +148,9 @@ class _Forward(torch.autograd.Function):
         checked = [inputs[i] for i in program.checked_inputs]
         ctx.unchecked = [inputs[i] for i in program.unchecked_inputs]
         ctx.num_checked = len(checked)
+        ctx.versions = [tensor._version for tensor in checked]
+        spare = [inputs[i] for i in program.spare]
+        ctx.given = {i: weakref.ref(inputs[i]) for i in program.call_inputs}
         this.inputs = []
         results = program.forward(inputs)
         outputs = tuple(
@@ -93,7 +158,13 @@ class _Forward(torch.autograd.Function):
             for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
         )
         saved = list(results[program.num_outputs :])
-        ctx.tickets = [saved.pop(i) for i in reversed(program.tickets)]
+        ctx.apart = {i: saved.pop(i) for i in reversed(program.apart)}
+        for i in program.exposed:
+            ctx.apart[i] = ctx.apart[i].detach()  # the output itself would hold what holds it
+        ctx.spare = spare
+        ctx.watched = [outputs[i].detach() for i, _ in program.watched]  # views made in here have version counters of their own
+        ctx.watched_versions = [tensor._version for tensor in ctx.watched]
+        ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out for out, can in zip(outputs, program.differentiable, strict=True) if not can))
@@ -103,18 +174,30 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
         this: Run = ctx.run
         program = this.program
-        check_backward(tangents, program.tangents, program.describe, program.device)
-        held = release_saved(ctx)
+        came = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        check_backward(tangents, came, program.describe, program.device)
+        key = backward_key(tangents)
+        written = _written(ctx, program)
+        other = None if key == program.key and not written else this.others.find(key, tangents, written)
+        if other is not None:
+            _check_unreached(ctx, program, other)
+            _check_spare(ctx, program, other)
+        held = _saved(ctx, program, this.others)
         checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
-        for i, ticket in zip(program.tickets, reversed(ctx.tickets), strict=False):
-            alive.insert(i, ticket)
-        if not keeps_graph():
-            ctx.tickets = []
+        for i in program.apart:
+            alive.insert(i, ctx.apart[i])
         unchecked = ctx.unchecked
         alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in program.saved_inputs]
-        alive += [tangent for tangent in (tangents[i] for i in program.tangents) if tangent is not None]
+        if other is not None:
+            alive += ctx.spare
+            alive = [alive[i] for i in other.takes]
+        if not keeps_graph():
+            ctx.apart, ctx.watched, ctx.spare = {}, [], []
+        taken = program.tangents if other is None else other.tangents
+        alive += [tangent for tangent in (tangents[i] for i in taken) if tangent is not None]
         del held, checked, tangents
-        grads = _run_stage(this, 0, alive)
+        this.complete = []
+        grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
         token = torch.empty(0, device=program.device) if ctx.has_token else None
         return (None, token, *grads)
 
@@ -129,8 +212,56 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
         this: Run = ctx.run
         alive, this.alive = this.alive, []
-        grads = _run_stage(this, ctx.stage, alive)
+        grads = this.complete.pop(0) if this.complete else _run_stage(this, ctx.stage, alive)
         return (None, None, torch.empty(0, device=this.program.device) if ctx.has_token else None, *grads)
+
+
+def _written(ctx: Any, program: Program) -> tuple[int, ...]:
+    """Positions of the exposed saved activations that the caller has written into.
+
+    Raises:
+        BackwardError: another output was written into, which the backward (and eager's) reads.
+    """
+    written = []
+    for (output, position), tensor, version in zip(program.watched, ctx.watched, ctx.watched_versions, strict=False):
+        if tensor._version != version:
+            if position is None:
+                raise BackwardError(_modified(f"output {program.describe[output]!r}"))
+            written.append(position)
+    return tuple(written)
+
+
+def _check_spare(ctx: Any, program: Program, other: OtherBackward) -> None:
+    """Raise BackwardError where another backward reads an input that was modified since."""
+    first = program.num_saved + len(program.saved_inputs)
+    for i, (tensor, version) in enumerate(zip(ctx.spare, ctx.spare_versions, strict=False)):
+        if first + i in other.takes and tensor._version != version:
+            raise BackwardError(_modified(program.inputs[program.spare[i]]))
+
+
+def _modified(what: str) -> str:
+    return (
+        f"{what} was modified by an inplace operation between a planned forward and its backward, which reads it again. "
+        "Modify it after backward, or a copy of it"
+    )
+
+
+def _saved(ctx: Any, program: Program, others: Others) -> list[torch.Tensor]:
+    """What the forward saved with autograd.
+
+    Raises:
+        BackwardError: one of these tensors was modified in place since; names it.
+    """
+    try:
+        return release_saved(ctx)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    held = {i: ref() for i, ref in ctx.given.items()}
+    read = [(program.inputs[i], version, held.get(i)) for i, version in zip(program.checked_inputs, ctx.versions, strict=True)]
+    name = others.modified(read)
+    what = name or f"an output ({', '.join(program.describe)})"
+    raise BackwardError(_modified(what))
 
 
 def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -140,6 +271,42 @@ def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.
     num_gradients = len(program.owners[stage])
     this.alive = list(results[num_gradients:])
     return results[:num_gradients]
+
+
+def _run_other(this: Run, other: OtherBackward, alive: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """Run another backward as a whole; the gradients of the first stage's inputs. The taps hand out the rest."""
+    program = this.program
+    with rng_put_back_on_error(program.device) if other.swaps else contextlib.nullcontext():
+        results = other.run(alive)
+    this.alive = []
+    this.complete = [
+        tuple(None if (at := other.gradients[i]) is None else results[at] for i in stage) for stage in program.stage_gradients
+    ]
+    return this.complete.pop(0)
+
+
+def _check_unreached(ctx: Any, program: Program, other: OtherBackward) -> None:
+    """Raise BackwardError where it would show that autograd visits inputs which this backward has no gradient for.
+
+    Eager's graph does not reach them. Here they get None: a parameter's `grad` stays as it is, but its tensor hooks would run,
+    and so would the backward of whatever has made an input.
+    """
+    if None not in other.gradients:
+        return
+    for owned, gradients in zip(program.owners, program.stage_gradients, strict=True):
+        edges = [edge for edge, _ in ctx.next_functions]
+        later = edges.pop(0) if ctx.has_token else None
+        for position, gradient, edge in zip(owned, gradients, edges, strict=True):
+            if other.gradients[gradient] is not None or edge is None:
+                continue
+            leaf = getattr(edge, "variable", None)
+            why = "was computed by an earlier step" if leaf is None else "has a tensor hook" if leaf._backward_hooks else ""
+            if why:
+                raise BackwardError(
+                    f"this backward does not reach {program.inputs[position]}, which {why}: eager would leave it alone, a "
+                    "planned module cannot. Use the original model for this step"
+                )
+        ctx = later
 
 
 def check_backward(

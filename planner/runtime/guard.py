@@ -1,46 +1,54 @@
-"""What a plan was made for, and whether a call is that: everything capture held fixed is compared."""
+"""What a plan was made for, and whether a call is that: everything that capture held fixed is compared."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from planner._torch import pytree
-from planner.runtime.watch import Attributes, Watched, attributes
-from planner.tracer.joint import CallSpec
+from planner._torch import global_switches, pytree, storage_id
+from planner.graph.graph import Kind
+from planner.runtime.mismatch import Mismatch
+from planner.runtime.watch import Watched
+from planner.tracer.host.fingerprint import (
+    Fingerprint,
+    Fingerprints,
+    TensorKey,
+    alike,
+    describe_tensor,
+    first_difference,
+    tensor_key,
+)
+from planner.tracer.joint import CallSpec, Joint
 
 Autocast = tuple[bool, str]
-TensorKey = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
 
 
 @dataclass(frozen=True, slots=True)
 class CallKey:
-    """What the captured graph is right for.
+    """What the captured graph is right for, beside Python's state (`Joint.host`).
 
     Attributes:
         inputs: per tensor leaf of the call (shape, strides, dtype, device, requires_grad).
-        weights: likewise per parameter and buffer, by qualified name, strides left out.
-        attributes: training flags and other plain attributes of the submodules.
+        weights: likewise per parameter and buffer, by qualified name.
+        shared: per input, the first one that lies in the same storage; only where the forward writes into one.
+        arguments: fingerprints of the call's other leaves; None where a tensor stands.
         autocast: (enabled, dtype) on the plan's device.
+        switches: torch's global switches, by name.
     """
 
     inputs: tuple[TensorKey, ...]
     weights: tuple[tuple[str, TensorKey], ...]
-    attributes: tuple[Attributes, ...]
+    shared: tuple[int, ...]
+    arguments: tuple[Fingerprint | None, ...]
     autocast: Autocast
+    switches: tuple[tuple[str, Any], ...]
 
 
 _NO_AUTOCAST: Autocast = (False, "")
-_INPUT = "input "
-
-
-def tensor_key(tensor: torch.Tensor, *, strides: bool = True) -> TensorKey:
-    """What a kernel's choice depends on."""
-    return (tensor.shape, tensor.stride() if strides else (), tensor.dtype, tensor.device, tensor.requires_grad)
+_EVERYTHING = Fingerprints({}, lambda _, name: True)
 
 
 def autocast_key(device: torch.device) -> Autocast:
@@ -49,25 +57,32 @@ def autocast_key(device: torch.device) -> Autocast:
     return (True, str(torch.get_autocast_dtype(device.type))) if enabled else _NO_AUTOCAST
 
 
-def call_key(
-    model: nn.Module,
-    tensors: Sequence[torch.Tensor],
-    device: torch.device,
-    volatile: Collection[tuple[int, str]] = (),
-    parts: Collection[str] = (),
-) -> CallKey:
-    """The key of a call of `model` on these tensor leaves, now. `volatile`, `parts`: see `watch.attributes`."""
-    weights = (*model.named_parameters(), *model.named_buffers())
+def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
+    """The key of a call on these tensor leaves, in the modes that are on now."""
     return CallKey(
         inputs=tuple(tensor_key(tensor) for tensor in tensors),
-        weights=tuple((name, tensor_key(tensor, strides=False)) for name, tensor in weights),
-        attributes=attributes(model, volatile, parts),
-        autocast=autocast_key(device),
+        weights=joint.weights,
+        shared=shared_storages(tensors) if any(given.mutated for given in joint.inputs if given.kind is Kind.INPUT) else (),
+        arguments=tuple(argument_print(leaf) for leaf in joint.call.leaves),
+        autocast=autocast_key(joint.device),
+        switches=global_switches(),
     )
 
 
-def flatten_call(call: CallSpec, args: Any, kwargs: Any) -> tuple[list[Any] | None, str]:
-    """Tensor leaves of a call, or None and what differs from the planned call. Keywords may come in any order."""
+def argument_print(leaf: Any) -> Fingerprint:
+    """The fingerprint of a leaf of a call that is no tensor; everything in it counts."""
+    return _EVERYTHING.of(leaf)
+
+
+def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Per tensor, the position of the first one that lies in the same storage."""
+    first: dict[int, int] = {}
+    storages = [storage_id(tensor) if tensor.layout is torch.strided else -1 - i for i, tensor in enumerate(tensors)]
+    return tuple(first.setdefault(storage, i) for i, storage in enumerate(storages))
+
+
+def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Fingerprint]) -> tuple[list[Any], Mismatch | None]:
+    """Tensor leaves of a call, or what differs from the planned call. Keywords may come in any order."""
     keywords = tuple(kwargs)
     if keywords != call.keywords and sorted(keywords) == sorted(call.keywords):
         kwargs, keywords = {name: kwargs[name] for name in call.keywords}, call.keywords
@@ -76,53 +91,58 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any) -> tuple[list[Any] | No
     else:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != call.in_spec:
-            return None, "the structure of the arguments"
-    for i, expected in enumerate(call.leaves):
+            return [], Mismatch("argument", "the structure of the arguments")
+    for i in range(len(call.leaves)):
         leaf = leaves[i]
         if i in call.tensors:
             if not isinstance(leaf, torch.Tensor):
-                return None, f"argument leaf {i} (a {type(leaf).__name__}, planned for a tensor)"
-        elif isinstance(leaf, torch.Tensor) or leaf != expected:
-            return None, f"argument leaf {i} ({leaf!r}, planned for {expected!r})"
-    return [leaves[i] for i in call.tensors], ""
+                return [], Mismatch("argument", f"argument leaf {i}", f"a {type(leaf).__name__}", "a tensor")
+        elif not _is_plain_equal(leaf, call.leaves[i]):
+            now = argument_print(leaf)
+            if not alike(prints[i], now):
+                where, old, new = first_difference(prints[i], now, f"argument leaf {i}")
+                return [], Mismatch("argument", where, new, old)
+    return [leaves[i] for i in call.tensors], None
+
+
+def _is_plain_equal(leaf: Any, expected: Any) -> bool:
+    """Quickly: certainly the same."""
+    return leaf is expected and (leaf is None or type(leaf) in (bool, int, str, float))
 
 
 def difference(
-    key: CallKey, watched: Watched, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], device: torch.device
-) -> str:
-    """Name of the first part of the key that does not hold for a call; '' if all do."""
+    key: CallKey,
+    watched: Watched,
+    held: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    *,
+    through_forward: bool = False,
+) -> Mismatch | None:
+    """The first part of the key that does not hold for a call; `through_forward`: see `HostGuard.difference`."""
     if not torch.is_grad_enabled():
-        return "grad mode (disabled)"
-    changed = watched.changed()
-    if changed:
+        return Mismatch("mode", "grad mode", "disabled")
+    switches = global_switches()
+    if switches != key.switches:
+        for (name, now), (_, planned) in zip(switches, key.switches, strict=True):
+            if now != planned:
+                return Mismatch("mode", name, str(now)[:80], str(planned)[:80])
+    changed = watched.changed(through_forward=through_forward)
+    if changed is not None:
         return changed
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
         if tensor_key(tensor) != expected:
-            return f"{_INPUT}{i} ({_described(tensor)}, planned for {_expected(expected)})"
+            return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))
+    if key.shared and shared_storages(tensors) != key.shared:
+        return Mismatch("argument", "which inputs share their memory, where the forward writes into one")
     if not watched.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
-            if tensor_key(tensor, strides=False) != expected:
-                return f"{name} ({_described(tensor)}, planned for {_expected(expected)})"
+            if tensor_key(tensor) != expected:
+                return Mismatch("weight", name, describe_tensor(tensor_key(tensor)), describe_tensor(expected))
         watched.approve(held)
     untied = watched.untied(held)
     if untied:
-        return f"{untied} (no longer the same tensor as the one it was tied to)"
+        return Mismatch("weight", untied, "no longer the same tensor as the one it was tied to")
     if autocast_key(device) != key.autocast:
-        return f"autocast ({autocast_key(device)}, planned for {key.autocast})"
-    return ""
-
-
-def is_about_inputs(miss: str) -> bool:
-    """What `difference` named is an input's metadata."""
-    return miss.startswith(_INPUT)
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return _expected(tensor_key(tensor))
-
-
-def _expected(key: TensorKey) -> str:
-    shape, strides, dtype, device, requires_grad = key
-    grad = ", requires_grad" if requires_grad else ""
-    layout = f" strides {strides}" if strides else ""
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}{layout} on {device}{grad}"
+        return Mismatch("mode", "autocast", str(autocast_key(device)), str(key.autocast))
+    return None

@@ -9,18 +9,22 @@ from typing import Any
 
 from torch import nn
 
+from planner import arguments
 from planner.errors import InputError
 from planner.graph.plan import Plan
+from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program
-from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned
+from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned, with_left_tensors
 from planner.runtime.step import Step
+from planner.tracer.capture import IS_CAPTURING
 
 
 class PlannedForward:
     """What stands in `model.forward` while plans are installed. It belongs to one model: a copy of the model gets its own.
 
-    The planned modules are made at the first call: while a model is being copied or unpickled, it is not whole.
-
+    Args:
+        planned: the modules whose plans are installed. A copy of the model makes its own from `plans` at its first call: while
+            it is being copied or unpickled, it is not whole.
     """
 
     def __init__(
@@ -29,9 +33,10 @@ class PlannedForward:
         plans: Sequence[tuple[Step, Plan, Program | None]],
         before: Callable[..., Any] | None,
         strict: bool,
+        planned: Sequence[CheckpointedModule] = (),
     ) -> None:
         self._model, self._plans, self._before, self._strict = model, tuple(plans), before, strict
-        self._planned: list[CheckpointedModule] = []
+        self._planned = list(planned)
         self._warned: set[str] = set()
 
     @property
@@ -48,18 +53,21 @@ class PlannedForward:
     def planned(self) -> list[CheckpointedModule]:
         """The planned modules, in the order in which they are asked."""
         if not self._planned:
+            strict = self._strict
             self._planned = [
-                CheckpointedModule(self._model, step, plan, program=program) for step, plan, program in self._plans
+                CheckpointedModule(self._model, step, plan, strict, program=program) for step, plan, program in self._plans
             ]
         return self._planned
 
     @runs_as_planned
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step by the first plan that was made for this call, else by the model's own forward."""
+        if IS_CAPTURING.get():
+            return self.unplanned(*args, **kwargs)
         misses = []
         for module in self.planned:
-            planned, miss = module.attempt(args, kwargs)
-            if not miss:
+            planned, miss = module.attempt(args, kwargs, unplanned=self.unplanned)
+            if miss is None:
                 return planned
             misses.append(miss)
         report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))
@@ -73,7 +81,7 @@ class PlannedForward:
             del vars(self._model)["forward"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
-        model, before = copy.deepcopy(self._model, memo), copy.deepcopy(self._before, memo)
+        model, before = copy.deepcopy(self._model, with_left_tensors(self._model, memo)), copy.deepcopy(self._before, memo)
         return PlannedForward(model, self._plans, before, self._strict)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -96,21 +104,29 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
     Raises:
         InputError: a planned module was made from another model, or none was given.
     """
+    arguments.check_model(model)
+    arguments.check_flags(strict=strict)
     if not planned:
         raise InputError("install needs at least one planned module: install(model, plan(model, budget, args, kwargs))")
     for module in planned:
-        if not isinstance(module, CheckpointedModule):
-            raise InputError(f"install takes modules that plan() returned, not a {type(module).__name__}")
+        arguments.check_planned(module, CheckpointedModule, "install")
+        if isinstance(module.original, WithCriterion):
+            raise InputError(
+                "a module planned with criterion= returns (loss, output), which model.forward does not: call the planned "
+                "module, loss, output = planned(*args, criterion_args=(y,))"
+            )
         if module.original is not model:
             raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
     uninstall(model)
     before = vars(model).get("forward")
-    plans = [(module.step, module.plan, module.program) for module in planned]
-    vars(model)["forward"] = PlannedForward(model, plans, before, strict)
+    every = [one for module in planned for one in (module, *module.alternatives)]
+    plans = [(module.step, module.plan, module.program) for module in every]
+    vars(model)["forward"] = PlannedForward(model, plans, before, strict, planned)
 
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install`; does nothing where nothing is installed."""
+    arguments.check_model(model)
     forward = vars(model).get("forward")
     if isinstance(forward, PlannedForward):
         forward.restore()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -12,17 +13,23 @@ import torch
 from torch import fx, nn
 
 from planner._torch import box, keeps_graph, pytree
-from planner.errors import PlanMissError, PlannerError
+from planner.errors import PlanAuditError, PlanMissError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
+from planner.runtime.audit import Digest, Rewind, difference, digest, has_room, is_due, run_original
+from planner.runtime.backwards import Backwards
+from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.functions import Boxed, Program, run
+from planner.runtime.mismatch import Mismatch
+from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
 from planner.tracer import kernels
+from planner.tracer.host.state import written
 from planner.tracer.part import Part
 
 
@@ -36,7 +43,7 @@ runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
 """Where the user's torch.compile meets a plan, it lets the plan run as it is."""
 
 
-def report_miss(model: nn.Module, miss: str, warned: set[str], strict: bool, num_plans: int = 1) -> None:
+def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
     """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
 
     Raises:
@@ -47,11 +54,26 @@ def report_miss(model: nn.Module, miss: str, warned: set[str], strict: bool, num
         raise PlanMissError(
             f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
         )
-    reason = miss.split(" (")[0]
+    reason = miss.where
     if reason not in warned:
         warned.add(reason)
-        message = f"{type(model).__name__}: not {which}, {miss} differs; the original forward runs, unplanned"
-        warnings.warn(message, PlanMissWarning, stacklevel=5)
+        differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"
+        warnings.warn(
+            f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning, stacklevel=_LEVEL
+        )
+
+
+_LEVEL = 5
+"""Frames from the warning to the user's line: this module's and nn.Module's."""
+
+
+def _cure(miss: Mismatch) -> str:
+    """How to have both calls planned."""
+    if miss.kind in ("input", "argument"):
+        return " (plan both: plan(..., also=[(args, kwargs)]))"
+    if miss.kind == "host" and miss.now == "absent":
+        return " (the first call fills it; run the model once before planning to plan that call, too)"
+    return ""
 
 
 def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
@@ -71,19 +93,33 @@ class CheckpointedModule(fx.GraphModule):
         plan: the Plan.
         backward_graph: fx graph of the backward, before it is cut into stages.
         strict: a training call that was not planned for is a PlanMissError instead of a warning.
+        audits: now and then the original forward runs beside the planned one, and both are compared.
+        alternatives: planned modules of the same model for other calls, which are asked in turn.
+        num_planned_calls, num_unplanned_calls: how many calls ran planned, and how many were not the planned one.
     """
 
     def __init__(
-        self, model: nn.Module, step: Step, plan: Plan, strict: bool = False, *, program: Program | None = None
+        self,
+        model: nn.Module,
+        step: Step,
+        plan: Plan,
+        strict: bool = False,
+        *,
+        program: Program | None = None,
+        audits: bool = True,
     ) -> None:
+        audits = audits and can_audit(step)
         object.__setattr__(self, "_original", model)
         super().__init__({}, fx.Graph(), class_name=f"Checkpointed{type(model).__name__}")
         fresh = vars(nn.Module())
-        for name, held in vars(model).items():
+        if isinstance(model, WithCriterion):  # the model's hooks run within the call
+            fresh = {name: fresh[name] for name in ("_parameters", "_buffers", "_modules")}
+        for name, held in vars(planned_model(model)).items():
             if name in fresh and isinstance(held, (dict, set)):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.halves.backward, _step=step, _warned=set(), strict=strict)
-        self.__dict__.update(_others={}, _given=program)
+        self.__dict__.update(_others={}, _given=program, num_planned_calls=0, num_unplanned_calls=0)
+        self.__dict__.update(_refused=None, _num_runs=0, alternatives=[], audits=audits, _to_compare=communicates(step.joint))
         self.graph = step.halves.forward
 
     @property
@@ -104,6 +140,22 @@ class CheckpointedModule(fx.GraphModule):
     def differentiated(self) -> tuple[int, ...]:
         """Positions of the output leaves that backward starts from."""
         return tuple(i for i, out in enumerate(self._step.joint.outputs) if out.differentiated)
+
+    def starts(self, leaves: Sequence[Any], model: nn.Module | None = None) -> list[torch.Tensor]:
+        """The tensors that backward starts from, as the plan assumes, after a forward.
+
+        Args:
+            leaves: the leaves of what the forward returned.
+            model: whose forward it was; this module's own model where it is not given.
+        """
+        joint = self._step.joint
+        found = {joint.outputs[i].result: leaves[i] for i in self.differentiated}
+        wanted = {out.result for out in joint.left if out.differentiated}
+        for effect in joint.host.effects if wanted else ():
+            for ref, tensor in written(effect, model or self._original):
+                if ref.source == "result" and ref.key in wanted and isinstance(tensor, torch.Tensor):
+                    found.setdefault(ref.key, tensor)
+        return list(found.values())
 
     @property
     def step(self) -> Step:
@@ -134,9 +186,11 @@ class CheckpointedModule(fx.GraphModule):
         self._code = code.src
         if "_step" in self.__dict__:
             names = [name for name, _ in self._step.key.weights]
-            self.__dict__["_watched"] = Watched(self._original, names, self._step.key.attributes)
+            self.__dict__["_watched"] = Watched(self._original, names, self._step.joint.host.key)
             given = self.__dict__.pop("_given", None)
             self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
+            compiled = _compiled_backward(self._step, self._original)
+            self.__dict__["_backwards"] = Backwards(self._original, self._step, self.plan, compiled)
             self.__dict__["_inputs"] = _picker(_positions(self._step))
             self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
         return code
@@ -145,27 +199,128 @@ class CheckpointedModule(fx.GraphModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
         out, miss = self.attempt(args, kwargs)
-        if miss:
+        if miss is not None:
             report_miss(self._original, miss, self._warned, self.strict)
             return unplanned_forward(self._original)(*args, **kwargs)
         return out
 
-    def attempt(self, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """The planned step's output, or None and what keeps this call from running planned."""
+    def attempt(self, args: Any, kwargs: Any, *, unplanned: Callable[..., Any] | None = None) -> tuple[Any, Mismatch | None]:
+        """The planned step's output, or None and what keeps this call from running planned.
+
+        `unplanned`: the plan is installed, the model's `forward` led to it, and this is what the plan was installed over.
+        """
+        out, miss = self._attempt(args, kwargs, unplanned)
+        self.__dict__["num_unplanned_calls" if miss else "num_planned_calls"] += 1
+        return out, miss
+
+    def _attempt(self, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None) -> tuple[Any, Mismatch | None]:
         step = self._step
-        tensors, inputs, miss = self._match(args, kwargs)
-        if miss:
-            other = self._of_other_shape(args, kwargs) if step.recapture is not None and guard.is_about_inputs(miss) else miss
-            return other.attempt(args, kwargs) if isinstance(other, CheckpointedModule) else (None, other)
+        if self._refused is not None:
+            return None, self._refused
+        tensors, inputs, miss = self._match(args, kwargs, unplanned is not None)
+        if miss is not None:
+            for alternative in self.alternatives:
+                out, other_miss = alternative.attempt(args, kwargs, unplanned=unplanned)
+                if other_miss is None:
+                    return out, None
+            other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
+            return other.attempt(args, kwargs, unplanned=unplanned) if isinstance(other, CheckpointedModule) else (None, other)
+        if self._to_compare:
+            self.__dict__["_to_compare"] = False
+            compare_plans(step, self.plan)
+        self.__dict__["_num_runs"] += 1
+        if self.audits and is_due(self._num_runs):
+            plain = [given for given in step.joint.inputs if given.kind is not Kind.TANGENT]
+            written = [tensor for given, tensor in zip(plain, inputs, strict=True) if given.mutated]
+            if has_room(self.plan, sum(tensor.nbytes for tensor in written)):
+                original = unplanned or unplanned_forward(self._original)
+                accused = self._audit(original, args, kwargs, tensors, inputs, written)
+                if accused is not None:
+                    return None, accused
+        return self._run(tensors, inputs), None
+
+    def _run(self, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+        """The planned forward."""
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            found = run(self._program, inputs)
+            found = run(self._program, inputs, self._backwards)
+        return self._returned(found, tensors)
+
+    def _returned(self, found: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+        """What the forward returns, made of the graph's results, with Python state as the forward leaves it."""
+        joint = self._step.joint
         leaves = [
             found[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
-            for out in step.joint.outputs
+            for out in joint.outputs
         ]
-        return pytree.tree_unflatten(leaves, step.joint.call.out_spec), ""
+        self._write_state(found, tensors)
+        return pytree.tree_unflatten(leaves, joint.call.out_spec)
 
-    def _of_other_shape(self, args: Any, kwargs: Any) -> CheckpointedModule | str:
+    def _audit(
+        self,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        tensors: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        changed: Sequence[torch.Tensor],
+    ) -> Mismatch | None:
+        """Compare the planned forward with the model's own; unplanned from now on where they differ, twice alike.
+
+        Args:
+            forward: the model's own.
+            args, kwargs, tensors, inputs: the call, and what the graph takes of it.
+            changed: the tensors among the inputs that the forward writes into.
+
+        Raises:
+            PlanAuditError: they differ, and `strict`.
+        """
+        model = self._original
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        start = Rewind(model, self._step.joint.host.key, changed, self.device)
+
+        def original() -> Digest:
+            return digest(model, run_original(forward, args, kwargs), given, self.device)
+
+        def planned() -> Digest:
+            return digest(model, self._forward_alone(tensors, inputs), given, self.device)
+
+        def afterwards(run: Callable[[], Digest]) -> Digest:
+            found = run()
+            start.restore()
+            return found
+
+        expected, found = afterwards(original), afterwards(planned)
+        different = difference(expected, found)
+        if different and not difference(expected, afterwards(original)) and not difference(found, afterwards(planned)):
+            return self._accuse(different)
+        return None
+
+    def _forward_alone(self, tensors: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+        """The planned forward without what it saves for the backward: an audit adds nothing to the memory of a step."""
+        program = self._program
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            found = list(program.forward([tensor.detach() for tensor in inputs])[: program.num_outputs])
+        for i, can in enumerate(program.differentiable):
+            found[i] = found[i].detach().requires_grad_(can)
+        return self._returned(found, tensors)
+
+    def _accuse(self, different: Sequence[str]) -> Mismatch:
+        names = ", ".join(different[:5])
+        what = f"the planned forward gave another {names} than the model's own, at planned call {self._num_runs}"
+        if self.strict:
+            raise PlanAuditError(f"{type(self._original).__name__}: {what}. Train unplanned, and please report the model")
+        self.__dict__["_refused"] = Mismatch("audit", f"the audit: {what}; please report it with the model")
+        return self._refused  # type: ignore[no-any-return]
+
+    def _write_state(self, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        """Leave in Python state what the model's own forward leaves there."""
+        if self._step.joint.host.effects:
+            weights = dict((*self._original.named_parameters(), *self._original.named_buffers()))
+            sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
+            for effect in self._step.joint.host.effects:
+                effect.write(self._original, lambda ref: sources[ref.source][ref.key])
+
+    def _of_other_shape(self, args: Any, kwargs: Any) -> CheckpointedModule | Mismatch:
         """The plan carried over to a call of smaller inputs, made when that shape is first met; or why there is none."""
         key = call_shapes(self._step, args, kwargs)
         if key not in self._others:
@@ -174,33 +329,55 @@ class CheckpointedModule(fx.GraphModule):
             try:
                 step = step_of_other_shape(self._step, self.plan, self._original, args, kwargs)
                 self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict)
+                self._others[key].__dict__["_to_compare"] = False  # it is the plan that was compared
             except PlannerError as error:
-                self._others[key] = f"the inputs' shape ({error})"
+                self._others[key] = Mismatch("input", "the inputs' shape", str(error))
         return self._others[key]  # type: ignore[no-any-return]
 
-    def difference(self, args: Any, kwargs: Any) -> str:
-        """What keeps this call from running planned; '' if nothing does."""
-        return self._match(args, kwargs)[2]
+    def difference(self, args: Any, kwargs: Any) -> Mismatch | None:
+        """What keeps this call from running planned."""
+        return self._match(args, kwargs, False)[2]
 
-    def _match(self, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], str]:
-        """The call's tensors, the graph's inputs, and what differs from the call planned for."""
+    def _match(
+        self, args: Any, kwargs: Any, through: bool
+    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
+        """The tensors of the call and of Python state, the graph's inputs, and what differs from the call planned for.
+
+        An error while comparing says that something is not as planned, too.
+        """
+        try:
+            return self._compare(args, kwargs, through)
+        except Exception as error:
+            return [], [], Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
+
+    def _compare(
+        self, args: Any, kwargs: Any, through: bool
+    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
         step = self._step
-        if step.joint.elsewhere:
-            return [], [], f"the device (planned from afar for {step.joint.elsewhere}: save the plan, and apply it there)"
-        tensors, miss = guard.flatten_call(step.joint.call, args, kwargs)
-        if tensors is None:
+        joint = step.joint
+        if joint.elsewhere:
+            cure = f"planned from afar for {joint.elsewhere}: save the plan, and apply it there"
+            return [], [], Mismatch("device", "the device", cure)
+        tensors, miss = guard.flatten_call(joint.call, args, kwargs, step.key.arguments)
+        if miss is not None:
             return [], [], miss
-        held = self._watched.now()
-        miss = guard.difference(step.key, self._watched, held, tensors, self.device)
-        if miss:
+        held = self._watched.held()
+        if held is None:
+            return tensors, [], self._watched.missing()
+        miss = guard.difference(step.key, self._watched, held, tensors, self.device, through_forward=through)
+        if miss is not None:
             return tensors, [], miss
-        inputs = self._inputs((*held, *tensors, *step.joint.constants.values()))
-        return tensors, inputs, self._host_reads_differ(inputs)
+        state = [path.get(self._original) for path in joint.host.state]
+        for path, found in zip(joint.host.state, state, strict=True):
+            if not isinstance(found, torch.Tensor):
+                return tensors, [], Mismatch("host", str(path), type(found).__name__, "a tensor")
+        inputs = self._inputs((*held, *tensors, *state, *joint.constants.values()))
+        return [*tensors, *state], inputs, self._host_reads_differ(inputs)
 
-    def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> str:
-        """Name of a tensor value that Python read during capture and that is another now; '' if none is."""
+    def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> Mismatch | None:
+        """A tensor value that Python read during capture and that is another now."""
         if self._guards is None:
-            return ""
+            return None
         joint = self._step.joint
         given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
         with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
@@ -208,8 +385,8 @@ class CheckpointedModule(fx.GraphModule):
         for tensor, expected in zip(read, joint.host_reads, strict=True):
             value = tensor.item()
             if value != expected.value and not (value != value and expected.value != expected.value):
-                return f"the value read at {expected.source} ({value}, planned for {expected.value})"
-        return ""
+                return Mismatch("value", f"the value read at {expected.source}", str(value), str(expected.value))
+        return None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's state_dict."""
@@ -220,19 +397,53 @@ class CheckpointedModule(fx.GraphModule):
         return self._original.load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
-        return self._twin(copy.deepcopy(self._original, memo))
+        return self._twin(copy.deepcopy(self._original, with_left_tensors(self._original, memo)))
 
     def __copy__(self) -> CheckpointedModule:
         return self._twin(self._original)
 
     def _twin(self, model: nn.Module) -> CheckpointedModule:
-        return CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program)
+        twin = CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program, audits=self.audits)
+        twin.alternatives.extend(alternative._twin(model) for alternative in self.alternatives)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CheckpointedModule, (self._original, self._step, self.plan, self.strict)
+        others = [(other.step, other.plan) for other in self.alternatives]
+        return _restored, (self._original, self._step, self.plan, self.strict, self.audits, others)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
+
+
+def _restored(
+    model: nn.Module, step: Step, plan: Plan, strict: bool, audits: bool, others: Sequence[tuple[Step, Plan]]
+) -> CheckpointedModule:
+    made = CheckpointedModule(model, step, plan, strict, audits=audits)
+    made.alternatives.extend(CheckpointedModule(model, *other, strict, audits=audits) for other in others)
+    return made
+
+
+def can_audit(step: Step) -> bool:
+    """The original forward may run beside the planned one: nothing in it acts on the world outside, and bits are the same."""
+    hooked = any(not spec.repeatable for spec in step.joint.parts.values())
+    return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)
+
+
+def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """A deep copy's memo in which tensors that a forward left on modules are copied without their autograd graphs."""
+    for module in model.modules():
+        for value in vars(module).values():
+            todo = [value]
+            while todo:
+                held = todo.pop()
+                if isinstance(held, torch.Tensor):
+                    if held.grad_fn is not None:
+                        memo[id(held)] = held.detach().clone().requires_grad_()
+                elif isinstance(held, (list, tuple, deque)):
+                    todo += held
+                elif isinstance(held, dict):
+                    todo += held.values()
+    return memo
 
 
 def _boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for: torch.device | None = None) -> Boxed:
@@ -270,7 +481,7 @@ def _positions(step: Step) -> list[int]:
     """Per graph input, its position among the model's tensors, the call's, and the constants, one after the other."""
     names = {name: i for i, (name, _) in enumerate(step.key.weights)}
     constants = {node: i for i, node in enumerate(step.joint.constants)}
-    num_tensors = len(step.joint.call.tensors)
+    num_tensors = len(step.joint.call.tensors) + len(step.joint.host.state)
     sources = []
     for given in step.joint.inputs:
         if given.kind is Kind.TANGENT:
@@ -284,9 +495,18 @@ def _positions(step: Step) -> list[int]:
     return sources
 
 
+def _compiled_backward(step: Step, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
+    """Makes code of a backward graph of this step."""
+    return lambda backward: _boxed(backward, _parts(step, model), step.joint.device if step.is_compiled else None)
+
+
+def _parts(step: Step, model: nn.Module) -> dict[str, Part]:
+    return {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+
+
 def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
     """Positions and code for the runtime."""
-    parts = {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+    parts = _parts(step, model)
     joint, halves = step.joint, step.halves
     compiled_for = joint.device if step.is_compiled else None
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
@@ -296,11 +516,12 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]
-    leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
+    leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Program(
         forward=_boxed(forward, parts, compiled_for),
         stages=tuple(_boxed(stage.graph, parts, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
+        num_saved=len(halves.saved),
         aliased=halves.aliased,
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
         tangents=halves.tangents,
@@ -313,5 +534,16 @@ def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
         swaps=tuple(any(node.target is kernels.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
-        tickets=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets),
+        stage_gradients=tuple(stage.gradients for stage in stages),
+        inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
+        call_inputs=tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
+        key=step.backward_key,
+        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets or name in halves.exposed),
+        exposed=frozenset(i for i, name in enumerate(halves.saved) if name in halves.exposed),
+        watched=tuple(
+            (i, halves.saved.index(root) if root in halves.exposed else None)
+            for i, root in enumerate(halves.roots)
+            if root in halves.saved or root in checked
+        ),
+        spare=tuple(position[name] for name in halves.spare),
     )

@@ -15,10 +15,10 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
-from planner.runtime.guard import tensor_key
 from planner.runtime.step import Step, make_step
-from planner.tracer.capture import capture
+from planner.tracer.host.fingerprint import tensor_key
 from planner.tracer.lower import lower
+from planner.tracer.settled import capture
 
 MOST_SHAPES = 64
 """So many are remembered; then the oldest is forgotten."""

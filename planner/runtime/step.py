@@ -12,6 +12,7 @@ from planner.graph.plan import Plan
 from planner.rewriter import portable
 from planner.rewriter.partition import Halves, partition
 from planner.runtime import guard
+from planner.runtime.backward_key import BackwardKey, captured_key
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8
@@ -36,6 +37,9 @@ class Step:
         num_stages: in how many parts the backward hands out gradients, at most.
         recapture: set where the plan is to hold for smaller inputs too.
         is_compiled: inductor compiles the halves wherever they are to run.
+        backward_key: what the backward is right for; by default, what the joint graph was captured for.
+        same_inputs: per tensor leaf of the call, the first leaf that was the same tensor; by default, each is its own.
+        fraction: the budget, where it was given as a fraction of the plain step's peak.
     """
 
     joint: Joint
@@ -44,32 +48,36 @@ class Step:
     num_stages: int = DEFAULT_STAGES
     recapture: Recapture | None = None
     is_compiled: bool = False
+    backward_key: BackwardKey = ()
+    same_inputs: tuple[int, ...] = ()
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.backward_key:
+            object.__setattr__(self, "backward_key", captured_key(self.joint))
+        if not self.same_inputs:
+            object.__setattr__(self, "same_inputs", tuple(range(len(self.key.inputs))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         joint, halves = self.joint, self.halves
         graphs = (joint.graph, joint.guards, halves.forward, halves.backward)
         rows = tuple(None if graph is None else portable.to_rows(graph, looks=self.is_compiled) for graph in graphs)
         bare = (replace(joint, graph=None, guards=None), replace(halves, forward=None, backward=None))  # type: ignore[arg-type]
-        return _restore_step, (*bare, rows, self.key, self.num_stages, self.recapture, self.is_compiled)
+        plain = (self.key, self.num_stages, self.recapture, self.is_compiled)
+        return _restore_step, (*bare, rows, *plain, self.backward_key, self.same_inputs, self.fraction)
 
 
 def _restore_step(
     joint: Joint,
     halves: Halves,
     rows: Sequence[Any],
-    key: guard.CallKey,
-    num_stages: int,
-    recapture: Recapture | None,
-    is_compiled: bool,
+    *plain: Any,
 ) -> Step:
     graph, guards, forward, backward = (None if row is None else portable.from_rows(row) for row in rows)
     return Step(
         replace(joint, graph=graph, guards=guards),  # type: ignore[arg-type]
         replace(halves, forward=forward, backward=backward),  # type: ignore[arg-type]
-        key,
-        num_stages,
-        recapture,
-        is_compiled,
+        *plain,
     )
 
 
@@ -82,10 +90,11 @@ def make_step(
     num_stages: int,
     recapture: Recapture | None = None,
     is_compiled: bool = False,
+    fraction: float | None = None,
 ) -> Step:
     """The captured step, rewritten by a plan whose graph is its own."""
     halves = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    parts = {spec.module for spec in joint.parts.values()}
-    key = guard.call_key(model, tensors, joint.device, joint.volatile, parts)
-    return Step(joint, halves, key, num_stages, recapture, is_compiled)
+    key = guard.call_key(tensors, joint)
+    same = tuple(next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors)
+    return Step(joint, halves, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)

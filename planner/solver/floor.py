@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from planner.errors import InfeasibleBudgetError
 from planner.graph.graph import Graph, Kind, Op
-from planner.units import format_bytes
+from planner.units import enough_text, format_bytes
 
 _REMEDIES = (
     (("log_softmax", "nll_loss", "cross_entropy"), "compute the loss in chunks of tokens, so that no op holds all logits"),
@@ -63,12 +63,26 @@ def infeasible(graph: Graph, budget_bytes: int) -> InfeasibleBudgetError:
     """The error for a budget below the floor: which op needs how much, for which values, and what would lower it most."""
     least, i = floor(graph)
     culprit = f" ({_culprit(graph, i, least)})" if i >= 0 else ""
+    advice, cure = _advice(graph, i, least), f"Raise the budget to {enough_text(least)}"
     return InfeasibleBudgetError(
-        f"budget {format_bytes(budget_bytes)} is below {format_bytes(least)}, the least any schedule of this graph can reach"
-        f"{culprit}. Raise the budget to {format_bytes(least)}{_advice(graph, i, least)}.",
+        infeasible_text(f"budget {format_bytes(budget_bytes)}", least, culprit, cure, advice),
         budget_bytes=budget_bytes,
         floor_bytes=least,
+        culprit=culprit,
+        advice=advice,
     )
+
+
+def infeasible_text(budget: str, least: int, culprit: str, cure: str, advice: str) -> str:
+    """The message of an InfeasibleBudgetError.
+
+    Args:
+        budget: what was asked for, in words.
+        least: bytes, the floor.
+        culprit, advice: as in the error.
+        cure: what to do first.
+    """
+    return f"{budget} is below {enough_text(least)}, the least any schedule of this graph can reach{culprit}. {cure}{advice}."
 
 
 def _own(graph: Graph, op: Op) -> dict[str, int]:

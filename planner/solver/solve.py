@@ -17,9 +17,9 @@ from planner.solver.coarsen import Coarse, coarsen, uncoarsened
 from planner.solver.floor import floor, infeasible
 from planner.solver.hunt import Hunt, lower_peak
 from planner.solver.pieces import Pieces
-from planner.solver.pool import Entry, Pool
+from planner.solver.pool import Pool
 from planner.solver.reorder import reordered
-from planner.units import format_bytes
+from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
 
@@ -206,7 +206,7 @@ class Solver:
     def _solution(self, hunt: Hunt, seconds: float) -> Solution:
         best = hunt.best
         if best is None:
-            raise NoScheduleFoundError(self._failure(hunt.budget_bytes, self.pool.lowest, seconds))
+            raise not_found(hunt.budget_bytes, self.pool.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
         bound_ns, time_ns = hunt.certify("exact" if time.monotonic() < hunt.end else "linear"), best.timeline.time_ns
         if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
             bound_ns = self.plain_ns
@@ -214,11 +214,17 @@ class Solver:
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
         return Solution(status, schedule, bound_ns, seconds, best.solver)
 
-    def _failure(self, budget_bytes: int, lowest: Entry, seconds: float) -> str:
-        least, _ = floor(self.graph)
-        peak = lowest.timeline.peak_bytes
-        return (
-            f"no schedule within {format_bytes(budget_bytes)} was found in {seconds:.1f} s; that none exists was not proven "
-            f"(the proven floor is {format_bytes(least)}). The lowest peak found is {format_bytes(peak)} ({peak} bytes). "
-            "Raise the budget to that, give a longer time limit, or reduce the batch."
-        )
+
+def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: float) -> NoScheduleFoundError:
+    """The error for a budget that nothing was found for."""
+    message = not_found_text(format_bytes(budget_bytes), lowest_bytes, floor_bytes, seconds, lowest_bytes)
+    return NoScheduleFoundError(message, lowest_bytes=lowest_bytes, floor_bytes=floor_bytes, solve_s=seconds)
+
+
+def not_found_text(budget: str, lowest_bytes: int, floor_bytes: int, seconds: float, enough_bytes: int) -> str:
+    """The message of a NoScheduleFoundError. `budget`: what was asked for, in words; `enough_bytes`: what can be met."""
+    return (
+        f"no schedule within {budget} was found in {seconds:.1f} s; that none exists was not proven (the proven floor is "
+        f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes). Raise "
+        f"the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give a longer time limit, or reduce the batch."
+    )

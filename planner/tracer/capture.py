@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +15,23 @@ from torch import nn
 from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, InputError, PlannerError
-from planner.tracer import fidelity, parts
+from planner.tracer import fidelity, parts, raising
 from planner.tracer.casts import Casts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
+from planner.tracer.collectives import Refusing
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.host.preserve import Generators, Preserved, model_preserved
+from planner.tracer.host.state import Effect, HostState, Path, Ref, remembered, same_build, weight_keys
+from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import CallSpec, Joint, Output
+from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.normalize import normalize
+from planner.tracer.outputs import check_constant, is_cache, warn_left_out
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
-
-Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
+from planner.tracer.refusal import refusal
+from planner.tracer.replay import Replay, Strides, with_strides
 
 
 def capture(
@@ -33,6 +42,7 @@ def capture(
     loss: Loss = None,
     opaque: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
+    replay: Replay | None = None,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
@@ -43,16 +53,18 @@ def capture(
     Args:
         model: in training mode, on the device it will train on.
         args, kwargs: an example call; tensors in any pytree, other leaves are held fixed.
-        loss: which output backward starts from: attribute or key ("loss"), position, or a function of
-            the output. Default: the output if it is one scalar; its `.loss` or ["loss"]; else every
-            output that requires grad.
+        loss: which output backward starts from; see `planner.tracer.loss.loss_leaves`.
         opaque: qualified names of submodules to run as they are.
         elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
+        replay: the call was captured before, and is again for other gradients; its tensors may then be fake. Takes the place
+            of `loss`, and nothing is run.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
         CaptureError: the model cannot be traced; names the operation and the user's line.
     """
+    if replay is not None:
+        return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere, replay)
     opaque, first = parts.parts_from_start(model, opaque), None
     if elsewhere is not None and opaque:
         raise CaptureError(
@@ -71,8 +83,21 @@ def capture(
                 raise first from None
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Capturing patches classes and kernels of the whole process."""
+
+IS_CAPTURING: ContextVar[bool] = ContextVar("a model is being captured", default=False)
+"""Installed plans stand aside: a plan is made of the model's own forward, not of a plan."""
+
+
 def _capture(
-    model: nn.Module, args: Any, kwargs: Any, loss: Loss, opaque: Collection[str], elsewhere: Elsewhere | None
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    loss: Loss,
+    opaque: Collection[str],
+    elsewhere: Elsewhere | None,
+    replay: Replay | None = None,
 ) -> Joint:
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
@@ -85,13 +110,20 @@ def _capture(
     template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     step = Step(model, template, tensors, in_spec, loss, elsewhere)
     step.parts, step.device = tuple(opaque), device
+    if replay is not None:
+        step.replay, step.calls = replay, dict(replay.calls)
+        step.recorded = None if replay.recorded is None else list(replay.recorded)
+        step.host, step.preserved = replay.host, remembered(model, replay.host.key)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with fidelity.untouched(model):
-        installed = getattr(vars(model).get("forward"), "unplanned", None)
-        if installed is not None:  # a plan is made of the model's own forward, not of a plan
-            vars(model)["forward"] = installed
-        exported = _export(step, given)
-        _refuse_counting(step, given, exported)
+    with _ONE_AT_A_TIME, Generators(device).preserved():
+        token = IS_CAPTURING.set(True)
+        try:
+            exported = _export(step, given)
+            weights = weight_keys(model)
+        finally:
+            step.restore()
+            IS_CAPTURING.reset(token)
+    warn_left_out(model, step.outputs)
     joint = normalize(
         exported,
         names=step.names,
@@ -101,91 +133,51 @@ def _capture(
         call=CallSpec(in_spec, template, tensors, step.out_spec),
         device=device,
         parts=step.calls,
+        moving=step.moving,
     )
     return replace(
         joint,
-        volatile=frozenset((change.module, change.name) for change in step.changes),
+        weights=weights,
+        left=tuple(step.left),
+        host=replace(step.host, effects=tuple(step.effects)),
         elsewhere="" if elsewhere is None else elsewhere.name,
+        recorded=None if step.recorded is None else tuple(step.recorded),
     )
 
 
-def _refuse_counting(step: Step, tensors: Sequence[torch.Tensor], exported: _torch.ExportedJoint) -> None:
-    """Raise CaptureError where the forward steers by something that Python changes from call to call.
-
-    What it changes among plain attributes is left changed, and the next call is traced too: both must be the same.
-    """
-    modules = dict(enumerate(step.model.named_modules()))
-    counted = [change for change in step.changes if change.steers]
-    for change in counted:
-        if change.module < 0:
-            raise CaptureError(
-                "the model's forward draws from Python's random module; a plan would repeat one draw for ever. Draw with torch",
-                module=step.drew,
-            )
-        vars(modules[change.module][1])[change.name] = change.after
-    if counted and not _same_trace(exported, _export(step, tensors)):
-        change = counted[0]
-        module = modules[change.module][0]
-        where = f"{module}.{change.name}".strip(".")
-        raise CaptureError(
-            f"the model's forward changes its attribute {where} ({change.before!r} before, {change.after!r} after), and the "
-            "next call is another one; a plan would repeat one for ever. Run the model once before planning if only the first "
-            "call differs; else make it a buffer, or change it outside of forward",
-            module=module,
-        )
-
-
-def _same_trace(one: _torch.ExportedJoint, other: _torch.ExportedJoint) -> bool:
-    constants = [{name: tensor for name, tensor in vars(e.graph_module).items() if _is_constant(tensor)} for e in (one, other)]
-    if one.graph_module.code != other.graph_module.code or constants[0].keys() != constants[1].keys():
-        return False
-    return all(torch.equal(tensor, constants[1][name]) for name, tensor in constants[0].items())
-
-
-def _is_constant(held: Any) -> bool:
-    return isinstance(held, torch.Tensor) and not isinstance(held, _torch.FakeTensor)
+_IN_PLACE = (
+    "{} at {}: torch.distributed's collectives write in place, which no graph can hold. Use the functional ones "
+    "(torch.distributed._functional_collectives.all_reduce(x, 'sum', group) and its like), communicate outside of forward, or "
+    "plan submodules that do not communicate"
+)
 
 
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
-    """Trace; if the model reads tensor values, or has opaque parts, learn about these in a real forward before."""
+    """Learn what Python does in real forwards, then trace."""
     try:
-        if step.parts:
+        if step.is_here and step.replay is None:
             step.record(tensors)
-        try:
-            return step.export(tensors)
-        except _torch.DataDependentOutputException:
-            step.record(tensors)
-            return step.export(tensors)
+        step.hold_weights()
+        return step.export([*tensors, *step.state_inputs()])
     except PlannerError:
         raise
-    except _torch.DynamicOutputShapeException as error:
-        raise CaptureError(
-            f"{error.func} at {step.where} makes a tensor whose shape depends on the data; "
-            "a plan needs fixed shapes. Rewrite it with a mask, or leave this part out of the planned module.",
-            module=step.where_module,
-        ) from error
-    except (_torch.DataDependentOutputException, _torch.UnsupportedOperatorException) as error:
-        raise CaptureError(
-            f"{error.func} at {step.where} depends on tensor values in a way that cannot be captured", module=step.where_module
-        ) from error
+    except _torch.InPlaceCollectiveError as error:
+        raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
-        where = f" (last kernel at {step.where})" if step.where else ""
-        message = (str(error).splitlines() or [""])[0]
-        raise CaptureError(
-            f"the model cannot be captured{where}: {type(error).__name__}: {message}", module=step.where_module
-        ) from error
+        raise refusal(error, step.where, step.where_module) from error
 
 
 class _Handed(torch.autograd.Function):
     """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, strides: Strides | None) -> torch.Tensor:
+        ctx.strides = strides
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return with_strides(grad, ctx.strides), None
 
 
 class Step(nn.Module):
@@ -197,9 +189,13 @@ class Step(nn.Module):
         num_results: how many results of the traced function stand for outputs.
         reads: host reads of the last trace; their tensors follow the outputs.
         recorded: values to answer host reads with, once a real forward has been run.
-        changes: what the forward changes on Python's side.
+        host: what Python does beside the kernels; the tensors of `host.state` follow the call's as inputs.
+        preserved: puts Python state back; None where no recording forward was run.
+        left: one Output per tensor that the forward leaves in Python state.
+        effects: how they get there.
         parts: names of the submodules that run as they are.
         calls: their calls, as recorded, by key.
+        replay: what is known of the call from an earlier capture.
     """
 
     def __init__(
@@ -217,22 +213,23 @@ class Step(nn.Module):
         self._template, self._tensors, self._in_spec, self._loss = template, tensors, in_spec, loss
         self._modules_running = fidelity.ModuleStack(model)
         self.names: dict[str, str] = {}
-        for i, (name, parameter) in enumerate(model.named_parameters()):
-            self.register_parameter(f"p{i}", parameter)
-            self.names[f"p{i}"] = name
-        for i, (name, buffer) in enumerate(model.named_buffers()):
-            self.register_buffer(f"b{i}", buffer)
-            self.names[f"b{i}"] = name
+        self.hold_weights()
         self.recorded: list[tuple[str, Any]] | None = None
         self.out_spec: Any = None
         self.outputs: list[Output] = []
         self.num_results = 0
         self.reads: list[tuple[Any, str]] = []
         self.where = ""
-        self.changes: list[fidelity.Change] = []
+        self.host = HostState()
+        self._reassigned: dict[str, torch.Tensor] = {}
+        self.preserved: Preserved | None = None
+        self.left: list[Output] = []
+        self.effects: list[Effect] = []
         self.parts: Sequence[str] = ()
         self.calls: dict[str, PartCall] = {}
+        self.replay: Replay | None = None
         self.device = torch.device("cpu")
+        self.caches_casts = torch.is_autocast_cache_enabled()
 
     @property
     def where_module(self) -> str:
@@ -240,13 +237,42 @@ class Step(nn.Module):
         return self.where.rpartition(" ")[0]
 
     @property
-    def drew(self) -> str:
-        """The submodule that drew from Python's random module."""
-        return self._modules_running.drew
+    def is_here(self) -> bool:
+        """The step is captured on the device it runs on."""
+        return self._elsewhere is None
+
+    @property
+    def moving(self) -> frozenset[int]:
+        """Positions, behind the call's tensors, of the state that the forward replaces."""
+        written = [effect.path for effect in self.effects]
+        places = enumerate(self.host.state, start=len(self._tensors))
+        return frozenset(i for i, path in places if any(path.is_inside(other) for other in written))
+
+    def hold_weights(self) -> None:
+        """Take the model's parameters and buffers, each once, as they are now."""
+        self._parameters.clear()
+        self._buffers.clear()
+        self.names.clear()
+        for i, (name, parameter) in enumerate(self.model.named_parameters()):
+            self.register_parameter(f"p{i}", parameter)
+            self.names[f"p{i}"] = name
+        for i, (name, buffer) in enumerate(self.model.named_buffers()):
+            self.register_buffer(f"b{i}", buffer)
+            self.names[f"b{i}"] = name
+
+    def state_inputs(self) -> list[torch.Tensor]:
+        """The tensors of Python state, as leaves."""
+        found = [path.get(self.model) for path in self.host.state]
+        return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found]
+
+    def restore(self) -> None:
+        """Put Python state back as it was before the recording forwards."""
+        if self.preserved is not None:
+            self.preserved.restore()
 
     def export(self, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
         """Trace forward and backward."""
-        with parts.known(self.calls):
+        with parts.known(self.calls), _torch.kernels_replaced(raising.stand_ins()):
             if self._elsewhere is None:
                 return _torch.export_joint(self, _torch.fake_inputs(tensors))
             return self._elsewhere.as_there(_torch.export_joint(self, self._stand_ins(tensors), self._elsewhere.choices))
@@ -271,8 +297,19 @@ class Step(nn.Module):
                 "not have: build both on the CPU",
                 module=self.where_module,
             )
-        run = lambda: self.call(tensors)
-        self.recorded, self.calls = record(self.model, run, tensors, self.parts, self.device)
+
+        def run() -> Any:
+            with Refusing(self.parts):
+                return self.call(tensors)
+
+        try:
+            observed, self.calls = record(self.model, run, tensors, self.parts, self.device, self._modules_running)
+        except PlannerError:
+            raise
+        except Exception:
+            self.where = self._modules_running.failed
+            raise
+        self.host, self.preserved, self.recorded = observed.host, observed.preserved, observed.run.reads
 
     @property
     def model(self) -> nn.Module:
@@ -282,7 +319,7 @@ class Step(nn.Module):
     def call(self, tensors: Sequence[torch.Tensor], weights: dict[str, torch.Tensor] | None = None) -> Any:
         """The model on the call's leaves with `tensors` in place; tied parameters follow their one name in `weights`."""
         leaves = list(self._template)
-        for position, tensor in zip(self._tensors, tensors, strict=True):
+        for position, tensor in zip(self._tensors, tensors, strict=False):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
         if weights is None:
@@ -293,102 +330,127 @@ class Step(nn.Module):
         """The traced function: results, then tensors that Python read."""
         given = {name: getattr(self, here) for here, name in self.names.items()}
         weights = dict(given)
-        casts = Casts()
+        casts = Casts(self.caches_casts)
         constants = Constants() if self._elsewhere is not None else None
         tracing = fidelity.Tracing(self._modules_running, self.recorded, casts, constants)
+        kept = model_preserved(self.model) if self.preserved is None else self.preserved.checkpoint()
         try:
             with (
-                fidelity.restored(self.model) as self.changes,
+                kept,
                 parts.tracing(self.model, self.calls),
                 self._modules_running.following(),
                 casts.counting(),
                 tracing,
             ):
+                self._place_state(tensors[len(self._tensors) :], given)
                 out = self.call(tensors, weights)
-                _write_reassigned(given, weights)
+                self._reassigned = _reassigned(given, weights)
+                leaves, names, self.out_spec = flatten_output(out)
+                for name, leaf in zip(names, leaves, strict=True):
+                    if not isinstance(leaf, torch.Tensor):
+                        check_constant(leaf, name)
+                losses = loss_leaves(out, leaves, self._loss)
+                handed = self._hand_out(leaves, names, losses, tensors, given)
         finally:
             self.where = tracing.where
-        paths, self.out_spec = pytree.tree_flatten_with_path(out)
-        handed = self._hand_out(out, paths, tensors)
         self.reads = [(value, where) for _, value, where in tracing.read]
         read = [tensor.detach() for tensor, _, _ in tracing.read]
         return (*handed, *read)
 
-    def _hand_out(self, out: Any, paths: list[Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _place_state(self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+        """Put traced tensors where Python state holds tensors."""
+        for path, traced in zip(self.host.state, tensors, strict=True):
+            path.set(self.model, traced)
+        for path, name in self.host.aliases:
+            path.set(self.model, weights[name])
+
+    def _hand_out(
+        self,
+        leaves: Sequence[Any],
+        names: Sequence[str],
+        losses: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+    ) -> list[torch.Tensor]:
         """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
-        leaves = [leaf for _, leaf in paths]
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                _check_constant(leaf)
-        starts = {id(leaf) for leaf in loss_leaves(out, leaves, self._loss)}
-        names = [pytree.keystr(path).strip(".").removeprefix("['").removesuffix("']") or "the output" for path, _ in paths]
+        starts = {id(leaf) for leaf in losses} if self.replay is None else set()
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
         for name, leaf in zip(names, leaves, strict=True):
             if not isinstance(leaf, torch.Tensor):
-                self.outputs.append(Output(name, None, constant=leaf))
+                left_out = is_cache(leaf)
+                self.outputs.append(Output(name, None, constant=None if left_out else leaf, left_out=left_out))
             elif any(leaf is tensor for tensor in tensors):
                 position = next(j for j, tensor in enumerate(tensors) if leaf is tensor)
                 self.outputs.append(Output(name, None, input=position))
             else:
-                differentiated = id(leaf) in starts
-                results.setdefault(id(leaf), _Handed.apply(leaf) if differentiated else leaf.detach())
-                self.outputs.append(Output(name, list(results).index(id(leaf)), differentiated, leaf.requires_grad))
+                position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
+                differentiated = self._add_result(results, leaf, id(leaf) in starts)
+                self.outputs.append(Output(name, position, differentiated, leaf.requires_grad))
+        self._collect_left(tensors, weights, results)
         self.num_results = len(results)
         return list(results.values())
 
+    def _is_of_buffer(self, effect: Effect) -> bool:
+        name = f"{effect.path.module}.{effect.path.name}".lstrip(".")
+        return not effect.path.steps and effect.path.scope is None and name in self.names.values()
 
-def _write_reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> None:
-    """Turn `self.buffer = new` in the model's forward into a write, which the graph can hold.
+    def _add_result(self, results: dict[int, torch.Tensor], leaf: torch.Tensor, is_start: bool) -> bool:
+        """Make a tensor a result, unless it is one; whether backward starts from it."""
+        position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
+        strides = None if self.replay is None else self.replay.strides[position]
+        differentiated = strides is not None if self.replay is not None else is_start
+        if position == len(results):
+            results[id(leaf)] = _Handed.apply(leaf, strides) if differentiated else leaf.detach()
+        return differentiated
+
+    def _collect_left(
+        self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor], results: dict[int, torch.Tensor]
+    ) -> None:
+        """Make what the forward left in Python state results, and note how a planned call writes it there."""
+        self.left, self.effects = [], []
+        sources = {id(tensor): Ref("input", i) for i, tensor in enumerate(tensors)}
+        sources |= {id(tensor): Ref("weight", name) for name, tensor in weights.items()}
+
+        def ref(path: Path, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or type(leaf) in (torch.Tensor, nn.Parameter):
+                return leaf
+            if id(leaf) not in sources:
+                if id(leaf) not in results:
+                    # it may be a term of the loop's loss; a backward without it is captured when it comes
+                    position = len(results)
+                    differentiated = self._add_result(results, leaf, leaf.requires_grad)
+                    self.left.append(Output(str(path), position, differentiated, leaf.requires_grad))
+                sources[id(leaf)] = Ref("result", list(results).index(id(leaf)))
+            return sources[id(leaf)]
+
+        for effect in (effect for effect in self.host.effects if not self._is_of_buffer(effect)):
+            live = effect.path.get(self.model)
+            if effect.appends or effect.replaces:
+                live = list(live)[-len(effect.template) :] if effect.template else []
+            template = rebuilt(live, partial(ref, effect.path))
+            if not same_build(template, effect.template):
+                raise CaptureError(
+                    f"{effect.path} is left otherwise while traced than in a real forward", module=effect.path.module
+                )
+            self.effects.append(replace(effect, template=template))
+        for name, new in self._reassigned.items():
+            module, _, attribute = name.rpartition(".")
+            path = Path(module, attribute)
+            self.effects.append(Effect(path, ref(path, new)))
+
+
+def _reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `self.buffer = new` in the model's forward has put in place of buffers.
 
     functional_call leaves in its dictionary what the module held at the end of the forward.
+
+    Raises:
+        CaptureError: a parameter was replaced, or a buffer by a tensor of another shape or dtype.
     """
-    for name, tensor in given.items():
-        new = left[name]
-        if new is tensor:
-            continue
+    found = {name: left[name] for name, tensor in given.items() if left[name] is not tensor}
+    for name, new in found.items():
+        tensor = given[name]
         if isinstance(tensor, nn.Parameter) or new.shape != tensor.shape or new.dtype != tensor.dtype:
             raise CaptureError(f"the model's forward replaces {name} by another tensor; only in-place updates can be planned")
-        tensor.copy_(new.detach())
-
-
-def _check_constant(leaf: Any) -> None:
-    if not isinstance(leaf, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
-        kind = type(leaf)
-        raise CaptureError(
-            f"the model returns a {kind.__module__}.{kind.__qualname__}, which is not a known container. Register it: "
-            f"torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten) "
-            "(torch.export.register_dataclass for a dataclass), or switch it off (transformers: use_cache=False)"
-        )
-
-
-def loss_leaves(out: Any, leaves: list[Any], loss: Loss) -> list[torch.Tensor]:
-    """The output leaves that backward starts from; `loss` as for `capture`."""
-    candidates = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if loss is None:
-        named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-        chosen = [named] if isinstance(named, torch.Tensor) else candidates
-    elif callable(loss):
-        picked = loss(out)
-        chosen = [picked] if isinstance(picked, torch.Tensor) else list(picked)
-    else:
-        chosen = [_member(out, loss)]
-    for leaf in chosen:
-        if not isinstance(leaf, torch.Tensor) or not any(leaf is other for other in leaves):
-            raise InputError(f"loss={loss!r} does not name a tensor of the model's output (found {type(leaf).__name__})")
-        if not leaf.requires_grad:
-            raise InputError(f"the output named by loss={loss!r} does not require grad: nothing to differentiate")
-    if not chosen:
-        raise InputError("no output of the model requires grad: nothing to differentiate")
-    return chosen
-
-
-def _member(out: Any, loss: str | int) -> Any:
-    try:
-        if isinstance(loss, str) and hasattr(out, loss):
-            return getattr(out, loss)
-        if isinstance(out, torch.Tensor):
-            raise TypeError("it is a single tensor")
-        return out[loss]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"the model's output has no {loss!r}: {type(error).__name__}: {error}") from error
+    return found

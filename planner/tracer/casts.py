@@ -28,10 +28,15 @@ MARK = "planner_cast"
 
 
 class Casts(TorchFunctionMode):
-    """Tells autocast's casts from the user's, while the model is traced; which share a cached result is told by `mark`."""
+    """Tells autocast's casts from the user's, while the model is traced; which share a cached result is told by `mark`.
 
-    def __init__(self) -> None:
+    Args:
+        are_cached: autocast's cache is enabled where the model is called. Tracing itself disables it.
+    """
+
+    def __init__(self, are_cached: bool) -> None:
         super().__init__()
+        self._are_cached = are_cached
         self._converting = 0
         self._num_clears = 0
         self._without_grad: set[tuple[int, int]] = set()
@@ -47,19 +52,25 @@ class Casts(TorchFunctionMode):
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """While entered, it is counted how often autocast forgets its casts: at the end of every outermost context."""
-        clear = torch.clear_autocast_cache
+        """While entered, autocast's cache is followed: when it forgets its casts, and where the model switches it off."""
+        names = ("clear_autocast_cache", "is_autocast_cache_enabled", "set_autocast_cache_enabled")
+        clear, enabled, enable = (getattr(torch, name) for name in names)
 
         def counted() -> None:
             self._num_clears += 1
             clear()
 
-        torch.clear_autocast_cache = counted
+        def followed(now: bool) -> None:
+            self._are_cached = now
+
+        for name, function in zip(names, (counted, lambda: self._are_cached, followed), strict=True):
+            setattr(torch, name, function)
         try:
             with self:
                 yield
         finally:
-            torch.clear_autocast_cache = clear
+            for name, function in zip(names, (clear, enabled, enable), strict=True):
+                setattr(torch, name, function)
 
     def mark(self, func: Any, args: Any, kwargs: Any) -> dict[str, int]:
         """Metadata for a kernel's node: for a cast by autocast, the number of the context in which eager would cache it.
@@ -69,7 +80,7 @@ class Casts(TorchFunctionMode):
         """
         if func is not _TO_COPY or self._converting or (kwargs or {}).get("dtype") not in _LOW:
             return {}
-        if args[0].dtype is not torch.float32:
+        if args[0].dtype is not torch.float32 or not self._are_cached:
             return {}
         key = (id(args[0]), self._num_clears)
         if not torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from planner.tracer.elsewhere import Elsewhere
 
 def check_trainable(model: nn.Module, num_tensors: int) -> None:
     """Raise what says why this is no training step that can be planned; `num_tensors`: among the call's arguments."""
+    refuse_wrappers(model)
     if not num_tensors:
         raise InputError("no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y})")
     if not model.training:
@@ -23,6 +24,47 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
         raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
 
 
+_DDP = "planned = plan({module}, budget, args); model = DistributedDataParallel(planned)"
+_WRAPPERS = {
+    "DistributedDataParallel": f"gradients would be reduced once, while planning, and never again. Plan what it wraps: {_DDP}",
+    "FullyShardedDataParallel": "parameters are gathered for the time of a forward. Plan the blocks before they are sharded: "
+    "for block in blocks: install(block, plan(block, budget, args)), then fully_shard(block) (FSDP2)",
+    "FSDPModule": "parameters are gathered for the time of a forward. Plan the blocks before they are sharded: for block in "
+    "blocks: install(block, plan(block, budget, args)), then fully_shard(block)",
+    "ReplicateModule": "gradients are reduced by hooks. Plan it before: install(model, plan(model, budget, args)), then "
+    "replicate(model)",
+    "DataParallel": f"each call copies the model to several devices. Use a process for each device: {_DDP}",
+    "DeepSpeedEngine": "its own backward and step are needed. Plan what it wraps, before: "
+    "planned = plan({module}, budget, args); deepspeed.initialize(model=planned, ...)",
+}
+"""Classes that communicate around a model's forward -> why they are not planned, and the lines that work."""
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise InputError for a model that is, or holds, a wrapper for several devices, or tensors that are parts of others."""
+    for name, module in model.named_modules():
+        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__ != "builtins"]
+        found = next((kind for kind in kinds if kind in _WRAPPERS), None)
+        if found is not None:
+            what = f"the model's submodule {name} is" if name else "the model is"
+            inside = f"{f'model.{name}' if name else 'model'}.module"
+            raise InputError(f"{what} a {found}, which no plan can hold: {_WRAPPERS[found].format(module=inside)}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _refuse_sharded(name, tensor)
+
+
+def _refuse_sharded(name: str, tensor: torch.Tensor) -> None:
+    kinds = [kind.__name__ for kind in type(tensor).__mro__]
+    found = next((kind for kind in kinds if kind in ("DTensor", "ShardedTensor")), "")
+    if getattr(tensor, "_is_flat_param", False):  # FSDP1 marks them so
+        found = "FlatParameter"
+    if found:
+        raise InputError(
+            f"{name} is a {found}, of which each rank holds a part, and a plan is made of whole tensors. Plan the module "
+            "before it is sharded: install(block, plan(block, budget, args)), then fully_shard(block)"
+        )
+
+
 def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.device:
     """The one device everything is on, or an InputError that says what to change."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -31,11 +73,13 @@ def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.devic
                 f"{name} is on the meta device: give the model storage first, model.to_empty(device=...), "
                 "or plan for a device that is not here, plan(..., device='H100-80GB')"
             )
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() > 0}
+    held = (*model.parameters(), *model.buffers())
+    devices = {t.device for t in held if t.dim() > 0} or {t.device for t in held}  # a scalar may lie elsewhere beside others
     if len(devices) > 1:
         raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
     (device,) = devices
     for i, tensor in enumerate(tensors):
+        _refuse_sharded(f"tensor input {i}", tensor)
         if tensor.device != device and tensor.dim() > 0:
             raise InputError(f"tensor input {i} is on {tensor.device}, the model on {device}: move it with .to('{device}')")
     return device

@@ -11,6 +11,8 @@ from torch import fx
 
 from planner._torch import pytree
 from planner.graph.graph import Kind
+from planner.tracer.host.fingerprint import TensorKey
+from planner.tracer.host.state import HostState
 
 if TYPE_CHECKING:
     from planner.tracer.part import PartCall
@@ -23,8 +25,8 @@ class Input:
     Attributes:
         node: its name.
         kind: PARAM, BUFFER, INPUT or TANGENT.
-        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves;
-            for a tangent the position among the results; for a captured constant "constant:N".
+        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves and, behind these, the
+            tensors of `Joint.host.state`; for a tangent the position among the results; for a captured constant "constant:N".
         mutated: the forward writes into it (running statistics, in-place ops on inputs).
     """
 
@@ -44,7 +46,8 @@ class Output:
         differentiated: backward starts from it.
         requires_grad: eager's output requires grad (it does not when False).
         constant: the leaf itself where it is no tensor.
-        input: position among the call's tensor leaves where it is an input handed through.
+        input: position among the call's tensor leaves, then `Joint.host.state`, where it is an input handed through.
+        left_out: None takes the place of what eager returns (a key-value cache).
     """
 
     name: str
@@ -53,6 +56,7 @@ class Output:
     requires_grad: bool = False
     constant: Any = None
     input: int | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +129,13 @@ class Joint:
         call: how calls map onto the graph.
         sources: node name -> "module.path file.py:line".
         device: where the step runs.
-        volatile: (position of the module, name) of the attributes that the model's own forward changes.
+        weights: name and metadata of the model's parameters and buffers.
+        left: one Output per result that the forward leaves in Python state.
+        host: what Python does beside the kernels.
         parts: recorded calls of opaque parts, by key.
         tickets: nodes that hold their tickets.
         elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
+        recorded: (kernel, value) of every host read, to capture the call again without running it; None where none was needed.
     """
 
     graph: fx.Graph
@@ -144,7 +151,10 @@ class Joint:
     call: CallSpec
     sources: dict[str, str]
     device: torch.device
-    volatile: frozenset[tuple[int, str]] = frozenset()
+    weights: tuple[tuple[str, TensorKey], ...] = ()
+    left: tuple[Output, ...] = ()
+    host: HostState = field(default_factory=HostState)
     parts: Mapping[str, PartCall] = field(default_factory=dict)
     tickets: frozenset[str] = frozenset()
     elsewhere: str = ""
+    recorded: tuple[tuple[str, Any], ...] | None = None

@@ -9,10 +9,12 @@ from torch import fx
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer import kernels
+from planner.tracer.collectives import is_collective
 from planner.tracer.joint import Joint
 from planner.tracer.mutation import blind_arguments, new_statistics, updates_statistics
 from planner.tracer.parts import part_of
-from planner.tracer.randomness import is_random
+from planner.tracer.raising import raises
+from planner.tracer.randomness import is_random, is_repeatable
 from planner.tracer.storage import Storages, items, mutates
 
 _CUDA_BLOCK = 512
@@ -37,9 +39,13 @@ def lower(joint: Joint, profile: Profile | None = None, *, reserved: Mapping[str
 
 
 def backward_is_fixed(joint: Joint) -> bool:
-    """Backward ops must run in captured order: one of them draws random numbers, or writes into a tensor that lives on."""
-    backward = list(joint.graph.nodes)[joint.num_forward_nodes :]
-    return any(node.op == "call_function" and (is_random(node) or mutates(node)) for node in backward)
+    """Backward ops must run in captured order.
+
+    One of them draws random numbers, writes into a tensor that lives on, communicates with other ranks (whose collectives must
+    come in the same order), or is of somebody else's making and not known to be repeatable.
+    """
+    backward = [node for node in list(joint.graph.nodes)[joint.num_forward_nodes :] if node.op == "call_function"]
+    return any(is_random(node) or mutates(node) or is_collective(node) or not is_repeatable(node) for node in backward)
 
 
 class _Lowering:
@@ -129,7 +135,9 @@ class _Lowering:
 
     def _recomputable(self, node: fx.Node, forward: bool) -> bool:
         """A second execution is sure to give the same bits and to change nothing."""
-        if node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
+        if raises(node) or node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
+            return False
+        if is_collective(node) or not is_repeatable(node):
             return False
         part = part_of(node)
         if part is not None and not part.repeatable:

@@ -12,13 +12,17 @@ from torch import fx
 from planner._torch import ExportedJoint, HigherOrderOperator, pytree, results
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
+from planner.profiler.observed import is_foreign
 from planner.tracer import kernels
 from planner.tracer.casts import merge_casts
+from planner.tracer.fidelity import VALIDATIONS
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
 from planner.tracer.parts import is_traced_part, write_parts
+from planner.tracer.raising import in_forward, raises, write_raising
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
+from planner.tracer.replay import set_layouts
 from planner.tracer.storage import Storages, mutates
 
 aten = torch.ops.aten
@@ -39,6 +43,7 @@ def normalize(
     call: CallSpec,
     device: torch.device,
     parts: Mapping[str, PartCall],
+    moving: Collection[int] = (),
 ) -> Joint:
     """Bring the exported joint graph into normal form.
 
@@ -50,6 +55,7 @@ def normalize(
         reads: value and source of each of those.
         call, device: handed on.
         parts: recorded calls of opaque parts, by key.
+        moving: positions of the inputs whose place holds another tensor after the forward.
 
     Raises:
         CaptureError: the graph holds something that cannot be planned exactly (named).
@@ -64,9 +70,11 @@ def normalize(
     constants = _lift_constants(graph, exported.graph_module, inputs)
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)
-    _refuse_moving_reads(guards, host_reads, [node_of[role[1:]].name for role in roles if role[0] == "mutation"])
+    changed = [role[1:] for role in roles if role[0] == "mutation"] + [("input", i) for i in moving]
+    _refuse_moving_reads(guards, host_reads, [node_of[role].name for role in changed])
+    checks = in_forward(graph)
     tickets = _write_kernels(graph, roles, node_of, parts, device)
-    last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of))
+    last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of, checks))
     gradients = _hand_out_gradients(graph, roles, node_of)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
@@ -95,7 +103,9 @@ def _write_kernels(
     graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], parts: Mapping[str, PartCall], device: torch.device
 ) -> frozenset[str]:
     """Turn what was traced into the kernels that eager runs; nodes that hold opaque parts' tickets."""
+    write_raising(graph)
     _drop_detach(graph)
+    set_layouts(graph)
     tickets = write_parts(graph, parts)
     merge_casts(graph, {node_of[role[1:]]: i for i, role in enumerate(roles) if role[0] == "gradient"})
     draw_as_eager(graph, device)
@@ -106,7 +116,10 @@ def _write_kernels(
 
 
 def _has_effects(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node)
+    """What eager runs for more than its result; who knows what an operator from outside of torch does besides."""
+    if node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node) or raises(node):
+        return True
+    return node.op == "call_function" and is_foreign(node.target)
 
 
 def _write_mutations(
@@ -201,9 +214,11 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _end_forward(graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node]) -> fx.Node | None:
-    """Bring the forward together in front, and return its last node."""
-    forward_results = [node for role, node in zip(roles, results(graph), strict=True) if role[0] != "gradient"]
+def _end_forward(
+    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], checks: Sequence[fx.Node]
+) -> fx.Node | None:
+    """Bring the forward together in front, `checks` included, and return its last node."""
+    forward_results = [node for role, node in zip(roles, results(graph), strict=True) if role[0] != "gradient"] + [*checks]
     _move_forward_up(graph, forward_results, [node for role, node in node_of.items() if role[0] == "tangent"])
     return _last_ancestor(graph, forward_results)
 
@@ -246,8 +261,10 @@ def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, str]]) -> fx.Graph |
         moving = [n for n in _ancestors([node]) if n.op == "call_function" and (is_random(n) or is_traced_part(n))]
         if moving:
             why = "random numbers" if is_random(moving[0]) else "a part of it that runs as it is"
+            is_validation = where.rpartition(" ")[2] in VALIDATIONS
+            cure = "set validate_args=False in torch.distributions there: " if is_validation else ""
             raise CaptureError(
-                f"the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
+                f"{cure}the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
                 module=_module(where),
             )
     needed = _ancestors(node for node, _ in reads)

@@ -238,6 +238,7 @@ def call_part(
         leaves[position] = arguments[place]
     args, kwargs = pytree.tree_unflatten(leaves, spec.call.in_spec)
     ticket, packed = Ticket(), []
+    module_name = spec.module
     slots = ticket.slots  # not the ticket itself: it would hold what holds it, beyond the reach of Python's collector
 
     def pack(tensor: torch.Tensor) -> _Packed:
@@ -245,6 +246,11 @@ def call_part(
         return packed[-1]
 
     def unpack(held: _Packed) -> torch.Tensor:
+        if held.tensor is None and not slots.given:
+            raise BackwardError(
+                f"backward came to a tensor that something in {module_name} kept of its inside (a hook?); a plan knows no "
+                "gradient there. Return that tensor from the model, or keep it detached"
+            )
         return held.tensor if held.tensor is not None else slots.given[held.slot].as_strided(*held.geometry)
 
     enabled, dtype = spec.autocast

@@ -16,6 +16,7 @@ from planner._torch import pytree
 from planner.errors import CaptureError, InputError
 from planner.tracer import fidelity, kernels
 from planner.tracer.casts import MARK
+from planner.tracer.host.observe import HOOKS
 from planner.tracer.part import PartCall, TensorSpec
 from planner.tracer.storage import items
 
@@ -61,7 +62,7 @@ def _runs_as_it_is(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
         return True
-    hooks = [hook for kind in fidelity.HOOKS for hook in vars(module)[kind].values()]
+    hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values()]
     return any(map(fidelity.is_foreign, hooks))  # a trace would call them once and never again
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import fx
 
 from planner._torch import OpOverload
+from planner.profiler import observed
+from planner.profiler.observed import observation_of
 from planner.tracer import kernels
 
 _INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
@@ -25,7 +27,7 @@ def draw_as_eager(graph: fx.Graph, device: torch.device) -> None:
     where dropout is a fused kernel with a small mask already: there the draws stay as they are.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli.p):
-        like = node.args[0].meta["val"]  # only its layout matters; not reading it lets it go
+        like = node.meta["val"]  # laid out as an empty_like of what is dropped, which is not read: that lets it go
         keep, dtype = node.args[1], like.dtype
         scaled = [user for user in node.users if user.target in _DIVISIONS and user.args[0] is node]
         only_scaled = 0 < len(scaled) == len(node.users) and all(isinstance(div.args[1], float) for div in scaled)
@@ -43,6 +45,9 @@ def is_random(node: fx.Node) -> bool:
         return True
     if node.target in (kernels.part, kernels.part_backward):
         return bool(node.meta["part"].draws[node.target is kernels.part_backward])
+    found = observation_of(node) if observed.is_foreign(node.target) else None
+    if found is not None and found.draws:
+        return True
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     names = [argument.name for argument in node.target._schema.arguments]
@@ -52,6 +57,14 @@ def is_random(node: fx.Node) -> bool:
         **node.kwargs,
     }
     return not any(name in given and given[name] == inert and given[name] is not None for name, inert in _INERT.items())
+
+
+def is_repeatable(node: fx.Node) -> bool:
+    """A second run gives the same bits, the generator put back: so torch's kernels do, and others' that were seen to."""
+    if not isinstance(node.target, OpOverload) or not observed.is_foreign(node.target):
+        return True
+    found = observation_of(node)
+    return found is not None and found.repeatable
 
 
 def save_rng_states(graph: fx.Graph, last_forward: fx.Node | None, device: torch.device) -> dict[str, str]:

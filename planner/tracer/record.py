@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,15 @@ import torch
 from torch import nn
 
 from planner import _torch
-from planner._torch import TorchDispatchMode, pytree, storage_id
-from planner.errors import CaptureError
+from planner._torch import pytree, storage_id
+from planner.errors import CaptureError, InputError
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity, kernels
+from planner.tracer.host.observe import HOOKS, Observation, Observer
+from planner.tracer.host.preserve import Generators, contents_preserved, model_preserved
+from planner.tracer.host.reads import global_names
+from planner.tracer.host.values import parts as parts_of
 from planner.tracer.joint import CallSpec
 from planner.tracer.part import Part, PartCall, Ticket, call_part, find_reads, gated, tensor_spec
 
@@ -24,61 +29,74 @@ _LONG_NS = 500_000_000
 """A part that takes this long is timed once."""
 _DRAWS = 5
 """A part that draws random numbers is run so often, each time with others; the most bytes seen count."""
+_MOST_VALUES = 10_000
+"""Values behind hooks that are looked at."""
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-Read = tuple[str, bool | int | float | complex]
-
-
-class RecordReads(TorchDispatchMode):
-    """In a real forward: remembers every tensor value that Python reads, but for what opaque parts read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: list[Read] = []
-        self.paused = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in fidelity.HOST_READS and not self.paused:
-            self.values.append((str(func), result))
-        return result
 
 
 def record(
-    model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], parts: Sequence[str], device: torch.device
-) -> tuple[list[Read], dict[str, PartCall]]:
-    """Run one real forward: the tensor values that Python read, in order, and the calls of opaque parts, by key.
+    model: nn.Module,
+    call: Callable[[], Any],
+    inputs: Sequence[torch.Tensor],
+    parts: Sequence[str],
+    device: torch.device,
+    modules: fidelity.ModuleStack,
+) -> tuple[Observation, dict[str, PartCall]]:
+    """Run recording forwards: what Python does beside the kernels, and the calls of opaque submodules, by key.
 
-    Nothing is kept for a backward, so it needs no more memory than an inference forward; an opaque part is run a few times
-    more, with its backward, and measured.
+    Nothing is kept for a backward, so it needs no more memory than an inference forward; an opaque submodule is run a few times
+    more, with its backward, and measured. Python state is left as the last run left it: `Observation.preserved` puts it back.
 
     Raises:
-        CaptureError: a part takes, returns or does what no plan can hold.
+        CaptureError: the model, or an opaque submodule, takes, returns or does what no plan can hold.
     """
-
-    def refuse(_: Any) -> Any:
-        raise CaptureError("backward was called inside the model's forward")
-
-    reads, calls = RecordReads(), dict[str, PartCall]()
+    calls: dict[str, PartCall] = {}
     counts: dict[str, int] = {}
+    observer = Observer(model, modules, parts, device)
 
     def run_part(module: nn.Module, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         counts[name] = counts.get(name, 0) + 1
         key = f"{name}#{counts[name] - 1}"
-        reads.paused = True
-        try:
-            calls[key] = _Recording(module, name, key, args, kwargs, device).spec
-            return run()
-        finally:
-            reads.paused = False
+        with observer.pause():
+            if key not in calls:
+                calls[key] = _Recording(module, name, key, args, kwargs, device).spec
+            out = run()
+            _refuse_collected(module, name)
+            return out
 
-    with (
-        fidelity.untouched(model, [*model.buffers(), *inputs, *written_weights(model)]),
-        torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
-        _torch.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part),
-        reads,
-    ):
-        call()
-    return reads.values, calls
+    def run_model() -> Any:
+        counts.clear()
+        return call()
+
+    try:
+        with (
+            contents_preserved([*model.buffers(), *written_weights(model)]),
+            _torch.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part),
+        ):
+            return observer.observe(run_model, inputs), calls
+    except BaseException:
+        observer.preserved.restore()
+        raise
+    finally:
+        observer.kernels.restore_contents()
+
+
+def _refuse_collected(module: nn.Module, name: str) -> None:
+    """Raise InputError where hooks keep tensors that the loop could differentiate: no graph that a plan knows holds them."""
+    todo, seen = [hook for hook in _hooks(module) if fidelity.is_foreign(hook)], set[int]()
+    while todo and len(seen) < _MOST_VALUES:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, nn.Module):
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+            raise InputError(
+                f"a forward hook on {name} keeps a tensor {list(value.shape)} that requires grad, for a loss of the loop; "
+                "a plan knows no gradient that arrives there. Return it from the model, or keep it detached in the hook"
+            )
+        todo += [item for _, item in parts_of(value, lambda _, __: True)]
+        if isinstance(value, types.FunctionType):
+            todo += [value.__globals__[variable] for variable in global_names(value.__code__) if variable in value.__globals__]
 
 
 def written_weights(model: nn.Module) -> list[torch.Tensor]:
@@ -125,7 +143,7 @@ class _Recording:
         self._measure()
 
     def _untouched(self) -> Any:
-        return fidelity.untouched(self.module, [*self.module.buffers(), *written_weights(self.module)])
+        return model_preserved(self.module, [*self.module.buffers(), *written_weights(self.module)])
 
     def _learn(self) -> None:
         """Run it once and see what it takes, makes, draws and changes."""
@@ -136,7 +154,9 @@ class _Recording:
         watched = [*arguments, *state.values()]
         versions = [tensor._version for tensor in watched]
         contents = {name: tensor.detach().clone() for name, tensor in self.state.items() if name in spec.buffers}
-        with self._untouched(), fidelity.restored(self.module) as changes:
+        host = Generators(self.device).host()
+        inside = [dict(inner._modules) for inner in self.module.modules()]
+        with self._untouched() as preserved:
             before = _generators(self.device)
             ticket, results, packed = call_part(self.module, spec, arguments, state, lambda out: self._see(out, arguments))
             between = _generators(self.device)
@@ -147,13 +167,17 @@ class _Recording:
             after = _generators(self.device)
             written = [tensor._version != version for tensor, version in zip(watched, versions, strict=True)]
             changed = [name for name, old in contents.items() if not torch.equal(old, self.state[name])]
+            drew_on_host = Generators(self.device).host() != host
+            if inside != [dict(inner._modules) for inner in self.module.modules()]:
+                raise CaptureError(f"the forward of {spec.module} exchanges its submodules", module=spec.module)
+            left_changed = preserved.restore()
         if any(written[: len(arguments)]):
             raise CaptureError(f"{spec.module} runs as it is, but writes into its argument in place", module=spec.module)
         mutates = {name for name, is_written in zip(state, written[len(arguments) :], strict=True) if is_written}
         num_arguments = len(arguments)
         hooked = any(map(fidelity.is_foreign, _hooks(self.module)))
         host_drawn = self.device.type != "cpu" and before[0] != between[0]
-        self.is_random = before != between or any(change.module < 0 for change in changes)
+        self.is_random = before != between or drew_on_host
         self.spec = replace(
             self.spec,
             reads=(
@@ -163,7 +187,7 @@ class _Recording:
             gradients=self._gradient_specs(found),
             draws=(before != between, between != after),
             mutates=tuple(sorted(mutates | set(changed))),
-            repeatable=not (mutates or changed or changes or hooked or host_drawn),
+            repeatable=not (mutates or changed or left_changed or drew_on_host or hooked or host_drawn),
         )
 
     def _see(self, out: Any, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -279,4 +303,4 @@ def _generators(device: torch.device) -> list[bytes]:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for m in module.modules() for kind in fidelity.HOOKS for hook in vars(m)[kind].values()]
+    return [hook for m in module.modules() for kind in HOOKS for hook in vars(m)[kind].values()]

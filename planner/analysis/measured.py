@@ -1,0 +1,164 @@
+"""Peaks and times of planned steps by themselves, and plans that are made again for less where the step needs more."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from planner.analysis.side import CopyError, Side, check_call, copy_of
+from planner.analysis.step import NotRunError, run_step
+from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError
+from planner.graph.plan import NOT_RUN, RUN
+from planner.report.progress import stage
+from planner.runtime.module import CheckpointedModule
+from planner.units import enough_text, format_bytes
+
+
+def time_step(
+    planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, rounds: int = 3
+) -> tuple[float, int]:
+    """Seconds of a planned step by the wall clock, the median of `rounds`, and its measured peak in bytes.
+
+    It runs on a copy that shares the parameters' memory, so that it fits where the plan fits; gradients, hooks, buffers and the
+    generator are not the model's, or are put back.
+
+    Raises:
+        InputError: the call is not the one planned for, or the model cannot be copied.
+    """
+    call = check_call(planned, args, kwargs, "a step can be measured for")
+    side = Side(copy_of(planned, sharing=True), planned, call)
+    with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
+        side.prepare()
+        side.step()
+        peak_bytes = side.peak()
+        seconds = [seconds_of(side, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
+    return statistics.median(seconds), peak_bytes
+
+
+def seconds_of(side: Side, device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:
+    """Time of one step: on a CPU by the given clock, on CUDA by the wall clock between two synchronizations."""
+    side.prepare()
+    cuda = device.type == "cuda"
+    clock = time.perf_counter if cuda else cpu_clock
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = clock()
+    side.step()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
+def step_peak(planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
+    """Measured peak of a planned step in bytes, everything resident included; see `run_step`.
+
+    Raises:
+        NotRunError, CopyError, PlanCheckError: as `run_step`.
+    """
+    return run_step(planned, (tuple(args), dict(kwargs or {})))
+
+
+def measured_within(
+    budget_bytes: int,
+    plan: Callable[[int], CheckpointedModule],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tries: int = 3,
+    progress: bool = False,
+    stacklevel: int = 4,
+) -> CheckpointedModule:
+    """A planned module whose step is measured to fit a budget; its plan says what was measured.
+
+    Args:
+        plan: makes the module for a budget; it is asked again for less by what the step needed too much.
+        args, kwargs: the call planned for.
+        tries: how often it is asked at most.
+        progress: show a bar on stderr where the step takes more than a second.
+        stacklevel: of the warning; 4 where the caller's caller is the user.
+
+    Warns where nothing was measured and nothing about the model or the device had said so.
+
+    Raises:
+        PlanCheckError: the step fails.
+        CompileError, MeasuredPeakError: it needs more than the budget each time; compiled, or not.
+        InfeasibleBudgetError, NoScheduleFoundError: there is no plan for the budget itself.
+    """
+    aim_bytes, fitting, peak_bytes = budget_bytes, None, None
+    for attempt in range(tries):
+        try:
+            planned = plan(aim_bytes)
+        except (InfeasibleBudgetError, NoScheduleFoundError):
+            if attempt == 0:
+                raise
+            break
+        planned = measured(planned, args, kwargs, progress=progress, stacklevel=stacklevel)
+        peak_bytes = planned.plan.measured_bytes
+        if peak_bytes is None:
+            return planned
+        # how far it strays changes from step to step with the blocks at hand: half as far again is left free
+        strayed = max(0, peak_bytes - planned.plan.peak_bytes) // 2 if can_stray(planned) else 0
+        if peak_bytes + strayed <= budget_bytes:
+            return planned
+        fitting = planned if peak_bytes <= budget_bytes else fitting
+        aim_bytes = planned.plan.peak_bytes - (peak_bytes + strayed - budget_bytes)
+    if fitting is not None:
+        return fitting
+    assert peak_bytes is not None
+    raise _over(budget_bytes, peak_bytes, planned)
+
+
+def measured(
+    planned: CheckpointedModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = False,
+    stacklevel: int = 3,
+) -> CheckpointedModule:
+    """The module, one step of which was run, whatever it needed; its plan says what that was, or why none was run.
+
+    Raises:
+        PlanCheckError: the step fails.
+    """
+    try:
+        with stage("run one step", progress):
+            peak_bytes = step_peak(planned, args, kwargs)
+    except (NotRunError, CopyError) as reason:
+        if not getattr(reason, "expected", False):
+            warnings.warn(f"whether the step keeps its budget was not measured: {reason}", stacklevel=stacklevel)
+        return noted(planned, f"{NOT_RUN}: {reason}")
+    return noted(planned, RUN, peak_bytes)
+
+
+def noted(planned: CheckpointedModule, check: str, measured_bytes: int | None = None) -> CheckpointedModule:
+    """The module, whose plan now says whether a step was run and what it needed."""
+    planned.plan = replace(planned.plan, check=check, measured_bytes=measured_bytes)
+    return planned
+
+
+def can_stray(planned: CheckpointedModule) -> bool:
+    """The peak is that of CUDA's allocator, which hands out larger blocks than it is asked for."""
+    return planned.device.type == "cuda" and not planned.step.is_compiled
+
+
+def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> CompileError | MeasuredPeakError:
+    """What to raise where a step was measured to need more than the budget."""
+    needs = f"the step peaks at {format_bytes(peak_bytes)}, more than the budget of {format_bytes(budget_bytes)} "
+    needs += f"(its plan: {format_bytes(planned.plan.peak_bytes)})"
+    if planned.step.is_compiled:
+        return CompileError(f"compiled, {needs}. Plan without compile=True, which keeps the budget")
+    # a plan for a larger budget is measured again, and how far the allocator strays changes from step to step
+    enough = peak_bytes + max(0, peak_bytes - planned.plan.peak_bytes) // 2
+    cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes)"
+    if planned.plan.is_estimated:
+        cure += ", or plan with costs='measure': what kernels need for themselves cannot be estimated"
+    elif can_stray(planned):
+        cure += ", or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where CUDA's allocator cuts every block to size"
+    return MeasuredPeakError(f"measured, {needs}. {cure}", budget_bytes=budget_bytes, peak_bytes=peak_bytes)

@@ -1,0 +1,187 @@
+"""A copy of a model, planned or plain, whose training step can be run without touching the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import pytree
+from planner.analysis.state import generators, set_generators, state_of
+from planner.errors import InputError
+from planner.graph.graph import Kind
+from planner.profiler.memory import logical_peak
+from planner.runtime.audit import run_original
+from planner.runtime.install import uninstall
+from planner.runtime.mismatch import Mismatch
+from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.tracer.outputs import without_caches
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CopyError(InputError):
+    """The model cannot be copied, and what is to be measured would change it."""
+
+
+def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
+    """A deep copy. Tensors that a forward left on a module are taken along without the graph that made them.
+
+    Args:
+        module: a model or a planned module.
+        sharing: its parameters share the memory of the module's; what hangs on the module's (hooks, optimizers) does not see
+            them.
+
+    Raises:
+        CopyError: it cannot be copied.
+    """
+    model = module.original if isinstance(module, CheckpointedModule) else module
+    left = [t for t in state_of(model).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in left}
+    if sharing:
+        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise CopyError(f"the model cannot be copied, so no step of it can be run beside it: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, for a message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300].rstrip('.')}"
+
+
+def own_call(planned: CheckpointedModule, call: Call) -> Call:
+    """The call on tensors of its own: leaves of autograd, without hooks; a copy where the step writes into one."""
+    leaves, spec = pytree.tree_flatten(call)
+    joint = planned.step.joint
+    mutated = {joint.call.tensors[int(given.key)] for given in joint.inputs if given.kind is Kind.INPUT and given.mutated}
+    written = {id(leaves[i]) for i in mutated}
+    own: dict[int, torch.Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
+            fresh = _copied(leaf) if id(leaf) in written else leaf.detach()
+            own[id(leaf)] = fresh.requires_grad_(leaf.requires_grad)
+    args, kwargs = pytree.tree_unflatten([own.get(id(leaf), leaf) for leaf in leaves], spec)
+    return tuple(args), dict(kwargs)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor.detach())
+
+
+def autocast_of(planned: CheckpointedModule) -> Any:
+    """The context that the plan's forward was captured in, whatever the caller's is."""
+    enabled, name = planned.step.key.autocast
+    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
+    return torch.autocast(planned.device.type, dtype, enabled=enabled)
+
+
+def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> Call:
+    """The call, which is the one that was planned for.
+
+    Raises:
+        InputError: it is not; `what` says who needs it.
+    """
+    call = (tuple(args), dict(kwargs or {}))
+    with autocast_of(planned), torch.enable_grad():
+        miss = planned.difference(*call)
+    if miss is not None and miss.kind != "host":  # a copy whose Python state is not yet what it becomes can be settled
+        raise InputError(f"{what} the call that was planned for: {miss} differs")
+    return call
+
+
+def resident_bytes(planned: CheckpointedModule) -> int:
+    """Bytes that are there before the step: parameters, buffers, inputs, and what is set aside."""
+    graph = planned.plan.graph
+    return sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
+
+
+class Side:
+    """A module of its own (a copy) and a call of its own: steps change nothing else but the random generators.
+
+    Attributes:
+        module: planned or plain.
+        call: see `own_call`.
+    """
+
+    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: Call) -> None:
+        self.module, self.call, self._planned, self._given = module, own_call(planned, call), planned, call
+        self._device = planned.device
+        self._model: nn.Module = module.original if isinstance(module, CheckpointedModule) else module
+        if isinstance(module, CheckpointedModule):
+            module.__dict__["audits"] = False  # an audit is no part of a step
+        else:
+            uninstall(module)
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """The call's tensors."""
+        return [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
+
+    def prepare(self) -> None:
+        """Gradients at None, inputs as they were given."""
+        self.module.zero_grad(set_to_none=True)
+        given = [leaf for leaf in pytree.tree_leaves(self._given) if isinstance(leaf, torch.Tensor)]
+        for own, original in zip(self.inputs, given, strict=True):
+            own.grad = None
+            if own.data_ptr() != original.data_ptr():
+                with torch.no_grad():
+                    own.detach().copy_(original)
+
+    def settle(self) -> None:
+        """Run the model's own forward once, which fills caches and first states; the generators stay as they are."""
+        self.prepare()
+        before = generators()
+        with autocast_of(self._planned):
+            run_original(unplanned_forward(self._model), *self.call)
+        set_generators(before)
+
+    def mismatch(self) -> Mismatch | None:
+        """What keeps a planned module from running this side's call planned."""
+        self.prepare()
+        with autocast_of(self._planned), torch.enable_grad():
+            return self.module.difference(*self.call)  # type: ignore[no-any-return, operator]
+
+    def step(self) -> list[Any]:
+        """Forward and backward; the output's leaves. `prepare` comes first."""
+        with torch.enable_grad():
+            with autocast_of(self._planned):
+                out = self.module(*self.call[0], **self.call[1])
+            leaves = aligned(self._planned, pytree.tree_leaves(out))
+            backward_of_ones(self._planned.starts(leaves, self._model), self._device)
+        return leaves
+
+    def peak(self) -> int:
+        """Measured peak of a step, with everything that is resident. A step has run before: what a first call allocates for
+        good is no part of one."""
+        self.prepare()
+        above = logical_peak(self.step, self._device)
+        if self._device.type == "cuda":  # whose blocks are cut to size anew: what one hands out depends on those at hand
+            self.prepare()
+            torch.cuda.empty_cache()
+            above = max(above, logical_peak(self.step, self._device))
+        return resident_bytes(self._planned) + above
+
+
+def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
+    """An output's leaves as the plan numbers them; None for a cache that a planned output leaves out."""
+    outputs = planned.step.joint.outputs
+    if not any(out.left_out for out in outputs):
+        return list(leaves)
+    there = [i for i, out in enumerate(outputs) if not out.left_out and (out.result, out.input, out.constant) != (None,) * 3]
+    found: list[Any] = [None] * len(outputs)
+    for i, leaf in zip(there, without_caches(leaves), strict=True):
+        found[i] = leaf
+    return found
+
+
+def backward_of_ones(starts: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Backward from these outputs, each with a gradient of ones."""
+    with torch.autocast(device.type, enabled=False):
+        torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])

@@ -1,0 +1,290 @@
+"""One planned step at the end of `plan`: it has to run, to return what the captured graph says, and to keep its budget.
+
+On a CPU it runs in a forked child, on the model itself, which costs the parent nothing; on an accelerator, and where inductor
+compiles the step, on a copy of the model that shares its parameters' memory.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import pytree
+from planner.analysis.side import (
+    Call,
+    Side,
+    aligned,
+    autocast_of,
+    backward_of_ones,
+    copy_of,
+    first_line,
+    own_call,
+    resident_bytes,
+)
+from planner.analysis.state import strides_that_matter
+from planner.errors import InputError, PlanCheckError, PlannerError
+from planner.profiler.child import CAN_FORK, Child
+from planner.profiler.memory import logical_peak
+from planner.profiler.timing import free_bytes
+from planner.runtime.audit import run_original
+from planner.runtime.install import uninstall
+from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.tracer.joint import Joint
+from planner.units import format_bytes
+
+_PATIENCE_S, _PATIENCE_STEPS = 60.0, 50.0
+"""How long a child may take: so many seconds, and so many predicted steps."""
+
+
+class NotRunError(InputError):
+    """No step could be run, for a reason that says nothing about the plan.
+
+    Attributes:
+        expected: such a model or device is known not to run here; there is nothing to warn of.
+    """
+
+    def __init__(self, message: str, *, expected: bool = False) -> None:
+        super().__init__(message)
+        self.expected = expected
+
+
+def run_step(planned: CheckpointedModule, call: Call) -> int:
+    """Measured peak in bytes, everything resident included, of one planned step that was run and checked.
+
+    Model, gradients, inputs and generators stay as they are. Hooks of the model and of its parameters do not run.
+
+    Raises:
+        NotRunError: it could not be run; nothing is known about it.
+        CopyError: likewise, because the model cannot be copied.
+        PlanCheckError: it fails, or returns tensors of another shape, dtype, layout or requires_grad than were captured.
+    """
+    if planned.device.type == "cpu" and not planned.step.is_compiled:
+        return _in_child(planned, call)
+    return _in_process(planned, call)
+
+
+def _in_process(planned: CheckpointedModule, call: Call) -> int:
+    cuda = planned.device.type == "cuda"
+    side = Side(copy_of(planned, sharing=True), planned, call)
+    with torch.random.fork_rng(devices=[planned.device] if cuda else []):
+        try:
+            side.prepare()
+            _settle(side.module, side.call)  # type: ignore[arg-type]
+            wrong = _check(side.module, side.call)
+            if not wrong:
+                return side.peak()
+        except PlannerError:
+            raise
+        except torch.OutOfMemoryError as error:
+            free = f", {format_bytes(torch.cuda.mem_get_info(planned.device)[0])} are free" if cuda else ""
+            needed = format_bytes(planned.plan.peak_bytes)
+            raise NotRunError(f"the device has not the memory for the step's {needed}{free}") from error
+        except Exception as error:
+            raise _fault(planned, *_described(error, planned.step.joint)) from error
+    raise _fault(planned, wrong, "")
+
+
+def _in_child(planned: CheckpointedModule, call: Call) -> int:
+    if not CAN_FORK:
+        raise NotRunError("this system cannot fork a process", expected=True)
+    reason = _communicates(planned.step.joint)
+    if reason:
+        raise NotRunError(reason, expected=True)
+    timeline = planned.plan.timeline
+    needed, free = timeline.peak_bytes - resident_bytes(planned), free_bytes()
+    if free is not None and needed > free:
+        raise NotRunError(f"the step needs {format_bytes(needed)} beside the model, {format_bytes(free)} are free")
+    patience_s = _PATIENCE_S + _PATIENCE_STEPS * timeline.time_ns / 1e9
+    try:
+        child = Child(lambda: _answers(planned, call))
+    except OSError as error:
+        raise NotRunError(f"no process can be forked: {error}") from error
+    try:
+        told: dict[str, Any] = {}
+        while not told.get("last"):
+            line = child.read(patience_s)
+            if line is None and "wrong" in told:
+                break  # and whether the plain step would run is not known
+            if line is None:
+                raise NotRunError(f"its process {child.fate}")
+            told |= json.loads(line)
+    finally:
+        child.end()
+    if "not run" in told:
+        raise NotRunError(told["not run"])
+    if "wrong" in told:
+        raise _fault(planned, told["wrong"], told["where"])
+    return int(told["peak_bytes"])
+
+
+def _communicates(joint: Joint) -> str:
+    """Why a step must not be run by one process alone; '' if it may."""
+    names = {getattr(node.target, "namespace", "") for node in joint.graph.nodes}
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if any("c10d" in name for name in names):
+        return "it communicates with other processes"
+    if joint.parts and distributed:
+        return "submodules run as they are, and may communicate with other processes"
+    return ""
+
+
+def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]]:
+    """What the child finds out; each answer adds to the one before."""
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        yield {"not run": "torch's autograd does not run in a forked process here", "last": True}
+        return
+    _detach_from_parent(planned.original)
+    own = own_call(planned, call)
+    planned.__dict__["audits"] = False  # an audit is no part of a step
+    try:
+        _settle(planned, own)
+        wrong: list[str] = []
+        above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
+        if not wrong[0] and resident_bytes(planned) + above > planned.plan.budget_bytes:
+            _clear(planned, own)  # what a first call allocates for good is no part of a step
+            above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
+        if wrong[0]:
+            yield {"wrong": wrong[0], "where": "", "last": True}
+        else:
+            yield {"peak_bytes": resident_bytes(planned) + above, "last": True}
+        return
+    except NotRunError as error:
+        yield {"not run": str(error), "last": True}
+        return
+    except Exception as error:
+        if _is_out_of_memory(error):
+            yield {"not run": "the machine has not the memory for it", "last": True}
+            return
+        text, where = _described(error, planned.step.joint)
+        yield {"wrong": text, "where": where}
+    yield {"last": True} | _plain_fails(planned, own)
+
+
+def _settle(planned: CheckpointedModule, call: Call) -> None:
+    """Run the model's own forward where the first call fills Python state (a cache, a state that is None before)."""
+    with autocast_of(planned), torch.enable_grad():
+        miss = planned.difference(*call)
+        if miss is not None and miss.kind == "host":
+            run_original(unplanned_forward(planned.original), *call)
+
+
+def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
+    """Excuses the planned step where the model's own step does not run in a forked process either."""
+    _clear(planned, call)
+    try:
+        uninstall(planned.original)
+        with autocast_of(planned):
+            out = unplanned_forward(planned.original)(*call[0], **call[1])
+        leaves = aligned(planned, pytree.tree_leaves(out))
+        backward_of_ones(planned.starts(leaves), planned.device)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            return {"not run": f"the model's own step fails in a forked process: {first_line(error)}"}
+    return {}
+
+
+def _detach_from_parent(model: nn.Module) -> None:
+    """In a forked child: parameters without hooks and gradients, and buffers that no other process sees."""
+    own: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in own:
+                    fresh = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    fresh.__dict__.update(parameter.__dict__)
+                    own[id(parameter)] = (parameter, fresh)
+                module._parameters[name] = own[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_shared():
+                own.setdefault(id(buffer), (buffer, buffer.detach().clone()))
+                module._buffers[name] = own[id(buffer)][1]
+
+
+def _clear(planned: CheckpointedModule, call: Call) -> None:
+    planned.zero_grad(set_to_none=True)
+    for leaf in pytree.tree_leaves(call):
+        if isinstance(leaf, torch.Tensor):
+            leaf.grad = None
+
+
+def _check(planned: Any, call: Call) -> str:
+    """Run a step; what of its outputs and gradients is not as captured, or ''.
+
+    Raises:
+        NotRunError: the call is not the planned one.
+    """
+    with torch.enable_grad():
+        with autocast_of(planned):
+            out, miss = planned.attempt(*call)
+        if miss:
+            raise NotRunError(f"the module takes its own example call for another: {miss} differs")
+        leaves = aligned(planned, pytree.tree_leaves(out))
+        wrong = _outputs_differ(planned.step.joint, leaves)
+        if not wrong:
+            backward_of_ones(planned.starts(leaves), planned.device)
+            wrong = _gradients_missing(planned, call)
+    return wrong
+
+
+def _outputs_differ(joint: Joint, leaves: list[Any]) -> str:
+    captured = {node.name: node.meta.get("val") for node in joint.graph.nodes}
+    for output, leaf in zip(joint.outputs, leaves, strict=True):
+        fake = None if output.result is None else captured.get(joint.results[output.result])
+        if not isinstance(fake, torch.Tensor):
+            continue
+        if not isinstance(leaf, torch.Tensor):
+            return f"output {output.name} is a {type(leaf).__name__}, captured as a tensor"
+        found, expected = _looks(leaf, leaf.requires_grad), _looks(fake, output.requires_grad)
+        for what, now, then in zip(("shape", "dtype", "device", "strides", "requires_grad"), found, expected, strict=True):
+            if now != then:
+                return f"output {output.name} has {what} {now}, captured with {then}"
+    return ""
+
+
+def _looks(tensor: torch.Tensor, requires_grad: bool) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device.type, strides_that_matter(tensor), requires_grad
+
+
+def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
+    if planned.step.joint.parts:  # what runs as it is may leave a parameter without: an expert to which no row was sent
+        return ""
+    owners: dict[Any, Any] = {**dict(planned.original.named_parameters()), **dict(planned.original.named_buffers())}
+    owners |= dict(enumerate(planned.step.joint.call.tensor_leaves(*call)))
+    for given, _ in planned.step.joint.gradients:
+        owner = owners.get(given.key)
+        if owner is not None and owner.is_leaf and owner.grad is None:
+            return f"{'input ' if isinstance(given.key, int) else ''}{given.key} gets no gradient, captured with one"
+    return ""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _described(error: BaseException, joint: Joint) -> tuple[str, str]:
+    """The error's first line, and "module.path file.py:line" of the kernel that it comes from ('' where it is not known)."""
+    for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if frame.f_code.co_filename.startswith("<eval_with_key>"):
+            line = linecache.getline(frame.f_code.co_filename, number, frame.f_globals)
+            node = line.partition(" = ")[0].strip()
+            return first_line(error), joint.sources.get(node) or joint.sources.get(re.sub(r"_recomputed\w*$", "", node), "")
+    return first_line(error), ""
+
+
+def _fault(planned: CheckpointedModule, what: str, where: str) -> PlanCheckError:
+    name, (module, _, line) = type(planned.original).__name__, where.rpartition(" ")
+    at = f" in {module} ({line})" if module else f" at {line}" if line else ""
+    around = f"opaque=[{module!r}]" if module else "opaque=[...] naming the submodule it comes from"
+    return PlanCheckError(
+        f"{name}: the planned step fails{at}: {what}. This is a fault of the planner, not of the model, which is as it was: "
+        f"please report it. Until it is mended, plan with {around}, or train unplanned"
+    )

@@ -1,0 +1,204 @@
+"""verify: plain and planned steps side by side, on copies of the model."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from planner import arguments
+from planner.analysis.measured import seconds_of
+from planner.analysis.side import Call, Side, check_call, copy_of
+from planner.analysis.state import (
+    generators,
+    generators_as_leaves,
+    largest_difference,
+    same,
+    set_generators,
+    state_of,
+    strides_that_matter,
+)
+from planner.errors import InputError
+from planner.results.verify_report import VerifyReport
+from planner.runtime.criterion import planned_model
+from planner.runtime.module import CheckpointedModule, PlanMissWarning
+
+FEWEST_PAIRS = 5
+"""Pairs of steps that are timed at least: a median of fewer says little."""
+_NUM_STEPS = 2
+"""State that the forward carries from call to call shows in the second."""
+_SHORT_S = 2.0
+"""A plain step below this is timed twice a pair, against itself."""
+
+
+def verify(
+    planned: CheckpointedModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    rounds: int = FEWEST_PAIRS,
+) -> VerifyReport:
+    """Run plain and planned steps from the same state and compare them bit for bit.
+
+    Two successive steps each, so that what the first leaves behind shows in the second. Compared after each: outputs,
+    gradients, inputs and their gradients, parameters, buffers, plain attributes of every module, and the random generators of
+    torch, Python and numpy. Tensors that the forward leaves on modules take no part in the backward. Both run on deep copies,
+    so that the model, its gradients and the generators stay as they are, and under the autocast of the plan. State outside of
+    the model (globals, class attributes) is shared by both and not compared.
+
+    Args:
+        planned: from `plan` or `apply`.
+        args, kwargs: a call that the plan was made for.
+        rounds: pairs of steps that are timed, interleaved (CPU: process time; CUDA: synchronized wall time). At least 5 are,
+            or none with 0.
+
+    Raises:
+        InputError: `planned` is no planned module, the call is not the one planned for, the model cannot be copied, or its copy
+            does not run planned: then there is nothing to compare.
+    """
+    arguments.check_planned(planned, CheckpointedModule, "verify")
+    arguments.check_call(args, kwargs)
+    rounds = arguments.count(rounds, "rounds", least=0)
+    call = check_call(planned, args, kwargs, "verify needs")
+    before = generators()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlanMissWarning)  # which steps ran unplanned is in the report
+            return _verify(planned, call, rounds)
+    finally:
+        set_generators(before)
+
+
+def _verify(planned: CheckpointedModule, call: Call, rounds: int) -> VerifyReport:
+    ours, is_settled = _planned_side(planned, call)
+    compared, plain_peak, times = _Compared(), None, _Times()
+    try:
+        plain = Side(copy_of(planned.original), planned, call)
+        if is_settled:
+            plain.settle()
+        compared = _compare(plain, ours)
+        plain_peak = plain.peak()
+        if not compared.unplanned:
+            times = _time(ours, plain, rounds, planned.device)
+    except torch.OutOfMemoryError:
+        compared = _Compared()
+    plain = None  # type: ignore[assignment]  # what it holds is not there while the planned step is measured
+    if compared.unplanned:  # measured is the step that was planned for, from the state that it was planned in
+        ours, _ = _planned_side(planned, call)
+    else:
+        ours.prepare()
+        ours.step()
+    return VerifyReport(
+        differences=compared.differences,
+        num_compared=compared.num_compared,
+        budget_bytes=planned.plan.budget_bytes,
+        predicted_peak_bytes=planned.plan.peak_bytes,
+        measured_peak_bytes=ours.peak(),
+        plain_peak_bytes=plain_peak,
+        largest_difference=compared.largest,
+        compiled=planned.step.is_compiled,
+        num_steps=_NUM_STEPS,
+        unplanned=compared.unplanned,
+        time_ratio=times.ratio,
+        time_spread=times.spread,
+        noise=times.noise,
+        num_pairs=times.num_pairs,
+    )
+
+
+def _planned_side(planned: CheckpointedModule, call: Call) -> tuple[Side, bool]:
+    """A copy of the planned module that runs planned, and whether a forward had to fill its Python state first.
+
+    Raises:
+        InputError: the copy takes the call for another.
+    """
+    module = copy_of(planned)
+    module.strict = False
+    side = Side(module, planned, call)
+    miss = side.mismatch()
+    is_settled = miss is not None and miss.kind == "host"
+    if is_settled:
+        side.settle()
+        miss = side.mismatch()
+    if miss is not None:
+        raise InputError(
+            f"verify compares on copies, and a deep copy of this model does not run planned: {miss} differs. "
+            "Compare a few steps of the model itself with steps of a model built anew"
+        )
+    return side, is_settled
+
+
+class _Compared(NamedTuple):
+    """What `VerifyReport` says of results."""
+
+    differences: tuple[str, ...] = ()
+    num_compared: int = 0
+    largest: float = 0.0
+    unplanned: tuple[str, ...] = ()
+
+
+def _compare(plain: Side, ours: Side) -> _Compared:
+    """Steps of both, each from what its own step before left."""
+    differences: list[str] = []
+    unplanned: list[str] = []
+    num_compared, largest = 0, 0.0
+    states = [generators()] * 2
+    for number in range(1, _NUM_STEPS + 1):
+        suffix = "" if number == 1 else f" (step {number})"
+        expected, states[0] = _result(plain, states[0])
+        before, miss = ours.module.num_planned_calls, ours.mismatch()
+        found, states[1] = _result(ours, states[1])
+        if ours.module.num_planned_calls == before:
+            unplanned.append(f"step {number}, because {miss or 'something'} differs from the call planned for")
+        names = dict.fromkeys([*expected, *found])
+        wrong = [name for name in names if name not in expected or name not in found or not same(expected[name], found[name])]
+        differences += [name + suffix for name in wrong]
+        num_compared += len(names)
+        if wrong:
+            largest = max(largest, largest_difference(expected, found))
+    return _Compared(tuple(differences), num_compared, largest, tuple(unplanned))
+
+
+def _result(side: Side, states: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything a step leaves behind, by name, and the generators' states. Tensors are not copied."""
+    set_generators(states)
+    side.prepare()
+    leaves = side.step()
+    after = generators()
+    found: dict[str, Any] = {}
+    for i, leaf in enumerate(leaves):
+        found[f"output {i}"] = leaf
+        if isinstance(leaf, torch.Tensor):
+            found[f"output {i} strides"] = strides_that_matter(leaf)
+    found |= {f"gradient {name}": p.grad for name, p in planned_model(side.module).named_parameters()}
+    found |= {f"input {i}": tensor for i, tensor in enumerate(side.inputs)}
+    found |= {f"input gradient {i}": tensor.grad for i, tensor in enumerate(side.inputs)}
+    module = side.module.original if isinstance(side.module, CheckpointedModule) else side.module
+    return found | state_of(planned_model(module)) | generators_as_leaves(after), after
+
+
+class _Times(NamedTuple):
+    """What `VerifyReport` says of time."""
+
+    ratio: float | None = None
+    spread: tuple[float, float] | None = None
+    noise: tuple[float, float] | None = None
+    num_pairs: int = 0
+
+
+def _time(ours: Side, plain: Side, rounds: int, device: torch.device) -> _Times:
+    """Ratios of interleaved pairs, which begin in turn with the one and the other. Both sides have run before."""
+    if rounds <= 0:
+        return _Times()
+    ratios, noise = [], []
+    num_pairs = max(FEWEST_PAIRS, rounds)
+    for turn in range(num_pairs):
+        order = (plain, ours) if turn % 2 == 0 else (ours, plain)
+        spent = {id(side): seconds_of(side, device) for side in order}
+        ratios.append(spent[id(ours)] / spent[id(plain)])
+        if spent[id(plain)] < _SHORT_S:
+            noise.append(seconds_of(plain, device) / spent[id(plain)])
+    return _Times(statistics.median(ratios), (min(ratios), max(ratios)), (min(noise), max(noise)) if noise else None, num_pairs)

@@ -1,0 +1,159 @@
+"""Checks of what users pass in: every public function calls these first, so that a wrong type is one clear InputError.
+
+Budgets are read by `planner.units`. Nothing here imports torch before a model is at hand.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from planner.errors import InputError
+from planner.units import kind, shown
+
+_MOST = 2**31
+"""More stages, rounds or points than anybody waits for."""
+
+
+def check_model(model: Any, what: str = "model") -> None:
+    """Raise InputError unless `model` is an nn.Module whose Python forward can be run."""
+    import torch
+
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{what} is {kind(model)}, compiled by torch.jit, and cannot be captured: give the nn.Module itself")
+    if isinstance(model, torch.nn.Module):
+        if not hasattr(model, "_modules") or not hasattr(model, "_parameters"):
+            raise InputError(f"{what} is {kind(model)} whose __init__ did not call super().__init__()")
+        return
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise InputError(f"{what} is {kind(model)}: give an instance of it, {model.__name__}(...)")
+    if isinstance(model, type) or not callable(model):
+        raise InputError(f"{what} is {kind(model)}, not a torch.nn.Module")
+    raise InputError(f"{what} is {kind(model)}, not a torch.nn.Module: put what it computes into a module's forward")
+
+
+def check_call(args: Any, kwargs: Any) -> None:
+    """Raise InputError unless `model(*args, **kwargs)` can be called with these."""
+    if isinstance(args, Mapping):
+        raise InputError(f"args is {kind(args)}: keyword arguments go into kwargs={{'labels': y}}, args takes a tuple, (x,)")
+    if args is None:
+        raise InputError("args is None: give the example call's positional arguments as a tuple such as (x,), or ()")
+    if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
+        raise InputError(f"args is {kind(args)}: give the example call's positional arguments as a tuple, args=(x,)")
+    if kwargs is None:
+        return
+    if not isinstance(kwargs, Mapping):
+        raise InputError(f"kwargs is {kind(kwargs)}: give the example call's keyword arguments, kwargs={{'labels': y}}")
+    for name in kwargs:
+        if not isinstance(name, str):
+            raise InputError(f"kwargs has the key {shown(name)}, {kind(name)}: keyword arguments are named by strings")
+
+
+def seconds(value: Any, what: str = "time_limit_s") -> float:
+    """A time limit.
+
+    Raises:
+        InputError: no positive, finite number of seconds.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, (bool, int)) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
+        raise InputError(f"{what}={shown(value)}: give a positive number of seconds, such as 10.0")
+    return float(min(number, _MOST))
+
+
+def count(value: Any, what: str, *, least: int = 1) -> int:
+    """A number of things.
+
+    Raises:
+        InputError: no integer, or below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= _MOST:  # type: ignore[operator]
+        raise InputError(f"{what}={shown(value)}: give an integer, at least {least}")
+    return int(value)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise InputError unless these are True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name}={shown(value)}: give True or False")
+
+
+def names(opaque: Any, what: str = "opaque") -> tuple[str, ...]:
+    """Qualified names of submodules; a single one may be given as a string.
+
+    Raises:
+        InputError: other things than names.
+    """
+    if isinstance(opaque, str):
+        return (opaque,)
+    if not isinstance(opaque, Collection) or isinstance(opaque, (bytes, Mapping)):
+        raise InputError(f"{what} is {kind(opaque)}: give qualified names of submodules, {what}=('encoder.rnn',)")
+    for name in opaque:
+        if not isinstance(name, str):
+            raise InputError(f"{what} holds {kind(name)}: give qualified names of submodules, {what}=('encoder.rnn',)")
+    return tuple(opaque)
+
+
+def loss_choice(loss: Any) -> Any:
+    """Which output backward starts from: a name, a position (of any integer type), a function or None.
+
+    Raises:
+        InputError: something else.
+    """
+    if loss is None or isinstance(loss, str) or (callable(loss) and not isinstance(loss, type)):
+        return loss
+    if isinstance(loss, Integral) and not isinstance(loss, bool):
+        return int(loss)
+    raise InputError(
+        f"loss is {kind(loss)}: give the output's name (loss='loss'), its position (loss=1), or a function of the output "
+        "that returns the tensors backward starts from"
+    )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise InputError unless this is an optimizer's name or what makes one."""
+    if optimizer is None or isinstance(optimizer, str) or callable(optimizer):
+        return
+    raise InputError(
+        f"optimizer is {kind(optimizer)}: give a name of torch.optim such as 'adamw', or what makes an optimizer of a list of "
+        "parameters, functools.partial(torch.optim.AdamW, lr=1e-3)"
+    )
+
+
+def check_path(path: Any, what: str = "path") -> None:
+    """Raise InputError unless this can name a file."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise InputError(f"{what} is {kind(path)}: give a file name, a str or a pathlib.Path")
+    if "\0" in os.fspath(path) or not os.fspath(path):
+        raise InputError(f"{what} {shown(path)} cannot name a file")
+
+
+def check_plan(plan: Any, expected: type) -> None:
+    """Raise InputError unless this is a Plan."""
+    if isinstance(plan, expected):
+        return
+    if isinstance(plan, (str, os.PathLike)):
+        raise InputError(f"plan is the path {shown(os.fspath(plan))}: load it first, Plan.load({shown(os.fspath(plan))})")
+    held = " (its plan: module.plan)" if hasattr(type(plan), "attempt") else ""
+    raise InputError(f"plan is {kind(plan)}, not a Plan{held}: apply(plan, model, args, kwargs)")
+
+
+def check_planned(planned: Any, expected: type, function: str) -> None:
+    """Raise InputError unless this is what plan() or apply() returned."""
+    if not isinstance(planned, expected):
+        raise InputError(f"{function} takes the module that plan() returned, not {kind(planned)}")
+
+
+def check_function(function: Any, what: str, example: str) -> Callable[..., Any]:
+    """The function.
+
+    Raises:
+        InputError: it cannot be called.
+    """
+    if not callable(function):
+        raise InputError(f"{what} is {kind(function)}, not a function: {example}")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,141 @@
+"""The audit: now and then the model's own forward runs beside the planned one, from the same state, and both are compared.
+
+No list of what a forward may depend on is complete; this finds what the guards do not know of. It sees forwards only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import pytree
+from planner.graph.graph import Graph
+from planner.graph.plan import Plan
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
+from planner.tracer.host.observe import HOOKS
+from planner.tracer.host.preserve import Generators
+from planner.tracer.host.state import HostKey, remembered
+
+Digest = dict[str, Fingerprint]
+
+_NOT_STATE = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+
+
+def is_due(num_calls: int) -> bool:
+    """Whether the planned call of this number is audited: the 2nd, 10th, 100th, 1000th, ...; the same on every rank."""
+    return num_calls == 2 or (num_calls >= 10 and set(str(num_calls)[1:]) == {"0"} and str(num_calls)[0] == "1")
+
+
+_SMALL_BYTES = 4096
+"""Copies of running statistics and the like, which the part of a budget that is kept free for the allocator holds."""
+
+
+def has_room(plan: Plan, written_bytes: int) -> bool:
+    """Whether an audit keeps the budget: the original's forward, then the planned one, beside copies of what is written."""
+    graph = plan.graph
+    made = {name for op in graph.ops[: graph.num_forward_ops] for name in op.writes}
+    forward = Graph(
+        ops=graph.ops[: graph.num_forward_ops],
+        values=tuple(value for value in graph.values if value.name in made or value.name in graph.inputs),
+        inputs=graph.inputs,
+        forward_outputs=graph.forward_outputs,
+        backward_outputs=(),
+        num_forward_ops=graph.num_forward_ops,
+    )
+    original = simulate(forward, keep_all(forward)).peak_bytes
+    boundary = plan.solution.schedule.boundary(graph)
+    planned = max(plan.timeline.live_bytes[: boundary + 1], default=0)
+    return max(original, planned) + max(0, written_bytes - _SMALL_BYTES) <= plan.budget_bytes
+
+
+class Rewind:
+    """The state that a forward starts from: what it changes is put back by `restore`, as often as wanted.
+
+    Args:
+        written: the tensors that it writes into.
+    """
+
+    def __init__(self, model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], device: torch.device) -> None:
+        self._preserved = remembered(model, key)
+        self._contents = [(tensor, tensor.detach().clone()) for tensor in written]
+        self._states = _generator_states(device)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self._preserved.restore()
+        with torch.no_grad():
+            for tensor, content in self._contents:
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
+        for put_back in self._states:
+            put_back()
+
+
+def _generator_states(device: torch.device) -> list[Callable[[], Any]]:
+    generators = Generators(device)
+    restored: list[Callable[[], Any]] = [partial(_set_state, _bytes_of_state(), None), generators.remembered()]
+    restored += [partial(_set_state, _bytes_of_state(index), index) for index in generators.devices()]
+    return restored
+
+
+def _bytes_of_state(index: int | None = None) -> bytes:
+    """State of the host's generator, or of a CUDA device's; as bytes, because a tensor would be memory of the step."""
+    state = torch.get_rng_state() if index is None else torch.cuda.get_rng_state(index)
+    return state.numpy().tobytes()
+
+
+def _set_state(content: bytes, index: int | None) -> None:
+    state = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if index is None:
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, index)
+
+
+def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The model's own forward with gradients enabled, so that it runs training's kernels; nothing is kept for a backward."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+        return forward(*args, **kwargs)
+
+
+def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device) -> Digest:
+    """What a forward returned and left behind, by name: equal exactly where every bit is."""
+    prints = _Contents({id(module): name or "itself" for name, module in model.named_modules()})
+    found: Digest = {f"output {i}": prints.of(leaf) for i, leaf in enumerate(pytree.tree_leaves(out))}
+    found |= {f"input {i}": prints.of(tensor) for i, tensor in enumerate(inputs)}
+    found |= {f"buffer {name}": prints.of(tensor) for name, tensor in model.named_buffers()}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in _NOT_STATE and attribute not in HOOKS:
+                found[f"{name}.{attribute}".lstrip(".")] = prints.of(value)
+    generators = Generators(device)
+    found["random state"] = (_bytes_of_state(), *map(_bytes_of_state, generators.devices()), repr(generators.host()))
+    return found
+
+
+class _Contents(Fingerprints):
+    """Fingerprints in which tensors count with every bit."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__(names, lambda _, name: not name.startswith("__"))
+
+    def of(self, value: Any) -> Fingerprint:
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            content = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+            data = content.view(torch.uint8).cpu().numpy() if content.numel() else b""
+            shape, _, *kind = tensor_key(value)
+            return ("tensor", shape, *kind, hashlib.blake2b(data).digest())  # type: ignore[arg-type]
+        return super().of(value)
+
+
+def difference(expected: Digest, found: Digest) -> tuple[str, ...]:
+    """Names of what is not equal."""
+    names = dict.fromkeys((*expected, *found))
+    return tuple(n for n in names if n not in expected or n not in found or not alike(expected[n], found[n], copied=True))

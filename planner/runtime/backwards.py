@@ -1,0 +1,270 @@
+"""Backwards for keys that the plan was not made for: captured again when they first come, remembered, run in one stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+from planner._torch import fake_mode, pytree
+from planner.errors import BackwardError, PlannerError
+from planner.graph.graph import Graph, Kind
+from planner.graph.plan import Plan
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.profiler.estimate import estimate
+from planner.profiler.kernel import tensors_in
+from planner.profiler.measure import measure
+from planner.profiler.profile import KernelCost, Profile
+from planner.rewriter.partition import partition
+from planner.rewriter.reschedule import Choice, MissingValueError, reschedule
+from planner.runtime.backward_key import BackwardKey, normal
+from planner.runtime.functions import Boxed, OtherBackward
+from planner.runtime.step import Step
+from planner.tracer import kernels
+from planner.tracer.capture import capture
+from planner.tracer.graft import graft
+from planner.tracer.joint import Joint
+from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.replay import Replay
+from planner.tracer.storage import Storages
+from planner.units import format_bytes
+
+MOST_KEYS = 8
+"""So many are remembered; then the oldest is forgotten."""
+_CURE = (
+    "Make the loss part of the plan: plan(..., criterion=your loss, criterion_args=(targets,)), or loss= naming the outputs "
+    "that your loss is made of"
+)
+_log = logging.getLogger("planner")
+
+
+class Backwards:
+    """The backwards of one planned module by key.
+
+    A key that is new is captured again (seconds): the forward that has run, and what it saved, stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, step: Step, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
+        """`compiled`: makes code of a backward graph."""
+        self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
+        self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward] = {}
+
+    def find(
+        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...] = ()
+    ) -> OtherBackward | None:
+        """The backward for the gradients that came; None where the planned one is right for them.
+
+        `written`: positions of the saved activations that the caller has written into, which are to be recomputed.
+
+        Raises:
+            BackwardError: none is exact, or none fits the budget.
+        """
+        known = self._known.get((key, written))
+        if known is None:
+            key = normal(key, gradients)
+            if not written and key == normal(self._step.backward_key, gradients):
+                return None
+            known = self._known.get((key, written))
+        if known is None:
+            try:
+                known = self._made(gradients, written)
+            except BackwardError:
+                raise
+            except PlannerError as error:
+                raise BackwardError(f"{self._described(gradients, written)}: {error}") from error
+            if len(self._known) >= MOST_KEYS:
+                del self._known[next(iter(self._known))]
+            self._known[key, written] = known
+        return known
+
+    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
+        """The name of the first tensor that is no longer of the version it had; "" if there is none.
+
+        Args:
+            read: name, version when it was saved, and the tensor, where it is not one that the model holds.
+        """
+        held = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        for name, version, tensor in read:
+            now = held.get(name) if tensor is None else tensor
+            if now is not None and now._version != version:
+                return name
+        return ""
+
+    def _made(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
+        begun = time.monotonic()
+        step, plan = self._step, self._plan
+        strides = tuple(None if gradient is None else gradient.stride() for gradient in gradients)
+        joint = graft(step.joint, recaptured(step, self._model, strides))
+        graph = _lowered(joint, plan, step)
+        limits = _limits(graph, plan, step.fraction)
+        storages = Storages(joint.graph)
+        given = {given.node for given in joint.inputs if given.kind is Kind.TANGENT}
+        given |= {*step.halves.saved_inputs, *step.halves.spare}
+        kept = {storages.root[node] for node in joint.graph.find_nodes(op="placeholder") if node.name in given}
+        kept |= {name for i, name in enumerate(step.halves.saved) if i not in written}
+        try:
+            choice = reschedule(graph, plan.graph, plan.solution.schedule, kept, limits, backward_is_fixed(joint))
+        except MissingValueError as error:
+            raise self._missing(error.value, joint, self._described(gradients, written)) from None
+        what = self._described(gradients, written)
+        if choice.peak_bytes > limits[-1]:
+            raise self._over(choice, what)
+        self._check_owners(joint, what)
+        other = self._written(joint, graph, choice)
+        over = choice.peak_bytes > plan.budget_bytes  # of a fraction of the plain step, whose own peak is higher so
+        _log.log(
+            logging.WARNING if over else logging.INFO,
+            "%s: captured in %.1f s; its step peaks at %s, %+.1f %% of the planned step's time",
+            what,
+            time.monotonic() - begun,
+            format_bytes(choice.peak_bytes),
+            100 * (choice.time_ns / max(1, plan.timeline.time_ns) - 1),
+        )
+        return other
+
+    def _written(self, joint: Joint, graph: Graph, choice: Choice) -> OtherBackward:
+        planned, halves = self._step.halves, partition(joint, graph, choice.schedule)
+        there = [*planned.saved, *planned.saved_inputs, *planned.spare]
+        try:
+            takes = tuple(there.index(name) for name in (*halves.saved, *halves.saved_inputs))
+        except ValueError as error:
+            raise BackwardError(f"internal error: {error}; please report it with the model") from error
+        position = {(given.kind, given.key): i for i, (given, _) in enumerate(joint.gradients)}
+        return OtherBackward(
+            run=self._compiled(halves.backward),
+            takes=takes,
+            tangents=halves.tangents,
+            gradients=tuple(position.get((given.kind, given.key)) for given, _ in self._step.joint.gradients),
+            swaps=any(node.target is kernels.swap_rng_state for node in halves.backward.nodes),
+            peak_bytes=choice.peak_bytes,
+        )
+
+    def _check_owners(self, joint: Joint, what: str) -> None:
+        """Raise BackwardError where a gradient would arrive at a tensor that the planned step hands no gradient to."""
+        known = {(given.kind, given.key) for given, _ in self._step.joint.gradients}
+        lost = [str(given.key) for given, _ in joint.gradients if (given.kind, given.key) not in known]
+        if lost:
+            raise BackwardError(
+                f"{what}: it reaches {', '.join(lost[:5])}, which the planned outputs' gradients do not reach. {_CURE}"
+            )
+
+    def _missing(self, value: str, joint: Joint, what: str) -> BackwardError:
+        name = {given.node: given.key for given in joint.inputs}.get(value, value)
+        where = joint.sources.get(value, "")
+        return BackwardError(
+            f"{what}: its backward reads {name}{f' ({where})' if where else ''}, which the plan neither saved nor can "
+            f"recompute, as its own backward does not read it. {_CURE}"
+        )
+
+    def _over(self, choice: Choice, what: str) -> BackwardError:
+        plan = self._plan
+        would_do = choice.peak_bytes + max(plan.margin_bytes, choice.peak_bytes // 100)
+        return BackwardError(
+            f"{what}: with it this step needs {format_bytes(choice.peak_bytes)}, more than the budget of "
+            f"{format_bytes(plan.budget_bytes)} ({plan.margin_bytes} bytes of it kept free); budget={would_do} would do. "
+            f"{_CURE}"
+        )
+
+    def _described(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> str:
+        """What came otherwise than planned, for messages."""
+        step = self._step
+        outputs = (*step.joint.outputs, *step.joint.left)
+        name = {out.result: out.name for out in reversed(outputs) if out.result is not None}
+        came = [f"{name[i]!r} with strides {tuple(g.stride())}" for i, g in enumerate(gradients) if g is not None]
+        planned = [f"{name[i]!r} with strides {strides}" for i, strides in enumerate(step.backward_key) if strides is not None]
+        roots = {step.halves.saved[i] for i in written}
+        modified = [repr(name[i]) for i, root in enumerate(step.halves.roots) if root in roots]
+        also = f", after {', '.join(modified)} {'was' if len(modified) == 1 else 'were'} modified in place" if modified else ""
+        return f"backward through {', '.join(came) or 'no output'}{also} (planned for {', '.join(planned)})"
+
+
+def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]:
+    """Bounds on the peak, to be tried in this order: the plan's; then the same fraction of this plain step's peak.
+
+    A gradient in another layout may make the plain step itself need more (a copy that eager makes too). A budget that is a
+    fraction means a fraction of that step.
+    """
+    limit = plan.budget_bytes - plan.margin_bytes
+    if fraction is None:
+        return (limit,)
+    return limit, max(limit, int(fraction * simulate(graph, keep_all(graph)).peak_bytes) - plan.margin_bytes)
+
+
+def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
+    """The planned call captured again for other gradients; nothing is run, and the call's tensors are stand-ins.
+
+    Raises:
+        InputError, CaptureError: the model is no longer one that can be captured.
+    """
+    call = step.joint.call
+    with fake_mode():
+        made = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device).requires_grad_(requires_grad)
+            for shape, stride, dtype, device, requires_grad in step.key.inputs
+        ]
+    leaves = list(call.leaves)
+    for i, position in enumerate(call.tensors):
+        leaves[position] = made[step.same_inputs[i]]
+    args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
+    opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.parts.values()))
+    enabled, name = step.key.autocast
+    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
+    with torch.enable_grad(), torch.autocast(step.joint.device.type, dtype, enabled=enabled):
+        known = Replay(strides, step.joint.recorded, step.joint.parts, step.joint.host)
+        return capture(model, args, kwargs, opaque=opaque, replay=known)
+
+
+def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
+    """The grafted step's graph: what the plan knows of the forward, and costs of the other backward's kernels.
+
+    Raises:
+        BackwardError: its forward is not the plan's.
+    """
+    planned = plan.graph
+    reserved = {v.name.strip("()"): v.nbytes for v in planned.values if v.kind is Kind.RESERVED}
+    graph = lower(joint, _costs(joint, plan), reserved=reserved)
+    num_forward = planned.num_forward_ops
+    ours, theirs = planned.ops[:num_forward], graph.ops[: graph.num_forward_ops]
+    for one, other in zip(ours, theirs, strict=False):
+        if (one.name, one.reads, one.writes) != (other.name, other.reads, other.writes):
+            raise BackwardError(f"the forward traced again has {other.name} ({other.source}) where the plan has {one.name}")
+    if len(ours) != len(theirs):
+        raise BackwardError(f"the forward traced again has {len(theirs)} ops, and {len(ours)} in the plan")
+    outside = {op_name for op in planned.ops[num_forward:] for op_name in op.writes}
+    values = tuple(
+        planned.value[v.name] if v.name in planned.value and v.name not in outside and v.kind is not Kind.TANGENT else v
+        for v in graph.values
+    )
+    ops = tuple(
+        replace(other, cost_ns=one.cost_ns, workspace_bytes=one.workspace_bytes, recomputable=one.recomputable)
+        for one, other in zip(ours, theirs, strict=True)
+    )
+    return replace(graph, ops=(*ops, *graph.ops[num_forward:]), values=values)
+
+
+def _costs(joint: Joint, plan: Plan) -> Profile:
+    """Costs of the backward's kernels, found as the plan's were.
+
+    On CUDA nothing is run: the device is full of the step that waits. A kernel is taken to copy what it is given in another
+    layout than the default.
+    """
+    forward = {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]}
+    nodes = [node for node in kernel_nodes(joint) if node.name not in forward]
+    how = dict(plan.made_on).get("costs", "")
+    if how.startswith("estimated"):
+        return estimate(nodes, None)
+    if joint.device.type != "cuda":
+        return measure(nodes, joint.device, progress=False)
+    known = estimate(nodes, None)
+    return Profile({node.name: _with_copies(node, known.costs[node.name]) for node in nodes}, known.how, known.device)
+
+
+def _with_copies(node: fx.Node, cost: KernelCost) -> KernelCost:
+    read = [t for arg in node.all_input_nodes for t in tensors_in(arg.meta.get("val"))]
+    copied = sum(t.numel() * t.element_size() for t in read if not t.is_contiguous())
+    return KernelCost(cost.time_ns, cost.workspace_bytes + copied, cost.hidden_bytes)

@@ -1,0 +1,28 @@
+"""Why a call does not run planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A call, or the state it is made in, is not the one that was planned for.
+
+    Attributes:
+        kind: "input", "argument", "weight", "host" (Python's state), "mode" (training, grad mode, autocast, switches), "module"
+            (submodules, hooks), "value" (a tensor's value that Python read) or "device".
+        where: what differs, as the user writes it: "body.scale", "input 0", "autocast".
+        now, planned: what it is, and what it was planned for; "" where that says nothing more.
+    """
+
+    kind: str
+    where: str
+    now: str = ""
+    planned: str = ""
+
+    def __str__(self) -> str:
+        """'body.scale (3.0, planned for 2.0)'."""
+        if not self.now:
+            return self.where
+        return f"{self.where} ({self.now}, planned for {self.planned})" if self.planned else f"{self.where} ({self.now})"

@@ -1,0 +1,82 @@
+"""Ranks that communicate inside a planned step must run the same plan: they compare before the first one.
+
+Collectives of a planned step come in the captured order and never twice, so that a rank which runs unplanned keeps step with
+one that runs planned. But how they mix with others, as those of DistributedDataParallel, depends on the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+from torch import fx
+
+from planner._torch import key_value_store, ranks_of_group
+from planner.errors import RanksDifferError
+from planner.graph.plan import Plan
+from planner.graph.planfile import fingerprint
+from planner.runtime.step import Step
+from planner.tracer.collectives import is_collective
+from planner.tracer.joint import Joint
+
+_PATIENCE = timedelta(seconds=10)
+_counts: Counter[str] = Counter()
+"""Per group and graph: how many planned modules have been compared."""
+
+
+def communicates(joint: Joint) -> bool:
+    """The captured step holds collectives."""
+    return any(is_collective(node) for node in joint.graph.nodes if node.op == "call_function")
+
+
+def compare_plans(step: Step, plan: Plan) -> None:
+    """Tell the other ranks of the process groups that the step communicates in which plan runs here, and read theirs.
+
+    To be called before a module's first planned step. By the store of the process group and not by a collective, so that a
+    rank which runs unplanned, or another plan, is no hang: ranks that did not come within 10 s will see this one's plan.
+
+    Raises:
+        RanksDifferError: they run different plans of the same graph.
+    """
+    store = key_value_store()
+    if store is None:
+        return
+    graph = fingerprint(plan.graph)
+    rows = [graph, list(plan.solution.schedule.steps), step.num_stages, torch.__version__]
+    mine = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    for group in _groups(step.joint):
+        ranks, own = ranks_of_group(group)
+        place = f"checkpoint-planner/{group}/{graph}"
+        _counts[place] += 1
+        keys = {rank: f"{place}/{_counts[place]}/{rank}" for rank in ranks}
+        store.set(keys[own], mine)
+        with suppress(RuntimeError):  # DistStoreError: some did not come yet
+            store.wait([*keys.values()], _PATIENCE)
+        for rank in ranks:
+            theirs = store.get(keys[rank]).decode() if store.check([keys[rank]]) else mine
+            if theirs != mine:
+                raise RanksDifferError(
+                    f"ranks {own} and {rank} run different plans ({mine} and {theirs}) of a step that communicates: costs were "
+                    "measured on each, or their budgets differ. Plan on rank 0, planned.plan.save(path), and on every rank "
+                    "apply(planner.Plan.load(path), model, args)"
+                )
+
+
+def _groups(joint: Joint) -> list[str]:
+    """Names of the process groups; '' for the default one, where an operator does not say."""
+    nodes = [node for node in joint.graph.nodes if node.op == "call_function" and is_collective(node)]
+    return sorted({name for node in nodes if (name := _group(node)) is not None})
+
+
+def _group(node: fx.Node) -> str | None:
+    """The name of the group that a collective runs in; None for a wait."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if "group_name" in given:
+        return str(given["group_name"])
+    return None if getattr(node.target, "namespace", "").startswith("_c10d") else ""

@@ -1,0 +1,239 @@
+"""What a forward leaves otherwise in Python state than it found it: tensors that a plan writes back, or a refusal."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
+from planner.tracer.host.preserve import generator_state
+from planner.tracer.host.state import Effect, Path
+from planner.tracer.host.values import ABSENT, attributes, is_object
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a steady forward leaves behind.
+
+    Attributes:
+        effects: what is written; the templates hold the tensors of the last recording forward.
+        moved: identities of tensors of before the forward that are found in other places after it.
+    """
+
+    effects: tuple[Effect, ...] = ()
+    moved: frozenset[int] = frozenset()
+
+
+def find_changes(
+    model: nn.Module,
+    before: Mapping[Path, Any],
+    after: Mapping[Path, Any],
+    outside: Collection[int] = (),
+    known: Collection[int] = (),
+    inputs: Collection[int] = (),
+    only_written: Callable[[Path], bool] = lambda path: False,
+) -> Changes:
+    """Compare two snapshots of successive steady forwards.
+
+    Args:
+        before, after: every place that the forward reads or writes, with its value.
+        outside: identities of the tensors of Python state that kernels read.
+        known: identities of weights and inputs.
+        inputs: identities of the call's tensors, which every call leaves anew.
+        only_written: an attribute is written by every forward before it is read: a planned call writes it, too.
+
+    Raises:
+        CaptureError: something that is no tensor changes from call to call, or a container that cannot be written.
+    """
+    finder = _Finder(model, before, after, outside, inputs, only_written)
+    effects = tuple(finder.find())
+    old = {id(value) for value in before.values() if isinstance(value, torch.Tensor)} - set(known)
+    moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old)
+    return Changes(effects, moved)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What an object that changes in place (a set, an array, a random generator) held when a snapshot was made."""
+
+    kind: str
+    content: Any
+
+
+def frozen(value: Any) -> Any:
+    """What a snapshot keeps of a value: the value itself, or what it holds now."""
+    if is_generator(value):
+        return Frozen(type(value).__name__, repr(generator_state(value)))
+    if isinstance(value, (set, bytearray)) or (hasattr(value, "tobytes") and hasattr(value, "flags")):
+        return Frozen(type(value).__name__, Fingerprints({}, lambda _, __: False).of(value))
+    return value
+
+
+class _Finder:
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Mapping[Path, Any],
+        after: Mapping[Path, Any],
+        outside: Collection[int],
+        inputs: Collection[int],
+        only_written: Callable[[Path], bool],
+    ) -> None:
+        self._model, self._before, self._after, self._outside = model, before, after, outside
+        self._inputs, self._only_written = inputs, only_written
+        self._done: list[Path] = []
+        self._num_parts = Counter(_parent(path) for path in before if path.steps)
+        self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
+
+    def find(self) -> Iterator[Effect]:
+        for path, now in self._after.items():
+            if any(path.is_inside(done) for done in self._done):
+                continue
+            was = self._before.get(path, ABSENT)
+            if (isinstance(now, torch.Tensor) and id(now) in self._inputs) or (
+                self._only_written(path) and self._equal(was, now)
+            ):
+                self._done.append(path)
+                yield Effect(self._writable(path), now)
+            elif was is now:
+                yield from self._of_same_object(path, now)
+            elif isinstance(now, torch.Tensor) and isinstance(was, torch.Tensor):
+                yield self._of_tensor(path, now)
+            elif not self._equal(was, now):
+                self._done.append(path)
+                yield Effect(self._writable(path), self._fresh(path, was, now))
+        for path in self._before.keys() - self._after.keys():
+            if not any(path.is_inside(done) for done in self._done) and self._before[path] is not ABSENT:
+                raise _refusal(path, self._before[path], ABSENT)
+
+    def _of_same_object(self, path: Path, now: Any) -> Iterator[Effect]:
+        """A list or deque that was changed in place: it may have grown."""
+        if not isinstance(now, (list, deque)):
+            return
+        old = self._num_parts[_root(path), path.steps]
+        new = list(now)
+        if len(new) <= old:
+            return
+        kept = [self._before.get(path.inside(("item", i)), ABSENT) for i in range(old)]
+        grown = new[old:]
+        read = any(id(item) in self._outside for item in new)
+        if read or any(a is not b for a, b in zip(kept, new, strict=False)):
+            raise _refusal(path, f"{old} items", f"{len(new)} items")
+        self._done.append(path)
+        yield Effect(path, _tensors_only(path, grown), appends=True)
+
+    def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
+        """Another tensor in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
+        holder = Path(path.module, path.name, path.steps[:-1], path.scope)
+        held: Any = holder.get(self._model) if path.steps else None
+        if isinstance(held, (list, deque)) and self._before.get(holder) is held:
+            self._done.append(holder)
+            return Effect(holder, list(held), replaces=True)  # type: ignore[arg-type]
+        self._done.append(path)
+        return Effect(self._writable(path), now)
+
+    def _equal(self, was: Any, now: Any) -> bool:
+        """The same for Python: equal values without tensors in them."""
+        if isinstance(now, Frozen) and isinstance(was, Frozen):
+            return now.kind == was.kind and alike(was.content, now.content, copied=True)
+        if isinstance(now, torch.Tensor) or isinstance(was, torch.Tensor):
+            return False
+        if _holds_tensors(now) or type(was) is not type(now):
+            return False
+        return alike(self._prints.of(was), self._prints.of(now), copied=True)
+
+    def _fresh(self, path: Path, was: Any, now: Any) -> Any:
+        """A new container at each call: its template."""
+        if type(was) is not type(now) or not _is_container(now):
+            raise _refusal(path, was, now)
+        olds, news = list(_leaves(was)), list(_leaves(now))
+        for old, new in zip(olds, news, strict=False):
+            both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
+            if not both and not alike(self._prints.of(old), self._prints.of(new), copied=True):
+                raise _refusal(path, old, new)
+        if len(olds) != len(news):
+            raise _refusal(path, f"{len(olds)} values", f"{len(news)} values")
+        return now
+
+    def _writable(self, path: Path) -> Path:
+        if any(kind == "value" for kind, _ in path.steps):  # a context variable, whose value belongs to who runs the call
+            raise _refusal(path, "one tensor", "another")
+        if not path.steps and path.scope is None:
+            module = self._model.get_submodule(path.module)
+            own = path.name in vars(module)
+            if not own or not path.name.isidentifier():
+                raise _refusal(path, "a value of its class", "another")
+        return path
+
+
+def _root(path: Path) -> tuple[Any, ...]:
+    return (path.module, path.name, id(path.scope.variables) if path.scope is not None else None)
+
+
+def _parent(path: Path) -> tuple[Any, ...]:
+    return (_root(path), path.steps[:-1])
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict, deque)):
+        return not isinstance(value, torch.Size)
+    return is_object(value) and not isinstance(value, nn.Module) and not callable(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor) or not _is_container(value):
+        yield value
+        return
+    if isinstance(value, dict):
+        yield from value.keys()
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple, deque)):
+        for item in value:
+            yield from _leaves(item)
+    for item in attributes(value).values() if hasattr(value, "__dict__") or not isinstance(value, (list, tuple, dict)) else ():
+        yield from _leaves(item)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in _leaves(value))
+
+
+def _tensor_ids(template: Any) -> Iterator[int]:
+    yield from (id(leaf) for leaf in _leaves(template) if isinstance(leaf, torch.Tensor))
+
+
+def _tensors_only(path: Path, items: list[Any]) -> list[Any]:
+    for leaf in (leaf for item in items for leaf in _leaves(item)):
+        if not isinstance(leaf, (torch.Tensor, str, int, float, bool, type(None))):
+            raise _refusal(path, "shorter", "longer")
+        if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+            raise _refusal(path, "shorter", f"longer by a {type(leaf).__name__}, which a plan would repeat")
+    return items
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Frozen):
+        return f"a {value.kind}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    if value is ABSENT:
+        return "absent"
+    text = described(Fingerprints({}, lambda _, __: False).of(value)) if not isinstance(value, str) else value
+    return text[:80]
+
+
+def _refusal(path: Path, was: Any, now: Any) -> CaptureError:
+    what = "global variable " if path.scope is not None else "attribute "
+    name = str(path).removeprefix("the global variable ")
+    return CaptureError(
+        f"the model's forward changes its {what}{name} ({_text(was)} before, {_text(now)} after) from call to call; a plan "
+        "would repeat one value for ever. Keep it in a buffer, change it outside of the forward, or pass it as an argument",
+        module=path.module,
+    )

@@ -1,0 +1,204 @@
+"""A value's fingerprint: equal exactly where a forward could not tell the values apart; plain data that can be pickled."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import fractions
+import hashlib
+import random
+import re
+import types
+import uuid
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.tracer.host.values import ABSENT, Wanted, is_foreign_class, is_iterator, parts
+
+Fingerprint = Any
+TensorKey = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
+
+_BY_VALUE = (bool, int, str, bytes, type(None))
+_BY_TEXT = (float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, range, slice)
+_IMMUTABLE = (
+    datetime.date,
+    datetime.timedelta,
+    datetime.time,
+    decimal.Decimal,
+    fractions.Fraction,
+    PurePath,
+    uuid.UUID,
+    re.Pattern,
+)
+_ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.MethodDescriptorType)
+"""What a deep copy does not copy."""
+_LARGE_BYTES = 2**16
+
+
+def tensor_key(tensor: torch.Tensor) -> TensorKey:
+    """What a kernel's choice depends on: shape, strides, dtype, device, and whether a gradient is wanted."""
+    strides = tensor.stride() if tensor.layout is torch.strided else (str(tensor.layout),)
+    return (tensor.shape, strides, tensor.dtype, tensor.device, tensor.requires_grad)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Same:
+    """An object that is compared by identity; `is_atomic`: copies of a model share it. It does not travel in pickles."""
+
+    held: Any
+    kind: str
+    is_atomic: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Same, (ABSENT, self.kind, False)
+
+    def __repr__(self) -> str:
+        return self.kind if self.held is ABSENT else _short(self.held)
+
+
+def alike(expected: Fingerprint, now: Fingerprint, *, copied: bool = False) -> bool:
+    """The fingerprints are equal; `copied`: of objects that a copy of the model has copies of, only the kind counts."""
+    if isinstance(expected, Same) or isinstance(now, Same):
+        if not (isinstance(expected, Same) and isinstance(now, Same)):
+            return False
+        if expected.held is now.held:
+            return True
+        loose = expected.held is ABSENT or (copied and not expected.is_atomic)
+        return loose and expected.kind == now.kind
+    if type(expected) is not type(now):
+        return False
+    if isinstance(expected, tuple):
+        return len(expected) == len(now) and all(alike(a, b, copied=copied) for a, b in zip(expected, now, strict=True))
+    return bool(expected == now)
+
+
+class Fingerprints:
+    """Makes fingerprints of values.
+
+    Args:
+        names: of the model's own modules and tensors, by identity: they are compared elsewhere.
+        wanted: which attributes of objects count.
+        skipped: identities of containers whose content does not count, and (identity, step) of parts that do not.
+    """
+
+    def __init__(self, names: Mapping[int, str], wanted: Wanted, skipped: Collection[Any] = ()) -> None:
+        self._names, self._wanted, self._skipped = names, wanted, skipped
+        self._open: dict[int, int] = {}
+
+    def of(self, value: Any) -> Fingerprint:
+        """The fingerprint of a value."""
+        kind = type(value)
+        if kind in _BY_VALUE:
+            return (kind.__name__, value)
+        if kind in _BY_TEXT:
+            return (kind.__name__, repr(value))
+        if id(value) in self._names and isinstance(value, (nn.Module, torch.Tensor)):
+            return ("the model's", self._names[id(value)])
+        if isinstance(value, torch.Tensor):
+            return ("tensor", kind.__name__, *tensor_key(value))
+        if value is ABSENT:
+            return ("absent",)
+        if id(value) in self._skipped:
+            return ("grows", kind.__name__)
+        if isinstance(value, _IMMUTABLE):
+            return (kind.__name__, repr(value))
+        if id(value) in self._open:
+            return ("again", self._open[id(value)])
+        self._open[id(value)] = len(self._open)
+        try:
+            return self._of_object(value)
+        finally:
+            del self._open[id(value)]
+
+    def _of_object(self, value: Any) -> Fingerprint:
+        kind = type(value)
+        head = Same(kind, kind.__qualname__, True)
+        if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
+            return (head, str(value.dtype), tuple(value.shape), _digest(value))
+        if kind.__name__ == "array" or isinstance(value, bytearray):
+            return (head, bytes(value))
+        if isinstance(value, Set):
+            return (head, tuple(sorted((self.of(item) for item in value), key=repr)))
+        if isinstance(value, Enum):
+            return (head, value.name)
+        if is_generator(value) or is_iterator(value):
+            return (head,)  # what they have come to is looked at elsewhere
+        every = parts(value, self._wanted)
+        if self._skipped:
+            every = ((step, item) for step, item in every if (id(value), step) not in self._skipped)
+        found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
+        if isinstance(value, _ATOMIC):
+            return (Same(value, kind.__qualname__, True), found)
+        if not found and is_foreign_class(kind) and not isinstance(value, (list, tuple, dict)):
+            return (Same(value, kind.__qualname__, False),)
+        return (head, found)
+
+
+def is_generator(value: Any) -> bool:
+    """A source of random numbers."""
+    if isinstance(value, (random.Random, torch.Generator)):
+        return True
+    return type(value).__module__.partition(".")[0] == "numpy" and type(value).__name__ in ("Generator", "RandomState")
+
+
+def _digest(array: Any) -> bytes:
+    content: bytes = array.tobytes() if str(array.dtype) != "object" else repr(array).encode()
+    return content if len(content) <= _LARGE_BYTES else hashlib.sha256(content).digest()
+
+
+def _short(value: Any) -> str:
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
+    return str(name)[:80]
+
+
+def described(found: Fingerprint) -> str:
+    """A fingerprint for people, in at most 80 characters."""
+    if isinstance(found, Same):
+        return repr(found)
+    if not isinstance(found, tuple) or not found:
+        return repr(found)[:80]
+    head = found[0]
+    if head == "absent":
+        return "absent"
+    if head == "tensor":
+        return describe_tensor(found[2:])
+    if head == "the model's":
+        return f"the model's {found[1]}"
+    if isinstance(head, str) and len(found) == 2:
+        text = found[1] if head not in ("str", "int", "bool", "bytes", "NoneType") else repr(found[1])
+        return str(text)[:80]
+    return repr(head)[:80]
+
+
+def describe_tensor(key: Any) -> str:
+    """'float32[8, 4] strides (4, 1) on cpu, requires_grad'."""
+    shape, strides, dtype, device, requires_grad = key
+    grad = ", requires_grad" if requires_grad else ""
+    layout = f" strides {strides}" if strides else ""
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}{layout} on {device}{grad}"
+
+
+def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> tuple[str, str, str]:
+    """Where two fingerprints differ first: (path, what was expected, what is now), as text."""
+    pair = (expected, now)
+    if all(isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], tuple) for found in pair) and alike(
+        expected[0], now[0]
+    ):
+        old, new = expected[1], now[1]
+        if old and new and all(isinstance(row, tuple) and len(row) == 3 for row in (*old, *new)):
+            if len(old) != len(new):
+                return path, f"{len(old)} items", f"{len(new)} items"
+            for (kind, key, one), (_, other_key, other) in zip(old, new, strict=True):
+                if not alike(key, other_key):
+                    return path, f"with {described(key)}", f"with {described(other_key)}"
+                if not alike(one, other):
+                    name = described(key)
+                    inner = f"{path}[{name}]" if kind == "item" else f"{path}.{name.strip(chr(39))}"
+                    return first_difference(one, other, inner)
+    return path, described(expected), described(now)

@@ -1,0 +1,415 @@
+"""The recording forward: a model is run for real, until two runs do the same, to learn what Python does beside the kernels.
+
+Nothing is kept for a backward, so a run needs no more memory than an inference forward. Everything is put back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import OpOverload, TorchDispatchMode, collectives_forbidden, pytree, storage_id
+from planner.errors import CaptureError
+from planner.profiler.observed import is_foreign
+from planner.tracer.collectives import alone
+from planner.tracer.host.changes import Changes, find_changes, frozen
+from planner.tracer.host.fingerprint import Fingerprints
+from planner.tracer.host.preserve import Generators, Preserved, keep_model
+from planner.tracer.host.reads import ReadRecorder, Reads
+from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
+from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
+
+_RUNS = 4
+"""So many runs are made at most; the first ones may fill caches and first states."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps its hooks."""
+
+HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default})
+"""Kernels that hand a tensor's value to Python."""
+
+Read = tuple[str, bool | int | float | complex]
+
+
+@dataclass
+class Run:
+    """One recording forward.
+
+    Attributes:
+        kernels: what was run: (operator, submodule, arguments without data).
+        reads: every tensor value that Python read, in order.
+        outside: tensors that kernels read and nobody in the forward made: weights, inputs, and Python state.
+    """
+
+    kernels: list[tuple[Any, ...]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    outside: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class RecordKernels(TorchDispatchMode):
+    """Fills a Run; what happens while `paused` (inside opaque submodules) is left out."""
+
+    def __init__(self, where: Callable[[], str], apart: Callable[[], AbstractContextManager[None]]) -> None:
+        """`apart`: entered where an operator that is not torch's runs, whose Python code is its own affair."""
+        super().__init__()
+        self._where, self._apart = where, apart
+        self._made: dict[int, torch.Tensor] = {}
+        self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._storages: dict[int, torch.Tensor] = {}
+        self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.run = Run()
+        self.paused = False
+        self.generator_at = ""
+
+    def new_run(self) -> Run:
+        """Begin another run."""
+        self.run, self._made = Run(), {}
+        return self.run
+
+    @property
+    def has_swapped_data(self) -> bool:
+        """A tensor that was there before has been given other memory (`tensor.data = other`)."""
+        return any(storage_id(tensor) != storage_id(data) for tensor, data in self._data.values())
+
+    def restore_contents(self) -> None:
+        """Put back what kernels wrote into tensors that were there before."""
+        with torch.no_grad():
+            for tensor, data in self._data.values():
+                if storage_id(tensor) != storage_id(data):
+                    tensor.data = data
+            for tensor, content in self._contents.values():
+                tensor.copy_(content)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not self.paused:
+            for leaf in leaves:
+                if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
+                    self.run.outside[id(leaf)] = leaf
+                    if leaf.layout is torch.strided:
+                        self._storages.setdefault(storage_id(leaf), leaf)
+                        self._data.setdefault(id(leaf), (leaf, leaf.detach()))
+                elif isinstance(leaf, torch.Generator):
+                    self.generator_at = self.generator_at or self._where() or "the model"
+            self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
+            self._keep_written(func, args, kwargs or {})
+        if is_foreign(func) and not self.paused:
+            with self._apart():
+                result = _without_others(func, args, kwargs or {})
+        else:
+            result = func(*args, **(kwargs or {}))
+        for made in pytree.tree_leaves(result):
+            if isinstance(made, torch.Tensor) and id(made) not in self.run.outside:
+                self._made[id(made)] = made
+        if func in HOST_READS and not self.paused:
+            self.run.reads.append((str(func), result))
+        return result
+
+    def _keep_written(self, func: OpOverload, args: Any, kwargs: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in pytree.tree_leaves(value):
+                if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                    continue
+                base = self._storages.get(storage_id(tensor))  # it may be a view that is written through
+                if base is not None and id(base) not in self._contents:
+                    self._contents[id(base)] = (base, base.detach().clone())
+
+
+def _without_others(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operator run; where it communicates inside, what it returns as far as shapes go."""
+    with collectives_forbidden() as refused:
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            if not refused:
+                raise
+    return alone(func, args, kwargs)
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (leaf.shape, leaf.dtype, leaf.requires_grad)
+    return repr(leaf) if not callable(leaf) else ""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the recording forward found.
+
+    Attributes:
+        run: the last run.
+        host: what Python does; the templates of its effects hold the tensors that the last run left.
+        preserved: puts Python state back as it was before the first run.
+    """
+
+    run: Run
+    host: HostState
+    preserved: Preserved
+
+
+class Observer:
+    """Makes the runs.
+
+    Args:
+        model: left as it was found when `preserved` is restored, which the caller does.
+        modules: the stack of running submodules, followed by hooks.
+        parts: names of opaque submodules, whose inner state is left out.
+    """
+
+    def __init__(self, model: nn.Module, modules: Any, parts: Sequence[str], device: torch.device) -> None:
+        self._model, self._modules, self._parts = model, modules, tuple(parts)
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self.preserved = Preserved()
+        for module in model.modules():
+            self.preserved.keep(module, self._names[id(module)])
+            for held in list(vars(module).values()):
+                if isinstance(held, (dict, set)):
+                    self.preserved.keep(held)
+            for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+                self.preserved.keep(kind)
+        if parts:  # what runs in there is not followed: everything that it can lead to is remembered
+            keep_model(model, self.preserved)
+        for tensor in model.parameters():
+            self.preserved.keep(tensor)
+        where = lambda: str(modules)
+        self.reads = ReadRecorder(self.preserved, self._names, where)
+        self.kernels = RecordKernels(where, self.pause)
+        self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
+        self._generators = Generators(device)
+        self._environment = dict(os.environ)
+        self._on_tensors = {id(tensor): dict(vars(tensor)) for tensor in model.parameters()}
+        self._of_classes = self._class_data()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """An opaque submodule runs: what it does is its own affair."""
+        before = self.kernels.paused, self.reads.paused
+        self.kernels.paused = self.reads.paused = True
+        host = self._generators.host()
+        try:
+            yield
+        finally:
+            self.kernels.paused, self.reads.paused = before
+            now = self._generators.host()
+            if now != host:
+                self._modules.drawn(now)
+
+    def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Observation:
+        """Run the forward until two runs do the same, and say what Python does in it.
+
+        Raises:
+            CaptureError: it does something that a plan cannot repeat; names it, and the submodule.
+        """
+        runs: list[Run] = []
+        snapshots: list[Mapping[Path, Any]] = []
+        contents = [(tensor, tensor.detach().clone()) for tensor in inputs]
+        while len(runs) < 2 or not _same(runs[-2], runs[-1]):
+            if len(runs) == _RUNS:
+                find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
+                raise _unsteady(runs[-2], runs[-1])
+            with torch.no_grad():
+                for tensor, content in contents if runs else ():
+                    tensor.copy_(content)
+            runs.append(self._inside(lambda: self._run(call)))
+            self._refuse_elsewhere()
+            snapshots.append(self._inside(self._snapshot))
+        reads = self.reads.reads()
+        known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
+        outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
+        given = {id(tensor) for tensor in inputs}
+        after = self._inside(self._snapshot)
+        changes = find_changes(self._model, snapshots[-2], after, outside, known, given, self._is_only_written)
+        state = self._state(snapshots[-2], outside, changes)
+        # the first run came from another state, and did the same: what this forward leaves there does not steer it
+        left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
+        host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
+        return Observation(runs[-1], host, self.preserved)
+
+    def _refuse_elsewhere(self) -> None:
+        """Raise CaptureError where the last run changed something that no place of Python state stands for."""
+        changed = {name for name, _ in dict(os.environ).items() ^ self._environment.items()}
+        if changed:
+            os.environ.clear()
+            os.environ.update(self._environment)
+            raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
+        if self.kernels.has_swapped_data:
+            raise CaptureError(
+                "the model's forward gives a tensor other memory (tensor.data = ...): write into it, or assign it"
+            )
+        for name, tensor in self._model.named_parameters():
+            if vars(tensor).keys() ^ self._on_tensors.get(id(tensor), {}).keys() or any(
+                vars(tensor)[key] is not held for key, held in self._on_tensors.get(id(tensor), {}).items()
+            ):
+                raise CaptureError(f"the model's forward sets an attribute on the tensor {name}: keep it on the module")
+        for (kind, attribute), held in self._class_data().items():
+            if self._of_classes.get((kind, attribute)) is not held and held is not ABSENT:
+                module = next(name for name, module in self._model.named_modules() if isinstance(module, kind))
+                raise CaptureError(
+                    f"the model's forward changes the class attribute {kind.__name__}.{attribute}, which a plan would not do: "
+                    "keep it in the module, or in a buffer",
+                    module=module,
+                )
+
+    def _class_data(self) -> dict[tuple[type, str], Any]:
+        """What the classes of the model's modules hold, but for their code."""
+        kinds = {base for module in self._model.modules() for base in type(module).__mro__}
+        return {
+            (kind, name): ABSENT if is_code(value) else value
+            for kind in kinds
+            if not is_foreign_class(kind)
+            for name, value in vars(kind).items()
+            if not name.startswith("__")
+        }
+
+    def _run(self, call: Callable[[], Any]) -> Run:
+        def refuse(_: Any) -> Any:
+            raise CaptureError("backward was called inside the model's forward")
+
+        torch.clear_autocast_cache()  # or a run would read casts of the one before
+        run = self.kernels.new_run()
+        self.reads.new_run()
+        with (
+            torch.random.fork_rng(devices=self._generators.devices()),
+            torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
+            self.kernels,
+            self.reads.recording(),
+            self._modules.following(self._generators.host, self._parts),
+        ):
+            try:
+                call()
+            except CaptureError as error:
+                error.module = error.module or str(self._modules)
+                raise
+        self._refuse_other_generators()
+        return run
+
+    def _refuse_other_generators(self) -> None:
+        if self.reads.controlled is not None:
+            module, function = self.reads.controlled
+            raise CaptureError(
+                f"the forward of {module or 'the model'} controls torch's random generator (Generator.{function}: manual_seed, "
+                "fork_rng, set_rng_state, ...), which a plan does not repeat. Do it outside of the forward",
+                module=module,
+            )
+        if self.kernels.generator_at:
+            module = self.kernels.generator_at
+            raise CaptureError(
+                f"the model's forward ({module}) draws from a torch.Generator of its own; a plan repeats draws of the default "
+                "generator only",
+                module="" if module == "the model" else module,
+            )
+        if self._modules.drew is not None:
+            raise _draws(self._modules.drew)
+
+    def _snapshot(self) -> dict[Path, Any]:
+        """Every place that the forward reads or writes, with its value."""
+        reads = self.reads.reads()
+        merged = {kind: reads.attributes.get(kind, frozenset()) | names for kind, names in self.reads.written.items()}
+        both = Reads({**reads.attributes, **merged}, reads.names, reads.scopes)
+        found: dict[Path, Any] = {}
+        seen: set[int] = set()
+        names = lambda kind: both.attributes.get(kind, frozenset())
+        for path in roots(self._model, names, both, self._parts, self.reads.written_at):
+            if path.scope is None and _is_weight(self._model.get_submodule(path.module), path.name):
+                continue
+            places = walk(path, path.root(self._model), both, self._names, seen)
+            found.update((place, frozen(value)) for place, value in places)
+        return found
+
+    def _is_apart(self, name: str) -> bool:
+        return any(name == part or name.startswith(f"{part}.") for part in self._parts)
+
+    def _aliases(self) -> tuple[tuple[Path, str], ...]:
+        weights = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        names = {id(tensor): name for name, tensor in weights.items()}
+        places = ((path, value) for path, value in self._snapshot().items() if isinstance(value, torch.Tensor))
+        return tuple((path, names[id(value)]) for path, value in places if id(value) in names and (path.steps or path.scope))
+
+    def _state(self, before: Mapping[Path, Any], outside: Mapping[int, torch.Tensor], changes: Changes) -> tuple[Path, ...]:
+        """The places whose tensors the last run read, or moved elsewhere."""
+        wanted = {*outside, *changes.moved}
+        found: dict[int, Path] = {}
+        for path, value in before.items():
+            now = path.get(self._model) if isinstance(value, torch.Tensor) and id(value) in wanted else None
+            if isinstance(now, torch.Tensor) and id(value) not in found:
+                found[id(value)] = path
+        for key, tensor in outside.items():
+            if key not in found and tensor.requires_grad:
+                raise CaptureError(
+                    f"the model's forward uses a tensor {list(tensor.shape)} that requires grad and is found neither among its "
+                    "parameters nor in its attributes (a cached tensor, a tensor of another module?). Make it a parameter"
+                )
+        return tuple(found.values())
+
+    def _is_only_written(self, path: Path) -> bool:
+        if path.steps or path.scope is not None:
+            return False
+        kind = type(self._model.get_submodule(path.module))
+        reads = self.reads.reads().attributes.get(kind, frozenset())
+        return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
+
+    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path]) -> HostKey:
+        model = self._model
+        names = named(model)
+        left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
+        prints = Fingerprints(names, reads.wants, skipped_places(left, model))
+        of_classes: dict[type, set[str]] = {}
+        for (kind, name), value in self._class_data().items():
+            if name in reads.names and value is not ABSENT:
+                for other in {type(module) for module in model.modules()}:
+                    of_classes.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
+        read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
+        places = list(roots(model, read, reads, self._parts))
+        places += [Path(name, "training") for name, _ in model.named_modules()]
+        for name, module in model.named_modules():
+            if name and not self._is_apart(name):
+                places += [Path(name, kind) for kind in HOOKS if vars(module)[kind]]
+        expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
+        environment = tuple((name, os.environ.get(name)) for name in reads.environment)
+        return HostKey(reads, expected, self._parts, left, environment)
+
+
+def named(model: nn.Module) -> dict[int, str]:
+    """The model's modules and weights, by identity."""
+    found = {id(module): name or "itself" for name, module in model.named_modules()}
+    weights = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {**{id(tensor): name for name, tensor in reversed(weights)}, **found}
+
+
+def _is_weight(module: nn.Module, name: str) -> bool:
+    """A parameter or buffer: what becomes of these is in the graph."""
+    return name in vars(module)["_parameters"] or name in vars(module)["_buffers"]
+
+
+def _same(one: Run, other: Run) -> bool:
+    return one.kernels == other.kernels and one.reads == other.reads
+
+
+def _unsteady(one: Run, other: Run) -> CaptureError:
+    pairs = zip(one.kernels, other.kernels, strict=False)
+    first = next((kernel for kernel, again in pairs if kernel != again), (one.kernels + other.kernels + [("", "")])[-1])
+    return CaptureError(
+        f"the model's forward is another one at each call: {first[0]} in {first[1] or 'the model itself'} is run with other "
+        "arguments, or not at all (a counter, a clock, a schedule in Python?); a plan would repeat one call for ever. Pass "
+        "what changes as a tensor argument, or make it a buffer",
+        module=first[1],
+    )
+
+
+def _draws(module: str) -> CaptureError:
+    return CaptureError(
+        f"the forward of {module or 'the model'} draws random numbers from Python's random module or from numpy; "
+        "a plan would repeat one draw for ever. Draw with torch",
+        module=module,
+    )

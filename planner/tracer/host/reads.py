@@ -1,0 +1,329 @@
+"""Which Python state a forward reads and writes: attributes, global variables, environment variables; seen while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import gc
+import os
+import sys
+import sysconfig
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.tracer.host.preserve import Preserved, keep_deep
+from planner.tracer.host.values import attributes, is_foreign_class
+
+_PACKAGE = str(Path(__file__).parents[2])
+_STDLIB = sysconfig.get_paths()["stdlib"]
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+"""Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
+_PLAIN = (int, float, str, bool)
+_CONTROL = frozenset(
+    {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
+)
+"""Methods of torch.Generator that control it, instead of drawing from it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """Global variables of one Python module (or of code made by exec) that a forward reads.
+
+    Attributes:
+        module: the Python module's name; "" where the code belongs to none.
+        variables: the dictionary that holds them; not pickled.
+        names: of those that are read.
+        where: qualified name of the submodule that was running when one was first read.
+    """
+
+    module: str
+    variables: dict[str, Any] = field(repr=False)
+    names: frozenset[str]
+    where: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scope) and self.variables is other.variables
+
+    def __hash__(self) -> int:
+        return id(self.variables)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored_scope, (self.module, self.names, self.where)
+
+
+def _restored_scope(module: str, names: frozenset[str], where: str) -> Scope:
+    return Scope(module, vars(sys.modules[module]) if module in sys.modules else {}, names, where)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a forward reads of Python's state.
+
+    Attributes:
+        attributes: per class, the attributes of its instances.
+        names: every attribute name in the code that ran.
+        scopes: global variables.
+        environment: environment variables.
+    """
+
+    attributes: Mapping[type, frozenset[str]]
+    names: frozenset[str]
+    scopes: tuple[Scope, ...] = ()
+    environment: tuple[str, ...] = ()
+
+    def wants(self, value: Any, name: str) -> bool:
+        """An attribute of an object counts."""
+        known = self.attributes.get(type(value))
+        if known is not None:
+            return name in known
+        return name in self.names
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """Global variables that the code itself names."""
+    kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
+    return frozenset(str(ins.argval) for ins in dis.get_instructions(code) if ins.opname in kinds)
+
+
+def is_library_code(code: types.CodeType) -> bool:
+    """Code of torch, of Python's own library or of this package: its global variables steer no model."""
+    file = code.co_filename
+    if file.startswith((_TORCH, _PACKAGE, "<frozen")):
+        return True
+    return file.startswith(_STDLIB) and "site-packages" not in file
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class ReadRecorder:
+    """Notes, while entered, what Python state the running code reads and writes, and remembers it as it was before.
+
+    Attributes:
+        controlled: (submodule, function) of the first call that controls torch's generator; None if there is none.
+        written_at: attributes that were written, by identity of the object.
+    """
+
+    def __init__(self, preserved: Preserved, names: Mapping[int, str], where: Callable[[], str]) -> None:
+        """`names`: the model's modules by identity. `where`: the submodule that is running."""
+        self._preserved, self._names, self._where = preserved, names, where
+        self._thread = threading.get_ident()
+        self._read: dict[type, set[str]] = {}
+        self._written: dict[type, set[str]] = {}
+        self.written_at: dict[int, set[str]] = {}
+        self._opened: dict[int, Any] = {}
+        self._first: dict[tuple[int, str], str] = {}
+        self._patched: dict[type, tuple[Any, Any]] = {}
+        self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
+        self._known: set[types.CodeType] = set()
+        self._environment: dict[str, None] = {}
+        self._objects: list[Any] = []  # so that no identity is used twice
+        self.controlled: tuple[str, str] | None = None
+        self.paused = False
+
+    def new_run(self) -> None:
+        """From now on, an attribute that is written before it is read counts as not read."""
+        self._first.clear()
+
+    def reads(self) -> Reads:
+        """What was read so far."""
+        for this in self._opened.values():
+            held = object.__getattribute__(this, "__dict__")
+            opened = {name for name in held if name not in _INTERNAL and name[:2] != "__"}
+            self._read.setdefault(type(this), set()).update(opened)
+            self._written.setdefault(type(this), set()).update(opened)
+        scopes: dict[int, Scope] = {}
+        for code, (variables, where) in self._codes.items():
+            known = scopes.get(id(variables))
+            names = global_names(code) & variables.keys() | (known.names if known else frozenset())
+            name = str(variables.get("__name__", ""))
+            home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""
+            home = home if home and vars(sys.modules[home]) is variables else ""
+            scopes[id(variables)] = Scope(home, variables, names, known.where if known else where)
+        attribute_names = frozenset(name for code in self._codes for name in code.co_names)
+        return Reads(
+            {kind: frozenset(names) for kind, names in self._read.items()},
+            attribute_names,
+            tuple(scopes.values()),
+            tuple(self._environment),
+        )
+
+    @property
+    def written(self) -> dict[type, frozenset[str]]:
+        """Per class, the attributes that were written."""
+        return {kind: frozenset(names) for kind, names in self._written.items()}
+
+    def see(self, value: Any, where: str = "") -> None:
+        """Remember a value as it is now, and note what is read of the objects it is made of."""
+        for item in keep_deep(self._preserved, value, self._names, where):
+            self._objects.append(item)
+            if not isinstance(item, nn.Module) and not self._patch(type(item)) and self._preserved.keep(item, where):
+                for held in list(attributes(item).values()):  # a class that cannot be patched: a namespace
+                    self.see(held, where)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """While entered, reads and writes of this thread are noted."""
+        profile, collects = sys.getprofile(), gc.isenabled()
+        environ = type(os.environ)
+        read_variable = environ.__getitem__
+
+        def look_up(this: Any, key: str) -> str:
+            if threading.get_ident() == self._thread and not self.paused:
+                self._environment[key] = None
+            return read_variable(this, key)
+
+        try:
+            gc.disable()  # callbacks and finalizers that a collection runs are not the forward's code
+            self._patch(nn.Module)
+            environ.__getitem__ = look_up  # type: ignore[method-assign]
+            sys.setprofile(self._on_event)
+            yield
+        finally:
+            _put_back_profiler(profile)
+            if collects:
+                gc.enable()
+            environ.__getitem__ = read_variable  # type: ignore[method-assign]
+            for kind, own in self._patched.items():
+                for name, held in zip(("__getattribute__", "__setattr__"), own, strict=True):
+                    if held is None:
+                        delattr(kind, name)
+                    else:
+                        setattr(kind, name, held)
+            self._patched.clear()
+
+    def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if code in self._known or self.paused:
+                return
+            self._known.add(code)
+            if not is_library_code(code):
+                self._codes[code] = (frame.f_globals, self._where())
+                with self._not_noting():
+                    self._see_variables(code, frame)
+        elif event == "c_call" and arg.__name__ in _CONTROL:
+            self._on_control(frame, arg)
+
+    def _on_control(self, frame: types.FrameType, function: Any) -> None:
+        is_torchs = isinstance(getattr(function, "__self__", None), torch.Generator)
+        if is_torchs and self.controlled is None and not self.paused and not _is_ours(frame):
+            self.controlled = (self._where(), function.__name__)
+
+    def _see_variables(self, code: types.CodeType, frame: types.FrameType) -> None:
+        for name in global_names(code):
+            if name in frame.f_globals:
+                self._preserved.keep_variable(frame.f_globals, name)
+                value = frame.f_globals[name]
+                if isinstance(value, type) and not is_foreign_class(value):
+                    self._preserved.keep(value)
+                if not isinstance(value, (type, types.ModuleType)):
+                    self.see(value, name)
+        for name in code.co_freevars:
+            held = frame.f_locals.get(name)
+            if held is not None and not isinstance(held, nn.Module):
+                self.see(held, name)
+
+    def _patch(self, kind: type) -> bool:
+        """Have attribute access of this class's instances noted; False where that cannot be had."""
+        if kind in self._patched:
+            return True
+        if kind is not nn.Module and (issubclass(kind, nn.Module) or is_foreign_class(kind)):
+            return False
+        getter, setter = kind.__getattribute__, kind.__setattr__
+        own = (vars(kind).get("__getattribute__"), vars(kind).get("__setattr__"))
+        noted, written = self._note_read, self._note_write
+
+        def missing(this: Any, name: str) -> Any:
+            try:
+                value = getter(this, name)
+            except AttributeError:
+                noted(this, name, None)
+                raise
+            noted(this, name, value)
+            return value
+
+        def put(this: Any, name: str, value: Any) -> None:
+            written(this, name)
+            setter(this, name, value)
+
+        try:
+            kind.__getattribute__ = missing  # type: ignore[method-assign, assignment]
+            kind.__setattr__ = put  # type: ignore[method-assign, assignment]
+        except TypeError:  # a class that cannot be changed
+            return False
+        self._patched[kind] = own
+        return True
+
+    def _note_read(self, this: Any, name: str, value: Any) -> None:
+        if name == "__dict__" and not self.paused and _is_users(sys._getframe(2)):
+            self._opened[id(this)] = this  # vars(module): anything in it may be read or written
+            return
+        if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
+            return
+        if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
+            return
+        with self._not_noting():
+            if not isinstance(this, nn.Module):
+                self._preserved.keep(this, type(this).__qualname__)
+            if self._first.setdefault((id(this), name), "read") == "read":
+                self._read.setdefault(type(this), set()).add(name)
+            if isinstance(value, nn.Module):
+                if id(value) not in self._names:
+                    self._preserved.keep(value, name)
+            elif value is not None and type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+                self.see(value, name)
+
+    def _note_write(self, this: Any, name: str) -> None:
+        if self.paused or threading.get_ident() != self._thread:
+            return
+        with self._not_noting():
+            if not isinstance(this, nn.Module):
+                self._preserved.keep(this, type(this).__qualname__)
+            self._first.setdefault((id(this), name), "write")
+            self._written.setdefault(type(this), set()).add(name)
+            self.written_at.setdefault(id(this), set()).add(name)
+
+    @contextlib.contextmanager
+    def _not_noting(self) -> Iterator[None]:
+        """What the recorder itself reads is no read of the model's."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+
+def _put_back_profiler(profile: Any) -> None:
+    if profile is None or callable(profile):
+        sys.setprofile(profile)
+    else:  # cProfile's, which only it can set
+        sys.setprofile(None)
+        profile.enable()
+
+
+def _is_users(frame: types.FrameType | None) -> bool:
+    return frame is not None and not is_library_code(frame.f_code)
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    """The call is this package's own: it saves generators' states itself."""
+    caller: types.FrameType | None = frame
+    for _ in range(4):
+        if caller is None:
+            return False
+        if caller.f_code.co_filename.startswith(_PACKAGE):
+            return True
+        if not caller.f_code.co_filename.startswith(_TORCH):
+            return False
+        caller = caller.f_back
+    return False

@@ -1,0 +1,269 @@
+"""Where Python state lies (Path), what of it a plan reads as tensors, and what a planned call writes back (Effect)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
+from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
+from planner.tracer.host.reads import Reads, Scope
+from planner.tracer.host.values import ABSENT, MODULE_STATE, Step, part, parts, put, rebuilt, text_of
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A place in Python state: an attribute of a submodule or a global variable, and steps from its value inwards.
+
+    Attributes:
+        module: qualified name of the submodule; for a global variable, of the one that was running when it was first read.
+        name: the attribute or variable.
+        steps: from its value to the place.
+        scope: set for a global variable.
+    """
+
+    module: str
+    name: str
+    steps: tuple[Step, ...] = ()
+    scope: Scope | None = None
+
+    def __str__(self) -> str:
+        start = f"the global variable {self.name}" if self.scope is not None else f"{self.module}.{self.name}".lstrip(".")
+        return start + "".join(map(text_of, self.steps))
+
+    def inside(self, step: Step) -> Path:
+        """A part of this place."""
+        return Path(self.module, self.name, (*self.steps, step), self.scope)
+
+    def is_inside(self, other: Path) -> bool:
+        """This place is `other`, or a part of it."""
+        same = (self.module, self.name, self.scope) == (other.module, other.name, other.scope)
+        return same and self.steps[: len(other.steps)] == other.steps
+
+    def root(self, model: nn.Module) -> Any:
+        """The value that the steps start from; ABSENT where there is none."""
+        if self.scope is not None:
+            return self.scope.variables.get(self.name, ABSENT)
+        return look_up(model.get_submodule(self.module), self.name)
+
+    def get(self, model: nn.Module) -> Any:
+        """The value at this place; ABSENT where there is none."""
+        value = self.root(model)
+        for step in self.steps:
+            value = part(value, step)
+        return value
+
+    def set(self, model: nn.Module, new: Any) -> None:
+        """Write the value at this place, in place where its container can be written, else in a new container.
+
+        Raises:
+            TypeError: it cannot be written.
+        """
+        values = [self.root(model)]
+        for step in self.steps:
+            values.append(part(values[-1], step))
+        for value, step in zip(reversed(values[:-1]), reversed(self.steps), strict=True):
+            written = put(value, step, new)
+            if written is value:
+                return
+            new = written
+        if self.scope is not None:
+            self.scope.variables[self.name] = new
+            return
+        module = model.get_submodule(self.module)
+        holder = next((vars(module)[kind] for kind in MODULE_STATE if self.name in vars(module)[kind]), vars(module))
+        holder[self.name] = new
+
+
+def look_up(module: nn.Module, name: str) -> Any:
+    """What `module.name` is, without running properties: its own, its tensors' and submodules', or its class's."""
+    own = vars(module)
+    if name in own:
+        return _plain_forward(module, own[name]) if name == "forward" else own[name]
+    for kind in MODULE_STATE:
+        if name in own[kind]:
+            return own[kind][name]
+    return find_in_class(type(module), name)
+
+
+def find_in_class(kind: type, name: str) -> Any:
+    """What a class, or one that it derives from, holds under this name; ABSENT where none does."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), ABSENT)
+
+
+def _plain_forward(module: nn.Module, value: Any) -> Any:
+    """What an instance's own `forward` comes to: under an installed plan, what the plan was installed over."""
+    value = getattr(value, "unplanned", value)
+    of_class = next(vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base))
+    is_class_one = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is of_class
+    return of_class if is_class_one else value
+
+
+def roots(
+    model: nn.Module,
+    attributes: Callable[[type], frozenset[str]],
+    reads: Reads,
+    apart: Sequence[str],
+    written: Mapping[int, Collection[str]] | None = None,
+) -> Iterator[Path]:
+    """Every place to start from.
+
+    Args:
+        attributes: names per class.
+        apart: submodules that are left out, with what is in them, but for what others write there.
+        written: attributes that others wrote, by identity of the module.
+    """
+    for module_name, module in model.named_modules():
+        if any(module_name == name or module_name.startswith(f"{name}.") for name in apart):
+            yield from (Path(module_name, name) for name in sorted((written or {}).get(id(module), ())))
+        else:
+            yield from (Path(module_name, name) for name in sorted(attributes(type(module))))
+    for scope in reads.scopes:
+        yield from (Path(scope.where, name, scope=scope) for name in sorted(scope.names))
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor in a template: ("result", i) of the graph, ("state", i), ("input", i) or ("weight", name)."""
+
+    source: str
+    key: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a planned call writes into Python state after its forward.
+
+    Attributes:
+        path: where.
+        template: what: a Ref, or a container that holds Refs.
+        appends: the template's items are appended to the list or deque at `path`.
+        replaces: they take the place of what it holds.
+    """
+
+    path: Path
+    template: Any
+    appends: bool = False
+    replaces: bool = False
+
+    def write(self, model: nn.Module, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
+        """Do it."""
+        new = rebuilt(self.template, lambda leaf: tensor_of(leaf) if isinstance(leaf, Ref) else leaf)
+        if self.replaces:
+            self.path.get(model).clear()
+        if self.appends or self.replaces:
+            self.path.get(model).extend(new)
+        elif not self.path.steps and self.path.scope is None:
+            module = model.get_submodule(self.path.module)
+            holder = next((vars(module)[kind] for kind in MODULE_STATE if self.path.name in vars(module)[kind]), vars(module))
+            holder[self.path.name] = new
+        else:
+            self.path.set(model, new)
+
+
+def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
+    """The tensors that a forward left at an effect's place, each with what stands for it in the template."""
+    live = effect.path.get(model)
+    if effect.appends or effect.replaces:
+        live = list(live)[-len(effect.template) :] if isinstance(live, (list, deque)) else []
+    todo = [(effect.template, live)]
+    while todo:
+        template, value = todo.pop()
+        if isinstance(template, Ref):
+            yield template, value
+        elif not isinstance(template, torch.Tensor):
+            todo += [(item, part(value, step)) for step, item in parts(template, lambda _, __: True)]
+
+
+@dataclass(frozen=True, slots=True)
+class HostKey:
+    """What of Python's state a plan was made for.
+
+    Attributes:
+        reads: what the forward reads.
+        expected: the fingerprint of every place it reads.
+        apart: opaque submodules, whose state is their own affair.
+        left: places that the forward writes to and that do not steer it, and lists that it appends to.
+        environment: values of the environment variables it reads.
+    """
+
+    reads: Reads
+    expected: tuple[tuple[Path, Fingerprint], ...] = ()
+    apart: tuple[str, ...] = ()
+    left: tuple[Path, ...] = ()
+    environment: tuple[tuple[str, str | None], ...] = ()
+
+
+def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
+    """For `Fingerprints`: containers as a whole, by identity, and parts of one, by (identity, step)."""
+    found: set[Any] = set()
+    for path in left:
+        if isinstance(path.get(model), (list, deque)):
+            found.add(id(path.get(model)))
+        if path.steps:
+            found.add((id(Path(path.module, path.name, path.steps[:-1], path.scope).get(model)), path.steps[-1]))
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What Python does beside the kernels of a forward.
+
+    Attributes:
+        key: what of Python's state the graph is right for.
+        state: the places whose tensors are inputs of the graph, behind the call's tensors.
+        aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
+        effects: what the forward leaves in Python state.
+    """
+
+    key: HostKey = HostKey(Reads({}, frozenset()))
+    state: tuple[Path, ...] = ()
+    aliases: tuple[tuple[Path, str], ...] = ()
+    effects: tuple[Effect, ...] = ()
+
+
+def remembered(model: nn.Module, key: HostKey) -> Preserved:
+    """The Python state of a model, and what its forward reads besides, as it is now: to be put back."""
+    preserved, objects = Preserved(), list[Any]()
+    names = {id(module): "" for module in model.modules()}
+    for scope in key.reads.scopes:
+        for name in scope.names:
+            preserved.keep_variable(scope.variables, name)
+            objects += keep_deep(preserved, scope.variables.get(name), names, name)
+    return keep_model(model, preserved, objects)
+
+
+def walk(path: Path, value: Any, reads: Reads, names: Any, seen: set[int]) -> Iterator[tuple[Path, Any]]:
+    """Every place at and inside `path`, with its value; a container or object is entered once."""
+    yield path, value
+    if isinstance(value, torch.Tensor) or (id(value) in names and isinstance(value, nn.Module)):
+        return
+    inner = list(parts(value, reads.wants))
+    if not inner or id(value) in seen:
+        return
+    seen.add(id(value))
+    for step, item in inner:
+        yield from walk(path.inside(step), item, reads, names, seen)
+
+
+def same_build(one: Any, other: Any) -> bool:
+    """Two templates are of the same containers, with tensors (or Refs to tensors) in the same places."""
+    is_tensor = [isinstance(value, (torch.Tensor, Ref)) for value in (one, other)]
+    if any(is_tensor):
+        return all(is_tensor)
+    everything = lambda value, name: True
+    mine, theirs = list(parts(one, everything)), list(parts(other, everything))
+    if type(one) is not type(other) or [step for step, _ in mine] != [step for step, _ in theirs]:
+        return False
+    return all(same_build(a, b) for (_, a), (_, b) in zip(mine, theirs, strict=True))
+
+
+def weight_keys(model: nn.Module) -> tuple[tuple[str, TensorKey], ...]:
+    """Name and metadata of every parameter and buffer, each tensor once."""
+    return tuple((name, tensor_key(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers()))

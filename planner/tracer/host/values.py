@@ -1,0 +1,242 @@
+"""Python values as trees: what a value is made of, and how it is put together again.
+
+A *step* leads from a value to a part of it: ("item", key), ("attr", name), ("cell", position), ... A *leaf* has no parts.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+Step = tuple[str, Any]
+Wanted = Callable[[Any, str], bool]
+"""Whether an attribute of an object belongs to the tree."""
+
+ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__reduce__": lambda self: "ABSENT"})()
+"""Stands for an attribute or variable that does not exist."""
+
+MODULE_STATE = ("_parameters", "_buffers", "_modules")
+_TORCH = str(Path(torch.__file__).parent)
+_FOREIGN = (
+    "torch",
+    "numpy",
+    "builtins",
+    "collections",
+    "functools",
+    "logging",
+    "threading",
+    "re",
+    "enum",
+    "abc",
+    "typing",
+    "planner",
+)
+"""Packages whose objects are leaves."""
+
+
+def is_foreign_class(kind: type) -> bool:
+    """Objects of this class are compared as a whole: torch's, numpy's, Python's own."""
+    return str(kind.__module__).partition(".")[0] in _FOREIGN
+
+
+def is_object(value: Any) -> bool:
+    """A plain object of the user's, or of a library that is written in Python: its attributes are its parts."""
+    kind = type(value)
+    if kind is types.SimpleNamespace:
+        return True
+    if isinstance(value, (type, types.ModuleType, torch.Tensor, Enum, BaseException)) or is_foreign_class(kind):
+        return False
+    return hasattr(value, "__dict__") or any("__slots__" in vars(base) for base in kind.__mro__[:-1])
+
+
+def is_code(value: Any) -> bool:
+    """A function, method, property, class or Python module: compared where it runs."""
+    return isinstance(value, (types.FunctionType, staticmethod, classmethod, property, type, types.ModuleType))
+
+
+def is_iterator(value: Any) -> bool:
+    """The value is used up as it is read: a generator, itertools.cycle, a file."""
+    return hasattr(type(value), "__next__")
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """An object's own attributes, those in slots included."""
+    found = dict(getattr(value, "__dict__", ()))
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
+    """The parts of a value, by step; a leaf has none."""
+    if isinstance(value, (str, bytes, torch.Tensor, torch.Size)):
+        return
+    if isinstance(value, (list, tuple, deque)):
+        yield from ((("item", i), item) for i, item in enumerate(value))
+    elif isinstance(value, (dict, types.MappingProxyType)):
+        yield from ((("item", key), item) for key, item in value.items())
+    elif isinstance(value, types.FunctionType):
+        yield from _parts_of_function(value)
+    elif isinstance(value, types.MethodType):
+        yield ("attr", "__self__"), value.__self__
+        yield ("attr", "__func__"), value.__func__
+        return
+    elif isinstance(value, functools.partial):
+        yield from ((("attr", name), getattr(value, name)) for name in ("func", "args", "keywords"))
+        return
+    elif isinstance(value, (staticmethod, classmethod, functools._lru_cache_wrapper)):
+        yield ("attr", "__wrapped__"), value.__wrapped__
+        return
+    elif isinstance(value, property):
+        yield from ((("attr", name), getattr(value, name)) for name in ("fget", "fset") if getattr(value, name))
+        return
+    elif isinstance(value, ContextVar):
+        yield ("value", None), value.get(ABSENT)
+        return
+    elif isinstance(value, weakref.ref):
+        yield ("value", None), value()
+        return
+    elif isinstance(value, threading.local):
+        yield from ((("attr", name), item) for name, item in vars(value).items())
+        return
+    elif isinstance(value, (type, types.ModuleType)):
+        yield from _parts_of_namespace(value, wanted)
+        return
+    if isinstance(value, nn.Module):
+        for name in MODULE_STATE:
+            yield from (((name, key), item) for key, item in vars(value)[name].items())
+    if is_object(value) or isinstance(value, nn.Module):
+        yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
+
+
+def _parts_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
+    """Data that a class or a Python module of the user's holds; its code is compared where it runs."""
+    package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
+    if package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__"):
+        return
+    for name, item in list(vars(value).items()):
+        if not name.startswith("__") and wanted(value, name) and not is_code(item):
+            yield ("attr", name), item
+
+
+def _parts_of_function(value: types.FunctionType) -> Iterator[tuple[Step, Any]]:
+    if value.__code__.co_filename.startswith(_TORCH):
+        return
+    for i, cell in enumerate(value.__closure__ or ()):
+        if value.__code__.co_freevars[i] == "__class__":
+            continue
+        try:
+            yield ("cell", i), cell.cell_contents
+        except ValueError:  # an empty cell: a name that is not bound yet
+            yield ("cell", i), ABSENT
+    yield ("attr", "__code__"), value.__code__
+    yield from ((("attr", name), getattr(value, name)) for name in ("__defaults__", "__kwdefaults__") if getattr(value, name))
+    yield from ((("attr", name), item) for name, item in vars(value).items())
+
+
+def part(value: Any, step: Step) -> Any:
+    """The part of a value that a step leads to; ABSENT where there is none."""
+    kind, key = step
+    try:
+        if kind == "item":
+            return value[key]
+        if kind == "cell":
+            return value.__closure__[key].cell_contents
+        if kind == "value":
+            return value.get(ABSENT) if isinstance(value, ContextVar) else value()
+        if kind in MODULE_STATE:
+            return vars(value)[kind].get(key, ABSENT)
+        if isinstance(value, nn.Module):
+            return vars(value).get(key, ABSENT)
+        return getattr(value, key, ABSENT)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return ABSENT
+
+
+def put(value: Any, step: Step, new: Any) -> Any:
+    """Write a part. Returns the value itself where it could be changed in place, else a copy with the new part.
+
+    Raises:
+        TypeError: a value of this kind cannot be written.
+    """
+    kind, key = step
+    if kind == "item" and isinstance(value, (list, deque, dict)):
+        value[key] = new
+        return value
+    if kind == "item" and isinstance(value, tuple):
+        items = [*value[:key], new, *value[key + 1 :]]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if kind == "cell":
+        value.__closure__[key].cell_contents = new
+        return value
+    if kind == "value" and isinstance(value, ContextVar):
+        value.set(new)
+        return value
+    if kind in MODULE_STATE:
+        vars(value)[kind][key] = new
+        return value
+    if kind == "attr":
+        if hasattr(value, "__dict__") and not isinstance(value, type):
+            vars(value)[key] = new
+        elif isinstance(value, type):
+            setattr(value, key, new)
+        else:
+            object.__setattr__(value, key, new)
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be written at {key!r}")
+
+
+def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A new value of the same build, its leaves replaced by `leaf(old)`.
+
+    Raises:
+        TypeError: it holds something that cannot be built again.
+    """
+    if isinstance(value, torch.Tensor) or not _is_built(value):
+        return leaf(value)
+    if isinstance(value, tuple):
+        items = [rebuilt(item, leaf) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    made = copy.copy(value)
+    if isinstance(value, (list, deque)):
+        for i, item in enumerate(value):
+            made[i] = rebuilt(item, leaf)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            made[key] = rebuilt(item, leaf)
+    if hasattr(made, "__dict__"):
+        for name, item in vars(value).items():
+            vars(made)[name] = rebuilt(item, leaf)
+    return made
+
+
+def _is_built(value: Any) -> bool:
+    if isinstance(value, (list, tuple, deque, dict)) and not isinstance(value, torch.Size):
+        return True
+    return is_object(value) and not isinstance(value, nn.Module) and not callable(value)
+
+
+def text_of(step: Step) -> str:
+    """The step as Python writes it: '.name', '[0]', "['key']"."""
+    kind, key = step
+    if kind == "item":
+        return f"[{key!r}]"
+    if kind == "cell":
+        return f" (closure variable {key})"
+    return "" if kind == "value" else f".{key}"

@@ -1,0 +1,66 @@
+"""What a model may return besides tensors, and what is left out of a planned output."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.tracer.joint import Output
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+_PACKAGE = str(Path(__file__).parent.parent)
+_warned: WeakSet[nn.Module] = WeakSet()
+"""Models whose left-out outputs were said."""
+
+
+def is_cache(leaf: Any) -> bool:
+    """A key-value cache of transformers: of use in generation, and left out of a training output."""
+    return any(
+        base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in type(leaf).__mro__
+    )
+
+
+def check_constant(leaf: Any, name: str) -> None:
+    """Raise CaptureError unless a plan can hand out this output, which is no tensor, as it is."""
+    if isinstance(leaf, _CONSTANTS) or is_cache(leaf):
+        return
+    kind = type(leaf)
+    cure = f"Register it: torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten)"
+    if hasattr(kind, "__dataclass_fields__"):
+        cure = f"Register it: torch.export.register_dataclass({kind.__qualname__})"
+    switch = "set return_dict=False: " if kind.__module__.startswith(("transformers.", "diffusers.")) else ""
+    raise CaptureError(
+        f"{switch}the model returns a {kind.__module__}.{kind.__qualname__} ({name}), which is not a known container of "
+        f"tensors. {cure}, or return its tensors in a tuple or dict"
+    )
+
+
+def without_caches(leaves: Sequence[Any]) -> list[Any]:
+    """An output's leaves but for caches, and for what stands in their place (transformers drops a field that is None)."""
+    return [leaf for leaf in leaves if leaf is not None and not is_cache(leaf)]
+
+
+def warn_left_out(model: nn.Module, outputs: Sequence[Output]) -> None:
+    """Say, once for each model, which outputs are None in a planned step."""
+    left = [out.name for out in outputs if out.left_out]
+    if not left or model in _warned:
+        return
+    _warned.add(model)
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"set model.config.use_cache=False: a planned {type(model).__name__} returns None as {', '.join(left)}, because a "
+        "key-value cache is of no use in training (gradient checkpointing leaves it out too)",
+        stacklevel=level,
+    )

@@ -1,0 +1,107 @@
+"""What an exception in a trace means to the user: a CaptureError with the user's own line, and nothing of torch's internals."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+
+from planner._torch import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
+from planner.errors import CaptureError
+from planner.tracer.fidelity import is_users
+
+_INTERNAL = re.compile(
+    r"fake ?tensor|functional ?tensor|proxy|\baot|functionaliz|functorch|dispatch|tensor subclass|dynamo|torch\._"
+    r"|\btrac(e|ing)\b|symint|symbool|symbolic|HigherOrderOperator|graph module|\bfx\b|saved tensor hooks"
+    r"|<[\w.]+ object at 0x|please (open|file|report)",
+    re.IGNORECASE,
+)
+"""Words of the machinery that traces, in messages of torch's."""
+
+_MEANINGS = (
+    (
+        r"'(FunctionalTensor|FakeTensor)' object has no attribute",
+        "reads an attribute that was set on a tensor, which a plan does not follow: keep it on the module",
+    ),
+    (
+        r"\.numpy\(\)|data pointer|data_ptr|python object",
+        "reads a tensor's memory (numpy, data_ptr, copy.deepcopy), which a trace does not have: compute it with torch, or put "
+        "it into a submodule of its own, which then runs as it is",
+    ),
+    (r"dynamo-optimized|torch\.compile", "runs what torch.compile made: plan the module that was given to torch.compile"),
+    (r"HigherOrderOperator", "uses a control-flow operator (torch.cond, while_loop, ...), which cannot be planned"),
+    (
+        r"saved tensor hooks|torch\.func|functorch|vmap|batched",
+        "uses a function transform (torch.func), which cannot be planned",
+    ),
+    (
+        r"convert all Tensors to FakeTensors",
+        "uses a tensor that is neither a parameter, a buffer nor an argument in a way that cannot be traced: make it a buffer",
+    ),
+    (r"meta tensor|no data", "needs the data of a tensor that has none (device meta)"),
+)
+_LONGEST = 300
+_CALLER = str(Path(__file__).with_name("capture.py"))
+
+
+def refusal(error: Exception, where: str, module: str) -> CaptureError:
+    """The CaptureError for an exception that a trace ended with.
+
+    Args:
+        where: source of the kernel called last, "module file.py:12".
+        module: the submodule that it lies in.
+    """
+    line = _own_line(error.__traceback__)
+    place = " ".join(part for part in (module, line) if part) if line else where
+    at = f" at {place}" if place else ""
+    if isinstance(error, DynamicOutputShapeException):
+        text = (
+            f"{error.func}{at} makes a tensor whose shape depends on the data; a plan needs fixed shapes. Rewrite it with a "
+            "mask, or put it into a submodule of its own, which then runs as it is"
+        )
+    elif isinstance(error, (DataDependentOutputException, UnsupportedOperatorException)):
+        text = f"{error.func}{at} depends on tensor values in a way that cannot be captured"
+    else:
+        text = f"the model cannot be captured: its forward{at} {_meaning(error)}"
+    return CaptureError(text, module=module)
+
+
+def own_words(error: Exception) -> str:
+    """'raises KeyError: ...' for an exception of the user's own code, run as it is."""
+    message = " ".join(str(error).split())
+    shown = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 4]} ..."
+    return f"raises {type(error).__name__}: {shown}" if shown else f"raises {type(error).__name__}"
+
+
+def _meaning(error: Exception) -> str:
+    """What the forward does, as the end of a sentence."""
+    message = " ".join(str(error).split())
+    name = type(error).__name__
+    is_internal = _INTERNAL.search(message) or (not message and name == "AssertionError")
+    names_fakes = re.search(r"FunctionalTensor|FakeTensor", message)
+    if not names_fakes and (_raised_by_user(error.__traceback__) or not is_internal):
+        return own_words(error)
+    for pattern, meaning in _MEANINGS:
+        if re.search(pattern, message, re.IGNORECASE):
+            return meaning
+    return f"does something that cannot be traced ({name})"
+
+
+def _own_line(traceback: TracebackType | None) -> str:
+    """'file.py:12' of the innermost frame of the user's own code; "" where there is none."""
+    line, inside = "", False
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        # frames up to the call of the model are those that called the planner's functions
+        inside = inside or code.co_filename == _CALLER
+        if inside and is_users(code.co_filename):
+            line = f"{Path(code.co_filename).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return line
+
+
+def _raised_by_user(traceback: TracebackType | None) -> bool:
+    """The innermost frame is the user's own: the message is, too."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and is_users(traceback.tb_frame.f_code.co_filename)
