@@ -485,6 +485,8 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
         ("dispatch modes", torch._C._len_torch_dispatch_stack()),
         ("global module hooks", _num_global_hooks()),
+        ("tracing", torch.jit.is_tracing() or torch.compiler.is_exporting()),
+        ("tracing by fx", getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)),
     )
 
 
@@ -496,7 +498,8 @@ def _device_modes() -> int:
 def _num_global_hooks() -> int:
     module = torch.nn.modules.module
     names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-    return sum(len(getattr(module, name, ())) for name in names)
+    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
+    return sum(not str(getattr(hook, "__module__", "")).startswith("planner.") for hook in hooks)  # another thread may capture
 
 
 def box(graph: fx.Graph) -> None:

@@ -66,6 +66,8 @@ TENSORS = [
         "dict replaced",
         "h = h - self.s['m']\nself.s = {'m': h.detach().mean(0), 'k': 1}",
         init="self.s = {'m': torch.zeros(8)}",
+        allowed=GUARDED,  # the first call makes another dictionary
+        planned_from=1,
     ),
     member(
         "written twice",
@@ -303,4 +305,4 @@ def test_what_is_no_tensor_is_refused_by_name(of):
 
 @pytest.mark.parametrize("of", NUMBERS, ids=ids(NUMBERS))
 def test_what_is_no_tensor_runs_as_it_is_in_a_submodule(of):
-    check(inside(type(of)(of.program, REFUSABLE, of.planned_from, word=of.word)))
+    check(inside(type(of)(of.program, ANY, None, word=of.word)))

@@ -34,7 +34,7 @@ LEFT = [
     left("computed name", "vars(self)['a' + 'ux']", losses="part.aux"),
     left("a function of a weight", "self.aux", value="self.a.weight.square().sum()"),
     left("with dropout", "self.aux", value="F.dropout(h, 0.4).square().mean()"),
-    left("a buffer", "self.aux", "self.register_buffer('aux', torch.zeros(()))"),
+    left("a buffer", "self.aux", "self.register_buffer('aux', torch.zeros(()))", allowed=GUARDED, planned_from=1),
     member(
         "list appended, cleared by the forward",
         "self.s.clear()\nself.s.append(h)\nself.s.append(h.mean())",
@@ -69,7 +69,7 @@ LEFT = [
     member("bools", "self.active = h > 0"),
     member("a random mask", "self.mask = torch.rand_like(h) > 0.3\nh = h * self.mask"),
     member("the input", "self.x = x"),
-    member("a weight", "self.w = self.b.weight"),
+    member("a weight", "self.w = self.b.weight", allowed=ANY, planned_from=None),
     member("the shape", "self.shape = tuple(x.shape)"),
     member("no grad", "with torch.no_grad():\n    self.norm = self.a.weight.norm()"),
     member("and returned as well", "self.h = h", out="(self.c(torch.tanh(self.b(h))), h)"),

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import is_
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -209,8 +210,14 @@ def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
         group.dicts.append((value, list(value.values())))
         look: Look = lambda: list(value)
         group.others.append((look, look()))
-    elif isinstance(value, (str, bytes, tuple, type, int, float)) or value is None:
+    elif isinstance(value, (str, bytes, tuple, int, float)) or value is None:
         return
+    elif isinstance(value, (type, ModuleType)):
+        if has_parts:
+            group.dicts.append((vars(value), list(vars(value).values())))
+    elif isinstance(value, ContextVar):
+        look = lambda: [value.get(None)]
+        group.others.append((look, look()))
     elif hasattr(value, "tobytes") or isinstance(value, (bytearray, set)):
         content = _content(value)
         # one item, the same object as long as the content is equal

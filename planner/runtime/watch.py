@@ -17,14 +17,14 @@ from planner.runtime.host_guard import HostGuard
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.fidelity import is_foreign
 from planner.tracer.host.observe import HOOKS, named
-from planner.tracer.host.state import HostKey
+from planner.tracer.host.state import HostKey, find_in_class
 
 
 class Watched:
     """A model's modules, parameters and buffers, as they are at each call."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], key: HostKey) -> None:
-        self._model = model
+        self._model, self._reads = model, key.reads.attributes
         self.modules = tuple(model.modules())
         self._kinds = [type(module) for module in self.modules]
         self._names = [name or "the model" for name, _ in model.named_modules()]
@@ -64,7 +64,7 @@ class Watched:
         """What of the modules and of Python's state is not as it was planned for; see `HostGuard.difference`."""
         if list(map(type, self.modules)) != self._kinds:
             for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
-                if not isinstance(module, kind):  # a class derived from it (fully_shard) is told by what it overrides
+                if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class
                     return Mismatch("module", f"the class of {name}", type(module).__name__, kind.__name__)
             self._kinds = [type(module) for module in self.modules]
         if self._submodules() != self._children:
@@ -74,6 +74,11 @@ class Watched:
                 return Mismatch("module", "a submodule's hooks", "one was added, which a plan would not call")
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
         return self._host.difference(through_forward=through_forward)
+
+    def _overrides(self, derived: type, kind: type) -> bool:
+        """A derived class has something else in place of what the forward reads."""
+        names = (*self._reads.get(kind, ()), "forward", "__call__")
+        return any(find_in_class(derived, name) is not find_in_class(kind, name) for name in names)
 
     def untied(self, held: Sequence[torch.Tensor]) -> str:
         """Name of a tensor that was the same as another when this was made and no longer is; '' if none."""

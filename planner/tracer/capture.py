@@ -83,7 +83,7 @@ def capture(
                 raise first from None
 
 
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 """Capturing patches classes and kernels of the whole process."""
 
 IS_CAPTURING: ContextVar[bool] = ContextVar("a model is being captured", default=False)
@@ -115,7 +115,7 @@ def _capture(
         step.recorded = None if replay.recorded is None else list(replay.recorded)
         step.host, step.preserved = replay.host, remembered(model, replay.host.key)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with _ONE_AT_A_TIME, Generators(device).preserved():
+    with ONE_AT_A_TIME, Generators(device).preserved():
         token = IS_CAPTURING.set(True)
         try:
             exported = _export(step, given)

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from planner._torch import global_switches
 from planner.errors import CaptureError, InputError
 from planner.tracer.elsewhere import Elsewhere
+
+_MODES = ("dispatch modes", "function modes", "torch.func transforms")
 
 
 def check_trainable(model: nn.Module, num_tensors: int) -> None:
@@ -20,6 +23,12 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
         raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter requires grad: there is no backward to plan")
+    on = {name: value for name, value in global_switches() if name in _MODES and value}
+    if on:
+        raise InputError(
+            f"{', '.join(on)} around the call: kernels are not run as they are, and a plan is made of kernels. Plan outside of "
+            "the TorchDispatchMode, TorchFunctionMode, torch.func transform or tracer"
+        )
     if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
         raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
 

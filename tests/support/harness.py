@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from planner import InfeasibleBudgetError, NoScheduleFoundError, PlanMissWarning, PlannerError, plan
+from planner.analysis.side import autocast_of
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from tests.support import loops, observe, world
@@ -243,6 +244,7 @@ def _planned(
 def planned_near(model: nn.Module, budget: float, args: Any, options: Mapping[str, Any]) -> Any:
     """A plan for this fraction of the plain peak; where there is no schedule, for the middle between floor and peak, or all."""
     options = {"progress": False, "costs": "estimate", **options}
+    options.setdefault("check", options["costs"] == "measure")  # what kernels need for themselves is not estimated
     try:
         return plan(model, budget, args, **options)
     except InfeasibleBudgetError as error:
@@ -339,9 +341,12 @@ def _check_peak(program: Program, planned: Any, args: Any) -> None:
     spare = torch.ones(())
 
     def step() -> None:
-        outs = [leaf for leaf in pytree.tree_leaves(planned(*args)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        with autocast_of(planned):
+            out = planned(*args)
+        outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         torch.autograd.backward(outs, [spare.expand(out.shape) for out in outs])
 
+    planned.audits = False  # whose generators' states are more than these models
     step()  # what a first call allocates for good is no part of a step
     planned.zero_grad(set_to_none=True)
     above = logical_peak(step, planned.device)

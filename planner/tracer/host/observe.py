@@ -309,8 +309,9 @@ class Observer:
                 "generator only",
                 module="" if module == "the model" else module,
             )
-        if self._modules.drew is not None:
-            raise _draws(self._modules.drew)
+        drew = self._modules.drew if self._modules.drew is not None else self.reads.drew
+        if drew is not None:
+            raise _draws(drew)
 
     def _snapshot(self) -> dict[Path, Any]:
         """Every place that the forward reads or writes, with its value."""

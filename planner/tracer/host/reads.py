@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep
 from planner.tracer.host.values import attributes, is_foreign_class
 
@@ -110,6 +111,7 @@ class ReadRecorder:
 
     Attributes:
         controlled: (submodule, function) of the first call that controls torch's generator; None if there is none.
+        drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
         written_at: attributes that were written, by identity of the object.
     """
 
@@ -125,9 +127,11 @@ class ReadRecorder:
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: set[types.CodeType] = set()
+        self._preserved_codes: set[types.CodeType] = set()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self.controlled: tuple[str, str] | None = None
+        self.drew: str | None = None
         self.paused = False
 
     def new_run(self) -> None:
@@ -182,7 +186,9 @@ class ReadRecorder:
                 self._environment[key] = None
             return read_variable(this, key)
 
+        numpys: dict[str, Any] = {}
         try:
+            numpys = self._numpys_patched()
             gc.disable()  # callbacks and finalizers that a collection runs are not the forward's code
             self._patch(nn.Module)
             environ.__getitem__ = look_up  # type: ignore[method-assign]
@@ -190,6 +196,8 @@ class ReadRecorder:
             yield
         finally:
             _put_back_profiler(profile)
+            for name, function in numpys.items():
+                setattr(sys.modules["numpy"].random, name, function)
             if collects:
                 gc.enable()
             environ.__getitem__ = read_variable  # type: ignore[method-assign]
@@ -201,23 +209,42 @@ class ReadRecorder:
                         setattr(kind, name, held)
             self._patched.clear()
 
+    def _numpys_patched(self) -> dict[str, Any]:
+        """Note who controls numpy's global generator: its functions are no events for a profiler. Returns what stood there."""
+        numpy = sys.modules.get("numpy")
+        found = {name: getattr(numpy.random, name) for name in ("get_state", "set_state", "seed")} if numpy is not None else {}
+        for name, function in found.items():
+
+            def noted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+                if self.drew is None and not self.paused and not _is_ours(sys._getframe(1)):
+                    self.drew = self._where()
+                return function(*args, **kwargs)
+
+            setattr(numpy.random, name, noted)  # type: ignore[union-attr]
+        return found
+
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             code = frame.f_code
-            if code in self._known or self.paused:
+            if code in self._known or (self.paused and code in self._preserved_codes):
                 return
-            self._known.add(code)
+            (self._preserved_codes if self.paused else self._known).add(code)
             if not is_library_code(code):
-                self._codes[code] = (frame.f_globals, self._where())
+                if not self.paused:
+                    self._codes[code] = (frame.f_globals, self._where())
                 with self._not_noting():
                     self._see_variables(code, frame)
-        elif event == "c_call" and arg.__name__ in _CONTROL:
-            self._on_control(frame, arg)
+        elif event == "c_call" and not self.paused:
+            owner = getattr(arg, "__self__", None)
+            if owner is not None and is_generator(owner):
+                self._on_generator(frame, arg, owner)
 
-    def _on_control(self, frame: types.FrameType, function: Any) -> None:
-        is_torchs = isinstance(getattr(function, "__self__", None), torch.Generator)
-        if is_torchs and self.controlled is None and not self.paused and not _is_ours(frame):
-            self.controlled = (self._where(), function.__name__)
+    def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
+        if self.controlled is None and not _is_ours(frame):
+            if not isinstance(owner, torch.Generator):
+                self.drew = self._where() if self.drew is None else self.drew
+            elif function.__name__ in _CONTROL:
+                self.controlled = (self._where(), function.__name__)
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType) -> None:
         for name in global_names(code):
@@ -323,7 +350,7 @@ def _is_ours(frame: types.FrameType) -> bool:
             return False
         if caller.f_code.co_filename.startswith(_PACKAGE):
             return True
-        if not caller.f_code.co_filename.startswith(_TORCH):
+        if not is_library_code(caller.f_code):
             return False
         caller = caller.f_back
     return False

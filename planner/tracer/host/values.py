@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -31,6 +31,7 @@ ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__reduce__": la
 MODULE_STATE = ("_parameters", "_buffers", "_modules")
 _TORCH = str(Path(torch.__file__).parent)
 _FOREIGN = (
+    "random",
     "torch",
     "numpy",
     "builtins",
@@ -105,6 +106,9 @@ def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
         return
     elif isinstance(value, property):
         yield from ((("attr", name), getattr(value, name)) for name in ("fget", "fset") if getattr(value, name))
+        return
+    elif isinstance(value, ChainMap):
+        yield ("attr", "maps"), value.maps
         return
     elif isinstance(value, ContextVar):
         yield ("value", None), value.get(ABSENT)
