@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from planner.results.verify_report import VerifyReport
     from planner.results.verify_report import VerifyReport as Report
     from planner.runtime.install import install, uninstall
-    from planner.runtime.module import CheckpointedModule, PlanMissWarning
+    from planner.runtime.module import CheckpointedModule
+    from planner.runtime.reporting import PlanMissWarning
 
 _HOMES = {
     "planner.api": ("apply", "plan", "sweep"),
@@ -70,7 +71,8 @@ _HOMES = {
     "planner.profiler.estimate": ("DeviceModel",),
     "planner.report.batches": ("MaxBatch",),
     "planner.report.sweep": ("Sweep",),
-    "planner.runtime.module": ("CheckpointedModule", "PlanMissWarning"),
+    "planner.runtime.module": ("CheckpointedModule",),
+    "planner.runtime.reporting": ("PlanMissWarning",),
     "planner.export.source": ("export_source",),
     "planner.analysis.verify": ("verify",),
     "planner.results.verify_report": ("VerifyReport",),

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as untraced
 
+from planner._kernels import grouped_mm_of_any_dtype, kernels_chosen, kernels_kept, kernels_replaced
 from planner.errors import CaptureError
 from planner.profiler import observed
 from planner.profiler.kernel import call_key
@@ -53,19 +52,15 @@ __all__ = [
     "UnsupportedOperatorException",
     "box",
     "calls_intercepted",
-    "collectives_forbidden",
     "export_joint",
     "fake_inputs",
     "fake_mode",
-    "global_switches",
     "in_backward",
     "keeps_graph",
     "kernels_chosen",
     "kernels_kept",
     "kernels_replaced",
-    "key_value_store",
     "pytree",
-    "ranks_of_group",
     "release_saved",
     "results",
     "selfcheck",
@@ -166,7 +161,7 @@ def export_joint(
         stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         stack.enter_context(kernels_kept())
         stack.enter_context(kernels_chosen(choices or {}))
-        stack.enter_context(_grouped_mm_of_any_dtype())
+        stack.enter_context(grouped_mm_of_any_dtype())
         stack.enter_context(fx.traceback.preserve_node_meta())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
         graph_module = joint._aot_graph_capture.graph_module
@@ -243,89 +238,12 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
     raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {type(desc).__name__}")
 
 
-# Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on
-# purpose: LSTM and GRU, which cannot be traced fused, and native_batch_norm, whose functional form is exact
-# and says what it writes.
-_KEPT_KERNELS = (
-    "_upsample_bicubic2d_aa",
-    "_upsample_bilinear2d_aa",
-    "_upsample_lanczos2d_aa",
-    "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d",
-    "_upsample_nearest_exact3d",
-    "cudnn_batch_norm",
-    "dropout",
-    "hardshrink",
-    "matmul",
-    "miopen_batch_norm",
-    "multi_margin_loss",
-    "multilabel_margin_loss_forward",
-    "softshrink",
-    "upsample_bicubic2d",
-    "upsample_bilinear2d",
-    "upsample_linear1d",
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_nearest3d",
-    "upsample_trilinear3d",
-)
-_REPLACING_KEYS = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
-@contextlib.contextmanager
-def kernels_kept() -> Iterator[None]:
-    """While tracing, keep the kernels eager runs: torch's Python decompositions of them step aside."""
-    removed: list[tuple[Any, Any, Callable[..., Any]]] = []
-    try:
-        for name in _KEPT_KERNELS:
-            packet = getattr(torch.ops.aten, name, None)
-            for overload in packet.overloads() if packet is not None else ():
-                op = getattr(packet, overload)
-                for key in _REPLACING_KEYS:
-                    if key in op.py_kernels:
-                        removed.append((op, key, op.py_kernels.pop(key)))
-                        op._dispatch_cache.clear()
-        yield
-    finally:
-        for op, key, kernel in removed:
-            op.py_kernels[key] = kernel
-            op._dispatch_cache.clear()
 
 
-@contextlib.contextmanager
-def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
-    """While tracing, the composite operators in `choices` run what stands there, whatever device their tensors are on."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    before = {op: op.py_kernels.get(key) for op in choices}
-    try:
-        for op, choice in choices.items():
-            op.py_kernels[key] = choice
-            op._dispatch_cache.clear()
-        yield
-    finally:
-        for op, kernel in before.items():
-            op.py_kernels.pop(key, None)
-            if kernel is not None:
-                op.py_kernels[key] = kernel
-            op._dispatch_cache.clear()
 
 
-@contextlib.contextmanager
-def kernels_replaced(replacements: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
-    """While tracing, these operators run what stands there instead, in the backward too."""
-    keys = (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.AutogradMeta)
-    before = {(op, key): op.py_kernels.get(key) for op in replacements for key in keys}
-    try:
-        for op, key in before:
-            op.py_kernels[key] = replacements[op]
-            op._dispatch_cache.clear()
-        yield
-    finally:
-        for (op, key), kernel in before.items():
-            op.py_kernels.pop(key, None)
-            if kernel is not None:
-                op.py_kernels[key] = kernel
-            op._dispatch_cache.clear()
 
 
 def in_backward() -> bool:
@@ -333,26 +251,6 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-@contextlib.contextmanager
-def _grouped_mm_of_any_dtype() -> Iterator[None]:
-    """While tracing, the fake grouped matmul (for experts) takes float32, as the real one does; before 2.15 it does not."""
-    home = torch._meta_registrations
-    names = ("_meta_grouped_mm_common", "_create_grouped_mm_output_tensor")
-    if not all(hasattr(home, name) for name in names):
-        yield
-        return
-    checked, made = (getattr(home, name) for name in names)
-
-    def common(mat_a: Any, mat_b: Any, scale_a: Any = None, scale_b: Any = None, offs: Any = None, **options: Any) -> Any:
-        if scale_a is None and scale_b is None and mat_a.dtype is mat_b.dtype is torch.float32:
-            return made(mat_a, mat_b, offs, options.get("out_dtype"))
-        return checked(mat_a, mat_b, scale_a=scale_a, scale_b=scale_b, offs=offs, **options)
-
-    home._meta_grouped_mm_common = common  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        home._meta_grouped_mm_common = checked
 
 
 @contextlib.contextmanager
@@ -384,53 +282,10 @@ def calls_intercepted(
         nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
-@contextlib.contextmanager
-def collectives_forbidden() -> Iterator[list[str]]:
-    """While entered, torch.distributed's operators raise, on CPU and CUDA tensors; yields the names of those that were called.
-
-    In a forked child, or on one rank alone, they would wait for ever.
-    """
-    refused: list[str] = []
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        yield refused
-        return
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            refused.append(name)
-            raise RuntimeError(f"{name} is not run while a kernel is looked at")
-
-        return call
-
-    known = [name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()]
-    libraries = {space: torch.library.Library(space, "IMPL") for space in ("c10d", "_c10d_functional")}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced
-            for name in sorted(set(known)):
-                space, _, op = name.partition("::")
-                for key in ("CPU", "CUDA") if space in libraries else ():
-                    libraries[space].impl(op, refuse(name), key, allow_override=True)
-        yield refused
-    finally:
-        for library in libraries.values():
-            library._destroy()
 
 
-def key_value_store() -> Any:
-    """The store by which the processes of torch.distributed find each other; None where it is not in use."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    return distributed.distributed_c10d._get_default_store()
 
 
-def ranks_of_group(name: str) -> tuple[list[int], int]:
-    """The ranks of a process group, by its name ('' for the default one), and this process's rank, all in the world."""
-    c10d: Any = torch.distributed.distributed_c10d
-    group = c10d._resolve_process_group(name) if name else c10d._get_default_group()
-    return torch.distributed.get_process_group_ranks(group), torch.distributed.get_rank()
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:
@@ -457,49 +312,10 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
     return lambda others: bool(check(*others))
 
 
-def global_switches() -> tuple[tuple[str, Any], ...]:
-    """Torch's switches that decide which kernels run or what a call means, by name; the same for equal states."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    return (
-        ("deterministic algorithms", torch.get_deterministic_debug_mode()),
-        ("fill_uninitialized_memory", getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)),
-        ("sdpa: flash", cuda.flash_sdp_enabled()),
-        ("sdpa: memory-efficient", cuda.mem_efficient_sdp_enabled()),
-        ("sdpa: math", cuda.math_sdp_enabled()),
-        ("sdpa: cudnn", cuda.cudnn_sdp_enabled()),
-        ("sdpa: math in low precision", cuda.fp16_bf16_reduction_math_sdp_allowed()),
-        ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
-        ("float32 matmul precision", torch.get_float32_matmul_precision()),
-        ("cuda tf32", cuda.matmul.allow_tf32),
-        ("cuda fp16 reduction", cuda.matmul.allow_fp16_reduced_precision_reduction),
-        ("cuda bf16 reduction", cuda.matmul.allow_bf16_reduced_precision_reduction),
-        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)),
-        ("mkldnn", torch._C._get_mkldnn_enabled()),
-        ("mkldnn deterministic", getattr(mkldnn, "deterministic", None)),
-        ("default dtype", torch.get_default_dtype()),
-        ("default device", str(torch.get_default_device())),
-        ("autocast cache", torch.is_autocast_cache_enabled()),
-        ("inference mode", torch.is_inference_mode_enabled()),
-        ("forward-mode AD", torch.autograd.forward_ad._current_level),
-        ("torch.func transforms", torch._C._functorch.maybe_current_level() or 0),
-        ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
-        ("dispatch modes", torch._C._len_torch_dispatch_stack()),
-        ("global module hooks", _num_global_hooks()),
-        ("tracing", torch.jit.is_tracing() or torch.compiler.is_exporting()),
-        ("tracing by fx", getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)),
-    )
 
 
-def _device_modes() -> int:
-    """A default device is a function mode, and compared by itself."""
-    return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
 
 
-def _num_global_hooks() -> int:
-    module = torch.nn.modules.module
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
-    return sum(not str(getattr(hook, "__module__", "")).startswith("planner.") for hook in hooks)  # another thread may capture
 
 
 def box(graph: fx.Graph) -> None:

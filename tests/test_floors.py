@@ -20,6 +20,9 @@ FLOORS: dict[str, float] = {
     "planner.solver": 2,
     "planner._torch": 2,
     "planner._inductor": 2,
+    "planner._collectives": 2,
+    "planner._kernels": 2,
+    "planner._switches": 2,
     "planner.tracer": 2,
     "planner.profiler": 2,
     "planner.rewriter": 2,
@@ -35,7 +38,7 @@ FLOORS: dict[str, float] = {
     "planner.cli": 5,
     "planner.compile_backend": 5,
 }
-HOMES = ("planner._torch", "planner._inductor")
+HOMES = ("planner._torch", "planner._inductor", "planner._switches", "planner._collectives", "planner._kernels")
 TORCH_SIDE = (*HOMES, "planner.tracer", "planner.profiler", "planner.rewriter", "planner.runtime", "planner.export")
 ALLOWED: dict[str, frozenset[str]] = {
     "planner.errors": frozenset(),

@@ -24,7 +24,8 @@ from planner.analysis.state import (
 from planner.errors import InputError
 from planner.results.verify_report import VerifyReport
 from planner.runtime.criterion import planned_model
-from planner.runtime.module import CheckpointedModule, PlanMissWarning
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.reporting import PlanMissWarning
 
 FEWEST_PAIRS = 5
 """Pairs of steps that are timed at least: a median of fewer says little."""

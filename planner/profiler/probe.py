@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planner._torch import collectives_forbidden, pytree
+from planner._collectives import collectives_forbidden
+from planner._torch import pytree
 from planner.profiler.estimate import GENERIC_CPU, estimate_node
 from planner.profiler.forked import run_forked
 from planner.profiler.kernel import make_inputs

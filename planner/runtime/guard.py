@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from planner._torch import global_switches, pytree, storage_id
+from planner._switches import global_switches
+from planner._torch import pytree, storage_id
 from planner.graph.graph import Kind
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.watch import Watched

@@ -12,9 +12,11 @@ from torch import nn
 from planner import arguments
 from planner.errors import InputError
 from planner.graph.plan import Plan
+from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program
-from planner.runtime.module import CheckpointedModule, report_miss, runs_as_planned, with_left_tensors
+from planner.runtime.module import CheckpointedModule, runs_as_planned
+from planner.runtime.reporting import report_miss
 from planner.runtime.step import Step
 from planner.tracer.capture import IS_CAPTURING
 

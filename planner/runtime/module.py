@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from planner._torch import box, keeps_graph, pytree
-from planner.errors import PlanAuditError, PlanMissError, PlannerError
+from planner._torch import pytree
+from planner.errors import PlanAuditError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
-from planner.rewriter.compiled import Compiled
-from planner.rewriter.stages import cut_stages
 from planner.runtime import guard
 from planner.runtime.audit import Digest, Rewind, difference, digest, has_room, is_due, run_original
 from planner.runtime.backwards import Backwards
+from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
-from planner.runtime.functions import Boxed, Program, run
+from planner.runtime.functions import Program, run
 from planner.runtime.mismatch import Mismatch
+from planner.runtime.program import boxed, compiled_backward, compiled_program, picker, positions
 from planner.runtime.ranks import communicates, compare_plans
+from planner.runtime.reporting import report_miss
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
-from planner.tracer import kernels
 from planner.tracer.host.state import written
-from planner.tracer.part import Part
-
-
-class PlanMissWarning(UserWarning):
-    """A call was not the one planned for; the original forward ran instead."""
-
 
 runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
     reason="a planned step runs as it was planned; to have it compiled, plan(..., compile=True)"
@@ -43,38 +34,10 @@ runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
 """Where the user's torch.compile meets a plan, it lets the plan run as it is."""
 
 
-def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
-    """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
-
-    Raises:
-        PlanMissError: `strict`, and the call was to train.
-    """
-    which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
-    if strict and model.training and torch.is_grad_enabled():
-        raise PlanMissError(
-            f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
-        )
-    reason = miss.where
-    is_evaluating = miss.kind == "mode" and not (model.training and torch.is_grad_enabled())
-    if reason not in warned and not is_evaluating:
-        warned.add(reason)
-        differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"
-        warnings.warn(
-            f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning, stacklevel=_LEVEL
-        )
 
 
-_LEVEL = 5
-"""Frames from the warning to the user's line: this module's and nn.Module's."""
 
 
-def _cure(miss: Mismatch) -> str:
-    """How to have both calls planned."""
-    if miss.kind in ("input", "argument"):
-        return " (plan both: plan(..., also=[(args, kwargs)]))"
-    if miss.kind == "host" and miss.now == "absent":
-        return " (the first call fills it; run the model once before planning to plan that call, too)"
-    return ""
 
 
 def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
@@ -189,11 +152,11 @@ class CheckpointedModule(fx.GraphModule):
             names = [name for name, _ in self._step.key.weights]
             self.__dict__["_watched"] = Watched(self._original, names, self._step.joint.host.key)
             given = self.__dict__.pop("_given", None)
-            self.__dict__["_program"] = given or _compile(self._step, self._original, self._graph, self.backward_graph)
-            compiled = _compiled_backward(self._step, self._original)
+            self.__dict__["_program"] = given or compiled_program(self._step, self._original, self._graph, self.backward_graph)
+            compiled = compiled_backward(self._step, self._original)
             self.__dict__["_backwards"] = Backwards(self._original, self._step, self.plan, compiled)
-            self.__dict__["_inputs"] = _picker(_positions(self._step))
-            self.__dict__["_guards"] = None if self._step.joint.guards is None else _boxed(self._step.joint.guards)
+            self.__dict__["_inputs"] = picker(positions(self._step))
+            self.__dict__["_guards"] = None if self._step.joint.guards is None else boxed(self._step.joint.guards)
         return code
 
     @runs_as_planned
@@ -430,121 +393,3 @@ def can_audit(step: Step) -> bool:
     return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)
 
 
-def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """A deep copy's memo in which tensors that a forward left on modules are copied without their autograd graphs."""
-    for module in model.modules():
-        for value in vars(module).values():
-            todo = [value]
-            while todo:
-                held = todo.pop()
-                if isinstance(held, torch.Tensor):
-                    if held.grad_fn is not None:
-                        memo[id(held)] = held.detach().clone().requires_grad_()
-                elif isinstance(held, (list, tuple, deque)):
-                    todo += held
-                elif isinstance(held, dict):
-                    todo += held.values()
-    return memo
-
-
-def _boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for: torch.device | None = None) -> Boxed:
-    twin = fx.Graph()  # a copy: the one people print keeps its readable signature
-    twin.output(twin.graph_copy(graph, {}))
-    for node in twin.nodes:
-        if node.target in (kernels.part, kernels.part_backward):
-            key, *given = node.args
-            node.target, node.args = _bound((parts or {})[str(key)], node.target is kernels.part), tuple(given)
-    if compiled_for is not None:
-        with torch.autocast(compiled_for.type, enabled=False):
-            return Compiled(twin)
-    box(twin)
-    return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
-
-
-def _bound(called: Part, is_forward: bool) -> Callable[..., Any]:
-    """A kernel of this one part, as fx's code can call it."""
-
-    def part_forward(tensors: Any) -> Any:
-        return called.forward(tensors)
-
-    def part_backward(grads: Any, ticket: Any, read: Any, arrived: Any) -> Any:
-        return called.backward(grads, ticket, read, arrived, keeps_graph())
-
-    return part_forward if is_forward else part_backward
-
-
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Picks these out of a sequence; itemgetter is several times faster than a loop, but takes no tuple of one."""
-    return itemgetter(*positions) if len(positions) > 1 else lambda given: [given[i] for i in positions]
-
-
-def _positions(step: Step) -> list[int]:
-    """Per graph input, its position among the model's tensors, the call's, and the constants, one after the other."""
-    names = {name: i for i, (name, _) in enumerate(step.key.weights)}
-    constants = {node: i for i, node in enumerate(step.joint.constants)}
-    num_tensors = len(step.joint.call.tensors) + len(step.joint.host.state)
-    sources = []
-    for given in step.joint.inputs:
-        if given.kind is Kind.TANGENT:
-            continue
-        if given.node in constants:
-            sources.append(len(names) + num_tensors + constants[given.node])
-        elif given.kind is Kind.INPUT:
-            sources.append(len(names) + int(given.key))
-        else:
-            sources.append(names[str(given.key)])
-    return sources
-
-
-def _compiled_backward(step: Step, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
-    """Makes code of a backward graph of this step."""
-    return lambda backward: _boxed(backward, _parts(step, model), step.joint.device if step.is_compiled else None)
-
-
-def _parts(step: Step, model: nn.Module) -> dict[str, Part]:
-    return {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
-
-
-def _compile(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
-    """Positions and code for the runtime."""
-    parts = _parts(step, model)
-    joint, halves = step.joint, step.halves
-    compiled_for = joint.device if step.is_compiled else None
-    inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
-    position = {given.node: i for i, given in enumerate(inputs)}
-    owners = [given.node.replace(".", "_") for given, _ in joint.gradients]
-    stages = cut_stages(backward, step.num_stages, owners)
-    checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
-    unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
-    owned = [position[given.node] for given, _ in joint.gradients]
-    leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
-    return Program(
-        forward=_boxed(forward, parts, compiled_for),
-        stages=tuple(_boxed(stage.graph, parts, compiled_for) for stage in stages),
-        num_outputs=len(joint.results),
-        num_saved=len(halves.saved),
-        aliased=halves.aliased,
-        differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
-        tangents=halves.tangents,
-        checked_inputs=tuple(position[name] for name in checked),
-        unchecked_inputs=tuple(position[name] for name in unchecked),
-        saved_inputs=tuple(
-            (name in checked, (checked if name in checked else unchecked).index(name)) for name in halves.saved_inputs
-        ),
-        owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
-        describe=tuple(leaf[i].name for i in range(len(joint.results))),
-        swaps=tuple(any(node.target is kernels.swap_rng_state for node in stage.graph.nodes) for stage in stages),
-        device=joint.device,
-        stage_gradients=tuple(stage.gradients for stage in stages),
-        inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
-        call_inputs=tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
-        key=step.backward_key,
-        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets or name in halves.exposed),
-        exposed=frozenset(i for i, name in enumerate(halves.saved) if name in halves.exposed),
-        watched=tuple(
-            (i, halves.saved.index(root) if root in halves.exposed else None)
-            for i, root in enumerate(halves.roots)
-            if root in halves.saved or root in checked
-        ),
-        spare=tuple(position[name] for name in halves.spare),
-    )

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 from torch import fx
 
-from planner._torch import key_value_store, ranks_of_group
+from planner._collectives import key_value_store, ranks_of_group
 from planner.errors import RanksDifferError
 from planner.graph.plan import Plan
 from planner.graph.planfile import fingerprint

@@ -19,7 +19,7 @@ from planner._torch import DataDependentOutputException, TorchDispatchMode
 from planner.errors import CaptureError
 from planner.tracer.casts import Casts
 from planner.tracer.constants import Constants
-from planner.tracer.host.observe import HOST_READS
+from planner.tracer.host.kernels import HOST_READS
 
 _OWN_HOOKS = ("torch.nn.utils", "transformers.")
 

@@ -1,0 +1,55 @@
+"""Torch's global switches, some of which have no public name; probed by feature, as in `planner._torch`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch._meta_registrations
+import torch.fx.traceback
+
+
+def global_switches() -> tuple[tuple[str, Any], ...]:
+    """Torch's switches that decide which kernels run or what a call means, by name; the same for equal states."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    return (
+        ("deterministic algorithms", torch.get_deterministic_debug_mode()),
+        ("fill_uninitialized_memory", getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)),
+        ("sdpa: flash", cuda.flash_sdp_enabled()),
+        ("sdpa: memory-efficient", cuda.mem_efficient_sdp_enabled()),
+        ("sdpa: math", cuda.math_sdp_enabled()),
+        ("sdpa: cudnn", cuda.cudnn_sdp_enabled()),
+        ("sdpa: math in low precision", cuda.fp16_bf16_reduction_math_sdp_allowed()),
+        ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
+        ("float32 matmul precision", torch.get_float32_matmul_precision()),
+        ("cuda tf32", cuda.matmul.allow_tf32),
+        ("cuda fp16 reduction", cuda.matmul.allow_fp16_reduced_precision_reduction),
+        ("cuda bf16 reduction", cuda.matmul.allow_bf16_reduced_precision_reduction),
+        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)),
+        ("mkldnn", torch._C._get_mkldnn_enabled()),
+        ("mkldnn deterministic", getattr(mkldnn, "deterministic", None)),
+        ("default dtype", torch.get_default_dtype()),
+        ("default device", str(torch.get_default_device())),
+        ("autocast cache", torch.is_autocast_cache_enabled()),
+        ("inference mode", torch.is_inference_mode_enabled()),
+        ("forward-mode AD", torch.autograd.forward_ad._current_level),
+        ("torch.func transforms", torch._C._functorch.maybe_current_level() or 0),
+        ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
+        ("dispatch modes", torch._C._len_torch_dispatch_stack()),
+        ("global module hooks", _num_global_hooks()),
+        ("tracing", torch.jit.is_tracing() or torch.compiler.is_exporting()),
+        ("tracing by fx", getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)),
+    )
+
+
+def _device_modes() -> int:
+    """A default device is a function mode, and compared by itself."""
+    return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _num_global_hooks() -> int:
+    module = torch.nn.modules.module
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
+    return sum(not str(getattr(hook, "__module__", "")).startswith("planner.") for hook in hooks)  # another thread may capture

@@ -1,0 +1,49 @@
+"""How a call that does not run planned is said."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from planner.errors import PlanMissError
+from planner.runtime.mismatch import Mismatch
+
+
+class PlanMissWarning(UserWarning):
+    """A call was not the one planned for; the original forward ran instead."""
+
+
+def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
+    """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
+
+    Raises:
+        PlanMissError: `strict`, and the call was to train.
+    """
+    which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
+    if strict and model.training and torch.is_grad_enabled():
+        raise PlanMissError(
+            f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
+        )
+    reason = miss.where
+    is_evaluating = miss.kind == "mode" and not (model.training and torch.is_grad_enabled())
+    if reason not in warned and not is_evaluating:
+        warned.add(reason)
+        differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"
+        warnings.warn(
+            f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning, stacklevel=_LEVEL
+        )
+
+
+_LEVEL = 5
+"""Frames from the warning to the user's line: this module's and nn.Module's."""
+
+
+def _cure(miss: Mismatch) -> str:
+    """How to have both calls planned."""
+    if miss.kind in ("input", "argument"):
+        return " (plan both: plan(..., also=[(args, kwargs)]))"
+    if miss.kind == "host" and miss.now == "absent":
+        return " (the first call fills it; run the model once before planning to plan that call, too)"
+    return ""
