@@ -243,10 +243,10 @@ def test_counts(count):
         lambda: plan(net, 1.0, (X,), num_stages=count, **QUICK),
         lambda: plan_children(net, 1.0, (X,), num_stages=count, **QUICK),
         lambda: apply(made, net, (X,), num_stages=count),
-        lambda: verify(planned(), (X,), rounds=count),
         lambda: swept().verify(count),
+        lambda: verify(planned(), (X,), rounds=count),
         lambda: swept().verify(1, rounds=count),
-    ):
+    )[: 4 if count == 0 else None]:  # rounds=0: outputs and gradients, without times
         assert "give an integer" in check(InputError, call)
     check(BudgetError, lambda: sweep(net, None, (X,), points=count, **QUICK))
 

@@ -112,8 +112,8 @@ def _why_unplanned(planned: Any, precision: str) -> Callable[[Batch], str]:
 
     def why(batch: Batch) -> str:
         with cast(precision):
-            miss: str = planned.difference(batch.args, batch.kwargs)
-        return miss
+            miss = planned.difference(batch.args, batch.kwargs)
+        return "" if miss is None else str(miss)
 
     return why
 

@@ -14,6 +14,7 @@ from planner.analysis.state import generators, set_generators, state_of
 from planner.errors import InputError
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
+from planner.runtime import guard
 from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.mismatch import Mismatch
@@ -77,9 +78,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 def autocast_of(planned: CheckpointedModule) -> Any:
     """The context that the plan's forward was captured in, whatever the caller's is."""
-    enabled, name = planned.step.key.autocast
-    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
-    return torch.autocast(planned.device.type, dtype, enabled=enabled)
+    return guard.autocast_of(planned.step.key, planned.device)
 
 
 def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> Call:

@@ -282,6 +282,7 @@ def _described(error: BaseException, joint: Joint) -> tuple[str, str]:
 
 def _fault(planned: CheckpointedModule, what: str, where: str) -> PlanCheckError:
     name, (module, _, line) = type(planned.original).__name__, where.rpartition(" ")
+    line = line.strip("()")  # a class of torch's, where no line of the user's is known
     at = f" in {module} ({line})" if module else f" at {line}" if line else ""
     around = f"opaque=[{module!r}]" if module else "opaque=[...] naming the submodule it comes from"
     return PlanCheckError(

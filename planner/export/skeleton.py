@@ -19,6 +19,7 @@ from planner.export.standalone import Expected
 from planner.graph.graph import Kind
 from planner.runtime.step import Step
 from planner.tracer.host.fingerprint import TensorKey
+from planner.tracer.host.state import Ref
 
 _MOST_NUMBERS = 64
 """Larger constants are stored in a file of their own."""
@@ -302,10 +303,53 @@ def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> Out
     return OutputText(expression, tuple(definitions), tuple(replaced))
 
 
+def held_constants(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
+    """Tensors that the model holds as plain attributes, as they are now, by placeholder name.
+
+    Raises:
+        ExportError: the forward writes into one, or differentiates it.
+    """
+    joint, found = step.joint, {}
+    first = len(joint.call.tensors)
+    for given in joint.inputs:
+        if given.kind is not Kind.INPUT or int(given.key) < first:
+            continue
+        path = joint.host.state[int(given.key) - first]
+        tensor = path.get(model)
+        if given.mutated or tensor.requires_grad:
+            raise ExportError(
+                f"the forward {'writes into' if given.mutated else 'differentiates'} {path.module}.{path.name}, a tensor which is "
+                "neither parameter nor buffer, and an exported file holds those alone: register it, or train with the planned module"
+            )
+        found[given.node] = tensor
+    return found
+
+
+def reassigned_lines(step: Step, results: Sequence[str]) -> list[str]:
+    """Statements that put results where the forward leaves them: in buffers that it assigns anew.
+
+    Raises:
+        ExportError: it leaves something elsewhere, or something else.
+    """
+    lines = []
+    buffers = {name for name, _ in step.joint.weights}
+    for effect in step.joint.host.effects:
+        path, ref = effect.path, effect.template
+        name = f"{path.module}.{path.name}".lstrip(".")
+        is_plain = not (path.steps or path.scope or effect.appends or effect.replaces)
+        if not (is_plain and name in buffers and isinstance(ref, Ref) and ref.source == "result"):
+            raise ExportError(
+                f"the forward leaves something in {name or path.name}, which the exported file does not hold: it keeps parameters and "
+                "buffers alone. Return it from the forward, or train with the planned module; torch.save takes that"
+            )
+        lines.append(f"self.get_submodule({quoted(path.module)})._buffers[{quoted(path.name)}] = {results[ref.key]}")
+    return lines
+
+
 def result_names(step: Step, taken: set[str]) -> list[str]:
     """Variables for the step's results, named as the user reaches them."""
     names: dict[int, str] = {}
-    for out in step.joint.outputs:
+    for out in (*step.joint.outputs, *step.joint.left):
         if out.result is not None and out.result not in names:
             names[out.result] = unique(out.name if out.name.isidentifier() else "out", {*taken, *names.values()})
     return [names[i] for i in range(len(names))]

@@ -112,6 +112,7 @@ class _Source:
         self._planned, self._stem, self._step, self._model = planned, stem, planned.step, planned.original
         self._joint, self._halves = self._step.joint, self._step.halves
         _check_exportable(planned)
+        self._constants = self._joint.constants | skeleton.held_constants(self._model, self._step)
         self.stored: dict[str, torch.Tensor] = {}
         self._class = unique(type(self._model).__name__, _TAKEN)
         self._arguments = skeleton.arguments(unplanned_forward(self._model), self._step)
@@ -127,7 +128,7 @@ class _Source:
         """The file."""
         forward, backward = self._functions(self._forward, "forward"), self._functions(self._backward, "backward")
         rows = list(skeleton.held_rows(self._model, self._step, self.stored))
-        constants = {n: skeleton.constant_text(n, t, self.stored, self._joint.device) for n, t in self._joint.constants.items()}
+        constants = {n: skeleton.constant_text(n, t, self.stored, self._joint.device) for n, t in self._constants.items()}
         parts = [
             self._header(),
             "\n".join(self._imports()),
@@ -167,7 +168,7 @@ class _Source:
 
     def _key(self, given: Input) -> str:
         """What a tensor is called in `w`."""
-        if given.node in self._joint.constants:
+        if given.node in self._constants:
             return given.node
         return self._arguments.tensors[int(given.key)].name if given.kind is Kind.INPUT else str(given.key)
 
@@ -261,7 +262,8 @@ It trains bit for bit like the original within this plan:
             "        build(self, STEP.held, DEVICE)\n\n"
             f"    {definition}\n"
             f"        {results} = run_step(self, STEP, locals())\n"
-            f"        return {self._output.expression}"
+            + "".join(f"        {line}\n" for line in skeleton.reassigned_lines(self._step, self._results))
+            + f"        return {self._output.expression}"
         )
 
     def _embedded(self) -> list[Any]:
@@ -271,7 +273,7 @@ It trains bit for bit like the original within this plan:
 
     def _step_text(self, constants: dict[str, str]) -> str:
         joint, device = self._joint, self._joint.device
-        leaf = {out.result: out for out in reversed(joint.outputs) if out.result is not None}
+        leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
         order = range(len(joint.results))
         arguments = "".join(
             f"        {quoted(name)}: {skeleton.expected_text(value, device)},\n"

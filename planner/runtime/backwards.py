@@ -24,6 +24,7 @@ from planner.rewriter.partition import partition
 from planner.rewriter.reschedule import Choice, MissingValueError, reschedule
 from planner.runtime.backward_key import BackwardKey, normal
 from planner.runtime.functions import Boxed, OtherBackward
+from planner.runtime.guard import autocast_of
 from planner.runtime.step import Step
 from planner.tracer import kernels
 from planner.tracer.capture import capture
@@ -212,9 +213,7 @@ def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
         leaves[position] = made[step.same_inputs[i]]
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
     opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.parts.values()))
-    enabled, name = step.key.autocast
-    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
-    with torch.enable_grad(), torch.autocast(step.joint.device.type, dtype, enabled=enabled):
+    with torch.enable_grad(), autocast_of(step.key, step.joint.device):
         known = Replay(strides, step.joint.recorded, step.joint.parts, step.joint.host)
         return capture(model, args, kwargs, opaque=opaque, replay=known)
 

@@ -58,6 +58,13 @@ def autocast_key(device: torch.device) -> Autocast:
     return (True, str(torch.get_autocast_dtype(device.type))) if enabled else _NO_AUTOCAST
 
 
+def autocast_of(key: CallKey, device: torch.device) -> torch.autocast:
+    """The context that a key says, whatever the caller's is."""
+    enabled, name = key.autocast
+    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
+    return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=dict(key.switches)["autocast cache"])
+
+
 def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
     """The key of a call on these tensor leaves, in the modes that are on now."""
     return CallKey(

@@ -27,7 +27,7 @@ def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool
             f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
         )
     reason = miss.where
-    is_evaluating = miss.kind == "mode" and not (model.training and torch.is_grad_enabled())
+    is_evaluating = not (model.training and torch.is_grad_enabled())
     if reason not in warned and not is_evaluating:
         warned.add(reason)
         differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"

@@ -149,7 +149,7 @@ _IN_PLACE = (
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
     """Learn what Python does in real forwards, then trace."""
     try:
-        if step.is_here and step.replay is None:
+        if step.can_run and not any(tensor.is_meta for tensor in tensors):
             step.record(tensors)
         step.hold_weights()
         return step.export([*tensors, *step.state_inputs()])

@@ -99,9 +99,10 @@ class Step(nn.Module):
         return self.where.rpartition(" ")[0]
 
     @property
-    def is_here(self) -> bool:
-        """The step is captured on the device it runs on."""
-        return self._elsewhere is None
+    def can_run(self) -> bool:
+        """There is a forward to learn from: no tensor of the model is on the meta device, nothing is known from before."""
+        model = self._hidden[0]
+        return self.replay is None and not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
     @property
     def moving(self) -> frozenset[int]:

@@ -98,7 +98,7 @@ class Case:
         """Made of what a plan must hold: it may not be refused, and every step must run planned."""
         harmless = all(name in HARMLESS for step in self.steps for name, _ in step.changes)
         simple = all(step.kind in SIMPLE and not step.under for step in self.steps) and not self.plan_under
-        return harmless and simple and self.out in ("one", "transposed") and all(unit.benign for unit in self.units)
+        return harmless and simple and self.out == "one" and all(unit.benign for unit in self.units)
 
     @property
     def features(self) -> list[str]:
@@ -161,7 +161,7 @@ def case_of(seed: int) -> Case:
     pieces = [*layers, *behaviours]
     rng.shuffle(pieces)
     units = tuple(unit.called(f"v{i}") for i, unit in enumerate(pieces))
-    out = rng.choice(("one", "one", "transposed") if benign else ("one", "one", *OUTS))
+    out = rng.choice(("one",) if benign else ("one", "one", *OUTS))
     under = rng.choice(CONTEXTS[:2]) if not benign and rng.random() < 0.1 else ""
     steps = [Happening()]
     for _ in range(rng.randint(1, 3)):

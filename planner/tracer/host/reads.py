@@ -24,6 +24,7 @@ from planner.tracer.host.preserve import Preserved, keep_deep
 from planner.tracer.host.values import attributes, is_foreign_class
 
 _PACKAGE = str(Path(__file__).parents[2])
+_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
@@ -232,7 +233,7 @@ class ReadRecorder:
             if not is_library_code(code):
                 if not self.paused:
                     self._codes[code] = (frame.f_globals, self._where())
-                with self._not_noting():
+                with self._not_noting(guards_iterators=not self.paused):
                     self._see_variables(code, frame)
         elif event == "c_call" and not self.paused:
             owner = getattr(arg, "__self__", None)
@@ -321,13 +322,14 @@ class ReadRecorder:
             self.written_at.setdefault(id(this), set()).add(name)
 
     @contextlib.contextmanager
-    def _not_noting(self) -> Iterator[None]:
-        """What the recorder itself reads is no read of the model's."""
+    def _not_noting(self, guards_iterators: bool = True) -> Iterator[None]:
+        """What the recorder itself reads is no read of the model's. What runs as it is may use iterators."""
         before, self.paused = self.paused, True
+        guarded, self._preserved.guards_iterators = self._preserved.guards_iterators, guards_iterators
         try:
             yield
         finally:
-            self.paused = before
+            self.paused, self._preserved.guards_iterators = before, guarded
 
 
 def _put_back_profiler(profile: Any) -> None:
@@ -343,12 +345,13 @@ def _is_users(frame: types.FrameType | None) -> bool:
 
 
 def _is_ours(frame: types.FrameType) -> bool:
-    """The call is this package's own: it saves generators' states itself."""
+    """The call is this package's own, or torch's compiler's: they save generators' states and put them back."""
     caller: types.FrameType | None = frame
-    for _ in range(4):
+    for depth in range(40):  # the compiler's calls may be deep
         if caller is None:
             return False
-        if caller.f_code.co_filename.startswith(_PACKAGE):
+        file = caller.f_code.co_filename
+        if file.startswith(_COMPILER) or (depth < 4 and file.startswith(_PACKAGE)):
             return True
         if not is_library_code(caller.f_code):
             return False
