@@ -188,6 +188,8 @@ def _quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
 class _Kept(set[Any]):
     """Operators whose calls no elimination of dead code takes out."""
 
@@ -238,19 +240,9 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
     raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {type(desc).__name__}")
 
 
-
-
-
-
-
-
-
-
 def in_backward() -> bool:
     """Autograd's engine is running a backward in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
 
 
 @contextlib.contextmanager
@@ -282,12 +274,6 @@ def calls_intercepted(
         nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
-
-
-
-
-
-
 def results(graph: fx.Graph) -> tuple[Any, ...]:
     """The nodes (or None) that a graph hands out."""
     handed: Any = graph.output_node().args[0]
@@ -310,12 +296,6 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
         return lambda others: False
     check = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     return lambda others: bool(check(*others))
-
-
-
-
-
-
 
 
 def box(graph: fx.Graph) -> None:

@@ -88,9 +88,7 @@ def _planned(setup: Any, model: Any, precision: str) -> tuple[Any, str]:
 
     def planned_for(budget: int | float) -> Any:
         with cast(precision):
-            return plan(
-                model, budget, first.args, first.kwargs, progress=False, time_limit_s=SOLVER_S, **dict(setup.plan)
-            )
+            return plan(model, budget, first.args, first.kwargs, progress=False, time_limit_s=SOLVER_S, **dict(setup.plan))
 
     try:
         return planned_for(BUDGET), ""

@@ -318,8 +318,9 @@ def held_constants(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
         tensor = path.get(model)
         if given.mutated or tensor.requires_grad:
             raise ExportError(
-                f"the forward {'writes into' if given.mutated else 'differentiates'} {path.module}.{path.name}, a tensor which is "
-                "neither parameter nor buffer, and an exported file holds those alone: register it, or train with the planned module"
+                f"the forward {'writes into' if given.mutated else 'differentiates'} {path.module}.{path.name}, which is "
+                "neither parameter nor buffer, and an exported file holds those alone: register it, or train with the planned "
+                "module"
             )
         found[given.node] = tensor
     return found
@@ -339,8 +340,8 @@ def reassigned_lines(step: Step, results: Sequence[str]) -> list[str]:
         is_plain = not (path.steps or path.scope or effect.appends or effect.replaces)
         if not (is_plain and name in buffers and isinstance(ref, Ref) and ref.source == "result"):
             raise ExportError(
-                f"the forward leaves something in {name or path.name}, which the exported file does not hold: it keeps parameters and "
-                "buffers alone. Return it from the forward, or train with the planned module; torch.save takes that"
+                f"the forward leaves something in {name or path.name}, which an exported file does not hold: it "
+                "keeps parameters and buffers alone. Return it from the forward, or train with the planned module; torch.save takes that"
             )
         lines.append(f"self.get_submodule({quoted(path.module)})._buffers[{quoted(path.name)}] = {results[ref.key]}")
     return lines

@@ -154,7 +154,7 @@ class _Forward(torch.autograd.Function):
         this.inputs = []
         results = program.forward(inputs)
         outputs = tuple(
-            out.data if aliased or out._is_view() else out  # the caller may write into it, into no view that was made in here
+            out.detach() if aliased else out
             for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
         )
         saved = list(results[program.num_outputs :])

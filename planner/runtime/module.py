@@ -34,12 +34,6 @@ runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
 """Where the user's torch.compile meets a plan, it lets the plan run as it is."""
 
 
-
-
-
-
-
-
 def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
     """The model's own forward, also while plans are installed in its place."""
     return getattr(model.forward, "unplanned", model.forward)  # type: ignore[no-any-return]
@@ -391,5 +385,3 @@ def can_audit(step: Step) -> bool:
     """The original forward may run beside the planned one: nothing in it acts on the world outside, and bits are the same."""
     hooked = any(not spec.repeatable for spec in step.joint.parts.values())
     return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)
-
-

@@ -24,9 +24,7 @@ _warned: WeakSet[nn.Module] = WeakSet()
 
 def is_cache(leaf: Any) -> bool:
     """A key-value cache of transformers: of use in generation, and left out of a training output."""
-    return any(
-        base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in type(leaf).__mro__
-    )
+    return any(base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in type(leaf).__mro__)
 
 
 def check_constant(leaf: Any, name: str) -> None:

@@ -31,6 +31,8 @@ class Result:
     benign: bool = False
 
 
+KNOWN_ERROR = "of _Forward is a view and"
+"""Torch's own error where an output that is a view is written into in place (docs/limits.md); loud, before anything changes."""
 KNOWN_REFUSALS = ("more than the budget", "attribute that was set on a tensor")
 """Of which a benign case may meet one: gradients in a layout for which the budget has no room; state that hangs on a weight."""
 
@@ -81,6 +83,8 @@ def result_of(seed: int, *, shrink: bool = False) -> Result:
         planned = bool(found.planned) and found.planned[0]
         return Result(seed, found.verdict, False, "; ".join(found.messages)[:200], tuple(case.features), planned, case.benign)
     except Different as error:
+        if KNOWN_ERROR in error.detail:
+            return Result(seed, "torch's error", False, error.detail[:200], tuple(case.features))
         if shrink:
             signal.alarm(LIMIT_S * 5)
             case, error = smallest(case, error)

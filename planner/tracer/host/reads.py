@@ -217,7 +217,12 @@ class ReadRecorder:
         for name, function in found.items():
 
             def noted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
-                if self.drew is None and not self.paused and not _is_ours(sys._getframe(1)):
+                if (
+                    self.drew is None
+                    and not self.paused
+                    and not _is_ours(caller := sys._getframe(1))
+                    and not _is_compilers(caller)
+                ):
                     self.drew = self._where()
                 return function(*args, **kwargs)
 
@@ -243,7 +248,8 @@ class ReadRecorder:
     def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
         if self.controlled is None and not _is_ours(frame):
             if not isinstance(owner, torch.Generator):
-                self.drew = self._where() if self.drew is None else self.drew
+                if self.drew is None and not _is_compilers(frame):
+                    self.drew = self._where()
             elif function.__name__ in _CONTROL:
                 self.controlled = (self._where(), function.__name__)
 
@@ -345,13 +351,22 @@ def _is_users(frame: types.FrameType | None) -> bool:
 
 
 def _is_ours(frame: types.FrameType) -> bool:
-    """The call is this package's own, or torch's compiler's: they save generators' states and put them back."""
+    """The call is this package's own: it saves generators' states itself."""
+    return _is_called_by(frame, _PACKAGE, 4)
+
+
+def _is_compilers(frame: types.FrameType) -> bool:
+    """The call is torch's compiler's: it saves the states of Python's and numpy's generators, and puts them back."""
+    return _is_called_by(frame, _COMPILER, 40)
+
+
+def _is_called_by(frame: types.FrameType, package: str, most: int) -> bool:
+    """Code of this package is among the callers, with libraries' code alone in between."""
     caller: types.FrameType | None = frame
-    for depth in range(40):  # the compiler's calls may be deep
+    for _ in range(most):
         if caller is None:
             return False
-        file = caller.f_code.co_filename
-        if file.startswith(_COMPILER) or (depth < 4 and file.startswith(_PACKAGE)):
+        if caller.f_code.co_filename.startswith(package):
             return True
         if not is_library_code(caller.f_code):
             return False
