@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._torch import untraced
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import Generators, generator_state
@@ -44,12 +43,12 @@ class UsedUp:
 class Preserved:
     """Python state as it was when it was first seen; `restore` puts it back, in place.
 
-    Attributes:
-        guards_iterators: until then, a `UsedUp` stands in the place of every iterator that is seen.
+    Args:
+        guards_iterators: until then, a `UsedUp` stands in the place of every iterator.
     """
 
     def __init__(self, *, guards_iterators: bool = True) -> None:
-        self.guards_iterators = guards_iterators
+        self._guards_iterators = guards_iterators
         self._kept: dict[int, tuple[Any, Callable[[], bool]]] = {}
         self._variables: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
 
@@ -57,7 +56,7 @@ class Preserved:
         """Remember what this container or object holds; False where it holds nothing that can change, or is known."""
         if id(value) in self._kept:
             return False
-        restore = _restorer(value, where if self.guards_iterators else None)
+        restore = _restorer(value, where if self._guards_iterators else None)
         if restore is None:
             return False
         self._kept[id(value)] = (value, restore)
@@ -67,7 +66,7 @@ class Preserved:
         """Remember a global variable."""
         value = scope.get(name, ABSENT)
         self._variables.setdefault((id(scope), name), (scope, name, value))
-        if self.guards_iterators and _is_used_up(value):
+        if self._guards_iterators and _is_used_up(value):
             scope[name] = UsedUp(value, f"the global variable {name}")
 
     @property
@@ -220,25 +219,13 @@ def _content(cell: types.CellType) -> Any:
         return ABSENT
 
 
-def _restorer_of_torchs_generator(value: torch.Generator) -> Callable[[], bool]:
-    with untraced():  # this may be in a trace, which makes a stand-in of every tensor
-        state = value.get_state()
-
-    def put_back() -> bool:
-        with untraced():
-            changed = not torch.equal(value.get_state(), state)
-            value.set_state(state)
-        return changed
-
-    return put_back
-
-
 def _restorer_of_generator(value: Any) -> Callable[[], bool]:
     if isinstance(value, random.Random):
         state = value.getstate()
         return lambda: value.getstate() != state and not value.setstate(state)  # type: ignore[func-returns-value]
     if isinstance(value, torch.Generator):
-        return _restorer_of_torchs_generator(value)
+        kept = value.get_state()
+        return lambda: not torch.equal(value.get_state(), kept) and bool(value.set_state(kept))
     content = generator_state(value)
 
     def put_back() -> bool:

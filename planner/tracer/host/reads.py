@@ -24,7 +24,6 @@ from planner.tracer.host.preserve import Preserved, keep_deep
 from planner.tracer.host.values import attributes, is_foreign_class
 
 _PACKAGE = str(Path(__file__).parents[2])
-_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
@@ -217,12 +216,7 @@ class ReadRecorder:
         for name, function in found.items():
 
             def noted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
-                if (
-                    self.drew is None
-                    and not self.paused
-                    and not _is_ours(caller := sys._getframe(1))
-                    and not _is_compilers(caller)
-                ):
+                if self.drew is None and not self.paused and not _is_ours(sys._getframe(1)):
                     self.drew = self._where()
                 return function(*args, **kwargs)
 
@@ -238,7 +232,7 @@ class ReadRecorder:
             if not is_library_code(code):
                 if not self.paused:
                     self._codes[code] = (frame.f_globals, self._where())
-                with self._not_noting(guards_iterators=not self.paused):
+                with self._not_noting():
                     self._see_variables(code, frame)
         elif event == "c_call" and not self.paused:
             owner = getattr(arg, "__self__", None)
@@ -248,8 +242,7 @@ class ReadRecorder:
     def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
         if self.controlled is None and not _is_ours(frame):
             if not isinstance(owner, torch.Generator):
-                if self.drew is None and not _is_compilers(frame):
-                    self.drew = self._where()
+                self.drew = self._where() if self.drew is None else self.drew
             elif function.__name__ in _CONTROL:
                 self.controlled = (self._where(), function.__name__)
 
@@ -328,14 +321,13 @@ class ReadRecorder:
             self.written_at.setdefault(id(this), set()).add(name)
 
     @contextlib.contextmanager
-    def _not_noting(self, guards_iterators: bool = True) -> Iterator[None]:
-        """What the recorder itself reads is no read of the model's. What runs as it is may use iterators."""
+    def _not_noting(self) -> Iterator[None]:
+        """What the recorder itself reads is no read of the model's."""
         before, self.paused = self.paused, True
-        guarded, self._preserved.guards_iterators = self._preserved.guards_iterators, guards_iterators
         try:
             yield
         finally:
-            self.paused, self._preserved.guards_iterators = before, guarded
+            self.paused = before
 
 
 def _put_back_profiler(profile: Any) -> None:
@@ -352,21 +344,11 @@ def _is_users(frame: types.FrameType | None) -> bool:
 
 def _is_ours(frame: types.FrameType) -> bool:
     """The call is this package's own: it saves generators' states itself."""
-    return _is_called_by(frame, _PACKAGE, 4)
-
-
-def _is_compilers(frame: types.FrameType) -> bool:
-    """The call is torch's compiler's: it saves the states of Python's and numpy's generators, and puts them back."""
-    return _is_called_by(frame, _COMPILER, 40)
-
-
-def _is_called_by(frame: types.FrameType, package: str, most: int) -> bool:
-    """Code of this package is among the callers, with libraries' code alone in between."""
     caller: types.FrameType | None = frame
-    for _ in range(most):
+    for _ in range(4):
         if caller is None:
             return False
-        if caller.f_code.co_filename.startswith(package):
+        if caller.f_code.co_filename.startswith(_PACKAGE):
             return True
         if not is_library_code(caller.f_code):
             return False
