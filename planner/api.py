@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,35 +122,59 @@ def plan(
     names = arguments.names(opaque)
     model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, names, criterion, criterion_args)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights, compile)
-    recapture = Recapture(options.loss, tuple(options.opaque)) if dynamic else None
-
-    def one(budget: Budget, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> CheckpointedModule:
-        priced = price(model, args, kwargs, options)
-        budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
-
-        def within(aim_bytes: int) -> CheckpointedModule:
-            with stage("solve", progress):
-                made = priced.plan(aim_bytes, time_limit_s)
-            made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
-            fraction = float(budget) if units.is_fraction(budget) else None
-            step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, compile, fraction)
-            return CheckpointedModule(model, step, made, strict, audits=audit)
-
-        try:
-            reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
-            reason = reason or (COMMUNICATES if communicates(priced.joint) else "")
-            if reason:
-                return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
-            if is_fraction and dict(priced.made_on)["costs"].startswith("estimated") and not compile and priced.is_on_cpu:
-                return measured(within(budget_bytes), args, kwargs, progress=progress, stacklevel=4)
-            return measured_within(budget_bytes, within, args, kwargs, progress=progress, stacklevel=5)
-        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-            raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
-
-    is_fraction = units.is_fraction(budget)
+    one = partial(
+        _plan_call,
+        model,
+        options=options,
+        time_limit_s=time_limit_s,
+        num_stages=num_stages,
+        recapture=Recapture(options.loss, tuple(options.opaque)) if dynamic else None,
+        strict=strict,
+        check=check,
+        audit=audit,
+    )
     planned = one(budget, args, kwargs)
     planned.alternatives.extend(one(planned.plan.budget_bytes, *call) for call in also)
     return planned
+
+
+def _plan_call(
+    model: nn.Module,
+    budget: Budget,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    options: Options,
+    time_limit_s: float,
+    num_stages: int,
+    recapture: Recapture | None,
+    strict: bool,
+    check: bool,
+    audit: bool,
+) -> CheckpointedModule:
+    """The planned module for one call; see `plan`."""
+    priced = price(model, args, kwargs, options)
+    budget_bytes = options.budget_bytes(budget, priced.plain_bytes)
+    fraction = float(budget) if units.is_fraction(budget) else None
+
+    def within(aim_bytes: int) -> CheckpointedModule:
+        with stage("solve", options.progress):
+            made = priced.plan(aim_bytes, time_limit_s)
+        made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
+        step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, options.compile, fraction)
+        return CheckpointedModule(model, step, made, strict, audits=audit)
+
+    is_estimated = dict(priced.made_on)["costs"].startswith("estimated")
+    try:
+        reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+        reason = reason or (COMMUNICATES if communicates(priced.joint) else "")
+        if reason:
+            return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
+        if fraction is not None and is_estimated and not options.compile and priced.is_on_cpu:
+            return measured(within(budget_bytes), args, kwargs, progress=options.progress, stacklevel=4)
+        return measured_within(budget_bytes, within, args, kwargs, progress=options.progress, stacklevel=5)
+    except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+        raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
 
 
 def apply(

@@ -171,6 +171,10 @@ def traced(module, x):
     return torch.jit.trace(module, x, check_trace=False)(x)
 
 
+def exported(module, x):
+    return torch.export.export(module, (x,), strict=False).module()(x)
+
+
 def made_fx(module, x):
     return torch.fx.experimental.proxy_tensor.make_fx(module)(x)(x)
 
@@ -185,6 +189,7 @@ TRANSFORMS = (
     functional,
     checkpointed,
     traced,
+    exported,
     made_fx,
 )
 

@@ -5,6 +5,14 @@ import json
 import pytest
 
 from benchmarks import gpu
+from tests.support import world
+
+
+@pytest.fixture(autouse=True)
+def _switches_kept():
+    """The script turns deterministic kernels on for its whole process."""
+    with world.kept():
+        yield
 
 
 @pytest.mark.zoo

@@ -132,3 +132,55 @@ def test_recomputing_from_a_written_output_that_exceeds_the_budget_is_refused():
         h.mul_(3.0)
     with pytest.raises(BackwardError, match=r"'\[1\]' was modified in place .*more than the budget"):
         loss.backward()
+
+
+VIEWS = {
+    "view": lambda h: h.view(-1, 8),
+    "transposed": lambda h: h.transpose(0, 1),
+    "slice": lambda h: h[:, 1:5],
+    "select": lambda h: h[2],
+    "diagonal": lambda h: h.diagonal(),
+}
+WRITES = {
+    "by autograd": lambda out: out.mul_(3.0),
+    "without it": lambda out: out.detach().add_(1.0),
+    "a part of it": lambda out: out[0].zero_(),
+}
+
+
+class ViewOut(nn.Module):
+    """Returns a view of an activation; the backward reads the activation itself or not."""
+
+    def __init__(self, view, is_read):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.view, self.is_read = view, is_read
+
+    def forward(self, x):
+        h = self.a(torch.tanh(self.b(x)))
+        return self.c(torch.tanh(h) if self.is_read else h + 1.0).square().sum(), self.view(h)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_output_that_is_a_view_may_be_written_into_where_eager_allows_it(view, write, is_read):
+    def gradients_of(module, model):
+        model.zero_grad()
+        loss, out = module(x)
+        try:
+            WRITES[write](out)
+            (loss + out.square().sum()).backward()
+        except RuntimeError as error:  # BackwardError is one
+            return error
+        return [p.grad for p in model.parameters()]
+
+    torch.manual_seed(0)
+    model, x = ViewOut(VIEWS[view], is_read), torch.randn(6, 8)
+    twin = copy.deepcopy(model)
+    planned = plan(model, 1.0, (x,), costs="estimate", progress=False, loss=lambda out: list(out))
+    expected, found = gradients_of(twin, twin), gradients_of(planned, model)
+    if isinstance(expected, list):
+        assert_same(expected, found)
+    else:
+        assert isinstance(found, BackwardError)

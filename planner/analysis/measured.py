@@ -17,7 +17,7 @@ from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakErro
 from planner.graph.plan import NOT_RUN, RUN
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
-from planner.tracer.capture import ONE_AT_A_TIME
+from planner.tracer.capture import one_at_a_time
 from planner.units import enough_text, format_bytes
 
 
@@ -62,7 +62,7 @@ def step_peak(planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Map
     Raises:
         NotRunError, CopyError, PlanCheckError: as `run_step`.
     """
-    with ONE_AT_A_TIME:  # while another thread captures the model, its tensors are others
+    with one_at_a_time():  # while another thread captures the model, its tensors are others
         return run_step(planned, (tuple(args), dict(kwargs or {})))
 
 

@@ -77,7 +77,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def autocast_of(planned: CheckpointedModule) -> Any:
-    """The context that the plan's forward was captured in, whatever the caller's is."""
+    """The autocast context that the plan's forward was captured in."""
     return guard.autocast_of(planned.step.key, planned.device)
 
 

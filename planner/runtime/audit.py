@@ -5,8 +5,9 @@ No list of what a forward may depend on is complete; this finds what the guards 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.observe import HOOKS
-from planner.tracer.host.preserve import Generators
+from planner.tracer.host.preserve import Generators, contents_preserved, iterators_copied
 from planner.tracer.host.state import HostKey, remembered
 
 Digest = dict[str, Fingerprint]
@@ -55,27 +56,23 @@ def has_room(plan: Plan, written_bytes: int) -> bool:
     return max(original, planned) + max(0, written_bytes - _SMALL_BYTES) <= plan.budget_bytes
 
 
-class Rewind:
-    """The state that a forward starts from: what it changes is put back by `restore`, as often as wanted.
+@contextlib.contextmanager
+def rewound(model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Put back, at the end, the state that a forward starts from; after an error, too.
 
     Args:
-        written: the tensors that it writes into.
+        written: the tensors that the forward writes into.
     """
-
-    def __init__(self, model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], device: torch.device) -> None:
-        self._preserved = remembered(model, key)
-        self._contents = [(tensor, tensor.detach().clone()) for tensor in written]
-        self._states = _generator_states(device)
-
-    def restore(self) -> None:
-        """Put everything back."""
-        self._preserved.restore()
-        with torch.no_grad():
-            for tensor, content in self._contents:
-                if not torch.equal(tensor, content):
-                    tensor.copy_(content)
-        for put_back in self._states:
-            put_back()
+    states = _generator_states(device)
+    with contents_preserved(written):
+        preserved = remembered(model, key)
+        try:
+            with iterators_copied():
+                yield
+        finally:
+            preserved.restore()
+            for put_back in states:
+                put_back()
 
 
 def _generator_states(device: torch.device) -> list[Callable[[], Any]]:

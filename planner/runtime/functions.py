@@ -35,6 +35,8 @@ class Program:
         num_outputs: how many of the forward's results are outputs.
         num_saved: how many are saved activations.
         aliased: per output: it shares its storage with an input or another output, and is handed out as a tensor of its own.
+        alone: per output: no input and no other output lies in its storage. Autograd does not allow writes into a view that a
+            custom Function returns, so such a view is returned as a tensor that is none. `watched` notices the writes.
         differentiable: per output: eager's output requires grad.
         tangents: positions (among the outputs) whose tangents the backward takes, in its order.
         checked_inputs: positions of inputs the backward reads; a write to one before backward is an error.
@@ -62,6 +64,7 @@ class Program:
     num_outputs: int
     num_saved: int
     aliased: tuple[bool, ...]
+    alone: tuple[bool, ...]
     differentiable: tuple[bool, ...]
     tangents: tuple[int, ...]
     checked_inputs: tuple[int, ...]
@@ -154,8 +157,8 @@ class _Forward(torch.autograd.Function):
         this.inputs = []
         results = program.forward(inputs)
         outputs = tuple(
-            out.detach() if aliased else out
-            for out, aliased in zip(results[: program.num_outputs], program.aliased, strict=True)
+            out.data if alone and out._is_view() else out.detach() if aliased else out
+            for out, aliased, alone in zip(results[: program.num_outputs], program.aliased, program.alone, strict=True)
         )
         saved = list(results[program.num_outputs :])
         ctx.apart = {i: saved.pop(i) for i in reversed(program.apart)}

@@ -59,7 +59,7 @@ def autocast_key(device: torch.device) -> Autocast:
 
 
 def autocast_of(key: CallKey, device: torch.device) -> torch.autocast:
-    """The context that a key says, whatever the caller's is."""
+    """The autocast context of a key; the caller's own context has no influence."""
     enabled, name = key.autocast
     dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
     return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=dict(key.switches)["autocast cache"])

@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from planner._torch import pytree
-from planner.errors import PlanAuditError, PlannerError
+from planner.errors import InputError, PlanAuditError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.runtime import guard
-from planner.runtime.audit import Digest, Rewind, difference, digest, has_room, is_due, run_original
+from planner.runtime.audit import Digest, difference, digest, has_room, is_due, rewound, run_original
 from planner.runtime.backwards import Backwards
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
@@ -88,6 +88,21 @@ class CheckpointedModule(fx.GraphModule):
     @training.setter
     def training(self, mode: bool) -> None:
         self._original.training = mode
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The forward graph, whose inputs are the call's tensors and the model's.
+
+        Raises:
+            InputError: torch.export asks, which would run it as the model itself.
+        """
+        if torch.compiler.is_exporting():
+            raise InputError("torch.export takes the original model, not the planned one: export module.original")
+        return self._graph  # type: ignore[no-any-return]
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +249,6 @@ class CheckpointedModule(fx.GraphModule):
         """
         model = self._original
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        start = Rewind(model, self._step.joint.host.key, changed, self.device)
 
         def original() -> Digest:
             return digest(model, run_original(forward, args, kwargs), given, self.device)
@@ -242,14 +256,13 @@ class CheckpointedModule(fx.GraphModule):
         def planned() -> Digest:
             return digest(model, self._forward_alone(tensors, inputs), given, self.device)
 
-        def afterwards(run: Callable[[], Digest]) -> Digest:
-            found = run()
-            start.restore()
-            return found
+        def rewinding(run: Callable[[], Digest]) -> Digest:
+            with rewound(model, self._step.joint.host.key, changed, self.device):
+                return run()
 
-        expected, found = afterwards(original), afterwards(planned)
+        expected, found = rewinding(original), rewinding(planned)
         different = difference(expected, found)
-        if different and not difference(expected, afterwards(original)) and not difference(found, afterwards(planned)):
+        if different and not difference(expected, rewinding(original)) and not difference(found, rewinding(planned)):
             return self._accuse(different)
         return None
 

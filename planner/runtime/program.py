@@ -93,6 +93,9 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
         num_outputs=len(joint.results),
         num_saved=len(halves.saved),
         aliased=halves.aliased,
+        alone=tuple(
+            not aliased and halves.roots.count(root) == 1 for root, aliased in zip(halves.roots, halves.aliased, strict=True)
+        ),
         differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
         tangents=halves.tangents,
         checked_inputs=tuple(position[name] for name in checked),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -77,8 +79,24 @@ def capture(
                 raise first from None
 
 
-ONE_AT_A_TIME = threading.RLock()
-"""Capturing patches classes and kernels of the whole process."""
+_lock = threading.RLock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """While one thread captures, which patches classes and kernels of the whole process, the others wait."""
+    with _lock:
+        yield
+
+
+def _renew_lock() -> None:
+    """The thread that holds the lock does not exist in a forked child, whose own thread may capture (another backward)."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # which only systems that fork have
+    os.register_at_fork(after_in_child=_renew_lock)
 
 IS_CAPTURING: ContextVar[bool] = ContextVar("a model is being captured", default=False)
 """Installed plans stand aside: a plan is made of the model's own forward, not of a plan."""
@@ -109,7 +127,7 @@ def _capture(
         step.recorded = None if replay.recorded is None else list(replay.recorded)
         step.host, step.preserved = replay.host, remembered(model, replay.host.key)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with ONE_AT_A_TIME, Generators(device).preserved():
+    with one_at_a_time(), Generators(device).preserved():
         token = IS_CAPTURING.set(True)
         try:
             exported = _export(step, given)

@@ -15,7 +15,7 @@ import torch
 import torch.fx.traceback
 from torch import nn
 
-from planner._torch import DataDependentOutputException, TorchDispatchMode
+from planner._torch import TorchDispatchMode
 from planner.errors import CaptureError
 from planner.tracer.casts import Casts
 from planner.tracer.constants import Constants
@@ -163,8 +163,12 @@ class Tracing(TorchDispatchMode):
         constant = None if self._constants is None else self._constants.value(args[0])
         if constant is not None:
             return constant
-        if self._recorded is None:
-            raise DataDependentOutputException(func)
+        if self._recorded is None:  # no forward was run
+            raise CaptureError(
+                f"the model reads tensor values in its forward ({self.where}), which a model or an input without storage does "
+                "not have; plan with real tensors",
+                module=str(self._modules),
+            )
         position = len(self.read)
         if position >= len(self._recorded) or self._recorded[position][0] != str(func):
             raise CaptureError(

@@ -20,7 +20,7 @@ from planner.errors import BackwardError
 from planner.graph.graph import Kind
 from planner.tracer.joint import Input, Joint
 from planner.tracer.randomness import is_random
-from planner.tracer.storage import mutates
+from planner.tracer.storage import ancestors, mutates
 
 
 def graft(planned: Joint, other: Joint) -> Joint:
@@ -133,7 +133,7 @@ def _check_same_forward(planned: Joint, other: Joint, twins: dict[fx.Node, str])
     nodes = {node.name: node for node in other.graph.nodes}
     found = tuple(twins.get(nodes[name]) for name in other.results)
     acts = [node for node in _forward(other) if is_random(node) or mutates(node)]
-    needed = _ancestors([nodes[name] for name in other.results])
+    needed = ancestors([nodes[name] for name in other.results])
     wrong = [node for node in _forward(other) if node not in twins and (node in acts or node in needed)]
     if not wrong and found == planned.results:
         twinned = {twins[node] for node in acts}
@@ -150,17 +150,6 @@ def _check_same_forward(planned: Joint, other: Joint, twins: dict[fx.Node, str])
         f"the model's forward, traced again for this backward, {what}: the model was changed between the planned forward and "
         "its backward. Change it before the forward, or plan again"
     )
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that they depend on."""
-    todo, seen = list(nodes), set()
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo.extend(node.all_input_nodes)
-    return seen
 
 
 def _placed(node: fx.Node, meta: dict[str, Any]) -> fx.Node:

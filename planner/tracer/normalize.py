@@ -23,7 +23,7 @@ from planner.tracer.parts import is_traced_part, write_parts
 from planner.tracer.raising import in_forward, raises, write_raising
 from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
 from planner.tracer.replay import set_layouts
-from planner.tracer.storage import Storages, mutates
+from planner.tracer.storage import Storages, ancestors, mutates
 
 aten = torch.ops.aten
 _KINDS = {"param": Kind.PARAM, "buffer": Kind.BUFFER, "input": Kind.INPUT, "tangent": Kind.TANGENT}
@@ -154,7 +154,7 @@ def _split_off_reads(
 def _refuse_moving_reads(guards: fx.Graph | None, host_reads: Sequence[HostRead], mutated: Collection[str]) -> None:
     """Raise CaptureError where Python reads what the forward itself changes: the next call would read something else."""
     for node, read in zip(results(guards) if guards is not None else (), host_reads, strict=True):
-        if any(needed.name in mutated for needed in _ancestors([node])):
+        if any(needed.name in mutated for needed in ancestors([node])):
             raise CaptureError(
                 f"the model's control flow at {read.source} reads a tensor that its own forward changes ({read.value} now); "
                 "a plan holds for one value of it",
@@ -164,7 +164,7 @@ def _refuse_moving_reads(guards: fx.Graph | None, host_reads: Sequence[HostRead]
 
 def _is_constant(node: fx.Node) -> bool:
     """Nothing that can change between calls goes into it."""
-    return all(n.op == "call_function" and not is_random(n) for n in _ancestors([node]))
+    return all(n.op == "call_function" and not is_random(n) for n in ancestors([node]))
 
 
 def _source(node: fx.Node) -> str:
@@ -203,17 +203,6 @@ def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], no
             )
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
-    return found
-
-
 def _end_forward(
     graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], checks: Sequence[fx.Node]
 ) -> fx.Node | None:
@@ -237,7 +226,7 @@ def _move_forward_up(graph: fx.Graph, forward_results: Iterable[fx.Node], tangen
 
     Functionalization makes a view of what was written in place anew when somebody asks for it: after the backward.
     """
-    needed, reached = _ancestors(forward_results), set(tangents)
+    needed, reached = ancestors(forward_results), set(tangents)
     first: fx.Node | None = None
     for node in list(graph.nodes):
         if node.op == "call_function" and not reached.isdisjoint(node.all_input_nodes):
@@ -249,7 +238,7 @@ def _move_forward_up(graph: fx.Graph, forward_results: Iterable[fx.Node], tangen
 
 def _last_ancestor(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node | None:
     """The last call in graph order that `nodes` depend on: the end of the forward."""
-    needed = _ancestors(nodes)
+    needed = ancestors(nodes)
     return next((n for n in reversed(graph.nodes) if n in needed and n.op == "call_function"), None)
 
 
@@ -258,7 +247,7 @@ def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, str]]) -> fx.Graph |
     if not reads:
         return None
     for node, where in reads:
-        moving = [n for n in _ancestors([node]) if n.op == "call_function" and (is_random(n) or is_traced_part(n))]
+        moving = [n for n in ancestors([node]) if n.op == "call_function" and (is_random(n) or is_traced_part(n))]
         if moving:
             why = "random numbers" if is_random(moving[0]) else "a part of it that runs as it is"
             is_validation = where.rpartition(" ")[2] in VALIDATIONS
@@ -267,7 +256,7 @@ def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, str]]) -> fx.Graph |
                 f"{cure}the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
                 module=_module(where),
             )
-    needed = _ancestors(node for node, _ in reads)
+    needed = ancestors(node for node, _ in reads)
     guards = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -20,8 +20,8 @@ _INTERNAL = re.compile(
 
 _MEANINGS = (
     (
-        r"'(FunctionalTensor|FakeTensor)' object has no attribute",
-        "reads an attribute that was set on a tensor, which a plan does not follow: keep it on the module",
+        r"'(?:FunctionalTensor|FakeTensor)' object has no attribute '(\w+)'",
+        "reads the attribute {} that was set on a tensor, which a plan does not follow: keep it on the module",
     ),
     (
         r"\.numpy\(\)|data pointer|data_ptr|python object",
@@ -82,8 +82,9 @@ def _meaning(error: Exception) -> str:
     if not names_fakes and (_raised_by_user(error.__traceback__) or not is_internal):
         return own_words(error)
     for pattern, meaning in _MEANINGS:
-        if re.search(pattern, message, re.IGNORECASE):
-            return meaning
+        found = re.search(pattern, message, re.IGNORECASE)
+        if found:
+            return meaning.format(*found.groups())
     return f"does something that cannot be traced ({name})"
 
 

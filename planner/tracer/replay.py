@@ -48,6 +48,15 @@ class Replay:
     host: HostState = field(default_factory=HostState)
 
 
+def usual_strides(output: torch.Tensor) -> Strides | None:
+    """Strides of the gradient that elementwise operators make for an output; None where they are the output's own.
+
+    They differ where the output lies in its storage with gaps (a slice) or twice (an expanded tensor).
+    """
+    strides = torch.empty_like(output).stride()
+    return None if strides == output.stride() else strides
+
+
 def with_strides(gradient: torch.Tensor, strides: Strides | None) -> torch.Tensor:
     """The gradient, traced as a tensor of these strides; None: as it is."""
     return gradient if strides is None else torch.ops.checkpoint_planner.handed_gradient(gradient, list(strides))  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
@@ -62,6 +62,18 @@ class Storages:
 def items(node: fx.Node) -> Iterator[fx.Node]:
     """The getitems that take a kernel's outputs apart."""
     return (user for user in node.users if user.target is operator.getitem)
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything that they depend on."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
 
 
 def mutates(node: fx.Node) -> bool:

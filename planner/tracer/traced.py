@@ -26,7 +26,7 @@ from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.outputs import check_constant, is_cache
 from planner.tracer.part import PartCall
 from planner.tracer.record import record
-from planner.tracer.replay import Replay, Strides, with_strides
+from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
 
 
 class _Handed(torch.autograd.Function):
@@ -261,8 +261,11 @@ class Step(nn.Module):
     def _add_result(self, results: dict[int, torch.Tensor], leaf: torch.Tensor, is_start: bool) -> bool:
         """Make a tensor a result, unless it is one; whether backward starts from it."""
         position = list(results).index(id(leaf)) if id(leaf) in results else len(results)
-        strides = None if self.replay is None else self.replay.strides[position]
-        differentiated = strides is not None if self.replay is not None else is_start
+        if self.replay is None:
+            differentiated, strides = is_start, usual_strides(leaf)
+        else:
+            strides = self.replay.strides[position]
+            differentiated = strides is not None
         if position == len(results):
             results[id(leaf)] = _Handed.apply(leaf, strides) if differentiated else leaf.detach()
         return differentiated

@@ -54,6 +54,8 @@ OTHERS = (
     *("joint", "partial", "last_output", "one_at_a_time", "written", "written_by_autograd", "evaluated", "no_grad", "smaller"),
     *("bad_shape", "interrupted", "non_contiguous", "input_gradients", "copied"),
 )
+OTHER_LAYOUTS = ("transposed", "expanded", "broadcast", "sliced", "transposed_loss", "frozen_update")
+"""The gradient of these outputs may come in another layout than planned; a tight budget may have no room for its copy."""
 OUTS = {
     "one": "self.c(torch.tanh(self.b(torch.sigmoid(h) * 2)))",
     "two": "(self.c(torch.tanh(self.b(torch.sigmoid(h) * 2))), torch.tanh(h) * 2)",
@@ -98,7 +100,7 @@ class Case:
         """Made of what a plan must hold: it may not be refused, and every step must run planned."""
         harmless = all(name in HARMLESS for step in self.steps for name, _ in step.changes)
         simple = all(step.kind in SIMPLE and not step.under for step in self.steps) and not self.plan_under
-        return harmless and simple and self.out == "one" and all(unit.benign for unit in self.units)
+        return harmless and simple and self.out in ("one", "transposed") and all(unit.benign for unit in self.units)
 
     @property
     def features(self) -> list[str]:
@@ -161,13 +163,16 @@ def case_of(seed: int) -> Case:
     pieces = [*layers, *behaviours]
     rng.shuffle(pieces)
     units = tuple(unit.called(f"v{i}") for i, unit in enumerate(pieces))
-    out = rng.choice(("one",) if benign else ("one", "one", *OUTS))
+    out = rng.choice(("one", "one", "transposed") if benign else ("one", "one", *OUTS))
     under = rng.choice(CONTEXTS[:2]) if not benign and rng.random() < 0.1 else ""
     steps = [Happening()]
     for _ in range(rng.randint(1, 3)):
         steps.append(_happening(rng, units, benign, under))
     inside = rng.random() < 0.35 and out != "transposed"
-    case = Case(seed, units, tuple(steps), out, inside, plan_under=under, budget=rng.choice((0.7, 0.8, 0.9, 1.0)))
+    budget = rng.choice((0.7, 0.8, 0.9, 1.0))
+    if benign and (out == "transposed" or any(step.kind in OTHER_LAYOUTS for step in steps)):
+        budget = 1.0
+    case = Case(seed, units, tuple(steps), out, inside, plan_under=under, budget=budget)
     warm = rng.randint(1, 2) if rng.random() < 0.15 else 0
     return replace(case, warm=min(warm, len(steps) - 1), measured=rng.random() < 0.1)
 

@@ -37,7 +37,7 @@ class Unit:
 
 
 def _layer(name: str, forward: str, init: str = "", benign: bool = True, **more: str) -> Unit:
-    return Unit(name, forward, init, benign=benign, several=name == "tied", **more)
+    return Unit(name, forward, init, benign=benign, several=name in ("tied", "GRU"), **more)
 
 
 LAYERS = [

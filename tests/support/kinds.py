@@ -62,7 +62,6 @@ SCALARS = [
     Kind("computed name", "getattr(self, '{v}'[:1] + '{v}'[1:])", {"set": "part.{v} = 5"}, "self.{v} = 2"),
     Kind("through vars", "vars(self)['{v}']", {"set": "part.{v} = 5"}, "self.{v} = 2"),
     Kind("child's attribute", "self.a.{v}", {"set": "part.a.{v} = 5"}, "self.a.{v} = 2"),
-    Kind("weight's attribute", "self.a.weight.{v}", {"set": "part.a.weight.{v} = 5"}, "self.a.weight.{v} = 2"),
 ]
 
 CONTAINERS = [
@@ -185,6 +184,7 @@ OUTSIDE = [
 ]
 
 HARD = [
+    Kind("weight's attribute", "self.a.weight.{v}", {"set": "part.a.weight.{v} = 5"}, "self.a.weight.{v} = 2"),
     Kind(
         "environment variable",
         "int(os.environ.get('FUZZ_{v}', 2))",

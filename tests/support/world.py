@@ -29,6 +29,10 @@ _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "mkldnn": (lambda: torch.backends.mkldnn.enabled, torch.backends.mkldnn.set_flags),
     "anomaly mode": (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+    "fill of uninitialized memory": (
+        lambda: torch.utils.deterministic.fill_uninitialized_memory,
+        lambda on: setattr(torch.utils.deterministic, "fill_uninitialized_memory", on),
+    ),
     "autocast cache": (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     "autocast": (lambda: torch.is_autocast_enabled("cpu"), lambda on: torch.set_autocast_enabled("cpu", on)),
     "torch's profile function": (sys.getprofile, sys.setprofile),

@@ -19,7 +19,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.kernels import RecordKernels, Run
-from planner.tracer.host.preserve import Generators, Preserved, keep_model
+from planner.tracer.host.preserve import Generators, Preserved, iterators_copied, keep_model
 from planner.tracer.host.reads import ReadRecorder, Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
@@ -86,7 +86,8 @@ class Observer:
         self.kernels.paused = self.reads.paused = True
         host = self._generators.host()
         try:
-            yield
+            with iterators_copied():
+                yield
         finally:
             self.kernels.paused, self.reads.paused = before
             now = self._generators.host()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import random
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._torch import untraced
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import Generators, generator_state
@@ -24,27 +27,56 @@ _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
 
 
-class UsedUp:
-    """Stands for an iterator while a model is captured: reading it would use it up, and a plan would repeat one item."""
+_READS_COPIES: ContextVar[bool] = ContextVar("reads_copies", default=False)
+
+
+@contextlib.contextmanager
+def iterators_copied() -> Iterator[None]:
+    """Guarded iterators may be read inside, by opaque modules and operators: they get the items of a copy."""
+    token = _READS_COPIES.set(True)
+    try:
+        yield
+    finally:
+        _READS_COPIES.reset(token)
+
+
+class GuardedIterator:
+    """Stands for an iterator while a model is run on the side: reading the iterator itself would use it up."""
 
     def __init__(self, held: Any, where: str) -> None:
         self.held, self.where = held, where
+        self._copy: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        if _READS_COPIES.get():
+            if self._copy is None:
+                self._copy = self._copied()
+            return next(self._copy)
         raise CaptureError(
             f"the model's forward reads an iterator ({self.where}, a {type(self.held).__name__}), which gives another item at "
             "each call; a plan would repeat one for ever. Pass the item to the model as an argument"
         )
+
+    def _copied(self) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.14 no longer copies those of itertools
+                return copy.deepcopy(self.held)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise CaptureError(
+                f"the model's forward reads an iterator ({self.where}, a {type(self.held).__name__}), which cannot be copied, "
+                "so that planning would use it up. Pass the item to the model as an argument"
+            ) from error
 
 
 class Preserved:
     """Python state as it was when it was first seen; `restore` puts it back, in place.
 
     Args:
-        guards_iterators: until then, a `UsedUp` stands in the place of every iterator.
+        guards_iterators: until then, a `GuardedIterator` stands in the place of every iterator.
     """
 
     def __init__(self, *, guards_iterators: bool = True) -> None:
@@ -67,7 +99,7 @@ class Preserved:
         value = scope.get(name, ABSENT)
         self._variables.setdefault((id(scope), name), (scope, name, value))
         if self._guards_iterators and _is_used_up(value):
-            scope[name] = UsedUp(value, f"the global variable {name}")
+            scope[name] = GuardedIterator(value, f"the global variable {name}")
 
     @property
     def held(self) -> tuple[Any, ...]:
@@ -99,7 +131,7 @@ class Preserved:
 
 
 def _is_used_up(value: Any) -> bool:
-    return is_iterator(value) and not isinstance(value, (UsedUp, io.IOBase))
+    return is_iterator(value) and not isinstance(value, (GuardedIterator, io.IOBase))
 
 
 def _put_variable(scope: dict[str, Any], name: str, value: Any) -> None:
@@ -137,7 +169,7 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
     kept = dict(vars(value)) if hasattr(value, "__dict__") else None
     for key, item in _items(value):
         if where is not None and _is_used_up(item):
-            value[key] = UsedUp(item, f"{where}[{key!r}]")
+            value[key] = GuardedIterator(item, f"{where}[{key!r}]")
 
     def put_back() -> bool:
         changed = not _same_items(value, content)
@@ -195,7 +227,7 @@ def _restorer_of_function(value: types.FunctionType, where: str | None) -> Calla
     held = dict(vars(value))
     for cell, content in cells:
         if where is not None and _is_used_up(content):
-            cell.cell_contents = UsedUp(content, f"a closure variable of {value.__qualname__}")
+            cell.cell_contents = GuardedIterator(content, f"a closure variable of {value.__qualname__}")
 
     def put_back() -> bool:
         changed = False
@@ -219,13 +251,25 @@ def _content(cell: types.CellType) -> Any:
         return ABSENT
 
 
+def _restorer_of_torch_generator(value: torch.Generator) -> Callable[[], bool]:
+    with untraced():  # inside a trace these would be fake tensors
+        state = value.get_state()
+
+    def put_back() -> bool:
+        with untraced():
+            changed = not torch.equal(value.get_state(), state)
+            value.set_state(state)
+        return changed
+
+    return put_back
+
+
 def _restorer_of_generator(value: Any) -> Callable[[], bool]:
     if isinstance(value, random.Random):
         state = value.getstate()
         return lambda: value.getstate() != state and not value.setstate(state)  # type: ignore[func-returns-value]
     if isinstance(value, torch.Generator):
-        kept = value.get_state()
-        return lambda: not torch.equal(value.get_state(), kept) and bool(value.set_state(kept))
+        return _restorer_of_torch_generator(value)
     content = generator_state(value)
 
     def put_back() -> bool:
@@ -263,7 +307,7 @@ def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     slots = {name: item for name, item in attributes(value).items() if name not in held}
     for name, item in held.items():
         if where is not None and _is_used_up(item):
-            vars(value)[name] = UsedUp(item, f"{where}.{name}".lstrip("."))
+            vars(value)[name] = GuardedIterator(item, f"{where}.{name}".lstrip("."))
 
     def put_back() -> bool:
         changed = hasattr(value, "__dict__") and not _same_items(vars(value), held)
@@ -292,7 +336,7 @@ def contents_preserved(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, content in contents:
-                if tensor.shape == content.shape:
+                if tensor.shape == content.shape and not torch.equal(tensor, content):  # a write counts as a new version
                     tensor.copy_(content)
 
 
@@ -324,7 +368,7 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
     while todo:
         item, place = todo.pop()
         known = id(item) in names and isinstance(item, (nn.Module, torch.Tensor))
-        if id(item) in seen or known or isinstance(item, UsedUp):
+        if id(item) in seen or known or isinstance(item, GuardedIterator):
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module) or is_object(item):

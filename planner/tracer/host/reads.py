@@ -24,6 +24,7 @@ from planner.tracer.host.preserve import Preserved, keep_deep
 from planner.tracer.host.values import attributes, is_foreign_class
 
 _PACKAGE = str(Path(__file__).parents[2])
+_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
@@ -73,12 +74,15 @@ class Reads:
         names: every attribute name in the code that ran.
         scopes: global variables.
         environment: environment variables.
+        opaque_scopes: global variables that opaque modules may use. They steer no plan; whoever runs a forward on the side puts
+            them back.
     """
 
     attributes: Mapping[type, frozenset[str]]
     names: frozenset[str]
     scopes: tuple[Scope, ...] = ()
     environment: tuple[str, ...] = ()
+    opaque_scopes: tuple[Scope, ...] = ()
 
     def wants(self, value: Any, name: str) -> bool:
         """An attribute of an object counts."""
@@ -127,7 +131,7 @@ class ReadRecorder:
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: set[types.CodeType] = set()
-        self._preserved_codes: set[types.CodeType] = set()
+        self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self.controlled: tuple[str, str] | None = None
@@ -145,20 +149,13 @@ class ReadRecorder:
             opened = {name for name in held if name not in _INTERNAL and name[:2] != "__"}
             self._read.setdefault(type(this), set()).update(opened)
             self._written.setdefault(type(this), set()).update(opened)
-        scopes: dict[int, Scope] = {}
-        for code, (variables, where) in self._codes.items():
-            known = scopes.get(id(variables))
-            names = global_names(code) & variables.keys() | (known.names if known else frozenset())
-            name = str(variables.get("__name__", ""))
-            home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""
-            home = home if home and vars(sys.modules[home]) is variables else ""
-            scopes[id(variables)] = Scope(home, variables, names, known.where if known else where)
         attribute_names = frozenset(name for code in self._codes for name in code.co_names)
         return Reads(
             {kind: frozenset(names) for kind, names in self._read.items()},
             attribute_names,
-            tuple(scopes.values()),
+            _scopes(self._codes),
             tuple(self._environment),
+            _scopes(self._opaque_codes),
         )
 
     @property
@@ -216,7 +213,12 @@ class ReadRecorder:
         for name, function in found.items():
 
             def noted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
-                if self.drew is None and not self.paused and not _is_ours(sys._getframe(1)):
+                if (
+                    self.drew is None
+                    and not self.paused
+                    and not _is_ours(caller := sys._getframe(1))
+                    and not _is_compilers(caller)
+                ):
                     self.drew = self._where()
                 return function(*args, **kwargs)
 
@@ -226,12 +228,12 @@ class ReadRecorder:
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             code = frame.f_code
-            if code in self._known or (self.paused and code in self._preserved_codes):
+            if code in self._known or (self.paused and code in self._opaque_codes):
                 return
-            (self._preserved_codes if self.paused else self._known).add(code)
+            if not self.paused:
+                self._known.add(code)
             if not is_library_code(code):
-                if not self.paused:
-                    self._codes[code] = (frame.f_globals, self._where())
+                (self._opaque_codes if self.paused else self._codes)[code] = (frame.f_globals, self._where())
                 with self._not_noting():
                     self._see_variables(code, frame)
         elif event == "c_call" and not self.paused:
@@ -242,7 +244,8 @@ class ReadRecorder:
     def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
         if self.controlled is None and not _is_ours(frame):
             if not isinstance(owner, torch.Generator):
-                self.drew = self._where() if self.drew is None else self.drew
+                if self.drew is None and not _is_compilers(frame):
+                    self.drew = self._where()
             elif function.__name__ in _CONTROL:
                 self.controlled = (self._where(), function.__name__)
 
@@ -330,6 +333,19 @@ class ReadRecorder:
             self.paused = before
 
 
+def _scopes(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tuple[Scope, ...]:
+    """The global variables that code names, by the Python module that holds them."""
+    scopes: dict[int, Scope] = {}
+    for code, (variables, where) in codes.items():
+        known = scopes.get(id(variables))
+        names = global_names(code) & variables.keys() | (known.names if known else frozenset())
+        name = str(variables.get("__name__", ""))
+        home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""
+        home = home if home and vars(sys.modules[home]) is variables else ""
+        scopes[id(variables)] = Scope(home, variables, names, known.where if known else where)
+    return tuple(scopes.values())
+
+
 def _put_back_profiler(profile: Any) -> None:
     if profile is None or callable(profile):
         sys.setprofile(profile)
@@ -344,11 +360,21 @@ def _is_users(frame: types.FrameType | None) -> bool:
 
 def _is_ours(frame: types.FrameType) -> bool:
     """The call is this package's own: it saves generators' states itself."""
+    return _is_called_by(frame, _PACKAGE, 4)
+
+
+def _is_compilers(frame: types.FrameType) -> bool:
+    """The call is torch's compiler's: it saves the states of Python's and numpy's generators, and puts them back."""
+    return _is_called_by(frame, _COMPILER, 40)
+
+
+def _is_called_by(frame: types.FrameType, package: str, most: int) -> bool:
+    """Code of this package is among the callers, with libraries' code alone in between."""
     caller: types.FrameType | None = frame
-    for _ in range(4):
+    for _ in range(most):
         if caller is None:
             return False
-        if caller.f_code.co_filename.startswith(_PACKAGE):
+        if caller.f_code.co_filename.startswith(package):
             return True
         if not is_library_code(caller.f_code):
             return False

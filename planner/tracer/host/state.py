@@ -232,7 +232,7 @@ def remembered(model: nn.Module, key: HostKey) -> Preserved:
     """The Python state of a model, and what its forward reads besides, as it is now: to be put back."""
     preserved, objects = Preserved(), list[Any]()
     names = {id(module): "" for module in model.modules()}
-    for scope in key.reads.scopes:
+    for scope in (*key.reads.scopes, *key.reads.opaque_scopes):
         for name in scope.names:
             preserved.keep_variable(scope.variables, name)
             objects += keep_deep(preserved, scope.variables.get(name), names, name)
