@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -89,6 +90,47 @@ def test_layers_on_permuted_inputs_train_bit_exactly(name: str) -> None:
     for perm in perms[:4] if len(shape) > 3 else perms:
         model = Permuted(make(), perm, shape)
         assert_trains_alike(model, (torch.randn(model.given),))
+
+
+class Normed(nn.Module):
+    """A layer between two convolutions: its backward takes more memory than any other kernel where its statistics are wide."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.a, self.layer, self.b = nn.Conv2d(3, 16, 3), layer, nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.layer(self.a(x)))).square().mean()
+
+
+NORMS = {
+    "batch norm": lambda: nn.BatchNorm2d(16),
+    "batch norm, no weights": lambda: nn.BatchNorm2d(16, affine=False),
+    "batch norm of float64 statistics": lambda: nn.BatchNorm2d(16).double(),
+    "group norm": lambda: nn.GroupNorm(4, 16),
+    "instance norm": lambda: nn.InstanceNorm2d(16, affine=True),
+    "layer norm": lambda: nn.LayerNorm(14),
+    "prelu": lambda: nn.PReLU(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_in_mixed_precision_memory_is_as_predicted(name: str, dtype: torch.dtype) -> None:
+    """Real statistics are float32 where the fakes have the input's dtype, and then the backward takes other memory."""
+    torch.manual_seed(0)
+    model, x = Normed(NORMS[name]()), torch.randn(4, 3, 16, 16)
+    budgets = iter((1.0, 0.9, 0.8, 0.7, 0.6, 0.5))
+    with torch.autocast("cpu", dtype):
+        try:
+            model(x)
+        except RuntimeError as error:
+            pytest.skip(f"eager has no kernel for it: {error}")
+        with contextlib.suppress(InfeasibleBudgetError, NoScheduleFoundError):
+            for budget in budgets:
+                made = plan(model, budget, (x,), progress=False, time_limit_s=2).plan
+                assert made.measured_bytes == made.peak_bytes
+    assert next(budgets) < 0.9, "a plan that recomputes was among them"
 
 
 def test_a_transposed_batch_norm_before_a_linear() -> None:

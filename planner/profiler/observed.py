@@ -67,7 +67,7 @@ _FOLLOWED: dict[Any, dict[str, tuple[Look, ...]]] = {}
 
 
 def remember(key: str, target: Any, observation: Observation, fakes: Sequence[torch.Tensor]) -> None:
-    """Note what a call did; where its outputs have other strides than `fakes`, traces follow them from now on."""
+    """Note what a call did; where its outputs look otherwise than `fakes`, traces follow them from now on."""
     _SEEN[key] = observation
     if differing(observation.looks, fakes):
         _FOLLOWED.setdefault(target, {})[key] = observation.looks
@@ -84,14 +84,13 @@ def observation_of(node: Node) -> Observation | None:
 
 
 def differing(looks: Sequence[Look], fakes: Sequence[torch.Tensor]) -> bool:
-    """An output has other strides than its fake.
+    """An output has another dtype or other strides than its fake.
 
-    Types alone do not count: those of a norm's statistics differ in mixed precision, where nothing but the norm's backward
-    reads them. Nor do sizes: those of torch's own kernels may depend on the values of the inputs, which were made up.
+    Sizes do not count: those of torch's own kernels may depend on the values of the inputs, which were made up.
     """
     if [look.shape for look in looks] != [tuple(fake.shape) for fake in fakes]:
         return False
-    return any(look.stride != fake.stride() for look, fake in zip(looks, fakes, strict=True) if fake.numel())
+    return any(look != Look.of(fake) for look, fake in zip(looks, fakes, strict=True) if fake.numel())
 
 
 def as_observed(
@@ -118,13 +117,15 @@ def as_observed(
 def needs_run(node: Node) -> bool:
     """Whether a kernel's fake outputs may look otherwise than real ones, or more than its outputs has to be known.
 
-    That an output differs was seen for inputs that are not plainly contiguous, and for operators from outside of torch.
-    CUDA's libraries choose layouts on their own.
+    That an output differs was seen for inputs that are not plainly contiguous, for inputs of several floating-point dtypes
+    (the statistics of a norm in mixed precision), and for operators from outside of torch. CUDA's libraries choose layouts on
+    their own.
     """
     if is_foreign(node.target):
         return True
     tensors = [t for arg in node.all_input_nodes for t in tensors_in(arg.meta.get("val"))]
-    return any(not _is_plain(tensor) or tensor.device.type == "cuda" for tensor in tensors)
+    is_mixed = len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1
+    return is_mixed or any(not _is_plain(tensor) or tensor.device.type == "cuda" for tensor in tensors)
 
 
 def is_foreign(target: Any) -> bool:
