@@ -127,6 +127,53 @@ def test_gradients_are_added_in_eagers_order(p, autocast):
         assert torch.equal(a.grad, b.grad), name
 
 
+class Sharing(nn.Module):
+    """An opaque submodule that uses a layer several times, is called several times, and shares the layer with others."""
+
+    def __init__(self, uses: int, calls: int, shared: str) -> None:
+        super().__init__()
+        self.before, self.core = nn.Linear(8, 8), nn.Module()
+        self.core.layer, self.core.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        if shared == "two names":
+            self.core.again = self.core.layer
+        elif shared == "tied":
+            self.core.again = nn.Linear(8, 8)
+            self.core.again.weight = self.core.layer.weight
+        elif shared == "nested":
+            self.core.again = nn.Sequential(nn.Tanh(), self.core.layer)
+        elif shared == "named twice itself":
+            self.same = self.core
+        self.after = self.core.layer if shared == "used outside" else nn.Linear(8, 8)
+        self.core.forward = self.run
+        self.uses, self.calls = uses, calls
+
+    def run(self, x):
+        for _ in range(self.uses):
+            x = self.core.norm(getattr(self.core, "again", self.core.layer)(torch.tanh(self.core.layer(x))))
+        return x
+
+    def forward(self, x):
+        x = torch.tanh(self.before(x))
+        for _ in range(self.calls):
+            x = torch.tanh(getattr(self, "same", self.core)(torch.tanh(self.core(x))))
+        return self.after(x).square().mean()
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("shared", ["", "two names", "tied", "nested", "named twice itself", "used outside"])
+def test_weights_that_are_used_in_several_places(uses, calls, shared):
+    torch.manual_seed(0)
+    model, x = Sharing(uses, calls, shared), torch.randn(6, 8)
+    twin = copy.deepcopy(model)
+    twin.core.forward = twin.run
+    before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    planned = plan(model, 1.0, (x,), opaque=["core"], costs="estimate", progress=False)
+    assert planned.difference((x,), {}) is None
+    assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
+    assert before == {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def test_a_part_is_recomputed_where_that_pays_and_keeps_its_draws():
     model = Wrapped(nn.Sequential(*(Residual(ManyUses(0.2)) for _ in range(4))))
     names = [f"body.{i}.core" for i in range(4)]

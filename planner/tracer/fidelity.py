@@ -15,7 +15,7 @@ import torch
 import torch.fx.traceback
 from torch import nn
 
-from planner._torch import TorchDispatchMode
+from planner._torch import TorchDispatchMode, keep_layout, written
 from planner.errors import CaptureError
 from planner.tracer.casts import Casts
 from planner.tracer.constants import Constants
@@ -148,6 +148,7 @@ class Tracing(TorchDispatchMode):
         self._recorded = recorded
         self.read: list[tuple[torch.Tensor, Any, str]] = []
         self.where = ""
+        self._bases_of_changed_views: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.where = f"{self._modules} {user_line()}".strip()
@@ -155,9 +156,31 @@ class Tracing(TorchDispatchMode):
             return self._answer(func, args)
         with torch.fx.traceback.annotate({"planner_source": self.where, **self._casts.mark(func, args, kwargs)}):
             out = func(*args, **(kwargs or {}))
+            self._follow_writes(func, written(func, args, kwargs or {}))
         if self._constants is not None:
             self._constants.note(func, args, kwargs or {}, out)
         return out
+
+    def _follow_writes(self, func: Any, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep the layouts of what a kernel has written.
+
+        Raises:
+            CaptureError: a view that `t_()` and the like have changed is written into, or what it is a view of. Torch's
+                functionalization gets the gradient of such a write wrong (2.13: by 100 %).
+        """
+        for tensor in tensors:
+            base = tensor._base if tensor._is_view() else tensor
+            if torch.Tag.inplace_view in func.tags:
+                if tensor._is_view():
+                    self._bases_of_changed_views.append(base)
+                continue
+            if any(base is changed for changed in self._bases_of_changed_views):
+                raise CaptureError(
+                    f"the forward at {self.where} writes into memory that a view shares whose shape was changed in place "
+                    "(t_(), transpose_(), squeeze_(), ...): use t(), transpose(), squeeze() instead",
+                    module=str(self._modules),
+                )
+            keep_layout(tensor)
 
     def _answer(self, func: Any, args: Any) -> Any:
         constant = None if self._constants is None else self._constants.value(args[0])

@@ -7,7 +7,7 @@ ticket but handed to the backward kernel again, so that a plan may free and reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,8 +260,8 @@ def call_part(
         torch.autocast(device.type, dtype, enabled=enabled),
         saved_tensors_hooks(pack, unpack),
     ):
-        held = dict(state)
-        out = torch.func.functional_call(module, held, args, kwargs, tie_weights=True)
+        held = _in_every_place(module, state)
+        out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
         found = results_of(out)
     if enabled:
         torch.clear_autocast_cache()  # nobody else uses these casts
@@ -275,6 +275,21 @@ def call_part(
     saved = list(packed)
     packed.clear()  # the hooks, which the graph holds, hold this list: with tensors of the graph in it, that would be a cycle
     return ticket, own_storages([t.detach() for t in found]), saved
+
+
+def _in_every_place(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state under the name of each place that holds it: those of shared tensors, too.
+
+    A submodule that is registered twice is one place. With both its names, functional_call would leave the given tensors in it.
+    """
+    held = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    by_tensor = {id(held[name]): tensor for name, tensor in state.items()}
+    return {
+        f"{path}.{name}".lstrip("."): by_tensor[id(tensor)]
+        for path, submodule in module.named_modules()
+        for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items())
+        if id(tensor) in by_tensor
+    }
 
 
 def own_storages(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -194,13 +194,16 @@ def _mark(node: fx.Node, spec: PartCall) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), "planner_source": f"{spec.module} (runs as it is)"}
 
 
+_SUMS = (torch.ops.aten.add.Tensor, kernels.add_gradients)
+
+
 def _arrived(graph: fx.Graph, node: fx.Node, spec: PartCall) -> list[Any]:
     """Per gradient, the sum that it is added to, which the kernel then starts from; that sum's node goes."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     arrived: list[Any] = [None] * len(spec.taken)
     for item in list(items(node)):
         position = int(item.args[1])  # type: ignore[arg-type]
-        added = [user for user in item.users if user.target is torch.ops.aten.add.Tensor and user.args[1] is item]
+        added = [user for user in item.users if user.target in _SUMS and user.args[1] is item]
         earlier = added[0].args[0] if len(added) == len(item.users) == 1 else None
         if isinstance(earlier, fx.Node) and earlier is not item and order[earlier] < order[node]:
             arrived[position] = earlier
@@ -208,7 +211,7 @@ def _arrived(graph: fx.Graph, node: fx.Node, spec: PartCall) -> list[Any]:
             graph.erase_node(added[0])
         if spec.taken[position] >= len(spec.arguments):
             for user in item.users:
-                if user.target is torch.ops.aten.add.Tensor:
+                if user.target in _SUMS:
                     user.target = kernels.add_gradients  # one of them may be None
     return arrived
 

@@ -28,6 +28,11 @@ _MEANINGS = (
         "reads a tensor's memory (numpy, data_ptr, copy.deepcopy), which a trace does not have: compute it with torch, or put "
         "it into a submodule of its own, which then runs as it is",
     ),
+    (
+        r"mutation on a view chain",
+        "writes into a tensor by way of as_strided (fill_diagonal_ does so, too), which no trace can follow where that tensor "
+        "is a view: write into a copy (clone())",
+    ),
     (r"dynamo-optimized|torch\.compile", "runs what torch.compile made: plan the module that was given to torch.compile"),
     (r"HigherOrderOperator", "uses a control-flow operator (torch.cond, while_loop, ...), which cannot be planned"),
     (
