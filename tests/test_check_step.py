@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from planner import InfeasibleBudgetError, MeasuredPeakError, Plan, PlanCheckError, apply, plan
+from planner import CaptureError, InfeasibleBudgetError, MeasuredPeakError, Plan, PlanCheckError, apply, plan
 from planner.analysis import measured, step
 from planner.cli import main
 from planner.graph import planfile
 from planner.profiler.child import Child
 from planner.runtime.module import CheckpointedModule
+from planner.tracer import fidelity
 from planner.tracer.capture import capture, one_at_a_time
 from planner.units import format_bytes
 from tests import models
@@ -361,6 +362,45 @@ def test_a_child_can_capture_though_its_parent_holds_the_lock():
         finally:
             child.end()
     assert answer is not None and int(answer) == capture(model, (x,)).num_forward_nodes > 0
+
+
+class Fills(nn.Module):
+    """Its derivative is traced as other kernels than eager runs, which add in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.value = nn.Linear(8, 8), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        h = self.layer(x)
+        return (h.masked_fill(h > 0, self.value) * torch.linspace(0.1, 1, h.numel()).view_as(h)).square().mean()
+
+
+def test_a_gradient_of_other_bits_is_found(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Fills(), torch.randn(33, 8)
+    with pytest.raises(CaptureError, match=r"masked_fill fills in at test_check_step\.py:\d+ .* torch\.where"):
+        plan(model, 1.0, (x,), **QUICK)
+    monkeypatch.setattr(fidelity, "_FILLS", ())  # as for a kernel of which nobody knows
+    with pytest.raises(PlanCheckError, match="another gradient of value than the model's own step gives"):
+        plan(model, 1.0, (x,), **QUICK)
+
+
+def test_a_step_that_does_not_repeat_itself_is_not_accused():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.noise = nn.Linear(8, 8), Noise()
+
+        def forward(self, x):
+            return self.noise(self.layer(x)).square().mean()
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x * torch.tensor(numpy.frombuffer(os.urandom(1), numpy.uint8)[0] / 256.0)
+
+    model, x = Draws(), torch.randn(4, 8)
+    assert plan(model, 1.0, (x,), opaque=["noise"], **QUICK).plan.check == "run"
 
 
 def test_planned_modules_made_without_plan_are_not_run(monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from planner._torch import pytree
+from planner.analysis.bits import different_results
 from planner.analysis.side import (
     Call,
     Side,
@@ -110,8 +111,8 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
         told: dict[str, Any] = {}
         while not told.get("last"):
             line = child.read(patience_s)
-            if line is None and "wrong" in told:
-                break  # and whether the plain step would run is not known
+            if line is None and told:
+                break  # and what the model's own step would do is not known
             if line is None:
                 raise NotRunError(f"its process {child.fate}")
             told |= json.loads(line)
@@ -155,7 +156,8 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
         if wrong[0]:
             yield {"wrong": wrong[0], "where": "", "last": True}
         else:
-            yield {"peak_bytes": resident_bytes(planned) + above, "last": True}
+            yield {"peak_bytes": resident_bytes(planned) + above}
+            yield {"last": True, "where": ""} | _bits_differ(planned, own)
         return
     except NotRunError as error:
         yield {"not run": str(error), "last": True}
@@ -167,6 +169,21 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
         text, where = _described(error, planned.step.joint)
         yield {"wrong": text, "where": where}
     yield {"last": True} | _plain_fails(planned, own)
+
+
+def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
+    """Accuses the planned step where it gives other bits than the model's own, for which there has to be memory."""
+    free = free_bytes()
+    if free is not None and planned.plan.plain.peak_bytes - resident_bytes(planned) > free:
+        return {}
+    try:
+        different = different_results(planned, call)
+    except Exception:  # the planned step has run: it is the model's own that does not run in a forked process
+        return {}
+    if not different:
+        return {}
+    more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+    return {"wrong": f"another {', '.join(different[:5])}{more} than the model's own step gives"}
 
 
 def _settle(planned: CheckpointedModule, call: Call) -> None:

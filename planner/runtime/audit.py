@@ -117,6 +117,12 @@ def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: t
     return found
 
 
+def digest_of(values: Mapping[str, Any]) -> Digest:
+    """Likewise of single values, none of which holds a module."""
+    prints = _Contents({})
+    return {name: prints.of(value) for name, value in values.items()}
+
+
 class _Contents(Fingerprints):
     """Fingerprints in which tensors count with every bit."""
 

@@ -125,6 +125,9 @@ def is_users(file: str) -> bool:
     return not file.startswith(_STDLIB) or "site-packages" in file or "dist-packages" in file
 
 
+_FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
+
+
 class Tracing(TorchDispatchMode):
     """Inside the traced forward: notes where each kernel was called and answers host reads from a recording.
 
@@ -154,12 +157,22 @@ class Tracing(TorchDispatchMode):
         self.where = f"{self._modules} {user_line()}".strip()
         if func in HOST_READS:
             return self._answer(func, args)
+        self._check_derivative(func, args)
         with torch.fx.traceback.annotate({"planner_source": self.where, **self._casts.mark(func, args, kwargs)}):
             out = func(*args, **(kwargs or {}))
             self._follow_writes(func, written(func, args, kwargs or {}))
         if self._constants is not None:
             self._constants.note(func, args, kwargs or {}, out)
         return out
+
+    def _check_derivative(self, func: Any, args: Sequence[Any]) -> None:
+        """Raise CaptureError for a kernel whose derivative is traced as other kernels than eager runs."""
+        if func in _FILLS and isinstance(args[2], torch.Tensor) and args[2].requires_grad:
+            raise CaptureError(
+                f"the gradient of the value that masked_fill fills in at {self.where} is the sum of as many entries as the "
+                "mask selects, which no plan of fixed shapes can hold: use torch.where(mask, value, x)",
+                module=str(self._modules),
+            )
 
     def _follow_writes(self, func: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Keep the layouts of what a kernel has written.

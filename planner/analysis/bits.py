@@ -1,0 +1,57 @@
+"""A planned step beside one of the model's own, from the same state: outputs, state and gradients bit for bit.
+
+The audit (planner/runtime/audit.py) compares forwards in the training loop; this also shows what only the backward does,
+such as a derivative that torch computes otherwise while it traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from planner._torch import pytree
+from planner.analysis.side import Call, aligned, autocast_of, backward_of_ones
+from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
+from planner.runtime.criterion import planned_model
+from planner.runtime.install import uninstall
+from planner.runtime.module import CheckpointedModule, unplanned_forward
+
+
+def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...]:
+    """Names of what a planned step and the model's own leave different; empty where one of them does not repeat itself.
+
+    For a process of its own: steps run on the model itself. State is put back after each, gradients are not.
+    """
+    model = planned.original
+    uninstall(model)
+
+    def ours() -> Digest:
+        return _step(planned, call, lambda: planned.attempt(*call)[0])
+
+    def plain() -> Digest:
+        return _step(planned, call, lambda: unplanned_forward(model)(*call[0], **call[1]))
+
+    expected, found = plain(), ours()
+    different = difference(expected, found)
+    return different if different and not difference(expected, plain()) and not difference(found, ours()) else ()
+
+
+def _step(planned: CheckpointedModule, call: Call, forward: Callable[[], Any]) -> Digest:
+    """One step; what it leaves behind."""
+    model = planned.original
+    given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    for tensor in (*model.parameters(), *given):
+        tensor.grad = None
+    written = [*model.buffers(), *(tensor for tensor in given if not tensor.requires_grad)]
+    with rewound(model, planned.step.joint.host.key, written, planned.device), torch.enable_grad():
+        with autocast_of(planned):
+            out = forward()
+        leaves = aligned(planned, pytree.tree_leaves(out))
+        backward_of_ones(planned.starts(leaves), planned.device)
+        outputs = [leaf for leaf, output in zip(leaves, planned.step.joint.outputs, strict=True) if not output.left_out]
+        found = digest(model, outputs, given, planned.device)
+        grads = {f"gradient of {name}": p.grad for name, p in planned_model(model).named_parameters()}
+        grads |= {f"gradient of input {i}": tensor.grad for i, tensor in enumerate(given)}
+        return found | digest_of(grads)
