@@ -88,8 +88,8 @@ def plan(
         master_weights: set float32 copies of narrower trained parameters aside, too, and optimizer state for these.
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
             kernels keep the budget is only measured, by the check.
-        check: run one planned step at the end: that it runs, that its outputs look as captured, and its measured peak. Where
-            it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
+        check: run one planned step at the end: that it runs, that its outputs look as captured, its measured peak, and, on a
+            CPU with memory for a plain step, its bits. Where it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
             (On a CPU, a budget that is a fraction of an estimate holds for estimates; the plan then says what it needs.)
         also: other calls to plan for within the budget, as (args, kwargs): other shapes, other arguments, inputs that require
             grad beside inputs that do not (a discriminator's): `also=[((x.detach().requires_grad_(),), {})]`.
@@ -112,7 +112,7 @@ def plan(
         NoScheduleFoundError: none was found in the time given.
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
         MeasuredPeakError: planned for ever less, the step was still measured to need more than the budget.
-        PlanCheckError: the planned step fails. This is a fault of the planner.
+        PlanCheckError: the planned step fails, or gives other bits. This is a fault of the planner.
     """
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
