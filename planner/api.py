@@ -89,7 +89,8 @@ def plan(
         compile: let inductor compile the planned step (minutes). Results then equal eager's but for rounding. That fused
             kernels keep the budget is only measured, by the check.
         check: run one planned step at the end: that it runs, that its outputs look as captured, its measured peak, and, on a
-            CPU with memory for a plain step, its bits. Where it needs more than the budget, plan again for less. The plan says what was measured, or why no step was run.
+            CPU with memory for a plain step, its bits. Where it needs more than the budget, plan again for less. The plan
+            says what was measured, or why no step was run.
             (On a CPU, a budget that is a fraction of an estimate holds for estimates; the plan then says what it needs.)
         also: other calls to plan for within the budget, as (args, kwargs): other shapes, other arguments, inputs that require
             grad beside inputs that do not (a discriminator's): `also=[((x.detach().requires_grad_(),), {})]`.
@@ -171,8 +172,8 @@ def _plan_call(
         if reason:
             return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
         if fraction is not None and is_estimated and not options.compile and priced.is_on_cpu:
-            return measured(within(budget_bytes), args, kwargs, progress=options.progress, stacklevel=4)
-        return measured_within(budget_bytes, within, args, kwargs, progress=options.progress, stacklevel=5)
+            return measured(within(budget_bytes), args, kwargs, progress=options.progress)
+        return measured_within(budget_bytes, within, args, kwargs, progress=options.progress)
     except (InfeasibleBudgetError, NoScheduleFoundError) as error:
         raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
 

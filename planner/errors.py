@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class PlannerError(Exception):
     """Base class: catch this to train unplanned when planning is not possible."""
@@ -122,3 +126,12 @@ class PlanCheckError(PlannerError):
 
 class PlotMissingError(PlannerError):
     """matplotlib is not installed; the extra `plot` brings it."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the innermost running line that is neither this package's nor torch's."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("planner", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

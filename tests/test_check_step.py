@@ -364,25 +364,28 @@ def test_a_child_can_capture_though_its_parent_holds_the_lock():
     assert answer is not None and int(answer) == capture(model, (x,)).num_forward_nodes > 0
 
 
-class Fills(nn.Module):
+class Varying(nn.Module):
     """Its derivative is traced as other kernels than eager runs, which add in another order."""
 
-    def __init__(self):
+    def __init__(self, how):
         super().__init__()
+        self.how = how
         self.layer, self.value = nn.Linear(8, 8), nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x):
         h = self.layer(x)
-        return (h.masked_fill(h > 0, self.value) * torch.linspace(0.1, 1, h.numel()).view_as(h)).square().mean()
+        h = h.masked_fill(h > 0, self.value) if self.how == "fill" else torch.sigmoid(h).add(0.3).prod(1)
+        return (h * torch.linspace(0.1, 1, h.numel()).view_as(h)).square().mean()
 
 
-def test_a_gradient_of_other_bits_is_found(monkeypatch):
+@pytest.mark.parametrize(("how", "cure"), [("fill", r"torch\.where"), ("product", "a submodule of its own")])
+def test_a_gradient_of_other_bits_is_found(monkeypatch, how, cure):
     torch.manual_seed(0)
-    model, x = Fills(), torch.randn(33, 8)
-    with pytest.raises(CaptureError, match=r"masked_fill fills in at test_check_step\.py:\d+ .* torch\.where"):
+    model, x = Varying(how), torch.randn(33, 8)
+    with pytest.raises(CaptureError, match=rf"the backward of aten.\S+ at test_check_step\.py:\d+ .*{cure}"):
         plan(model, 1.0, (x,), **QUICK)
-    monkeypatch.setattr(fidelity, "_FILLS", ())  # as for a kernel of which nobody knows
-    with pytest.raises(PlanCheckError, match="another gradient of value than the model's own step gives"):
+    monkeypatch.setattr(fidelity, "_BACKWARDS_OF_VARYING_SHAPES", {})  # as for a kernel of which nobody knows
+    with pytest.raises(PlanCheckError, match=r"another gradient of .* than the model's own step gives"):
         plan(model, 1.0, (x,), **QUICK)
 
 

@@ -157,3 +157,38 @@ def test_a_call_in_evaluation_that_installs_a_librarys_hooks_is_no_miss():
         model(**kwargs, output_hidden_states=True)
     model.train()
     assert not module.difference(args, kwargs)
+
+
+class Compares(nn.Module):
+    """Python reads whether two tensors are equal, in the open and inside of torch.cov."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        h = self.layer(x)
+        if torch.equal(x[:, :2], y):
+            h = h * 2
+        if torch.equal(x, y):
+            h = h * 3
+        return (torch.corrcoef(h) + torch.cov(h)).square().mean()
+
+
+def test_comparisons_of_tensors_are_read_anew_in_every_call():
+    torch.manual_seed(0)
+    model, equal = Compares(), X[:, :2].clone()
+    twin = copy.deepcopy(model)
+    planned = plan(model, 1.0, (X, equal), costs="estimate", progress=False)
+    assert_same(trajectory(twin, (X, equal), {}), trajectory(planned, (X, equal), {}))
+    with pytest.warns(PlanMissWarning, match=r"the value read at test_guard.py:\d+ \(False, planned for True\)") as said:
+        found = planned(X, equal + 1)
+    assert [warning.filename for warning in said] == [__file__]
+    assert torch.equal(found, twin(X, equal + 1)) and torch.equal(planned(X, equal), twin(X, equal))
+
+
+def test_a_warning_points_at_the_line_that_calls_the_model():
+    _, planned = made()
+    with pytest.warns(PlanMissWarning) as said:
+        nn.Sequential(nn.Identity(), planned)(X[:2])  # through torch's own modules
+    assert [warning.filename for warning in said] == [__file__]

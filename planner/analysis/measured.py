@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from planner.analysis.side import CopyError, Side, check_call, copy_of
 from planner.analysis.step import NotRunError, run_step
-from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError
+from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError, warn
 from planner.graph.plan import NOT_RUN, RUN
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
@@ -74,7 +73,6 @@ def measured_within(
     *,
     tries: int = 3,
     progress: bool = False,
-    stacklevel: int = 4,
 ) -> CheckpointedModule:
     """A planned module whose step is measured to fit a budget; its plan says what was measured.
 
@@ -83,7 +81,6 @@ def measured_within(
         args, kwargs: the call planned for.
         tries: how often it is asked at most.
         progress: show a bar on stderr where the step takes more than a second.
-        stacklevel: of the warning; 4 where the caller's caller is the user.
 
     Warns where nothing was measured and nothing about the model or the device had said so.
 
@@ -100,7 +97,7 @@ def measured_within(
             if attempt == 0:
                 raise
             break
-        planned = measured(planned, args, kwargs, progress=progress, stacklevel=stacklevel)
+        planned = measured(planned, args, kwargs, progress=progress)
         peak_bytes = planned.plan.measured_bytes
         if peak_bytes is None:
             return planned
@@ -122,7 +119,6 @@ def measured(
     kwargs: Mapping[str, Any] | None = None,
     *,
     progress: bool = False,
-    stacklevel: int = 3,
 ) -> CheckpointedModule:
     """The module, one step of which was run, whatever it needed; its plan says what that was, or why none was run.
 
@@ -134,7 +130,7 @@ def measured(
             peak_bytes = step_peak(planned, args, kwargs)
     except (NotRunError, CopyError) as reason:
         if not getattr(reason, "expected", False):
-            warnings.warn(f"whether the step keeps its budget was not measured: {reason}", stacklevel=stacklevel)
+            warn(f"whether the step keeps its budget was not measured: {reason}")
         return noted(planned, f"{NOT_RUN}: {reason}")
     return noted(planned, RUN, peak_bytes)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
-from planner.errors import PlanMissError
+from planner.errors import PlanMissError, warn
 from planner.runtime.mismatch import Mismatch
 
 
@@ -31,13 +29,7 @@ def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool
     if reason not in warned and not is_evaluating:
         warned.add(reason)
         differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"
-        warnings.warn(
-            f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning, stacklevel=_LEVEL
-        )
-
-
-_LEVEL = 5
-"""Frames from the warning to the user's line: this module's and nn.Module's."""
+        warn(f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning)
 
 
 def _cure(miss: Mismatch) -> str:

@@ -125,7 +125,18 @@ def is_users(file: str) -> bool:
     return not file.startswith(_STDLIB) or "site-packages" in file or "dist-packages" in file
 
 
-_FILLS = (torch.ops.aten.masked_fill.Tensor, torch.ops.aten.masked_fill_.Tensor)
+_APART = "put it into a submodule of its own, which then runs as it is"
+_WHERE = "use torch.where(mask, value, x)"
+_BACKWARDS_OF_VARYING_SHAPES = {
+    torch.ops.aten.masked_fill.Tensor: (2, _WHERE),
+    torch.ops.aten.masked_fill_.Tensor: (2, _WHERE),
+    torch.ops.aten.prod.default: (0, _APART),
+    torch.ops.aten.prod.dim_int: (0, _APART),
+}
+"""Operators with the position of an argument whose gradient eager computes by masked_select or nonzero, and what to do.
+
+Under a trace torch takes other kernels (areAnyTensorSubclassLike in its FunctionsManual.cpp), which add in another order.
+"""
 
 
 class Tracing(TorchDispatchMode):
@@ -156,7 +167,7 @@ class Tracing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.where = f"{self._modules} {user_line()}".strip()
         if func in HOST_READS:
-            return self._answer(func, args)
+            return self._answer(func, _read(func, args))
         self._check_derivative(func, args)
         with torch.fx.traceback.annotate({"planner_source": self.where, **self._casts.mark(func, args, kwargs)}):
             out = func(*args, **(kwargs or {}))
@@ -167,10 +178,11 @@ class Tracing(TorchDispatchMode):
 
     def _check_derivative(self, func: Any, args: Sequence[Any]) -> None:
         """Raise CaptureError for a kernel whose derivative is traced as other kernels than eager runs."""
-        if func in _FILLS and isinstance(args[2], torch.Tensor) and args[2].requires_grad:
+        position, cure = _BACKWARDS_OF_VARYING_SHAPES.get(func, (0, ""))
+        if cure and args[position].requires_grad:
             raise CaptureError(
-                f"the gradient of the value that masked_fill fills in at {self.where} is the sum of as many entries as the "
-                "mask selects, which no plan of fixed shapes can hold: use torch.where(mask, value, x)",
+                f"the backward of {func} at {self.where} makes tensors whose shapes depend on the data, and a plan needs fixed "
+                f"shapes: {cure}",
                 module=str(self._modules),
             )
 
@@ -195,8 +207,8 @@ class Tracing(TorchDispatchMode):
                 )
             keep_layout(tensor)
 
-    def _answer(self, func: Any, args: Any) -> Any:
-        constant = None if self._constants is None else self._constants.value(args[0])
+    def _answer(self, func: Any, tensor: torch.Tensor) -> Any:
+        constant = None if self._constants is None else self._constants.value(tensor)
         if constant is not None:
             return constant
         if self._recorded is None:  # no forward was run
@@ -213,5 +225,13 @@ class Tracing(TorchDispatchMode):
                 module=str(self._modules),
             )
         value = self._recorded[position][1]
-        self.read.append((args[0], value, self.where))
+        self.read.append((tensor, value, self.where))
         return value
+
+
+def _read(func: Any, args: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The traced tensor whose one value a host read returns."""
+    if func is not torch.ops.aten.equal.default:
+        return args[0]
+    one, other = args
+    return (one == other).all() if one.shape == other.shape else torch.zeros((), dtype=torch.bool, device=one.device)

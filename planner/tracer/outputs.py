@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from planner.errors import CaptureError
+from planner.errors import CaptureError, warn
 from planner.tracer.joint import Output
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-_PACKAGE = str(Path(__file__).parent.parent)
 _warned: WeakSet[nn.Module] = WeakSet()
 """Models whose left-out outputs were said."""
 
@@ -53,12 +48,7 @@ def warn_left_out(model: nn.Module, outputs: Sequence[Output]) -> None:
     if not left or model in _warned:
         return
     _warned.add(model)
-    frame: FrameType | None = sys._getframe(1)
-    level = 2
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
+    warn(
         f"set model.config.use_cache=False: a planned {type(model).__name__} returns None as {', '.join(left)}, because a "
-        "key-value cache is of no use in training (gradient checkpointing leaves it out too)",
-        stacklevel=level,
+        "key-value cache is of no use in training (gradient checkpointing leaves it out too)"
     )

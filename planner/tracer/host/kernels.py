@@ -14,7 +14,7 @@ from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id
 from planner.profiler.observed import is_foreign
 from planner.tracer.collectives import alone
 
-HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default})
+HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that hand a tensor's value to Python."""
 
 
