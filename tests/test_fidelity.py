@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, PlanMissWarning, plan
+from planner import CaptureError, PlanMissWarning, plan, verify
 from planner.profiler.measure import measure
 from planner.tracer.capture import capture
 from planner.tracer.lower import kernel_nodes, lower
@@ -74,6 +74,7 @@ def test_regions_of_the_models_own_do_not_share_casts():
     model = Wrapped(Reused(region=True)).train()
     module = plan(model, 1.0, (X,), costs="estimate", progress=False)
     assert_same(gradients(copy.deepcopy(model), False), gradients(module, False))
+    assert verify(module, (X,), rounds=0).exact  # which brings no context that would make the regions inner ones
 
 
 class Teaching(nn.Module):

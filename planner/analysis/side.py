@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -182,5 +183,6 @@ def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
 
 def backward_of_ones(starts: Sequence[torch.Tensor], device: torch.device) -> None:
     """Backward from these outputs, each with a gradient of ones."""
-    with torch.autocast(device.type, enabled=False):
+    is_on = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
         torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +59,15 @@ def autocast_key(device: torch.device) -> Autocast:
     return (True, str(torch.get_autocast_dtype(device.type))) if enabled else _NO_AUTOCAST
 
 
-def autocast_of(key: CallKey, device: torch.device) -> torch.autocast:
-    """The autocast context of a key; the caller's own context has no influence."""
+def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context of a key; the caller's own context has no influence.
+
+    Where autocast is off and is to be off, nothing is entered: a region of the model's own inside would be no outermost one,
+    and its cached casts would outlive it.
+    """
     enabled, name = key.autocast
+    if not enabled and not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
     dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
     return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=dict(key.switches)["autocast cache"])
 
