@@ -221,6 +221,8 @@ def keep_layout(tensor: torch.Tensor) -> None:
     Functionalization replaces a write (`x.masked_fill_`) by a kernel that returns a new tensor (`masked_fill`), which may be
     laid out otherwise than `x`; the kernels that read it may then be others, with other bits.
     """
+    if tensor.layout is not torch.strided:
+        return
     torch._sync(tensor)
     if torch._from_functional_tensor(tensor.elem).stride() == tensor.stride():  # type: ignore[attr-defined]
         return

@@ -326,6 +326,7 @@ REFUSED = {
     "a shape of the data": (lambda s, h: h[h > 0].sum(), "into a submodule of its own, which then runs as it is"),
     "an unknown class": (lambda s, h: (h.sum(), Unknown()), "register_pytree_node(Unknown"),
     "a sparse tensor": (lambda s, h: (h.to_sparse() @ h).sum(), "sparse=False"),
+    "a write into a sparse tensor": (lambda s, h: (torch.eye(len(h)).to_sparse().mul_(2.0) @ h).sum(), "sparse=False"),
     "torch.compile": (lambda s, h: torch.compile(torch.sin, backend="eager")(h).sum(), "plan the module that was given"),
     "torch.cond": (lambda s, h: torch.cond(h.sum() > 0, torch.sin, torch.cos, (h,)).sum(), "torch.cond"),
     "its own error": (lambda s, h: raises(KeyError("nothing")), "raises KeyError: 'nothing'"),
