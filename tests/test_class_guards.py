@@ -15,6 +15,7 @@ from tests.support import observe, world
 from tests.support.harness import planned_near
 from tests.support.members import ANY, GUARDED, check, ids, inside, member
 from tests.support.source import Program, Step
+from tests.training import assert_same, trajectory
 
 HEAD = """
 class Refuses:
@@ -307,3 +308,43 @@ def test_a_refusal_names_the_file_and_line_of_the_model():
     home = Program("fails", "h = h[h[:, 0] > 0]").load()
     with pytest.raises(CaptureError, match=r"program_\d+\.py:\d+"):
         plan(home.build(), 1.0, home.inputs(), costs="estimate", progress=False)
+
+
+class Answering:
+    """Answers to every name, as mocks and lazily made backends do, or raises an error of its own."""
+
+    def __init__(self, how, value):
+        self.how, self.value = how, value
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if self.how == "refuses":
+            raise LookupError(f"{name} is not supported")
+        return self if self.how == "itself" else self._raise
+
+    def _raise(self, *args, **kwargs):
+        raise LookupError("the operation is not supported")
+
+
+class WithAnswering(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.backend, self.more = Answering(how, 2.0), [Answering(how, 3.0)]
+
+    def forward(self, x):
+        return self.layer(x).square().mean() * self.backend.value * self.more[0].value
+
+
+@pytest.mark.parametrize("how", ["itself", "a function that raises", "refuses"])
+def test_an_object_that_answers_to_every_name_is_compared_by_what_it_holds(how):
+    torch.manual_seed(0)
+    model, x = WithAnswering(how), torch.randn(3, 4)
+    twin = copy.deepcopy(model)
+    planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
+    model.more[0].value = twin.more[0].value = 5.0
+    assert "5.0, planned for 3.0" in str(planned.difference((x,), {}))
+    with pytest.warns(PlanMissWarning, match=r"more\[0\]\.value"):
+        assert torch.equal(planned(x), twin(x))

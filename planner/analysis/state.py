@@ -87,7 +87,7 @@ def _as_leaf(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, itertools.count):
         return repr(value)
-    if hasattr(value, "__next__") and hasattr(value, "__length_hint__"):
+    if hasattr(type(value), "__next__") and hasattr(type(value), "__length_hint__"):
         return f"an iterator with {value.__length_hint__()} left"
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):

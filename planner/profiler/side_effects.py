@@ -18,6 +18,7 @@ import torch
 _NOT_LOOKED_AT = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<frozen")
 _LIBRARY = sysconfig.get_path("stdlib")
 _DEPTH, _MOST, _MOST_BYTES = 4, 1000, 2**20
+_NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -68,8 +69,8 @@ def _state(value: Any, depth: int, names: frozenset[str]) -> Any:
         return (type(value).__name__, repr(value))
     if isinstance(value, torch.Tensor):
         return _of_tensor(value)
-    if depth == 0 or isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-        return getattr(value, "__qualname__", type(value).__qualname__)
+    if depth == 0 or isinstance(value, _NAMED):
+        return value.__qualname__ if isinstance(value, _NAMED) else type(value).__qualname__
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, torch.Generator):
@@ -117,4 +118,4 @@ def _of_numpy(value: Any) -> Any:
 def _of_iterator(value: Any) -> Any:
     """How far an iterator is, as itertools' repr and the iterators' length hints say it; nothing is taken from it."""
     text = repr(value) if type(value).__module__ == "itertools" else ""
-    return (type(value).__qualname__, text, operator.length_hint(value, -1) if hasattr(value, "__next__") else -1)
+    return (type(value).__qualname__, text, operator.length_hint(value, -1) if hasattr(type(value), "__next__") else -1)

@@ -5,6 +5,7 @@ containers are compared item by item by identity, and only where that fails are 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import nn
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, parts
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, parts
 
 Look = Callable[[], Sequence[Any]]
 """Reads items that are compared by identity."""
@@ -218,12 +219,12 @@ def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
     elif isinstance(value, ContextVar):
         look = lambda: [value.get(None)]
         group.others.append((look, look()))
-    elif hasattr(value, "tobytes") or isinstance(value, (bytearray, set)):
+    elif is_array(value) or isinstance(value, (bytearray, set)):
         content = _content(value)
         # one item, the same object as long as the content is equal
         look = lambda: [content if _content(value) == content else None]
         group.others.append((look, [content]))
-    elif isinstance(value, (list,)) or hasattr(value, "appendleft"):
+    elif isinstance(value, (list, deque)):
         group.others.append((lambda: value, list(value)))
     elif has_parts:
         if hasattr(value, "__dict__"):

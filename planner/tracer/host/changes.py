@@ -14,7 +14,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
 from planner.tracer.host.preserve import generator_state
 from planner.tracer.host.state import Effect, Path
-from planner.tracer.host.values import ABSENT, attributes, is_object
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def frozen(value: Any) -> Any:
     """What a snapshot keeps of a value: the value itself, or what it holds now."""
     if is_generator(value):
         return Frozen(type(value).__name__, repr(generator_state(value)))
-    if isinstance(value, (set, bytearray)) or (hasattr(value, "tobytes") and hasattr(value, "flags")):
+    if isinstance(value, (set, bytearray)) or is_array(value):
         return Frozen(type(value).__name__, Fingerprints({}, lambda _, __: False).of(value))
     return value
 

@@ -36,6 +36,7 @@ _IMMUTABLE = (
     uuid.UUID,
     re.Pattern,
 )
+_NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType)
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.MethodDescriptorType)
 """What a deep copy does not copy."""
 _LARGE_BYTES = 2**16
@@ -153,7 +154,8 @@ def _digest(array: Any) -> bytes:
 
 
 def _short(value: Any) -> str:
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or type(value).__qualname__
+    named = isinstance(value, (type, types.ModuleType, *_NAMED))
+    name = (getattr(value, "__qualname__", None) or value.__name__) if named else type(value).__qualname__
     return str(name)[:80]
 
 

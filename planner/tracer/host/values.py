@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 import weakref
+from array import array
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -61,6 +62,15 @@ def is_object(value: Any) -> bool:
     if isinstance(value, (type, types.ModuleType, torch.Tensor, Enum, BaseException)) or is_foreign_class(kind):
         return False
     return hasattr(value, "__dict__") or any("__slots__" in vars(base) for base in kind.__mro__[:-1])
+
+
+def is_array(value: Any) -> bool:
+    """A numpy array or number, or an array of the standard library: compared by its bytes.
+
+    By class: an object whose `__getattr__` answers to every name has a `tobytes`, too.
+    """
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, array) or (numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)))
 
 
 def is_code(value: Any) -> bool:
