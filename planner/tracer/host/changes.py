@@ -88,6 +88,7 @@ class _Finder:
         self._model, self._before, self._after, self._outside = model, before, after, outside
         self._inputs, self._only_written = inputs, only_written
         self._done: list[Path] = []
+        self._grown: set[int] = set()
         self._num_parts = Counter(_parent(path) for path in before if path.steps)
         self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
 
@@ -120,12 +121,16 @@ class _Finder:
         new = list(now)
         if len(new) <= old:
             return
+        if id(now) in self._grown:  # a list in several places is appended to once
+            self._done.append(path)
+            return
         kept = [self._before.get(path.inside(("item", i)), ABSENT) for i in range(old)]
         grown = new[old:]
         read = any(id(item) in self._outside for item in new)
         if read or any(a is not b for a, b in zip(kept, new, strict=False)):
             raise _refusal(path, f"{old} items", f"{len(new)} items")
         self._done.append(path)
+        self._grown.add(id(now))
         yield Effect(path, _tensors_only(path, grown), appends=True)
 
     def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:

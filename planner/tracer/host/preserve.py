@@ -9,7 +9,7 @@ import io
 import random
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -174,8 +174,7 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
     def put_back() -> bool:
         changed = not _same_items(value, content)
         if changed:
-            value.clear()
-            value.update(content) if isinstance(value, (dict, set)) else value.extend(content)
+            _refill(value, content)
         if kept is not None and not _same_items(vars(value), kept):
             vars(value).clear()
             vars(value).update(kept)
@@ -183,6 +182,17 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
         return changed
 
     return put_back
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Give a container this content, by the methods of Python's own class: a class derived from it may forbid `update`."""
+    kind: Any = next(base for base in (OrderedDict, dict, set, list, deque) if isinstance(value, base))
+    kind.clear(value)
+    if isinstance(value, dict):
+        for key, item in content.items():
+            kind.__setitem__(value, key, item)
+    else:
+        (set.update if kind is set else kind.extend)(value, content)
 
 
 def _restorer_of_cache(value: Any) -> Callable[[], bool]:

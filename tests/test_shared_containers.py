@@ -1,0 +1,57 @@
+"""Containers that several modules share, or whose class forbids the usual methods: left as eager leaves them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from planner import plan
+from tests.training import assert_same, trajectory
+
+
+class Output(OrderedDict):
+    """As the outputs of diffusers: some methods of a dict are errors."""
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError("no update")
+
+    def clear(self):
+        raise RuntimeError("no clear")
+
+
+class Logs(nn.Module):
+    def __init__(self, log):
+        super().__init__()
+        self.layer, self.log = nn.Linear(4, 4), log
+
+    def forward(self, x):
+        h = self.layer(x)
+        self.log.append(h.mean())
+        return h
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log = []
+        self.first, self.second, self.last = Logs(self.log), Logs(self.log), Output(total=None)
+
+    def forward(self, x):
+        h = self.second(torch.tanh(self.first(x)))
+        self.last["total"] = h.sum()
+        return h.square().mean()
+
+
+def test_a_list_in_several_places_is_appended_to_once_and_a_guarded_dict_is_put_back():
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(3, 4)
+    twin = copy.deepcopy(model)
+    planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    assert model.log == [] and model.last == {"total": None}
+    assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
+    assert planned.difference((x,), {}) is None and len(model.log) == len(twin.log) == 6
+    assert_same(twin.log, model.log)
+    assert torch.equal(twin.last["total"], model.last["total"])
