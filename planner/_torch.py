@@ -221,27 +221,27 @@ def keep_layout(tensor: torch.Tensor) -> None:
     Functionalization replaces a write (`x.masked_fill_`) by a kernel that returns a new tensor (`masked_fill`), which may be
     laid out otherwise than `x`; the kernels that read it may then be others, with other bits.
     """
-    if tensor.layout is not torch.strided:
+    if not isinstance(tensor, FunctionalTensor) or tensor.layout is not torch.strided:
         return
     torch._sync(tensor)
-    if torch._from_functional_tensor(tensor.elem).stride() == tensor.stride():  # type: ignore[attr-defined]
+    if torch._from_functional_tensor(tensor.elem).stride() == tensor.stride():
         return
     fresh: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     fresh.copy_(tensor)
-    functional = tensor.elem  # type: ignore[attr-defined]
+    functional = tensor.elem
     torch._functionalize_replace(functional, torch._from_functional_tensor(fresh.elem))
     torch._functionalize_commit_update(functional)
     torch._sync(tensor)
 
 
 def written(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The traced tensors that a call writes into, by its schema."""
+    """The tensors that a call writes into, by its schema."""
     if not func._schema.is_mutable:
         return []
     given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)) | dict(kwargs)
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     found = pytree.tree_leaves([given.get(name) for name in names])
-    return [tensor for tensor in found if isinstance(tensor, FunctionalTensor)]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def _input_role(desc: Any) -> tuple[Any, ...]:

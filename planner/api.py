@@ -27,6 +27,7 @@ from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
+from planner.tracer.capture import one_at_a_time
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
@@ -134,8 +135,9 @@ def plan(
         check=check,
         audit=audit,
     )
-    planned = one(budget, args, kwargs)
-    planned.alternatives.extend(one(planned.plan.budget_bytes, *call) for call in also)
+    with one_at_a_time():
+        planned = one(budget, args, kwargs)
+        planned.alternatives.extend(one(planned.plan.budget_bytes, *call) for call in also)
     return planned
 
 
@@ -208,14 +210,15 @@ def apply(
     arguments.check_flags(strict=strict, dynamic=dynamic, compile=compile, check=check)
     num_stages, loss, opaque = arguments.count(num_stages, "num_stages"), arguments.loss_choice(loss), arguments.names(opaque)
     model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, opaque, criterion, criterion_args)
-    joint = captured_for(plan, model, args, kwargs, loss, opaque)
-    recapture = Recapture(loss, tuple(opaque)) if dynamic else None
-    step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
-    planned = CheckpointedModule(model, step, plan, strict)
-    if not check or communicates(joint):
-        return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF if not check else COMMUNICATES}")
-    limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # where it was made it was known to need that
-    return measured_within(limit, lambda _: planned, args, kwargs, tries=1)
+    with one_at_a_time():
+        joint = captured_for(plan, model, args, kwargs, loss, opaque)
+        recapture = Recapture(loss, tuple(opaque)) if dynamic else None
+        step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
+        planned = CheckpointedModule(model, step, plan, strict)
+        if not check or communicates(joint):
+            return noted(planned, f"{NOT_RUN}: {SWITCHED_OFF if not check else COMMUNICATES}")
+        limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # where it was made it was known to need that
+        return measured_within(limit, lambda _: planned, args, kwargs, tries=1)
 
 
 def captured_for(
@@ -272,26 +275,27 @@ def sweep(
     time_limit_s = arguments.seconds(time_limit_s)
     check_budgets(budgets, points, low, high)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
-    priced = price(model, args, kwargs, options)
 
     def measured(made: Plan, rounds: int) -> Measured:
         planned = CheckpointedModule(model, make_step(made, priced.joint, model, args, kwargs, DEFAULT_STAGES), made)
         report = verify(planned, args, kwargs, rounds=rounds)
         return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
-    with stage("solve", progress):
-        return sweep_graph(
-            priced.graph,
-            budgets,
-            points=points,
-            low=low,
-            high=high,
-            margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
-            time_limit_s=time_limit_s,
-            reorder=priced.is_movable,
-            made_on=priced.made_on,
-            measure=None if options.elsewhere else measured,
-        )
+    with one_at_a_time():
+        priced = price(model, args, kwargs, options)
+        with stage("solve", progress):
+            return sweep_graph(
+                priced.graph,
+                budgets,
+                points=points,
+                low=low,
+                high=high,
+                margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
+                time_limit_s=time_limit_s,
+                reorder=priced.is_movable,
+                made_on=priced.made_on,
+                measure=None if options.elsewhere else measured,
+            )
 
 
 def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> Graph:

@@ -22,6 +22,7 @@ from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
+from planner.tracer.capture import one_at_a_time
 from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
 from planner.units import is_fraction, kind, shown
@@ -75,13 +76,14 @@ def max_batch(
         raise BudgetError(f"budget {shown(budget)}: a fraction of which batch's peak? Give bytes, or text such as '6GiB'")
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     trials = _Trials(make_inputs, model, options, options.budget_bytes(budget, 0), time_limit_s)
-    first, smaller = trials.first()
-    try:
-        tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes, first)
-    except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-        refusal = trials.step(first).refusal(error, budget, trials.budget_bytes, time_limit_s)
-        refusal.args = (_smallest_does_not_fit(first, refusal),)
-        raise refusal from None
+    with one_at_a_time():
+        first, smaller = trials.first()
+        try:
+            tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes, first)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            refusal = trials.step(first).refusal(error, budget, trials.budget_bytes, time_limit_s)
+            refusal.args = (_smallest_does_not_fit(first, refusal),)
+            raise refusal from None
     return MaxBatch(trials.budget_bytes, tried, trials.measure if options.target is None else None, smaller)
 
 

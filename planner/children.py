@@ -28,6 +28,7 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
+from planner.tracer.capture import one_at_a_time
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
 from planner.tracer.refusal import own_words
@@ -127,17 +128,18 @@ def plan_children(
     options = Options(loss=loss, costs=costs, progress=progress)
     loss = options.loss
     trial = _Trial(model, tuple(args), dict(kwargs or {}), loss)
-    with stage("capture", progress):
-        found, left = _capturable(trial, options)
-    with stage("solve", progress):
-        plans = _plans(found, time_limit_s)
-    steps = partial(_steps, found, plans, trial, num_stages)
-    with stage("measure steps", progress):
-        plain = trial.peak({})
-        if plain is None and units.is_fraction(budget):
-            raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
-        budget_bytes = units.parse_budget(budget, plain or 0)
-        level, peak = _highest_level(lambda level: trial.peak(steps(level)), budget_bytes)
+    with one_at_a_time():
+        with stage("capture", progress):
+            found, left = _capturable(trial, options)
+        with stage("solve", progress):
+            plans = _plans(found, time_limit_s)
+        steps = partial(_steps, found, plans, trial, num_stages)
+        with stage("measure steps", progress):
+            plain = trial.peak({})
+            if plain is None and units.is_fraction(budget):
+                raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
+            budget_bytes = units.parse_budget(budget, plain or 0)
+            level, peak = _highest_level(lambda level: trial.peak(steps(level)), budget_bytes)
     planned = {name: CheckpointedModule(model.get_submodule(name), step, made) for name, (step, made) in steps(level).items()}
     return Children(model, planned, left, budget_bytes, plain, peak)
 

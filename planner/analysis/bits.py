@@ -44,7 +44,8 @@ def _step(planned: CheckpointedModule, call: Call, forward: Callable[[], Any]) -
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):
         tensor.grad = None
-    written = [*model.buffers(), *(tensor for tensor in given if not tensor.requires_grad)]
+    state = [path.get(model) for path in planned.step.joint.host.state]
+    written = [*model.buffers(), *(t for t in (*given, *state) if isinstance(t, torch.Tensor) and not t.requires_grad)]
     with rewound(model, planned.step.joint.host.key, written, planned.device), torch.enable_grad():
         with autocast_of(planned):
             out = forward()

@@ -61,7 +61,7 @@ def step_peak(planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Map
     Raises:
         NotRunError, CopyError, PlanCheckError: as `run_step`.
     """
-    with one_at_a_time():  # while another thread captures the model, its tensors are others
+    with one_at_a_time():
         return run_step(planned, (tuple(args), dict(kwargs or {})))
 
 

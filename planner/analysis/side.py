@@ -60,8 +60,9 @@ def own_call(planned: CheckpointedModule, call: Call) -> Call:
     """The call on tensors of its own: leaves of autograd, without hooks; a copy where the step writes into one."""
     leaves, spec = pytree.tree_flatten(call)
     joint = planned.step.joint
-    mutated = {joint.call.tensors[int(given.key)] for given in joint.inputs if given.kind is Kind.INPUT and given.mutated}
-    written = {id(leaves[i]) for i in mutated}
+    mutated = [int(given.key) for given in joint.inputs if given.kind is Kind.INPUT and given.mutated]
+    places = joint.call.tensors  # behind them come tensors of Python state, which are no part of the call
+    written = {id(leaves[places[i]]) for i in mutated if i < len(places)}
     own: dict[int, torch.Tensor] = {}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and id(leaf) not in own:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import linecache
 import re
-import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -104,9 +103,8 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
     if free is not None and needed > free:
         raise NotRunError(f"the step needs {format_bytes(needed)} beside the model, {format_bytes(free)} are free")
     patience_s = _PATIENCE_S + _PATIENCE_STEPS * timeline.time_ns / 1e9
-    compares = threading.active_count() == 1  # what another thread holds at the fork is locked in the child for ever
     try:
-        child = Child(lambda: _answers(planned, call, compares))
+        child = Child(lambda: _answers(planned, call))
     except OSError as error:
         raise NotRunError(f"no process can be forked: {error}") from error
     try:
@@ -138,7 +136,7 @@ def _communicates(joint: Joint) -> str:
     return ""
 
 
-def _answers(planned: CheckpointedModule, call: Call, compares: bool) -> Iterator[dict[str, Any]]:
+def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]]:
     """What the child finds out; each answer adds to the one before."""
     try:
         torch.ones(1, requires_grad=True).sum().backward()
@@ -155,11 +153,11 @@ def _answers(planned: CheckpointedModule, call: Call, compares: bool) -> Iterato
         if not wrong[0] and resident_bytes(planned) + above > planned.plan.budget_bytes:
             _clear(planned, own)  # what a first call allocates for good is no part of a step
             above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
-        if wrong[0]:
-            yield {"wrong": wrong[0], "where": "", "last": True}
+        if any(wrong):
+            yield {"wrong": next(filter(None, wrong)), "where": "", "last": True}
         else:
             yield {"peak_bytes": resident_bytes(planned) + above}
-            yield {"last": True, "where": ""} | (_bits_differ(planned, own) if compares else {})
+            yield {"last": True, "where": ""} | _bits_differ(planned, own)
         return
     except NotRunError as error:
         yield {"not run": str(error), "last": True}

@@ -20,8 +20,10 @@ from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
+from planner.tracer.host.generators import Generators
+from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.observe import HOOKS
-from planner.tracer.host.preserve import Generators, contents_preserved, iterators_copied
+from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import HostKey, remembered
 
 Digest = dict[str, Fingerprint]

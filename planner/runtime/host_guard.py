@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import is_
-from types import FunctionType, ModuleType
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, parts
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, parts
 
 Look = Callable[[], Sequence[Any]]
 """Reads items that are compared by identity."""
@@ -199,20 +199,26 @@ def _same(items: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _note_module(group: _Group, module: nn.Module, names: Sequence[str]) -> None:
     group.dicts.append((vars(module), list(vars(module).values())))
-    held = [(vars(module)[kind], name) for name in names for kind in MODULE_STATE]
-    empty = [(holder, name) for holder, name in held if holder.get(name, ABSENT) is None]
+    holders = [vars(module)[kind] for kind in MODULE_STATE]
+    missing = [name for name in names if all(holder.get(name) is None for holder in holders) and _may_appear(module, name)]
+    empty = [(holder, name) for name in missing for holder in holders]
     if empty:
         look: Look = lambda: [holder.get(name, ABSENT) for holder, name in empty]
         group.others.append((look, list(look())))
 
 
+def _may_appear(module: nn.Module, name: str) -> bool:
+    """A parameter, buffer or submodule that is given this name later would be what the forward reads under it."""
+    return name not in vars(module) and find_in_class(type(module), name) is ABSENT
+
+
 def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
-    if isinstance(value, dict):
+    if isinstance(value, (dict, MappingProxyType)):
         group.dicts.append((value, list(value.values())))
         look: Look = lambda: list(value)
         group.others.append((look, look()))
-    elif isinstance(value, (str, bytes, tuple, int, float)) or value is None:
-        return
+    elif isinstance(value, (str, bytes, int, float, complex)) or value is None:
+        return  # of a derived class, too: compared by value, attributes left out
     elif isinstance(value, (type, ModuleType)):
         if has_parts:
             group.dicts.append((vars(value), list(vars(value).values())))
@@ -226,12 +232,26 @@ def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
         group.others.append((look, [content]))
     elif isinstance(value, (list, deque)):
         group.others.append((lambda: value, list(value)))
-    elif has_parts:
-        if hasattr(value, "__dict__"):
-            group.dicts.append((vars(value), list(vars(value).values())))
-        else:
-            look = lambda: list(attributes(value).values())
-            group.others.append((look, look()))
+    if isinstance(value, _CONTAINERS):
+        if is_object(value):  # of a class derived from Python's
+            _note_attributes(group, value)
+    elif has_parts and not isinstance(value, (type, ModuleType, ContextVar)):
+        _note_attributes(group, value)
+
+
+_CONTAINERS = (dict, list, deque, tuple, set, bytearray)
+
+
+def _note_attributes(group: _Group, value: Any) -> None:
+    """What an object's attributes are, those in slots included."""
+    held = getattr(value, "__dict__", {})
+    if held:
+        group.dicts.append((held, list(held.values())))
+    if isinstance(value, nn.Module):  # one that the model does not list among its own
+        group.dicts += [(held[kind], list(held[kind].values())) for kind in MODULE_STATE]
+    if attributes(value).keys() - held.keys():
+        look: Look = lambda: [item for name, item in attributes(value).items() if name not in held]
+        group.others.append((look, look()))
 
 
 def _of_function(value: FunctionType) -> list[Any]:

@@ -32,7 +32,7 @@ class PlannedForward:
     def __init__(
         self,
         model: nn.Module,
-        plans: Sequence[tuple[Step, Plan, Program | None]],
+        plans: Sequence[tuple[Step, Plan, Program | None, bool]],
         before: Callable[..., Any] | None,
         strict: bool,
         planned: Sequence[CheckpointedModule] = (),
@@ -57,7 +57,8 @@ class PlannedForward:
         if not self._planned:
             strict = self._strict
             self._planned = [
-                CheckpointedModule(self._model, step, plan, strict, program=program) for step, plan, program in self._plans
+                CheckpointedModule(self._model, step, plan, strict, program=program, audits=audits)
+                for step, plan, program, audits in self._plans
             ]
         return self._planned
 
@@ -87,7 +88,7 @@ class PlannedForward:
         return PlannedForward(model, self._plans, before, self._strict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        plans = [(step, plan, None) for step, plan, _ in self._plans]  # code is made again where it is loaded
+        plans = [(step, plan, None, audits) for step, plan, _, audits in self._plans]  # code is made again where it is loaded
         return PlannedForward, (self._model, plans, self._before, self._strict)
 
 
@@ -122,7 +123,7 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
     uninstall(model)
     before = vars(model).get("forward")
     every = [one for module in planned for one in (module, *module.alternatives)]
-    plans = [(module.step, module.plan, module.program) for module in every]
+    plans = [(module.step, module.plan, module.program, module.audits) for module in every]
     vars(model)["forward"] = PlannedForward(model, plans, before, strict, planned)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class CheckpointedModule(fx.GraphModule):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self._original.training = mode
+        if "_step" in self.__dict__:  # nn.Module.__init__ sets it, too
+            self._original.training = mode
 
     @property
     def graph(self) -> fx.Graph:
@@ -258,7 +260,7 @@ class CheckpointedModule(fx.GraphModule):
 
         def rewinding(run: Callable[[], Digest]) -> Digest:
             with rewound(model, self._step.joint.host.key, changed, self.device):
-                return run()
+                return copy_context().run(run)  # the model's forward may set context variables
 
         expected, found = rewinding(original), rewinding(planned)
         different = difference(expected, found)
@@ -299,7 +301,7 @@ class CheckpointedModule(fx.GraphModule):
                 del self._others[next(iter(self._others))]
             try:
                 step = step_of_other_shape(self._step, self.plan, self._original, args, kwargs)
-                self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict)
+                self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict, audits=self.audits)
                 self._others[key].__dict__["_to_compare"] = False  # it is the plan that was compared
             except PlannerError as error:
                 self._others[key] = Mismatch("input", "the inputs' shape", str(error))

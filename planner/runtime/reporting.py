@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from planner.errors import PlanMissError, warn
+from planner.errors import PlanAuditError, PlanMissError, warn
 from planner.runtime.mismatch import Mismatch
 
 
@@ -17,10 +17,12 @@ def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool
     """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
 
     Raises:
-        PlanMissError: `strict`, and the call was to train.
+        PlanMissError, PlanAuditError: `strict`, and the call was to train.
     """
     which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
     if strict and model.training and torch.is_grad_enabled():
+        if miss.kind == "audit":
+            raise PlanAuditError(f"{type(model).__name__}: {miss}. Train unplanned")
         raise PlanMissError(
             f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
         )

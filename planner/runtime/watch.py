@@ -35,7 +35,7 @@ class Watched:
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         known = set(names)
         self._ties = [(n, _place(model, n), first[id(tensor)]) for n, tensor in every if n not in known and id(tensor) in first]
-        self._parents = [module._modules for module in self.modules if module._modules]
+        self._parents = [module._modules for module in self.modules]  # empty ones, too: something may be appended
         self._children = self._submodules()
         hooks = [vars(module)[kind] for module in self.modules[1:] for kind in HOOKS]
         self._without_hooks = [held for held in hooks if not held]

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from planner.errors import CaptureError, InputError, PlannerError
 from planner.tracer import parts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.elsewhere import Elsewhere
-from planner.tracer.host.preserve import Generators
+from planner.tracer.host.generators import Generators
 from planner.tracer.host.state import remembered, weight_keys
 from planner.tracer.joint import CallSpec, Joint
 from planner.tracer.loss import Loss
@@ -84,7 +84,11 @@ _lock = threading.RLock()
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """While one thread captures, which patches classes and kernels of the whole process, the others wait."""
+    """While one thread plans, the others wait.
+
+    Capturing patches classes and kernels of the whole process. And a process that is forked while another thread runs kernels
+    may hang: a lock that the thread holds stays locked in the child.
+    """
     with _lock:
         yield
 
@@ -130,7 +134,7 @@ def _capture(
     with one_at_a_time(), Generators(device).preserved():
         token = IS_CAPTURING.set(True)
         try:
-            exported = _export(step, given)
+            exported = copy_context().run(_export, step, given)  # in which the model may set context variables
             weights = weight_keys(model)
         finally:
             step.restore()
@@ -167,7 +171,7 @@ _IN_PLACE = (
 def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
     """Learn what Python does in real forwards, then trace."""
     try:
-        if step.can_run and not any(tensor.is_meta for tensor in tensors):
+        if step.can_run(tensors):
             step.record(tensors)
         step.hold_weights()
         return step.export([*tensors, *step.state_inputs()])

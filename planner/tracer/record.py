@@ -18,8 +18,9 @@ from planner.errors import CaptureError, InputError
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity, kernels
+from planner.tracer.host.generators import Generators
 from planner.tracer.host.observe import HOOKS, Observation, Observer
-from planner.tracer.host.preserve import Generators, contents_preserved, model_preserved
+from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.reads import global_names
 from planner.tracer.host.values import parts as parts_of
 from planner.tracer.joint import CallSpec

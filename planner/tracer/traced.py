@@ -98,11 +98,10 @@ class Step(nn.Module):
         """The submodule that ran the kernel called last."""
         return self.where.rpartition(" ")[0]
 
-    @property
-    def can_run(self) -> bool:
-        """There is a forward to learn from: no tensor of the model is on the meta device, nothing is known from before."""
-        model = self._hidden[0]
-        return self.replay is None and not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    def can_run(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """There is a forward to learn from: all tensors have data, and nothing is known from before."""
+        held = (*self.model.parameters(), *self.model.buffers(), *tensors)
+        return self.replay is None and not any(t.is_meta or isinstance(t, _torch.FakeTensor) for t in held)
 
     @property
     def moving(self) -> frozenset[int]:
@@ -153,13 +152,6 @@ class Step(nn.Module):
 
     def record(self, tensors: Sequence[torch.Tensor]) -> None:
         """Run a real forward, to learn what Python reads and what the parts do."""
-        held = (*self.model.parameters(), *self.model.buffers(), *tensors)
-        if self._elsewhere is not None and any(t.is_meta or isinstance(t, _torch.FakeTensor) for t in held):
-            raise CaptureError(
-                f"the model reads tensor values in its forward ({self.where}), which a model or an input without storage does "
-                "not have: build both on the CPU",
-                module=self.where_module,
-            )
 
         def run() -> Any:
             with Refusing(self.parts):

@@ -12,7 +12,7 @@ from torch import nn
 
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
-from planner.tracer.host.preserve import generator_state
+from planner.tracer.host.generators import generator_state
 from planner.tracer.host.state import Effect, Path
 from planner.tracer.host.values import ABSENT, attributes, is_array, is_object
 
@@ -138,10 +138,20 @@ class _Finder:
         holder = Path(path.module, path.name, path.steps[:-1], path.scope)
         held: Any = holder.get(self._model) if path.steps else None
         if isinstance(held, (list, deque)) and self._before.get(holder) is held:
+            self._check_rest(holder)
             self._done.append(holder)
             return Effect(holder, list(held), replaces=True)  # type: ignore[arg-type]
         self._done.append(path)
         return Effect(self._writable(path), now)
+
+    def _check_rest(self, holder: Path) -> None:
+        """Raise CaptureError where a list whose tensors change holds something else that does, too."""
+        for path, now in self._after.items():
+            was = self._before.get(path, ABSENT)
+            if path == holder or not path.is_inside(holder) or was is now or self._equal(was, now):
+                continue
+            if not (isinstance(was, torch.Tensor) and isinstance(now, torch.Tensor)):
+                self._fresh(path, was, now)
 
     def _equal(self, was: Any, now: Any) -> bool:
         """The same for Python: equal values without tensors in them."""

@@ -10,6 +10,7 @@ import random
 import re
 import types
 import uuid
+from array import array
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.tracer.host.values import ABSENT, Wanted, is_foreign_class, is_iterator, parts
+from planner.tracer.host.values import ABSENT, Wanted, is_array, is_foreign_class, is_iterator, is_object, parts
 
 Fingerprint = Any
 TensorKey = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
@@ -120,9 +121,10 @@ class Fingerprints:
     def _of_object(self, value: Any) -> Fingerprint:
         kind = type(value)
         head = Same(kind, kind.__qualname__, True)
-        if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
-            return (head, str(value.dtype), tuple(value.shape), _digest(value))
-        if kind.__name__ == "array" or isinstance(value, bytearray):
+        if is_array(value):
+            kind_of_items = value.typecode if isinstance(value, array) else str(value.dtype)
+            return (head, kind_of_items, tuple(getattr(value, "shape", ())), _digest(value, kind_of_items))
+        if isinstance(value, bytearray):
             return (head, bytes(value))
         if isinstance(value, Set):
             return (head, tuple(sorted((self.of(item) for item in value), key=repr)))
@@ -136,7 +138,10 @@ class Fingerprints:
         found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
         if isinstance(value, _ATOMIC):
             return (Same(value, kind.__qualname__, True), found)
-        if not found and is_foreign_class(kind) and not isinstance(value, (list, tuple, dict)):
+        base = next((base for base in _VALUES if isinstance(value, base)), None)
+        if base is not None:  # of a class derived from Python's
+            return (head, base.__repr__(value), found)
+        if not found and not isinstance(value, (list, tuple, dict)) and not (is_object(value) and not is_foreign_class(kind)):
             return (Same(value, kind.__qualname__, False),)
         return (head, found)
 
@@ -148,8 +153,11 @@ def is_generator(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "numpy" and type(value).__name__ in ("Generator", "RandomState")
 
 
-def _digest(array: Any) -> bytes:
-    content: bytes = array.tobytes() if str(array.dtype) != "object" else repr(array).encode()
+_VALUES = (str, bytes, int, float, complex)
+
+
+def _digest(values: Any, kind: str) -> bytes:
+    content: bytes = values.tobytes() if kind != "object" else repr(values).encode()
     return content if len(content) <= _LARGE_BYTES else hashlib.sha256(content).digest()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from planner.tracer.host.values import is_array
+
 
 def generator_state(value: Any) -> Any:
     """A generator's state, which can be compared by its text."""
@@ -19,6 +21,19 @@ def generator_state(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     return copy.deepcopy(value.bit_generator.state) if hasattr(value, "bit_generator") else value.get_state(legacy=False)
+
+
+def _numpy_state() -> Any:
+    """The state of numpy's global generator, of whichever kind it is; None where numpy is not imported."""
+    numpy = sys.modules.get("numpy")
+    return numpy.random.get_state(legacy=False) if numpy is not None and hasattr(numpy, "random") else None
+
+
+def _comparable(state: Any) -> Any:
+    """The state with bytes in the place of arrays."""
+    if isinstance(state, dict):
+        return {name: _comparable(item) for name, item in state.items()}
+    return state.tobytes() if is_array(state) else state
 
 
 class Generators:
@@ -33,21 +48,17 @@ class Generators:
         return list(range(torch.cuda.device_count())) if in_use else []
 
     def host(self) -> tuple[Any, ...]:
-        """Python's and numpy's global states; numpy only where it is imported."""
-        numpy = sys.modules.get("numpy")
-        state = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
-        return (random.getstate(), None if state is None else (state[0], state[1].tobytes(), *state[2:]))
+        """Python's and numpy's global states, which can be compared; numpy only where it is imported."""
+        return (random.getstate(), _comparable(_numpy_state()))
 
     def remembered(self) -> Callable[[], None]:
         """What puts Python's and numpy's global states back to what they are now."""
-        numpy = sys.modules.get("numpy")
-        python = random.getstate()
-        state = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+        python, state = random.getstate(), _numpy_state()
 
         def put_back() -> None:
             random.setstate(python)
-            if numpy is not None and state is not None:
-                numpy.random.set_state(state)
+            if state is not None:
+                sys.modules["numpy"].random.set_state(state)
 
         return put_back
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from planner._collectives import collectives_forbidden
-from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id
+from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id, written
 from planner.profiler.observed import is_foreign
 from planner.tracer.collectives import alone
 
@@ -82,7 +82,7 @@ class RecordKernels(TorchDispatchMode):
                 elif isinstance(leaf, torch.Generator):
                     self.generator_at = self.generator_at or self._where() or "the model"
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
-        if isinstance(func, OpOverload) and func._schema.is_mutable:
+        if isinstance(func, OpOverload):
             self._keep_written(func, args, kwargs or {})
         if is_foreign(func) and not self.paused:
             with self._apart():
@@ -97,15 +97,12 @@ class RecordKernels(TorchDispatchMode):
         return result
 
     def _keep_written(self, func: OpOverload, args: Any, kwargs: Any) -> None:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for tensor in pytree.tree_leaves(value):
-                if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-                    continue
+        for tensor in written(func, args, kwargs):
+            base = None
+            if tensor.layout is torch.strided:
                 base = self._storages.get(storage_id(tensor))  # it may be a view that is written through
-                if base is not None and id(base) not in self._contents:
-                    self._contents[id(base)] = (base, base.detach().clone())
+            if base is not None and id(base) not in self._contents:
+                self._contents[id(base)] = (base, base.detach().clone())
 
 
 def _without_others(func: Any, args: Any, kwargs: Any) -> Any:

@@ -18,8 +18,10 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
+from planner.tracer.host.generators import Generators
+from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
-from planner.tracer.host.preserve import Generators, Preserved, iterators_copied, keep_model
+from planner.tracer.host.preserve import Preserved, keep_model
 from planner.tracer.host.reads import ReadRecorder, Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class

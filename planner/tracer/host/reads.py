@@ -166,8 +166,12 @@ class ReadRecorder:
     def see(self, value: Any, where: str = "") -> None:
         """Remember a value as it is now, and note what is read of the objects it is made of."""
         for item in keep_deep(self._preserved, value, self._names, where):
+            if type(item).__module__.startswith("planner."):  # what runs the forward is on the stack, too
+                continue
             self._objects.append(item)
-            if not isinstance(item, nn.Module) and not self._patch(type(item)) and self._preserved.keep(item, where):
+            if isinstance(item, nn.Module):  # one that is in a container, not among the model's own
+                self._preserved.keep(item, where)
+            elif not self._patch(type(item)) and self._preserved.keep(item, where):
                 for held in list(attributes(item).values()):  # a class that cannot be patched: a namespace
                     self.see(held, where)
 

@@ -1,0 +1,245 @@
+"""What puts back the content of one container, object, variable or generator, by its kind."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+import types
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._torch import untraced
+from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.generators import generator_state
+from planner.tracer.host.iterators import GuardedIterator, is_used_up
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object
+
+_COPIED_BYTES = 2**26
+"""Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
+
+
+def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
+    """What puts a container's or an object's content back, and says whether it had changed; None where nothing can change.
+
+    `where`: its place, for messages; iterators that it holds are replaced by guarded ones. None: they are not.
+    """
+    if isinstance(value, (list, deque, dict, set, bytearray)):
+        return _restorer_of_container(value, where)
+    if isinstance(value, types.FunctionType):
+        return _restorer_of_function(value, where)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return _restorer_of_cache(value)
+    if is_generator(value):
+        return _restorer_of_generator(value)
+    if isinstance(value, ContextVar):
+        held = value.get(ABSENT)  # one without a value cannot be put back: whoever runs a forward does so in a copied context
+        return lambda: held is not ABSENT and value.get(ABSENT) is not held and bool(value.set(held))
+    if is_array(value) and hasattr(type(value), "__setitem__"):
+        return _restorer_of_array(value)
+    if isinstance(value, type):
+        return _restorer_of_class(value)
+    if isinstance(value, (nn.Module, nn.Parameter)) or is_object(value):
+        return _restorer_of_object(value, where)
+    return None
+
+
+def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
+    content = _shallow(value)
+    kept = dict(vars(value)) if hasattr(value, "__dict__") else None
+    for key, item in _items(value):
+        if where is not None and is_used_up(item):
+            value[key] = GuardedIterator(item, f"{where}[{key!r}]")
+
+    def put_back() -> bool:
+        changed = not _same_items(value, content)
+        if changed:
+            _refill(value, content)
+        if kept is not None and not _same_items(vars(value), kept):
+            vars(value).clear()
+            vars(value).update(kept)
+            changed = True
+        return changed
+
+    return put_back
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Give a container this content, by the methods of Python's own class: a class derived from it may forbid `update`."""
+    kind: Any = next(base for base in (OrderedDict, dict, set, list, deque, bytearray) if isinstance(value, base))
+    kind.clear(value)
+    if isinstance(value, dict):
+        for key, item in content.items():
+            kind.__setitem__(value, key, item)
+    else:
+        (set.update if kind is set else kind.extend)(value, content)
+
+
+def _restorer_of_array(value: Any) -> Callable[[], bool] | None:
+    """Of numpy's, or of the standard library's."""
+    everything = slice(None) if isinstance(value, array) else ...
+    if len(value) * value.itemsize > _COPIED_BYTES if isinstance(value, array) else value.nbytes > _COPIED_BYTES:
+        return None
+    content = copy.copy(value)
+
+    def put_back() -> bool:
+        changed: bool = value.tobytes() != content.tobytes()
+        if changed:
+            value[everything] = content
+        return changed
+
+    return put_back
+
+
+def _restorer_of_cache(value: Any) -> Callable[[], bool]:
+    before = value.cache_info()
+
+    def put_back() -> bool:
+        now = value.cache_info()
+        if now.currsize != before.currsize or now.misses != before.misses:
+            value.cache_clear()  # what was filled while capturing cannot be told from the rest
+        return False
+
+    return put_back
+
+
+def _shallow(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, set):
+        return set(value)
+    return list(value) if isinstance(value, (list, deque)) else bytes(value)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, (list, deque)) else []
+
+
+def _same_items(value: Any, content: Any) -> bool:
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        pairs = zip(value.items(), content.items(), strict=True)
+        return all(k is j and v is w for (k, v), (j, w) in pairs)
+    if isinstance(value, set):
+        return bool(value == content)
+    return all(a is b for a, b in zip(value, content, strict=True)) if not isinstance(value, bytearray) else value == content
+
+
+def _restorer_of_function(value: types.FunctionType, where: str | None) -> Callable[[], bool]:
+    cells = [(cell, content_of(cell)) for cell in value.__closure__ or ()]
+    held = dict(vars(value))
+    for cell, content in cells:
+        if where is not None and is_used_up(content):
+            cell.cell_contents = GuardedIterator(content, f"a closure variable of {value.__qualname__}")
+
+    def put_back() -> bool:
+        changed = False
+        for cell, content in cells:
+            if content is not ABSENT and content_of(cell) is not content:
+                cell.cell_contents = content
+                changed = True
+        if not _same_items(vars(value), held):
+            vars(value).clear()
+            vars(value).update(held)
+            changed = True
+        return changed
+
+    return put_back
+
+
+def content_of(cell: types.CellType) -> Any:
+    """What a closure's cell holds; ABSENT for a name that is not bound yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _restorer_of_torch_generator(value: torch.Generator) -> Callable[[], bool]:
+    with untraced():  # inside a trace these would be fake tensors
+        state = value.get_state()
+
+    def put_back() -> bool:
+        with untraced():
+            changed = not torch.equal(value.get_state(), state)
+            value.set_state(state)
+        return changed
+
+    return put_back
+
+
+def _restorer_of_generator(value: Any) -> Callable[[], bool]:
+    if isinstance(value, random.Random):
+        state = value.getstate()
+        return lambda: value.getstate() != state and not value.setstate(state)  # type: ignore[func-returns-value]
+    if isinstance(value, torch.Generator):
+        return _restorer_of_torch_generator(value)
+    content = generator_state(value)
+
+    def put_back() -> bool:
+        changed = repr(generator_state(value)) != repr(content)
+        if hasattr(value, "bit_generator"):
+            value.bit_generator.state = content
+        else:
+            value.set_state(content)
+        return changed
+
+    return put_back
+
+
+def _restorer_of_class(value: type) -> Callable[[], bool]:
+    held = dict(vars(value))
+
+    def put_back() -> bool:
+        now, changed = dict(vars(value)), False
+        for name in held.keys() | now.keys():
+            if name not in _PATCHED and held.get(name, ABSENT) is not now.get(name, ABSENT):
+                with contextlib.suppress(TypeError, AttributeError):
+                    setattr(value, name, held[name]) if name in held else delattr(value, name)
+                    changed = True
+        return changed
+
+    return put_back
+
+
+_PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakref__")
+"""What recording itself changes on classes, and undoes."""
+
+
+def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
+    held = dict(vars(value)) if hasattr(value, "__dict__") else {}
+    slots = {name: item for name, item in attributes(value).items() if name not in held}
+    for name, item in held.items():
+        if where is not None and is_used_up(item):
+            vars(value)[name] = GuardedIterator(item, f"{where}.{name}".lstrip("."))
+
+    state = [_restorer_of_container(held[kind], None) for kind in MODULE_STATE] if isinstance(value, nn.Module) else []
+
+    def put_back() -> bool:
+        restored = [restore() for restore in state]  # every one of them
+        changed = any(restored)
+        if hasattr(value, "__dict__") and not _same_items(vars(value), held):
+            changed = True
+            vars(value).clear()
+            vars(value).update(held)
+        for name, item in slots.items():
+            if getattr(value, name, ABSENT) is not item:
+                object.__setattr__(value, name, item)
+                changed = True
+        own = vars(value) if hasattr(value, "__dict__") else {}
+        for name in [name for name in attributes(value) if name not in slots and name not in own]:
+            object.__delattr__(value, name)
+            changed = True
+        return changed
+
+    return put_back
