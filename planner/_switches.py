@@ -11,7 +11,10 @@ import torch.fx.traceback
 
 
 def global_switches() -> tuple[tuple[str, Any], ...]:
-    """Torch's switches that decide which kernels run or what a call means, by name; the same for equal states."""
+    """Torch's switches that decide which kernels run or what a call means, as (name, state) pairs.
+
+    They compare equal for equal states.
+    """
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     return (
         ("deterministic algorithms", torch.get_deterministic_debug_mode()),
@@ -44,7 +47,7 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
 
 
 def _device_modes() -> int:
-    """A default device is a function mode, and compared by itself."""
+    """Number of active device contexts: a default device is a function mode, and is compared as `default device`."""
     return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
 
 

@@ -275,12 +275,6 @@ def sweep(
     time_limit_s = arguments.seconds(time_limit_s)
     check_budgets(budgets, points, low, high)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
-
-    def measured(made: Plan, rounds: int) -> Measured:
-        planned = CheckpointedModule(model, make_step(made, priced.joint, model, args, kwargs, DEFAULT_STAGES), made)
-        report = verify(planned, args, kwargs, rounds=rounds)
-        return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
-
     with one_at_a_time():
         priced = price(model, args, kwargs, options)
         with stage("solve", progress):
@@ -294,8 +288,17 @@ def sweep(
                 time_limit_s=time_limit_s,
                 reorder=priced.is_movable,
                 made_on=priced.made_on,
-                measure=None if options.elsewhere else measured,
+                measure=None if options.elsewhere else partial(_measured_point, model, priced.joint, args, kwargs),
             )
+
+
+def _measured_point(
+    model: nn.Module, joint: Joint, args: Sequence[Any], kwargs: Mapping[str, Any] | None, made: Plan, rounds: int
+) -> Measured:
+    """One of a sweep's plans, run on the side."""
+    planned = CheckpointedModule(model, make_step(made, joint, model, args, kwargs, DEFAULT_STAGES), made)
+    report = verify(planned, args, kwargs, rounds=rounds)
+    return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
 
 def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> Graph:

@@ -97,7 +97,7 @@ class _Trials:
     budget_bytes: int
     time_limit_s: float
     steps: dict[int, Priced] = field(default_factory=dict)
-    """The steps of small batches, of which those of larger ones are foreseen."""
+    """The steps of small batches, from which those of larger ones are extrapolated."""
 
     def first(self) -> tuple[int, str]:
         """The smallest batch that the model can run in training, and why smaller ones cannot (batch norm raises for one).
@@ -190,7 +190,7 @@ def search(
 ) -> tuple[Tried, ...]:
     """Find the largest batch that has a plan, and the largest that needs no recomputing, by few attempts.
 
-    Where to look is foreseen; what is found was attempted: the batch above the largest has no plan.
+    Where to look is extrapolated; what is found was planned: the batch above the largest has no plan.
 
     Args:
         attempt: captures and plans a batch.

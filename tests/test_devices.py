@@ -187,12 +187,12 @@ def test_the_model_is_left_as_it_was():
 def test_here_the_module_trains_unplanned_with_one_warning(tmp_path):
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(4, 8)
     planned = plan(model, 1.0, (x,), device="L4", progress=False)
-    with pytest.warns(PlanMissWarning, match="planned from afar for L4-24GB"):
+    with pytest.warns(PlanMissWarning, match="planned for L4-24GB, which is not here"):
         assert torch.equal(planned(x), model(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         planned(x).sum().backward()
-    with pytest.raises(InputError, match="planned from afar"):
+    with pytest.raises(InputError, match="which is not here: save the plan, and apply it there"):
         verify(planned, (x,))
     planned.plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")

@@ -126,5 +126,5 @@ def test_bad_paths_and_other_modules_are_refused(tmp_path):
 def test_a_step_planned_from_afar_is_exported_where_it_runs(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 1)).train()
     planned = plan(model, 1.0, (torch.randn(4, 8),), device="H100-80GB", progress=False)
-    with pytest.raises(ExportError, match=r"from afar, for H100-80GB.*`apply` it on that device"):
+    with pytest.raises(ExportError, match=r"planned for H100-80GB, which is not here: .*`apply` it on that device"):
         export_source(planned, tmp_path / "far.py")

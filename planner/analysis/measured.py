@@ -77,12 +77,12 @@ def measured_within(
     """A planned module whose step is measured to fit a budget; its plan says what was measured.
 
     Args:
-        plan: makes the module for a budget; it is asked again for less by what the step needed too much.
+        plan: makes the module for a budget; called again with the budget lowered by the excess.
         args, kwargs: the call planned for.
         tries: how often it is asked at most.
         progress: show a bar on stderr where the step takes more than a second.
 
-    Warns where nothing was measured and nothing about the model or the device had said so.
+    Warns where no step could be run for an unexpected reason.
 
     Raises:
         PlanCheckError: the step fails.
@@ -101,7 +101,7 @@ def measured_within(
         peak_bytes = planned.plan.measured_bytes
         if peak_bytes is None:
             return planned
-        # how far it strays changes from step to step with the blocks at hand: half as far again is left free
+        # CUDA: the measured peak varies with the allocator's cached blocks; keep half of (measured - planned) free as well
         strayed = max(0, peak_bytes - planned.plan.peak_bytes) // 2 if can_stray(planned) else 0
         if peak_bytes + strayed <= budget_bytes:
             return planned
@@ -142,7 +142,7 @@ def noted(planned: CheckpointedModule, check: str, measured_bytes: int | None = 
 
 
 def can_stray(planned: CheckpointedModule) -> bool:
-    """The peak is that of CUDA's allocator, which hands out larger blocks than it is asked for."""
+    """Whether the measured peak may exceed the planned one: CUDA's allocator returns larger blocks than requested."""
     return planned.device.type == "cuda" and not planned.step.is_compiled
 
 

@@ -98,13 +98,13 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
 
 
 def resident_bytes(planned: CheckpointedModule) -> int:
-    """Bytes that are there before the step: parameters, buffers, inputs, and what is set aside."""
+    """Bytes that are there before the step: parameters, buffers, inputs, and reserved bytes."""
     graph = planned.plan.graph
     return sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
 
 
 class Side:
-    """A module of its own (a copy) and a call of its own: steps change nothing else but the random generators.
+    """A copy of a module and of a call: running steps on it changes nothing else but the random generators.
 
     Attributes:
         module: planned or plain.
@@ -163,7 +163,7 @@ class Side:
         good is no part of one."""
         self.prepare()
         above = logical_peak(self.step, self._device)
-        if self._device.type == "cuda":  # whose blocks are cut to size anew: what one hands out depends on those at hand
+        if self._device.type == "cuda":  # its peak depends on the cached blocks: measure again without any
             self.prepare()
             torch.cuda.empty_cache()
             above = max(above, logical_peak(self.step, self._device))

@@ -112,7 +112,7 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
         while not told.get("last"):
             line = child.read(patience_s)
             if line is None and told:
-                break  # and what the model's own step would do is not known
+                break  # the child ended after an answer: what the model's own step does is not known
             if line is None:
                 raise NotRunError(f"its process {child.fate}")
             told |= json.loads(line)
@@ -172,7 +172,10 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
 
 
 def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
-    """Accuses the planned step where it gives other bits than the model's own, for which there has to be memory."""
+    """{"wrong": ...} where the planned step gives other bits than the model's own.
+
+    {} where they agree, or cannot be compared for lack of memory.
+    """
     free = free_bytes()
     if free is not None and planned.plan.plain.peak_bytes - resident_bytes(planned) > free:
         return {}
@@ -195,7 +198,7 @@ def _settle(planned: CheckpointedModule, call: Call) -> None:
 
 
 def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
-    """Excuses the planned step where the model's own step does not run in a forked process either."""
+    """{"not run": ...} where the model's own step fails in a forked process too; else {}."""
     _clear(planned, call)
     try:
         uninstall(planned.original)
@@ -243,7 +246,7 @@ def _check(planned: Any, call: Call) -> str:
         with autocast_of(planned):
             out, miss = planned.attempt(*call)
         if miss:
-            raise NotRunError(f"the module takes its own example call for another: {miss} differs")
+            raise NotRunError(f"the planned module does not recognize its own example call: {miss} differs")
         leaves = aligned(planned, pytree.tree_leaves(out))
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:
@@ -304,5 +307,5 @@ def _fault(planned: CheckpointedModule, what: str, where: str) -> PlanCheckError
     around = f"opaque=[{module!r}]" if module else "opaque=[...] naming the submodule it comes from"
     return PlanCheckError(
         f"{name}: the planned step fails{at}: {what}. This is a fault of the planner, not of the model, which is as it was: "
-        f"please report it. Until it is mended, plan with {around}, or train unplanned"
+        f"please report it. Until it is fixed, plan with {around}, or train unplanned"
     )

@@ -307,8 +307,8 @@ def _check_exportable(planned: CheckpointedModule) -> None:
     """Raise ExportError where submodules run as they are, whose code is the user's, or kernels are another device's."""
     if planned.step.joint.elsewhere:
         raise ExportError(
-            f"the step was planned from afar, for {planned.step.joint.elsewhere}: save the plan, `apply` it on that device, "
-            "and export there"
+            f"the step was planned for {planned.step.joint.elsewhere}, which is not here: save the plan, "
+            "`apply` it on that device, and export there"
         )
     modules = dict.fromkeys(spec.module for spec in planned.step.joint.parts.values())
     if modules:

@@ -19,6 +19,8 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.runtime.ranks import communicates
+from planner.runtime.step import Step
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
@@ -37,11 +39,20 @@ def is_due(num_calls: int) -> bool:
 
 
 _SMALL_BYTES = 4096
-"""Copies of running statistics and the like, which the part of a budget that is kept free for the allocator holds."""
+"""Copies of written tensors (running statistics) up to this size are not counted: the margin of the budget covers them."""
 
 
-def has_room(plan: Plan, written_bytes: int) -> bool:
-    """Whether an audit keeps the budget: the original's forward, then the planned one, beside copies of what is written."""
+def can_audit(step: Step) -> bool:
+    """Whether the original forward may run beside the planned one: it has no effects outside, and bits are to be the same."""
+    hooked = any(not spec.repeatable for spec in step.joint.parts.values())
+    return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)
+
+
+def audit_fits(plan: Plan, written_bytes: int) -> bool:
+    """Whether an audit fits the budget.
+
+    It needs the higher peak of the original and the planned forward, plus copies of what is written.
+    """
     graph = plan.graph
     made = {name for op in graph.ops[: graph.num_forward_ops] for name in op.writes}
     forward = Graph(

@@ -36,7 +36,7 @@ from planner.tracer.storage import Storages
 from planner.units import format_bytes
 
 MOST_KEYS = 8
-"""So many are remembered; then the oldest is forgotten."""
+"""Maximum number of backwards remembered; then the oldest is dropped."""
 _CURE = (
     "Make the loss part of the plan: plan(..., criterion=your loss, criterion_args=(targets,)), or loss= naming the outputs "
     "that your loss is made of"
@@ -117,10 +117,10 @@ class Backwards:
             raise self._over(choice, what)
         self._check_owners(joint, what)
         other = self._written(joint, graph, choice)
-        over = choice.peak_bytes > plan.budget_bytes  # of a fraction of the plain step, whose own peak is higher so
+        over = choice.peak_bytes > plan.budget_bytes  # fractional budgets alone: the plain step of this backward peaks higher
         _log.log(
             logging.WARNING if over else logging.INFO,
-            "%s: captured in %.1f s; its step peaks at %s, %+.1f %% of the planned step's time",
+            "%s: captured in %.1f s; its step peaks at %s, simulated time %+.1f %% against the planned step",
             what,
             time.monotonic() - begun,
             format_bytes(choice.peak_bytes),
@@ -247,10 +247,10 @@ def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
 
 
 def _costs(joint: Joint, plan: Plan) -> Profile:
-    """Costs of the backward's kernels, found as the plan's were.
+    """Costs of the backward's kernels, estimated or measured as the plan's were.
 
-    On CUDA nothing is run: the device is full of the step that waits. A kernel is taken to copy what it is given in another
-    layout than the default.
+    On CUDA they are always estimated: the interrupted step occupies the device's memory. Each non-contiguous input counts as a
+    copy in the workspace.
     """
     forward = {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]}
     nodes = [node for node in kernel_nodes(joint) if node.name not in forward]

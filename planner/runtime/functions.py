@@ -34,9 +34,10 @@ class Program:
         stages: boxed; see rewriter/stages.py.
         num_outputs: how many of the forward's results are outputs.
         num_saved: how many are saved activations.
-        aliased: per output: it shares its storage with an input or another output, and is handed out as a tensor of its own.
-        alone: per output: no input and no other output lies in its storage. Autograd does not allow writes into a view that a
-            custom Function returns, so such a view is returned as a tensor that is none. `watched` notices the writes.
+        aliased: per output: it shares its storage with an input or an earlier output; its detached tensor is returned.
+        alone: per output: no input and no other output shares its storage. If it is a view, `out.data` is returned, which
+            autograd does not treat as a view: it forbids in-place writes into views that a custom Function returns. `watched`
+            detects the writes.
         differentiable: per output: eager's output requires grad.
         tangents: positions (among the outputs) whose tangents the backward takes, in its order.
         checked_inputs: positions of inputs the backward reads; a write to one before backward is an error.
@@ -50,13 +51,13 @@ class Program:
         inputs: names of the inputs, for errors.
         call_inputs: positions, among the checked inputs' ones, of tensors of the call, which no module holds.
         key: what the stages are right for.
-        apart: positions of the saved activations that autograd does not keep: tickets of opaque parts, which are no tensors,
-            and `exposed` ones.
-        exposed: those of `apart` that are outputs and are only read to recompute: eager does not read them, and lets the caller
-            write into them.
+        apart: positions of the saved activations that are kept on ctx instead of by save_for_backward: saved handles of opaque
+            modules, which are not tensors, and the `exposed` ones.
+        exposed: those of `apart` that are also outputs and that the backward reads only to recompute. Eager does not save them,
+            so the caller may write into them.
         watched: (position of an output, position of the exposed saved activation in its storage) for every output whose storage
-            the backward reads; None where it is not exposed, or an input's.
-        spare: positions of further inputs, from which a backward that was not planned may recompute more.
+            the backward reads; the second is None where that storage is not exposed.
+        spare: positions of inputs that the planned backward does not read, but that another backward may need to recompute.
     """
 
     forward: Boxed
@@ -120,11 +121,13 @@ class Others(Protocol):
 
 @dataclass(slots=True)
 class Run:
-    """One call: hands the inputs to the forward and what is alive from stage to stage of the backward.
+    """State of one forward and its backward, shared by `_Forward` and the taps.
 
     Attributes:
-        others: backwards for gradients that are not as planned.
-        complete: gradients of the later stages, by stage, where another backward has computed them all.
+        others: finds backwards for gradients that are not as planned.
+        alive: tensors passed from one backward stage to the next.
+        complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
+            tuple instead of running its stage.
     """
 
     program: Program
@@ -163,9 +166,10 @@ class _Forward(torch.autograd.Function):
         saved = list(results[program.num_outputs :])
         ctx.apart = {i: saved.pop(i) for i in reversed(program.apart)}
         for i in program.exposed:
-            ctx.apart[i] = ctx.apart[i].detach()  # the output itself would hold what holds it
+            ctx.apart[i] = ctx.apart[i].detach()  # the output itself on ctx would be a cycle: output -> grad_fn -> ctx
         ctx.spare = spare
-        ctx.watched = [outputs[i].detach() for i, _ in program.watched]  # views made in here have version counters of their own
+        # detach() shares the output's version counter; other tensors in its storage, as `out.data`, count for themselves
+        ctx.watched = [outputs[i].detach() for i, _ in program.watched]
         ctx.watched_versions = [tensor._version for tensor in ctx.watched]
         ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
@@ -277,7 +281,7 @@ def _run_stage(this: Run, stage: int, alive: list[torch.Tensor]) -> tuple[torch.
 
 
 def _run_other(this: Run, other: OtherBackward, alive: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    """Run another backward as a whole; the gradients of the first stage's inputs. The taps hand out the rest."""
+    """Run another backward as a whole and return the gradients of the first stage's inputs; the taps return the rest."""
     program = this.program
     with rng_put_back_on_error(program.device) if other.swaps else contextlib.nullcontext():
         results = other.run(alive)
@@ -289,10 +293,10 @@ def _run_other(this: Run, other: OtherBackward, alive: list[torch.Tensor]) -> tu
 
 
 def _check_unreached(ctx: Any, program: Program, other: OtherBackward) -> None:
-    """Raise BackwardError where it would show that autograd visits inputs which this backward has no gradient for.
+    """Raise BackwardError where autograd would visibly visit an input that this backward has no gradient for.
 
-    Eager's graph does not reach them. Here they get None: a parameter's `grad` stays as it is, but its tensor hooks would run,
-    and so would the backward of whatever has made an input.
+    Eager's graph does not contain that input. Here it gets None: a parameter's `grad` stays unchanged, but its tensor hooks
+    would run, and so would the backward of the operation that produced an input.
     """
     if None not in other.gradients:
         return

@@ -62,8 +62,8 @@ def autocast_key(device: torch.device) -> Autocast:
 def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The autocast context of a key; the caller's own context has no influence.
 
-    Where autocast is off and is to be off, nothing is entered: a region of the model's own inside would be no outermost one,
-    and its cached casts would outlive it.
+    Enters nothing where autocast is off and must be off: inside a context entered here, the model's own autocast region would
+    not be the outermost one, and its cast cache would not be cleared when it ends.
     """
     enabled, name = key.autocast
     if not enabled and not torch.is_autocast_enabled(device.type):

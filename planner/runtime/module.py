@@ -15,7 +15,7 @@ from planner.errors import InputError, PlanAuditError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
 from planner.runtime import guard
-from planner.runtime.audit import Digest, difference, digest, has_room, is_due, rewound, run_original
+from planner.runtime.audit import Digest, audit_fits, can_audit, difference, digest, is_due, rewound, run_original
 from planner.runtime.backwards import Backwards
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
@@ -32,7 +32,7 @@ from planner.tracer.host.state import written
 runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
     reason="a planned step runs as it was planned; to have it compiled, plan(..., compile=True)"
 )
-"""Where the user's torch.compile meets a plan, it lets the plan run as it is."""
+"""Decorator: torch.compile does not trace into a planned call."""
 
 
 def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
@@ -207,7 +207,7 @@ class CheckpointedModule(fx.GraphModule):
         if self.audits and is_due(self._num_runs):
             plain = [given for given in step.joint.inputs if given.kind is not Kind.TANGENT]
             written = [tensor for given, tensor in zip(plain, inputs, strict=True) if given.mutated]
-            if has_room(self.plan, sum(tensor.nbytes for tensor in written)):
+            if audit_fits(self.plan, sum(tensor.nbytes for tensor in written)):
                 original = unplanned or unplanned_forward(self._original)
                 accused = self._audit(original, args, kwargs, tensors, inputs, written)
                 if accused is not None:
@@ -329,7 +329,7 @@ class CheckpointedModule(fx.GraphModule):
         step = self._step
         joint = step.joint
         if joint.elsewhere:
-            cure = f"planned from afar for {joint.elsewhere}: save the plan, and apply it there"
+            cure = f"planned for {joint.elsewhere}, which is not here: save the plan, and apply it there"
             return [], [], Mismatch("device", "the device", cure)
         tensors, miss = guard.flatten_call(joint.call, args, kwargs, step.key.arguments)
         if miss is not None:
@@ -370,15 +370,15 @@ class CheckpointedModule(fx.GraphModule):
         return self._original.load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointedModule:
-        return self._twin(copy.deepcopy(self._original, with_left_tensors(self._original, memo)))
+        return self._with_model(copy.deepcopy(self._original, with_left_tensors(self._original, memo)))
 
     def __copy__(self) -> CheckpointedModule:
-        return self._twin(self._original)
+        return self._with_model(self._original)
 
-    def _twin(self, model: nn.Module) -> CheckpointedModule:
-        twin = CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program, audits=self.audits)
-        twin.alternatives.extend(alternative._twin(model) for alternative in self.alternatives)
-        return twin
+    def _with_model(self, model: nn.Module) -> CheckpointedModule:
+        made = CheckpointedModule(model, self._step, self.plan, self.strict, program=self.program, audits=self.audits)
+        made.alternatives.extend(alternative._with_model(model) for alternative in self.alternatives)
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         others = [(other.step, other.plan) for other in self.alternatives]
@@ -394,9 +394,3 @@ def _restored(
     made = CheckpointedModule(model, step, plan, strict, audits=audits)
     made.alternatives.extend(CheckpointedModule(model, *other, strict, audits=audits) for other in others)
     return made
-
-
-def can_audit(step: Step) -> bool:
-    """The original forward may run beside the planned one: nothing in it acts on the world outside, and bits are the same."""
-    hooked = any(not spec.repeatable for spec in step.joint.parts.values())
-    return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)

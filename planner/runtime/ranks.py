@@ -1,7 +1,7 @@
 """Ranks that communicate inside a planned step must run the same plan: they compare before the first one.
 
-Collectives of a planned step come in the captured order and never twice, so that a rank which runs unplanned keeps step with
-one that runs planned. But how they mix with others, as those of DistributedDataParallel, depends on the plan.
+A planned step runs its collectives in the captured order, each once, so that planned and unplanned ranks match. Their order
+relative to other collectives, such as DistributedDataParallel's, depends on the plan.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def communicates(joint: Joint) -> bool:
 def compare_plans(step: Step, plan: Plan) -> None:
     """Tell the other ranks of the process groups that the step communicates in which plan runs here, and read theirs.
 
-    To be called before a module's first planned step. By the store of the process group and not by a collective, so that a
-    rank which runs unplanned, or another plan, is no hang: ranks that did not come within 10 s will see this one's plan.
+    Call it before a module's first planned step. It uses the process group's key-value store, not a collective, so it does not
+    hang where another rank runs unplanned. It waits up to 10 s; a rank that comes later reads this rank's entry.
 
     Raises:
         RanksDifferError: they run different plans of the same graph.

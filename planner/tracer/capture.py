@@ -42,9 +42,10 @@ def capture(
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
-    Nothing is allocated and the model is left as it was. If the model reads tensor values (`.item()`,
-    `if mask.all()`), one real forward is run without keeping activations, to learn them. A submodule that cannot be
-    captured becomes an opaque part, which runs as it is: for these, too, a real forward is run, and theirs a few times more.
+    The model is left as it was, and tracing itself allocates no tensor data. Unless a tensor has no data (meta, fake), the
+    model's real forward runs first (2 to 4 times, without saved activations), to learn what Python does: tensor values it
+    reads, state it changes. A submodule that cannot be captured becomes an opaque module, which runs unplanned inside the
+    step; it is run a few more times, with its backward, and measured.
 
     Args:
         model: in training mode, on the device it will train on.

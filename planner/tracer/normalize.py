@@ -61,12 +61,8 @@ def normalize(
         CaptureError: the graph holds something that cannot be planned exactly (named).
     """
     graph = exported.graph_module.graph
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    inputs = {
-        node.name: Input(node.name, _KINDS[role[0]], names.get(role[1], role[1]))
-        for node, role in zip(placeholders, exported.inputs, strict=True)
-    }
-    node_of = {role: node for node, role in zip(placeholders, exported.inputs, strict=True)}
+    node_of = dict(zip(exported.inputs, graph.find_nodes(op="placeholder"), strict=True))
+    inputs = {n.name: Input(n.name, _KINDS[role[0]], names.get(role[1], role[1])) for role, n in node_of.items()}
     constants = _lift_constants(graph, exported.graph_module, inputs)
     guards, host_reads, roles = _split_off_reads(graph, exported.outputs, num_results, reads)
     _refuse(graph, roles, inputs, node_of)

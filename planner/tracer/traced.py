@@ -29,7 +29,7 @@ from planner.tracer.record import record
 from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
 
 
-class _Handed(torch.autograd.Function):
+class _OutputIdentity(torch.autograd.Function):
     """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
 
     @staticmethod
@@ -205,7 +205,7 @@ class Step(nn.Module):
                     if not isinstance(leaf, torch.Tensor):
                         check_constant(leaf, name)
                 losses = loss_leaves(out, leaves, self._loss)
-                handed = self._hand_out(leaves, names, losses, tensors, given)
+                handed = self._classify_outputs(leaves, names, losses, tensors, given)
         finally:
             self.where = tracing.where
         self.reads = [(value, where) for _, value, where in tracing.read]
@@ -219,7 +219,7 @@ class Step(nn.Module):
         for path, name in self.host.aliases:
             path.set(self.model, weights[name])
 
-    def _hand_out(
+    def _classify_outputs(
         self,
         leaves: Sequence[Any],
         names: Sequence[str],
@@ -227,7 +227,10 @@ class Step(nn.Module):
         tensors: Sequence[torch.Tensor],
         weights: Mapping[str, torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Sort the output's leaves into results, handed through and constant; cut off what is not differentiated."""
+        """Classify the output's leaves as graph results, inputs returned unchanged, or constants.
+
+        Results that backward does not start from are detached.
+        """
         starts = {id(leaf) for leaf in losses} if self.replay is None else set()
         self.outputs = []
         results: dict[int, torch.Tensor] = {}  # by identity: a tensor returned twice is one result
@@ -259,7 +262,7 @@ class Step(nn.Module):
             strides = self.replay.strides[position]
             differentiated = strides is not None
         if position == len(results):
-            results[id(leaf)] = _Handed.apply(leaf, strides) if differentiated else leaf.detach()
+            results[id(leaf)] = _OutputIdentity.apply(leaf, strides) if differentiated else leaf.detach()
         return differentiated
 
     def _collect_left(
@@ -275,7 +278,7 @@ class Step(nn.Module):
                 return leaf
             if id(leaf) not in sources:
                 if id(leaf) not in results:
-                    # it may be a term of the loop's loss; a backward without it is captured when it comes
+                    # the loop may add it to its loss; if it does not, that backward is captured when it first runs
                     position = len(results)
                     differentiated = self._add_result(results, leaf, leaf.requires_grad)
                     self.left.append(Output(str(path), position, differentiated, leaf.requires_grad))
@@ -289,7 +292,8 @@ class Step(nn.Module):
             template = rebuilt(live, partial(ref, effect.path))
             if not same_build(template, effect.template):
                 raise CaptureError(
-                    f"{effect.path} is left otherwise while traced than in a real forward", module=effect.path.module
+                    f"{effect.path} has another structure after the traced forward than after a real one",
+                    module=effect.path.module,
                 )
             self.effects.append(replace(effect, template=template))
         for name, new in self._reassigned.items():

@@ -23,7 +23,7 @@ class Changes:
 
     Attributes:
         effects: what is written; the templates hold the tensors of the last recording forward.
-        moved: identities of tensors of before the forward that are found in other places after it.
+        moved: ids of tensors that existed before the forward and are stored in another place after it.
     """
 
     effects: tuple[Effect, ...] = ()
@@ -46,7 +46,8 @@ def find_changes(
         outside: identities of the tensors of Python state that kernels read.
         known: identities of weights and inputs.
         inputs: identities of the call's tensors, which every call leaves anew.
-        only_written: an attribute is written by every forward before it is read: a planned call writes it, too.
+        only_written: whether every forward writes an attribute before reading it; planned calls then write it even if its
+            value is equal.
 
     Raises:
         CaptureError: something that is no tensor changes from call to call, or a container that cannot be written.

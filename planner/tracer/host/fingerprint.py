@@ -65,7 +65,10 @@ class Same:
 
 
 def alike(expected: Fingerprint, now: Fingerprint, *, copied: bool = False) -> bool:
-    """The fingerprints are equal; `copied`: of objects that a copy of the model has copies of, only the kind counts."""
+    """Whether two fingerprints are equal.
+
+    `copied`: objects that a deep copy duplicates are compared by class, not by identity.
+    """
     if isinstance(expected, Same) or isinstance(now, Same):
         if not (isinstance(expected, Same) and isinstance(now, Same)):
             return False

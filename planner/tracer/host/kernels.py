@@ -40,7 +40,7 @@ class RecordKernels(TorchDispatchMode):
     """Fills a Run; what happens while `paused` (inside opaque submodules) is left out."""
 
     def __init__(self, where: Callable[[], str], apart: Callable[[], AbstractContextManager[None]]) -> None:
-        """`apart`: entered where an operator that is not torch's runs, whose Python code is its own affair."""
+        """`apart`: context entered while an operator that is not torch's runs; its Python code is not recorded."""
         super().__init__()
         self._where, self._apart = where, apart
         self._made: dict[int, torch.Tensor] = {}
@@ -86,7 +86,7 @@ class RecordKernels(TorchDispatchMode):
             self._keep_written(func, args, kwargs or {})
         if is_foreign(func) and not self.paused:
             with self._apart():
-                result = _without_others(func, args, kwargs or {})
+                result = _without_communication(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
         for made in pytree.tree_leaves(result):
@@ -105,8 +105,8 @@ class RecordKernels(TorchDispatchMode):
                 self._contents[id(base)] = (base, base.detach().clone())
 
 
-def _without_others(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operator run; where it communicates inside, what it returns as far as shapes go."""
+def _without_communication(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run the operator; where it communicates, which is forbidden here, return tensors of the right shapes instead."""
     with collectives_forbidden() as refused:
         try:
             return func(*args, **kwargs)

@@ -27,7 +27,7 @@ from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_p
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 
 _RUNS = 4
-"""So many runs are made at most; the first ones may fill caches and first states."""
+"""Maximum number of runs; the first ones may fill caches and initial state."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps its hooks."""
@@ -113,7 +113,7 @@ class Observer:
                 for tensor, content in contents if runs else ():
                     tensor.copy_(content)
             runs.append(self._inside(lambda: self._run(call)))
-            self._refuse_elsewhere()
+            self._refuse_untracked_changes()
             snapshots.append(self._inside(self._snapshot))
         reads = self.reads.reads()
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
@@ -122,13 +122,16 @@ class Observer:
         after = self._inside(self._snapshot)
         changes = find_changes(self._model, snapshots[-2], after, outside, known, given, self._is_only_written)
         state = self._state(snapshots[-2], outside, changes)
-        # the first run came from another state, and did the same: what this forward leaves there does not steer it
+        # the first run started from other values and ran the same kernels: what it writes there does not affect it
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
         host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
         return Observation(runs[-1], host, self.preserved)
 
-    def _refuse_elsewhere(self) -> None:
-        """Raise CaptureError where the last run changed something that no place of Python state stands for."""
+    def _refuse_untracked_changes(self) -> None:
+        """Raise CaptureError where the last run changed what no Path covers.
+
+        Environment variables, a tensor's memory, attributes of tensors, class attributes.
+        """
         changed = {name for name, _ in dict(os.environ).items() ^ self._environment.items()}
         if changed:
             os.environ.clear()
@@ -219,7 +222,7 @@ class Observer:
             found.update((place, frozen(value)) for place, value in places)
         return found
 
-    def _is_apart(self, name: str) -> bool:
+    def _is_opaque(self, name: str) -> bool:
         return any(name == part or name.startswith(f"{part}.") for part in self._parts)
 
     def _aliases(self) -> tuple[tuple[Path, str], ...]:
@@ -265,7 +268,7 @@ class Observer:
         places = list(roots(model, read, reads, self._parts))
         places += [Path(name, "training") for name, _ in model.named_modules()]
         for name, module in model.named_modules():
-            if name and not self._is_apart(name):
+            if name and not self._is_opaque(name):
                 places += [Path(name, kind) for kind in HOOKS if vars(module)[kind]]
         expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
@@ -292,8 +295,8 @@ def _unsteady(one: Run, other: Run) -> CaptureError:
     pairs = zip(one.kernels, other.kernels, strict=False)
     first = next((kernel for kernel, again in pairs if kernel != again), (one.kernels + other.kernels + [("", "")])[-1])
     return CaptureError(
-        f"the model's forward is another one at each call: {first[0]} in {first[1] or 'the model itself'} is run with other "
-        "arguments, or not at all (a counter, a clock, a schedule in Python?); a plan would repeat one call for ever. Pass "
+        f"the model's forward changes from call to call: {first[0]} in {first[1] or 'the model itself'} ran with other "
+        "arguments or did not run (a counter, a clock, a schedule in Python?); a plan would repeat one call forever. Pass "
         "what changes as a tensor argument, or make it a buffer",
         module=first[1],
     )

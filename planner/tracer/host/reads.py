@@ -268,7 +268,7 @@ class ReadRecorder:
                 self.see(held, name)
 
     def _patch(self, kind: type) -> bool:
-        """Have attribute access of this class's instances noted; False where that cannot be had."""
+        """Patch this class so that reads and writes of its instances' attributes are recorded; False where that fails."""
         if kind in self._patched:
             return True
         if kind is not nn.Module and (issubclass(kind, nn.Module) or is_foreign_class(kind)):
@@ -277,7 +277,7 @@ class ReadRecorder:
         own = (vars(kind).get("__getattribute__"), vars(kind).get("__setattr__"))
         noted, written = self._note_read, self._note_write
 
-        def missing(this: Any, name: str) -> Any:
+        def recorded_get(this: Any, name: str) -> Any:
             try:
                 value = getter(this, name)
             except AttributeError:
@@ -286,13 +286,13 @@ class ReadRecorder:
             noted(this, name, value)
             return value
 
-        def put(this: Any, name: str, value: Any) -> None:
+        def recorded_set(this: Any, name: str, value: Any) -> None:
             written(this, name)
             setter(this, name, value)
 
         try:
-            kind.__getattribute__ = missing  # type: ignore[method-assign, assignment]
-            kind.__setattr__ = put  # type: ignore[method-assign, assignment]
+            kind.__getattribute__ = recorded_get  # type: ignore[method-assign, assignment]
+            kind.__setattr__ = recorded_set  # type: ignore[method-assign, assignment]
         except TypeError:  # a class that cannot be changed
             return False
         self._patched[kind] = own

@@ -130,7 +130,10 @@ def roots(
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands for a tensor in a template: ("result", i) of the graph, ("state", i), ("input", i) or ("weight", name)."""
+    """Stands for a tensor in a template.
+
+    ("result", i) of the graph; ("input", i) of the call and, behind these, of `HostState.state`; or ("weight", name).
+    """
 
     source: str
     key: Any
@@ -183,13 +186,13 @@ def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class HostKey:
-    """What of Python's state a plan was made for.
+    """The Python state that a plan depends on.
 
     Attributes:
         reads: what the forward reads.
         expected: the fingerprint of every place it reads.
         apart: opaque submodules, whose state is their own affair.
-        left: places that the forward writes to and that do not steer it, and lists that it appends to.
+        left: places that the forward writes but that do not affect it, and lists that it appends to; not compared.
         environment: values of the environment variables it reads.
     """
 
@@ -201,7 +204,7 @@ class HostKey:
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
-    """For `Fingerprints`: containers as a whole, by identity, and parts of one, by (identity, step)."""
+    """What `Fingerprints` skips: id of a list or deque (its whole content), and (id of a container, step) of a single part."""
     found: set[Any] = set()
     for path in left:
         if isinstance(path.get(model), (list, deque)):
