@@ -55,3 +55,52 @@ def test_a_list_in_several_places_is_appended_to_once_and_a_guarded_dict_is_put_
     assert planned.difference((x,), {}) is None and len(model.log) == len(twin.log) == 6
     assert_same(twin.log, model.log)
     assert torch.equal(twin.last["total"], model.last["total"])
+
+
+class Head(nn.Module):
+    """Puts its result into a list that others hold, too."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.layer, self.heads = nn.Linear(4, 4), heads
+
+    def forward(self, x):
+        out = self.layer(x)
+        self.heads[0] = out
+        return out
+
+
+class Named(nn.Module):
+    """Reads names from a list that others hold, too."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.weights, self.names = nn.ModuleDict({name: nn.Linear(4, 4) for name in names}), names
+
+    def forward(self, x):
+        for name in self.names:
+            x = torch.tanh(self.weights[name](x))
+        return x
+
+
+class Shares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.names = [torch.rand(1)], ["default"]
+        self.first, self.second = Head(self.heads), Head(self.heads)
+        self.one, self.two, self.three = Named(self.names), Named(self.names), Named(self.names)
+
+    def forward(self, x):
+        h = self.three(self.two(self.one(self.second(torch.tanh(self.first(x))))))
+        return (h * self.heads[0]).square().mean()
+
+
+def test_a_list_in_several_places_does_not_grow():
+    torch.manual_seed(0)
+    model, x = Shares(), torch.randn(3, 4)
+    twin = copy.deepcopy(model)
+    planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
+    assert planned.num_unplanned_calls == 0 and planned.difference((x,), {}) is None
+    assert model.names == ["default"] and model.one.names is model.three.names is model.names
+    assert len(model.heads) == 1 and model.first.heads is model.heads and torch.equal(model.heads[0], twin.heads[0])

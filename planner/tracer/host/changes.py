@@ -89,7 +89,7 @@ class _Finder:
         self._model, self._before, self._after, self._outside = model, before, after, outside
         self._inputs, self._only_written = inputs, only_written
         self._done: list[Path] = []
-        self._grown: set[int] = set()
+        self._lists: set[int] = set()
         self._num_parts = Counter(_parent(path) for path in before if path.steps)
         self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
 
@@ -116,14 +116,12 @@ class _Finder:
 
     def _of_same_object(self, path: Path, now: Any) -> Iterator[Effect]:
         """A list or deque that was changed in place: it may have grown."""
-        if not isinstance(now, (list, deque)):
-            return
+        if not isinstance(now, (list, deque)) or id(now) in self._lists:
+            return  # a list in several places is looked at in the first: a snapshot lists its items there
+        self._lists.add(id(now))
         old = self._num_parts[_root(path), path.steps]
         new = list(now)
         if len(new) <= old:
-            return
-        if id(now) in self._grown:  # a list in several places is appended to once
-            self._done.append(path)
             return
         kept = [self._before.get(path.inside(("item", i)), ABSENT) for i in range(old)]
         grown = new[old:]
@@ -131,7 +129,6 @@ class _Finder:
         if read or any(a is not b for a, b in zip(kept, new, strict=False)):
             raise _refusal(path, f"{old} items", f"{len(new)} items")
         self._done.append(path)
-        self._grown.add(id(now))
         yield Effect(path, _tensors_only(path, grown), appends=True)
 
     def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
