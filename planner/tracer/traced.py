@@ -99,9 +99,13 @@ class Step(nn.Module):
         return self.where.rpartition(" ")[0]
 
     def can_run(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """There is a forward to learn from: all tensors have data, and nothing is known from before."""
+        """There is a forward to learn from, and nothing is known from before.
+
+        Not on the meta device; and fake tensors run like real ones here, but not for a device that is not here.
+        """
+        absent = _torch.FakeTensor if self._elsewhere is not None else ()
         held = (*self.model.parameters(), *self.model.buffers(), *tensors)
-        return self.replay is None and not any(t.is_meta or isinstance(t, _torch.FakeTensor) for t in held)
+        return self.replay is None and not any(t.is_meta or isinstance(t, absent) for t in held)
 
     @property
     def moving(self) -> frozenset[int]:

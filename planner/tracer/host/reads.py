@@ -108,6 +108,8 @@ def is_library_code(code: types.CodeType) -> bool:
 
 
 _TORCH = str(Path(torch.__file__).parent)
+_TRACED = "planner.tracer.traced"
+"""Home of the module that calls the model: what it reads of itself is no state of the model's."""
 
 
 class ReadRecorder:
@@ -166,8 +168,6 @@ class ReadRecorder:
     def see(self, value: Any, where: str = "") -> None:
         """Remember a value as it is now, and note what is read of the objects it is made of."""
         for item in keep_deep(self._preserved, value, self._names, where):
-            if type(item).__module__.startswith("planner."):  # what runs the forward is on the stack, too
-                continue
             self._objects.append(item)
             if isinstance(item, nn.Module):  # one that is in a container, not among the model's own
                 self._preserved.keep(item, where)
@@ -304,6 +304,8 @@ class ReadRecorder:
             return
         if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
             return
+        if type(this).__module__ == _TRACED:
+            return
         if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
             return
         with self._not_noting():
@@ -318,7 +320,7 @@ class ReadRecorder:
                 self.see(value, name)
 
     def _note_write(self, this: Any, name: str) -> None:
-        if self.paused or threading.get_ident() != self._thread:
+        if self.paused or threading.get_ident() != self._thread or type(this).__module__ == _TRACED:
             return
         with self._not_noting():
             if not isinstance(this, nn.Module):
