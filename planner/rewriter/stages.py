@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -50,17 +51,13 @@ def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) 
     for node in backward.find_nodes(op="call_function", target=operator.getitem):
         stage_of[node] = stage_of[node.args[0]]  # a kernel's results part at once: no tuple travels between stages
 
-    last_use: dict[fx.Node, int] = {}
-    for node, stage in stage_of.items():
-        if node.op == "output":
-            continue
-        for arg in node.all_input_nodes:
-            last_use[arg] = max(last_use.get(arg, 0), stage)
-    read_until = _read_until(backward, last_use)
-    alive = list(backward.find_nodes(op="placeholder"))
-    handed_in = [max(stage_of[node], read_until.get(owner, 0)) for node, owner in zip_longest(handed, owners, fillvalue="")]
+    kept = sorted({*_handed_in(backward, stage_of, owners)}) or [0]  # autograd never visits a stage that hands out nothing
+    stage_of = {node: min(bisect_left(kept, stage), len(kept) - 1) for node, stage in stage_of.items()}
+    num_stages = len(kept)
+    last_use, handed_in = _last_use(stage_of), _handed_in(backward, stage_of, owners)
     for node, stage in zip(handed, handed_in, strict=True):
         last_use[node] = max(last_use.get(node, 0), stage)
+    alive = list(backward.find_nodes(op="placeholder"))
     stages = []
     for k in range(num_stages):
         graph = fx.Graph()
@@ -76,6 +73,22 @@ def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) 
         graph.output(tuple(now[handed[i]] for i in mine) + tuple(now[node] for node in alive))
         stages.append(Stage(graph, mine))
     return tuple(stages)
+
+
+def _last_use(stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Per node that is read, the last stage in which it is."""
+    found: dict[fx.Node, int] = {}
+    for node, stage in stage_of.items():
+        for arg in node.all_input_nodes if node.op != "output" else ():
+            found[arg] = max(found.get(arg, 0), stage)
+    return found
+
+
+def _handed_in(backward: fx.Graph, stage_of: Mapping[fx.Node, int], owners: Sequence[str]) -> list[int]:
+    """Per gradient, the stage that hands it out."""
+    read_until = _read_until(backward, _last_use(stage_of))
+    pairs = zip_longest(results(backward), owners, fillvalue="")
+    return [max(stage_of[node], read_until.get(owner, 0)) for node, owner in pairs]
 
 
 def _read_until(backward: fx.Graph, last_use: Mapping[fx.Node, int]) -> dict[str, int]:

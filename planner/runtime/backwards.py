@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from planner._torch import fake_mode, pytree
+from planner._torch import fake_mode, pytree, results
 from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.plan import Plan
@@ -27,11 +27,11 @@ from planner.runtime.functions import Boxed, OtherBackward
 from planner.runtime.guard import autocast_of
 from planner.runtime.step import Step
 from planner.tracer import kernels
-from planner.tracer.capture import capture
 from planner.tracer.graft import graft
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from planner.tracer.replay import Replay
+from planner.tracer.settled import capture_again
 from planner.tracer.storage import Storages
 from planner.units import format_bytes
 
@@ -72,6 +72,7 @@ class Backwards:
                 return None
             known = self._known.get((key, written))
         if known is None:
+            self._check_written_views(gradients, written)
             try:
                 known = self._made(gradients, written)
             except BackwardError:
@@ -145,6 +146,21 @@ class Backwards:
             peak_bytes=choice.peak_bytes,
         )
 
+    def _check_written_views(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> None:
+        """Raise BackwardError where eager would take another way to a view that was written into.
+
+        Autograd then makes the view's node anew, and a gradient that is not laid out as the view arrives in another layout.
+        """
+        joint, halves = self._step.joint, self._step.halves
+        roots = {halves.saved[i] for i in written}
+        for node, root, gradient in zip(results(joint.graph), halves.roots, gradients, strict=False):
+            is_view = root in roots and node.name != root
+            if is_view and gradient is not None and gradient.stride() != node.meta["val"].stride():
+                raise BackwardError(
+                    f"{self._described(gradients, written)}: eager would differentiate the view that was written into in "
+                    "another way than a plan. Write into a copy of it"
+                )
+
     def _check_owners(self, joint: Joint, what: str) -> None:
         """Raise BackwardError where a gradient would arrive at a tensor that the planned step hands no gradient to."""
         known = {(given.kind, given.key) for given, _ in self._step.joint.gradients}
@@ -197,7 +213,7 @@ def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]
 
 
 def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
-    """The planned call captured again for other gradients; nothing is run, and the call's tensors are stand-ins.
+    """The planned call captured again for other gradients; the call's tensors are stand-ins.
 
     Raises:
         InputError, CaptureError: the model is no longer one that can be captured.
@@ -215,7 +231,7 @@ def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
     opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.parts.values()))
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
         known = Replay(strides, step.joint.recorded, step.joint.parts, step.joint.host)
-        return capture(model, args, kwargs, opaque=opaque, replay=known)
+        return capture_again(model, args, kwargs, known, opaque)
 
 
 def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:

@@ -134,11 +134,12 @@ def _capture(
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
     with one_at_a_time(), Generators(device).preserved():
         token = IS_CAPTURING.set(True)
+        context = copy_context()  # in which the model may set context variables, and in which they are put back
         try:
-            exported = copy_context().run(_export, step, given)  # in which the model may set context variables
+            exported = context.run(_export, step, given)
             weights = weight_keys(model)
         finally:
-            step.restore()
+            context.run(step.restore)
             IS_CAPTURING.reset(token)
     warn_left_out(model, step.outputs)
     joint = normalize(

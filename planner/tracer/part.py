@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from planner._torch import pytree, storage_id
 from planner.errors import BackwardError, PartError
 from planner.profiler.profile import KernelCost
 from planner.tracer.joint import CallSpec
+from planner.tracer.strays import weights_kept
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 _UNMEASURED = KernelCost(0, 0)
@@ -63,6 +65,7 @@ class PartCall:
         draws: it draws random numbers from the device's generator (forward, backward).
         mutates: names in the submodule of the parameters and buffers that it writes into.
         repeatable: a second run is sure to give the same bits and to change nothing, given the generator's state.
+        own_leaves: tensors that the part makes itself and wants gradients of, for a backward inside of it.
     """
 
     key: str
@@ -83,6 +86,7 @@ class PartCall:
     draws: tuple[bool, bool] = (False, False)
     mutates: tuple[str, ...] = ()
     repeatable: bool = True
+    own_leaves: int = 0
 
     @property
     def results(self) -> tuple[TensorSpec, ...]:
@@ -154,9 +158,14 @@ class Part:
         num_arguments, num_weights = len(spec.arguments), len(spec.weights)
         arguments = [gated(t, s.requires_grad and spec.grad) for t, s in zip(tensors, spec.arguments, strict=False)]
         given = tensors[num_arguments : num_arguments + num_weights]
-        weights = {name: nn.Parameter(t.detach(), grad) for (name, grad), t in zip(spec.weights, given, strict=True)}
+        weights = stand_ins(spec, given)
         buffers = dict(zip(spec.buffers, tensors[num_arguments + num_weights :], strict=True))
         ticket, results, packed = call_part(self.module, spec, arguments, weights | buffers, self._results)
+        if len(foreign_leaves(ticket)) > spec.own_leaves:
+            raise PartError(
+                f"{spec.module}, which runs as it is, reads a tensor that requires grad and that an earlier call left behind: "
+                "eager would differentiate that call once more, a plan cannot. Keep it detached, or train this model unplanned"
+            )
         _refer(packed, [*tensors[:num_arguments], *results], spec)
         return (*results, ticket)
 
@@ -212,6 +221,36 @@ class Part:
 _ADVICE = "make a larger part opaque: plan(..., opaque=[its parent])"
 
 
+def stand_ins(spec: PartCall, weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of the same memory, by name, for one call; no gradient may be accumulated in them."""
+    made = {name: nn.Parameter(t.detach(), grad) for (name, grad), t in zip(spec.weights, weights, strict=True)}
+    for parameter in made.values():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(partial(_refuse_inside, spec.module))
+    return made
+
+
+def _refuse_inside(module_name: str, *_: Any) -> None:
+    raise BackwardError(
+        f"backward came to a tensor that something in {module_name} kept of its inside (an attribute, a hook?); a plan knows no "
+        "gradient there. Return that tensor from the model, or keep it detached"
+    )
+
+
+def foreign_leaves(ticket: Ticket) -> list[torch.Tensor]:
+    """Tensors that backward from the results would accumulate gradients in, and that are none of the sources."""
+    inside = {edge.node for edge in ticket.sources if edge is not None}
+    todo, found = [edge.node for edge in ticket.results if edge is not None], []
+    while todo:
+        node = todo.pop()
+        if node not in inside:
+            inside.add(node)
+            if (leaf := getattr(node, "variable", None)) is not None:
+                found.append(leaf)
+            todo += [following for following, _ in node.next_functions if following is not None]
+    return found
+
+
 def gated(tensor: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     """The same data as an argument inside autograd."""
     if not requires_grad:
@@ -247,28 +286,26 @@ def call_part(
 
     def unpack(held: _Packed) -> torch.Tensor:
         if held.tensor is None and not slots.given:
-            raise BackwardError(
-                f"backward came to a tensor that something in {module_name} kept of its inside (a hook?); a plan knows no "
-                "gradient there. Return that tensor from the model, or keep it detached"
-            )
+            _refuse_inside(module_name)
         return held.tensor if held.tensor is not None else slots.given[held.slot].as_strided(*held.geometry)
 
     enabled, dtype = spec.autocast
     device = next(iter((*state.values(), *arguments))).device
+    held, weights = _in_every_place(module, state)
     with (
         torch.set_grad_enabled(spec.grad),
         torch.autocast(device.type, dtype, enabled=enabled),
         saved_tensors_hooks(pack, unpack),
     ):
-        held = _in_every_place(module, state)
-        out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
+        with weights_kept(module, weights):
+            out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
         found = results_of(out)
     if enabled:
         torch.clear_autocast_cache()  # nobody else uses these casts
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if held[name] is not tensor:  # self.buffer = new
-                tensor.copy_(held[name])
+    for name, tensor in state.items():
+        if held[name] is not tensor:  # self.buffer = new
+            path, _, attribute = name.rpartition(".")
+            module.get_submodule(path)._buffers[attribute] = held[name]
     ticket.results = [get_gradient_edge(t) if t.requires_grad else None for t in found]
     sources = (*arguments, *(state[name] for name, _ in spec.weights))
     ticket.sources = [get_gradient_edge(t) if t.requires_grad else None for t in sources]
@@ -277,19 +314,22 @@ def call_part(
     return ticket, own_storages([t.detach() for t in found]), saved
 
 
-def _in_every_place(module: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state under the name of each place that holds it: those of shared tensors, too.
+def _in_every_place(
+    module: nn.Module, state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
+    """The state under the name of each place that holds it, those of shared tensors, too; the module's own tensor by stand-in.
 
     A submodule that is registered twice is one place. With both its names, functional_call would leave the given tensors in it.
     """
     held = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
     by_tensor = {id(held[name]): tensor for name, tensor in state.items()}
-    return {
+    places = {
         f"{path}.{name}".lstrip("."): by_tensor[id(tensor)]
         for path, submodule in module.named_modules()
         for name, tensor in (*submodule._parameters.items(), *submodule._buffers.items())
         if id(tensor) in by_tensor
     }
+    return places, {id(tensor): held[name] for name, tensor in state.items() if held[name] is not tensor}
 
 
 def own_storages(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -207,6 +207,10 @@ def _arrived(graph: fx.Graph, node: fx.Node, spec: PartCall) -> list[Any]:
         earlier = added[0].args[0] if len(added) == len(item.users) == 1 else None
         if isinstance(earlier, fx.Node) and earlier is not item and order[earlier] < order[node]:
             arrived[position] = earlier
+            item.meta["val"] = added[0].meta["val"]  # the engine adds, and lays the sum out as that kernel does
+            results = list(node.meta["val"])
+            results[position] = item.meta["val"]
+            node.meta["val"] = results
             added[0].replace_all_uses_with(item)
             graph.erase_node(added[0])
         if spec.taken[position] >= len(spec.arguments):

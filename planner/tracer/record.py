@@ -19,12 +19,14 @@ from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity, kernels
 from planner.tracer.host.generators import Generators
+from planner.tracer.host.kernels import graph_from_outside
 from planner.tracer.host.observe import HOOKS, Observation, Observer
 from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.reads import global_names
+from planner.tracer.host.restorers import same_bits
 from planner.tracer.host.values import parts as parts_of
 from planner.tracer.joint import CallSpec
-from planner.tracer.part import Part, PartCall, Ticket, call_part, find_reads, gated, tensor_spec
+from planner.tracer.part import Part, PartCall, Ticket, call_part, find_reads, foreign_leaves, gated, stand_ins, tensor_spec
 
 _LONG_NS = 500_000_000
 """A part that takes this long is timed once."""
@@ -60,8 +62,12 @@ def record(
         key = f"{name}#{counts[name] - 1}"
         with observer.pause():
             if key not in calls:
-                calls[key] = _Recording(module, name, key, args, kwargs, device).spec
-            out = run()
+                recording = _Recording(module, name, key, args, kwargs, device, observer.kernels.has_made)
+                effects = observer.preserved.changed_by(recording.run) or observer.kernels.wrote_outside(module)
+                calls[key] = replace(recording.spec, repeatable=recording.spec.repeatable and not effects)
+            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            with observer.kernels.refusing_graphs_from_outside(name, given):
+                out = run()
             _refuse_collected(module, name)
             return out
 
@@ -109,8 +115,18 @@ def written_weights(model: nn.Module) -> list[torch.Tensor]:
 class _Recording:
     """One call of a part, run and measured; `spec` is what came out. The module is left as it was."""
 
-    def __init__(self, module: nn.Module, name: str, key: str, args: Any, kwargs: Any, device: torch.device) -> None:
-        self.module, self.device = module, device
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        key: str,
+        args: Any,
+        kwargs: Any,
+        device: torch.device,
+        is_made: Callable[[torch.Tensor], bool],
+    ) -> None:
+        """`is_made`: a tensor is made by the forward, and was not there before."""
+        self.module, self.device, self._is_made = module, device, is_made
         self.state: dict[str, torch.Tensor] = dict(module.named_parameters())
         buffers = dict(module.named_buffers())
         leaves, in_spec = pytree.tree_flatten((args, kwargs))
@@ -140,6 +156,9 @@ class _Recording:
         )
         self.state |= buffers
         self.is_random = False
+
+    def run(self) -> None:
+        """Run the part several times, to learn and to measure."""
         self._learn()
         self._measure()
 
@@ -149,7 +168,7 @@ class _Recording:
     def _learn(self) -> None:
         """Run it once and see what it takes, makes, draws and changes."""
         spec = self.spec
-        weights = {w: nn.Parameter(self.state[w].detach(), grad) for w, grad in spec.weights}
+        weights = stand_ins(spec, [self.state[name] for name, _ in spec.weights])
         state = {**self.state, **weights}
         arguments = [gated(t, s.requires_grad and spec.grad) for t, s in zip(self.arguments, spec.arguments, strict=True)]
         watched = [*arguments, *state.values()]
@@ -161,19 +180,24 @@ class _Recording:
             before = _generators(self.device)
             ticket, results, packed = call_part(self.module, spec, arguments, state, lambda out: self._see(out, arguments))
             between = _generators(self.device)
+            leaves = foreign_leaves(ticket)
             slots = [*arguments, *results]
             reads = find_reads(packed, slots)
             del packed
             found = self._differentiate(ticket, results, slots)
             after = _generators(self.device)
             written = [tensor._version != version for tensor, version in zip(watched, versions, strict=True)]
-            changed = [name for name, old in contents.items() if not torch.equal(old, self.state[name])]
+            held = dict(self.module.named_buffers())
+            is_as_it_was = lambda name: held.get(name) is self.state[name] and same_bits(contents[name], held[name])
+            changed = [name for name in contents if not is_as_it_was(name)]
             drew_on_host = Generators(self.device).host() != host
             if inside != [dict(inner._modules) for inner in self.module.modules()]:
                 raise CaptureError(f"the forward of {spec.module} exchanges its submodules", module=spec.module)
             left_changed = preserved.restore()
         if any(written[: len(arguments)]):
             raise CaptureError(f"{spec.module} runs as it is, but writes into its argument in place", module=spec.module)
+        if any(not self._is_made(leaf) for leaf in leaves):
+            raise graph_from_outside(spec.module)
         mutates = {name for name, is_written in zip(state, written[len(arguments) :], strict=True) if is_written}
         num_arguments = len(arguments)
         hooked = any(map(fidelity.is_foreign, _hooks(self.module)))
@@ -188,6 +212,7 @@ class _Recording:
             gradients=self._gradient_specs(found),
             draws=(before != between, between != after),
             mutates=tuple(sorted(mutates | set(changed))),
+            own_leaves=len(leaves),
             repeatable=not (mutates or changed or left_changed or drew_on_host or hooked or host_drawn),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +18,7 @@ from planner.tracer.capture import capture as capture_once
 from planner.tracer.collectives import is_collective
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
+from planner.tracer.replay import Replay
 from planner.tracer.storage import Storages
 
 _ROUNDS = 50
@@ -42,11 +43,24 @@ def capture(
     Raises:
         InputError, CaptureError: as there; or a kernel's fake is wrong in a way that no trace can follow.
     """
+    if elsewhere is not None and elsewhere.capability is not None:
+        return capture_once(model, args, kwargs, loss=loss, opaque=opaque, elsewhere=elsewhere)
+    return _settled(model, opaque, lambda parts: capture_once(model, args, kwargs, loss=loss, opaque=parts, elsewhere=elsewhere))
+
+
+def capture_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], replay: Replay, opaque: Sequence[str]) -> Joint:
+    """A captured call for other gradients, laid out as its real backward is. The model is not run, but new kernels are.
+
+    Raises:
+        InputError, CaptureError: as `capture`.
+    """
+    return _settled(model, opaque, lambda parts: capture_once(model, args, kwargs, opaque=parts, replay=replay))
+
+
+def _settled(model: nn.Module, opaque: Collection[str], traced: Callable[[Collection[str]], Joint]) -> Joint:
     fresh: set[str] = set()
     for _ in range(_ROUNDS):
-        joint = capture_once(model, args, kwargs, loss=loss, opaque=opaque, elsewhere=elsewhere)
-        if elsewhere is not None and elsewhere.capability is not None:
-            return joint
+        joint = traced(opaque)
         nodes = [node for node in _run_nodes(joint) if _key(node) not in fresh]
         drew = {_key(node) for node in nodes if _draws(node)}
         _look_at(nodes, joint)

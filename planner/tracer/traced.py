@@ -18,7 +18,7 @@ from planner.tracer.casts import Casts
 from planner.tracer.collectives import Refusing
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
-from planner.tracer.host.preserve import Preserved, model_preserved
+from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
 from planner.tracer.host.state import Effect, HostState, Path, Ref, same_build
 from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import Output
@@ -85,6 +85,7 @@ class Step(nn.Module):
         self.host = HostState()
         self._reassigned: dict[str, torch.Tensor] = {}
         self.preserved: Preserved | None = None
+        self._written: tuple[torch.Tensor, ...] = ()
         self.left: list[Output] = []
         self.effects: list[Effect] = []
         self.parts: Sequence[str] = ()
@@ -169,6 +170,7 @@ class Step(nn.Module):
             self.where = self._modules_running.failed
             raise
         self.host, self.preserved, self.recorded = observed.host, observed.preserved, observed.run.reads
+        self._written = observed.written
 
     @property
     def model(self) -> nn.Module:
@@ -196,6 +198,7 @@ class Step(nn.Module):
         try:
             with (
                 kept,
+                contents_preserved(self._written),  # a trace writes for real into tensors that it does not know of
                 parts.tracing(self.model, self.calls),
                 self._modules_running.following(),
                 casts.counting(),

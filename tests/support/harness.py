@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from planner import InfeasibleBudgetError, NoScheduleFoundError, PlanMissWarning, PlannerError, plan
+from planner import BackwardError, InfeasibleBudgetError, NoScheduleFoundError, PlanMissWarning, PlannerError, plan
 from planner.analysis.side import autocast_of
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
@@ -237,7 +237,10 @@ def _planned(
         raise Different("crash", f"plan() raised {type(error).__name__}: {str(error)[:300]}", program) from error
     found = _followed(program, Run(planned, model, home), expected)
     if measure and found.verdict == "same":
-        _check_peak(program, planned, args)
+        try:
+            _check_peak(program, planned, args)
+        except BackwardError as error:  # of gradients in a layout that no step of the program had
+            return replace(found, verdict="refused", messages=(f"BackwardError: {error}",), at="one more step")
     return found
 
 
@@ -294,6 +297,8 @@ def _followed(program: Program, run: Run, expected: Sequence[_Log]) -> Outcome:
         if isinstance(log.error, PlannerError) and not isinstance(expected[i].error, PlannerError):
             _check_words(program, [str(log.error)])
             return Outcome("refused", (f"{type(log.error).__name__}: {log.error}",), str(i), (*planned,), (*told,), opaque)
+        if log.error is None and "deepcopy protocol" in str(expected[i].error):
+            break  # a planned module is copied where eager refuses to: without the graphs of tensors that were left on it
         if "AUDIT" in log.misses:
             raise Different("audit", f"step {i}: the audit accuses the plan", program)
         _compare(program, i, expected[i], log, messages)

@@ -58,7 +58,7 @@ SCALARS = [
     Kind("range", "len(self.{v})", {"set": "part.{v} = range(5)"}, "self.{v} = range(2)"),
     Kind("enum", "self.{v}.value", {"set": "part.{v} = type(part.{v}).HIGH"}, "self.{v} = Mode_{v}.LOW", _ENUM),
     Kind("absent", "getattr(self, '{v}', 2)", {"made": "part.{v} = 5"}),
-    Kind("deleted", "getattr(self, '{v}', 5)", {"deleted": "del part.{v}"}, "self.{v} = 2"),
+    Kind("deleted", "getattr(self, '{v}', 5)", {"deleted": "vars(part).pop('{v}', None)"}, "self.{v} = 2"),
     Kind("computed name", "getattr(self, '{v}'[:1] + '{v}'[1:])", {"set": "part.{v} = 5"}, "self.{v} = 2"),
     Kind("through vars", "vars(self)['{v}']", {"set": "part.{v} = 5"}, "self.{v} = 2"),
     Kind("child's attribute", "self.a.{v}", {"set": "part.a.{v} = 5"}, "self.a.{v} = 2"),

@@ -99,7 +99,7 @@ class _Finder:
                 continue
             was = self._before.get(path, ABSENT)
             if (isinstance(now, torch.Tensor) and id(now) in self._inputs) or (
-                self._only_written(path) and self._equal(was, now)
+                now is not ABSENT and self._only_written(path) and self._equal(was, now)
             ):
                 self._done.append(path)
                 yield Effect(self._writable(path), now)

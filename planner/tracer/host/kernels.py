@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from planner._collectives import collectives_forbidden
 from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id, written
+from planner.errors import InputError
 from planner.profiler.observed import is_foreign
 from planner.tracer.collectives import alone
+from planner.tracer.host.restorers import put_back, same_bits
 
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that hand a tensor's value to Python."""
@@ -47,9 +50,23 @@ class RecordKernels(TorchDispatchMode):
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, torch.Tensor] = {}
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._written_apart: dict[int, torch.Tensor] = {}
+        self._shared_apart: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._graphs_refused: tuple[str, frozenset[int]] | None = None
         self.run = Run()
-        self.paused = False
+        self._paused = False
         self.generator_at = ""
+
+    @property
+    def paused(self) -> bool:
+        """An opaque submodule is running."""
+        return self._paused
+
+    @paused.setter
+    def paused(self, now: bool) -> None:
+        if now and not self._paused:
+            self._written_apart, self._shared_apart = {}, []
+        self._paused = now
 
     def new_run(self) -> Run:
         """Begin another run."""
@@ -67,19 +84,55 @@ class RecordKernels(TorchDispatchMode):
             for tensor, data in self._data.values():
                 if storage_id(tensor) != storage_id(data):
                     tensor.data = data
-            for tensor, content in self._contents.values():
-                tensor.copy_(content)
+            put_back(self._contents.values())
+
+    @property
+    def written(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that were there before and that kernels wrote into."""
+        return tuple(tensor for tensor, _ in self._contents.values())
+
+    def has_made(self, tensor: torch.Tensor) -> bool:
+        """The forward made this tensor; it was not there before."""
+        return id(tensor) in self._made
+
+    def wrote_outside(self, module: nn.Module) -> bool:
+        """Since the pause began, tensors were written into that were there before and are not the module's own weights."""
+        own = {storage_id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        shared = any(not same_bits(tensor, content) for tensor, content in self._shared_apart)
+        return shared or bool(self._written_apart.keys() - own)
+
+    @contextmanager
+    def refusing_graphs_from_outside(self, name: str, given: Sequence[torch.Tensor]) -> Iterator[None]:
+        """While entered, refuse tensors of an autograd graph that the forward has not made, but for `given`.
+
+        Raises:
+            InputError: the opaque submodule `name` reads one: a gradient would leave it there, of which a plan knows nothing.
+        """
+        self._graphs_refused = (name, frozenset(map(id, given)))
+        try:
+            yield
+        finally:
+            self._graphs_refused = None
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """A tensor's memory is handed to numpy, which may write into it and is not seen doing so."""
+        base = self._storages.get(storage_id(tensor)) if tensor.layout is torch.strided else None
+        if base is None and id(tensor) not in self._made:
+            base = tensor
+        if base is not None:
+            content = base.detach().clone()
+            self._contents.setdefault(id(base), (base, content))
+            if self._paused:
+                self._shared_apart.append((base, content))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
+                self._meet(leaf)
         if not self.paused:
             for leaf in leaves:
-                if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
-                    self.run.outside[id(leaf)] = leaf
-                    if leaf.layout is torch.strided:
-                        self._storages.setdefault(storage_id(leaf), leaf)
-                        self._data.setdefault(id(leaf), (leaf, leaf.detach()))
-                elif isinstance(leaf, torch.Generator):
+                if isinstance(leaf, torch.Generator):
                     self.generator_at = self.generator_at or self._where() or "the model"
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
         if isinstance(func, OpOverload):
@@ -96,13 +149,36 @@ class RecordKernels(TorchDispatchMode):
             self.run.reads.append((str(func), result))
         return result
 
+    def _meet(self, tensor: torch.Tensor) -> None:
+        """Note a tensor that the forward has not made."""
+        if tensor.layout is torch.strided:
+            self._storages.setdefault(storage_id(tensor), tensor)
+        if not self._paused:
+            self.run.outside[id(tensor)] = tensor
+            if tensor.layout is torch.strided:
+                self._data.setdefault(id(tensor), (tensor, tensor.detach()))
+        elif self._graphs_refused is not None and tensor.grad_fn is not None and id(tensor) not in self._graphs_refused[1]:
+            raise graph_from_outside(self._graphs_refused[0])
+
     def _keep_written(self, func: OpOverload, args: Any, kwargs: Any) -> None:
         for tensor in written(func, args, kwargs):
             base = None
             if tensor.layout is torch.strided:
                 base = self._storages.get(storage_id(tensor))  # it may be a view that is written through
-            if base is not None and id(base) not in self._contents:
-                self._contents[id(base)] = (base, base.detach().clone())
+            if base is not None:
+                if self._paused:
+                    self._written_apart[storage_id(base)] = base
+                if id(base) not in self._contents:
+                    self._contents[id(base)] = (base, base.detach().clone())
+
+
+def graph_from_outside(name: str) -> InputError:
+    """The refusal of an opaque submodule that reads a differentiable tensor which is not among its arguments."""
+    return InputError(
+        f"{name}, which runs as it is, reads a tensor that requires grad and is neither an argument nor one of its parameters "
+        "(one that an earlier call left behind, or another module's): a plan knows no gradient there. Hand it in as an "
+        "argument, register it as a parameter, or keep it detached"
+    )
 
 
 def _without_communication(func: Any, args: Any, kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.preserve import Preserved, keep_model
+from planner.tracer.host.restorers import put_back
 from planner.tracer.host.reads import ReadRecorder, Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
@@ -41,11 +42,13 @@ class Observation:
         run: the last run.
         host: what Python does; the templates of its effects hold the tensors that the last run left.
         preserved: puts Python state back as it was before the first run.
+        written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
     """
 
     run: Run
     host: HostState
     preserved: Preserved
+    written: tuple[torch.Tensor, ...]
 
 
 class Observer:
@@ -73,8 +76,8 @@ class Observer:
         for tensor in model.parameters():
             self.preserved.keep(tensor)
         where = lambda: str(modules)
-        self.reads = ReadRecorder(self.preserved, self._names, where)
         self.kernels = RecordKernels(where, self.pause)
+        self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
         self._environment = dict(os.environ)
@@ -109,9 +112,7 @@ class Observer:
             if len(runs) == _RUNS:
                 find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
                 raise _unsteady(runs[-2], runs[-1])
-            with torch.no_grad():
-                for tensor, content in contents if runs else ():
-                    tensor.copy_(content)
+            put_back(contents)
             runs.append(self._inside(lambda: self._run(call)))
             self._refuse_untracked_changes()
             snapshots.append(self._inside(self._snapshot))
@@ -125,7 +126,9 @@ class Observer:
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
         host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
-        return Observation(runs[-1], host, self.preserved)
+        weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
+        written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
+        return Observation(runs[-1], host, self.preserved, written)
 
     def _refuse_untracked_changes(self) -> None:
         """Raise CaptureError where the last run changed what no Path covers.
@@ -215,11 +218,19 @@ class Observer:
         found: dict[Path, Any] = {}
         seen: set[int] = set()
         names = lambda kind: both.attributes.get(kind, frozenset())
-        for path in roots(self._model, names, both, self._parts, self.reads.written_at):
+        for path in roots(self._model, names, both, self._parts, self._touched()):
             if path.scope is None and _is_weight(self._model.get_submodule(path.module), path.name):
                 continue
             places = walk(path, path.root(self._model), both, self._names, seen)
             found.update((place, frozen(value)) for place, value in places)
+        return found
+
+    def _touched(self, *kinds: Mapping[int, Collection[str]]) -> dict[int, set[str]]:
+        """Attributes that the forward reads or writes at single modules, from outside of these where they are opaque."""
+        found: dict[int, set[str]] = {}
+        for touched in kinds or (self.reads.read_at, self.reads.written_at):
+            for key, names in touched.items():
+                found.setdefault(key, set()).update(names)
         return found
 
     def _is_opaque(self, name: str) -> bool:
@@ -265,7 +276,7 @@ class Observer:
                 for other in {type(module) for module in model.modules()}:
                     of_classes.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
         read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
-        places = list(roots(model, read, reads, self._parts))
+        places = list(roots(model, read, reads, self._parts, self._touched(self.reads.read_at)))
         places += [Path(name, "training") for name, _ in model.named_modules()]
         for name, module in model.named_modules():
             if name and not self._is_opaque(name):

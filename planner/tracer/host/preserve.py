@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._torch import untraced
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
-from planner.tracer.host.restorers import content_of, restorer
-from planner.tracer.host.values import ABSENT, attributes, is_object
+from planner.tracer.host.restorers import content_of, put_back, restorer
+from planner.tracer.host.values import ABSENT, attributes, is_code, is_foreign_class, is_object
 
 
 class Preserved:
@@ -28,7 +29,7 @@ class Preserved:
 
     def __init__(self, *, guards_iterators: bool = True) -> None:
         self._guards_iterators = guards_iterators
-        self._kept: dict[int, tuple[Any, Callable[[], bool]]] = {}
+        self._kept: dict[int, tuple[Any, Callable[[], bool], str]] = {}
         self._variables: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
 
     def keep(self, value: Any, where: str = "") -> bool:
@@ -38,7 +39,7 @@ class Preserved:
         restore = restorer(value, where if self._guards_iterators else None)
         if restore is None:
             return False
-        self._kept[id(value)] = (value, restore)
+        self._kept[id(value)] = (value, restore, where)
         return True
 
     def keep_variable(self, scope: dict[str, Any], name: str) -> None:
@@ -51,7 +52,7 @@ class Preserved:
     @property
     def held(self) -> tuple[Any, ...]:
         """What is remembered."""
-        return tuple(value for value, _ in self._kept.values())
+        return tuple(value for value, _, _ in self._kept.values())
 
     def restore(self) -> bool:
         """Put everything back; whether anything was not as it had been."""
@@ -60,21 +61,40 @@ class Preserved:
             if scope.get(name, ABSENT) is not value:
                 _put_variable(scope, name, value)
                 changed = True
-        put_back = [restore() for _, restore in self._kept.values()]  # every one of them
+        put_back = [restore() for _, restore, _ in self._kept.values()]  # every one of them
         return any(put_back) or changed
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[None]:
         """At exit, restore everything kept so far to its value at entry. What is first kept inside stays in this Preserved."""
+        now = self._as_it_is_now()
+        try:
+            yield
+        finally:
+            now.restore()
+
+    def changed_by(self, run: Callable[[], Any]) -> bool:
+        """Whether a call changes anything that is kept, or first kept in it. It is put back; after an error it is not."""
+        now = self._as_it_is_now()
+        run()
+        changed = now.restore()
+        for scope, name, value in list(self._variables.values()):
+            if (id(scope), name) not in now._variables and scope.get(name, ABSENT) is not value:
+                _put_variable(scope, name, value)
+                changed = True
+        for value, restore, where in [kept for key, kept in self._kept.items() if key not in now._kept]:
+            changed |= restore()
+            del self._kept[id(value)]  # kept again, for the iterators that it holds
+            self.keep(value, where)
+        return changed
+
+    def _as_it_is_now(self) -> Preserved:
         now = Preserved()
         for value in self.held:
             now.keep(value)
         for scope, name, _ in self._variables.values():
             now.keep_variable(scope, name)
-        try:
-            yield
-        finally:
-            now.restore()
+        return now
 
 
 def _put_variable(scope: dict[str, Any], name: str, value: Any) -> None:
@@ -87,28 +107,36 @@ def _put_variable(scope: dict[str, Any], name: str, value: Any) -> None:
 @contextlib.contextmanager
 def contents_preserved(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Put the contents of tensors back at the end."""
-    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    with untraced():
+        contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, content in contents:
-                if tensor.shape == content.shape and not torch.equal(tensor, content):  # a write counts as a new version
-                    tensor.copy_(content)
+        put_back(contents)
 
 
 def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = ()) -> Preserved:
     """Remember a model's attributes, and the containers and objects that they, or `objects`, lead to."""
     names = {id(module): "" for module in model.modules()}
-    todo: list[Any] = [*model.modules(), *objects]
+    kinds = {base for module in model.modules() for base in type(module).__mro__ if not is_foreign_class(base)}
+    return keep_reachable(preserved, [*kinds, *objects, *model.modules()], names)
+
+
+def keep_reachable(preserved: Preserved, start: Sequence[Any], names: Mapping[int, str]) -> Preserved:
+    """Remember the attributes of objects and classes, and the containers and objects that these lead to.
+
+    `names`: modules of the model, by identity, which are remembered only as a part of `start`.
+    """
+    todo = list(start)
     followed: set[int] = set()
     while todo and len(followed) < _MOST_OBJECTS:
         item = todo.pop()
         if id(item) not in followed:
             followed.add(id(item))
             preserved.keep(item, type(item).__name__)
-            for held in list(attributes(item).values()):
-                todo += keep_deep(preserved, held, names)
+            held = [value for value in vars(item).values() if not is_code(value)] if isinstance(item, type) else attributes(item).values()
+            for value in list(held):
+                todo += keep_deep(preserved, value, names)
     return preserved
 
 

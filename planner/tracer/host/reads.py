@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from planner.tracer.host.fingerprint import is_generator
-from planner.tracer.host.preserve import Preserved, keep_deep
+from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.values import attributes, is_foreign_class
 
 _PACKAGE = str(Path(__file__).parents[2])
@@ -118,15 +118,23 @@ class ReadRecorder:
     Attributes:
         controlled: (submodule, function) of the first call that controls torch's generator; None if there is none.
         drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
-        written_at: attributes that were written, by identity of the object.
+        read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
 
-    def __init__(self, preserved: Preserved, names: Mapping[int, str], where: Callable[[], str]) -> None:
-        """`names`: the model's modules by identity. `where`: the submodule that is running."""
-        self._preserved, self._names, self._where = preserved, names, where
+    def __init__(
+        self,
+        preserved: Preserved,
+        names: Mapping[int, str],
+        where: Callable[[], str],
+        share: Callable[[torch.Tensor], None],
+    ) -> None:
+        """`names`: the model's modules by identity. `where`: the submodule that is running. `share`: told of tensors handed
+        to numpy."""
+        self._preserved, self._names, self._where, self._share = preserved, names, where, share
         self._thread = threading.get_ident()
         self._read: dict[type, set[str]] = {}
         self._written: dict[type, set[str]] = {}
+        self.read_at: dict[int, set[str]] = {}
         self.written_at: dict[int, set[str]] = {}
         self._opened: dict[int, Any] = {}
         self._first: dict[tuple[int, str], str] = {}
@@ -238,11 +246,14 @@ class ReadRecorder:
                 self._known.add(code)
             if not is_library_code(code):
                 (self._opaque_codes if self.paused else self._codes)[code] = (frame.f_globals, self._where())
+                is_opaque = self.paused
                 with self._not_noting():
-                    self._see_variables(code, frame)
-        elif event == "c_call" and not self.paused:
+                    self._see_variables(code, frame, is_opaque)
+        elif event == "c_call":
             owner = getattr(arg, "__self__", None)
-            if owner is not None and is_generator(owner):
+            if isinstance(owner, torch.Tensor) and arg.__name__ == "numpy":
+                self._share(owner)
+            elif owner is not None and not self.paused and is_generator(owner):
                 self._on_generator(frame, arg, owner)
 
     def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
@@ -253,19 +264,28 @@ class ReadRecorder:
             elif function.__name__ in _CONTROL:
                 self.controlled = (self._where(), function.__name__)
 
-    def _see_variables(self, code: types.CodeType, frame: types.FrameType) -> None:
+    def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:
+        """Remember the variables that code names; where it is an opaque module's, everything that these lead to, too."""
         for name in global_names(code):
             if name in frame.f_globals:
                 self._preserved.keep_variable(frame.f_globals, name)
                 value = frame.f_globals[name]
                 if isinstance(value, type) and not is_foreign_class(value):
                     self._preserved.keep(value)
+                    if is_opaque:
+                        keep_reachable(self._preserved, [value], self._names)
                 if not isinstance(value, (type, types.ModuleType)):
-                    self.see(value, name)
+                    self._see_value(value, name, is_opaque)
         for name in code.co_freevars:
             held = frame.f_locals.get(name)
             if held is not None and not isinstance(held, nn.Module):
-                self.see(held, name)
+                self._see_value(held, name, is_opaque)
+
+    def _see_value(self, value: Any, name: str, is_opaque: bool) -> None:
+        if is_opaque:
+            keep_reachable(self._preserved, keep_deep(self._preserved, value, self._names, name), self._names)
+        else:
+            self.see(value, name)
 
     def _patch(self, kind: type) -> bool:
         """Patch this class so that reads and writes of its instances' attributes are recorded; False where that fails."""
@@ -313,6 +333,8 @@ class ReadRecorder:
                 self._preserved.keep(this, type(this).__qualname__)
             if self._first.setdefault((id(this), name), "read") == "read":
                 self._read.setdefault(type(this), set()).add(name)
+                if isinstance(this, nn.Module):
+                    self.read_at.setdefault(id(this), set()).add(name)
             if isinstance(value, nn.Module):
                 if id(value) not in self._names:
                     self._preserved.keep(value, name)

@@ -9,7 +9,7 @@ import random
 import types
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,6 +24,26 @@ from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_arra
 
 _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
+
+
+def put_back(contents: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give tensors their contents, where they have others: every write counts as a new version, which a backward may check."""
+    with untraced(), torch.no_grad():  # nobody may take this for a write of the model's
+        for tensor, content in contents:
+            if tensor.shape == content.shape and not same_bits(tensor, content):
+                tensor.copy_(content)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Two tensors of one shape and dtype are equal in every bit."""
+    if one.layout is not torch.strided or one.is_quantized or type(one) is not type(other):
+        return torch.equal(one, other)
+    return torch.equal(*(_as_bytes(tensor) for tensor in (one, other)))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.contiguous().view(-1).view(torch.uint8)
 
 
 def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:

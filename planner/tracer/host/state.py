@@ -110,18 +110,18 @@ def roots(
     attributes: Callable[[type], frozenset[str]],
     reads: Reads,
     apart: Sequence[str],
-    written: Mapping[int, Collection[str]] | None = None,
+    touched: Mapping[int, Collection[str]] | None = None,
 ) -> Iterator[Path]:
     """Every place to start from.
 
     Args:
         attributes: names per class.
-        apart: submodules that are left out, with what is in them, but for what others write there.
-        written: attributes that others wrote, by identity of the module.
+        apart: submodules that are left out, with what is in them, but for what others touch there.
+        touched: attributes that others read or wrote, by identity of the module.
     """
     for module_name, module in model.named_modules():
         if any(module_name == name or module_name.startswith(f"{name}.") for name in apart):
-            yield from (Path(module_name, name) for name in sorted((written or {}).get(id(module), ())))
+            yield from (Path(module_name, name) for name in sorted((touched or {}).get(id(module), ())))
         else:
             yield from (Path(module_name, name) for name in sorted(attributes(type(module))))
     for scope in reads.scopes:
