@@ -254,6 +254,11 @@ def _input_role(desc: Any) -> tuple[Any, ...]:
             return ("input", desc.idx)
         case descriptors.TangentAOTInput(output=descriptors.PlainAOTOutput() as output):
             return ("tangent", output.idx)
+        case descriptors.TangentAOTInput():
+            raise CaptureError(
+                "the model's forward writes a tensor that requires grad into a buffer or an argument, whose gradients would go "
+                "on into the next call. Write a detached one"
+            )
     if "Token" in type(desc).__name__:
         raise CaptureError(
             "the model runs an operator with side effects (it prints, or calls a TorchScript object), which no plan can hold"

@@ -71,7 +71,8 @@ def plan(
             (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
         loss: which output backward starts from: its name ("loss"), its position, or a function of the output. Default: the
-            output's `.loss` or ["loss"], else its only scalar that requires grad, else every output that requires grad.
+            output's `.loss` or ["loss"], else its only scalar that requires grad and depends on every parameter that an output
+            depends on, else every output that requires grad.
         reserve: bytes set aside within the budget.
         costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes times.
         time_limit_s: for the solver; the best plan found by then is taken.

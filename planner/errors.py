@@ -79,7 +79,10 @@ class InputError(PlannerError, ValueError):
 
 
 class PlanMissError(PlannerError, RuntimeError):
-    """With strict=True: a training call is not the one that was planned for; names what differs."""
+    """A training call is not the one that was planned for; names what differs.
+
+    With strict=True. Always, where the model's own forward would not give eager's results either: after another planned call.
+    """
 
 
 class PlanAuditError(PlannerError, RuntimeError):

@@ -460,3 +460,63 @@ def test_host_reads_are_answered_without_running_the_model():
     twin = copy.deepcopy(model)
     module = plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert_same(*(step(each, (x,), lambda out: out.sum().backward()) for each in (twin, module)))
+
+
+class _Transposed(nn.Module):
+    """Batch norm of transposed activations, which come out as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.norm(self.a(x).transpose(1, 2)).transpose(1, 2)
+        return self.b(torch.sigmoid(h) * 2), torch.tanh(h) * 2
+
+
+@pytest.mark.parametrize("costs", ["estimate", "measure"])
+def test_another_backward_follows_real_strides_in_mixed_precision(costs):
+    def gradients(is_planned: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), _Transposed()), torch.randn(4, 5, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            module = plan(model, 1 << 20, (x,), progress=False, costs=costs) if is_planned else model
+            out = module(x)
+        sum(leaf.abs().square().mean().float() for leaf in out).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(map(torch.equal, gradients(False), gradients(True)))
+
+
+@pytest.mark.parametrize("laid_out_alike", [True, False])
+def test_a_view_that_was_written_into(laid_out_alike):
+    """Eager makes the view's node anew: a gradient in the view's layout arrives as before, another one otherwise."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.norm(self.a(x).transpose(1, 2)).transpose(1, 2)
+            return self.b(torch.sigmoid(h) * 2), h
+
+    def gradients(is_planned: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, x = Net(), torch.randn(4, 5, 8)
+        module = plan(model, 1 << 20, (x,), progress=False, costs="estimate") if is_planned else model
+        out = module(x)
+        given = [torch.linspace(-1, 1, leaf.numel()).reshape(leaf.shape) for leaf in out]
+        if laid_out_alike:
+            given = [torch.empty_like(leaf).copy_(gradient) for leaf, gradient in zip(out, given, strict=True)]
+        with torch.no_grad():
+            out[1].mul_(3)
+        torch.autograd.backward(out, given)
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(False)
+    if laid_out_alike:
+        assert all(map(torch.equal, expected, gradients(True)))
+    else:
+        with pytest.raises(BackwardError, match="Write into a copy"):
+            gradients(True)

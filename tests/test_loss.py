@@ -170,3 +170,40 @@ def test_at_the_shell(tmp_path, capsys, loss, code, said):
     streams = capsys.readouterr()
     assert said in streams.out + streams.err
     assert len(streams.err.splitlines()) == code
+
+
+class TwoHeads(nn.Module):
+    """Features, a reconstruction, and a scalar that depends on some of the parameters."""
+
+    def __init__(self, scalar):
+        super().__init__()
+        self.encoder, self.decoder, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.ones(()))
+        self.scalar = scalar
+
+    def forward(self, x):
+        code = self.encoder(x)
+        out = self.decoder(code.tanh())
+        return out, self.scalar(self, code, out)
+
+
+SCALARS = {
+    "a term of the loss": (lambda model, code, out: code.square().mean(), ["[0]", "[1]"]),
+    "a scale": (lambda model, code, out: model.scale.exp(), ["[0]", "[1]"]),
+    "the loss": (lambda model, code, out: out.square().mean(), ["[1]"]),
+    "the loss, and more": (lambda model, code, out: out.square().mean() + model.scale, ["[1]"]),
+}
+
+
+@pytest.mark.parametrize(("scalar", "expected"), SCALARS.values(), ids=SCALARS.keys())
+def test_a_scalar_is_the_loss_if_it_depends_on_all_that_the_outputs_depend_on(scalar, expected):
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    model, eager = TwoHeads(scalar), TwoHeads(scalar)
+    eager.load_state_dict(model.state_dict())
+    module = plan(model, 1.0, (x,), **OPTIONS)
+    assert names(module) == expected
+    for net in (module, eager):
+        out, term = net(x)
+        (term if len(expected) == 1 else out.square().mean() + term).backward()
+    for one, other in zip(module.parameters(), eager.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)

@@ -55,6 +55,7 @@ class Setup:
         before_step, after_step: what the loop does around a step, given the module that it holds and the step's number.
         plan: keyword arguments of `planner.plan` that a user of this model would pass.
         extra: a module that the loss holds, trained and compared with the model, but not planned.
+        left_out: outputs that a plan documents to leave out (key-value caches): the start of their names, as they are compared.
         copied: trained is a deep copy; False where hooks are closures over the model, so that eager's copy does not train.
     """
 
@@ -67,6 +68,7 @@ class Setup:
     plan: Mapping[str, Any] = field(default_factory=dict)
     extra: nn.Module | None = None
     copied: bool = True
+    left_out: tuple[str, ...] = ()
 
     def run(self, module: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
         """One forward of the training loop: (output, loss)."""

@@ -79,7 +79,8 @@ def _step(
     with cast(precision):
         out, loss = setup.run(module, batch)
     loss.backward()
-    found = {"loss": loss.detach().clone(), **flat("output", out), **gradients(held)}
+    outputs = {name: value for name, value in flat("output", out).items() if not name.startswith(setup.left_out)}
+    found = {"loss": loss.detach().clone(), **outputs, **gradients(held)}
     inputs = [leaf for leaf in pytree.tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, torch.Tensor)]
     found |= {f"input gradient {i}": leaf.grad.clone() for i, leaf in enumerate(inputs) if leaf.grad is not None}
     optimizer.step()

@@ -29,7 +29,7 @@ def step_peak(setup: Setup, module: nn.Module, precision: str) -> int:
     def step() -> None:
         with cast(precision):
             out = module(*batch.args, **batch.kwargs)
-        leaves = pytree.tree_leaves(out)  # which the loop holds, too, until the backward is done
+        leaves = _places(module, out)  # which the loop holds, too, until the backward is done
         _Start.apply(list(layouts.values()), *(leaves[i] for i in layouts)).backward(torch.empty(0))
 
     seed_all(SEED)
@@ -54,28 +54,46 @@ def resident_bytes(planned: Any) -> int:
     return sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind.name != "TANGENT")
 
 
-def _gradients_of_outputs(setup: Setup, module: nn.Module, batch: Any, precision: str) -> dict[int, torch.Tensor]:
-    """Per position among the output's leaves, the gradient that reaches it from the loss."""
-    arrived: dict[int, torch.Tensor] = {}
+def _places(module: nn.Module, out: Any) -> dict[int | tuple[str, str], torch.Tensor]:
+    """What a loss can be made of: tensors among the output's leaves, by position, and those left on modules, by their names."""
+    found: dict[Any, Any] = dict(enumerate(pytree.tree_leaves(out)))
+    for path, part in getattr(module, "original", module).named_modules():
+        found |= {(path, name): held for name, held in vars(part).items() if getattr(held, "grad_fn", None) is not None}
+    return {place: held for place, held in found.items() if isinstance(held, torch.Tensor) and held.requires_grad}
 
-    def hook(position: int) -> Any:
-        def arrives(gradient: torch.Tensor | None) -> None:
-            if gradient is not None:
-                arrived[position] = gradient.detach()
 
-        return arrives
-
+def _gradients_of_outputs(setup: Setup, module: nn.Module, batch: Any, precision: str) -> dict[Any, torch.Tensor]:
+    """Per place, the gradient that the loss itself hands to the tensor there: not what comes through another place."""
+    arrived: dict[Any, torch.Tensor] = {}
     with cast(precision):
         out = module(*batch.args, **batch.kwargs)
-        for i, leaf in enumerate(pytree.tree_leaves(out)):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(hook(i))
+        seen: dict[int, torch.Tensor] = {}  # by identity: what is returned and left, too, gets one gradient
+        for place, tensor in _places(module, out).items():
+            if id(tensor) not in seen:
+                seen[id(tensor)] = _Seen.apply(tensor, place, arrived)
+            if isinstance(place, tuple):
+                vars(getattr(module, "original", module).get_submodule(place[0]))[place[1]] = seen[id(tensor)]
+        out = pytree.tree_map(lambda leaf: seen.get(id(leaf), leaf), out)
         if setup.forward is None:
             loss = setup.loss(module, out, batch.target)
         else:
             loss = sum(leaf.sum() for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
     loss.backward()
     return arrived
+
+
+class _Seen(torch.autograd.Function):
+    """Identity that notes the gradient which comes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, place: Any, arrived: dict[Any, torch.Tensor]) -> torch.Tensor:
+        ctx.place, ctx.arrived = place, arrived
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.arrived[ctx.place] = gradient.detach()
+        return gradient, None, None
 
 
 class _Start(torch.autograd.Function):

@@ -143,7 +143,7 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
     except RuntimeError:
         yield {"not run": "torch's autograd does not run in a forked process here", "last": True}
         return
-    _detach_from_parent(planned.original)
+    _detach_from_parent(planned)
     own = own_call(planned, call)
     planned.__dict__["audits"] = False  # an audit is no part of a step
     try:
@@ -212,8 +212,9 @@ def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
     return {}
 
 
-def _detach_from_parent(model: nn.Module) -> None:
+def _detach_from_parent(planned: CheckpointedModule) -> None:
     """In a forked child: parameters without hooks and gradients, and buffers that no other process sees."""
+    model = planned.original
     own: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -227,6 +228,9 @@ def _detach_from_parent(model: nn.Module) -> None:
             if buffer is not None and buffer.is_shared():
                 own.setdefault(id(buffer), (buffer, buffer.detach().clone()))
                 module._buffers[name] = own[id(buffer)][1]
+    for path, _ in planned.step.joint.host.aliases:  # where Python state holds them, too (a dictionary of the parameters)
+        if id(held := path.get(model)) in own:
+            path.set(model, own[id(held)][1])
 
 
 def _clear(planned: CheckpointedModule, call: Call) -> None:

@@ -6,7 +6,6 @@ import operator
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import fx
@@ -87,8 +86,9 @@ def _last_use(stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
 def _handed_in(backward: fx.Graph, stage_of: Mapping[fx.Node, int], owners: Sequence[str]) -> list[int]:
     """Per gradient, the stage that hands it out."""
     read_until = _read_until(backward, _last_use(stage_of))
-    pairs = zip_longest(results(backward), owners, fillvalue="")
-    return [max(stage_of[node], read_until.get(owner, 0)) for node, owner in pairs]
+    handed: Sequence[fx.Node] = results(backward)
+    known = [*owners, *[""] * (len(handed) - len(owners))]
+    return [max(stage_of[node], read_until.get(owner, 0)) for node, owner in zip(handed, known, strict=True)]
 
 
 def _read_until(backward: fx.Graph, last_use: Mapping[fx.Node, int]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from planner._torch import fake_mode, pytree, results
+from planner._torch import fake_mode, pytree
 from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.plan import Plan
@@ -72,7 +72,6 @@ class Backwards:
                 return None
             known = self._known.get((key, written))
         if known is None:
-            self._check_written_views(gradients, written)
             try:
                 known = self._made(gradients, written)
             except BackwardError:
@@ -145,21 +144,6 @@ class Backwards:
             swaps=any(node.target is kernels.swap_rng_state for node in halves.backward.nodes),
             peak_bytes=choice.peak_bytes,
         )
-
-    def _check_written_views(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> None:
-        """Raise BackwardError where eager would take another way to a view that was written into.
-
-        Autograd then makes the view's node anew, and a gradient that is not laid out as the view arrives in another layout.
-        """
-        joint, halves = self._step.joint, self._step.halves
-        roots = {halves.saved[i] for i in written}
-        for node, root, gradient in zip(results(joint.graph), halves.roots, gradients, strict=False):
-            is_view = root in roots and node.name != root
-            if is_view and gradient is not None and gradient.stride() != node.meta["val"].stride():
-                raise BackwardError(
-                    f"{self._described(gradients, written)}: eager would differentiate the view that was written into in "
-                    "another way than a plan. Write into a copy of it"
-                )
 
     def _check_owners(self, joint: Joint, what: str) -> None:
         """Raise BackwardError where a gradient would arrive at a tensor that the planned step hands no gradient to."""

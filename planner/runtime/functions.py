@@ -58,6 +58,7 @@ class Program:
         watched: (position of an output, position of the exposed saved activation in its storage) for every output whose storage
             the backward reads; the second is None where that storage is not exposed.
         spare: positions of inputs that the planned backward does not read, but that another backward may need to recompute.
+        views: positions of the outputs that are views in eager.
     """
 
     forward: Boxed
@@ -83,6 +84,7 @@ class Program:
     exposed: frozenset[int] = frozenset()
     watched: tuple[tuple[int, int | None], ...] = ()
     spare: tuple[int, ...] = ()
+    views: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ class _Forward(torch.autograd.Function):
         # detach() shares the output's version counter; other tensors in its storage, as `out.data`, count for themselves
         ctx.watched = [outputs[i].detach() for i, _ in program.watched]
         ctx.watched_versions = [tensor._version for tensor in ctx.watched]
+        ctx.views = [(i, weakref.ref(outputs[i]), outputs[i]._version) for i in program.views]
         ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
         ctx.set_materialize_grads(False)
@@ -183,6 +186,7 @@ class _Forward(torch.autograd.Function):
         program = this.program
         came = [i for i, tangent in enumerate(tangents) if tangent is not None]
         check_backward(tangents, came, program.describe, program.device)
+        _check_views(ctx, program, tangents)
         key = backward_key(tangents)
         written = _written(ctx, program)
         other = None if key == program.key and not written else this.others.find(key, tangents, written)
@@ -236,6 +240,23 @@ def _written(ctx: Any, program: Program) -> tuple[int, ...]:
                 raise BackwardError(_modified(f"output {program.describe[output]!r}"))
             written.append(position)
     return tuple(written)
+
+
+def _check_views(ctx: Any, program: Program, tangents: Sequence[torch.Tensor | None]) -> None:
+    """Raise BackwardError where eager would take another way to an output that was written into.
+
+    Eager's output is a view there. Autograd makes a view's node anew once it was written into, and a gradient that is not laid
+    out as the view then arrives in another layout.
+    """
+    for i, reference, version in ctx.views:
+        output, tangent = reference(), tangents[i]
+        if output is None or tangent is None or output._version == version or tangent.stride() == output.stride():
+            continue
+        raise BackwardError(
+            f"output {program.describe[i]!r} was modified in place, and its gradient has strides {tuple(tangent.stride())} "
+            f"where it has {tuple(output.stride())}: eager would differentiate it in another way than a plan. Write into a copy "
+            "of it"
+        )
 
 
 def _check_spare(ctx: Any, program: Program, other: OtherBackward) -> None:

@@ -17,6 +17,7 @@ from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program
 from planner.runtime.module import CheckpointedModule, runs_as_planned
 from planner.runtime.reporting import report_miss
+from planner.runtime.shared_casts import note_unplanned
 from planner.runtime.step import Step
 from planner.tracer.capture import IS_CAPTURING
 
@@ -74,6 +75,7 @@ class PlannedForward:
                 return planned
             misses.append(miss)
         report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))
+        note_unplanned(self._model, self.planned[0].device)
         return self.unplanned(*args, **kwargs)
 
     def restore(self) -> None:

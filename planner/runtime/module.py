@@ -25,6 +25,7 @@ from planner.runtime.program import boxed, compiled_backward, compiled_program, 
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import report_miss
 from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
+from planner.runtime.shared_casts import enter_planned, note_unplanned
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
 from planner.tracer.host.state import written
@@ -176,6 +177,7 @@ class CheckpointedModule(fx.GraphModule):
         out, miss = self.attempt(args, kwargs)
         if miss is not None:
             report_miss(self._original, miss, self._warned, self.strict)
+            note_unplanned(self._original, self.device)
             return unplanned_forward(self._original)(*args, **kwargs)
         return out
 
@@ -200,6 +202,9 @@ class CheckpointedModule(fx.GraphModule):
                     return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
             return other.attempt(args, kwargs, unplanned=unplanned) if isinstance(other, CheckpointedModule) else (None, other)
+        used = enter_planned(self._original, self.device)
+        if used is not None:
+            return None, used
         if self._to_compare:
             self.__dict__["_to_compare"] = False
             compare_plans(step, self.plan)

@@ -86,6 +86,7 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]
+    target = {node.name: node.target for node in joint.graph.nodes}
     leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Program(
         forward=boxed(forward, parts, compiled_for),
@@ -119,6 +120,7 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
             if root in halves.saved or root in checked
         ),
         spare=tuple(position[name] for name in halves.spare),
+        views=tuple(i for i, name in enumerate(joint.results) if getattr(target.get(name), "is_view", False)),
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, InputError, PlannerError
+from planner.graph.graph import Kind
 from planner.tracer import parts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.elsewhere import Elsewhere
@@ -132,7 +133,7 @@ def _capture(
         step.recorded = None if replay.recorded is None else list(replay.recorded)
         step.host, step.preserved = replay.host, remembered(model, replay.host.key)
     given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with one_at_a_time(), Generators(device).preserved():
+    with one_at_a_time(), Generators(device).preserved(), _gradients_kept(model):
         token = IS_CAPTURING.set(True)
         context = copy_context()  # in which the model may set context variables, and in which they are put back
         try:
@@ -153,6 +154,14 @@ def _capture(
         parts=step.calls,
         moving=step.moving,
     )
+    trained = {name for name, parameter in (*model.named_parameters(), *model.named_buffers()) if parameter.requires_grad}
+    late = [
+        str(given.key) for given, _ in joint.gradients if given.kind in (Kind.PARAM, Kind.BUFFER) and given.key not in trained
+    ]
+    if late:
+        raise CaptureError(
+            f"the model's forward makes {late[0]} require grad, which it does not before: call requires_grad_() outside of it"
+        )
     return replace(
         joint,
         weights=weights,
@@ -161,6 +170,28 @@ def _capture(
         elsewhere="" if elsewhere is None else elsewhere.name,
         recorded=None if step.recorded is None else tuple(step.recorded),
     )
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """At exit, parameters have the gradients they had.
+
+    Raises:
+        CaptureError: they had others: a backward accumulated in them while it was traced.
+    """
+    before = [(name, parameter, parameter.grad) for name, parameter in model.named_parameters()]
+    changed = ""
+    try:
+        yield
+    finally:
+        for name, parameter, gradient in before:
+            if parameter.grad is not gradient:
+                parameter.grad, changed = gradient, name
+    if changed:
+        raise CaptureError(
+            f"the model's backward accumulates a gradient in {changed} on its own (backward() inside of an autograd.Function, "
+            "as reversible networks call it), which a plan would not do"
+        )
 
 
 _IN_PLACE = (

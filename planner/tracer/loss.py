@@ -53,7 +53,8 @@ def loss_leaves(out: Any, leaves: Sequence[Any], loss: Loss) -> list[torch.Tenso
         out: what the model returned.
         leaves: its pytree leaves.
         loss: a name, a position or a function of the output. None: the output if it is one tensor; its `.loss` or ["loss"];
-            the only scalar that requires grad; else every output that requires grad.
+            the only scalar that requires grad, if it depends on every parameter that an output depends on (the KL term beside
+            a reconstruction does not, nor a logit scale beside features); else every output that requires grad.
 
     Raises:
         InputError: there is no such output, or it does not require grad; lists what there is.
@@ -80,7 +81,23 @@ def _default(out: Any, leaves: Sequence[Any]) -> list[torch.Tensor]:
         return [named]
     candidates = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     scalars = list({id(leaf): leaf for leaf in candidates if leaf.dim() == 0}.values())
-    return scalars if len(scalars) == 1 else candidates
+    is_loss = len(scalars) == 1 and _leaves_behind(scalars) >= _leaves_behind(candidates)
+    return scalars if is_loss else candidates
+
+
+def _leaves_behind(outputs: Sequence[torch.Tensor]) -> set[Any]:
+    """The ends of the autograd graph behind these outputs: one per parameter and input."""
+    todo: list[Any] = [output.grad_fn for output in outputs]
+    seen, found = set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions:
+            found.add(node)
+        todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def _chosen(out: Any, leaves: Sequence[Any], loss: Any) -> list[Any]:

@@ -71,7 +71,7 @@ def normalize(
     checks = in_forward(graph)
     tickets = _write_kernels(graph, roles, node_of, parts, device)
     last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of, checks))
-    gradients = _hand_out_gradients(graph, roles, node_of)
+    gradients = _hand_out_gradients(graph, roles, node_of, last_forward)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
     final = results(graph)
@@ -208,12 +208,14 @@ def _end_forward(
     return _last_ancestor(graph, forward_results)
 
 
-def _hand_out_gradients(graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node]) -> list[tuple[fx.Node, int]]:
+def _hand_out_gradients(
+    graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], last_forward: fx.Node | None
+) -> list[tuple[fx.Node, int]]:
     """Drop the mutations, now nodes, from the results; (input, position among the results) of every gradient."""
     kept = [(role, node) for role, node in zip(roles, results(graph), strict=True) if role[0] != "mutation"]
     graph.output_node().args = (tuple(node for _, node in kept),)
     gradients = [(node_of[role[1:]], i) for i, (role, _) in enumerate(kept) if role[0] == "gradient"]
-    _own_gradients(graph, gradients)
+    _own_gradients(graph, gradients, last_forward)
     return gradients
 
 
@@ -332,7 +334,7 @@ def _batch_norm_of(item: Any) -> fx.Node | None:
     return None
 
 
-def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]]) -> None:
+def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]], last_forward: fx.Node | None) -> None:
     """Give every gradient a storage of its own, laid out as its input: then the engine takes it over as it is.
 
     The engine would otherwise copy it itself, at a moment and at bytes no plan knows of.
@@ -350,13 +352,13 @@ def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]]) ->
             continue
         with graph.inserting_before(graph.output_node()):
             copy = graph.call_function(kernels.laid_out, (node, tuple(like.shape), tuple(like.stride())))
-        _move_up(graph, copy, node)
+        _move_up(graph, copy, node, last_forward)
         copy.meta["val"] = torch.empty_strided(like.shape, like.stride(), dtype=val.dtype, device="meta")
         handed[i] = copy
     graph.output_node().args = (tuple(handed),)
 
 
-def _move_up(graph: fx.Graph, node: fx.Node, after: fx.Node) -> None:
-    """Run `node` as soon as its argument is there (but not among the placeholders)."""
-    place = after if after.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
+def _move_up(graph: fx.Graph, node: fx.Node, after: fx.Node, last_forward: fx.Node | None) -> None:
+    """Run `node` as soon as its argument is there: where that is handed in, as the first of the backward."""
+    place = after if after.op != "placeholder" else last_forward or list(graph.find_nodes(op="placeholder"))[-1]
     place.append(node)

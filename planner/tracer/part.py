@@ -223,7 +223,9 @@ _ADVICE = "make a larger part opaque: plan(..., opaque=[its parent])"
 
 def stand_ins(spec: PartCall, weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters of the same memory, by name, for one call; no gradient may be accumulated in them."""
-    made = {name: nn.Parameter(t.detach(), grad) for (name, grad), t in zip(spec.weights, weights, strict=True)}
+    made: dict[str, torch.Tensor] = {
+        name: nn.Parameter(t.detach(), grad) for (name, grad), t in zip(spec.weights, weights, strict=True)
+    }
     for parameter in made.values():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(partial(_refuse_inside, spec.module))
@@ -232,8 +234,8 @@ def stand_ins(spec: PartCall, weights: Sequence[torch.Tensor]) -> dict[str, torc
 
 def _refuse_inside(module_name: str, *_: Any) -> None:
     raise BackwardError(
-        f"backward came to a tensor that something in {module_name} kept of its inside (an attribute, a hook?); a plan knows no "
-        "gradient there. Return that tensor from the model, or keep it detached"
+        f"backward came to a tensor that something in {module_name} kept of its inside (an attribute, a hook?); a plan knows "
+        "no gradient there. Return that tensor from the model, or keep it detached"
     )
 
 

@@ -45,10 +45,14 @@ def capture(
     """
     if elsewhere is not None and elsewhere.capability is not None:
         return capture_once(model, args, kwargs, loss=loss, opaque=opaque, elsewhere=elsewhere)
-    return _settled(model, opaque, lambda parts: capture_once(model, args, kwargs, loss=loss, opaque=parts, elsewhere=elsewhere))
+    return _settled(
+        model, opaque, lambda parts: capture_once(model, args, kwargs, loss=loss, opaque=parts, elsewhere=elsewhere)
+    )
 
 
-def capture_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], replay: Replay, opaque: Sequence[str]) -> Joint:
+def capture_again(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], replay: Replay, opaque: Sequence[str]
+) -> Joint:
     """A captured call for other gradients, laid out as its real backward is. The model is not run, but new kernels are.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Weights that a module keeps in its attributes besides its parameters, such as the list that torch's RNN modules hand to cuDNN.
+"""Weights that a module keeps in attributes besides its parameters, as torch's RNN modules keep the list they hand to cuDNN.
 
 An opaque part runs with stand-ins for its weights. What it puts of these into its attributes must not stay there.
 """

@@ -184,8 +184,11 @@ class Step(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
         if weights is None:
-            return self.model(*args, **kwargs)
-        return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=True)
+            out = self.model(*args, **kwargs)
+        else:
+            out = torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=True)
+        _check_containers(leaves, self._in_spec, (args, kwargs))
+        return out
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The traced function: results, then tensors that Python read."""
@@ -307,6 +310,16 @@ class Step(nn.Module):
             module, _, attribute = name.rpartition(".")
             path = Path(module, attribute)
             self.effects.append(Effect(path, ref(path, new)))
+
+
+def _check_containers(leaves: Sequence[Any], spec: Any, call: Any) -> None:
+    """Raise CaptureError where a forward wrote into a list or dictionary that it was given."""
+    now, spec_now = pytree.tree_flatten(call)
+    if spec_now != spec or any(one is not other for one, other in zip(leaves, now, strict=True)):
+        raise CaptureError(
+            "the model's forward writes into a list or dictionary that it is given as an argument, which a plan would leave as "
+            "it is. Let it write into a copy: dict(argument), list(argument)"
+        )
 
 
 def _reassigned(given: dict[str, torch.Tensor], left: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

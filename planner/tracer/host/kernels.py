@@ -50,6 +50,8 @@ class RecordKernels(TorchDispatchMode):
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, torch.Tensor] = {}
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._flags: list[tuple[torch.Tensor, bool]] = []
+        self._at_start: dict[int, int] = {}
         self._written_apart: dict[int, torch.Tensor] = {}
         self._shared_apart: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._graphs_refused: tuple[str, frozenset[int]] | None = None
@@ -71,12 +73,20 @@ class RecordKernels(TorchDispatchMode):
     def new_run(self) -> Run:
         """Begin another run."""
         self.run, self._made = Run(), {}
+        self._at_start = {key: storage_id(tensor) for key, (tensor, _) in self._data.items()}
         return self.run
+
+    def know(self, weights: Sequence[torch.Tensor]) -> None:
+        """Remember the memory of these, and whether they require grad, before anything runs."""
+        self._flags += [(tensor, tensor.requires_grad) for tensor in weights if tensor.is_leaf]
+        self._data |= {id(t): (t, t.detach()) for t in weights if t.layout is torch.strided}
 
     @property
     def has_swapped_data(self) -> bool:
-        """A tensor that was there before has been given other memory (`tensor.data = other`)."""
-        return any(storage_id(tensor) != storage_id(data) for tensor, data in self._data.values())
+        """The last run gave other memory to a tensor that was there before (`tensor.data = other`)."""
+        return any(
+            storage_id(tensor) != self._at_start.get(key, storage_id(data)) for key, (tensor, data) in self._data.items()
+        )
 
     def restore_contents(self) -> None:
         """Put back what kernels wrote into tensors that were there before."""
@@ -84,6 +94,11 @@ class RecordKernels(TorchDispatchMode):
             for tensor, data in self._data.values():
                 if storage_id(tensor) != storage_id(data):
                     tensor.data = data
+            for tensor, required in reversed(self._flags):
+                if not tensor.is_leaf:  # a graph of ours was written into it
+                    tensor.detach_()
+                if tensor.requires_grad != required:
+                    tensor.requires_grad_(required)
             put_back(self._contents.values())
 
     @property
@@ -170,6 +185,7 @@ class RecordKernels(TorchDispatchMode):
                     self._written_apart[storage_id(base)] = base
                 if id(base) not in self._contents:
                     self._contents[id(base)] = (base, base.detach().clone())
+                    self._flags += [(base, base.requires_grad)] if base.is_leaf else []
 
 
 def graph_from_outside(name: str) -> InputError:

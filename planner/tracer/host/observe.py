@@ -22,8 +22,8 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.preserve import Preserved, keep_model
-from planner.tracer.host.restorers import put_back
 from planner.tracer.host.reads import ReadRecorder, Reads
+from planner.tracer.host.restorers import put_back
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 
@@ -77,6 +77,7 @@ class Observer:
             self.preserved.keep(tensor)
         where = lambda: str(modules)
         self.kernels = RecordKernels(where, self.pause)
+        self.kernels.know([*model.parameters(), *model.buffers()])
         self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
@@ -114,7 +115,7 @@ class Observer:
                 raise _unsteady(runs[-2], runs[-1])
             put_back(contents)
             runs.append(self._inside(lambda: self._run(call)))
-            self._refuse_untracked_changes()
+            self._refuse_untracked_changes(is_first=len(runs) == 1)
             snapshots.append(self._inside(self._snapshot))
         reads = self.reads.reads()
         known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
@@ -130,8 +131,8 @@ class Observer:
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         return Observation(runs[-1], host, self.preserved, written)
 
-    def _refuse_untracked_changes(self) -> None:
-        """Raise CaptureError where the last run changed what no Path covers.
+    def _refuse_untracked_changes(self, is_first: bool) -> None:
+        """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.
 
         Environment variables, a tensor's memory, attributes of tensors, class attributes.
         """
@@ -140,7 +141,7 @@ class Observer:
             os.environ.clear()
             os.environ.update(self._environment)
             raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
-        if self.kernels.has_swapped_data:
+        if self.kernels.has_swapped_data and not is_first:
             raise CaptureError(
                 "the model's forward gives a tensor other memory (tensor.data = ...): write into it, or assign it"
             )
@@ -168,6 +169,15 @@ class Observer:
             for name, value in vars(kind).items()
             if not name.startswith("__")
         }
+
+    def _class_attributes(self, names: Collection[str]) -> dict[type, set[str]]:
+        """Per class of the model's modules, those of `names` that it holds as data: code may read them by the class itself."""
+        found: dict[type, set[str]] = {}
+        for (kind, name), value in self._class_data().items():
+            if name in names and value is not ABSENT:
+                for other in {type(module) for module in self._model.modules()}:
+                    found.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
+        return found
 
     def _run(self, call: Callable[[], Any]) -> Run:
         def refuse(_: Any) -> Any:
@@ -217,7 +227,8 @@ class Observer:
         both = Reads({**reads.attributes, **merged}, reads.names, reads.scopes)
         found: dict[Path, Any] = {}
         seen: set[int] = set()
-        names = lambda kind: both.attributes.get(kind, frozenset())
+        of_classes = self._class_attributes(both.names)
+        names = lambda kind: both.attributes.get(kind, frozenset()) | of_classes.get(kind, set())
         for path in roots(self._model, names, both, self._parts, self._touched()):
             if path.scope is None and _is_weight(self._model.get_submodule(path.module), path.name):
                 continue
@@ -270,11 +281,7 @@ class Observer:
         names = named(model)
         left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
         prints = Fingerprints(names, reads.wants, skipped_places(left, model))
-        of_classes: dict[type, set[str]] = {}
-        for (kind, name), value in self._class_data().items():
-            if name in reads.names and value is not ABSENT:
-                for other in {type(module) for module in model.modules()}:
-                    of_classes.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
+        of_classes = self._class_attributes(reads.names)
         read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
         places = list(roots(model, read, reads, self._parts, self._touched(self.reads.read_at)))
         places += [Path(name, "training") for name, _ in model.named_modules()]

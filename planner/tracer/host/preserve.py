@@ -134,7 +134,11 @@ def keep_reachable(preserved: Preserved, start: Sequence[Any], names: Mapping[in
         if id(item) not in followed:
             followed.add(id(item))
             preserved.keep(item, type(item).__name__)
-            held = [value for value in vars(item).values() if not is_code(value)] if isinstance(item, type) else attributes(item).values()
+            held = (
+                [value for value in vars(item).values() if not is_code(value)]
+                if isinstance(item, type)
+                else attributes(item).values()
+            )
             for value in list(held):
                 todo += keep_deep(preserved, value, names)
     return preserved

@@ -1,0 +1,193 @@
+"""What else a planning must not leave behind, and what a forward may not do to what it was given."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from planner import CaptureError, PlanMissWarning, plan
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def planned(model, *args, **options):
+    return plan(model, 1 << 20, args or (X,), progress=False, costs="estimate", **options)
+
+
+class FromData(nn.Module):
+    """Initializes its weight from the first batch, as ActNorm does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.zeros(8)), how
+        self.register_buffer("is_ready", torch.tensor(False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_ready.item():
+            scale = x.detach().std(0)
+            if self.how == "data":
+                self.weight.data = scale
+            elif self.how == "data in place":
+                self.weight.data.copy_(scale)
+            else:
+                with torch.no_grad():
+                    self.weight.copy_(scale)
+            self.is_ready.fill_(True)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("how", ["data", "data in place", "no_grad"])
+def test_weights_that_a_first_batch_initializes(how):
+    def trained(is_planned: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), FromData(how), nn.Linear(8, 8))
+        before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the check is not run: the example call is not yet the planned one
+            module = planned(model) if is_planned else model
+        assert all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
+        optimizer, seen = torch.optim.SGD(model.parameters(), 0.1), []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlanMissWarning)
+            for i in range(4):
+                module(X + i).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                seen += [tensor.detach().clone() for tensor in model.state_dict().values()]
+        assert not is_planned or module.num_planned_calls == 3
+        return seen
+
+    assert all(map(torch.equal, trained(False), trained(True)))
+
+
+class Remembers(nn.Module):
+    """Writes activations with their graph into what it keeps."""
+
+    def __init__(self, keeps: str) -> None:
+        super().__init__()
+        self.a, self.keeps = nn.Linear(8, 8), keeps
+        self.register_buffer("buffer", torch.zeros(4, 8))
+        self.tensor = torch.zeros(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        getattr(self, self.keeps)[1:3] = h[1:3]
+        return torch.tanh(h + self.buffer + self.tensor)
+
+
+@pytest.mark.parametrize("keeps", ["buffer", "tensor"])
+def test_no_graph_stays_in_tensors_that_a_forward_writes_into(keeps):
+    model = Remembers(keeps)
+    try:
+        planned(model)
+    except CaptureError as error:
+        assert "requires grad" in str(error) and "AOT" not in str(error)
+    held = getattr(model, keeps)
+    assert held.grad_fn is None and not held.requires_grad and not held.any()
+    model(X).sum().backward()
+
+
+def test_a_buffer_that_a_forward_makes_require_grad():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.register_buffer("zero", torch.zeros(8))
+
+        def forward(self, x):
+            return self.a(x) + self.zero.requires_grad_()
+
+    model = Net()
+    with pytest.raises(CaptureError, match="zero require grad"):
+        planned(model)
+    assert not model.zero.requires_grad
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, net):
+        ctx.net = net
+        ctx.save_for_backward(x.detach())
+        return net(x).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.net(x), gradient)
+        return x.grad, None
+
+
+def test_a_backward_that_accumulates_on_its_own_is_refused_and_leaves_no_gradient():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.net = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return _Reversible.apply(self.a(x), self.net)
+
+    model = Net()
+    with pytest.raises(CaptureError, match="on its own"):
+        planned(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(X).sum().backward()
+
+
+class Writes(nn.Module):
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.a, self.write = nn.Linear(8, 8), write
+
+    def forward(self, given):
+        return self.write(self.a, given)
+
+
+def _update(a, given):
+    given["out"] = a(given["x"])
+    return given["out"]
+
+
+def _append(a, given):
+    given.append(a(given[0]))
+    return given[1]
+
+
+def _replace(a, given):
+    given["x"] = given["x"] * 2
+    return a(given["x"])
+
+
+def _copy(a, given):
+    given = dict(given)
+    return _update(a, given)
+
+
+@pytest.mark.parametrize(("write", "given"), [(_update, {"x": X}), (_append, [X]), (_replace, {"x": X})])
+def test_a_forward_that_writes_into_the_containers_it_is_given(write, given):
+    before = dict(given) if isinstance(given, dict) else list(given)
+    with pytest.raises(CaptureError, match="writes into a list or dictionary"):
+        planned(Writes(write), given)
+    assert given == before
+
+
+def test_a_forward_that_writes_into_a_copy_of_what_it_is_given():
+    model = Writes(_copy)
+    assert torch.equal(planned(model, {"x": X})({"x": X}), model({"x": X}))
+
+
+def test_weights_that_a_dictionary_holds_are_checked_as_what_they_are():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+            self.held = {"w": self.weight}
+
+        def forward(self, x):
+            return (x * self.held["w"]).sum()
+
+    plan(Net(), 1.0, (X,), progress=False, costs="estimate")
