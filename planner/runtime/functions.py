@@ -254,8 +254,8 @@ def _check_views(ctx: Any, program: Program, tangents: Sequence[torch.Tensor | N
             continue
         raise BackwardError(
             f"output {program.describe[i]!r} was modified in place, and its gradient has strides {tuple(tangent.stride())} "
-            f"where it has {tuple(output.stride())}: eager would differentiate it in another way than a plan. Write into a copy "
-            "of it"
+            f"where it has {tuple(output.stride())}: eager would differentiate it in another way than a plan. Write into a "
+            "copy of it"
         )
 
 
