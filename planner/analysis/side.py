@@ -152,6 +152,7 @@ class Side:
     def step(self) -> list[Any]:
         """Forward and backward; the output's leaves. `prepare` comes first."""
         with torch.enable_grad():
+            torch.clear_autocast_cache()  # this step has its own casts, also inside of a region of the caller's
             with autocast_of(self._planned):
                 out = self.module(*self.call[0], **self.call[1])
             leaves = aligned(self._planned, pytree.tree_leaves(out))

@@ -45,11 +45,13 @@ class SharedCasts:
         return Mismatch("mode", "the autocast region", "the model was called in it before", "one call")
 
     def _is_first(self, device: torch.device) -> bool:
-        """A small weight of our own is cast anew: the cache is empty, or was emptied since."""
-        if self._probe is None or self._probe.device != device:
-            self._probe = torch.ones((1, 1), device=device, requires_grad=True)
+        """A weight of our own, without elements, is cast anew: the cache is empty, or was emptied since."""
+        probe = self._probe
+        if probe is None or probe.device != device:
+            probe = self._probe = torch.ones((0, 0), device=device, requires_grad=True)
         with torch.enable_grad():
-            node: Any = torch.mm(self._probe, self._probe).grad_fn
+            product = torch.mm(probe, probe)
+        node: Any = product.grad_fn
         cast, self._cast = self._cast, node.next_functions[0][0]
         return cast is not self._cast
 
