@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from planner import PlanMissWarning, PlannerError, plan
+from planner.tracer.host import reads
+from planner.tracer.host.preserve import Preserved
 from tests.training import assert_same, trajectory
 
 
@@ -224,3 +226,16 @@ def test_a_module_that_is_not_among_the_models_own_stays_as_it_is_and_trains(nam
         loss.backward()
         results.append([loss, *(p.grad for p in (*model.parameters(), *layer.parameters()) if p.requires_grad)])
     assert_same(*results)
+
+
+def test_a_large_container_that_is_read_for_each_of_its_items_is_looked_through_a_few_times(monkeypatch):
+    """A registry of names, as some libraries keep: read once per name, and growing meanwhile."""
+    looked = []
+    keep = reads.keep_deep
+    monkeypatch.setattr(reads, "keep_deep", lambda *given: looked.append(given) or keep(*given))
+    recorder = reads.ReadRecorder(Preserved(), {}, str, lambda tensor: None)
+    names: set[str] = set()
+    for i in range(5000):
+        names.add(str(i))
+        recorder.see(names)
+    assert 64 < len(looked) < 100

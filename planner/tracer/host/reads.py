@@ -100,14 +100,18 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 
 
 def is_library_code(code: types.CodeType) -> bool:
-    """Code of torch, of Python's own library or of this package: its global variables steer no model."""
+    """Code of torch, of sympy, of Python's own library or of this package: its global variables steer no model."""
     file = code.co_filename
+    if "/site-packages/sympy/" in file:
+        return True
     if file.startswith((_TORCH, _PACKAGE, "<frozen")):
         return True
     return file.startswith(_STDLIB) and "site-packages" not in file
 
 
 _TORCH = str(Path(torch.__file__).parent)
+_SMALL = 64
+"""Items of a container that is looked through at every read."""
 _TRACED = "planner.tracer.traced"
 """Home of the module that calls the model: what it reads of itself is no state of the model's."""
 
@@ -144,6 +148,7 @@ class ReadRecorder:
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
+        self._sizes: dict[int, int] = {}
         self.controlled: tuple[str, str] | None = None
         self.drew: str | None = None
         self.paused = False
@@ -175,6 +180,8 @@ class ReadRecorder:
 
     def see(self, value: Any, where: str = "") -> None:
         """Remember a value as it is now, and note what is read of the objects it is made of."""
+        if self._is_known(value):
+            return
         for item in keep_deep(self._preserved, value, self._names, where):
             self._objects.append(item)
             if isinstance(item, nn.Module):  # one that is in a container, not among the model's own
@@ -182,6 +189,16 @@ class ReadRecorder:
             elif not self._patch(type(item)) and self._preserved.keep(item, where):
                 for held in list(attributes(item).values()):  # a class that cannot be patched: a namespace
                     self.see(held, where)
+
+    def _is_known(self, value: Any) -> bool:
+        """A large container that was looked through, and has about as many items as then: a loop may read it for each item."""
+        size = len(value) if isinstance(value, (dict, list, set, tuple)) else 0
+        if size <= _SMALL:
+            return False
+        if size // 2 < self._sizes.get(id(value), 0) < size * 2:
+            return True
+        self._sizes[id(value)] = size
+        return False
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

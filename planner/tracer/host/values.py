@@ -35,6 +35,7 @@ _FOREIGN = (
     "random",
     "torch",
     "numpy",
+    "sympy",  # expressions, which do not change; simplifying one reads hundreds of thousands of attributes
     "builtins",
     "collections",
     "functools",
