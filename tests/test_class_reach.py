@@ -15,6 +15,7 @@ from torch import nn
 
 from planner import PlanMissWarning, PlannerError, plan
 from planner.tracer.host import reads
+from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.preserve import Preserved
 from tests.training import assert_same, trajectory
 
@@ -239,3 +240,40 @@ def test_a_large_container_that_is_read_for_each_of_its_items_is_looked_through_
         names.add(str(i))
         recorder.see(names)
     assert 64 < len(looked) < 100
+
+
+def _tower(height: int, leaf: object) -> list:
+    """Each level holds the level below twice: as a tree, it has 2 ** height leaves."""
+    held: list = [leaf]
+    for _ in range(height):
+        held = [held, held]
+    return held
+
+
+def _ring(*values: object) -> list:
+    """A list that ends in itself."""
+    held = list(values)
+    held.append(held)
+    return held
+
+
+PAIRS = {
+    "shared parts": (_tower(60, 1), _tower(60, 1), True),
+    "a leaf of shared parts": (_tower(60, 1), _tower(60, 2), False),
+    "its type": (_tower(60, 1), _tower(60, True), False),
+    "its depth": (_tower(60, 1), _tower(59, 1), False),
+    "rings": (_ring(1, 2), _ring(1, 2), True),
+    "a value of a ring": (_ring(1, 2), _ring(1, 3), False),
+    "the length of a ring": (_ring(1, 2), _ring(1, 2, 1), False),
+    "sets": ({1, "a"}, {"a", 1}, True),
+    "an item of a set": ({1, 2}, {1, 3}, False),
+    "keys": ({"a": 1}, {"b": 1}, False),
+    "order of a list": ([1, 2], [2, 1], False),
+    "minus zero": ([0.0], [-0.0], False),
+    "NaNs": ([float("nan")], [float("nan")], True),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "expected"), PAIRS.values(), ids=PAIRS.keys())
+def test_values_are_compared_pair_by_pair(one, other, expected):
+    assert Fingerprints({}, lambda _, __: True).equal(one, other) is expected

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -122,6 +124,37 @@ class _Reversible(torch.autograd.Function):
         return x.grad, None
 
 
+class _RunsAgain(torch.autograd.Function):
+    """Calls a module in its backward for the input's gradient alone."""
+
+    @staticmethod
+    def forward(ctx, x, net):
+        ctx.net = net
+        ctx.save_for_backward(x.detach())
+        return net(x).detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.net(x), gradient, inputs=[x])
+        return x.grad, None
+
+
+def test_weights_that_only_a_backward_reads_are_named():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.net = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return _RunsAgain.apply(self.a(x), self.net)
+
+    with pytest.raises(CaptureError, match=r"backward reads net\.weight by itself"):
+        planned(Net())
+
+
 def test_a_backward_that_accumulates_on_its_own_is_refused_and_leaves_no_gradient():
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -170,9 +203,48 @@ def _copy(a, given):
 @pytest.mark.parametrize(("write", "given"), [(_update, {"x": X}), (_append, [X]), (_replace, {"x": X})])
 def test_a_forward_that_writes_into_the_containers_it_is_given(write, given):
     before = dict(given) if isinstance(given, dict) else list(given)
-    with pytest.raises(CaptureError, match="writes into a list or dictionary"):
+    with pytest.raises(CaptureError, match="writes into a list, dictionary"):
         planned(Writes(write), given)
     assert given == before
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines = []
+
+    def __repr__(self) -> str:
+        return f"Log({self.lines})"
+
+
+def _set_item(given):
+    given[0] += 1
+
+
+GIVEN = {
+    "namespace": (lambda given: setattr(given, "count", given.count + 1), types.SimpleNamespace(count=0)),
+    "array": (_set_item, np.zeros(2)),
+    "bytes": (_set_item, bytearray(2)),
+    "set": (lambda given: given.add(len(given)), set()),
+    "object's list": (lambda given: given.lines.append("a line"), Log()),
+    "nested list": (lambda given: given["k"][0].append(1), {"k": [[0]]}),
+}
+
+
+@pytest.mark.parametrize(("write", "given"), GIVEN.values(), ids=GIVEN.keys())
+def test_a_forward_that_writes_into_other_things_it_is_given(write, given):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x, given):
+            write(given)
+            return self.a(x)
+
+    before = repr(given)
+    with pytest.raises(CaptureError, match="array or object that it is given"):
+        planned(Net(), X, given)
+    assert repr(given) == before
 
 
 def test_a_forward_that_writes_into_a_copy_of_what_it_is_given():

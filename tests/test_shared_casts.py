@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner import PlanMissError, PlanMissWarning, plan
-from planner.runtime.install import install, uninstall
+from planner.runtime.install import install
 
 
 class Net(nn.Module):
@@ -52,6 +52,21 @@ def after_an_unplanned_call(call: Callable, cached: bool) -> torch.Tensor:
         return call(small).mean() + call(y).square().mean()
 
 
+def before_an_unplanned_call(call: Callable, cached: bool) -> torch.Tensor:
+    _, y, small = inputs()
+    with region(cached):
+        return call(y).square().mean() + call(small).mean()
+
+
+def with_an_evaluation(call: Callable, cached: bool) -> torch.Tensor:
+    x, y, _ = inputs()
+    with region(cached):
+        loss = call(x).mean()
+        with torch.no_grad():
+            call(y)
+        return loss
+
+
 def gradients(loop: Callable, cached: bool, prepared: Callable | None = None) -> list[torch.Tensor | None]:
     torch.manual_seed(0)
     model = Net()
@@ -79,16 +94,24 @@ def installed(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("prepared", [planned, installed])
-def test_a_second_planned_call_in_a_region_is_an_error(prepared):
-    with pytest.raises(PlanMissError, match="second time within one") as caught:
-        gradients(in_one_region, True, prepared)
+@pytest.mark.parametrize("loop", [in_one_region, before_an_unplanned_call])
+def test_a_call_after_a_planned_one_in_a_region_is_an_error(loop, prepared):
+    with pytest.raises(PlanMissError, match="by another call within one") as caught:
+        gradients(loop, True, prepared)
     assert "cache_enabled=False" in str(caught.value) and "bfloat16" in str(caught.value)
 
 
 @pytest.mark.parametrize("prepared", [planned, installed, planned_for_two_sizes])
 @pytest.mark.parametrize(
     ("loop", "cached"),
-    [(in_one_region, False), (in_two_regions, True), (in_two_regions, False), (after_an_unplanned_call, False)],
+    [
+        (in_one_region, False),
+        (in_two_regions, True),
+        (in_two_regions, False),
+        (after_an_unplanned_call, False),
+        (before_an_unplanned_call, False),
+        (with_an_evaluation, True),
+    ],
 )
 def test_the_ways_that_the_error_names_give_eagers_bits(loop, cached, prepared):
     expected = gradients(loop, cached)
@@ -108,7 +131,31 @@ def test_a_region_after_an_error_is_a_new_one():
     with region():
         module = planned(model)
         module(x)
+        with pytest.raises(PlanMissError):
+            module(y)
     with region():
         loss = module(y).sum()
     loss.backward()
-    uninstall(model)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_two_planned_modules_in_a_region_are_an_error_where_they_share_a_weight_that_is_cast(is_tied):
+    def gradients_of(is_planned: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        modules = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)]
+        modules[1][1].weight = modules[0][1].weight  # layer norm's is cast by nobody
+        if is_tied:
+            modules[1][0].weight = modules[0][0].weight
+        x = torch.randn(4, 8)
+        with region():
+            called = [plan(m, 1 << 20, (x,), progress=False, costs="estimate") for m in modules] if is_planned else modules
+        with region():
+            loss = called[0](x).square().mean() + called[1](2 * x).mean()
+        loss.float().backward()
+        return [parameter.grad for module in modules for parameter in module.parameters()]
+
+    if is_tied:
+        with pytest.raises(PlanMissError, match="a weight is used by a planned call and by another"):
+            gradients_of(True)
+    else:
+        assert all(map(torch.equal, gradients_of(False), gradients_of(True)))

@@ -47,7 +47,6 @@ def _step(planned: CheckpointedModule, call: Call, forward: Callable[[], Any]) -
     state = [path.get(model) for path in planned.step.joint.host.state]
     written = [*model.buffers(), *(t for t in (*given, *state) if isinstance(t, torch.Tensor) and not t.requires_grad)]
     with rewound(model, planned.step.joint.host.key, written, planned.device), torch.enable_grad():
-        torch.clear_autocast_cache()
         with autocast_of(planned):
             out = forward()
         leaves = aligned(planned, pytree.tree_leaves(out))

@@ -79,7 +79,8 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def autocast_of(planned: CheckpointedModule) -> Any:
-    """The autocast context that the plan's forward was captured in."""
+    """The autocast context that the module was planned under, with casts of its own: also in a region of the caller's."""
+    torch.clear_autocast_cache()
     return guard.autocast_of(planned.step.key, planned.device)
 
 
@@ -152,7 +153,6 @@ class Side:
     def step(self) -> list[Any]:
         """Forward and backward; the output's leaves. `prepare` comes first."""
         with torch.enable_grad():
-            torch.clear_autocast_cache()  # this step has its own casts, also inside of a region of the caller's
             with autocast_of(self._planned):
                 out = self.module(*self.call[0], **self.call[1])
             leaves = aligned(self._planned, pytree.tree_leaves(out))

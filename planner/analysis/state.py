@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.tracer.host.restorers import same_bits
+
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}
 """Attributes in which nn.Module keeps tensors, submodules and hooks."""
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
@@ -151,7 +153,7 @@ def same(expected: Any, found: Any) -> bool:
     if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
         if _metadata(expected) != _metadata(found):
             return False
-        return torch.equal(_bytes(expected), _bytes(found))
+        return same_bits(expected, found)
     if type(expected) is not type(found):
         return False
     if isinstance(expected, (list, tuple)):
@@ -170,13 +172,6 @@ def strides_that_matter(tensor: torch.Tensor) -> tuple[int, ...]:
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return ()
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def largest_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> float:

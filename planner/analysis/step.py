@@ -248,7 +248,6 @@ def _check(planned: Any, call: Call) -> str:
     """
     with torch.enable_grad():
         with autocast_of(planned):
-            torch.clear_autocast_cache()  # which is the caller's, if this is in a region of the caller's
             out, miss = planned.attempt(*call)
         if miss:
             raise NotRunError(f"the planned module does not recognize its own example call: {miss} differs")

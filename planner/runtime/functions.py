@@ -59,6 +59,7 @@ class Program:
             the backward reads; the second is None where that storage is not exposed.
         spare: positions of inputs that the planned backward does not read, but that another backward may need to recompute.
         views: positions of the outputs that are views in eager.
+        cast: positions of the trained weights that autocast casts.
     """
 
     forward: Boxed
@@ -85,6 +86,7 @@ class Program:
     watched: tuple[tuple[int, int | None], ...] = ()
     spare: tuple[int, ...] = ()
     views: tuple[int, ...] = ()
+    cast: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

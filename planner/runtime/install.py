@@ -75,7 +75,7 @@ class PlannedForward:
                 return planned
             misses.append(miss)
         report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))
-        note_unplanned(self._model, self.planned[0].device)
+        note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)
 
     def restore(self) -> None:

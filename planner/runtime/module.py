@@ -177,7 +177,7 @@ class CheckpointedModule(fx.GraphModule):
         out, miss = self.attempt(args, kwargs)
         if miss is not None:
             report_miss(self._original, miss, self._warned, self.strict)
-            note_unplanned(self._original, self.device)
+            note_unplanned([*self._original.parameters()], self.device)
             return unplanned_forward(self._original)(*args, **kwargs)
         return out
 
@@ -202,8 +202,7 @@ class CheckpointedModule(fx.GraphModule):
                     return out, None
             other = self._of_other_shape(args, kwargs) if step.recapture is not None and miss.kind == "input" else miss
             return other.attempt(args, kwargs, unplanned=unplanned) if isinstance(other, CheckpointedModule) else (None, other)
-        used = enter_planned(self._original, self.device)
-        if used is not None:
+        if (used := enter_planned([inputs[i] for i in self._program.cast], self.device)) is not None:
             return None, used
         if self._to_compare:
             self.__dict__["_to_compare"] = False

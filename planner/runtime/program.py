@@ -16,6 +16,7 @@ from planner.rewriter.stages import cut_stages
 from planner.runtime.functions import Boxed, Program
 from planner.runtime.step import Step
 from planner.tracer import kernels
+from planner.tracer.casts import is_cast
 from planner.tracer.part import Part
 
 
@@ -86,7 +87,7 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
     checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
     unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
     owned = [position[given.node] for given, _ in joint.gradients]
-    target = {node.name: node.target for node in joint.graph.nodes}
+    nodes = {node.name: node for node in joint.graph.nodes}
     leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Program(
         forward=boxed(forward, parts, compiled_for),
@@ -120,7 +121,10 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
             if root in halves.saved or root in checked
         ),
         spare=tuple(position[name] for name in halves.spare),
-        views=tuple(i for i, name in enumerate(joint.results) if getattr(target.get(name), "is_view", False)),
+        cast=tuple(
+            position[given.node] for given, _ in joint.gradients if given.kind is Kind.PARAM and is_cast(nodes[given.node])
+        ),
+        views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
     )
 
 

@@ -1,75 +1,98 @@
 """Calls within one autocast region, which share the casts of their weights.
 
 Eager casts a float32 weight once per region: the gradients of several calls are added up in the narrow dtype and cast back
-once. A planned call casts for itself. So the second call in a region is noticed.
+once. A planned call casts for itself. So a weight that is cast a second time in a region, by a plan or beside one, is noticed.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Collection
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from planner.errors import PlanMissError
 from planner.runtime.mismatch import Mismatch
 
 _TWICE = (
-    "the planned model is called a second time within one torch.autocast region. Eager's calls share the casts of the weights "
-    "there, and add up their gradients in {} before these are cast back; planned calls do not. Enter torch.autocast anew "
-    "for each call, or plan and train with torch.autocast(..., cache_enabled=False)"
+    "a weight is used by a planned call and by another call within one torch.autocast region. Eager's calls share its cast "
+    "there, and add up their gradients in {} before these are cast back; planned calls do not. Enter torch.autocast anew for "
+    "each call, or plan and train with torch.autocast(..., cache_enabled=False)"
 )
 
 
-class SharedCasts:
-    """Tells whether a model was called before in the present autocast region."""
+class _Region:
+    """The present autocast region of one thread on one device, and whose weights were cast in it, by identity."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._probe = torch.ones((0, 0), device=device, requires_grad=True)
+        self._cast: Any = None
+        self.planned: set[int] = set()
+        self.unplanned: set[int] = set()
+
+    def begin(self) -> None:
+        """Forget the last region's weights, if this is another one: there the probe, which has no elements, is cast anew."""
+        with torch.enable_grad():
+            product = torch.mm(self._probe, self._probe)
+        node: Any = product.grad_fn
+        last, self._cast = self._cast, node.next_functions[0][0]
+        if last is not self._cast:
+            self.planned, self.unplanned = set(), set()
+
+
+class _Regions(threading.local):
+    """Autocast and its cache belong to a thread."""
 
     def __init__(self) -> None:
-        self._probe: torch.Tensor | None = None
-        self._cast: Any = None
-        self._was_planned = False
-
-    def enter(self, device: torch.device, planned: bool) -> Mismatch | None:
-        """Note a call; a Mismatch where it has to run unplanned, as an earlier one in this region did.
-
-        Raises:
-            PlanMissError: an earlier call in this region ran planned, so that neither way equals eager's.
-        """
-        is_first = self._is_first(device)
-        if is_first or not planned:
-            self._was_planned = planned if is_first else self._was_planned
-            return None
-        if self._was_planned:
-            raise PlanMissError(_TWICE.format(str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")))
-        return Mismatch("mode", "the autocast region", "the model was called in it before", "one call")
-
-    def _is_first(self, device: torch.device) -> bool:
-        """A weight of our own, without elements, is cast anew: the cache is empty, or was emptied since."""
-        probe = self._probe
-        if probe is None or probe.device != device:
-            probe = self._probe = torch.ones((0, 0), device=device, requires_grad=True)
-        with torch.enable_grad():
-            product = torch.mm(probe, probe)
-        node: Any = product.grad_fn
-        cast, self._cast = self._cast, node.next_functions[0][0]
-        return cast is not self._cast
+        self.of_device: dict[torch.device, _Region] = {}
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, SharedCasts] = WeakKeyDictionary()
-"""By model: all its plans share them."""
+_REGIONS = _Regions()
 
 
-def enter_planned(model: nn.Module, device: torch.device) -> Mismatch | None:
-    """Note a planned call; see `SharedCasts.enter`."""
-    return _KNOWN.setdefault(model, SharedCasts()).enter(device, planned=True) if _are_cached(device) else None
+def enter_planned(weights: Collection[torch.Tensor], device: torch.device) -> Mismatch | None:
+    """Note a planned call that casts these weights; a Mismatch where an unplanned call in this region has cast one of them.
+
+    Raises:
+        PlanMissError: a planned call has.
+    """
+    region = _present(device)
+    if region is None:
+        return None
+    cast = set(map(id, weights))
+    if cast & region.planned:
+        raise PlanMissError(_twice(device))
+    if cast & region.unplanned:
+        return Mismatch("mode", "the autocast region", "its weights were cast in it before", "one call")
+    region.planned |= cast
+    return None
 
 
-def note_unplanned(model: nn.Module, device: torch.device) -> None:
-    """Note a call of the model's own forward."""
-    if _are_cached(device):
-        _KNOWN.setdefault(model, SharedCasts()).enter(device, planned=False)
+def note_unplanned(weights: Collection[torch.Tensor], device: torch.device) -> None:
+    """Note a call of a model's own forward.
+
+    Raises:
+        PlanMissError: gradients are enabled, and a planned call in this region has cast one of its weights.
+    """
+    region = _present(device)
+    if region is not None:
+        cast = set(map(id, weights))
+        if torch.is_grad_enabled() and cast & region.planned:
+            raise PlanMissError(_twice(device))
+        region.unplanned |= cast
 
 
-def _are_cached(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()
+def _present(device: torch.device) -> _Region | None:
+    """The region that this thread is in; None where autocast is off, or keeps no casts."""
+    if not (torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()):
+        return None
+    if device not in _REGIONS.of_device:
+        _REGIONS.of_device[device] = _Region(device)
+    region = _REGIONS.of_device[device]
+    region.begin()
+    return region
+
+
+def _twice(device: torch.device) -> str:
+    return _TWICE.format(str(torch.get_autocast_dtype(device.type)).removeprefix("torch."))

@@ -154,14 +154,7 @@ def _capture(
         parts=step.calls,
         moving=step.moving,
     )
-    trained = {name for name, parameter in (*model.named_parameters(), *model.named_buffers()) if parameter.requires_grad}
-    late = [
-        str(given.key) for given, _ in joint.gradients if given.kind in (Kind.PARAM, Kind.BUFFER) and given.key not in trained
-    ]
-    if late:
-        raise CaptureError(
-            f"the model's forward makes {late[0]} require grad, which it does not before: call requires_grad_() outside of it"
-        )
+    _check_weights(model, joint)
     return replace(
         joint,
         weights=weights,
@@ -170,6 +163,24 @@ def _capture(
         elsewhere="" if elsewhere is None else elsewhere.name,
         recorded=None if step.recorded is None else tuple(step.recorded),
     )
+
+
+def _check_weights(model: nn.Module, joint: Joint) -> None:
+    """Raise CaptureError where the graph does with the model's weights what no planned step does."""
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    for given, _ in joint.gradients:
+        if given.kind in (Kind.PARAM, Kind.BUFFER) and not held[str(given.key)].requires_grad:
+            raise CaptureError(
+                f"the model's forward makes {given.key} require grad, which it does not before: call requires_grad_() outside "
+                "of it"
+            )
+    names = {id(tensor): name for name, tensor in held.items()}
+    again = next((names[id(tensor)] for tensor in joint.constants.values() if id(tensor) in names), None)
+    if again is not None:
+        raise CaptureError(
+            f"the model's backward reads {again} by itself, as an autograd.Function does that calls a module in its backward: "
+            "a plan would hold it as a constant. Hand the weight to the function as an argument"
+        )
 
 
 @contextmanager

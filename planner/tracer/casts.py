@@ -93,6 +93,15 @@ class Casts(TorchFunctionMode):
         return {MARK: self._num_clears}
 
 
+def is_cast(weight: fx.Node) -> bool:
+    """A weight of a joint graph is cast to a narrow dtype: by itself, or in an opaque part that runs under autocast."""
+    return any(
+        (user.target is _TO_COPY and user.kwargs.get("dtype") in _LOW)
+        or ("part" in user.meta and user.meta["part"].autocast[0])
+        for user in weight.users
+    )
+
+
 def merge_casts(graph: fx.Graph, gradients: Mapping[fx.Node, int]) -> None:
     """Give every leaf that autocast casts several times one cast, and its gradient one cast back.
 

@@ -20,7 +20,7 @@ from planner._torch import pytree, storage_id
 from planner.errors import BackwardError, PartError
 from planner.profiler.profile import KernelCost
 from planner.tracer.joint import CallSpec
-from planner.tracer.strays import weights_kept
+from planner.tracer.weight_attributes import weights_put_back
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 _UNMEASURED = KernelCost(0, 0)
@@ -158,7 +158,7 @@ class Part:
         num_arguments, num_weights = len(spec.arguments), len(spec.weights)
         arguments = [gated(t, s.requires_grad and spec.grad) for t, s in zip(tensors, spec.arguments, strict=False)]
         given = tensors[num_arguments : num_arguments + num_weights]
-        weights = stand_ins(spec, given)
+        weights = weight_aliases(spec, given)
         buffers = dict(zip(spec.buffers, tensors[num_arguments + num_weights :], strict=True))
         ticket, results, packed = call_part(self.module, spec, arguments, weights | buffers, self._results)
         if len(foreign_leaves(ticket)) > spec.own_leaves:
@@ -221,7 +221,7 @@ class Part:
 _ADVICE = "make a larger part opaque: plan(..., opaque=[its parent])"
 
 
-def stand_ins(spec: PartCall, weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def weight_aliases(spec: PartCall, weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters of the same memory, by name, for one call; no gradient may be accumulated in them."""
     made: dict[str, torch.Tensor] = {
         name: nn.Parameter(t.detach(), grad) for (name, grad), t in zip(spec.weights, weights, strict=True)
@@ -299,7 +299,7 @@ def call_part(
         torch.autocast(device.type, dtype, enabled=enabled),
         saved_tensors_hooks(pack, unpack),
     ):
-        with weights_kept(module, weights):
+        with weights_put_back(module, weights):
             out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
         found = results_of(out)
     if enabled:
@@ -319,7 +319,7 @@ def call_part(
 def _in_every_place(
     module: nn.Module, state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
-    """The state under the name of each place that holds it, those of shared tensors, too; the module's own tensor by stand-in.
+    """The state under the name of each place that holds it, those of shared tensors, too; the module's own tensor by alias.
 
     A submodule that is registered twice is one place. With both its names, functional_call would leave the given tensors in it.
     """

@@ -22,11 +22,21 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
 from planner.tracer.host.observe import HOOKS, Observation, Observer
 from planner.tracer.host.preserve import contents_preserved, model_preserved
-from planner.tracer.host.reads import global_names
 from planner.tracer.host.restorers import same_bits
+from planner.tracer.host.scopes import global_names
 from planner.tracer.host.values import parts as parts_of
 from planner.tracer.joint import CallSpec
-from planner.tracer.part import Part, PartCall, Ticket, call_part, find_reads, foreign_leaves, gated, stand_ins, tensor_spec
+from planner.tracer.part import (
+    Part,
+    PartCall,
+    Ticket,
+    call_part,
+    find_reads,
+    foreign_leaves,
+    gated,
+    tensor_spec,
+    weight_aliases,
+)
 
 _LONG_NS = 500_000_000
 """A part that takes this long is timed once."""
@@ -168,7 +178,7 @@ class _Recording:
     def _learn(self) -> None:
         """Run it once and see what it takes, makes, draws and changes."""
         spec = self.spec
-        weights = stand_ins(spec, [self.state[name] for name, _ in spec.weights])
+        weights = weight_aliases(spec, [self.state[name] for name, _ in spec.weights])
         state = {**self.state, **weights}
         arguments = [gated(t, s.requires_grad and spec.grad) for t, s in zip(self.arguments, spec.arguments, strict=True)]
         watched = [*arguments, *state.values()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from planner.tracer.casts import Casts
 from planner.tracer.collectives import Refusing
 from planner.tracer.constants import Constants
 from planner.tracer.elsewhere import Elsewhere
-from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
+from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.preserve import Preserved, contents_preserved, keep_deep, keep_reachable, model_preserved
 from planner.tracer.host.state import Effect, HostState, Path, Ref, same_build
 from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import Output
@@ -183,12 +185,10 @@ class Step(nn.Module):
         for position, tensor in zip(self._tensors, tensors, strict=False):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
-        if weights is None:
-            out = self.model(*args, **kwargs)
-        else:
-            out = torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=True)
-        _check_containers(leaves, self._in_spec, (args, kwargs))
-        return out
+        with _given_unchanged(leaves, self._in_spec, (args, kwargs)):
+            if weights is None:
+                return self.model(*args, **kwargs)
+            return torch.func.functional_call(self.model, weights, args, kwargs, tie_weights=True)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The traced function: results, then tensors that Python read."""
@@ -312,13 +312,24 @@ class Step(nn.Module):
             self.effects.append(Effect(path, ref(path, new)))
 
 
-def _check_containers(leaves: Sequence[Any], spec: Any, call: Any) -> None:
-    """Raise CaptureError where a forward wrote into a list or dictionary that it was given."""
+@contextmanager
+def _given_unchanged(leaves: Sequence[Any], spec: Any, call: Any) -> Iterator[None]:
+    """Put back, at exit, what a forward wrote into the containers, objects and arrays that it was given; tensors are left out.
+
+    Raises:
+        CaptureError: it did write.
+    """
+    kept = Preserved(guards_iterators=False)
+    keep_reachable(kept, [item for leaf in leaves if not is_generator(leaf) for item in keep_deep(kept, leaf, {})], {})
+    try:
+        yield
+    finally:
+        changed = kept.restore()
     now, spec_now = pytree.tree_flatten(call)
-    if spec_now != spec or any(one is not other for one, other in zip(leaves, now, strict=True)):
+    if changed or spec_now != spec or any(one is not other for one, other in zip(leaves, now, strict=True)):
         raise CaptureError(
-            "the model's forward writes into a list or dictionary that it is given as an argument, which a plan would leave as "
-            "it is. Let it write into a copy: dict(argument), list(argument)"
+            "the model's forward writes into a list, dictionary, array or object that it is given as an argument, which a plan "
+            "would leave as it is. Let it write into a copy: dict(argument), list(argument), copy.copy(argument)"
         )
 
 

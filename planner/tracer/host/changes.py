@@ -159,7 +159,7 @@ class _Finder:
             return False
         if _holds_tensors(now) or type(was) is not type(now):
             return False
-        return alike(self._prints.of(was), self._prints.of(now), copied=True)
+        return self._prints.equal(was, now)
 
     def _fresh(self, path: Path, was: Any, now: Any) -> Any:
         """A new container at each call: its template."""
@@ -168,7 +168,7 @@ class _Finder:
         olds, news = list(_leaves(was)), list(_leaves(now))
         for old, new in zip(olds, news, strict=False):
             both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
-            if not both and not alike(self._prints.of(old), self._prints.of(new), copied=True):
+            if not both and not self._prints.equal(old, new):
                 raise _refusal(path, old, new)
         if len(olds) != len(news):
             raise _refusal(path, f"{len(olds)} values", f"{len(news)} values")

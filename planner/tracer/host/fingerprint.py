@@ -121,6 +121,27 @@ class Fingerprints:
         finally:
             del self._open[id(value)]
 
+    def equal(self, one: Any, other: Any) -> bool:
+        """Whether the fingerprints of two values are alike, as copies are; each pair of parts is looked at once.
+
+        Values share parts (closures, registries): a fingerprint, which repeats a part wherever it is met, may be endless.
+        """
+        todo, done = [(one, other)], dict[tuple[int, int], Any]()  # which holds the pair, so that no identity is used twice
+        while todo:
+            pair = todo.pop()
+            if pair[0] is pair[1] or (id(pair[0]), id(pair[1])) in done:
+                continue
+            done[id(pair[0]), id(pair[1])] = pair
+            if any(isinstance(value, Set) for value in pair):  # whose items have no order
+                if not alike(self.of(pair[0]), self.of(pair[1]), copied=True):
+                    return False
+                continue
+            heads = [_Head(self._names, self._wanted, self._skipped) for _ in pair]
+            if not alike(*(head.of(value) for head, value in zip(heads, pair, strict=True)), copied=True):
+                return False
+            todo += zip(*(head.inner for head in heads), strict=True)
+        return True
+
     def _of_object(self, value: Any) -> Fingerprint:
         kind = type(value)
         head = Same(kind, kind.__qualname__, True)
@@ -147,6 +168,23 @@ class Fingerprints:
         if not found and not isinstance(value, (list, tuple, dict)) and not (is_object(value) and not is_foreign_class(kind)):
             return (Same(value, kind.__qualname__, False),)
         return (head, found)
+
+
+class _Head(Fingerprints):
+    """The fingerprint of a value without those of its parts, which are in `inner`."""
+
+    def __init__(self, names: Mapping[int, str], wanted: Wanted, skipped: Collection[Any] = ()) -> None:
+        super().__init__(names, wanted, skipped)
+        self.inner: list[Any] = []
+        self._is_outermost = True
+
+    def of(self, value: Any) -> Fingerprint:
+        """The fingerprint of the value that is asked for first."""
+        if self._is_outermost:
+            self._is_outermost = False
+            return super().of(value)
+        self.inner.append(value)
+        return ("part",)
 
 
 def is_generator(value: Any) -> bool:

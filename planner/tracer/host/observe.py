@@ -22,8 +22,9 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.preserve import Preserved, keep_model
-from planner.tracer.host.reads import ReadRecorder, Reads
+from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import put_back
+from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
 import gc
 import os
 import sys
-import sysconfig
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +17,10 @@ from torch import nn
 
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
+from planner.tracer.host.scopes import PACKAGE, Reads, global_names, is_library_code, scopes_of
 from planner.tracer.host.values import attributes, is_foreign_class
 
-_PACKAGE = str(Path(__file__).parents[2])
 _COMPILER = str(Path(torch.__file__).parent / "_dynamo")
-_STDLIB = sysconfig.get_paths()["stdlib"]
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
@@ -35,81 +30,6 @@ _CONTROL = frozenset(
 """Methods of torch.Generator that control it, instead of drawing from it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Scope:
-    """Global variables of one Python module (or of code made by exec) that a forward reads.
-
-    Attributes:
-        module: the Python module's name; "" where the code belongs to none.
-        variables: the dictionary that holds them; not pickled.
-        names: of those that are read.
-        where: qualified name of the submodule that was running when one was first read.
-    """
-
-    module: str
-    variables: dict[str, Any] = field(repr=False)
-    names: frozenset[str]
-    where: str = ""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Scope) and self.variables is other.variables
-
-    def __hash__(self) -> int:
-        return id(self.variables)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restored_scope, (self.module, self.names, self.where)
-
-
-def _restored_scope(module: str, names: frozenset[str], where: str) -> Scope:
-    return Scope(module, vars(sys.modules[module]) if module in sys.modules else {}, names, where)
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What a forward reads of Python's state.
-
-    Attributes:
-        attributes: per class, the attributes of its instances.
-        names: every attribute name in the code that ran.
-        scopes: global variables.
-        environment: environment variables.
-        opaque_scopes: global variables that opaque modules may use. They steer no plan; whoever runs a forward on the side puts
-            them back.
-    """
-
-    attributes: Mapping[type, frozenset[str]]
-    names: frozenset[str]
-    scopes: tuple[Scope, ...] = ()
-    environment: tuple[str, ...] = ()
-    opaque_scopes: tuple[Scope, ...] = ()
-
-    def wants(self, value: Any, name: str) -> bool:
-        """An attribute of an object counts."""
-        known = self.attributes.get(type(value))
-        if known is not None:
-            return name in known
-        return name in self.names
-
-
-@functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> frozenset[str]:
-    """Global variables that the code itself names."""
-    kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
-    return frozenset(str(ins.argval) for ins in dis.get_instructions(code) if ins.opname in kinds)
-
-
-def is_library_code(code: types.CodeType) -> bool:
-    """Code of torch, of sympy, of Python's own library or of this package: its global variables steer no model."""
-    file = code.co_filename
-    if "/site-packages/sympy/" in file:
-        return True
-    if file.startswith((_TORCH, _PACKAGE, "<frozen")):
-        return True
-    return file.startswith(_STDLIB) and "site-packages" not in file
-
-
-_TORCH = str(Path(torch.__file__).parent)
 _SMALL = 64
 """Items of a container that is looked through at every read."""
 _TRACED = "planner.tracer.traced"
@@ -168,9 +88,9 @@ class ReadRecorder:
         return Reads(
             {kind: frozenset(names) for kind, names in self._read.items()},
             attribute_names,
-            _scopes(self._codes),
+            scopes_of(self._codes),
             tuple(self._environment),
-            _scopes(self._opaque_codes),
+            scopes_of(self._opaque_codes),
         )
 
     @property
@@ -378,19 +298,6 @@ class ReadRecorder:
             self.paused = before
 
 
-def _scopes(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tuple[Scope, ...]:
-    """The global variables that code names, by the Python module that holds them."""
-    scopes: dict[int, Scope] = {}
-    for code, (variables, where) in codes.items():
-        known = scopes.get(id(variables))
-        names = global_names(code) & variables.keys() | (known.names if known else frozenset())
-        name = str(variables.get("__name__", ""))
-        home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""
-        home = home if home and vars(sys.modules[home]) is variables else ""
-        scopes[id(variables)] = Scope(home, variables, names, known.where if known else where)
-    return tuple(scopes.values())
-
-
 def _put_back_profiler(profile: Any) -> None:
     if profile is None or callable(profile):
         sys.setprofile(profile)
@@ -405,7 +312,7 @@ def _is_users(frame: types.FrameType | None) -> bool:
 
 def _is_ours(frame: types.FrameType) -> bool:
     """The call is this package's own: it saves generators' states itself."""
-    return _is_called_by(frame, _PACKAGE, 4)
+    return _is_called_by(frame, PACKAGE, 4)
 
 
 def _is_compilers(frame: types.FrameType) -> bool:

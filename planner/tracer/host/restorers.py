@@ -36,14 +36,14 @@ def put_back(contents: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Two tensors of one shape and dtype are equal in every bit."""
-    if one.layout is not torch.strided or one.is_quantized or type(one) is not type(other):
+    if one.is_quantized:
         return torch.equal(one, other)
-    return torch.equal(*(_as_bytes(tensor) for tensor in (one, other)))
+    return torch.equal(*(_as_bytes(tensor.detach()) for tensor in (one, other)))
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    return plain.contiguous().view(-1).view(torch.uint8)
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return dense.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:

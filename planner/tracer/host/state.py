@@ -13,7 +13,7 @@ from torch import nn
 
 from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
-from planner.tracer.host.reads import Reads, Scope
+from planner.tracer.host.scopes import Reads, Scope
 from planner.tracer.host.values import ABSENT, MODULE_STATE, Step, part, parts, put, rebuilt, text_of
 
 

@@ -35,7 +35,6 @@ _FOREIGN = (
     "random",
     "torch",
     "numpy",
-    "sympy",  # expressions, which do not change; simplifying one reads hundreds of thousands of attributes
     "builtins",
     "collections",
     "functools",

@@ -1,6 +1,6 @@
 """Weights that a module keeps in attributes besides its parameters, as torch's RNN modules keep the list they hand to cuDNN.
 
-An opaque part runs with stand-ins for its weights. What it puts of these into its attributes must not stay there.
+An opaque submodule runs on aliases of its weights (Parameters of the same memory). Those that it stores must not stay there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 
 @contextmanager
-def weights_kept(module: nn.Module, weights: Mapping[int, torch.Tensor]) -> Iterator[None]:
-    """At exit, attributes that hold stand-ins hold the weights instead; in the containers of before, where these held the same.
+def weights_put_back(module: nn.Module, weights: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """At exit, attributes that hold aliases hold the weights instead; in the containers of before, where these held the same.
 
     Args:
-        weights: the weight by the identity of its stand-in.
+        weights: the weight by the identity of its alias.
     """
     before = [(vars(inner), dict(vars(inner))) for inner in module.modules()]
     contents = {id(value): list(value) for _, held in before for value in held.values() if isinstance(value, list)}
@@ -37,7 +37,7 @@ def weights_kept(module: nn.Module, weights: Mapping[int, torch.Tensor]) -> Iter
 
 
 def _with_weights(value: Any, weights: Mapping[int, torch.Tensor]) -> Any:
-    """The value with weights instead of stand-ins; itself, if it holds none."""
+    """The value with weights instead of aliases; itself, if it holds none."""
     if isinstance(value, torch.Tensor):
         return weights.get(id(value), value)
     if isinstance(value, weakref.ref):
