@@ -169,7 +169,8 @@ def _check_weights(model: nn.Module, joint: Joint) -> None:
     """Raise CaptureError where the graph does with the model's weights what no planned step does."""
     held = dict((*model.named_parameters(), *model.named_buffers()))
     for given, _ in joint.gradients:
-        if given.kind in (Kind.PARAM, Kind.BUFFER) and not held[str(given.key)].requires_grad:
+        weight = held.get(str(given.key))  # None: a second name that the forward gives it, which is gone again
+        if weight is not None and given.kind in (Kind.PARAM, Kind.BUFFER) and not weight.requires_grad:
             raise CaptureError(
                 f"the model's forward makes {given.key} require grad, which it does not before: call requires_grad_() outside "
                 "of it"
