@@ -293,7 +293,15 @@ def test_caches_are_left_out_and_said_once(nest):
     out = module(x)
     assert (out["past"] if isinstance(out, dict) else out[1][0]) is None
     assert verify(module, (x,), rounds=1).exact
+    _trains_on(module, x)
     plan(net, 1.0, (x,), **QUICK)  # a second warning would be an error
+
+
+def _trains_on(module, *args, **kwargs):
+    """Audits at the 2nd and 10th call compare what both forwards return, and not the cache that a plan leaves out."""
+    for _ in range(11):
+        module(*args, **kwargs)
+    assert module.num_unplanned_calls == 0
 
 
 def test_caches_of_a_model_of_transformers():
@@ -304,6 +312,7 @@ def test_caches_of_a_model_of_transformers():
     with pytest.warns(UserWarning, match="use_cache=False"):
         module = plan(net, 1.0, (), call, **QUICK)
     assert verify(module, (), call, rounds=1).exact
+    _trains_on(module, **call)
     assert module(**call).past_key_values is None and net(**call).past_key_values is not None
 
 

@@ -27,6 +27,7 @@ from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.observe import HOOKS
 from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import HostKey, remembered
+from planner.tracer.outputs import without_caches
 
 Digest = dict[str, Fingerprint]
 
@@ -116,9 +117,9 @@ def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device) -> Digest:
-    """What a forward returned and left behind, by name: equal exactly where every bit is."""
+    """What a forward returned (but for caches, which plans leave out) and left behind: equal exactly where every bit is."""
     prints = _Contents({id(module): name or "itself" for name, module in model.named_modules()})
-    found: Digest = {f"output {i}": prints.of(leaf) for i, leaf in enumerate(pytree.tree_leaves(out))}
+    found: Digest = {f"output {i}": prints.of(leaf) for i, leaf in enumerate(without_caches(pytree.tree_leaves(out)))}
     found |= {f"input {i}": prints.of(tensor) for i, tensor in enumerate(inputs)}
     found |= {f"buffer {name}": prints.of(tensor) for name, tensor in model.named_buffers()}
     for name, module in model.named_modules():
