@@ -308,3 +308,26 @@ def test_planning_writes_nothing_into_tensors_that_are_as_they_were():
     versions = [x._version, *(parameter._version for parameter in model.parameters())]
     planned_quietly(model, x)
     assert [x._version, *(parameter._version for parameter in model.parameters())] == versions
+
+
+class Summed(nn.Module):
+    """What enters the LSTM has another reader, whose gradient comes first, and lies otherwise in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.core, self.conv = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True), nn.Conv1d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.inner(x))
+        return self.core(h)[0] + self.conv(h.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+def test_a_gradient_that_is_added_to_inside_a_part_keeps_the_layout_of_the_sum():
+    torch.manual_seed(0)
+    model, x, strides = Summed(), torch.randn(4, 5, 8, requires_grad=True), []
+    planned = planned_quietly(model, x, budget=1 << 30, opaque=["core"])
+    [entered] = [n for n in planned.step.joint.graph.nodes if n.target is torch.ops.aten.tanh_backward.default]
+    h = torch.tanh(model.inner(x))
+    h.register_hook(lambda grad: strides.append(grad.stride()))
+    (model.core(h)[0] + model.conv(h.transpose(1, 2).contiguous()).transpose(1, 2)).sum().backward()
+    assert entered.args[0].meta["val"].stride() == strides[0] != (40, 8, 1)
