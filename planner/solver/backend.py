@@ -1,10 +1,15 @@
-"""The one place that talks to PuLP, HiGHS and CBC: a mixed-integer program as plain lists, and its answer."""
+"""The one place that talks to PuLP and HiGHS: a mixed-integer program as plain lists, and its answer.
+
+PuLP writes the model. Rows, columns and bounds that come later go to HiGHS's own model, which then starts from where it
+stood. Effort is counted: linear programs stop after a number of simplex iterations, integer ones after a number of HiGHS's
+calls of the interrupt callback, which come at the same points of every run of one thread (a limit of nodes would not help:
+nearly all time goes into the root).
+"""
 
 from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,11 +21,12 @@ from typing import Any, Literal
 import pulp
 
 from planner.errors import SolverMissingError
+from planner.solver.tuning import BUILD_UNITS, LP_UNITS, MIP_UNITS
+from planner.solver.work import Work
 
-_HEURISTICS = 0.05
-"""HiGHS's own share of effort for them."""
 _INTEGER = 1e-6
-"""A column so near to an integer is one."""
+"""A column so near to an integer is one: HiGHS's own tolerance."""
+SOLVER = "HiGHS"
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Pairs = list[tuple[int, float]]
@@ -29,20 +35,18 @@ Pairs = list[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a solver said.
+    """What the solver said.
 
     Attributes:
         status: "optimal" (within the gap asked for), "feasible" (stopped early), "infeasible" (proven), "unknown".
         values: one per column; empty unless optimal or feasible.
         bound: no solution has a smaller objective; -inf where nothing was proven, inf where infeasible.
         gap: objective less bound.
-        solver: "HiGHS" or "CBC".
     """
 
     status: Status
     values: tuple[float, ...]
     bound: float
-    solver: str
     gap: float = math.inf
 
 
@@ -51,164 +55,211 @@ class Program:
     """Minimise a linear cost over columns in [0, upper] under rows `sum(coefficient * column) <= limit`."""
 
     costs: list[float] = field(default_factory=list)
-    uppers: list[float | None] = field(default_factory=list)
+    uppers: list[float] = field(default_factory=list)
     binary: list[bool] = field(default_factory=list)
     rows: list[tuple[Pairs, float]] = field(default_factory=list)
 
-    def column(self, cost: float = 0.0, *, upper: float | None = 1.0, binary: bool = False) -> int:
+    def column(self, cost: float = 0.0, *, upper: float = 1.0, binary: bool = False) -> int:
         """Add a column with lower bound 0 and return its index."""
         self.costs.append(cost)
         self.uppers.append(upper)
         self.binary.append(binary)
         return len(self.costs) - 1
 
-    def row(self, pairs: Pairs, limit: float) -> None:
-        """Require `sum(coefficient * column) <= limit`; a column may occur more than once."""
+    def row(self, pairs: Pairs, limit: float) -> int:
+        """Require `sum(coefficient * column) <= limit`; a column may occur more than once. The row's index."""
         self.rows.append((pairs, limit))
+        return len(self.rows) - 1
 
 
-def solve(program: Program, *, time_limit_s: float, gap: float = 0.0, relax: bool = False) -> Answer:
+def solve(program: Program, work: Work, *, gap: float = 0.0, relax: bool = False) -> Answer:
     """Solve once; see `Model.solve`."""
-    return Model(program).solve(time_limit_s=time_limit_s, gap=gap, relax=relax)
+    return Model(program).solve(work, gap=gap, relax=relax)
 
 
 class Model:
-    """A program that is built once and solved again after small changes, by HiGHS from where it stood.
+    """A program that is solved again after small changes, by HiGHS from where it stood.
 
-    HiGHS solves it, or CBC, from the beginning each time, where highspy is missing.
+    Columns and rows may be added to `program` between two solves; what is there already changes by the methods.
     """
 
     def __init__(self, program: Program) -> None:
-        """Raises SolverMissingError where neither solver can be run."""
+        """Raises SolverMissingError where HiGHS cannot be run."""
+        require_highs()
         self.program = program
-        self._name, self._make = _solver()
-        self._problem: Any = None
-        self._columns: list[Any] = []
-        self._solver: Any = None
+        self._highs: Any = None
+        self._num_columns = self._num_rows = self._num_entries = 0
         self._fixed: dict[int, int] = {}
 
     def upper(self, column: int, upper: float) -> None:
         """Change a column's upper bound."""
         self.program.uppers[column] = upper
-        if self._problem is not None:
-            self._bounds(column, 0.0, upper)
+        self._bounds(column, 0.0, upper)
 
     def cost(self, column: int, cost: float) -> None:
         """Change a column's cost."""
         self.program.costs[column] = cost
-        if self._problem is not None and self._name == "HiGHS":
-            self._problem.solverModel.changeColCost(self._columns[column].index, cost)
+        if self._highs is not None and column < self._num_columns:
+            self._highs.changeColCost(column, cost)
 
-    def relax_and_fix(self, *, time_limit_s: float, gap: float = 0.0) -> Answer:
+    def integer(self, column: int, is_integer: bool) -> None:
+        """Make a column binary, or continuous."""
+        self.program.binary[column] = is_integer
+        if self._highs is not None and column < self._num_columns:
+            kinds = _highspy().HighsVarType
+            self._highs.changeColIntegrality(column, kinds.kInteger if is_integer else kinds.kContinuous)
+
+    def limit(self, row: int, limit: float) -> None:
+        """Change a row's limit; inf takes the row away."""
+        self.program.rows[row] = self.program.rows[row][0], limit
+        if self._highs is not None and row < self._num_rows:
+            self._highs.changeRowBounds(row, -math.inf, limit)
+
+    def relax_and_fix(self, work: Work, *, gap: float = 0.0) -> Answer:
         """Solve the linear program, and in integers only what it leaves fractional: that much smaller a program is quick.
 
         Where that is not within the gap of the linear optimum, solve the whole.
         """
-        end = time.monotonic() + time_limit_s
-        linear = self.solve(time_limit_s=time_limit_s, relax=True)
+        linear = self.solve(work, relax=True)
         if linear.status != "optimal":
             return linear
         at = {i: round(x) for i, x in enumerate(linear.values) if self.program.binary[i] and abs(x - round(x)) <= _INTEGER}
         self._fix(at)
         try:
-            answer = self.solve(time_limit_s=end - time.monotonic(), gap=gap)
+            answer = self.solve(work, gap=gap)
         finally:
             self._fix({})
         if answer.values and answer.bound + answer.gap <= linear.bound + gap:
             return replace(answer, status="optimal", bound=linear.bound, gap=answer.bound + answer.gap - linear.bound)
-        return self.solve(time_limit_s=end - time.monotonic(), gap=gap)
+        return self.solve(work, gap=gap)
 
     def _fix(self, at: Mapping[int, int]) -> None:
         """Hold these columns where they are, and let go those held before."""
-        for column in self._fixed.keys() | at.keys():
-            if self._problem is not None:
-                self._bounds(column, at.get(column, 0), at.get(column, self.program.uppers[column]))
+        for column in sorted(self._fixed.keys() | at.keys()):
+            self._bounds(column, at.get(column, 0), at.get(column, self.program.uppers[column]))
         self._fixed = dict(at)
 
-    def _bounds(self, column: int, lower: float, upper: float | None) -> None:
-        self._columns[column].lowBound, self._columns[column].upBound = lower, upper
-        if self._name == "HiGHS":
-            self._problem.solverModel.changeColBounds(self._columns[column].index, lower, math.inf if upper is None else upper)
+    def _bounds(self, column: int, lower: float, upper: float) -> None:
+        if self._highs is not None and column < self._num_columns:
+            self._highs.changeColBounds(column, lower, upper)
 
-    def solve(self, *, time_limit_s: float, gap: float = 0.0, relax: bool = False, prove: bool = False) -> Answer:
+    def solve(self, work: Work, *, gap: float = 0.0, relax: bool = False, prove: bool = False) -> Answer:
         """Solve as the program is now.
 
         Args:
-            time_limit_s: wall seconds; with a solution found by then the status is "feasible".
+            work: what may be spent; with a solution found by then the status is "feasible".
             gap: absolute, in units of the objective.
             relax: drop integrality; then `bound` is the optimum of the linear program.
-            prove: it is the bound that matters: no time for HiGHS's heuristics.
+            prove: it is the bound that matters: no effort for HiGHS's heuristics.
         """
-        seconds = max(0.05, time_limit_s)
-        with warnings.catch_warnings():
-            # PuLP 3.3 announces the names of PuLP 4; both 3.x spellings must work here.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            if self._name == "CBC":
-                problem, columns = _build(self.program, self._fixed)
-                solver = self._make(msg=False, mip=not relax, timeLimit=seconds, gapAbs=gap, gapRel=0.0, threads=1)
-                return _run_cbc(problem, columns, solver, gap=gap, relax=relax)
-            _print_banner_nowhere()
-            options = {"mip_abs_gap": gap, "solve_relaxation": relax, "mip_heuristic_effort": 0.0 if prove else _HEURISTICS}
-            answer = self._solve_highs(seconds, options)
-            if self._is_stale(answer):
-                self._problem = None
-                answer = self._solve_highs(seconds, options)
+        relax = relax or not any(self.program.binary)
+        answer = self._solve(work, gap, relax, prove)
+        if self._is_stale(answer):
+            self._highs = None
+            answer = self._solve(work, gap, relax, prove)
         return answer
 
-    def _solve_highs(self, seconds: float, options: dict[str, Any]) -> Answer:
-        self._run(seconds, options, threads=1)
-        if self._problem.solverModel.getModelStatus().name == "kNotset":
+    def _solve(self, work: Work, gap: float, relax: bool, prove: bool) -> Answer:
+        self._bring_up_to_date(work)
+        highs, options = self._highs, {"mip_abs_gap": gap, "solve_relaxation": relax}
+        options["mip_heuristic_effort"] = 0.0 if prove else 0.05  # HiGHS's own default
+        if relax:
+            options["simplex_iteration_limit"] = 1 + int(min(work.left / LP_UNITS, 2**31 - 2))
+            self._run(options, work)
+            work.charge(LP_UNITS * (1 + highs.getInfo().simplex_iteration_count))
+        else:
+            price = MIP_UNITS * (1 + self._num_entries)
+            calls = _Calls(1 + int(min(work.left / price, 2**31)))
+            highs.clearSolver()  # HiGHS 1.16 may return the last solution of the program before it was changed
+            highs.cbMipInterrupt.subscribe(calls)
+            self._run(options | {"simplex_iteration_limit": 2**31 - 1}, work)
+            highs.cbMipInterrupt.unsubscribe(calls)
+            work.charge(price * (1 + calls.count))
+        return self._read(mip=not relax)
+
+    def _run(self, options: Mapping[str, Any], work: Work) -> None:
+        highs = self._highs
+        # The clock of linear programs runs on from solve to solve; no run may take less than a moment.
+        limit_s = highs.getRunTime() + max(0.05, work.seconds)
+        for name, value in {**options, "time_limit": limit_s}.items():
+            highs.setOptionValue(name, value)
+        highs.run()
+        if highs.getModelStatus().name == "kNotset":
             # The number of threads is global to the process: somebody else has already chosen another one.
-            self._problem = None
-            self._run(seconds, options, threads=None)
-        return _read_highs(self._problem, self._columns, mip=not options["solve_relaxation"] and any(self.program.binary))
+            highs.setOptionValue("threads", 0)
+            highs.run()
 
     def _is_stale(self, answer: Answer) -> bool:
-        """Solved again after a change, HiGHS 1.16 may hand out the last solution with the new objective (1 in 1000, seen)."""
+        """Solved again after a change, HiGHS 1.16 may return the last solution with the new objective (1 in 1000, seen)."""
         objective = answer.bound + answer.gap
         cost = sum(cost * value for cost, value in zip(self.program.costs, answer.values, strict=False))
         return bool(answer.values) and abs(cost - objective) > 1e-6 * max(1.0, abs(objective))
 
-    def _run(self, seconds: float, options: dict[str, Any], threads: int | None) -> None:
-        if self._problem is None:
-            self._problem, self._columns = _build(self.program, self._fixed)
-            self._solver = self._make(msg=False, gapRel=0.0, threads=threads)
-            self._solver.createAndConfigureSolver(self._problem)
-            self._solver.buildSolverModel(self._problem)
-        model = self._problem.solverModel
-        # The clock of linear programs runs on from solve to solve, that of integer ones starts anew.
-        spent = 0.0 if any(self.program.binary) and not options["solve_relaxation"] else model.getRunTime()
-        for name, value in {**options, "time_limit": spent + seconds}.items():
-            model.setOptionValue(name, value)
-        self._solver.callSolver(self._problem)
+    def _bring_up_to_date(self, work: Work) -> None:
+        """Build HiGHS's model, or add what came to the program since the last solve."""
+        program, entries = self.program, self._num_entries
+        if self._highs is None:
+            self._highs, entries = _build(program), 0
+            self._num_columns, self._num_rows, self._num_entries = len(program.costs), 0, 0
+            for column, value in self._fixed.items():
+                self._bounds(column, value, value)
+        else:
+            for column in range(self._num_columns, len(program.costs)):
+                self._highs.addCol(program.costs[column], 0.0, program.uppers[column], 0, [], [])
+                if program.binary[column]:
+                    self._highs.changeColIntegrality(column, _highspy().HighsVarType.kInteger)
+            self._num_columns = len(program.costs)
+            for pairs, limit in program.rows[self._num_rows :]:
+                summed = _summed(pairs)
+                self._highs.addRow(-math.inf, limit, len(summed), list(summed), list(summed.values()))
+        self._num_entries += sum(len(pairs) for pairs, _ in program.rows[self._num_rows :])
+        self._num_rows = len(program.rows)
+        work.charge(BUILD_UNITS * (self._num_entries - entries))
+
+    def _read(self, *, mip: bool) -> Answer:
+        facts, name = self._highs.getInfo(), self._highs.getModelStatus().name
+        if name in ("kInfeasible", "kUnboundedOrInfeasible"):  # costs are >= 0 over columns >= 0: never unbounded
+            return Answer("infeasible", (), math.inf)
+        solved = name in ("kOptimal", "kModelEmpty")
+        found = solved or (mip and facts.primal_solution_status == 2)
+        proven = facts.objective_function_value if solved else -math.inf
+        bound = facts.mip_dual_bound if mip else proven
+        if not found:
+            return Answer("unknown", (), bound)
+        values = tuple(self._highs.getSolution().col_value)
+        return Answer("optimal" if solved else "feasible", values, bound, facts.objective_function_value - bound)
 
 
-def solver_name() -> str:
-    """The name of the solver that `solve` uses: HiGHS or CBC.
+class _Calls:
+    """Counts HiGHS's calls of the interrupt callback, and stops it at the last that is allowed."""
 
-    Raises:
-        SolverMissingError: neither can be run.
-    """
-    return _solver()[0]
+    def __init__(self, most: int) -> None:
+        self.count, self._most = 0, most
 
-
-def _solver() -> tuple[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        for name, make in (("HiGHS", pulp.HiGHS), ("CBC", pulp.PULP_CBC_CMD), ("CBC", pulp.COIN_CMD)):
-            if make(msg=False).available():
-                return name, make
-    raise SolverMissingError(
-        "neither HiGHS nor CBC can be run. Install HiGHS with `pip install highspy`, or CBC with `pip install 'pulp[cbc]'`."
-    )
+    def __call__(self, event: Any) -> None:
+        self.count += 1
+        event.interrupt(self.count >= self._most)  # HiGHS keeps what an earlier run was told
 
 
 @cache
+def require_highs() -> None:
+    """Raise SolverMissingError where HiGHS cannot be run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3.3 announces the names of PuLP 4
+        if not pulp.HiGHS(msg=False).available():
+            raise SolverMissingError("HiGHS cannot be run. Install it with `pip install highspy`.")
+    _print_banner_nowhere()
+
+
+@cache
+def _highspy() -> Any:
+    return import_module("highspy")
+
+
 def _print_banner_nowhere() -> None:
     """HiGHS writes a line to file descriptor 1 when its first object is made, before any option can be set."""
     with suppress(ImportError), _stdout_closed():
-        highspy: Any = import_module("highspy")
-        highspy.Highs()
+        _highspy().Highs()
 
 
 @contextmanager
@@ -223,47 +274,33 @@ def _stdout_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _build(program: Program, fixed: Mapping[int, int]) -> tuple[Any, list[Any]]:
-    problem = pulp.LpProblem("planner", pulp.LpMinimize)
-    columns = [
-        pulp.LpVariable(f"x{i}", fixed.get(i, 0), fixed.get(i, upper), pulp.LpInteger if binary else pulp.LpContinuous)
-        for i, (upper, binary) in enumerate(zip(program.uppers, program.binary, strict=True))
-    ]
-    problem.setObjective(pulp.LpAffineExpression([(columns[i], cost) for i, cost in enumerate(program.costs)]))
-    for pairs, limit in program.rows:
-        summed: dict[int, float] = {}
-        for i, coefficient in pairs:
-            summed[i] = summed.get(i, 0.0) + coefficient
-        expression = pulp.LpAffineExpression([(columns[i], coefficient) for i, coefficient in summed.items()])
-        problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintLE, rhs=limit))
-    return problem, columns
+def _summed(pairs: Pairs) -> dict[int, float]:
+    summed: dict[int, float] = {}
+    for i, coefficient in pairs:
+        summed[i] = summed.get(i, 0.0) + coefficient
+    return summed
 
 
-def _read_highs(problem: Any, columns: list[Any], *, mip: bool) -> Answer:
-    model = problem.solverModel
-    facts, name = model.getInfo(), model.getModelStatus().name
-    if name in ("kInfeasible", "kUnboundedOrInfeasible"):  # costs are >= 0 over columns >= 0: never unbounded
-        return Answer("infeasible", (), math.inf, "HiGHS")
-    solved = name in ("kOptimal", "kModelEmpty")
-    found = solved or (mip and facts.primal_solution_status == 2)
-    proven = facts.objective_function_value if solved else -math.inf
-    bound = facts.mip_dual_bound if mip else proven
-    if not found:
-        return Answer("unknown", (), bound, "HiGHS")
-    by_index = model.getSolution().col_value
-    values = tuple(by_index[column.index] for column in columns)
-    return Answer("optimal" if solved else "feasible", values, bound, "HiGHS", facts.objective_function_value - bound)
-
-
-def _run_cbc(problem: Any, columns: list[Any], solver: Any, *, gap: float, relax: bool) -> Answer:
-    problem.solve(solver)
-    if problem.sol_status == pulp.LpSolutionInfeasible:
-        return Answer("infeasible", (), math.inf, "CBC")
-    solved = problem.sol_status == pulp.LpSolutionOptimal
-    if not solved and problem.sol_status != pulp.LpSolutionIntegerFeasible:
-        return Answer("unknown", (), -math.inf, "CBC")
-    values = tuple(0.0 if column.varValue is None else float(column.varValue) for column in columns)
-    objective = sum(coefficient * column.varValue for column, coefficient in problem.objective.items() if column.varValue)
-    # PuLP does not hand on CBC's dual bound; an optimal end is within the gap, an early one proves nothing.
-    bound = objective - (0.0 if relax else gap) if solved else -math.inf
-    return Answer("optimal" if solved else "feasible", values, bound, "CBC", objective - bound)
+def _build(program: Program) -> Any:
+    """HiGHS's model of a program, by PuLP; its columns and rows are in the order of the program's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        problem = pulp.LpProblem("planner", pulp.LpMinimize)
+        columns = [
+            pulp.LpVariable(f"x{i:09}", 0, None if math.isinf(upper) else upper, pulp.LpInteger if binary else pulp.LpContinuous)
+            for i, (upper, binary) in enumerate(zip(program.uppers, program.binary, strict=True))
+        ]
+        problem.addVariables(columns)
+        problem.setObjective(pulp.LpAffineExpression([(columns[i], cost) for i, cost in enumerate(program.costs)]))
+        for pairs, limit in program.rows:
+            expression = pulp.LpAffineExpression([(columns[i], coefficient) for i, coefficient in _summed(pairs).items()])
+            rhs = 0.0 if math.isinf(limit) else limit
+            problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintLE, rhs=rhs))
+        solver = pulp.HiGHS(msg=False, gapRel=0.0, threads=1)
+        solver.createAndConfigureSolver(problem)
+        solver.buildSolverModel(problem)
+    for row, (_, limit) in enumerate(program.rows):
+        if math.isinf(limit):  # PuLP knows no row without a limit
+            problem.solverModel.changeRowBounds(row, -math.inf, math.inf)
+    assert all(column.index == i for i, column in enumerate(columns)), "PuLP changed the order of the columns"
+    return problem.solverModel

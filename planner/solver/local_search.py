@@ -8,7 +8,6 @@ section 3). It proves nothing; the certificate does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from copy import copy
 
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 from planner.graph.graph import Graph
 from planner.graph.simulate import Run, Simulator
 from planner.solver.draft import Draft
+from planner.solver.tuning import EVENT_UNITS
+from planner.solver.work import Work
 
 Steps = list[int]
 
@@ -52,19 +53,21 @@ class LocalSearch:
         """Summed cost of all steps."""
         return int(self.cost[np.asarray(steps, dtype=np.int64)].sum())
 
-    def repair(self, steps: Steps, deadline: float, *, spared: int = -1, most_ns: float = float("inf")) -> Steps | None:
-        """Evict until the schedule fits; None if nothing helps, time is up, or it takes more than `most_ns`.
+    def repair(self, steps: Steps, work: Work, *, spared: int = -1, most_ns: float = float("inf")) -> Steps | None:
+        """Evict until the schedule fits; None if nothing helps, nothing is left to spend, or it takes more than `most_ns`.
 
         `spared`: an op whose values are not evicted.
         """
         run = self.simulator.run(steps)
+        self._charge(run, work)
         while int(run.live_bytes.max(initial=0)) > self.budget_bytes:
-            if time.monotonic() >= deadline:
+            if work.is_over:
                 return None
             before, now_ns = self._excess(run), self.time_ns(steps)
             best: tuple[float, Steps, Run] | None = None
             for lane, t in self._evictions(steps, run, spared):
                 changed, then = self.useful([*steps[:t], *lane, *steps[t:]])
+                self._charge(then, work)
                 gain = before - self._excess(then)
                 price = (self.time_ns(changed) - now_ns + 1) / gain if gain > 0 else float("inf")
                 if gain > 0 and (best is None or price < best[0]):
@@ -74,27 +77,28 @@ class LocalSearch:
             _, steps, run = best
         return steps
 
-    def shrink(self, steps: Steps, deadline: float) -> Steps:
+    def shrink(self, steps: Steps, work: Work) -> Steps:
         """Delete recomputes, the dearest first, as long as the schedule fits without them."""
         draft = Draft(self.simulator, steps)
         shorter = True
         while shorter:
             shorter = False
             for t in sorted(draft.again(), key=lambda t: (-self.cost[draft.steps[t]], -t)):
-                if time.monotonic() >= deadline:
+                if work.is_over:
                     return draft.done()
+                work.charge(EVENT_UNITS * len(draft.steps) / 16)  # no new simulation
                 if draft.steps[t] >= 0 and draft.delete(t, self.budget_bytes):
                     shorter = True
         return draft.done()
 
-    def improve(self, steps: Steps, deadline: float, enough_ns: float = 0) -> Steps:
+    def improve(self, steps: Steps, work: Work, enough_ns: float = 0) -> Steps:
         """Delete one recompute after the other although the schedule does not fit without it, and evict something else.
 
-        Stops when every recompute has been tried in vain, at the deadline, or at `enough_ns`.
+        Stops when every recompute has been tried in vain, when nothing is left to spend, or at `enough_ns`.
         """
-        steps = self.shrink(steps, deadline)
+        steps = self.shrink(steps, work)
         tried: set[tuple[int, int]] = set()
-        while self.time_ns(steps) > enough_ns and time.monotonic() < deadline:
+        while self.time_ns(steps) > enough_ns and not work.is_over:
             draft = Draft(self.simulator, steps)
             seen: dict[int, int] = {}
             runs = []
@@ -109,22 +113,25 @@ class LocalSearch:
             tried.add((i, nth))
             draft.delete(t)
             now_ns = self.time_ns(steps)
-            repaired = self.repair(draft.done(), deadline, spared=i, most_ns=1.05 * now_ns)
+            repaired = self.repair(draft.done(), work, spared=i, most_ns=1.05 * now_ns)
             if repaired is not None:
-                repaired = self.shrink(repaired, deadline)
+                repaired = self.shrink(repaired, work)
                 if self.time_ns(repaired) < now_ns:
                     steps, tried = repaired, set()
         return steps
 
-    def squeeze(self, steps: Steps, deadline: float) -> Steps:
+    def squeeze(self, steps: Steps, work: Work) -> Steps:
         """Make it fit a smaller budget, then take back what this one allows: other recomputes may be left, and cheaper ones."""
         for share in _SQUEEZES:
             tighter = copy(self)
             tighter.budget_bytes = int(share * self.budget_bytes)
-            repaired = tighter.repair(steps, deadline) if time.monotonic() < deadline else None
-            shrunk = steps if repaired is None else self.shrink(repaired, deadline)
+            repaired = tighter.repair(steps, work)
+            shrunk = steps if repaired is None else self.shrink(repaired, work)
             steps = min(steps, shrunk, key=self.time_ns)
         return steps
+
+    def _charge(self, run: Run, work: Work) -> None:
+        work.charge(EVENT_UNITS * (300 + len(run.event_step)))
 
     def _excess(self, run: Run) -> int:
         return int(np.maximum(0, run.live_bytes - self.budget_bytes).sum())

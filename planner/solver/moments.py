@@ -1,4 +1,4 @@
-"""Heavy values that come and go many times: a stronger certificate where a few cuts cannot see that (formulation, section 2).
+"""Heavy values that come and go many times: a stronger certificate where a few cuts cannot see that.
 
 A recurrent net reads its embedded input in every time step, in the backward too. It may have to go after every read, but each
 cut sees one of these. So between cuts there are moments: ops at which the heavy value alone has columns of its own. Of the

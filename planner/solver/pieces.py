@@ -1,8 +1,8 @@
 """The forward cut at its narrow places into pieces, and for any run of pieces a menu: ways to keep some of its values.
 
-What crosses the end of a run is kept. Of the rest a dish keeps some; before the run's backward, the others are recomputed.
-Without rows for memory that choice is a cut in a network, so its linear program is integral (formulation, section 1); the
-menu is the lower hull of its answers, from all kept to as little as can be, by bytes and time.
+What crosses the end of a run is kept. Of the rest an option keeps some; before the run's backward, the others are recomputed.
+Without rows for memory that choice is a cut in a network, so its linear program is integral; the menu is the lower hull of its
+answers, from all kept to as little as can be, by bytes and time.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from planner.graph.graph import Graph
 from planner.solver import backend
 from planner.solver.baselines import crossing_bytes
 from planner.solver.lifetimes import lifetimes
+from planner.solver.tuning import OPTIONS
+from planner.solver.work import Work
 
 _NEAR = 12
 """A narrow place is narrowest among so many ops before it and after it."""
 _NARROW = 1.02
-_DISHES = 8
 _SCALE = 1e4
 _ALMOST_FREE = 1e-9
 """A price that breaks ties for keeping nothing without need."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dish:
+class Option:
     """One way to keep a run's values: bytes kept, ops to run again before its backward, their time."""
 
     nbytes: int
@@ -41,25 +42,43 @@ class Pieces:
     """The pieces 0..len - 1 of a graph's forward; (i, j) stands for the run of pieces i..j - 1.
 
     Attributes:
-        forward: the forward ops of each.
-        backward: the backward ops of each, up to the last that reads one of its values.
+        graph, life: what was cut, and its droppable values.
     """
 
     def __init__(self, graph: Graph, most: int) -> None:
         """`most`: pieces; fewer where there are fewer narrow places."""
         self.graph, self.life = graph, lifetimes(graph)
         self._bounds = _cut(graph, most)
-        self.forward = [range(a, b) for a, b in pairwise(self._bounds)]
-        self.backward = self._backward()
+        self._backward = self._backward_ops()
         self._index = {name: d for d, name in enumerate(self.life.names)}
         turn, known = graph.num_forward_ops, dict[object, int]()
         reads = [(i, d) for i in range(turn) for d in self.inputs(i)]
         self._reader, self._read = np.array(reads, dtype=np.int64).reshape(-1, 2).T
         self._kinds = np.array([known.setdefault(self._kind(i), len(known)) for i in range(turn)], dtype=np.int64)
-        self._menus: dict[tuple[bytes, ...], list[Dish]] = {}
+        self._menus: dict[tuple[bytes, ...], list[Option]] = {}
 
     def __len__(self) -> int:
-        return len(self.forward)
+        return len(self._backward)
+
+    def ops(self, i: int, j: int) -> range:
+        """The forward ops of the run."""
+        return range(self._bounds[i], self._bounds[j])
+
+    def backward(self, i: int, j: int) -> range:
+        """The backward ops of the run: of each piece those up to the last that reads one of its values."""
+        return range(self._backward[j - 1].start, self._backward[i].stop)
+
+    def forward_ns(self, i: int, j: int) -> int:
+        """Time of the run's forward."""
+        return sum(self.graph.ops[op].cost_ns for op in self.ops(i, j))
+
+    def forward_bytes(self, i: int, j: int) -> int:
+        """The most that is live while the run's forward goes on, whatever is kept of it."""
+        return int(self.life.base[self._bounds[i] : self._bounds[j]].max())
+
+    def crossing_bytes(self, i: int, j: int) -> int:
+        """Of what `crossing` says."""
+        return int(self.life.nbytes[self.crossing(i, j)].sum())
 
     def crossing(self, i: int, j: int) -> NDArray[np.bool_]:
         """Per droppable value: it is made in the run and read by the forward after it."""
@@ -68,21 +87,21 @@ class Pieces:
 
     def need(self, i: int, j: int) -> int:
         """Bytes while the forward of the run goes on, and while its backward does with all of its values at hand."""
-        life, ops = self.life, slice(self.backward[j - 1].start, self.backward[i].stop)
+        life, ops = self.life, self.backward(i, j)
         made = self._made(i, j)
         order = np.argsort(life.last_use[made], kind="stable")
         last, gone = life.last_use[made][order], np.concatenate(([0], np.cumsum(life.nbytes[made][order])))
-        held = life.base[ops] + gone[-1] - gone[np.searchsorted(last, np.arange(ops.start, ops.stop))]
-        return max(int(held.max(initial=0)), int(life.base[self._bounds[i] : self._bounds[j]].max()))
+        held = life.base[ops.start : ops.stop] + gone[-1] - gone[np.searchsorted(last, np.arange(ops.start, ops.stop))]
+        return max(int(held.max(initial=0)), self.forward_bytes(i, j))
 
-    def menu(self, i: int, j: int) -> list[Dish]:
-        """Dishes for the run, that which keeps most first; runs that look alike share the work."""
+    def menu(self, i: int, j: int, work: Work) -> list[Option]:
+        """Options for the run, that which keeps most first; runs that look alike share the work."""
         start, stop = self._bounds[i], self._bounds[j]
         key = self._signature(range(start, stop))
         if key not in self._menus:
-            dishes = self._hull(range(start, stop))
-            self._menus[key] = [Dish(d.nbytes, tuple(op - start for op in d.lane), d.cost_ns) for d in dishes]
-        return [Dish(d.nbytes, tuple(op + start for op in d.lane), d.cost_ns) for d in self._menus[key]]
+            options = self._hull(range(start, stop), work)
+            self._menus[key] = [Option(d.nbytes, tuple(op - start for op in d.lane), d.cost_ns) for d in options]
+        return [Option(d.nbytes, tuple(op + start for op in d.lane), d.cost_ns) for d in self._menus[key]]
 
     def inputs(self, i: int) -> list[int]:
         """The droppable values that an op reads."""
@@ -98,7 +117,7 @@ class Pieces:
         made: NDArray[np.bool_] = (self.life.producer >= self._bounds[i]) & (self.life.producer < self._bounds[j])
         return made
 
-    def _backward(self) -> list[range]:
+    def _backward_ops(self) -> list[range]:
         life, graph = self.life, self.graph
         owner = np.searchsorted(self._bounds, life.producer, side="right") - 1
         ends, end = [], graph.num_forward_ops
@@ -117,30 +136,31 @@ class Pieces:
         goes_on = life.last_forward[made] >= ops.stop
         return self._kinds[ops.start : ops.stop].tobytes(), within.tobytes(), goes_on.tobytes()
 
-    def _hull(self, ops: range) -> list[Dish]:
-        """The extreme dishes, then those between two neighbours that are cheaper than a mixture of both."""
-        menu = _Menu(self, ops)
-        most, least = menu.dish(0.0), menu.dish(menu.highest_price)
+    def _hull(self, ops: range, work: Work) -> list[Option]:
+        """The extreme options, then those between two neighbours that are cheaper than a mixture of both."""
+        menu = _Menu(self, ops, work)
+        most, least = menu.option(0.0), menu.option(menu.highest_price)
         found, between = {most.nbytes: most, least.nbytes: least}, deque([(most, least)])
-        while between and len(found) < _DISHES:
+        while between and len(found) < OPTIONS:
             more, less = between.popleft()
             if more.nbytes <= less.nbytes:
                 continue
             price = (less.cost_ns - more.cost_ns) / (more.nbytes - less.nbytes)
-            dish = menu.dish(price)
-            mixed = more.cost_ns + price * (more.nbytes - dish.nbytes)
-            if less.nbytes < dish.nbytes < more.nbytes and dish.cost_ns < mixed - 1:
-                found[dish.nbytes] = dish
-                between += [(more, dish), (dish, less)]
+            option = menu.option(price)
+            mixed = more.cost_ns + price * (more.nbytes - option.nbytes)
+            if less.nbytes < option.nbytes < more.nbytes and option.cost_ns < mixed - 1:
+                found[option.nbytes] = option
+                between += [(more, option), (option, less)]
         return [found[nbytes] for nbytes in sorted(found, reverse=True)]
 
 
 class _Menu:
     """The program of one run of pieces: which values to keep, at a price for every byte."""
 
-    def __init__(self, pieces: Pieces, ops: range) -> None:
+    def __init__(self, pieces: Pieces, ops: range, work: Work) -> None:
         graph, life = pieces.graph, pieces.life
         self._graph, self._nbytes = graph, life.nbytes
+        self._work = Work(meter=work.meter)  # half a menu would be another one: a run's takes moments, and is finished
         made = (life.producer >= ops.start) & (life.producer < ops.stop) & (life.last_forward < ops.stop)
         mine = np.flatnonzero(made).tolist()
         again = sorted({int(life.producer[d]) for d in mine if graph.ops[int(life.producer[d])].recomputable})
@@ -163,18 +183,18 @@ class _Menu:
         """-(k_d + r_pi(d))."""
         return [(self._keep[d], -1.0), *((self._again[i], -1.0) for i in (maker,) if i in self._again)]
 
-    def dish(self, price: float) -> Dish:
+    def option(self, price: float) -> Option:
         """The best at so much time for every byte kept."""
         if self._model is None:
-            return Dish(0, (), 0)
+            return Option(0, (), 0)
         for d, column in self._keep.items():
             self._model.cost(column, price * int(self._nbytes[d]) * self._scale + _ALMOST_FREE)
-        values = self._model.solve(time_limit_s=5.0, relax=True).values
-        if not values:  # out of time, on a busy machine: keeping everything is always one
-            return Dish(sum(int(self._nbytes[d]) for d in self._keep), (), 0)
+        values = self._model.solve(self._work, relax=True).values
+        if not values:  # the clock ended it; keeping everything is always one
+            return Option(sum(int(self._nbytes[d]) for d in self._keep), (), 0)
         lane = tuple(i for i, column in self._again.items() if values[column] > 0.5)
         kept = sum(int(self._nbytes[d]) for d, column in self._keep.items() if values[column] > 0.5)
-        return Dish(kept, lane, sum(self._graph.ops[i].cost_ns for i in lane))
+        return Option(kept, lane, sum(self._graph.ops[i].cost_ns for i in lane))
 
 
 def _cut(graph: Graph, most: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The certificate's program: what every schedule that fits obeys at a few cuts (formulation, section 2).
+"""The certificate's program: what every schedule that fits obeys at a few cuts.
 
 A cut is the moment at which an op runs for the first time. In captured order, everything before it
 has run and nothing after it has. Columns: a_{d,g}, value d is alive at cut g; r_{i,g}, op i runs again
@@ -14,6 +14,7 @@ cut: that makes the program a relaxation. It assumes the captured order of first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Relaxation:
         """`heavy`: values of which a subclass says how they get from cut to cut; only their columns are integers then."""
         self.graph, self.unit = graph, unit
         self.rows = backend.Program()
-        self.budget = self.rows.column(upper=None)
+        self.budget = self.rows.column(upper=math.inf)
         plain = max(1, sum(op.cost_ns for op in graph.ops))
         self.costs = [op.cost_ns / plain * SCALE for op in graph.ops]
         self.intervals: list[Interval] = []

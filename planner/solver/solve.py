@@ -1,7 +1,8 @@
-"""The cheapest schedule within a budget: coarsen, solve the program, search around its answer, expand, simulate, certify."""
+"""The cheapest schedule within a budget; many budgets at once; the lowest budget there is a schedule for."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -9,187 +10,187 @@ from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
+from planner.solver.backend import SOLVER
 from planner.solver.baselines import all_baselines
-from planner.solver.blocks import MOST_PIECES
-from planner.solver.bound import Bounds
-from planner.solver.closure import Closure
-from planner.solver.coarsen import Coarse, coarsen, uncoarsened
 from planner.solver.floor import floor, infeasible
-from planner.solver.hunt import Hunt, lower_peak
-from planner.solver.pieces import Pieces
-from planner.solver.pool import Pool
+from planner.solver.pipeline import Run, run
+from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
+from planner.solver.search import Archive, Search
+from planner.solver.tuning import BACKSTOP, BUILD_UNITS, EFFORT, GAP
+from planner.solver.work import Meter, Work
 from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
 
-_OVERRUN = 0.06
-"""Share of a sweep's time by which its stages end later than they are told."""
-_LEAST_S = 0.1
-"""What is left to search when the programs took all of the time to be built."""
+Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
 
 
-def solve(graph: Graph, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001, reorder: bool = True) -> Solution:
-    """The cheapest schedule found whose simulated peak on `graph` is within the budget.
+def solve(
+    graph: Graph,
+    budget_bytes: int,
+    *,
+    effort: float = EFFORT,
+    time_limit_s: float | None = None,
+    gap: float = GAP,
+    reorder: bool = True,
+) -> Solution:
+    """The cheapest schedule found whose simulated peak on `graph` is within the budget; the same one for the same arguments.
 
     Args:
         graph: the joint graph; the budget holds everything live on the device.
         budget_bytes: bound on the live bytes at every step.
-        time_limit_s: wall seconds for search and certificate together.
+        effort: work for search and certificate together, in units of about a second of one core (`planner.solver.work`).
+        time_limit_s: wall seconds after which the search ends whatever it has (default: ten times the effort). A plan that
+            it ended says so: it may differ from run to run.
         gap: how far from the optimum to stop, as a fraction of the plain step's time.
         reorder: backward ops may move a few places where that lowers the plain step's peak.
 
     Raises:
         InfeasibleBudgetError: proven: no schedule fits.
-        NoScheduleFoundError: nothing was found in the time given.
-        SolverMissingError: neither HiGHS nor CBC can be run.
+        NoScheduleFoundError: nothing was found with this effort.
+        SolverMissingError: HiGHS cannot be run.
     """
-    end = time.monotonic() + time_limit_s
-    solver = Solver(graph, reorder=reorder)
-    return solver.solve(budget_bytes, time_limit_s=max(_LEAST_S, end - time.monotonic()), gap=gap)
+    return Solver(graph, reorder=reorder).solve(budget_bytes, effort=effort, time_limit_s=time_limit_s, gap=gap)
 
 
 def sweep(
-    graph: Graph, budgets_bytes: Iterable[int], *, time_limit_s: float = 20.0, gap: float = 0.001
-) -> dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError]:
-    """`solve` for many budgets, in little more time than for a few; see `Solver.sweep`."""
-    end = time.monotonic() + time_limit_s
-    solver = Solver(graph)
-    return solver.sweep(budgets_bytes, time_limit_s=max(_LEAST_S, end - time.monotonic()), gap=gap)
+    graph: Graph,
+    budgets_bytes: Iterable[int],
+    *,
+    effort: float = 2 * EFFORT,
+    time_limit_s: float | None = None,
+    gap: float = GAP,
+) -> dict[int, Outcome]:
+    """`solve` for many budgets, in little more work than for a few; see `Solver.sweep`."""
+    return Solver(graph).sweep(budgets_bytes, effort=effort, time_limit_s=time_limit_s, gap=gap)
 
 
-def lowest_peak(graph: Graph, *, time_limit_s: float = 10.0) -> int:
+def lowest_peak(graph: Graph, *, effort: float = EFFORT, time_limit_s: float | None = None) -> int:
     """The lowest peak, in bytes, of any schedule this solver finds: a budget that `solve` can meet."""
-    return Solver(graph).lowest_peak(time_limit_s=time_limit_s)
+    return Solver(graph).lowest_peak(effort=effort, time_limit_s=time_limit_s)
 
 
 class Solver:
     """One graph, any number of budgets.
 
-    The coarse graph, the programs with what they learnt, the certificate's programs and every schedule that was found are
-    shared, so a later budget takes less time, and never gets a worse plan than a smaller one got.
+    The programs with what they learnt and every schedule that was found are shared, so a later budget takes less work, and
+    never gets a worse plan than a smaller one got. A plan therefore depends on what was asked before, and on nothing else.
     """
 
     def __init__(self, graph: Graph, *, reorder: bool = True) -> None:
         """`reorder`: backward ops may move a few places where that lowers the plain step's peak (`planner.solver.reorder`)."""
         self._captured = graph
         self.graph, self._order = reordered(graph) if reorder else (graph, tuple(range(len(graph.ops))))
-        graph = self.graph
-        self.plain_ns = sum(op.cost_ns for op in graph.ops)
-        self.pool = Pool(graph)
-        self.bounds = Bounds(graph)
-        self.coarse = coarsen(graph)
-        self.program = Closure(self.coarse.graph, self.coarse.tiny)
-        self._fine: tuple[Closure, Coarse] | None = None
+        self.models, self.archive = Models(self.graph), Archive(self.graph)
+        self.plain_ns = self.archive.plain_ns
         self._unmoved: Solver | None = None
-        self._pieces: Pieces | None = None
 
     @property
     def floor_bytes(self) -> int:
         """The least that any schedule in captured order, or with the backward ops moved as here, can reach."""
         return min(floor(self.graph)[0], floor(self._captured)[0])
 
-    def baselines(self, budget_bytes: int) -> Iterator[tuple[str, Schedule]]:
-        """What people do today, by name: of the moved graph, and of the captured one in the moved graph's numbers."""
+    def offer_baselines(self, budget_bytes: int) -> None:
+        """Judge what people do today: on the moved graph, and on the captured one in the moved graph's numbers."""
+        for name, schedule in self._baselines(budget_bytes):
+            self.archive.offer(schedule, name)
+
+    def _baselines(self, budget_bytes: int) -> Iterator[tuple[str, Schedule]]:
         yield from all_baselines(self.graph, budget_bytes)
         if self.graph is not self._captured:
             for name, schedule in all_baselines(self._captured, budget_bytes):
                 yield name, self._renumbered(schedule)
-
-    def offer_baselines(self, budget_bytes: int) -> None:
-        """Judge what people do today."""
-        for name, schedule in self.baselines(budget_bytes):
-            self.pool.offer(schedule, name)
 
     def _renumbered(self, schedule: Schedule) -> Schedule:
         """A schedule of the captured graph in the numbers of the moved one."""
         here = {i: n for n, i in enumerate(self._order)}
         return Schedule(tuple(here[i] for i in schedule.steps))
 
-    @property
-    def fine(self) -> tuple[Closure, Coarse] | None:
-        """The program of the graph as it is; None where nothing was merged."""
-        if self._fine is None and len(self.coarse.groups) < len(self.graph.ops):
-            coarse = uncoarsened(self.graph)
-            self._fine = Closure(coarse.graph, coarse.tiny), coarse
-        return self._fine
-
-    @property
-    def pieces(self) -> Pieces:
-        """The coarse graph in pieces, for blocks."""
-        if self._pieces is None:
-            self._pieces = Pieces(self.coarse.graph, MOST_PIECES)
-        return self._pieces
-
-    def solve(self, budget_bytes: int, *, time_limit_s: float = 10.0, gap: float = 0.001) -> Solution:
+    def solve(
+        self, budget_bytes: int, *, effort: float = EFFORT, time_limit_s: float | None = None, gap: float = GAP
+    ) -> Solution:
         """As the function `solve`."""
-        start = time.monotonic()
         if floor(self.graph)[0] > budget_bytes:
-            return self._in_captured_order(budget_bytes).solve(budget_bytes, time_limit_s=time_limit_s, gap=gap)
-        hunt = Hunt(self, budget_bytes, start, start + time_limit_s, gap)
-        hunt.quickly()
-        if hunt.best is None:
-            lower_peak(self, budget_bytes, (time.monotonic() + start + time_limit_s) / 2)
-        hunt.thoroughly()
-        if hunt.best is None:
-            lower_peak(self, budget_bytes, start + time_limit_s)
-        return self._solution(hunt, time.monotonic() - start)
+            unmoved = self._in_captured_order(budget_bytes)
+            return unmoved.solve(budget_bytes, effort=effort, time_limit_s=time_limit_s, gap=gap)
+        start, work = time.monotonic(), _work(effort, time_limit_s)
+        one = self._run(budget_bytes, gap)
+        run([one], work)
+        return self._solution(one, work.meter, time.monotonic() - start)
 
     def sweep(
-        self, budgets_bytes: Iterable[int], *, time_limit_s: float = 20.0, gap: float = 0.001
-    ) -> dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError]:
+        self,
+        budgets_bytes: Iterable[int],
+        *,
+        effort: float = 2 * EFFORT,
+        time_limit_s: float | None = None,
+        gap: float = GAP,
+    ) -> dict[int, Outcome]:
         """A solution, or why there is none, for every budget; a larger budget never has a dearer plan.
-
-        First the quick stages for every budget; then, while there is time, the thorough ones where the gap is widest.
 
         Args:
             budgets_bytes: in any order.
-            time_limit_s: wall seconds for all budgets together.
+            effort, time_limit_s: as for `solve`, for all budgets together.
             gap: how far from the optimum to stop, as a fraction of the plain step's time.
         """
-        start = time.monotonic()
-        end = start + (1 - _OVERRUN) * time_limit_s
-        least = floor(self.graph)[0]
-        budgets = sorted(set(budgets_bytes), reverse=True)
-        found: dict[int, Solution | InfeasibleBudgetError | NoScheduleFoundError] = {}
-        for budget in reversed([budget for budget in budgets if budget < least]):
+        start, work = time.monotonic(), _work(effort, time_limit_s)
+        budgets, least = sorted(set(budgets_bytes)), floor(self.graph)[0]
+        found: dict[int, Outcome] = {}
+        for budget in (budget for budget in budgets if budget < least):
+            found[budget] = self._below(budget, work, len(budgets), gap)
+        runs = {budget: self._run(budget, gap) for budget in reversed(budgets) if budget >= least}
+        run(list(runs.values()), work)
+        total = sum(each.spent for each in runs.values())
+        for budget, each in sorted(runs.items()):
+            share = each.spent / total if total else 1 / len(runs)
             try:
-                solution = self.solve(budget, time_limit_s=max(0.2, (end - time.monotonic()) / len(budgets)), gap=gap)
-                self._know(solution)
-                found[budget] = solution
-            except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-                found[budget] = error
-        hunts: dict[int, Hunt] = {}
-        seconds = dict.fromkeys(budgets, 0.0)
-        for n, budget in enumerate(budgets):
-            if budget >= least:
-                now = time.monotonic()
-                share = max(0.2, (end - now) / (len(budgets) - n))
-                hunts[budget] = Hunt(self, budget, now, now + share, gap)
-                hunts[budget].quickly()
-                seconds[budget] += time.monotonic() - now
-        open_hunts = sorted((hunt for hunt in hunts.values() if not hunt.good_enough()), key=lambda hunt: -hunt.left())
-        for n, hunt in enumerate(open_hunts):
-            now = time.monotonic()
-            if now < end:
-                hunt.extend(now, now + (end - now) / (len(open_hunts) - n))
-                hunt.thoroughly()
-                seconds[hunt.budget_bytes] += time.monotonic() - now
-        for budget in sorted(hunts):
-            try:
-                found[budget] = self._solution(hunts[budget], seconds[budget])
+                found[budget] = self._solution(each, work.meter, share * (time.monotonic() - start))
             except NoScheduleFoundError as error:
                 found[budget] = error
         return found
 
-    def lowest_peak(self, *, time_limit_s: float = 10.0) -> int:
+    def lowest_peak(self, *, effort: float = EFFORT, time_limit_s: float | None = None) -> int:
         """As the function `lowest_peak`."""
-        moved = self._order != tuple(range(len(self._order)))
-        lower_peak(self, 0, time.monotonic() + time_limit_s / (1 + moved))
-        lowest = self.pool.lowest.timeline.peak_bytes
-        if moved and floor(self._captured)[0] < lowest:
-            lowest = min(lowest, Solver(self._captured, reorder=False).lowest_peak(time_limit_s=time_limit_s / 2))
+        work = _work(effort, time_limit_s)
+        lowest = self._lowest(work.share(effort / 2) if self._is_moved else work)
+        if self._is_moved and floor(self._captured)[0] < lowest:
+            lowest = min(lowest, Solver(self._captured, reorder=False)._lowest(work))
         return lowest
+
+    @property
+    def _is_moved(self) -> bool:
+        return self._order != tuple(range(len(self._order)))
+
+    def _lowest(self, work: Work) -> int:
+        """By bisection: whether anything fits a budget is asked of the stages, each time with a share of the work."""
+        low = floor(self.graph)[0]
+        high = self.archive.lowest.timeline.peak_bytes
+        while high > low and not work.is_over:
+            asked = low if high - low <= high // 1000 else (low + high) // 2
+            run([self._run(asked, 1.0)], work.share(work.left / 3))
+            high = self.archive.lowest.timeline.peak_bytes
+            if high > asked:
+                low = asked + 1
+            if high - low <= high // 1000:
+                break
+        return high
+
+    def _run(self, budget_bytes: int, gap: float) -> Run:
+        return Run(Problem(self.models, budget_bytes), Search(self.archive, budget_bytes), gap)
+
+    def _below(self, budget_bytes: int, work: Work, count: int, gap: float) -> Outcome:
+        """The outcome for a budget below the floor of the moved graph, with its share of a sweep's work."""
+        share = work.share(work.left / count)
+        try:
+            unmoved = self._in_captured_order(budget_bytes)
+            one, start = unmoved._run(budget_bytes, gap), time.monotonic()
+            run([one], share)
+            solution = unmoved._solution(one, work.meter, time.monotonic() - start)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            return error
+        self.archive.offer(self._renumbered(solution.schedule), solution.solver)  # a plan for every larger budget, too
+        return solution
 
     def _in_captured_order(self, budget_bytes: int) -> Solver:
         """The solver of the unmoved graph, for a budget below the floor of the moved one."""
@@ -199,20 +200,20 @@ class Solver:
             self._unmoved = Solver(self._captured, reorder=False)
         return self._unmoved
 
-    def _know(self, solution: Solution) -> None:
-        """A plan in captured order is a plan for every larger budget."""
-        self.pool.offer(self._renumbered(solution.schedule), solution.solver)
-
-    def _solution(self, hunt: Hunt, seconds: float) -> Solution:
-        best = hunt.best
+    def _solution(self, one: Run, meter: Meter, seconds: float) -> Solution:
+        search = one.search
+        best = search.best
         if best is None:
-            raise not_found(hunt.budget_bytes, self.pool.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
-        bound_ns, time_ns = hunt.certify("exact" if time.monotonic() < hunt.end else "linear"), best.timeline.time_ns
-        if bound_ns > time_ns:  # contradicted by the schedule at hand: numerical trouble, so claim nothing
-            bound_ns = self.plain_ns
-        status = "optimal" if time_ns - bound_ns <= hunt.gap * self.plain_ns else "feasible"
+            raise not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
+        status = "optimal" if search.gap <= one.gap else "feasible"
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
-        return Solution(status, schedule, bound_ns, seconds, best.solver)
+        return Solution(status, schedule, min(search.bound_ns, best.timeline.time_ns), seconds, f"{best.source}/{SOLVER}")
+
+
+def _work(effort: float, time_limit_s: float | None) -> Work:
+    """What a call may spend."""
+    limit_s = BACKSTOP * (1 + effort) if time_limit_s is None else time_limit_s
+    return Work(effort, Meter(time.monotonic() + limit_s))
 
 
 def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: float) -> NoScheduleFoundError:
@@ -226,5 +227,5 @@ def not_found_text(budget: str, lowest_bytes: int, floor_bytes: int, seconds: fl
     return (
         f"no schedule within {budget} was found in {seconds:.1f} s; that none exists was not proven (the proven floor is "
         f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes). Raise "
-        f"the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give a longer time limit, or reduce the batch."
+        f"the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give more effort, or reduce the batch."
     )

@@ -2,14 +2,13 @@
 
 Every first run stays where it is. In a few stretches of the schedule every recompute is a choice, and before every first
 run there those ops are offered that make what it reads, a few levels back; elsewhere recomputes stay. Values may be let go
-and made again between any two touches (formulation, section 3). Few choices keep the program small, while memory counts
+and made again between any two touches . Few choices keep the program small, while memory counts
 over the whole step: what one stretch gives up, another may spend.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +17,10 @@ from planner.graph.graph import Graph
 from planner.graph.simulate import Run
 from planner.solver import backend
 from planner.solver.local_search import LocalSearch, Steps
+from planner.solver.tuning import WINDOW_UNITS
+from planner.solver.work import Work
 
 _SCALE = 1e4
-_SECONDS = 3.0
-"""For one program: what is not found by then takes too long."""
 _FEWEST, _MOST = 40, 600
 """Choices in one program."""
 
@@ -35,7 +34,7 @@ class Slot:
     fixed: bool
 
 
-class Windows:
+class Neighbourhood:
     """Improves a schedule of one graph that fits a budget."""
 
     def __init__(self, graph: Graph, budget_bytes: int, *, depth: int = 2, seed: int = 0) -> None:
@@ -43,27 +42,23 @@ class Windows:
         self.simulator = self.search.simulator
         self.budget_bytes, self._depths = budget_bytes, (depth, depth, 1, 2 * depth)
         self._chance = random.Random(seed)
+        self._target, self._useless = 4 * _FEWEST, 0
         self._recomputable = [op.recomputable and i < graph.num_forward_ops for i, op in enumerate(graph.ops)]
 
-    def improve(self, steps: Steps, deadline: float, enough_ns: float = 0) -> Steps:
-        """Open stretches by chance, more or less of them by how long the programs take, until the deadline or `enough_ns`.
+    @property
+    def is_settled(self) -> bool:
+        """Programs that left every recompute open had nothing better."""
+        return self._useless >= len(self._depths)
 
-        Stops early where programs that left every recompute open have nothing better.
-        """
-        target, useless = 4 * _FEWEST, 0
-        while time.monotonic() < deadline and self.search.time_ns(steps) > enough_ns:
-            slots, everything = self._slots(steps, target)
-            started = time.monotonic()
-            better, settled = self._solve(steps, slots, deadline)
-            if better is not None:
-                steps = self.search.shrink(better, deadline)
-            elif everything and settled:
-                useless += 1
-                if useless == len(self._depths):
-                    break
-            fast = time.monotonic() - started < _SECONDS / 4
-            target = min(_MOST, target * 5 // 4) if fast else max(_FEWEST, target * 2 // 3)
-        return steps
+    def improve(self, steps: Steps, work: Work) -> Steps | None:
+        """Open stretches by chance, more or less of them by how much work the programs take; a better schedule, or None."""
+        slots, everything = self._slots(steps, self._target)
+        before = work.meter.spent
+        better, settled = self._solve(steps, slots, work.share(WINDOW_UNITS))
+        self._useless += everything and settled and better is None
+        fast = work.meter.spent - before < WINDOW_UNITS / 4
+        self._target = min(_MOST, self._target * 5 // 4) if fast else max(_FEWEST, self._target * 2 // 3)
+        return None if better is None else self.search.shrink(better, work)
 
     def _slots(self, steps: Steps, target: int) -> tuple[list[Slot], bool]:
         """All slots, about `target` of them open, in one to three stretches; and whether nothing was left fixed."""
@@ -114,18 +109,16 @@ class Windows:
             found.update(front)
         return found
 
-    def _solve(self, steps: Steps, slots: list[Slot], deadline: float) -> tuple[Steps | None, bool]:
+    def _solve(self, steps: Steps, slots: list[Slot], work: Work) -> tuple[Steps | None, bool]:
         """A better schedule or None, and whether the same program would have nothing better to say another time."""
         time_ns = self.search.time_ns(steps)
         spent_ns = time_ns - sum(int(self.search.cost[s.op]) for s in slots if s.fixed)
         if spent_ns <= 0:
             return None, True
         program = _Program(self, self.simulator.run(steps), slots, spent_ns)
-        seconds = min(_SECONDS, deadline - time.monotonic())
-        until = time.monotonic() + seconds
-        answer = backend.solve(program.program, time_limit_s=seconds, gap=_SCALE * 1e-3)
+        answer = backend.solve(program.program, work, gap=_SCALE * 1e-3)
         if not answer.values:
-            return None, time.monotonic() < until - seconds / 2  # CBC does not always say that it proved infeasibility
+            return None, answer.status == "infeasible"
         chosen = [s.op for s, column in zip(slots, program.runs, strict=True) if column is None or answer.values[column] > 0.5]
         changed, after = self.search.useful(chosen)
         fits = int(after.live_bytes.max()) <= self.budget_bytes
@@ -136,11 +129,11 @@ class Windows:
 class _Program:
     """The program of one neighbourhood. `runs`: per slot the column that says whether it runs; None where it must."""
 
-    def __init__(self, windows: Windows, run: Run, slots: list[Slot], spent_ns: int) -> None:
+    def __init__(self, owner: Neighbourhood, run: Run, slots: list[Slot], spent_ns: int) -> None:
         self.program = backend.Program()
-        self._simulator, self._slots = windows.simulator, slots
-        self._unit = windows.budget_bytes / _SCALE
-        cost = windows.search.cost
+        self._simulator, self._slots = owner.simulator, slots
+        self._unit = owner.budget_bytes / _SCALE
+        cost = owner.search.cost
         self.runs = [
             None if s.fixed else self.program.column(float(cost[s.op] + 0.5) * _SCALE / spent_ns, binary=True) for s in slots
         ]
@@ -160,7 +153,7 @@ class _Program:
                     touches[v].append((n, True))
         for v in self._values:
             self._value(v, touches[v])
-        self._memory(run, windows.budget_bytes)
+        self._memory(run, owner.budget_bytes)
 
     def _value(self, v: int, touches: list[tuple[int, bool]]) -> None:
         """Retention of one value from touch to touch; a float stands for a constant, an int for a column."""

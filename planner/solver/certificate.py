@@ -1,0 +1,153 @@
+"""The certificate: a lower bound on the time of every schedule that fits, whatever it recomputes.
+
+`planner.solver.relaxation` has the program. Which cuts? The best single one, by an estimate; then what is alive at the cuts of
+the program's answer makes a schedule, and the ops at which that is over the budget are the next cuts. Where the schedule fits
+and takes no more than the bound, it is optimal; on its way there it is a good place for local search to start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule
+from planner.graph.simulate import Simulator
+from planner.solver.cuts import Cuts
+from planner.solver.floor import least_bytes
+from planner.solver.lazy import lazy_schedule
+from planner.solver.moments import Moments, RelaxationWithMoments
+from planner.solver.relaxation import SCALE, Relaxation
+from planner.solver.tuning import CROWDED, FEW, MOMENTS_UNITS
+from planner.solver.work import Work
+
+_SLACK = 1e-6
+"""Relative slack given to the budget and taken from the bound, above HiGHS's tolerances."""
+_NEVER = 2**62
+"""Nanoseconds added where the relaxation has no solution at all: nothing fits."""
+
+Cut = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What one program said.
+
+    Attributes:
+        time_ns: no schedule that fits takes less.
+        hint: a schedule that keeps what the program's answer keeps; hardly dearer than the bound. It may not fit.
+        is_final: more work would not raise it.
+    """
+
+    time_ns: int
+    hint: Schedule | None
+    is_final: bool
+
+
+class Certificate:
+    """The certificate of one graph, for any number of budgets: programs are kept, and only their budget changes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.plain_ns = max(1, sum(op.cost_ns for op in graph.ops))
+        self.cuts = Cuts(graph)
+        self._simulator = Simulator(graph)
+        live = self._simulator.run(range(len(graph.ops))).live_bytes
+        self._unit = max(1, int(live.max(initial=0))) / SCALE
+        self.moments = Moments(graph, live)
+        self._models: dict[tuple[Cut, Cut], Relaxation] = {}
+
+    def bound(self, budget_bytes: int, cuts: Cut, work: Work, *, gap: float = 0.0, relax: bool) -> Bound:
+        """The least time of the relaxation with these cuts, in linear programs (`relax`) or in integers.
+
+        Args:
+            budget_bytes: bound on the live bytes at every step.
+            cuts: ops at whose first run everything alive must fit.
+            work: what may be spent; the bound is valid whenever it stops.
+            gap: how exact, as a fraction of the plain step's time.
+            relax: drop integrality.
+        """
+        model = self._model(cuts, () if relax else self.moments.after(cuts[0], budget_bytes))
+        model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
+        watched = bool(self.moments.heavy) and len(cuts) > 1
+        answer = model.program.solve(work, gap=gap * SCALE, relax=relax, prove=watched)
+        extra = max(0.0, answer.bound / SCALE)  # of the plain step; times are whole nanoseconds
+        plain = self.plain_ns
+        more = _NEVER if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
+        hint = self._hint(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
+        return Bound(plain + more, hint, answer.status in ("optimal", "infeasible"))
+
+    def first_cuts(self, budget_bytes: int, best: int, work: Work) -> Cut:
+        """Cuts for the first round in integers: the best single cut, and ops that leave next to no room for anything else."""
+        cuts = _together(best, *self._crowded(budget_bytes))
+        middle = self.moments.middle(cuts[0], budget_bytes)
+        return _together(*cuts, *middle) if len(cuts) == 1 and work.left >= MOMENTS_UNITS else cuts
+
+    def next_cuts(self, budget_bytes: int, cuts: Cut, hint: Schedule | None) -> Cut:
+        """The cuts of the next round: where the hint breaks the budget; the same ones where nothing is left to say."""
+        middle = self.moments.middle(cuts[0], budget_bytes)
+        more = middle if middle and len(cuts) == 1 else self._broken(budget_bytes, cuts, hint)
+        return _together(*cuts, *more)
+
+    def _crowded(self, budget_bytes: int) -> list[int]:
+        """Ops that leave so little of the budget that next to nothing else is alive there: such cuts make a program easy."""
+        needs = least_bytes(self.graph)
+        order = np.argsort(-needs, kind="stable").tolist()
+        return _apart((p for p in order if needs[p] >= CROWDED * budget_bytes), 2 * FEW)
+
+    def _broken(self, budget_bytes: int, cuts: Cut, hint: Schedule | None) -> list[int]:
+        """Ops to cut at next: where the hint breaks the budget, or before the first cut, where reruns were free."""
+        if hint is None:
+            return []
+        first, again = self._excess(hint, budget_bytes)
+        over = [*sorted(first, key=lambda p: (-first[p], p)), *sorted(again, key=lambda p: (-again[p], p))[:1]]
+        chosen = _apart((p for p in over if p not in cuts), FEW - 1)
+        return chosen or _apart((p for p in self.cuts.ranked(budget_bytes) if p <= cuts[0] - FEW), 1)
+
+    def _excess(self, schedule: Schedule, budget_bytes: int) -> tuple[dict[int, int], dict[int, int]]:
+        """Bytes over the budget at the first runs of ops, and at reruns for the op that follows."""
+        excess = self._simulator.run(schedule.steps).live_bytes - budget_bytes
+        first: dict[int, int] = {}
+        again: dict[int, int] = {}
+        turn = following = self.graph.num_forward_ops
+        for t in range(len(schedule.steps) - 1, -1, -1):
+            is_first = t < turn or schedule.steps[t] >= turn
+            following = schedule.steps[t] if is_first else following
+            if excess[t] > 0:
+                where = first if is_first else again
+                where[following] = max(where.get(following, 0), int(excess[t]))
+        return first, again
+
+    def _hint(self, model: Relaxation, cuts: Cut, values: tuple[float, ...]) -> Schedule:
+        """The schedule with that alive at the cuts which the answer has."""
+        turn = self.graph.num_forward_ops
+        held = [{name for name, column in alive.items() if values[column] > 0.5} for alive in model.alive]
+        for cut, names in zip(cuts, held, strict=True):  # the forward goes on after a cut in it
+            names.update(name for op in self.graph.ops[cut:turn] for name in op.writes)
+        kept = [names for cut, names in zip(cuts, held, strict=True) if cut < turn][-1:] or held[:1]
+        later = {cut: names for cut, names in zip(cuts, held, strict=True) if cut >= turn}
+        return lazy_schedule(self.graph, kept[0], later)
+
+    def _model(self, cuts: Cut, moments: Cut) -> Relaxation:
+        if (cuts, moments) not in self._models:
+            graph, unit, heavy = self.graph, self._unit, self.moments.heavy
+            self._models[cuts, moments] = (
+                RelaxationWithMoments(graph, cuts, unit, heavy, moments) if moments else Relaxation(graph, cuts, unit)
+            )
+        return self._models[cuts, moments]
+
+
+def _apart(cuts: Iterable[int], most: int) -> list[int]:
+    """The first few of these that are not too near to each other."""
+    chosen: list[int] = []
+    for cut in cuts:
+        if len(chosen) < most and all(abs(cut - other) >= FEW for other in chosen):
+            chosen.append(cut)
+    return chosen
+
+
+def _together(*cuts: int) -> Cut:
+    return tuple(sorted(set(cuts)))

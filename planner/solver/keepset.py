@@ -1,0 +1,213 @@
+"""The core program: which forward values to keep, so that the rest is recomputed at most once.
+
+`planner.solver.copies` writes its rows. Rows for memory are added only where a solution was found to break them; where a
+plain row cannot see what recomputation leaves alive, that moment gets an exact copy of the step's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Simulator, Timeline, simulate
+from planner.solver import backend
+from planner.solver.copies import SCALE, Copy, Rows
+from planner.solver.lazy import Moment, lazy_schedule, moments
+from planner.solver.lifetimes import lifetimes
+from planner.solver.tuning import FEW
+from planner.solver.work import Work
+
+Judge = Callable[[Schedule], Timeline]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One solution of the program.
+
+    Attributes:
+        schedule: what it means, within the budget or not; None where the program had no solution.
+        status: of the program; "optimal": within the gap, and the schedule fits.
+        is_last: another round would say nothing new.
+        grew: only exact copies could say what was wrong, and the program has more of them now.
+    """
+
+    schedule: Schedule | None
+    status: backend.Status
+    is_last: bool
+    grew: bool = False
+
+
+class KeepSet:
+    """One graph's program, for any number of budgets; what it learnt from one serves the next."""
+
+    def __init__(self, graph: Graph, pinned: Collection[str] = (), *, lowest: bool = False) -> None:
+        """Prepare a graph.
+
+        Args:
+            graph: forward and backward.
+            pinned: droppable values that are kept whatever the budget (too small to be worth a decision).
+            lowest: minimise the peak instead of the time.
+        """
+        self.graph, self.life = graph, lifetimes(graph)
+        self.time_ns = max(1, sum(op.cost_ns for op in graph.ops))
+        self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
+        self.index = {name: d for d, name in enumerate(self.life.names)}
+        self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
+        self._simulator = Simulator(graph)
+        self._number = {v: self.index[name] for v, name in enumerate(self._simulator.names) if name in self.index}
+        turn = graph.num_forward_ops
+        self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
+        self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
+        self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
+        self._rows = Rows(self, lowest=lowest)
+        self._plain: set[int] = set()
+        self._copies: dict[Moment, Copy] = {}
+        self._lowest = lowest
+        first_stage = min((int(s) for s in self.life.first_need), default=turn)
+        if first_stage < len(graph.ops):
+            self._add_plain([first_stage])
+
+    @property
+    def num_copies(self) -> int:
+        """Moments that have an exact copy."""
+        return len(self._copies)
+
+    def rounds(
+        self, budget_bytes: int | None, work: Work, *, gap: float, judge: Judge | None = None, relax: bool = False
+    ) -> Iterator[Round]:
+        """Solve, simulate, add what was broken, and again until the schedule fits.
+
+        Args:
+            budget_bytes: bound on the live bytes at every step; None in a program for the lowest peak.
+            work: what may be spent.
+            gap: absolute, as a fraction of the plain step's time (of its peak where the lowest peak is looked for).
+            judge: simulates the schedule where it counts (default: on this graph).
+            relax: solve linear programs, and round: most of their columns are integer anyway. Proves nothing.
+        """
+        judge = judge or (lambda schedule: simulate(self.graph, schedule))
+        rows, less, reached = self._rows, 0, -math.inf
+        while True:
+            rows.tighten(less)
+            if budget_bytes is not None:
+                rows.model.upper(rows.peak, budget_bytes / rows.unit)
+            answer = self._solve(work, gap, relax)
+            if not answer.values:
+                # What ran out of work may say more with more of it.
+                yield Round(None, answer.status, answer.status == "infeasible")
+                if answer.status == "infeasible":
+                    return
+                continue
+            kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
+            schedule = lazy_schedule(self.graph, kept)
+            peak = judge(schedule).peak_bytes
+            limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
+            if peak <= limit:
+                is_last = answer.status == "optimal"
+                yield Round(schedule, answer.status, is_last)
+                if is_last:
+                    return
+                continue
+            stuck = relax and answer.bound - reached <= gap * SCALE  # what is broken now, rounding broke
+            reached = answer.bound
+            plain = not stuck and self._add_rows(kept, limit)
+            grew = not stuck and not plain and self._add_copies(schedule, limit)
+            if not (plain or grew) and not stuck:
+                # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
+                less += peak - limit
+            is_last = stuck or less >= limit // 20
+            yield Round(schedule, "unknown", is_last, grew)
+            if is_last:
+                return
+
+    def _solve(self, work: Work, gap: float, relax: bool) -> backend.Answer:
+        model = self._rows.model
+        if relax or len(self._copies) < FEW:  # with more copies, integers take ten times as long as the linear program
+            return model.solve(work, gap=gap * SCALE, relax=relax)
+        return model.relax_and_fix(work, gap=gap * SCALE)
+
+    def _add_plain(self, ops: list[int]) -> None:
+        for t in ops:
+            self._plain.add(t)
+            self._rows.plain(t)
+
+    def _add_rows(self, kept: set[str], budget_bytes: int) -> bool:
+        """Add rows for the ops of the plain step that are over the budget; False where none is."""
+        excess_by_op = enumerate(self._plain_excess(kept, budget_bytes))
+        over = {t: excess for t, excess in excess_by_op if excess > 0 and t not in self._plain}
+        self._add_plain(_spaced(over, len(self.graph.ops) // 20))
+        return bool(over)
+
+    def _add_copies(self, schedule: Schedule, budget_bytes: int) -> bool:
+        """Add copies for the moments over the budget; False where nothing new can be said."""
+        run = self._simulator.run(schedule.steps)
+        live, steps, when = run.live_bytes.tolist(), np.array(schedule.steps), moments(self.graph, schedule)
+        turn = self.graph.num_forward_ops
+        seen: dict[int, Copy] = {}
+        for t in (t for t in when if live[t] > budget_bytes):
+            later = steps[turn : t + 1]
+            again = set(later[later < turn].tolist())
+            held = run.value[(run.start <= t) & (run.end >= t)].tolist()
+            alive = {self._number[v] for v in held if v in self._number}
+            awaited = set(steps[t + 1 :][steps[t + 1 :] < turn].tolist())
+            twins = {e for i in again for twin in self.life.twins[i] for e in twin.readers}
+            again |= {i for i in awaited if i in twins or not alive.isdisjoint(self.reads[i])}
+            seen[t] = Copy(again, alive)
+        broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(when[t], copy)}
+        for t in _spaced(broken, len(live) // 20):
+            self._grow(when[t], seen[t])
+        if broken:
+            return True
+        if not self._rows.is_whole:
+            self._rows.make_whole()
+            return True
+        # What an op writes may be wanted by ops that a copy does not know of: the copy may say that it has run, for these.
+        ran = set(steps[turn:].tolist())
+        grew = False
+        for moment in (when[t] for t in seen):
+            known = self._copies[moment].again
+            beyond = {e for i in known for d in self.writes[i] for e in self.life.readers[d] if e in ran} - known
+            if beyond:
+                self._grow(moment, Copy(beyond, set()))
+                grew = True
+        return grew
+
+    def _grow(self, moment: Moment, seen: Copy) -> None:
+        copy = self._copies.setdefault(moment, Copy(set(), set()))
+        copy.again |= seen.again
+        copy.alive |= seen.alive
+        self._rows.copy(moment, copy)
+
+    def _grows(self, moment: Moment, seen: Copy) -> bool:
+        """The moment has no copy, or one that does not know of all that was seen."""
+        known = self._copies.get(moment)
+        return known is None or not (seen.again <= known.again and seen.alive <= known.alive)
+
+    def _plain_excess(self, kept: set[str], budget_bytes: int) -> list[int]:
+        """Per op of the plain step, by how much the plain row is broken."""
+        life, turn = self.life, self.graph.num_forward_ops
+        k = np.array([name in kept for name in life.names], dtype=bool)
+        change = np.zeros(len(self.graph.ops) + 1, dtype=np.int64)
+        lives = k & (np.maximum(life.last_use, turn - 1) > life.last_forward)
+        np.add.at(change, life.last_forward[lives] + 1, life.nbytes[lives])
+        np.add.at(change, np.maximum(life.last_use[lives], turn - 1) + 1, -life.nbytes[lives])
+        held = life.base + np.cumsum(change[:-1])
+        for p in self.graph.backward_ops:
+            held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.last_use[d] >= p))
+        excess: list[int] = (held - budget_bytes).tolist()
+        return excess
+
+
+def _spaced(over: dict[int, int], distance: int) -> list[int]:
+    """The worst few, no two of them close together."""
+    chosen: list[int] = []
+    for t in sorted(over, key=lambda t: (-over[t], t)):
+        if all(abs(t - other) > distance for other in chosen):
+            chosen.append(t)
+        if len(chosen) == 2 * FEW:
+            break
+    return chosen

@@ -1,0 +1,60 @@
+"""What the stages of the solver work on: a graph, its programs, and a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from planner.graph.graph import Graph
+from planner.solver.certificate import Certificate
+from planner.solver.coarsen import Coarse, coarsen, uncoarsened
+from planner.solver.keepset import KeepSet
+from planner.solver.pieces import Pieces
+from planner.solver.tuning import PIECES
+
+
+class Models:
+    """One graph and its programs, each built when it is first asked for. What they learn from one budget serves the next."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.plain_ns = max(1, sum(op.cost_ns for op in graph.ops))
+
+    @cached_property
+    def coarse(self) -> Coarse:
+        """The graph with neighbours merged."""
+        return coarsen(self.graph)
+
+    @cached_property
+    def fine(self) -> Coarse:
+        """The graph as it is."""
+        return uncoarsened(self.graph)
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """Lower bounds."""
+        return Certificate(self.graph)
+
+    @cached_property
+    def keep_sets(self) -> list[tuple[KeepSet, Coarse]]:
+        """The program over kept sets, of the coarse graph and, where that has merged anything, of the graph as it is."""
+        levels = [self.coarse] + ([self.fine] if len(self.coarse.groups) < len(self.graph.ops) else [])
+        return [(KeepSet(level.graph, level.tiny), level) for level in levels]
+
+    @cached_property
+    def pieces(self) -> tuple[Pieces, Pieces]:
+        """The coarse graph in pieces, and in half as many."""
+        return Pieces(self.coarse.graph, PIECES), Pieces(self.coarse.graph, PIECES // 2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """One order of the backward, and the bytes that a step may take."""
+
+    models: Models
+    budget_bytes: int
+
+    @property
+    def graph(self) -> Graph:
+        """Forward and backward."""
+        return self.models.graph

@@ -1,0 +1,132 @@
+"""All that was found: schedules that nothing beats, proven bounds, and how far these are apart.
+
+The only place that judges schedules, makes them fit and keeps them. A plan for a small budget is a plan for a larger one, a
+bound for a large budget holds for a smaller one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Timeline, simulate
+from planner.solver.coarsen import Coarse, expand
+from planner.solver.local_search import LocalSearch
+from planner.solver.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A schedule, what `simulate` says of it, and who found it."""
+
+    schedule: Schedule
+    timeline: Timeline
+    source: str
+
+
+class Archive:
+    """One graph's schedules, none of which both takes longer and holds more than another, and bounds by budget."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.plain_ns = sum(op.cost_ns for op in graph.ops)
+        self._entries: list[Entry] = []
+        self._bounds: dict[int, int] = {}
+        self.offer(keep_all(graph), "keep all")
+
+    def offer(self, schedule: Schedule, source: str) -> Timeline:
+        """Simulate a schedule, the only judgement that counts. Bounds that it contradicts (HiGHS was wrong) are forgotten."""
+        timeline = simulate(self.graph, schedule)
+        peak, time_ns = timeline.peak_bytes, timeline.time_ns
+        if all(e.timeline.peak_bytes > peak or e.timeline.time_ns > time_ns for e in self._entries):
+            self._entries = [e for e in self._entries if e.timeline.peak_bytes < peak or e.timeline.time_ns < time_ns]
+            self._entries.append(Entry(schedule, timeline, source))
+            self._bounds = {budget: ns for budget, ns in self._bounds.items() if budget < peak or ns <= time_ns}
+        return timeline
+
+    def cheapest(self, budget_bytes: int) -> Entry | None:
+        """The schedule within the budget that takes the least time."""
+        fitting = [entry for entry in self._entries if entry.timeline.peak_bytes <= budget_bytes]
+        return min(fitting, key=lambda entry: entry.timeline.time_ns, default=None)
+
+    @property
+    def lowest(self) -> Entry:
+        """The schedule with the lowest peak."""
+        return min(self._entries, key=lambda entry: entry.timeline.peak_bytes)
+
+    def raise_bound(self, budget_bytes: int, time_ns: int) -> None:
+        """Nothing that fits takes less: was proven, and counts unless a schedule at hand contradicts it."""
+        best = self.cheapest(budget_bytes)
+        if best is None or time_ns <= best.timeline.time_ns:
+            self._bounds[budget_bytes] = max(time_ns, self._bounds.get(budget_bytes, 0))
+
+    def bound_ns(self, budget_bytes: int) -> int:
+        """The least time, in ns, that a schedule within the budget can take, as far as was proven."""
+        return max([ns for budget, ns in self._bounds.items() if budget >= budget_bytes], default=self.plain_ns)
+
+
+class Search:
+    """The search for one budget."""
+
+    def __init__(self, archive: Archive, budget_bytes: int) -> None:
+        self.archive, self.budget_bytes = archive, budget_bytes
+        self._local: dict[int, LocalSearch] = {}
+
+    @property
+    def best(self) -> Entry | None:
+        """The cheapest schedule known that fits."""
+        return self.archive.cheapest(self.budget_bytes)
+
+    @property
+    def bound_ns(self) -> int:
+        """As far as was proven."""
+        return self.archive.bound_ns(self.budget_bytes)
+
+    @property
+    def gap(self) -> float:
+        """How far from the optimum the best schedule can be at most, as a fraction of the plain step's time; 1 without one."""
+        best = self.best
+        return 1.0 if best is None else max(0, best.timeline.time_ns - self.bound_ns) / max(1, self.archive.plain_ns)
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Changes whenever the search gets on."""
+        return -1 if self.best is None else self.best.timeline.time_ns, self.bound_ns
+
+    def raise_bound(self, time_ns: int) -> bool:
+        """Say what was proven; True where it is news."""
+        before = self.bound_ns
+        self.archive.raise_bound(self.budget_bytes, time_ns)
+        return self.bound_ns > before
+
+    def local(self, level: Coarse) -> LocalSearch:
+        """Local search on a level of the graph."""
+        return self._local.setdefault(id(level), LocalSearch(level.graph, self.budget_bytes))
+
+    def offer(self, steps: Sequence[int], level: Coarse, source: str) -> Timeline:
+        """Judge a schedule of a level of the graph, and keep it if it is good."""
+        return self.archive.offer(expand(Schedule(tuple(steps)), level.groups), source)
+
+    def fit(
+        self, steps: Sequence[int], level: Coarse, source: str, work: Work, *, near: float = float("inf")
+    ) -> Iterator[list[int]]:
+        """Make a schedule fit by local search, free it from what it need not recompute, and offer that.
+
+        Args:
+            steps, level: the schedule, and the level of the graph whose ops it names.
+            source: who made it.
+            work: what may be spent; yields nothing where it is over before the schedule fits.
+            near: a schedule over so many times the budget is not worth it.
+        """
+        search = self.local(level)
+        useful, run = search.useful(list(steps))
+        self.offer(useful, level, source)
+        if int(run.live_bytes.max(initial=0)) > near * self.budget_bytes:
+            return
+        repaired = search.repair(useful, work)
+        if repaired is not None:
+            made = search.shrink(repaired, work)
+            self.offer(made, level, f"{source}, local search")
+            yield made
