@@ -224,7 +224,7 @@ def slow_cases_of(bench: Bench, rounds: int, plans: Path | None) -> Iterator[Cas
             return tuple(arg.to(bench.device) for arg in args), {key: arg.to(bench.device) for key, arg in kwargs.items()}
 
         with bench.cast():
-            found = max_batch(inputs, bench.model, int(0.9 * whole), costs="estimate", time_limit_s=limit_s)
+            found = max_batch(inputs, bench.model, int(0.9 * whole), costs="estimate", effort=limit_s)
         return {"summary": found.summary()}
 
     yield "largest batch", largest

@@ -27,6 +27,7 @@ from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
+from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
@@ -47,7 +48,8 @@ def plan(
     loss: Loss = None,
     reserve: int | str = 0,
     costs: str = "measure",
-    time_limit_s: float = 10.0,
+    effort: float = 10.0,
+    time_limit_s: float | None = None,
     num_stages: int = DEFAULT_STAGES,
     progress: bool = True,
     strict: bool = False,
@@ -75,7 +77,9 @@ def plan(
             depends on, else every output that requires grad.
         reserve: bytes set aside within the budget.
         costs: "measure" runs each distinct kernel on the device (cached on disk); "estimate" computes times.
-        time_limit_s: for the solver; the best plan found by then is taken.
+        effort: for the solver, in units of about a second of one core, counted and not timed: the same call gives the same
+            plan on a busy machine and on every rank. The best plan found by then is taken.
+        time_limit_s: wall seconds for the solver (default: many times the effort). A plan that the clock ended says so.
         num_stages: in how many parts the backward hands out gradients, at most.
         progress: show a bar on stderr for stages that take more than a second.
         strict: a training call that is not the one planned for raises PlanMissError, instead of running unplanned.
@@ -112,7 +116,7 @@ def plan(
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: no schedule fits; carries the floor.
-        NoScheduleFoundError: none was found in the time given.
+        NoScheduleFoundError: none was found with this effort.
         CompileError: inductor cannot compile it, or what it makes of it exceeds the budget.
         MeasuredPeakError: planned for ever less, the step was still measured to need more than the budget.
         PlanCheckError: the planned step fails, or gives other bits. This is a fault of the planner.
@@ -120,7 +124,7 @@ def plan(
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
     arguments.check_flags(strict=strict, dynamic=dynamic, check=check, audit=audit)
-    time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
+    limits, num_stages = arguments.limits(effort, time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
     names = arguments.names(opaque)
     model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, names, criterion, criterion_args)
@@ -129,7 +133,7 @@ def plan(
         _plan_call,
         model,
         options=options,
-        time_limit_s=time_limit_s,
+        limits=limits,
         num_stages=num_stages,
         recapture=Recapture(options.loss, tuple(options.opaque)) if dynamic else None,
         strict=strict,
@@ -149,7 +153,7 @@ def _plan_call(
     kwargs: Mapping[str, Any] | None,
     *,
     options: Options,
-    time_limit_s: float,
+    limits: Limits,
     num_stages: int,
     recapture: Recapture | None,
     strict: bool,
@@ -163,7 +167,7 @@ def _plan_call(
 
     def within(aim_bytes: int) -> CheckpointedModule:
         with stage("solve", options.progress):
-            made = priced.plan(aim_bytes, time_limit_s)
+            made = priced.plan(aim_bytes, limits)
         made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, options.compile, fraction)
         return CheckpointedModule(model, step, made, strict, audits=audit)
@@ -178,7 +182,7 @@ def _plan_call(
             return measured(within(budget_bytes), args, kwargs, progress=options.progress)
         return measured_within(budget_bytes, within, args, kwargs, progress=options.progress)
     except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-        raise priced.refusal(error, budget, budget_bytes, time_limit_s) from None
+        raise priced.refusal(error, budget, budget_bytes, limits) from None
 
 
 def apply(
@@ -247,7 +251,8 @@ def sweep(
     loss: Loss = None,
     reserve: int | str = 0,
     costs: str = "measure",
-    time_limit_s: float = 4.0,
+    effort: float = 4.0,
+    time_limit_s: float | None = None,
     progress: bool = True,
     opaque: Collection[str] = (),
     device: str | DeviceModel | None = None,
@@ -261,7 +266,7 @@ def sweep(
         budgets: a list of budgets, each as for `plan`. Default: a range.
         points: how many budgets the range has, at equal distances.
         low, high: its ends; by default the lowest peak that a short search reaches, and the plain step's peak.
-        time_limit_s: wall seconds for the solver, for all budgets together.
+        effort, time_limit_s: for the solver, for all budgets together; see `plan`.
 
     Returns:
         the Sweep; it keeps hold of the model and of the call, for `Sweep.verify`.
@@ -273,7 +278,7 @@ def sweep(
     """
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
-    time_limit_s = arguments.seconds(time_limit_s)
+    limits = arguments.limits(effort, time_limit_s)
     check_budgets(budgets, points, low, high)
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
     with one_at_a_time():
@@ -286,7 +291,7 @@ def sweep(
                 low=low,
                 high=high,
                 margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
-                time_limit_s=time_limit_s,
+                limits=limits,
                 reorder=priced.is_movable,
                 made_on=priced.made_on,
                 measure=None if options.elsewhere else partial(_measured_point, model, priced.joint, args, kwargs),

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from planner.errors import InputError
+from planner.solver.work import Limits
 from planner.units import kind, shown
 
 _MOST = 2**31
@@ -62,6 +63,18 @@ def seconds(value: Any, what: str = "time_limit_s") -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
         raise InputError(f"{what}={shown(value)}: give a positive number of seconds, such as 10.0")
     return float(min(number, _MOST))
+
+
+def limits(effort: Any, time_limit_s: Any = None, what: str = "effort") -> Limits:
+    """What the solver may spend.
+
+    Raises:
+        InputError: no positive, finite numbers.
+    """
+    number = float(effort) if isinstance(effort, Real) and not isinstance(effort, (bool, int)) else effort
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
+        raise InputError(f"{what}={shown(effort)}: give a positive number, about the solver's seconds, such as 10.0")
+    return Limits(float(min(number, _MOST)), None if time_limit_s is None else seconds(time_limit_s))
 
 
 def count(value: Any, what: str, *, least: int = 1) -> int:

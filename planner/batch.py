@@ -22,6 +22,7 @@ from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.floor import floor
+from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
@@ -43,7 +44,8 @@ def max_batch(
     loss: Loss = None,
     reserve: int | str = 0,
     costs: str = "measure",
-    time_limit_s: float = 4.0,
+    effort: float = 4.0,
+    time_limit_s: float | None = None,
     progress: bool = True,
     opaque: Collection[str] = (),
     device: str | DeviceModel | None = None,
@@ -59,7 +61,7 @@ def max_batch(
         make_inputs: `args, kwargs = make_inputs(batch)`, a training call of so many samples.
         model, loss, reserve, costs, progress, opaque, device, optimizer, master_weights: as for `planner.plan`.
         budget: bytes, or text such as "6GiB".
-        time_limit_s: for the solver, at each batch.
+        effort, time_limit_s: for the solver, at each batch; see `planner.plan`.
 
     Returns:
         a MaxBatch, which unpacks as `batch, plan`, prints as a table, and measures with `verify`.
@@ -71,17 +73,17 @@ def max_batch(
     """
     arguments.check_function(make_inputs, "make_inputs", "args, kwargs = make_inputs(batch)")
     arguments.check_model(model)
-    time_limit_s = arguments.seconds(time_limit_s)
+    limits = arguments.limits(effort, time_limit_s)
     if is_fraction(budget):
         raise BudgetError(f"budget {shown(budget)}: a fraction of which batch's peak? Give bytes, or text such as '6GiB'")
     options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
-    trials = _Trials(make_inputs, model, options, options.budget_bytes(budget, 0), time_limit_s)
+    trials = _Trials(make_inputs, model, options, options.budget_bytes(budget, 0), limits)
     with one_at_a_time():
         first, smaller = trials.first()
         try:
             tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes, first)
         except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-            refusal = trials.step(first).refusal(error, budget, trials.budget_bytes, time_limit_s)
+            refusal = trials.step(first).refusal(error, budget, trials.budget_bytes, limits)
             refusal.args = (_smallest_does_not_fit(first, refusal),)
             raise refusal from None
     return MaxBatch(trials.budget_bytes, tried, trials.measure if options.target is None else None, smaller)
@@ -95,7 +97,7 @@ class _Trials:
     model: nn.Module
     options: Options
     budget_bytes: int
-    time_limit_s: float
+    limits: Limits
     steps: dict[int, Priced] = field(default_factory=dict)
     """The steps of small batches, from which those of larger ones are extrapolated."""
 
@@ -133,7 +135,7 @@ class _Trials:
         error: InfeasibleBudgetError | NoScheduleFoundError | None = None
         with stage(f"solve for batch {batch}", self.options.progress):
             try:
-                plan = step.plan(self.budget_bytes, self.time_limit_s)
+                plan = step.plan(self.budget_bytes, self.limits)
             except (InfeasibleBudgetError, NoScheduleFoundError) as missed:
                 error = missed
         return Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, error)
@@ -148,7 +150,7 @@ class _Trials:
         step = self._ahead(batch)
         with stage(f"look ahead to batch {batch}", self.options.progress):
             try:
-                return step is not None and bool(step.plan(self.budget_bytes, self.time_limit_s / 2))
+                return step is not None and bool(step.plan(self.budget_bytes, self.limits.share(1 / 2)))
             except (InfeasibleBudgetError, NoScheduleFoundError):
                 return False
 

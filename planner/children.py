@@ -28,6 +28,7 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
+from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
@@ -97,7 +98,8 @@ def plan_children(
     *,
     loss: Loss = None,
     costs: str = "measure",
-    time_limit_s: float = 10.0,
+    effort: float = 10.0,
+    time_limit_s: float | None = None,
     num_stages: int = DEFAULT_STAGES,
     progress: bool = True,
 ) -> Children:
@@ -111,7 +113,7 @@ def plan_children(
     Args:
         model, args, kwargs, loss, costs, num_stages, progress: as for `plan`.
         budget: bytes, text ("6GiB"), or a float in (0, 1]: fraction of the plain step's measured peak.
-        time_limit_s: for the solver, for all submodules together.
+        effort, time_limit_s: for the solver, for all submodules together; see `plan`.
 
     Returns:
         Children; the model is unchanged until its `install()` is called.
@@ -123,7 +125,7 @@ def plan_children(
     """
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
-    time_limit_s, num_stages = arguments.seconds(time_limit_s), arguments.count(num_stages, "num_stages")
+    limits, num_stages = arguments.limits(effort, time_limit_s), arguments.count(num_stages, "num_stages")
     units.check_budget(budget)
     options = Options(loss=loss, costs=costs, progress=progress)
     loss = options.loss
@@ -132,7 +134,7 @@ def plan_children(
         with stage("capture", progress):
             found, left = _capturable(trial, options)
         with stage("solve", progress):
-            plans = _plans(found, time_limit_s)
+            plans = _plans(found, limits)
         steps = partial(_steps, found, plans, trial, num_stages)
         with stage("measure steps", progress):
             plain = trial.peak({})
@@ -350,7 +352,7 @@ def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch
     return _Child(call, price_joint(joint, options))
 
 
-def _plans(found: Mapping[str, _Child], time_limit_s: float) -> dict[str, list[Plan]]:
+def _plans(found: Mapping[str, _Child], limits: Limits) -> dict[str, list[Plan]]:
     """Per child, a plan for each level, the lowest peak first. Equal children are solved once."""
     groups: dict[str, list[str]] = {}
     for name, child in found.items():
@@ -358,7 +360,7 @@ def _plans(found: Mapping[str, _Child], time_limit_s: float) -> dict[str, list[P
     plans: dict[str, list[Plan]] = {}
     for names in groups.values():
         child = found[names[0]]
-        budgets, solutions = _solutions(child, time_limit_s / len(groups))
+        budgets, solutions = _solutions(child, limits.share(1 / len(groups)))
         for name in names:
             mine = found[name].priced
             margins = [allocator_margin(mine.graph, budget) for budget in budgets]
@@ -367,16 +369,16 @@ def _plans(found: Mapping[str, _Child], time_limit_s: float) -> dict[str, list[P
     return plans
 
 
-def _solutions(child: _Child, time_limit_s: float) -> tuple[list[int], list[Solution]]:
+def _solutions(child: _Child, limits: Limits) -> tuple[list[int], list[Solution]]:
     """Budgets from the lowest peak found to the plain one, evenly spaced, and the solutions; the plain one always fits."""
     graph = child.priced.graph
     solver = Solver(graph, reorder=child.priced.is_movable)
     high = simulate(graph, keep_all(graph)).peak_bytes
-    low = solver.lowest_peak(time_limit_s=time_limit_s / 3)
+    low = solver.lowest_peak(limits.share(1 / 3))
     low = min(high, low + allocator_margin(graph, low))
     budgets = [low + (high - low) * k // LEVELS for k in range(LEVELS + 1)]
     free = [budget - allocator_margin(graph, budget) for budget in budgets]
-    answers = solver.sweep(free, time_limit_s=time_limit_s * 2 / 3)
+    answers = solver.sweep(free, limits.share(2 / 3))
     rows = [(budget, answers[room]) for budget, room in zip(budgets, free, strict=True)]
     solved = [(budget, answer) for budget, answer in rows if isinstance(answer, Solution)]
     padded = [solved[0]] * (len(rows) - len(solved)) + solved  # a level that has no plan takes the next one's

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from planner.arguments import check_call, seconds
+from planner.arguments import check_call, limits
 from planner.errors import InputError, PlannerError
 from planner.graph import planfile
 from planner.graph.plan import Plan
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="plan a model under a budget and show the table")
     _model_options(plan)
     plan.add_argument("--budget", required=True, type=_budget, help=_BUDGET_HELP)
-    plan.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    plan.add_argument(
+        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
+    )
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
     plan.add_argument("--no-check", action="store_true", help="do not run one planned step to see that it runs and fits")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
@@ -73,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="say why a plan keeps what it keeps, and what more memory is worth")
     _model_options(explain, "PLAN.json|FILE.py:FUNCTION", "a saved plan (needs no torch), or a model, with --budget")
     explain.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
-    explain.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    explain.add_argument(
+        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
+    )
     explain.add_argument("--json", action="store_true", help=_JSON_HELP)
     explain.set_defaults(run=_explain)
     solve = commands.add_parser("solve", help="plan the graph of a plan file, without torch and without the model")
@@ -81,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     asked = solve.add_mutually_exclusive_group(required=True)
     asked.add_argument("--budget", type=_budget, help="as for `planner plan`")
     asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets at once (default 20)")
-    solve.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds in all (default 10)")
+    solve.add_argument(
+        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
+    )
     solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
     solve.set_defaults(run=_solve)
     return parser
@@ -111,7 +117,9 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=int, default=20, metavar="N", help="how many budgets (default 20)")
     parser.add_argument("--low", type=_budget, help="the smallest budget (default: the lowest peak that is found soon)")
     parser.add_argument("--high", type=_budget, help="the largest budget (default: the plain step's peak)")
-    parser.add_argument("--time-limit", type=float, default=4.0, metavar="S", help="seconds for the solver (default 4)")
+    parser.add_argument(
+        "--effort", type=float, default=4.0, metavar="E", help="for the solver, about its seconds (default 4.0)"
+    )
     parser.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (.png or .svg)")
     parser.add_argument("--verify", type=int, nargs="?", const=5, metavar="N", help="measure N of the plans (default 5)")
     parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
@@ -123,7 +131,7 @@ def _max_batch_parser(parser: argparse.ArgumentParser) -> None:
     _model_options(parser, what="FUNCTION(batch=N) returns (model, args, kwargs) for N samples, the model in training mode")
     parser.add_argument("--budget", required=True, help="bytes, or text such as '6GiB'")
     parser.add_argument(
-        "--time-limit", type=float, default=4.0, metavar="S", help="seconds for the solver, a batch (default 4)"
+        "--effort", type=float, default=4.0, metavar="E", help="for the solver, a batch, about its seconds (default 4.0)"
     )
     parser.add_argument("--verify", type=int, nargs="?", const=3, metavar="N", help="run and time N of the batches (default 3)")
     parser.add_argument("--save", metavar="PLAN.json", help="write the largest batch's plan")
@@ -136,7 +144,9 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
     made = parser.add_mutually_exclusive_group(required=True)
     made.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
     made.add_argument("--plan", metavar="PLAN.json", help="a plan of this model and call that was saved before")
-    parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for the solver (default 10)")
+    parser.add_argument(
+        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
+    )
     parser.add_argument(
         "-o", "--out", required=True, metavar="OUT.py", help="the file to write; load a state_dict into its class"
     )
@@ -157,13 +167,13 @@ def _loss(text: str) -> int | str:
 
 
 def _solve(arguments: argparse.Namespace) -> int:
-    arguments.time_limit = seconds(arguments.time_limit, "--time-limit")
+    effort = limits(arguments.effort, what="--effort")
     graph = planfile.load_graph(Path(arguments.graph))
     if arguments.sweep is not None:
-        print(sweep_graph(graph, points=arguments.sweep, time_limit_s=arguments.time_limit))
+        print(sweep_graph(graph, points=arguments.sweep, limits=effort))
         return 0
     budget_bytes = parse_budget(arguments.budget, simulate(graph, keep_all(graph)).peak_bytes)
-    made = Plan(graph, budget_bytes, 0, Solver(graph).solve(budget_bytes, time_limit_s=arguments.time_limit))
+    made = Plan(graph, budget_bytes, 0, Solver(graph).solve(budget_bytes, effort))
     print(made)
     if arguments.save:
         made.save(arguments.save)
@@ -259,7 +269,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.target} is a model: give a --budget to plan it for")
     else:
         plan = _planned(arguments)[0].plan
-    explained = plan.explain(time_limit_s=arguments.time_limit)
+    explained = plan.explain(effort=arguments.effort)
     _say(arguments, explained, figures.explanation_figures(explained))
     return 0
 
@@ -267,7 +277,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `plan`, `sweep` and `max_batch` are told alike."""
     names = ("loss", "reserve", "costs", "device", "optimizer", "master_weights")
-    return {"time_limit_s": arguments.time_limit, **{name: getattr(arguments, name) for name in names}}
+    return {"effort": arguments.effort, **{name: getattr(arguments, name) for name in names}}
 
 
 def _planned(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -24,6 +24,7 @@ from planner.profiler.profile import Profile
 from planner.report.budgets import Refusal, restated
 from planner.report.progress import stage
 from planner.solver.solve import Solver, solve
+from planner.solver.work import Limits
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
@@ -125,23 +126,23 @@ class Priced:
         """Backward ops may be reordered."""
         return not backward_is_fixed(self.joint)
 
-    def plan(self, budget_bytes: int, time_limit_s: float) -> Plan:
+    def plan(self, budget_bytes: int, limits: Limits) -> Plan:
         """The best plan found within a budget.
 
         Raises:
             InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
-        solution = solve(self.graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=self.is_movable)
+        solution = solve(self.graph, budget_bytes - margin_bytes, limits, reorder=self.is_movable)
         return Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
 
-    def refusal(self, error: Refusal, budget: int | str | float, budget_bytes: int, time_limit_s: float) -> Refusal:
+    def refusal(self, error: Refusal, budget: int | str | float, budget_bytes: int, limits: Limits) -> Refusal:
         """What `plan` raised for `budget_bytes`, with the budget as the user gave it and one for which there is a plan.
 
-        That one is searched for: the lowest peak found in half of the time, where the proven floor is not reached.
+        That one is searched for: the lowest peak found with half of the effort, where the proven floor is not reached.
         """
         solver = Solver(self.graph, reorder=self.is_movable)
-        lowest = solver.lowest_peak(time_limit_s=time_limit_s / 2)
+        lowest = solver.lowest_peak(limits.share(1 / 2))
         margin = _margin_of(self.graph)
         return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest)
 

@@ -84,7 +84,7 @@ def check_same(expected, found):
 
 
 def lowest(model, rank, start=0.7, **options):
-    options = {"costs": "estimate", "progress": False, "time_limit_s": 1, **options}
+    options = {"costs": "estimate", "progress": False, "effort": 1, **options}
     for budget in (start, 0.8, 0.9):
         try:
             return plan(model, budget, (batch(rank),), **options)

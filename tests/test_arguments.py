@@ -60,7 +60,7 @@ def planned():
 
 @functools.cache
 def swept():
-    return sweep(model(), None, (X,), points=2, time_limit_s=0.5, **QUICK)
+    return sweep(model(), None, (X,), points=2, effort=0.5, **QUICK)
 
 
 def check(error, call):
@@ -219,18 +219,18 @@ SECONDS = [-1, 0, 0.0, math.nan, math.inf, "10", None, True, 1j, torch.tensor(1.
 def test_time_limits(limit):
     net = model()
     for call in (
-        lambda: plan(net, 1.0, (X,), time_limit_s=limit, **QUICK),
-        lambda: plan_children(net, 1.0, (X,), time_limit_s=limit, **QUICK),
-        lambda: sweep(net, None, (X,), time_limit_s=limit, **QUICK),
-        lambda: max_batch(lambda n: ((X[:n],), {}), net, "1GiB", time_limit_s=limit, **QUICK),
-        lambda: planned().plan.explain(time_limit_s=limit),
+        lambda: plan(net, 1.0, (X,), effort=limit, **QUICK),
+        lambda: plan_children(net, 1.0, (X,), effort=limit, **QUICK),
+        lambda: sweep(net, None, (X,), effort=limit, **QUICK),
+        lambda: max_batch(lambda n: ((X[:n],), {}), net, "1GiB", effort=limit, **QUICK),
+        lambda: planned().plan.explain(effort=limit),
     ):
-        assert "time_limit_s" in check(InputError, call)
+        assert "effort" in check(InputError, call)
 
 
 @pytest.mark.parametrize("limit", [1, np.float32(1.0), np.int64(1), 10**9, LONG], ids=label)
 def test_time_limits_that_are_read(limit):
-    assert plan(model(), 1.0, (X,), time_limit_s=limit, **QUICK)
+    assert plan(model(), 1.0, (X,), effort=limit, **QUICK)
 
 
 COUNTS = [0, -1, 1.5, "8", True, None, math.nan, LONG, np.float64(2.0), [2]]
@@ -395,7 +395,7 @@ def named_budgets(error):
 @pytest.mark.parametrize("options", [{}, {"reserve": "10kB"}, {"optimizer": "adamw"}], ids=str)
 def test_the_budget_named_is_enough(width, options):
     net, x = deep(width)
-    options = {**QUICK, **options, "time_limit_s": 1.0}
+    options = {**QUICK, **options, "effort": 1.0}
     with pytest.raises(InfeasibleBudgetError, match=r"budget 0\.2 of the plain step's peak \(.*\) is below") as caught:
         plan(net, 0.2, (x,), **options)
     for budget in named_budgets(caught.value):
@@ -411,18 +411,18 @@ def test_the_users_own_budget_is_named():
         ("1 KiB", "budget 1 KiB is below"),
     ):
         with pytest.raises(InfeasibleBudgetError, match=said):
-            plan(net, budget, (x,), **QUICK, time_limit_s=0.5)
+            plan(net, budget, (x,), **QUICK, effort=0.5)
     with pytest.raises(InfeasibleBudgetError) as caught:
-        plan(net, 1000, (x,), **QUICK, time_limit_s=0.5)
+        plan(net, 1000, (x,), **QUICK, effort=0.5)
     least = caught.value.floor_bytes
     with pytest.raises(InfeasibleBudgetError, match=f"budget {least} B|are left free for the allocator") as caught:
-        plan(net, least, (x,), **QUICK, time_limit_s=0.5)
+        plan(net, least, (x,), **QUICK, effort=0.5)
     assert caught.value.budget_bytes == least
 
 
 def test_the_budget_named_by_sweep_and_max_batch_is_enough():
     net, x = deep(61)
-    options = {**QUICK, "time_limit_s": 1.0}
+    options = {**QUICK, "effort": 1.0}
     with pytest.raises(InfeasibleBudgetError) as caught:
         sweep(net, [0.1, 0.2], (x,), **options)
     for budget in named_budgets(caught.value):
@@ -440,7 +440,7 @@ def test_the_budget_named_by_sweep_and_max_batch_is_enough():
 
 def test_the_budget_named_by_plan_children_is_enough():
     net, x = deep(60)
-    options = {**QUICK, "time_limit_s": 1.0}
+    options = {**QUICK, "effort": 1.0}
     with pytest.raises(NoScheduleFoundError) as caught:
         plan_children(net, "1kB", (x,), **options)
     for budget in named_budgets(caught.value):
@@ -452,10 +452,10 @@ def test_a_schedule_that_was_not_found_names_what_was(monkeypatch):
     monkeypatch.setattr("planner.solver.solve.Solver._in_captured_order", lambda self, budget: self)
     monkeypatch.setattr("planner.solver.solve.floor", lambda graph: (1, 0))
     with pytest.raises(NoScheduleFoundError, match=r"no schedule within 100kB was found") as caught:
-        plan(net, "100kB", (x,), **QUICK, time_limit_s=0.5)
+        plan(net, "100kB", (x,), **QUICK, effort=0.5)
     monkeypatch.undo()
     for budget in named_budgets(caught.value):
-        assert plan(net, budget, (x,), **QUICK, time_limit_s=2.0)
+        assert plan(net, budget, (x,), **QUICK, effort=2.0)
 
 
 FILE = """
@@ -479,8 +479,8 @@ def fails(batch=8):
         (["plan", "build", "--budget", "9" * 5000], "BudgetError"),
         (["plan", "build", "--budget", "0." + "9" * 5000 + "1.1"], "BudgetError"),
         (["plan", "build", "--budget", "nan"], "BudgetError"),
-        (["plan", "build", "--budget", "1.0", "--time-limit", "nan"], "time_limit_s=nan"),
-        (["plan", "build", "--budget", "1.0", "--time-limit", "-3"], "time_limit_s=-3.0"),
+        (["plan", "build", "--budget", "1.0", "--effort", "nan"], "effort=nan"),
+        (["plan", "build", "--budget", "1.0", "--effort", "-3"], "effort=-3.0"),
         (["plan", "build", "--budget", "1.0", "--reserve", "much"], "reserve 'much'"),
         (["plan", "build", "--budget", "1kB"], "budget 1kB is below"),
         (["sweep", "build", "--points", "0"], "at least 1"),
@@ -502,7 +502,7 @@ def test_at_the_shell(tmp_path, capsys, arguments, said):
 def test_the_budget_named_at_the_shell_is_enough(tmp_path, capsys):
     file = tmp_path / "net_file.py"
     file.write_text(FILE)
-    command = ["plan", f"{file}:build", "--costs", "estimate", "--time-limit", "1", "--budget"]
+    command = ["plan", f"{file}:build", "--costs", "estimate", "--effort", "1", "--budget"]
     assert main([*command, "1kB"]) == 1
     for budget in named_budgets(capsys.readouterr().err):
         assert main([*command, str(budget)]) == 0
@@ -520,7 +520,7 @@ def test_a_file_that_cannot_be_run_at_the_shell(tmp_path, capsys, text):
 def test_nothing_of_the_model_changes():
     net = model()
     before = copy.deepcopy(net.state_dict())
-    for wrong in ({"args": None}, {"args": (X,), "time_limit_s": -1}, {"args": (X,), "loss": 1.5}):
+    for wrong in ({"args": None}, {"args": (X,), "effort": -1}, {"args": (X,), "loss": 1.5}):
         check(InputError, lambda wrong=wrong: plan(net, 1.0, **wrong, **QUICK))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items()) and net.training
 

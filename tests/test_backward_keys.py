@@ -129,7 +129,7 @@ def planned_and_twin(name, **options):
     build, make = MODELS[name]
     model, x = build(), make()
     twin = copy.deepcopy(model)
-    module = plan(model, RECOMPUTED.get(name, 1.0), (x,), costs="estimate", progress=False, time_limit_s=2.0, **options)
+    module = plan(model, RECOMPUTED.get(name, 1.0), (x,), costs="estimate", progress=False, effort=2.0, **options)
     return module, twin, x
 
 
@@ -203,8 +203,8 @@ def test_the_measured_peak_is_within_the_budget_in_every_layout(name, layout):
     torch.manual_seed(0)
     build, make, fraction = MEASURED[name]
     model, x = build(), make()
-    least = plan(model, fraction, (x,), progress=False, time_limit_s=2.0)
-    module = plan(model, int(least.plan.budget_bytes * 1.15), (x,), progress=False, time_limit_s=2.0)  # bytes: no other step's
+    least = plan(model, fraction, (x,), progress=False, effort=2.0)
+    module = plan(model, int(least.plan.budget_bytes * 1.15), (x,), progress=False, effort=2.0)  # bytes: no other step's
     assert module.plan.solution.schedule.recomputes()
     gradient = LAYOUTS[layout](module(x).detach())
     for _ in range(2):
@@ -230,7 +230,7 @@ def tasks(budget=0.8, **options):
     torch.manual_seed(0)
     model, x = Tasks(), torch.randn(32, 16)
     twin = copy.deepcopy(model)
-    return plan(model, budget, (x,), costs="estimate", progress=False, time_limit_s=2.0, **options), twin, x
+    return plan(model, budget, (x,), costs="estimate", progress=False, effort=2.0, **options), twin, x
 
 
 PARTS = {
@@ -315,7 +315,7 @@ def test_logits_and_loss(backward, loss):
     torch.manual_seed(0)
     model, x, y = Losses(), torch.randn(40, 16), torch.randint(0, 9, (40,))
     twin = copy.deepcopy(model)
-    module = plan(model, 1.0, (x, y), loss=loss, costs="estimate", progress=False, time_limit_s=2.0)
+    module = plan(model, 1.0, (x, y), loss=loss, costs="estimate", progress=False, effort=2.0)
     assert_same(*(step(each, (x, y), backward) for each in (twin, module)))
 
 

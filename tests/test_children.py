@@ -72,7 +72,7 @@ def picky(rows=512):
 
 
 def planned(model, budget, args, **options):
-    return plan_children(model, budget, args, costs="estimate", time_limit_s=2, progress=False, **options)
+    return plan_children(model, budget, args, costs="estimate", effort=2, progress=False, **options)
 
 
 def measured(model, args):
@@ -146,7 +146,7 @@ def test_speech_model_with_its_masks_and_ctc_loss_under_autocast():
     precision = "bf16"
     expected = check.trajectory(copy.deepcopy(model), args, kwargs, precision)
     with check.seeded(), check.cast(precision):
-        made = plan_children(model, 0.92, args, kwargs, costs="estimate", time_limit_s=2, progress=False)
+        made = plan_children(model, 0.92, args, kwargs, costs="estimate", effort=2, progress=False)
     assert "wav2vec2" in made.planned and made.peak_bytes <= made.budget_bytes
     made.install(strict=True)
     assert not check.differences(expected, check.trajectory(model, args, kwargs, precision))

@@ -260,7 +260,7 @@ def test_a_change_before_the_first_installed_call_is_seen(change, when):
             home = installable(change)
             world.seed(1)
             model, (x,) = home.build(), home.inputs()
-            module = planned_near(model, 0.9, (x,), {"time_limit_s": 0.3}) if installs else None
+            module = planned_near(model, 0.9, (x,), {"effort": 0.3}) if installs else None
             if installs and when == "after install":
                 install(model, module)
             home.before_0(model, model)

@@ -127,7 +127,7 @@ def loaded(text="h = torch.tanh(h)"):
     home = Program("transforms", text).load()
     world.seed(1)
     model, args = home.build(), home.inputs()
-    return model, planned_near(model, 0.8, args, {"time_limit_s": 0.3}), args[0]
+    return model, planned_near(model, 0.8, args, {"effort": 0.3}), args[0]
 
 
 def jvp(module, x):

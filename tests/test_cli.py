@@ -156,7 +156,7 @@ def sweep_file(tmp_path):
 
 def test_sweeps_measures_draws_and_saves(target, tmp_path, capsys):
     picture, saved = tmp_path / "sweep.png", tmp_path / "sweep.json"
-    options = ["--costs", "estimate", "--points", "3", "--time-limit", "1", "--verify", "2"]
+    options = ["--costs", "estimate", "--points", "3", "--effort", "1", "--verify", "2"]
     assert main(["sweep", target, *options, "--plot", str(picture), "--save", str(saved)]) == 0
     text = capsys.readouterr().out
     for part in ("<- knee", "floor", "measured peak", "sweep written to", "picture written to"):
@@ -165,7 +165,7 @@ def test_sweeps_measures_draws_and_saves(target, tmp_path, capsys):
 
 
 def test_sweep_prints_json_alone(target, tmp_path, capsys):
-    options = ["--costs", "estimate", "--points", "2", "--low", "0.7", "--high", "0.9", "--time-limit", "1", "--json"]
+    options = ["--costs", "estimate", "--points", "2", "--low", "0.7", "--high", "0.9", "--effort", "1", "--json"]
     assert main(["sweep", target, *options, "--save", str(tmp_path / "sweep.json")]) == 0
     captured = capsys.readouterr()
     figures = json.loads(captured.out)
@@ -182,7 +182,7 @@ def test_sweep_prints_json_alone(target, tmp_path, capsys):
         (["--high", "1TiB"], "BudgetError"),
         (["--low", "nan"], "BudgetError"),
         (["--plot", "sweep.bmp"], "InputError"),
-        (["--points", "2", "--time-limit", "1", "--verify", "0"], "InputError"),
+        (["--points", "2", "--effort", "1", "--verify", "0"], "InputError"),
     ],
 )
 def test_sweep_errors_are_one_line_and_exit_1(target, options, message, capsys):
@@ -210,7 +210,7 @@ def test_explains_a_plan_file_and_a_model(plan_file, target, capsys):
     assert main(["explain", plan_file]) == 0
     text = capsys.readouterr().out
     assert "freed per ms" in text and "would save" in text
-    assert main(["explain", target, "--costs", "estimate", "--budget", "0.8", "--time-limit", "2"]) == 0
+    assert main(["explain", target, "--costs", "estimate", "--budget", "0.8", "--effort", "2"]) == 0
     assert "0-5.0" in capsys.readouterr().out
 
 
@@ -251,7 +251,7 @@ def test_show_and_explain_print_json_alone(plan_file, tmp_path, capsys):
     assert (shown["peak_bytes"], shown["budget_bytes"]) == (made.peak_bytes, made.budget_bytes)
     assert shown["num_recomputes"] == len(made.solution.schedule.recomputes()) > 0
     assert "trace written" in told.err
-    assert main(["explain", plan_file, "--json", "--time-limit", "1"]) == 0
+    assert main(["explain", plan_file, "--json", "--effort", "1"]) == 0
     explained = json.loads(capsys.readouterr().out)
     assert explained["peak_bytes"] == made.peak_bytes and explained["prices"]["less"]["budget_bytes"] < made.budget_bytes
     assert sum(row["recomputed_ns"] for row in explained["modules"]) == made.timeline.time_ns - made.plain.time_ns

@@ -104,9 +104,7 @@ def test_a_loss_outside_of_the_model_is_planned_with_it(name, budget, caplog):
     model, criterion, x, y = built(name)
     twin, twin_criterion = copy.deepcopy(model), copy.deepcopy(criterion)
     names = names_of(model)
-    module = plan(
-        model, budget, (x,), criterion=criterion, criterion_args=(y,), costs="estimate", progress=False, time_limit_s=2.0
-    )
+    module = plan(model, budget, (x,), criterion=criterion, criterion_args=(y,), costs="estimate", progress=False, effort=2.0)
     assert names == names_of(module)
     own = [criterion.temperature] if isinstance(criterion, nn.Module) else []
     twins_own = [twin_criterion.temperature] if own else []
@@ -125,7 +123,7 @@ def test_a_loss_outside_of_the_model_is_planned_with_it(name, budget, caplog):
 @pytest.mark.parametrize("name", ["function", "partial"])
 def test_the_measured_peak_is_within_the_budget(name):
     model, criterion, x, y = built(name)
-    module = plan(model, 0.9, (x,), criterion=criterion, criterion_args=(y,), progress=False, time_limit_s=2.0)
+    module = plan(model, 0.9, (x,), criterion=criterion, criterion_args=(y,), progress=False, effort=2.0)
     for _ in range(2):
         module.zero_grad()
         peak = resident(module, x, y) + logical_peak(lambda: module(x, criterion_args=(y,))[0].backward(), module.device)

@@ -172,6 +172,6 @@ def test_a_sweep_and_the_largest_batch():
             _, args, kwargs = gpt2.build(layers=1, width=256, heads=4, length=512, batch=batch, vocabulary=512)
             return args, {key: arg.cuda() for key, arg in kwargs.items()}
 
-        found = max_batch(inputs, model, "1GiB", time_limit_s=1.0)
+        found = max_batch(inputs, model, "1GiB", effort=1.0)
     assert all(point.exact for point in checked.measured)
     assert found.batch >= 4

@@ -91,7 +91,7 @@ def position(model, parameter):
 def test_gradients_equal_central_differences_at_every_budget(model, share):
     with torch.random.fork_rng():
         full = plan(model, 1.0, (X,), costs="estimate", progress=False).plan
-        lowest = Solver(full.graph).lowest_peak(time_limit_s=2)
+        lowest = Solver(full.graph).lowest_peak(effort=2)
         budget = lowest + lowest // 99 + int(share * (full.plain.peak_bytes - lowest))
         module = plan(model, min(budget, full.plain.peak_bytes), (X,), costs="estimate", progress=False)
         assert bool(module.plan.solution.schedule.recomputes()) == (share < 1.0)

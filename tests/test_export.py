@@ -112,7 +112,7 @@ def test_the_peak_is_the_plans(made, tmp_path):
     if made == "by hand":
         planned = by_schedule((model, args, kwargs), activations_again, measured=True)
     else:
-        planned = plan(model, 0.7, args, kwargs, progress=False, time_limit_s=3)
+        planned = plan(model, 0.7, args, kwargs, progress=False, effort=3)
     assert planned.plan.solution.schedule.recomputes()
     found = write(planned, tmp_path / "gpt2_ckpt.py")
     assert block_functions(found) == ["gpt2_block_forward", "gpt2_block_backward"] or made == "by the solver"

@@ -36,7 +36,7 @@ def plan_text():
 
 @functools.cache
 def sweep_text(folder):
-    swept = sweep_graph(graphs.skip(), points=3, time_limit_s=0.5)
+    swept = sweep_graph(graphs.skip(), points=3, effort=0.5)
     swept.save(folder / "sweep.json")
     return (folder / "sweep.json").read_text()
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from planner import InputError, plan, verify
 from planner.cli import main
 
-OPTIONS = {"costs": "estimate", "progress": False, "time_limit_s": 1.0}
+OPTIONS = {"costs": "estimate", "progress": False, "effort": 1.0}
 Pair = namedtuple("Pair", "first second")
 
 

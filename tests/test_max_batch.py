@@ -40,7 +40,7 @@ def plain_bytes(model, batch):
 
 def fits(model, batch, budget):
     try:
-        return plan(model, budget, *rows(batch), costs="estimate", progress=False, time_limit_s=1.0).plan.peak_bytes <= budget
+        return plan(model, budget, *rows(batch), costs="estimate", progress=False, effort=1.0).plan.peak_bytes <= budget
     except (InfeasibleBudgetError, NoScheduleFoundError):
         return False
 
@@ -49,7 +49,7 @@ def test_the_batch_found_is_the_largest_that_plan_accepts():
     model = blocks()
     budget = plain_bytes(model, 6)
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    found = max_batch(rows, model, budget, costs="estimate", progress=False, time_limit_s=1.0)
+    found = max_batch(rows, model, budget, costs="estimate", progress=False, effort=1.0)
     assert torch.equal(torch.get_rng_state(), rng) and model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     batch, made = found
@@ -65,7 +65,7 @@ def test_steps_are_run_and_timed_where_the_device_is_here():
     model = blocks()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    found = max_batch(rows, model, plain_bytes(model, 6), costs="estimate", progress=False, time_limit_s=1.0)
+    found = max_batch(rows, model, plain_bytes(model, 6), costs="estimate", progress=False, effort=1.0)
     seen = found.verify(2, rounds=2)
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
     measured = [tried for tried in seen.tried if tried.measured]
@@ -84,7 +84,7 @@ def test_a_device_that_is_not_here_with_its_optimizer():
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(4)]).to(torch.bfloat16)
     make = lambda batch: ((torch.empty(batch, 512, 256, dtype=torch.bfloat16, device="meta"),), {})
-    found = max_batch(make, model, "76MiB", device="H100", optimizer="adamw", progress=False, time_limit_s=0.5)
+    found = max_batch(make, model, "76MiB", device="H100", optimizer="adamw", progress=False, effort=0.5)
     assert found.batch > 4 and {"(libraries)", "(optimizer state)"} <= found.plan.graph.value.keys()
     assert found.verdict.endswith("(estimated)") and "estimated: H100-80GB" in str(found)
     with pytest.raises(InputError, match="not here"):
@@ -189,7 +189,7 @@ def test_command_line_prints_a_table_or_json(tmp_path, capsys):
         "def build(batch=2):\n    return blocks(), *rows(batch)\n"
     )
     target = f"{tmp_path / 'rows_model.py'}:build"
-    options = ["--costs", "estimate", "--budget", "70KiB", "--time-limit", "1"]
+    options = ["--costs", "estimate", "--budget", "70KiB", "--effort", "1"]
     assert main(["max-batch", target, *options, "--save", str(tmp_path / "plan.json")]) == 0
     text = capsys.readouterr().out
     assert "<- largest" in text and "samples/s" in text

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from planner import CaptureError, PlannerError, max_batch, plan, plan_children, verify
 
-QUICK = {"costs": "estimate", "progress": False, "time_limit_s": 1.0}
+QUICK = {"costs": "estimate", "progress": False, "effort": 1.0}
 INTERNALS = re.compile(r"eval_frame|AOT|FakeTensor|FunctionalTensor|_ops\.py|functools|importlib|object at 0x|Traceback|torch/")
 
 
@@ -395,7 +395,7 @@ class Lstsq(nn.Module):
 def test_a_submodule_of_its_own_is_the_cure_it_is_said_to_be():
     net, x = Of(lambda s, h: s.solver(h).sum()), torch.randn(6, 6)
     net.solver = Lstsq()
-    module = plan(net, 1.0, (x,), progress=False, time_limit_s=1.0)
+    module = plan(net, 1.0, (x,), progress=False, effort=1.0)
     assert [spec.module for spec in module.step.joint.parts.values()] == ["solver"]
     torch.testing.assert_close(module(x), net(x))  # lstsq of LAPACK depends on alignment, so that eager differs from itself
 

@@ -79,7 +79,7 @@ def test_a_row_says_why() -> None:
 def test_prices_are_those_of_the_neighbouring_budgets() -> None:
     graph = graphs.blocks(8)
     plan = made(graph, 0.7)
-    explained = plan.explain(time_limit_s=5.0)
+    explained = plan.explain(effort=5.0)
     more, less = explained.more, explained.less
     assert more is not None and less is not None
     assert more.saved_ns is not None and less.saved_ns is not None

@@ -30,7 +30,7 @@ PLAIN = simulate(graphs.blocks(8), keep_all(graphs.blocks(8))).peak_bytes
 
 @pytest.fixture(scope="module")
 def swept() -> Sweep:
-    return sweep_graph(graphs.blocks(8), points=8, time_limit_s=5.0)
+    return sweep_graph(graphs.blocks(8), points=8, effort=5.0)
 
 
 def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> None:
@@ -49,7 +49,7 @@ def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> No
 @settings(deadline=None, max_examples=25)
 @given(training_graphs(max_forward=6), st.integers(1, 5))
 def test_a_range_always_has_plans(graph: graphs.Graph, points: int) -> None:
-    swept = sweep_graph(graph, points=points, time_limit_s=5.0)
+    swept = sweep_graph(graph, points=points, effort=5.0)
     assert 1 <= len(swept.points) <= points and not swept.misses
     assert swept.points[-1].overhead == 0
     assert swept.knee_point in swept.points
@@ -231,7 +231,7 @@ def test_a_real_model_is_captured_once_and_measured_as_predicted(tmp_path: Path,
     captures: list[Any] = []
     capture = priced.capture
     monkeypatch.setattr(priced, "capture", lambda *args, **kwargs: (captures.append(args), capture(*args, **kwargs))[1])
-    swept = planner.sweep(model, None, (x,), points=6, costs="estimate", time_limit_s=3.0)
+    swept = planner.sweep(model, None, (x,), points=6, costs="estimate", effort=3.0)
     seen = swept.verify(3, rounds=1)
     assert len(captures) == 1
     assert not swept.measured and len(seen.measured) == 3

@@ -27,7 +27,7 @@ from tests.test_report_sweep import in_modules
 
 def made(graph: graphs.Graph, share: float = 0.7) -> Plan:
     budget = int(simulate(graph, keep_all(graph)).peak_bytes * share)
-    return Plan(graph, budget, 0, Solver(graph).solve(budget, time_limit_s=5.0))
+    return Plan(graph, budget, 0, Solver(graph).solve(budget, effort=5.0))
 
 
 def agrees(graph: graphs.Graph, schedule: Schedule) -> None:

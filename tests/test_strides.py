@@ -42,7 +42,7 @@ def planned_at_the_lowest(model, args):
     """A plan with as little memory as a few tries find, from 0.5 of the plain peak up."""
     for budget in (0.5, 0.6, 0.7, 0.8, 0.9):
         try:
-            return plan(model, budget, args, costs="estimate", progress=False, time_limit_s=2)
+            return plan(model, budget, args, costs="estimate", progress=False, effort=2)
         except (InfeasibleBudgetError, NoScheduleFoundError):
             continue
     return plan(model, 1.0, args, costs="estimate", progress=False)
@@ -128,7 +128,7 @@ def test_in_mixed_precision_memory_is_as_predicted(name: str, dtype: torch.dtype
             pytest.skip(f"eager has no kernel for it: {error}")
         with contextlib.suppress(InfeasibleBudgetError, NoScheduleFoundError):
             for budget in budgets:
-                made = plan(model, budget, (x,), progress=False, time_limit_s=2).plan
+                made = plan(model, budget, (x,), progress=False, effort=2).plan
                 assert made.measured_bytes == made.peak_bytes
     assert next(budgets) < 0.9, "a plan that recomputes was among them"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from planner.arguments import check_flags, check_path, seconds
+from planner.arguments import check_flags, check_path, limits
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
@@ -96,14 +96,14 @@ class Plan:
 
         return table(self)
 
-    def explain(self, *, prices: bool = True, time_limit_s: float = 6.0) -> Any:
+    def explain(self, *, prices: bool = True, effort: float = 6.0, time_limit_s: float | None = None) -> Any:
         """Why it keeps what it keeps, by module, and what a little more or less memory would be worth.
 
         Returns:
             a `planner.report.explain.Explanation`, which prints as a table.
         """
         check_flags(prices=prices)
-        return _report("explain").explain(self, prices=prices, time_limit_s=seconds(time_limit_s))
+        return _report("explain").explain(self, prices=prices, limits=limits(effort, time_limit_s))
 
     def plot(self, path: str | Path) -> None:
         """Draw live bytes over the step, plain above planned, into a .png or .svg file.

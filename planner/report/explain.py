@@ -12,6 +12,7 @@ from planner.graph.plan import Plan, Solution
 from planner.graph.simulate import simulate
 from planner.report.modules import fold, module_of
 from planner.solver.solve import Solver
+from planner.solver.work import Limits
 from planner.units import format_bytes, format_ns
 
 _GIB = 2**30
@@ -95,15 +96,15 @@ class Explanation:
         return text(self)
 
 
-def explain(plan: Plan, *, prices: bool = True, time_limit_s: float = 6.0) -> Explanation:
+def explain(plan: Plan, *, prices: bool = True, limits: Limits | None = None) -> Explanation:
     """Explain a plan; needs no torch.
 
     Args:
         plan: from `planner.plan`, or loaded.
         prices: also solve for a little more and a little less memory: 1 GiB, or a tenth of a budget below 10 GiB.
-        time_limit_s: wall seconds for that.
+        limits: what the solver may spend on that.
     """
-    more, less = _prices(plan, time_limit_s) if prices else (None, None)
+    more, less = _prices(plan, limits or Limits(6.0)) if prices else (None, None)
     return Explanation(plan, _rows(plan), more, less)
 
 
@@ -153,7 +154,7 @@ def _total(graph: Graph, names: Iterable[str]) -> int:
     return sum(graph.value[name].nbytes for name in names)
 
 
-def _prices(plan: Plan, time_limit_s: float) -> tuple[Price | None, Price | None]:
+def _prices(plan: Plan, limits: Limits) -> tuple[Price | None, Price | None]:
     """The plan's own schedule is a plan for the larger budget, so that one never costs more."""
     delta = _GIB if plan.budget_bytes >= 10 * _GIB else max(1, plan.budget_bytes // 10)
     plain_bytes, now_ns = plan.plain.peak_bytes, plan.timeline.time_ns
@@ -161,7 +162,7 @@ def _prices(plan: Plan, time_limit_s: float) -> tuple[Price | None, Price | None
     fits = plan.budget_bytes >= plain_bytes
     upper, lower = min(plan.budget_bytes + delta, plain_bytes), min(plan.budget_bytes, plain_bytes) - delta
     asked = {budget: budget - (plan.margin_bytes if budget < plain_bytes else 0) for budget in (upper, lower)}
-    found = Solver(plan.graph, reorder=_moved(plan)).sweep(asked.values(), time_limit_s=time_limit_s)
+    found = Solver(plan.graph, reorder=_moved(plan)).sweep(asked.values(), limits)
 
     def price(budget_bytes: int) -> Price:
         answer = found[asked[budget_bytes]]

@@ -16,6 +16,7 @@ from planner.graph.simulate import Timeline, simulate
 from planner.report.budgets import Budget, asked_budgets, restated, spread
 from planner.solver.floor import floor
 from planner.solver.solve import Solver
+from planner.solver.work import Limits
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def sweep_graph(
     low: Budget | None = None,
     high: Budget | None = None,
     margin: Callable[[int], int] = lambda budget_bytes: 0,
-    time_limit_s: float = 4.5,
+    limits: Limits | None = None,
     reorder: bool = True,
     made_on: tuple[tuple[str, str], ...] = (),
     measure: Measure | None = None,
@@ -272,7 +273,7 @@ def sweep_graph(
         graph: the joint graph.
         budgets, points, low, high: which budgets; see `planner.sweep`.
         margin: bytes of a budget to leave free for the allocator; grows with the budget up to the plain peak, where it ends.
-        time_limit_s: wall seconds for all budgets together.
+        limits: for all budgets together (default: an effort of 4.5).
         reorder: backward ops may move; see `planner.solver.solve`.
         made_on, measure: kept in the sweep.
 
@@ -283,25 +284,24 @@ def sweep_graph(
     start = time.monotonic()
     plain_bytes = simulate(graph, keep_all(graph)).peak_bytes
     asked = asked_budgets(budgets, points, low, high, plain_bytes)
-    solver = Solver(graph, reorder=reorder)
+    solver, limits = Solver(graph, reorder=reorder), limits or Limits(4.5)
     if asked is None:
-        lowest = solver.lowest_peak(time_limit_s=_LOWEST_SHARE * time_limit_s) + margin(plain_bytes - 1)
+        lowest = solver.lowest_peak(limits.share(_LOWEST_SHARE)) + margin(plain_bytes - 1)
         highest = plain_bytes if high is None else parse_budget(high, plain_bytes)
         asked = spread(min(lowest, highest), highest, points)
-    left_s = max(0.1, time_limit_s - (time.monotonic() - start))
-    found = solver.sweep([budget - margin(budget) for budget in asked], time_limit_s=left_s)
+    found = solver.sweep([budget - margin(budget) for budget in asked], limits.share(1 - _LOWEST_SHARE))
     made, misses = [], []
     for budget in asked:
         answer = found[budget - margin(budget)]
         if isinstance(answer, Solution):
             made.append(make_point(graph, budget, margin(budget), answer))
         else:
-            lowest = solver.pool.lowest.timeline.peak_bytes
+            lowest = solver.archive.lowest.timeline.peak_bytes
             error = answer
             said = restated(error, format_bytes(budget), budget, margin, lowest)
             misses.append(Miss(budget, type(error).__name__, str(said)))
     if not made:
-        lowest = solver.lowest_peak(time_limit_s=max(0.1, time_limit_s - (time.monotonic() - start)))
+        lowest = solver.lowest_peak(limits)
         raise restated(error, format_bytes(budget), budget, margin, lowest)
     floor_bytes, floor_op = _floor(graph, solver)
     return Sweep(graph, tuple(made), tuple(misses), floor_bytes, floor_op, time.monotonic() - start, made_on, (), measure)

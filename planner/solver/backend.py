@@ -287,7 +287,9 @@ def _build(program: Program) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         problem = pulp.LpProblem("planner", pulp.LpMinimize)
         columns = [
-            pulp.LpVariable(f"x{i:09}", 0, None if math.isinf(upper) else upper, pulp.LpInteger if binary else pulp.LpContinuous)
+            pulp.LpVariable(
+                f"x{i:09}", 0, None if math.isinf(upper) else upper, pulp.LpInteger if binary else pulp.LpContinuous
+            )
             for i, (upper, binary) in enumerate(zip(program.uppers, program.binary, strict=True))
         ]
         problem.addVariables(columns)

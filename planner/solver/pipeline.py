@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from planner.solver import stages
 from planner.solver.problem import Problem
@@ -68,62 +68,76 @@ PIPELINE = (
 
 
 @dataclass(slots=True)
+class _Turns:
+    """A stage under way: its generator, what it may spend, its next slice, and the state after which it got nowhere."""
+
+    generator: Iterator[bool]
+    work: Work
+    slice: float = FIRST_SLICE
+    empty: int = 0
+    stuck_at: tuple[int, int] | None = None
+
+
 class Run:
     """One budget's search under way.
 
     Attributes:
+        problem, search: what is looked for, and what was found.
         gap: how far from the optimum to stop.
         spent: units of work so far.
     """
 
-    problem: Problem
-    search: Search
-    gap: float
-    spent: float = 0.0
-    _slice: float = FIRST_SLICE
-    _started: dict[str, tuple[Iterator[None], Work]] = field(default_factory=dict)
-    _ended: set[str] = field(default_factory=set)
+    def __init__(self, problem: Problem, search: Search, gap: float) -> None:
+        self.problem, self.search, self.gap = problem, search, gap
+        self.spent = 0.0
+        self._turns: dict[str, _Turns] = {}
+        self._ended: set[str] = set()
+        self._has_more = True
 
     @property
     def is_done(self) -> bool:
         """The plan is good enough, or nothing is left to try."""
         gap = self.search.gap
-        return gap <= self.gap or self.spent >= PATIENCE * (100 * gap) ** 2 or len(self._ended) == len(PIPELINE)
+        return gap <= self.gap or self.spent >= PATIENCE * (100 * gap) ** 2 or not self._has_more
 
     def turn(self, work: Work) -> None:
         """Give every stage a slice."""
-        waiting = 0
+        self._has_more = False
         for stage in PIPELINE:
+            if self._waits(stage):
+                continue
+            self._has_more = True
             if self.is_done or work.is_over:
                 return
-            if stage.name in self._ended:
-                continue
-            if self.search.gap < stage.min_gap or not stage.applies(self.problem, self.search):
-                waiting += 1
-                continue
             self._go_on(stage, work)
-        self._slice *= 2
-        if waiting + len(self._ended) == len(PIPELINE):
-            self._ended.update(stage.name for stage in PIPELINE)
+
+    def _waits(self, stage: Stage) -> bool:
+        search, turns = self.search, self._turns.get(stage.name)
+        stuck = turns is not None and turns.empty >= 2 and turns.stuck_at == search.state
+        return stage.name in self._ended or stuck or search.gap < stage.min_gap or not stage.applies(self.problem, search)
 
     def _go_on(self, stage: Stage, work: Work) -> None:
-        before, spent = self.search.state, work.meter.spent
-        share = work.share(self._slice)
-        if stage.name not in self._started:
+        """One slice; it doubles each time. A stage that got nowhere twice waits until others have changed something."""
+        if stage.name not in self._turns:
             own = Work(meter=work.meter)
-            self._started[stage.name] = stage.run(self.problem, self.search, own), own
-        generator, own = self._started[stage.name]
-        own.until = share.until
-        while not share.is_over and self.search.gap > self.gap:
+            self._turns[stage.name] = _Turns(stage.run(self.problem, self.search, own), own)
+        turns = self._turns[stage.name]
+        before, spent = self.search.state, work.meter.spent
+        turns.work.until = work.share(turns.slice).until
+        got_on = False
+        while not turns.work.is_over and self.search.gap > self.gap:
             try:
-                next(generator)
+                got_on = next(turns.generator) or got_on
             except StopIteration:
                 self._ended.add(stage.name)
                 break
+        after = self.search.state
+        turns.slice *= 2
+        turns.empty, turns.stuck_at = (0, None) if got_on or after != before else (turns.empty + 1, after)
         self.spent += work.meter.spent - spent
         _log.debug(
-            "%s, budget %d: %.3f units of work; time and bound %s -> %s",
-            stage.name, self.problem.budget_bytes, work.meter.spent - spent, before, self.search.state,
+            "%s within %d bytes: %.3f units of work, time and bound %s -> %s", stage.name, self.problem.budget_bytes,
+            work.meter.spent - spent, before, after,
         )  # fmt: skip
 
 

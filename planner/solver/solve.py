@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -17,8 +16,8 @@ from planner.solver.pipeline import Run, run
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
 from planner.solver.search import Archive, Search
-from planner.solver.tuning import BACKSTOP, BUILD_UNITS, EFFORT, GAP
-from planner.solver.work import Meter, Work
+from planner.solver.tuning import GAP
+from planner.solver.work import Limits, Meter, Work
 from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
@@ -26,23 +25,14 @@ __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
 Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
 
 
-def solve(
-    graph: Graph,
-    budget_bytes: int,
-    *,
-    effort: float = EFFORT,
-    time_limit_s: float | None = None,
-    gap: float = GAP,
-    reorder: bool = True,
-) -> Solution:
+def solve(graph: Graph, budget_bytes: int, limits: Limits | None = None, *, gap: float = GAP, reorder: bool = True) -> Solution:
     """The cheapest schedule found whose simulated peak on `graph` is within the budget; the same one for the same arguments.
 
     Args:
         graph: the joint graph; the budget holds everything live on the device.
         budget_bytes: bound on the live bytes at every step.
-        effort: work for search and certificate together, in units of about a second of one core (`planner.solver.work`).
-        time_limit_s: wall seconds after which the search ends whatever it has (default: ten times the effort). A plan that
-            it ended says so: it may differ from run to run.
+        limits: what search and certificate together may spend. A plan that the clock ended says so: it may differ from run
+            to run.
         gap: how far from the optimum to stop, as a fraction of the plain step's time.
         reorder: backward ops may move a few places where that lowers the plain step's peak.
 
@@ -51,24 +41,17 @@ def solve(
         NoScheduleFoundError: nothing was found with this effort.
         SolverMissingError: HiGHS cannot be run.
     """
-    return Solver(graph, reorder=reorder).solve(budget_bytes, effort=effort, time_limit_s=time_limit_s, gap=gap)
+    return Solver(graph, reorder=reorder).solve(budget_bytes, limits, gap=gap)
 
 
-def sweep(
-    graph: Graph,
-    budgets_bytes: Iterable[int],
-    *,
-    effort: float = 2 * EFFORT,
-    time_limit_s: float | None = None,
-    gap: float = GAP,
-) -> dict[int, Outcome]:
+def sweep(graph: Graph, budgets_bytes: Iterable[int], limits: Limits | None = None, *, gap: float = GAP) -> dict[int, Outcome]:
     """`solve` for many budgets, in little more work than for a few; see `Solver.sweep`."""
-    return Solver(graph).sweep(budgets_bytes, effort=effort, time_limit_s=time_limit_s, gap=gap)
+    return Solver(graph).sweep(budgets_bytes, limits, gap=gap)
 
 
-def lowest_peak(graph: Graph, *, effort: float = EFFORT, time_limit_s: float | None = None) -> int:
+def lowest_peak(graph: Graph, limits: Limits | None = None) -> int:
     """The lowest peak, in bytes, of any schedule this solver finds: a budget that `solve` can meet."""
-    return Solver(graph).lowest_peak(effort=effort, time_limit_s=time_limit_s)
+    return Solver(graph).lowest_peak(limits)
 
 
 class Solver:
@@ -107,34 +90,25 @@ class Solver:
         here = {i: n for n, i in enumerate(self._order)}
         return Schedule(tuple(here[i] for i in schedule.steps))
 
-    def solve(
-        self, budget_bytes: int, *, effort: float = EFFORT, time_limit_s: float | None = None, gap: float = GAP
-    ) -> Solution:
+    def solve(self, budget_bytes: int, limits: Limits | None = None, *, gap: float = GAP) -> Solution:
         """As the function `solve`."""
         if floor(self.graph)[0] > budget_bytes:
             unmoved = self._in_captured_order(budget_bytes)
-            return unmoved.solve(budget_bytes, effort=effort, time_limit_s=time_limit_s, gap=gap)
-        start, work = time.monotonic(), _work(effort, time_limit_s)
+            return unmoved.solve(budget_bytes, limits, gap=gap)
+        start, work = time.monotonic(), (limits or Limits()).start()
         one = self._run(budget_bytes, gap)
         run([one], work)
         return self._solution(one, work.meter, time.monotonic() - start)
 
-    def sweep(
-        self,
-        budgets_bytes: Iterable[int],
-        *,
-        effort: float = 2 * EFFORT,
-        time_limit_s: float | None = None,
-        gap: float = GAP,
-    ) -> dict[int, Outcome]:
+    def sweep(self, budgets_bytes: Iterable[int], limits: Limits | None = None, *, gap: float = GAP) -> dict[int, Outcome]:
         """A solution, or why there is none, for every budget; a larger budget never has a dearer plan.
 
         Args:
             budgets_bytes: in any order.
-            effort, time_limit_s: as for `solve`, for all budgets together.
+            limits: for all budgets together.
             gap: how far from the optimum to stop, as a fraction of the plain step's time.
         """
-        start, work = time.monotonic(), _work(effort, time_limit_s)
+        start, work = time.monotonic(), (limits or Limits()).start()
         budgets, least = sorted(set(budgets_bytes)), floor(self.graph)[0]
         found: dict[int, Outcome] = {}
         for budget in (budget for budget in budgets if budget < least):
@@ -150,10 +124,10 @@ class Solver:
                 found[budget] = error
         return found
 
-    def lowest_peak(self, *, effort: float = EFFORT, time_limit_s: float | None = None) -> int:
+    def lowest_peak(self, limits: Limits | None = None) -> int:
         """As the function `lowest_peak`."""
-        work = _work(effort, time_limit_s)
-        lowest = self._lowest(work.share(effort / 2) if self._is_moved else work)
+        work = (limits or Limits()).start()
+        lowest = self._lowest(work.share(work.left / 2) if self._is_moved else work)
         if self._is_moved and floor(self._captured)[0] < lowest:
             lowest = min(lowest, Solver(self._captured, reorder=False)._lowest(work))
         return lowest
@@ -208,12 +182,6 @@ class Solver:
         status = "optimal" if search.gap <= one.gap else "feasible"
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
         return Solution(status, schedule, min(search.bound_ns, best.timeline.time_ns), seconds, f"{best.source}/{SOLVER}")
-
-
-def _work(effort: float, time_limit_s: float | None) -> Work:
-    """What a call may spend."""
-    limit_s = BACKSTOP * (1 + effort) if time_limit_s is None else time_limit_s
-    return Work(effort, Meter(time.monotonic() + limit_s))
 
 
 def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: float) -> NoScheduleFoundError:

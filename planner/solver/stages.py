@@ -1,7 +1,8 @@
 """The stages: ways to find schedules and bounds, all with one signature.
 
 A stage is a generator that is given a problem, the search to report to, and what it may spend. It yields whenever it may be
-interrupted; it ends when it has nothing more to say. What it may spend grows between two yields.
+interrupted: True where it learnt something or was cut short, so that it may get on with more; it ends when it has nothing more
+to say. What it may spend grows between two yields.
 """
 
 from __future__ import annotations
@@ -23,37 +24,38 @@ from planner.solver.segments import Segments
 from planner.solver.tuning import FEW, GAP, MOST_ROOM, NEAR
 from planner.solver.work import Work
 
+
 def exhaust(generator: Iterator[object]) -> None:
     """Run a generator to its end."""
     for _ in generator:
         pass
 
 
-Strategy = Callable[[Problem, Search, Work], Iterator[None]]
+Strategy = Callable[[Problem, Search, Work], Iterator[bool]]
 
 
-def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """Every schedule; only for graphs of a few ops."""
     best = exhaustive_search(problem.graph, problem.budget_bytes, Rules(backward_ops=False))
     if best is not None:
         search.archive.offer(best, "exhaustive search")
-    yield
+    yield False
 
 
-def certificate(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def certificate(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """Linear programs of the best single cuts; then rounds in integers with more and more cuts. Each hints at a schedule."""
     bounds, budget, level = problem.models.certificate, problem.budget_bytes, problem.models.fine
     best, best_ns = -1, -1
     for cut in bounds.cuts.ranked(budget)[:FEW]:
         found = bounds.bound(budget, (cut,), work, relax=True)
         while not found.is_final:
-            yield
+            yield True
             found = bounds.bound(budget, (cut,), work, relax=True)
         if found.time_ns > best_ns:
             best, best_ns = cut, found.time_ns
         if search.raise_bound(found.time_ns) and found.hint is not None:
             exhaust(search.fit(found.hint.steps, level, "certificate", work))
-        yield
+        yield True
     if best < 0:
         return
     cuts, hinted = bounds.first_cuts(budget, best, work), None
@@ -68,19 +70,17 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[None]:
             if more == cuts:
                 return
             cuts = more
-        yield
+        yield True
 
 
-def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """The program over kept sets: linear, then in integers, on the coarse graph and on the graph as it is."""
     for n, (program, level) in enumerate(problem.models.keep_sets):
         for relax in (True, False) if n == 0 else (False,):
             yield from _rounds(program, level, problem, search, work, relax=relax)
 
 
-def _rounds(
-    program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, *, relax: bool
-) -> Iterator[None]:
+def _rounds(program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, *, relax: bool) -> Iterator[bool]:
     """Offer what a program says; what only exact copies can mend, or rounding broke, is made to fit."""
 
     def judge(schedule: Schedule) -> Timeline:
@@ -91,16 +91,16 @@ def _rounds(
     for found in program.rounds(problem.budget_bytes, work, gap=gap, judge=judge, relax=relax):
         if found.schedule is not None and (found.grew or found.is_last):
             exhaust(search.fit(found.schedule.steps, level, "keep set", work))
-        yield
+        yield found.grew or found.schedule is None
 
 
-def segments(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def segments(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """Dynamic programming over the forward in pieces, for many shares of the budget; the coarse ones first."""
     pieces, fewer = problem.models.pieces
     for again in (False, True):
         table = Segments(fewer if again else pieces, problem.budget_bytes, again=again)
         while not table.fill(work):
-            yield
+            yield True
         rooms = [n / 100 for n in range(97, int(100 * MOST_ROOM))]
         best = yield from _least_room(table, rooms, problem, search, work)
         finer = sorted((best + n / 1000 for n in range(-9, 10)), key=lambda room: (abs(room - best), room))
@@ -125,24 +125,24 @@ def _least_room(table: Segments, rooms: list[float], problem: Problem, search: S
         worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + 1, best, least_ns)
         if worse == FEW:
             break
-        yield
+        yield False
     return best
 
 
-def baselines(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def baselines(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """What people do today, made to fit where nothing else does."""
     level = problem.models.fine
     for name, schedule in all_baselines(problem.graph, problem.budget_bytes):
         search.archive.offer(schedule, name)
-        yield
+        yield False
     for name, schedule in all_baselines(problem.graph, problem.budget_bytes):
         if search.best is not None:
             return
         exhaust(search.fit(schedule.steps, level, name, work))
-        yield
+        yield False
 
 
-def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """Programs that minimise the peak, and the lowest schedule made lower, where nothing fits yet."""
     for level in (problem.models.coarse, problem.models.fine):
         program = KeepSet(level.graph, level.tiny, lowest=True)
@@ -151,22 +151,22 @@ def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[None]:
             return search.archive.offer(expand(schedule, level.groups), "lowest peak")
 
         for _ in program.rounds(None, work, gap=GAP, judge=judge):
-            yield
+            yield True
     exhaust(search.fit(search.archive.lowest.schedule.steps, problem.models.fine, search.archive.lowest.source, work))
-    yield
+    yield False
 
 
-def local_search(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def local_search(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """From the best schedule, one recompute after the other is taken back, and something else recomputed."""
     level = problem.models.fine
     local = search.local(level)
     for change in (local.improve, local.squeeze, local.improve):
         assert search.best is not None
         search.offer(change(list(search.best.schedule.steps), work), level, "local search")
-        yield
+        yield False
 
 
-def neighbourhood(problem: Problem, search: Search, work: Work) -> Iterator[None]:
+def neighbourhood(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """A few stretches of the best schedule are decided anew, in integers, again and again."""
     windows = Neighbourhood(problem.graph, problem.budget_bytes)
     while not windows.is_settled:
@@ -174,4 +174,4 @@ def neighbourhood(problem: Problem, search: Search, work: Work) -> Iterator[None
         better = windows.improve(list(search.best.schedule.steps), work)
         if better is not None:
             search.offer(better, problem.models.fine, "neighbourhood")
-        yield
+        yield False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 LP_UNITS = 20e-6
 """Work of one simplex iteration: 9 to 28 us on programs of the corpus, whatever their size."""
-MIP_UNITS = 4e-6
-"""Work of one interrupt callback of HiGHS's integer solver, for each non-zero of the program: 1 to 8 us, most of them 2 to 5."""
-BUILD_UNITS = 7e-6
+MIP_UNITS = 2.5e-6
+"""Work of one interrupt callback of HiGHS's integer solver, for each non-zero: 1 to 8 us, most of them 2 to 5."""
+BUILD_UNITS = 5e-6
 """Work of bringing one non-zero into a model: 4 to 11 us."""
 EVENT_UNITS = 1.3e-7
-"""Work of one event (a read or a write) of a simulated schedule, 0.06 to 0.1 us, with what is done around it; 300 more for each simulation."""
+"""Work of one event (a read or a write) of a simulated schedule, with what is done around it; a simulation has 300 more."""
 FEW = 3
 """Cuts, rows or copies that are looked at together, and how far apart cuts lie: one more a round costs more than it says."""
 CROWDED = 0.9

@@ -10,6 +10,30 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from planner.solver.tuning import BACKSTOP, EFFORT
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one call may spend.
+
+    Attributes:
+        effort: units of work.
+        time_limit_s: wall seconds after which the search ends whatever it has; None: ten times the effort, and ten more.
+    """
+
+    effort: float = EFFORT
+    time_limit_s: float | None = None
+
+    def share(self, fraction: float) -> Limits:
+        """So much of it."""
+        return Limits(fraction * self.effort, None if self.time_limit_s is None else fraction * self.time_limit_s)
+
+    def start(self) -> Work:
+        """Begin to spend."""
+        limit_s = BACKSTOP * (1 + self.effort) if self.time_limit_s is None else self.time_limit_s
+        return Work(self.effort, Meter(time.monotonic() + limit_s))
+
 
 @dataclass(slots=True)
 class Meter:

@@ -168,7 +168,7 @@ def outcome(
     *,
     budget: float = 0.75,
     measure: bool = False,
-    time_limit_s: float = 0.3,
+    effort: float = 0.3,
     make: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Outcome:
@@ -178,7 +178,7 @@ def outcome(
         program: what to train.
         budget: fraction of the plain step's peak; raised where there is no schedule.
         measure: also measure kernels, and a planned step's peak at the end.
-        time_limit_s, options: for `planner.plan`.
+        effort, options: for `planner.plan`.
         make: called instead of `planned_near`.
 
     Raises:
@@ -191,7 +191,7 @@ def outcome(
         eager.hold()
         expected += _steps(eager, program, program.warm, len(program.steps))
         forget(home)
-    given = {"time_limit_s": time_limit_s, "costs": "measure" if measure else "estimate", **options}
+    given = {"effort": effort, "costs": "measure" if measure else "estimate", **options}
     with world.kept():
         home, model = _built(program)
         try:

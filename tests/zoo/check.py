@@ -90,10 +90,10 @@ def planned_halfway(model: nn.Module, args: Any, kwargs: Any, precision: str) ->
         joint = capture(model, args, kwargs)
         with mock.patch.object(priced, "capture", return_value=joint):
             full = api.plan(model, 1.0, args, kwargs, progress=False).plan
-            lowest = Solver(full.graph).lowest_peak(time_limit_s=2)
+            lowest = Solver(full.graph).lowest_peak(effort=2)
             # what the allocator's margin takes from a budget comes on top
             budget = min(full.plain.peak_bytes, (lowest + full.plain.peak_bytes) // 2 + lowest // 100)
-            return api.plan(model, budget, args, kwargs, time_limit_s=5, progress=False)
+            return api.plan(model, budget, args, kwargs, effort=5, progress=False)
 
 
 def cast(precision: str) -> Any:
