@@ -45,6 +45,7 @@ class Stage:
         run: the strategy.
         why: what it is there for.
         min_gap: it waits while the gap, as a fraction of the plain step's time, is smaller.
+        first_turn: it waits for so many turns of the others, whose slices then are that much larger.
         applies: it waits where this is false.
     """
 
@@ -52,6 +53,7 @@ class Stage:
     run: stages.Strategy
     why: str
     min_gap: float = 0.0
+    first_turn: int = 0
     applies: Callable[[Problem, Search], bool] = _always
 
 
@@ -59,11 +61,11 @@ PIPELINE = (
     Stage("exhaustive", stages.exhaustive, "a few ops: certain, and at once", applies=_is_tiny),
     Stage("certificate", stages.certificate, "bounds, and what they keep is most often nearly optimal"),
     Stage("keep set", stages.keep_set, "the optimum of each value recomputed at most once"),
-    Stage("segments", stages.segments, "long chains, and budgets that take more than one recompute", min_gap=0.005),
-    Stage("baselines", stages.baselines, "what people do today is never better than the plan", min_gap=0.005),
-    Stage("lowest peak", stages.lowest_peak, "budgets near the lowest peak there is", applies=_not_found),
-    Stage("local search", stages.local_search, "what kept sets cannot say", applies=_found),
-    Stage("neighbourhood", stages.neighbourhood, "the same, in integers", applies=_found),
+    Stage("segments", stages.segments, "long chains, and budgets that take more than one recompute", 0.005, 1),
+    Stage("baselines", stages.baselines, "what people do today is never better than the plan", 0.005, 1),
+    Stage("lowest peak", stages.lowest_peak, "budgets near the lowest peak there is", 0.0, 1, _not_found),
+    Stage("local search", stages.local_search, "what kept sets cannot say", 0.0, 2, _found),
+    Stage("neighbourhood", stages.neighbourhood, "the same, in integers", 0.0, 2, _found),
 )
 
 
@@ -92,6 +94,7 @@ class Run:
         self.spent = 0.0
         self._turns: dict[str, _Turns] = {}
         self._ended: set[str] = set()
+        self._num_turns = 0
         self._has_more = True
 
     @property
@@ -102,7 +105,7 @@ class Run:
 
     def turn(self, work: Work) -> None:
         """Give every stage a slice."""
-        self._has_more = False
+        self._has_more = self._num_turns < max(stage.first_turn for stage in PIPELINE)
         for stage in PIPELINE:
             if self._waits(stage):
                 continue
@@ -110,11 +113,15 @@ class Run:
             if self.is_done or work.is_over:
                 return
             self._go_on(stage, work)
+        self._num_turns += 1
 
     def _waits(self, stage: Stage) -> bool:
         search, turns = self.search, self._turns.get(stage.name)
         stuck = turns is not None and turns.empty >= 2 and turns.stuck_at == search.state
-        return stage.name in self._ended or stuck or search.gap < stage.min_gap or not stage.applies(self.problem, search)
+        early = self._num_turns < stage.first_turn
+        return (
+            early or stage.name in self._ended or stuck or search.gap < stage.min_gap or not stage.applies(self.problem, search)
+        )
 
     def _go_on(self, stage: Stage, work: Work) -> None:
         """One slice; it doubles each time. A stage that got nowhere twice waits until others have changed something."""

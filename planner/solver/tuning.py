@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-LP_UNITS = 20e-6
+LP_UNITS = 15e-6
 """Work of one simplex iteration: 9 to 28 us on programs of the corpus, whatever their size."""
-MIP_UNITS = 2.5e-6
+MIP_UNITS = 1.7e-6
 """Work of one interrupt callback of HiGHS's integer solver, for each non-zero: 1 to 8 us, most of them 2 to 5."""
-BUILD_UNITS = 5e-6
+BUILD_UNITS = 4e-6
 """Work of bringing one non-zero into a model: 4 to 11 us."""
-EVENT_UNITS = 1.3e-7
+EVENT_UNITS = 1e-7
 """Work of one event (a read or a write) of a simulated schedule, with what is done around it; a simulation has 300 more."""
 FEW = 3
 """Cuts, rows or copies that are looked at together, and how far apart cuts lie: one more a round costs more than it says."""
@@ -30,7 +30,7 @@ GAP = 0.001
 """How far from the optimum to stop, as a fraction of the plain step's time: a thousandth is within the noise of a step."""
 NEAR = 1.1
 """Peak over budget up to which a schedule of segments is worth making fit."""
-PATIENCE = 12.8
+PATIENCE = 32.0
 """Work that a gap of one percent of the step is worth; twice as wide a gap is worth four times as much."""
 FIRST_SLICE = 0.1
 """Work that every stage gets in the first turn; a turn gives twice as much as the one before."""
