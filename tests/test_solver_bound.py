@@ -13,7 +13,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import Simulator, simulate
 from planner.solver.bound import Bounds, lower_bound
 from planner.solver.exhaustive import Rules, exhaustive
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 from planner.solver.lazy import lazy_schedule
 from planner.solver.local_search import LocalSearch
 from planner.solver.solve import solve
