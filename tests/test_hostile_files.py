@@ -20,6 +20,7 @@ from planner.graph.simulate import simulate
 from planner.profiler.cache import KernelCache
 from planner.profiler.profile import KernelCost
 from planner.report.sweep import Sweep, sweep_graph
+from planner.solver.work import Limits
 from tests import graphs
 
 HUGE = 10**30
@@ -36,7 +37,7 @@ def plan_text():
 
 @functools.cache
 def sweep_text(folder):
-    swept = sweep_graph(graphs.skip(), points=3, effort=0.5)
+    swept = sweep_graph(graphs.skip(), points=3, limits=Limits(0.5))
     swept.save(folder / "sweep.json")
     return (folder / "sweep.json").read_text()
 
