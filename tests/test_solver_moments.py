@@ -14,7 +14,7 @@ from planner.solver.relaxation import SCALE, Relaxation
 from planner.solver.solve import solve
 from tests import graphs
 from tests.strategies import budgets, training_graphs
-from tests.test_solver_bound import optimum
+from tests.test_solver_certificate import optimum
 
 
 def shared(count: int) -> Graph:
