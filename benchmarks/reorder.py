@@ -8,7 +8,7 @@ from __future__ import annotations
 from benchmarks.solver import Case, names
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver
 

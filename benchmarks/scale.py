@@ -25,7 +25,7 @@ from planner.graph.simulate import simulate
 from planner.solver.bound import Bounds
 from planner.solver.closure import Closure
 from planner.solver.coarsen import coarsen
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver
 

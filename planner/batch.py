@@ -12,6 +12,7 @@ from planner import arguments
 from planner.analysis.measured import time_step
 from planner.api import captured_for
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
+from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.priced import Options, Priced, price
@@ -21,7 +22,6 @@ from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
-from planner.solver.floor import floor
 from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.loss import Loss

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

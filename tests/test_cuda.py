@@ -20,7 +20,7 @@ from planner import InfeasibleBudgetError, PlanMissWarning, apply, max_batch, pl
 from planner._torch import OpOverload
 from planner.export.source import export_source
 from planner.priced import Options, price
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 from planner.tracer.capture import capture
 from planner.tracer.elsewhere import Elsewhere
 from tests import exported, models

@@ -15,7 +15,7 @@ from planner.graph.simulate import Simulator, simulate
 from planner.solver import stages
 from planner.solver.certificate import Certificate
 from planner.solver.exhaustive import Rules, exhaustive
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 from planner.solver.lazy import lazy_schedule
 from planner.solver.problem import Models, Problem
 from planner.solver.search import Archive, Search

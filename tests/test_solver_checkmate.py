@@ -16,7 +16,7 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.solver.coarsen import coarsen
 from planner.solver.exhaustive import Rules, exhaustive
-from planner.solver.floor import floor
+from planner.graph.floor import floor
 from planner.solver.solve import Solver
 from tests import graphs
 from tests.checkmate import Reference, checkmate

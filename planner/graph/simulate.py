@@ -36,18 +36,18 @@ class Timeline:
     time_ns: int
 
 
-def simulate(graph: Graph, schedule: Schedule) -> Timeline:
+def simulate(graph: Graph, schedule: Schedule, simulator: Simulator | None = None) -> Timeline:
     """Run `schedule` on paper.
 
     Every read uses the latest instance of a value; an instance dies after its last read; the first
     instance of an output, and everything resident, never dies. Tangents come to life with the
-    backward. A step holds what is live, what it writes and its workspace.
+    backward. A step holds what is live, what it writes and its workspace. `simulator`: the graph's, where it is at hand.
 
     Raises:
         ScheduleError: the schedule is not a valid way to run the graph.
     """
     check(graph, schedule)
-    simulator = Simulator(graph)
+    simulator = simulator or Simulator(graph)
     run = simulator.run(schedule.steps)
     boundary = schedule.boundary(graph)
     frees: list[list[str]] = [[] for _ in schedule.steps]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from planner.errors import BudgetError, InfeasibleBudgetError, NoScheduleFoundError
-from planner.solver.floor import infeasible_text
+from planner.graph.floor import infeasible_text
 from planner.solver.solve import not_found_text
 from planner.units import MOST_BYTES, check_budget, enough_text, format_bytes, kind, parse_budget, shown
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from planner.arguments import check_path, count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
+from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.report.budgets import Budget, asked_budgets, restated, spread
-from planner.solver.floor import floor
 from planner.solver.solve import Solver
 from planner.solver.work import Limits
 from planner.units import enough_text, format_bytes, parse_budget, shown

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.graph.floor import least_bytes
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Simulator
 from planner.solver.cuts import Cuts
-from planner.solver.floor import least_bytes
 from planner.solver.lazy import lazy_schedule
 from planner.solver.moments import Moments, RelaxationWithMoments
 from planner.solver.relaxation import SCALE, Relaxation
@@ -50,11 +50,11 @@ class Bound:
 class Certificate:
     """The certificate of one graph, for any number of budgets: programs are kept, and only their budget changes."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, simulator: Simulator | None = None) -> None:
         self.graph = graph
         self.plain_ns = max(1, sum(op.cost_ns for op in graph.ops))
-        self.cuts = Cuts(graph)
-        self._simulator = Simulator(graph)
+        self._simulator = simulator or Simulator(graph)
+        self.cuts = Cuts(graph, self._simulator)
         live = self._simulator.run(range(len(graph.ops))).live_bytes
         self._unit = max(1, int(live.max(initial=0))) / SCALE
         self.moments = Moments(graph, live)

@@ -1,26 +1,33 @@
-"""A smaller graph with the same plans, and the way back (formulation, section 4)."""
+"""A smaller graph with the same plans, and the way back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import networkx as nx
 
 from planner.graph.graph import Graph, Op
 from planner.graph.schedule import Schedule
+from planner.graph.simulate import Simulator
 
 _TINY = 2e-6
 """Values below this share of all forward bytes are kept whatever the budget."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Coarse:
     """A coarse graph, for each of its ops the original ops it stands for, and the values too small to decide about."""
 
     graph: Graph
     groups: tuple[tuple[int, ...], ...]
     tiny: frozenset[str]
+
+    @cached_property
+    def simulator(self) -> Simulator:
+        """Of the coarse graph."""
+        return Simulator(self.graph)
 
 
 def coarsen(graph: Graph) -> Coarse:

@@ -16,8 +16,7 @@ from planner.graph.simulate import Simulator
 class Cuts:
     """One graph's estimates, for any budget."""
 
-    def __init__(self, graph: Graph) -> None:
-        simulator = Simulator(graph)
+    def __init__(self, graph: Graph, simulator: Simulator) -> None:
         run = simulator.run(range(len(graph.ops)))
         self._live, self._reads = run.live_bytes, simulator.reads
         loose = [i < graph.num_forward_ops and graph.ops[i].recomputable for i in run.start.tolist()]

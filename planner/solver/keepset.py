@@ -45,20 +45,23 @@ class Round:
 class KeepSet:
     """One graph's program, for any number of budgets; what it learnt from one serves the next."""
 
-    def __init__(self, graph: Graph, pinned: Collection[str] = (), *, lowest: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, pinned: Collection[str] = (), *, lowest: bool = False, simulator: Simulator | None = None
+    ) -> None:
         """Prepare a graph.
 
         Args:
             graph: forward and backward.
             pinned: droppable values that are kept whatever the budget (too small to be worth a decision).
             lowest: minimise the peak instead of the time.
+            simulator: the graph's, where it is at hand.
         """
         self.graph, self.life = graph, lifetimes(graph)
         self.time_ns = max(1, sum(op.cost_ns for op in graph.ops))
         self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
         self.index = {name: d for d, name in enumerate(self.life.names)}
         self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
-        self._simulator = Simulator(graph)
+        self._simulator = simulator or Simulator(graph)
         self._number = {v: self.index[name] for v, name in enumerate(self._simulator.names) if name in self.index}
         turn = graph.num_forward_ops
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]

@@ -35,9 +35,9 @@ _SQUEEZES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91)
 class LocalSearch:
     """Changes schedules of one graph so that they fit a budget and take little time."""
 
-    def __init__(self, graph: Graph, budget_bytes: int) -> None:
+    def __init__(self, graph: Graph, budget_bytes: int, simulator: Simulator | None = None) -> None:
         self.budget_bytes = budget_bytes
-        self.simulator = Simulator(graph)
+        self.simulator = simulator or Simulator(graph)
         self.cost = np.array([op.cost_ns for op in graph.ops], dtype=np.int64)
         pinned = graph.pinned
         self.producer = np.array([graph.producer.get(name, -1) for name in self.simulator.names], dtype=np.int64)

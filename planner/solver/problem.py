@@ -33,13 +33,13 @@ class Models:
     @cached_property
     def certificate(self) -> Certificate:
         """Lower bounds."""
-        return Certificate(self.graph)
+        return Certificate(self.graph, self.fine.simulator)
 
     @cached_property
     def keep_sets(self) -> list[tuple[KeepSet, Coarse]]:
         """The program over kept sets, of the coarse graph and, where that has merged anything, of the graph as it is."""
         levels = [self.coarse] + ([self.fine] if len(self.coarse.groups) < len(self.graph.ops) else [])
-        return [(KeepSet(level.graph, level.tiny), level) for level in levels]
+        return [(KeepSet(level.graph, level.tiny, simulator=level.simulator), level) for level in levels]
 
     @cached_property
     def pieces(self) -> tuple[Pieces, Pieces]:

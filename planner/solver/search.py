@@ -6,14 +6,15 @@ bound for a large budget holds for a smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Timeline, simulate
+from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver.coarsen import Coarse, expand
 from planner.solver.local_search import LocalSearch
+from planner.solver.tuning import JUDGED_UNITS
 from planner.solver.work import Work
 
 
@@ -32,13 +33,14 @@ class Archive:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.plain_ns = sum(op.cost_ns for op in graph.ops)
+        self._simulator = Simulator(graph)
         self._entries: list[Entry] = []
         self._bounds: dict[int, int] = {}
         self.offer(keep_all(graph), "keep all")
 
     def offer(self, schedule: Schedule, source: str) -> Timeline:
         """Simulate a schedule, the only judgement that counts. Bounds that it contradicts (HiGHS was wrong) are forgotten."""
-        timeline = simulate(self.graph, schedule)
+        timeline = simulate(self.graph, schedule, self._simulator)
         peak, time_ns = timeline.peak_bytes, timeline.time_ns
         if all(e.timeline.peak_bytes > peak or e.timeline.time_ns > time_ns for e in self._entries):
             self._entries = [e for e in self._entries if e.timeline.peak_bytes < peak or e.timeline.time_ns < time_ns]
@@ -103,30 +105,34 @@ class Search:
 
     def local(self, level: Coarse) -> LocalSearch:
         """Local search on a level of the graph."""
-        return self._local.setdefault(id(level), LocalSearch(level.graph, self.budget_bytes))
+        if id(level) not in self._local:
+            self._local[id(level)] = LocalSearch(level.graph, self.budget_bytes, level.simulator)
+        return self._local[id(level)]
 
-    def offer(self, steps: Sequence[int], level: Coarse, source: str) -> Timeline:
+    def offer(self, steps: Sequence[int], level: Coarse, source: str, work: Work) -> Timeline:
         """Judge a schedule of a level of the graph, and keep it if it is good."""
-        return self.archive.offer(expand(Schedule(tuple(steps)), level.groups), source)
+        schedule = expand(Schedule(tuple(steps)), level.groups)
+        work.charge(JUDGED_UNITS * len(schedule.steps))
+        return self.archive.offer(schedule, source)
 
     def fit(
         self, steps: Sequence[int], level: Coarse, source: str, work: Work, *, near: float = float("inf")
-    ) -> Iterator[list[int]]:
+    ) -> list[int] | None:
         """Make a schedule fit by local search, free it from what it need not recompute, and offer that.
 
         Args:
             steps, level: the schedule, and the level of the graph whose ops it names.
             source: who made it.
-            work: what may be spent; yields nothing where it is over before the schedule fits.
+            work: what may be spent; None where it is over before the schedule fits.
             near: a schedule over so many times the budget is not worth it.
         """
         search = self.local(level)
         useful, run = search.useful(list(steps))
-        self.offer(useful, level, source)
-        if int(run.live_bytes.max(initial=0)) > near * self.budget_bytes:
-            return
-        repaired = search.repair(useful, work)
-        if repaired is not None:
-            made = search.shrink(repaired, work)
-            self.offer(made, level, f"{source}, local search")
-            yield made
+        self.offer(useful, level, source, work)
+        near_enough = int(run.live_bytes.max(initial=0)) <= near * self.budget_bytes
+        repaired = search.repair(useful, work) if near_enough else None
+        if repaired is None:
+            return None
+        made = search.shrink(repaired, work)
+        self.offer(made, level, f"{source}, local search", work)
+        return made

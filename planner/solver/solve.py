@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable, Iterator
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
+from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
 from planner.solver.backend import SOLVER
 from planner.solver.baselines import all_baselines
-from planner.solver.floor import floor, infeasible
 from planner.solver.pipeline import Run, run
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered

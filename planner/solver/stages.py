@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
 from planner.solver.baselines import all_baselines
-from planner.solver.coarsen import Coarse, expand
+from planner.solver.coarsen import Coarse
 from planner.solver.exhaustive import Rules
 from planner.solver.exhaustive import exhaustive as exhaustive_search
 from planner.solver.keepset import KeepSet
@@ -23,13 +23,6 @@ from planner.solver.search import Search
 from planner.solver.segments import Segments
 from planner.solver.tuning import FEW, GAP, MOST_ROOM, NEAR
 from planner.solver.work import Work
-
-
-def exhaust(generator: Iterator[object]) -> None:
-    """Run a generator to its end."""
-    for _ in generator:
-        pass
-
 
 Strategy = Callable[[Problem, Search, Work], Iterator[bool]]
 
@@ -54,7 +47,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
         if found.time_ns > best_ns:
             best, best_ns = cut, found.time_ns
         if search.raise_bound(found.time_ns) and found.hint is not None:
-            exhaust(search.fit(found.hint.steps, level, "certificate", work))
+            search.fit(found.hint.steps, level, "certificate", work)
         yield True
     if best < 0:
         return
@@ -64,7 +57,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
         search.raise_bound(found.time_ns)
         if found.hint is not None and found.hint != hinted:
             hinted = found.hint
-            exhaust(search.fit(found.hint.steps, level, "certificate", work))
+            search.fit(found.hint.steps, level, "certificate", work)
         if found.is_final:
             more = bounds.next_cuts(budget, cuts, found.hint)
             if more == cuts:
@@ -84,13 +77,13 @@ def _rounds(program: KeepSet, level: Coarse, problem: Problem, search: Search, w
     """Offer what a program says; what only exact copies can mend, or rounding broke, is made to fit."""
 
     def judge(schedule: Schedule) -> Timeline:
-        return search.offer(schedule.steps, level, "keep set")
+        return search.offer(schedule.steps, level, "keep set", work)
 
     # Copies make the program slow: the moments that matter are found with a wider gap.
     gap = 2 * GAP if program.num_copies else GAP
     for found in program.rounds(problem.budget_bytes, work, gap=gap, judge=judge, relax=relax):
         if found.schedule is not None and (found.grew or found.is_last):
-            exhaust(search.fit(found.schedule.steps, level, "keep set", work))
+            search.fit(found.schedule.steps, level, "keep set", work)
         yield found.grew or found.schedule is None
 
 
@@ -119,9 +112,8 @@ def _least_room(table: Segments, rooms: list[float], problem: Problem, search: S
         if schedule is None or schedule in tried:
             continue
         tried.add(schedule)
-        time_ns = math.inf
-        for steps in search.fit(schedule.steps, level, "segments", work, near=NEAR):
-            time_ns = search.local(level).time_ns(steps)
+        steps = search.fit(schedule.steps, level, "segments", work, near=NEAR)
+        time_ns = math.inf if steps is None else search.local(level).time_ns(steps)
         worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + 1, best, least_ns)
         if worse == FEW:
             break
@@ -133,26 +125,26 @@ def baselines(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """What people do today, made to fit where nothing else does."""
     level = problem.models.fine
     for name, schedule in all_baselines(problem.graph, problem.budget_bytes):
-        search.archive.offer(schedule, name)
+        search.offer(schedule.steps, level, name, work)
         yield False
     for name, schedule in all_baselines(problem.graph, problem.budget_bytes):
         if search.best is not None:
             return
-        exhaust(search.fit(schedule.steps, level, name, work))
+        search.fit(schedule.steps, level, name, work)
         yield False
 
 
 def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
     """Programs that minimise the peak, and the lowest schedule made lower, where nothing fits yet."""
     for level in (problem.models.coarse, problem.models.fine):
-        program = KeepSet(level.graph, level.tiny, lowest=True)
+        program = KeepSet(level.graph, level.tiny, lowest=True, simulator=level.simulator)
 
         def judge(schedule: Schedule, level: Coarse = level) -> Timeline:
-            return search.archive.offer(expand(schedule, level.groups), "lowest peak")
+            return search.offer(schedule.steps, level, "lowest peak", work)
 
         for _ in program.rounds(None, work, gap=GAP, judge=judge):
             yield True
-    exhaust(search.fit(search.archive.lowest.schedule.steps, problem.models.fine, search.archive.lowest.source, work))
+    search.fit(search.archive.lowest.schedule.steps, problem.models.fine, search.archive.lowest.source, work)
     yield False
 
 
@@ -162,7 +154,7 @@ def local_search(problem: Problem, search: Search, work: Work) -> Iterator[bool]
     local = search.local(level)
     for change in (local.improve, local.squeeze, local.improve):
         assert search.best is not None
-        search.offer(change(list(search.best.schedule.steps), work), level, "local search")
+        search.offer(change(list(search.best.schedule.steps), work), level, "local search", work)
         yield False
 
 
@@ -173,5 +165,5 @@ def neighbourhood(problem: Problem, search: Search, work: Work) -> Iterator[bool
         assert search.best is not None
         better = windows.improve(list(search.best.schedule.steps), work)
         if better is not None:
-            search.offer(better, problem.models.fine, "neighbourhood")
+            search.offer(better, problem.models.fine, "neighbourhood", work)
         yield False

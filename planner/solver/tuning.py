@@ -40,3 +40,5 @@ BACKSTOP = 10.0
 """Wall seconds for each unit of work after which the clock ends a search."""
 TINY_OPS = 10
 """Up to so many ops, every schedule is looked at."""
+JUDGED_UNITS = 4e-6
+"""Work of one step of a schedule that is judged on the original graph."""
