@@ -6,10 +6,10 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.solver import load
+from planner.graph.floor import floor
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.solver.baselines import all_baselines
-from planner.graph.floor import floor
 from planner.solver.local_search import LocalSearch
 from planner.solver.work import Work
 from tests import graphs

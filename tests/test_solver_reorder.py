@@ -6,11 +6,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.solver import load
+from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, check, keep_all
 from planner.graph.simulate import simulate
 from planner.solver.baselines import sqrt_segments
-from planner.graph.floor import floor
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver, solve
 from tests import graphs
