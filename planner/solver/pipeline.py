@@ -100,8 +100,11 @@ class Run:
     @property
     def is_done(self) -> bool:
         """The plan is good enough, or nothing is left to try."""
-        gap = self.search.gap
-        return gap <= self.gap or self.spent >= PATIENCE * (100 * gap) ** 2 or not self._has_more
+        return self._is_good or self.spent >= PATIENCE * (100 * self.search.gap) ** 2 or not self._has_more
+
+    @property
+    def _is_good(self) -> bool:
+        return self.search.best is not None and self.search.gap <= self.gap
 
     def turn(self, work: Work) -> None:
         """Give every stage a slice."""
@@ -132,7 +135,7 @@ class Run:
         before, spent = self.search.state, work.meter.spent
         turns.work.until = work.share(turns.slice).until
         got_on = False
-        while not turns.work.is_over and self.search.gap > self.gap:
+        while not turns.work.is_over and not self._is_good:
             try:
                 got_on = next(turns.generator) or got_on
             except StopIteration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -142,7 +143,7 @@ class Solver:
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
             asked = low if high - low <= high // 1000 else (low + high) // 2
-            run([self._run(asked, 1.0)], work.share(work.left / 3))
+            run([self._run(asked, math.inf)], work.share(work.left / 3))
             high = self.archive.lowest.timeline.peak_bytes
             if high > asked:
                 low = asked + 1
