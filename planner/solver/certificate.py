@@ -21,7 +21,7 @@ from planner.solver.cuts import Cuts
 from planner.solver.lazy import lazy_schedule
 from planner.solver.moments import Moments, RelaxationWithMoments
 from planner.solver.relaxation import SCALE, Relaxation
-from planner.solver.tuning import CROWDED, FEW, MOMENTS_UNITS
+from planner.solver.tuning import FEW, SLACK
 from planner.solver.work import Work
 
 _SLACK = 1e-6
@@ -80,11 +80,9 @@ class Certificate:
         hint = self._hint(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
         return Bound(plain + more, hint, answer.status in ("optimal", "infeasible"))
 
-    def first_cuts(self, budget_bytes: int, best: int, work: Work) -> Cut:
+    def first_cuts(self, budget_bytes: int, best: int) -> Cut:
         """Cuts for the first round in integers: the best single cut, and ops that leave next to no room for anything else."""
-        cuts = _together(best, *self._crowded(budget_bytes))
-        middle = self.moments.middle(cuts[0], budget_bytes)
-        return _together(*cuts, *middle) if len(cuts) == 1 and work.left >= MOMENTS_UNITS else cuts
+        return _together(best, *self._crowded(budget_bytes))
 
     def next_cuts(self, budget_bytes: int, cuts: Cut, hint: Schedule | None) -> Cut:
         """The cuts of the next round: where the hint breaks the budget; the same ones where nothing is left to say."""
@@ -96,7 +94,7 @@ class Certificate:
         """Ops that leave so little of the budget that next to nothing else is alive there: such cuts make a program easy."""
         needs = least_bytes(self.graph)
         order = np.argsort(-needs, kind="stable").tolist()
-        return _apart((p for p in order if needs[p] >= CROWDED * budget_bytes), 2 * FEW)
+        return _apart((p for p in order if needs[p] >= (1 - SLACK) * budget_bytes), 2 * FEW)
 
     def _broken(self, budget_bytes: int, cuts: Cut, hint: Schedule | None) -> list[int]:
         """Ops to cut at next: where the hint breaks the budget, or before the first cut, where reruns were free."""

@@ -17,19 +17,10 @@ from numpy.typing import NDArray
 from planner.graph.graph import Graph
 from planner.graph.simulate import Run, Simulator
 from planner.solver.draft import Draft
-from planner.solver.tuning import EVENT_UNITS
+from planner.solver.tuning import EVENT_UNITS, FEW, SLACK
 from planner.solver.work import Work
 
 Steps = list[int]
-
-_DEPTHS = (0, 1, 2, 4, 1000)
-"""How far back a recompute goes for inputs that are gone; what is nearer than that and gone is kept until then instead."""
-_LOOKED_AT = 24
-"""Values over the peak, of the cheapest to recompute for the bytes they hold, that are looked at closely."""
-_TRIED = 6
-"""Most promising evictions that are simulated before the best of them is made."""
-_SQUEEZES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91)
-"""Shares of the budget that a schedule is made to fit for a try."""
 
 
 class LocalSearch:
@@ -122,7 +113,7 @@ class LocalSearch:
 
     def squeeze(self, steps: Steps, work: Work) -> Steps:
         """Make it fit a smaller budget, then take back what this one allows: other recomputes may be left, and cheaper ones."""
-        for share in _SQUEEZES:
+        for share in np.arange(0.99, 1 - SLACK, -0.01).tolist():
             tighter = copy(self)
             tighter.budget_bytes = int(share * self.budget_bytes)
             repaired = tighter.repair(steps, work)
@@ -158,7 +149,7 @@ class LocalSearch:
         near = np.minimum(excess[peak], self.simulator.nbytes[value[found]]) / (1 + self.cost[self.producer[value[found]]])
         spans = _Spans(self, run, len(steps))
         ranked: list[tuple[float, Steps, int]] = []
-        for k in found[np.argsort(-near, kind="stable")[:_LOOKED_AT]].tolist():
+        for k in found[np.argsort(-near, kind="stable")[: 8 * FEW]].tolist():
             v, last, read = int(value[k]), int(step[k]), int(step[k + 1])
             saved = float(np.minimum(excess[last + 1 : read], self.simulator.nbytes[v]).sum())
             for lane in self._lanes(int(self.producer[v]), read, spans):
@@ -166,7 +157,7 @@ class LocalSearch:
                 if saved > held:
                     ranked.append(((int(self.cost[lane].sum()) + 1) / (saved - held), lane, read))
         ranked.sort(key=lambda entry: entry[0])
-        return [(lane, read) for _, lane, read in ranked[:_TRIED]]
+        return [(lane, read) for _, lane, read in ranked[: 2 * FEW]]
 
     def _added(self, live: NDArray[np.int64], v: int, start: int, stop: int) -> float:
         """Excess that holding v from start to stop adds."""
@@ -174,22 +165,19 @@ class LocalSearch:
         return float(np.clip(live[start:stop] + nbytes - self.budget_bytes, 0, nbytes).sum())
 
     def _lanes(self, i: int, t: int, spans: _Spans) -> Iterator[Steps]:
-        """Ops to run before step t so that op i can run there, fewest first."""
-        seen: set[tuple[int, ...]] = set()
-        reads = self.simulator.reads
-        for depth in _DEPTHS:
-            lane = {i}
-            front = [i]
-            for _ in range(depth):
-                wanted = [v for j in front for v in reads[j] if self.droppable[v] and not spans.alive(v, t, lane)]
-                front = [j for j in dict.fromkeys(int(self.producer[v]) for v in wanted) if j not in lane]
-                if not front:
-                    break
-                lane.update(front)
-            if tuple(sorted(lane)) in seen:
-                break
-            seen.add(tuple(sorted(lane)))
-            yield sorted(lane)
+        """Ops to run before step t so that op i can run there: inputs that are gone are made, too, 0, 1, 2, 4, ... ops back.
+
+        What is nearer than that and gone is kept until then instead.
+        """
+        reads, lane, front, depth, yielded = self.simulator.reads, {i}, [i], 0, 0
+        while front or len(lane) > yielded:
+            if depth & (depth - 1) == 0 or not front:
+                yielded = len(lane)
+                yield sorted(lane)
+            wanted = [v for j in front for v in reads[j] if self.droppable[v] and not spans.alive(v, t, lane)]
+            front = [j for j in dict.fromkeys(int(self.producer[v]) for v in wanted) if j not in lane]
+            lane.update(front)
+            depth += 1
 
 
 class _Spans:

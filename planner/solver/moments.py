@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from planner.graph.graph import Graph
 from planner.solver import backend
 from planner.solver.relaxation import Interval, Relaxation, fixed, wanted
+from planner.solver.tuning import FEW, SLACK
 
-_HEAVY, _OFTEN = 0.05, 8
-"""Share of the plain step's peak, and reads by the backward, that make a value one to watch."""
-_MOST = 14
-"""Reads whose moments are looked at, each before what follows it."""
+_OFTEN = 4 * FEW
+"""Reads by the backward that make a value one to watch, and reads whose moments are looked at, each before what follows it."""
 
 
 class Moments:
@@ -46,7 +45,7 @@ class Moments:
     @staticmethod
     def _may_go(graph: Graph, name: str, peak: int) -> bool:
         i = graph.producer.get(name, len(graph.ops))
-        heavy = graph.value[name].nbytes >= _HEAVY * peak
+        heavy = graph.value[name].nbytes >= SLACK / 2 * peak
         return heavy and name not in graph.pinned and i < graph.num_forward_ops and graph.ops[i].recomputable
 
     def after(self, cut: int, budget_bytes: int) -> tuple[int, ...]:
@@ -63,7 +62,7 @@ class Moments:
         reads: set[int] = set()
         between: set[int] = set()
         for name in self.heavy:
-            mine = [p for p in self._reads[name] if p > cut][:_MOST]
+            mine = [p for p in self._reads[name] if p > cut][:_OFTEN]
             reads.update(mine)
             between.update(p + 1 + int(self._live[p + 1 : q].argmax()) for p, q in pairwise([cut, *mine]) if q > p + 1)
         over = set(np.flatnonzero(self._live > budget_bytes).tolist())

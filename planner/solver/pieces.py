@@ -17,12 +17,9 @@ from planner.graph.graph import Graph
 from planner.solver import backend
 from planner.solver.baselines import crossing_bytes
 from planner.solver.lifetimes import lifetimes
-from planner.solver.tuning import OPTIONS
+from planner.solver.tuning import FEW
 from planner.solver.work import Work
 
-_NEAR = 12
-"""A narrow place is narrowest among so many ops before it and after it."""
-_NARROW = 1.02
 _SCALE = 1e4
 _ALMOST_FREE = 1e-9
 """A price that breaks ties for keeping nothing without need."""
@@ -140,7 +137,7 @@ class Pieces:
         menu = _Menu(self, ops, work)
         most, least = menu.option(0.0), menu.option(menu.highest_price)
         found, between = {most.nbytes: most, least.nbytes: least}, deque([(most, least)])
-        while between and len(found) < OPTIONS:
+        while between and len(found) < 3 * FEW:
             more, less = between.popleft()
             if more.nbytes <= less.nbytes:
                 continue
@@ -202,8 +199,8 @@ def _cut(graph: Graph, most: int) -> list[int]:
     crossing = crossing_bytes(graph)[: max(0, turn - 1)]
     if not len(crossing):
         return [0, turn]
-    typical = np.array([crossing[max(0, i - _NEAR) : i + _NEAR + 1].min() for i in range(len(crossing))])
-    narrow = np.flatnonzero(crossing <= _NARROW * typical)
+    typical = np.array([crossing[max(0, i - 4 * FEW) : i + 4 * FEW + 1].min() for i in range(len(crossing))])
+    narrow = np.flatnonzero(crossing <= typical)
     costs = np.cumsum([op.cost_ns + 1 for op in graph.ops[:turn]])
     cuts: list[int] = []
     for share in range(1, most):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from planner.solver import stages
 from planner.solver.problem import Problem
 from planner.solver.search import Search
-from planner.solver.tuning import FIRST_SLICE, PATIENCE, TINY_OPS
+from planner.solver.tuning import FIRST_SLICE, PATIENCE
 from planner.solver.work import Work
 
 _log = logging.getLogger("planner.solver")
@@ -25,7 +25,7 @@ def _always(problem: Problem, search: Search) -> bool:
 
 
 def _is_tiny(problem: Problem, search: Search) -> bool:
-    return len(problem.graph.ops) <= TINY_OPS
+    return len(problem.graph.ops) <= 10
 
 
 def _found(problem: Problem, search: Search) -> bool:
@@ -65,7 +65,6 @@ PIPELINE = (
     Stage("baselines", stages.baselines, "what people do today is never better than the plan", 0.005, 1),
     Stage("lowest peak", stages.lowest_peak, "budgets near the lowest peak there is", 0.0, 1, _not_found),
     Stage("local search", stages.local_search, "what kept sets cannot say", 0.0, 2, _found),
-    Stage("neighbourhood", stages.neighbourhood, "the same, in integers", 0.0, 2, _found),
 )
 
 

@@ -12,9 +12,7 @@ from dataclasses import replace
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-
-_REACH = 4
-"""How many places an op may be drawn forward at a time."""
+from planner.solver.tuning import FEW
 
 
 def reordered(graph: Graph) -> tuple[Graph, tuple[int, ...]]:
@@ -51,7 +49,7 @@ def _backward_order(graph: Graph) -> list[int]:
         return comes - sum(nbytes[name] for name in reads[p] if left[name] == 1)
 
     while todo:
-        ready = [p for p in todo[:_REACH] if waiting.isdisjoint(graph.ops[p].reads)]
+        ready = [p for p in todo[: FEW + 1] if waiting.isdisjoint(graph.ops[p].reads)]
         chosen = min(ready, key=lambda p: (growth(p), p))
         todo.remove(chosen)
         order.append(chosen)

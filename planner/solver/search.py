@@ -14,7 +14,7 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver.coarsen import Coarse, expand
 from planner.solver.local_search import LocalSearch
-from planner.solver.tuning import JUDGED_UNITS
+from planner.solver.tuning import EVENT_UNITS
 from planner.solver.work import Work
 
 
@@ -112,7 +112,7 @@ class Search:
     def offer(self, steps: Sequence[int], level: Coarse, source: str, work: Work) -> Timeline:
         """Judge a schedule of a level of the graph, and keep it if it is good."""
         schedule = expand(Schedule(tuple(steps)), level.groups)
-        work.charge(JUDGED_UNITS * len(schedule.steps))
+        work.charge(40 * EVENT_UNITS * len(schedule.steps))  # with names of what dies
         return self.archive.offer(schedule, source)
 
     def fit(

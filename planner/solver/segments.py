@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from planner.graph.schedule import Schedule
 from planner.solver.lazy import lazy_schedule
 from planner.solver.pieces import Option, Pieces
-from planner.solver.tuning import EVENT_UNITS, LEVELS, MOST_ROOM
+from planner.solver.tuning import EVENT_UNITS, LEVELS
 from planner.solver.work import Work
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21)
@@ -64,7 +64,7 @@ class Segments:
         """`again`: pieces may be recomputed more than once."""
         self.pieces, self._again = pieces, again
         self.unit = max(1, budget_bytes) / LEVELS
-        self.levels = int(MOST_ROOM * LEVELS) + 1
+        self.levels = 2 * LEVELS
         self._cells: dict[tuple[int, int], _Cell] = {}
         count = len(pieces)
         ends = range(count, 0, -1) if again else [count]
@@ -80,7 +80,7 @@ class Segments:
         return True
 
     def schedule(self, room: float) -> Schedule | None:
-        """The table's best schedule with this share of the budget, at most MOST_ROOM; None where there is none."""
+        """The table's best schedule with this share of the budget, at most twice; None where there is none."""
         level, end = min(round(room * LEVELS), self.levels - 1), len(self.pieces)
         if not np.isfinite(self._cells[0, end].best[level]):
             return None

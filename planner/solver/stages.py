@@ -17,11 +17,10 @@ from planner.solver.coarsen import Coarse
 from planner.solver.exhaustive import Rules
 from planner.solver.exhaustive import exhaustive as exhaustive_search
 from planner.solver.keepset import KeepSet
-from planner.solver.neighbourhood import Neighbourhood
 from planner.solver.problem import Problem
 from planner.solver.search import Search
 from planner.solver.segments import Segments
-from planner.solver.tuning import FEW, GAP, MOST_ROOM, NEAR
+from planner.solver.tuning import FEW, GAP, SLACK
 from planner.solver.work import Work
 
 Strategy = Callable[[Problem, Search, Work], Iterator[bool]]
@@ -51,7 +50,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
         yield True
     if best < 0:
         return
-    cuts, hinted = bounds.first_cuts(budget, best, work), None
+    cuts, hinted = bounds.first_cuts(budget, best), None
     while True:
         found = bounds.bound(budget, cuts, work, gap=GAP / 2, relax=False)
         search.raise_bound(found.time_ns)
@@ -94,7 +93,7 @@ def segments(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
         table = Segments(fewer if again else pieces, problem.budget_bytes, again=again)
         while not table.fill(work):
             yield True
-        rooms = [n / 100 for n in range(97, int(100 * MOST_ROOM))]
+        rooms = [n / 100 for n in range(97, 200)]
         best = yield from _least_room(table, rooms, problem, search, work)
         finer = sorted((best + n / 1000 for n in range(-9, 10)), key=lambda room: (abs(room - best), room))
         yield from _least_room(table, finer, problem, search, work)
@@ -112,7 +111,7 @@ def _least_room(table: Segments, rooms: list[float], problem: Problem, search: S
         if schedule is None or schedule in tried:
             continue
         tried.add(schedule)
-        steps = search.fit(schedule.steps, level, "segments", work, near=NEAR)
+        steps = search.fit(schedule.steps, level, "segments", work, near=1 + SLACK)
         time_ns = math.inf if steps is None else search.local(level).time_ns(steps)
         worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + 1, best, least_ns)
         if worse == FEW:
@@ -155,15 +154,4 @@ def local_search(problem: Problem, search: Search, work: Work) -> Iterator[bool]
     for change in (local.improve, local.squeeze, local.improve):
         assert search.best is not None
         search.offer(change(list(search.best.schedule.steps), work), level, "local search", work)
-        yield False
-
-
-def neighbourhood(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
-    """A few stretches of the best schedule are decided anew, in integers, again and again."""
-    windows = Neighbourhood(problem.graph, problem.budget_bytes)
-    while not windows.is_settled:
-        assert search.best is not None
-        better = windows.improve(list(search.best.schedule.steps), work)
-        if better is not None:
-            search.offer(better, problem.models.fine, "neighbourhood", work)
         yield False

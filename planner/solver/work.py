@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from planner.solver.tuning import BACKSTOP, EFFORT
+from planner.solver.tuning import BACKSTOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,10 @@ class Limits:
 
     Attributes:
         effort: units of work.
-        time_limit_s: wall seconds after which the search ends whatever it has; None: ten times the effort, and ten more.
+        time_limit_s: wall seconds after which the search ends whatever it has; None: thirty for each unit, and thirty more.
     """
 
-    effort: float = EFFORT
+    effort: float = 10.0
     time_limit_s: float | None = None
 
     def share(self, fraction: float) -> Limits:
