@@ -17,7 +17,7 @@ from planner.solver import pieces as pieces_module
 from planner.solver.local_search import LocalSearch
 from planner.solver.pieces import Option, Pieces
 from planner.solver.segments import Segments
-from planner.solver.tuning import LEVELS, MOST_ROOM, OPTIONS
+from planner.solver.tuning import FEW, LEVELS
 from planner.solver.work import Work
 from tests import graphs
 from tests.strategies import budgets, training_graphs
@@ -115,7 +115,7 @@ def test_segments_take_the_time_their_table_says_and_more_memory_is_never_dearer
     costs = table._cells[0, len(table.pieces)].best
     assert list(costs) == sorted(costs, reverse=True)
     plain = simulate(graph, keep_all(graph)).time_ns
-    schedules = {room: table.schedule(room) for room in (0.5, *ROOMS, 1.001, MOST_ROOM)}
+    schedules = {room: table.schedule(room) for room in (0.5, *ROOMS, 1.001, 1.999)}
     event(f"schedules: {min(len({*schedules.values()} - {None}), 4)}")
     for room, schedule in schedules.items():
         cost = costs[round(room * LEVELS)]
@@ -182,7 +182,7 @@ def test_a_segment_is_recomputed_more_than_once_where_memory_is_short() -> None:
     graph = graphs.blocks(12)
     table = filled(Pieces(graph, 50), simulate(graph, keep_all(graph)).peak_bytes // 3, again=True)
     most = 0
-    schedules = {table.schedule(n / 100) for n in range(1, int(100 * MOST_ROOM))} - {None}
+    schedules = {table.schedule(n / 100) for n in range(1, 200)} - {None}
     assert len(schedules) >= 5
     for schedule in schedules:
         assert schedule is not None
@@ -204,6 +204,6 @@ def test_a_menu_is_cut_short_at_so_many_options(monkeypatch: pytest.MonkeyPatch)
     forward.append(graphs.op("floss", " ".join(names), "loss", 1))
     backward = [graphs.op("b", f"{' '.join(names)} t", "g", 1)]
     graph = graphs.graph({"x": 1, "t": 1, "loss": 1, "g": 1, **dict.fromkeys(names, 8)}, forward, backward, "loss", "g")
-    assert len(Pieces(graph, 1).menu(0, 1, Work())) == OPTIONS
-    monkeypatch.setattr(pieces_module, "OPTIONS", 100)
+    assert len(Pieces(graph, 1).menu(0, 1, Work())) == 3 * FEW
+    monkeypatch.setattr(pieces_module, "FEW", 100)
     assert len(Pieces(graph, 1).menu(0, 1, Work())) == 21
