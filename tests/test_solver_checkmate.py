@@ -10,13 +10,13 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from planner.errors import ScheduleError
+from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.planfile import load_graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.solver.coarsen import coarsen
 from planner.solver.exhaustive import Rules, exhaustive
-from planner.graph.floor import floor
 from planner.solver.solve import Solver
 from tests import graphs
 from tests.checkmate import Reference, checkmate

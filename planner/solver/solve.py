@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -21,6 +22,9 @@ from planner.solver.work import Limits, Meter, Work
 from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
+
+_WIDE = 0.005
+"""A gap, as a fraction of the plain step's time, within which nothing that people do today was ever cheaper."""
 
 Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
 
@@ -142,7 +146,7 @@ class Solver:
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
             asked = low if high - low <= high // 1000 else (low + high) // 2
-            run([self._run(asked, 1.0)], work.share(work.left / 3))
+            run([self._run(asked, math.inf)], work.share(work.left / 3))
             high = self.archive.lowest.timeline.peak_bytes
             if high > asked:
                 low = asked + 1
@@ -176,6 +180,8 @@ class Solver:
 
     def _solution(self, one: Run, meter: Meter, seconds: float) -> Solution:
         search = one.search
+        if search.gap > _WIDE:  # however little was spent, the plan is no worse than what people do today
+            self.offer_baselines(search.budget_bytes)
         best = search.best
         if best is None:
             raise not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
