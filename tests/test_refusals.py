@@ -366,7 +366,7 @@ def test_a_module_of_torch_alone_is_named_by_its_class():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     with pytest.raises(CaptureError, match=r"at 1 \(BatchNorm1d\) raises ValueError: Expected more than 1 value per channel"):
         plan(net, 1.0, (torch.randn(1, 4),), **QUICK)
-    sources = [op.source for op in plan(net, 1.0, (torch.randn(5, 4),), **QUICK).plan.graph.ops]
+    sources = [str(op.source) for op in plan(net, 1.0, (torch.randn(5, 4),), **QUICK).plan.graph.ops]
     assert "0 (Linear)" in sources and not INTERNALS.search(" ".join(sources)) and ".py" not in " ".join(sources)
 
 

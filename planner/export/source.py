@@ -297,7 +297,7 @@ It trains bit for bit like the original within this plan:
             "swaps": literal(any(node.target is kernels.swap_rng_state for node in self._halves.backward.nodes)),
             "constants": f"{{{made}\n    }}" if made else "{}",
             "read": "read" if joint.guards is not None else "None",
-            "values": literal(tuple((read.value, read.source) for read in joint.host_reads)),
+            "values": literal(tuple((read.value, str(read.source)) for read in joint.host_reads)),
             "without_gradient": literal(tuple(name for name in asking if name not in trained)),
         }
         return "STEP = Step(\n" + "".join(f"    {name}={text},\n" for name, text in facts.items()) + ")"

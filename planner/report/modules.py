@@ -16,13 +16,12 @@ _NUMBER = re.compile(r"(?<![^.])\d[\d,-]*(?![^.])")
 
 def module_of(op: Op) -> str:
     """The module path in an op's source: "transformer.h.0.mlp"."""
-    return op.source.rpartition(" ")[0] or TOP
+    return op.source.module or TOP
 
 
 def place_of(op: Op) -> str:
     """Where an op comes from, for people: its module path, or the file and line outside of any submodule."""
-    module, _, line = op.source.rpartition(" ")
-    return module or line or TOP
+    return op.source.module or op.source.place or TOP
 
 
 def block_of(path: str) -> str:

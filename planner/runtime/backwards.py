@@ -156,7 +156,7 @@ class Backwards:
 
     def _missing(self, value: str, joint: Joint, what: str) -> BackwardError:
         name = {given.node: given.key for given in joint.inputs}.get(value, value)
-        where = joint.sources.get(value, "")
+        where = joint.sources.get(value)
         return BackwardError(
             f"{what}: its backward reads {name}{f' ({where})' if where else ''}, which the plan neither saved nor can "
             f"recompute, as its own backward does not read it. {_CURE}"
