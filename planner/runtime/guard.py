@@ -115,8 +115,8 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Finger
         elif not _is_plain_equal(leaf, call.leaves[i]):
             now = argument_print(leaf)
             if not alike(prints[i], now):
-                where, old, new = first_difference(prints[i], now, f"argument leaf {i}")
-                return [], Mismatch("argument", where, new, old)
+                found = first_difference(prints[i], now, f"argument leaf {i}")
+                return [], Mismatch("argument", found.where, found.now, found.planned)
     return [leaves[i] for i in call.tensors], None
 
 
