@@ -102,3 +102,10 @@ def test_a_difference_says_what_is_there_and_whether_anything_is():
 )
 def test_a_mismatch_is_printed_with_what_is_known(miss, text):
     assert str(miss) == text
+
+
+def test_autocast_is_named_by_its_dtype():
+    _, planned = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = planned.difference((X,), {})
+    assert (found.kind, found.where, found.now, found.planned) == ("mode", "autocast", "to bfloat16", "off")
