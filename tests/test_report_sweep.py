@@ -18,6 +18,7 @@ from planner.graph import planfile
 from planner.graph.floor import floor
 from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.source import Source
 from planner.report.sweep import sweep_graph
 from planner.report.today import module_checkpoints, references
 from planner.solver.work import Limits
@@ -192,9 +193,9 @@ def in_modules() -> graphs.Graph:
     forward, backward = [], []
     for i in range(4):
         before = f"c_{i - 1}" if i else "x"
-        forward.append(graphs.op(f"fa{i}", before, f"a_{i}", 3, source=f"h.{i}.up model.py:1"))
-        forward.append(graphs.op(f"fc{i}", f"a_{i}", f"c_{i}", 4, source=f"h.{i}.down model.py:2"))
-    forward.append(graphs.op("floss", "c_3", "loss", 1, source=" model.py:9"))
+        forward.append(graphs.op(f"fa{i}", before, f"a_{i}", 3, source=Source(f"h.{i}.up", "model.py", 1)))
+        forward.append(graphs.op(f"fc{i}", f"a_{i}", f"c_{i}", 4, source=Source(f"h.{i}.down", "model.py", 2)))
+    forward.append(graphs.op("floss", "c_3", "loss", 1, source=Source(file="model.py", line=9)))
     for i in reversed(range(4)):
         after = f"g_{i + 1}" if i < 3 else "t"
         backward.append(graphs.op(f"b{i}", f"a_{i} c_{i} {after}", f"g_{i}", 9))
