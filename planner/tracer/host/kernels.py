@@ -90,7 +90,7 @@ class RecordKernels(TorchDispatchMode):
 
     @property
     def has_changed_kinds(self) -> bool:
-        """A tensor that was there before has another dtype, device, shape or strides now (`weight.data = weight.data.half()`)."""
+        """A tensor that was there before has another dtype, device, shape or strides now (`w.data = w.data.half()`)."""
         return any(_kind(tensor) != _kind(data) for tensor, data in self._data.values())
 
     def restore_contents(self) -> None:
