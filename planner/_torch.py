@@ -105,7 +105,7 @@ def fake_mode() -> FakeTensorMode:
 
     def empty(look: observed.Look, device: torch.device) -> torch.Tensor:
         with mode:
-            return torch.empty_strided(look.shape, look.stride, dtype=getattr(torch, look.dtype), device=device)
+            return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device=device)
 
     def dispatch(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "namespace", "") == "c10d":

@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
+from planner.graph.source import NOWHERE, Source
 
 KINDS = {"x": Kind.INPUT, "w": Kind.PARAM, "b": Kind.BUFFER, "t": Kind.TANGENT, "d": Kind.GRADIENT}
 """Kind by the first letter of a value's name; every other letter is an activation."""
 
 
 def op(
-    name: str, reads: str, writes: str, cost: int = 1, workspace: int = 0, *, recomputable: bool = True, source: str = ""
+    name: str,
+    reads: str,
+    writes: str,
+    cost: int = 1,
+    workspace: int = 0,
+    *,
+    recomputable: bool = True,
+    source: Source = NOWHERE,
 ) -> Op:
     """An op whose reads and writes are given as one string of names each."""
     return Op(name, (name,), tuple(reads.split()), tuple(writes.split()), cost, workspace, recomputable, source)

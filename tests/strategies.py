@@ -13,10 +13,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from planner.graph.floor import floor
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
-from planner.graph.floor import floor
+from planner.graph.source import Source
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -40,7 +41,8 @@ class _Step:
 
     def op(self, name: str, reads: list[str], writes: list[str], *, recomputable: bool = True) -> Op:
         cost, workspace = self.draw(st.sampled_from((1, 2, 3, 5, 9, 0))), self.draw(st.sampled_from((0, 0, 0, 0, 3)))
-        return Op(name, (name,), tuple(dict.fromkeys(reads)), tuple(writes), cost, workspace, recomputable, f"model.py:{name}")
+        source = Source(file=f"my {name}.py", line=1)
+        return Op(name, (name,), tuple(dict.fromkeys(reads)), tuple(writes), cost, workspace, recomputable, source)
 
 
 @st.composite

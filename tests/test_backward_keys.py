@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import BackwardError, plan
+from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
+from planner.rewriter.reschedule import reschedule
+from planner.runtime import backwards
 from tests.training import assert_same
 
 
@@ -247,6 +250,17 @@ def test_backward_through_some_outputs_equals_eager(part):
     module, twin, x = tasks()
     for _ in range(2):
         assert_same(*(step(each, (x,), lambda out: PARTS[part](*out).backward()) for each in (twin, module)))
+
+
+def test_bytes_that_are_set_aside_count_in_every_backward(monkeypatch):
+    seen = []
+    monkeypatch.setattr(backwards, "reschedule", lambda graph, *rest: seen.append(graph) or reschedule(graph, *rest))
+    module, _, x = tasks(reserve=12345)
+    module(x)[0].sum().backward()
+    aside = [value for value in module.plan.graph.values if value.kind is Kind.RESERVED]
+    (graph,) = seen
+    assert [value.nbytes for value in aside] == [12345]
+    assert [value for value in graph.values if value.kind is Kind.RESERVED] == aside and aside[0].name in graph.inputs
 
 
 def test_what_is_not_reached_gets_no_gradient():

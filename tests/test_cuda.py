@@ -19,8 +19,8 @@ from examples import gpt2, llama, resnet50, unet
 from planner import InfeasibleBudgetError, PlanMissWarning, apply, max_batch, plan, sweep, verify
 from planner._torch import OpOverload
 from planner.export.source import export_source
-from planner.priced import Options, price
 from planner.graph.floor import floor
+from planner.priced import Options, price
 from planner.tracer.capture import capture
 from planner.tracer.elsewhere import Elsewhere
 from tests import exported, models

@@ -15,6 +15,7 @@ from planner.runtime.guard import call_key
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import Step
 from planner.solver.solve import Solver
+from planner.solver.work import Limits
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower
 from tests.strategies import scatter
@@ -91,7 +92,7 @@ def position(model, parameter):
 def test_gradients_equal_central_differences_at_every_budget(model, share):
     with torch.random.fork_rng():
         full = plan(model, 1.0, (X,), costs="estimate", progress=False).plan
-        lowest = Solver(full.graph).lowest_peak(effort=2)
+        lowest = Solver(full.graph).lowest_peak(Limits(2.0))
         budget = lowest + lowest // 99 + int(share * (full.plain.peak_bytes - lowest))
         module = plan(model, min(budget, full.plain.peak_bytes), (X,), costs="estimate", progress=False)
         assert bool(module.plan.solution.schedule.recomputes()) == (share < 1.0)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from planner import plan, verify
+from planner.graph.floor import floor
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.graph.floor import floor
 
 SMALL = {
     "gpt2": {"layers": 2, "width": 32, "length": 32, "vocabulary": 64},

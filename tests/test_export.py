@@ -96,7 +96,7 @@ def peak(module: nn.Module, planned: CheckpointedModule, kwargs: Any) -> int:
 
 def activations_again(graph: Any) -> Schedule:
     """In every layer alike, what lies between the two matmuls of the MLP runs again."""
-    return lazy_schedule(graph, [name for op in graph.ops if "mlp.act" not in op.source for name in op.writes])
+    return lazy_schedule(graph, [name for op in graph.ops if "mlp.act" not in op.source.module for name in op.writes])
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from planner.graph.graph import Graph, Kind, Value
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.source import Source
 from tests import graphs
 from tests.strategies import random_schedule, training_graphs
 
@@ -141,7 +142,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_the_fingerprint_sees_structure_and_not_costs() -> None:
     graph = graphs.chain()
-    slower = replace(graph, ops=tuple(replace(op, cost_ns=op.cost_ns + 1, source="elsewhere.py:3") for op in graph.ops))
+    slower = replace(
+        graph, ops=tuple(replace(op, cost_ns=op.cost_ns + 1, source=Source(file="elsewhere.py", line=3)) for op in graph.ops)
+    )
     assert planfile.fingerprint(slower) == planfile.fingerprint(graph)
     for other in (graphs.skip(), replace(graph, ops=(replace(graph.ops[0], recomputable=False), *graph.ops[1:]))):
         assert planfile.fingerprint(other) != planfile.fingerprint(graph)

@@ -17,9 +17,11 @@ from planner.graph import fields, planfile
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.graph.source import Source
 from planner.profiler.cache import KernelCache
 from planner.profiler.profile import KernelCost
 from planner.report.sweep import Sweep, sweep_graph
+from planner.solver.work import Limits
 from tests import graphs
 
 HUGE = 10**30
@@ -28,7 +30,7 @@ HUGE = 10**30
 @functools.cache
 def plan_text():
     graph = graphs.skip()
-    graph = replace(graph, ops=tuple(replace(op, source=f"body.{n} model.py:{n}") for n, op in enumerate(graph.ops)))
+    graph = replace(graph, ops=tuple(replace(op, source=Source(f"body.{n}", "model.py", n)) for n, op in enumerate(graph.ops)))
     return planfile.dumps(
         graph, Plan(graph, 40, 2, Solution("optimal", keep_all(graph), 5, 0.25, "closure"), (("torch", "2"),))
     )
@@ -36,7 +38,7 @@ def plan_text():
 
 @functools.cache
 def sweep_text(folder):
-    swept = sweep_graph(graphs.skip(), points=3, effort=0.5)
+    swept = sweep_graph(graphs.skip(), points=3, limits=Limits(0.5))
     swept.save(folder / "sweep.json")
     return (folder / "sweep.json").read_text()
 

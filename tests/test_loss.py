@@ -43,6 +43,15 @@ def refusal(shape, **options):
     return str(caught.value)
 
 
+def test_what_a_refusal_lists_can_be_passed():
+    def by_number(logits, loss):
+        return {7: logits, "[0]": loss}
+
+    message = refusal(by_number, loss="nothing")
+    assert "loss='[7]': float32[6, 3]" in message and "loss='[0]': float32[]" in message
+    assert names(planned(by_number, loss="[7]")) == ["[7]"] and names(planned(by_number, loss="[0]")) == ["[0]"]
+
+
 DEFAULTS = {
     "a tensor": (lambda logits, loss: logits, ["the output"]),
     "nanoGPT": (lambda logits, loss: (logits, loss), ["[1]"]),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from planner import CaptureError, PlannerError, max_batch, plan, plan_children, verify
+from planner.graph.source import Source
 
 QUICK = {"costs": "estimate", "progress": False, "effort": 1.0}
 INTERNALS = re.compile(r"eval_frame|AOT|FakeTensor|FunctionalTensor|_ops\.py|functools|importlib|object at 0x|Traceback|torch/")
@@ -366,7 +367,7 @@ def test_a_module_of_torch_alone_is_named_by_its_class():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     with pytest.raises(CaptureError, match=r"at 1 \(BatchNorm1d\) raises ValueError: Expected more than 1 value per channel"):
         plan(net, 1.0, (torch.randn(1, 4),), **QUICK)
-    sources = [op.source for op in plan(net, 1.0, (torch.randn(5, 4),), **QUICK).plan.graph.ops]
+    sources = [str(op.source) for op in plan(net, 1.0, (torch.randn(5, 4),), **QUICK).plan.graph.ops]
     assert "0 (Linear)" in sources and not INTERNALS.search(" ".join(sources)) and ".py" not in " ".join(sources)
 
 
@@ -403,3 +404,40 @@ def test_a_submodule_of_its_own_is_the_cure_it_is_said_to_be():
 def test_children_of_what_is_refused_are_still_planned():
     net, x = Of(numpy_inside), torch.randn(64, 6)
     assert plan_children(net, 1.0, (x,), **QUICK).planned
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x):
+        return x * torch.rand(x.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("name", ["noise", "the model"])
+def test_a_submodule_may_be_called_what_messages_call_the_model(name):
+    """It runs as it is, as a submodule of any other name does; the model itself cannot."""
+    net = nn.Sequential()
+    net.add_module("layer", nn.Linear(4, 4))
+    net.add_module(name, OwnGenerator())
+    parts = {op.source for op in plan(net, 1.0, (torch.randn(3, 4),), **QUICK).plan.graph.ops if op.name == "part"}
+    assert parts == {Source(name, note="runs as it is")}
+
+
+class CountsGlobally(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        STEPS["number"] += 1
+        return self.layer(x) * STEPS["number"]
+
+
+STEPS = {"number": 0}
+
+
+def test_a_global_variable_that_counts_is_named_once():
+    with pytest.raises(CaptureError, match=r"^the model's forward changes its global variable STEPS\['number'\] \("):
+        plan(CountsGlobally(), 1.0, (torch.randn(3, 4),), **QUICK)

@@ -11,6 +11,7 @@ import pytest
 from planner import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.graph.source import Source
 from planner.report.explain import explain
 from planner.report.modules import block_of, fold, module_of
 from planner.solver.solve import Solver
@@ -20,8 +21,8 @@ from tests.test_report_timeline import made
 
 
 def test_module_paths() -> None:
-    assert module_of(graphs.op("f", "", "", source="h.0.mlp model.py:3")) == "h.0.mlp"
-    assert module_of(graphs.op("f", "", "", source="model.py:3")) == "(top)"
+    assert module_of(graphs.op("f", "", "", source=Source("h.0.mlp", "model.py", 3))) == "h.0.mlp"
+    assert module_of(graphs.op("f", "", "", source=Source(file="model.py", line=3))) == "(top)"
     assert module_of(graphs.op("f", "", "")) == "(top)"
     assert block_of("encoder.layers.10.mlp.0") == "encoder.layers.10"
     assert block_of("mlp2.norm1") == ""
@@ -33,6 +34,8 @@ def test_module_paths() -> None:
     [
         ({}, {}),
         ({"a": 1, "b": 1}, {"a": ("a",), "b": ("b",)}),
+        ({"h.0-3.x": 1, "h.1.x": 1, "h.2.x": 1}, {"h.0-3.x": ("h.0-3.x",), "h.1-2.x": ("h.1.x", "h.2.x")}),
+        ({"h.01.x": 1, "k.1,2.x": 1}, {"h.01.x": ("h.01.x",), "k.1,2.x": ("k.1,2.x",)}),
         ({"h.0.x": 1, "h.1.x": 1, "h.2.x": 2}, {"h.0-1.x": ("h.0.x", "h.1.x"), "h.2.x": ("h.2.x",)}),
         ({"h.0.x": 1, "h.2.x": 1, "h.3.x": 1}, {"h.0,2-3.x": ("h.0.x", "h.2.x", "h.3.x")}),
         ({"h.9.x": 1, "h.10.x": 1, "h.9.y": 1}, {"h.9-10.x": ("h.9.x", "h.10.x"), "h.9.y": ("h.9.y",)}),

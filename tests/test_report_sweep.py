@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 import planner
 from planner import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlanFileError, PlotMissingError, Sweep
 from planner.graph import planfile
+from planner.graph.floor import floor
 from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.source import Source
 from planner.report.sweep import sweep_graph
 from planner.report.today import module_checkpoints, references
-from planner.graph.floor import floor
+from planner.solver.work import Limits
 from tests import graphs
 from tests.models import Attention, Wrapped
 from tests.pictures import is_png, is_svg
@@ -30,7 +32,7 @@ PLAIN = simulate(graphs.blocks(8), keep_all(graphs.blocks(8))).peak_bytes
 
 @pytest.fixture(scope="module")
 def swept() -> Sweep:
-    return sweep_graph(graphs.blocks(8), points=8, effort=5.0)
+    return sweep_graph(graphs.blocks(8), points=8, limits=Limits(5.0))
 
 
 def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> None:
@@ -49,7 +51,7 @@ def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> No
 @settings(deadline=None, max_examples=25)
 @given(training_graphs(max_forward=6), st.integers(1, 5))
 def test_a_range_always_has_plans(graph: graphs.Graph, points: int) -> None:
-    swept = sweep_graph(graph, points=points, effort=5.0)
+    swept = sweep_graph(graph, points=points, limits=Limits(5.0))
     assert 1 <= len(swept.points) <= points and not swept.misses
     assert swept.points[-1].overhead == 0
     assert swept.knee_point in swept.points
@@ -191,9 +193,9 @@ def in_modules() -> graphs.Graph:
     forward, backward = [], []
     for i in range(4):
         before = f"c_{i - 1}" if i else "x"
-        forward.append(graphs.op(f"fa{i}", before, f"a_{i}", 3, source=f"h.{i}.up model.py:1"))
-        forward.append(graphs.op(f"fc{i}", f"a_{i}", f"c_{i}", 4, source=f"h.{i}.down model.py:2"))
-    forward.append(graphs.op("floss", "c_3", "loss", 1, source=" model.py:9"))
+        forward.append(graphs.op(f"fa{i}", before, f"a_{i}", 3, source=Source(f"h.{i}.up", "model.py", 1)))
+        forward.append(graphs.op(f"fc{i}", f"a_{i}", f"c_{i}", 4, source=Source(f"h.{i}.down", "model.py", 2)))
+    forward.append(graphs.op("floss", "c_3", "loss", 1, source=Source(file="model.py", line=9)))
     for i in reversed(range(4)):
         after = f"g_{i + 1}" if i < 3 else "t"
         backward.append(graphs.op(f"b{i}", f"a_{i} c_{i} {after}", f"g_{i}", 9))

@@ -19,6 +19,7 @@ from planner.report import timeline, trace
 from planner.report.timeline import Part, largest, live_parts
 from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver
+from planner.solver.work import Limits
 from tests import graphs
 from tests.pictures import is_png, is_svg
 from tests.strategies import schedules, training_graphs
@@ -27,7 +28,7 @@ from tests.test_report_sweep import in_modules
 
 def made(graph: graphs.Graph, share: float = 0.7) -> Plan:
     budget = int(simulate(graph, keep_all(graph)).peak_bytes * share)
-    return Plan(graph, budget, 0, Solver(graph).solve(budget, effort=5.0))
+    return Plan(graph, budget, 0, Solver(graph).solve(budget, Limits(5.0)))
 
 
 def agrees(graph: graphs.Graph, schedule: Schedule) -> None:

@@ -49,7 +49,7 @@ def test_sources_name_module_and_line_on_forward_and_backward_nodes():
     assert len(kernels) == 5
     for node in kernels:
         source = joint.sources[node.name]
-        assert source.split()[0] in ("first", "second") and Path(__file__).name in source
+        assert source.module in ("first", "second") and source.file == Path(__file__).name and source.line
 
 
 def test_calls_of_modules_are_intercepted_outermost_first_and_only_while_asked():

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from planner import install, plan
+from planner.graph.floor import floor
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.graph.floor import floor
 from tests import models
 from tests.training import assert_same
 

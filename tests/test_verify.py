@@ -17,7 +17,7 @@ from torch import nn
 
 import planner
 from planner import InputError, VerifyReport, install, plan, verify
-from planner.analysis.state import generators, largest_difference, same, set_generators, state_of
+from planner.analysis.state import Leaf, generators, largest_difference, same, set_generators, state_of
 from planner.runtime.host_guard import HostGuard
 from planner.runtime.module import CheckpointedModule
 
@@ -253,6 +253,9 @@ def test_the_former_name_of_the_report_still_works():
     assert planner.Report is VerifyReport
 
 
+OUTPUT = Leaf("output", "0")
+
+
 def test_values_are_equal_by_type_and_tensors_by_bits():
     nan = float("nan")
     for one, other in [(1, 1.0), (True, 1), (0.0, nan), ((1,), [1]), ([1], [1, 1]), (torch.zeros(1), torch.zeros(1, 1))]:
@@ -263,14 +266,20 @@ def test_values_are_equal_by_type_and_tensors_by_bits():
     assert same(torch.eye(2).to_sparse(), torch.eye(2).to_sparse())
     turned = torch.tensor([1 + 2j]).conj()
     assert same(turned, turned.resolve_conj())
-    assert largest_difference({"output 0": torch.tensor([1.0, 4.0])}, {"output 0": torch.tensor([1.0, 3.0])}) == 0.25
+    assert largest_difference({OUTPUT: torch.tensor([1.0, 4.0])}, {OUTPUT: torch.tensor([1.0, 3.0])}) == 0.25
+
+
+def test_differences_of_inputs_and_of_their_gradients_are_shares_of_their_own_kinds():
+    far, near = torch.tensor([100.0]), torch.tensor([1.0])
+    expected = {Leaf("input", "0"): far, Leaf("input gradient", "0"): near}
+    assert largest_difference(expected, expected | {Leaf("input gradient", "0"): near / 2}) == 0.5
 
 
 def test_a_model_that_holds_itself_is_taken_apart_once():
     model = Stateful(nothing)
     model.around = [model]
     model.around.append(model.around)
-    assert "attribute around[0]" in state_of(model)
+    assert Leaf("attribute", "around[0]") in state_of(model)
 
 
 def test_generators_are_put_back():

@@ -1,4 +1,4 @@
-"""What a step leaves behind in a model and in the process, as a flat dictionary by name, and whether two of them are equal."""
+"""What a step leaves behind in a model and in the process, as a flat dictionary, and whether two of them are equal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +24,18 @@ _OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
 _SEQUENCES = (list, tuple, deque)
 
 
-def state_of(model: nn.Module) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor or value that a step leaves behind. `name`: its place among those of its kind, for people."""
+
+    kind: Literal["output", "gradient", "input", "input gradient", "parameter", "buffer", "attribute", "generator"]
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def state_of(model: nn.Module) -> dict[Leaf, Any]:
     """Parameters, buffers and plain attributes of every module, containers and objects taken apart.
 
     Leaves are tensors (not copied), plain values, and texts that say of which type a container is.
@@ -31,33 +43,33 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return dict(_of_module("", model, {}))
 
 
-def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[tuple[str, Any]]:
+def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[tuple[Leaf, Any]]:
     modules = [(f"{prefix}{path}{path and '.'}", module) for path, module in model.named_modules() if id(module) not in seen]
     for _, module in modules:
         seen[id(module)] = len(seen)
     for path, module in modules:
-        for kind, held in (("parameter", module._parameters), ("buffer", module._buffers)):
-            yield from ((f"{kind} {path}{name}", tensor) for name, tensor in held.items())
+        yield from ((Leaf("parameter", f"{path}{name}"), tensor) for name, tensor in module._parameters.items())
+        yield from ((Leaf("buffer", f"{path}{name}"), tensor) for name, tensor in module._buffers.items())
         for name, value in vars(module).items():
             if name not in _MACHINERY and name != "forward":
-                yield from _flat(f"attribute {path}{name}", value, seen)
+                yield from _flat(f"{path}{name}", value, seen)
 
 
-def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of everything that `value` holds; `seen` numbers the containers met before."""
+def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[Leaf, Any]]:
+    """Everything that an attribute's value holds; `seen` numbers the containers met before."""
     leaf = _as_leaf(value)
     if leaf is not None or value is None:
-        yield path, leaf
+        yield Leaf("attribute", path), leaf
         return
     if isinstance(value, _OPAQUE):
         return
     if id(value) in seen:
-        yield path, f"what was met as number {seen[id(value)]}"
+        yield Leaf("attribute", path), f"what was met as number {seen[id(value)]}"
         return
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, (*_SEQUENCES, set, frozenset, Mapping)):
         seen[id(value)] = len(seen)
-        yield path, f"{kind} of {len(value)}"
+        yield Leaf("attribute", path), f"{kind} of {len(value)}"
         if isinstance(value, Mapping):
             for key, item in value.items():
                 yield from _flat(f"{path}[{_named(key)}]", item, seen)
@@ -65,14 +77,14 @@ def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[str, An
             for i, item in enumerate(value):
                 yield from _flat(f"{path}[{i}]", item, seen)
         else:
-            yield f"{path}{{}}", sorted(map(_named, value))
+            yield Leaf("attribute", f"{path}{{}}"), sorted(map(_named, value))
     elif isinstance(value, nn.Module):
-        yield from _of_module(f"{path.removeprefix('attribute ')}.", value, seen)
+        yield from _of_module(f"{path}.", value, seen)
     elif kind.startswith(("torch.", "collections.", "threading.", "_thread.")):
         return
     else:
         seen[id(value)] = len(seen)
-        yield path, kind
+        yield Leaf("attribute", path), kind
         for name, item in _fields(value):
             yield from _flat(f"{path}.{name}", item, seen)
 
@@ -143,9 +155,9 @@ def set_generators(states: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(state, name)
 
 
-def generators_as_leaves(states: Mapping[str, Any]) -> dict[str, Any]:
+def generators_as_leaves(states: Mapping[str, Any]) -> dict[Leaf, Any]:
     """What `generators` returned, as `same` compares it."""
-    return {f"generator {name}": repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
+    return {Leaf("generator", name): repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
 
 
 def same(expected: Any, found: Any) -> bool:
@@ -174,11 +186,11 @@ def strides_that_matter(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
-def largest_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> float:
-    """See `VerifyReport`; a leaf's kind is the first word of its name."""
+def largest_difference(expected: Mapping[Leaf, Any], found: Mapping[Leaf, Any]) -> float:
+    """See `VerifyReport`."""
     off, scale = dict[str, float](), dict[str, float]()
-    for name, one in expected.items():
-        other, kind = found.get(name), name.split()[0]
+    for leaf, one in expected.items():
+        other, kind = found.get(leaf), leaf.kind
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape and one.numel():
             wide = one.detach().to(torch.complex128)  # which holds every dtype's values
             gap = float((wide - other.detach().to(torch.complex128)).abs().max())

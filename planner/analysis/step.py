@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import linecache
-import re
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -31,12 +30,15 @@ from planner.analysis.side import (
 )
 from planner.analysis.state import strides_that_matter
 from planner.errors import InputError, PlanCheckError, PlannerError
+from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
 from planner.profiler.child import CAN_FORK, Child
 from planner.profiler.memory import logical_peak
 from planner.profiler.timing import free_bytes
+from planner.rewriter.partition import ORIGIN
 from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.runtime.step import Step
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 
@@ -88,8 +90,8 @@ def _in_process(planned: CheckpointedModule, call: Call) -> int:
             needed = format_bytes(planned.plan.peak_bytes)
             raise NotRunError(f"the device has not the memory for the step's {needed}{free}") from error
         except Exception as error:
-            raise _fault(planned, *_described(error, planned.step.joint)) from error
-    raise _fault(planned, wrong, "")
+            raise _fault(planned, *_described(error, planned.step)) from error
+    raise _fault(planned, wrong, NOWHERE)
 
 
 def _in_child(planned: CheckpointedModule, call: Call) -> int:
@@ -121,7 +123,7 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
     if "not run" in told:
         raise NotRunError(told["not run"])
     if "wrong" in told:
-        raise _fault(planned, told["wrong"], told["where"])
+        raise _fault(planned, told["wrong"], source_from_json(told["where"], "where the step failed"))
     return int(told["peak_bytes"])
 
 
@@ -154,10 +156,10 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
             _clear(planned, own)  # what a first call allocates for good is no part of a step
             above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
         if any(wrong):
-            yield {"wrong": next(filter(None, wrong)), "where": "", "last": True}
+            yield {"wrong": next(filter(None, wrong)), "where": [], "last": True}
         else:
             yield {"peak_bytes": resident_bytes(planned) + above}
-            yield {"last": True, "where": ""} | _bits_differ(planned, own)
+            yield {"last": True, "where": []} | _bits_differ(planned, own)
         return
     except NotRunError as error:
         yield {"not run": str(error), "last": True}
@@ -166,8 +168,8 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
         if _is_out_of_memory(error):
             yield {"not run": "the machine has not the memory for it", "last": True}
             return
-        text, where = _described(error, planned.step.joint)
-        yield {"wrong": text, "where": where}
+        text, where = _described(error, planned.step)
+        yield {"wrong": text, "where": source_to_json(where)}
     yield {"last": True} | _plain_fails(planned, own)
 
 
@@ -294,21 +296,22 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _described(error: BaseException, joint: Joint) -> tuple[str, str]:
-    """The error's first line, and "module.path file.py:line" of the kernel that it comes from ('' where it is not known)."""
+def _described(error: BaseException, step: Step) -> tuple[str, Source]:
+    """The error's first line, and where in the user's code the kernel comes from that raised it."""
+    graphs = (step.halves.backward, step.halves.forward)
+    origins = {node.name: node.meta.get(ORIGIN, node.name) for graph in graphs for node in graph.nodes}
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
         if frame.f_code.co_filename.startswith("<eval_with_key>"):
             line = linecache.getline(frame.f_code.co_filename, number, frame.f_globals)
             node = line.partition(" = ")[0].strip()
-            return first_line(error), joint.sources.get(node) or joint.sources.get(re.sub(r"_recomputed\w*$", "", node), "")
-    return first_line(error), ""
+            return first_line(error), step.joint.sources.get(origins.get(node, node), NOWHERE)
+    return first_line(error), NOWHERE
 
 
-def _fault(planned: CheckpointedModule, what: str, where: str) -> PlanCheckError:
-    name, (module, _, line) = type(planned.original).__name__, where.rpartition(" ")
-    line = line.strip("()")  # a class of torch's, where no line of the user's is known
-    at = f" in {module} ({line})" if module else f" at {line}" if line else ""
-    around = f"opaque=[{module!r}]" if module else "opaque=[...] naming the submodule it comes from"
+def _fault(planned: CheckpointedModule, what: str, where: Source) -> PlanCheckError:
+    name, line = type(planned.original).__name__, where.place.strip("()")
+    at = f" in {where.module}{f' ({line})' if line else ''}" if where.module else f" at {line}" if line else ""
+    around = f"opaque=[{where.module!r}]" if where.module else "opaque=[...] naming the submodule it comes from"
     return PlanCheckError(
         f"{name}: the planned step fails{at}: {what}. This is a fault of the planner, not of the model, which is as it was: "
         f"please report it. Until it is fixed, plan with {around}, or train unplanned"

@@ -13,6 +13,7 @@ from planner import arguments
 from planner.analysis.measured import seconds_of
 from planner.analysis.side import Call, Side, check_call, copy_of
 from planner.analysis.state import (
+    Leaf,
     generators,
     generators_as_leaves,
     largest_difference,
@@ -154,29 +155,29 @@ def _compare(plain: Side, ours: Side) -> _Compared:
         found, states[1] = _result(ours, states[1])
         if ours.module.num_planned_calls == before:
             unplanned.append(f"step {number}, because {miss or 'something'} differs from the call planned for")
-        names = dict.fromkeys([*expected, *found])
-        wrong = [name for name in names if name not in expected or name not in found or not same(expected[name], found[name])]
-        differences += [name + suffix for name in wrong]
-        num_compared += len(names)
+        leaves = dict.fromkeys([*expected, *found])
+        wrong = [leaf for leaf in leaves if leaf not in expected or leaf not in found or not same(expected[leaf], found[leaf])]
+        differences += [f"{leaf}{suffix}" for leaf in wrong]
+        num_compared += len(leaves)
         if wrong:
             largest = max(largest, largest_difference(expected, found))
     return _Compared(tuple(differences), num_compared, largest, tuple(unplanned))
 
 
-def _result(side: Side, states: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything a step leaves behind, by name, and the generators' states. Tensors are not copied."""
+def _result(side: Side, states: Mapping[str, Any]) -> tuple[dict[Leaf, Any], dict[str, Any]]:
+    """Everything a step leaves behind, and the generators' states. Tensors are not copied."""
     set_generators(states)
     side.prepare()
     leaves = side.step()
     after = generators()
-    found: dict[str, Any] = {}
+    found: dict[Leaf, Any] = {}
     for i, leaf in enumerate(leaves):
-        found[f"output {i}"] = leaf
+        found[Leaf("output", f"{i}")] = leaf
         if isinstance(leaf, torch.Tensor):
-            found[f"output {i} strides"] = strides_that_matter(leaf)
-    found |= {f"gradient {name}": p.grad for name, p in planned_model(side.module).named_parameters()}
-    found |= {f"input {i}": tensor for i, tensor in enumerate(side.inputs)}
-    found |= {f"input gradient {i}": tensor.grad for i, tensor in enumerate(side.inputs)}
+            found[Leaf("output", f"{i} strides")] = strides_that_matter(leaf)
+    found |= {Leaf("gradient", name): p.grad for name, p in planned_model(side.module).named_parameters()}
+    found |= {Leaf("input", f"{i}"): tensor for i, tensor in enumerate(side.inputs)}
+    found |= {Leaf("input gradient", f"{i}"): tensor.grad for i, tensor in enumerate(side.inputs)}
     module = side.module.original if isinstance(side.module, CheckpointedModule) else side.module
     return found | state_of(planned_model(module)) | generators_as_leaves(after), after
 

@@ -18,6 +18,7 @@ from torch import fx
 from planner._torch import OpOverload
 from planner.export.lines import Half, Line
 from planner.export.names import ValueNames, identifier, is_below, key_text, literal, unique
+from planner.graph.source import Source
 from planner.tracer import kernels
 
 _WIDTH = 120
@@ -117,7 +118,7 @@ class Body:
                     yield from self._call(self._called[i])
                 continue
             mine = list(group)
-            yield from self._heading(module, [self._half.lines[i].where for i in mine])
+            yield from self._heading(module, [self._half.lines[i].source for i in mine])
             for i in mine:
                 yield from self._statement(i)
         if self.results:
@@ -125,16 +126,17 @@ class Body:
             is_tuple_of_one = len(self.results) == 1 and not self._prefix
             yield from wrapped([f"return ({handed},)" if is_tuple_of_one else f"return {_enclosed(handed)}"])
 
-    def _heading(self, module: str, lines: Sequence[str]) -> Iterator[str]:
+    def _heading(self, module: str, sources: Sequence[Source]) -> Iterator[str]:
         """A comment that names the module and its lines."""
         if module == self._prefix:
             module = "the block itself" if module else "the model itself"
         elif is_below(module, self._prefix):
             module = module[len(self._prefix) + 1 :]
-        numbers: dict[str, list[str]] = {}
-        for file, _, number in (line.rpartition(":") for line in lines if ":" in line):
-            numbers.setdefault(file, []).append(number)
-        where = "; ".join(f"{file}:{', '.join(dict.fromkeys(found))}" for file, found in numbers.items())
+        numbers: dict[str, dict[int, None]] = {}
+        for source in sources:
+            if source.file:
+                numbers.setdefault(source.file, {})[source.line] = None
+        where = "; ".join(f"{file}:{', '.join(map(str, found))}" for file, found in numbers.items())
         yield f"# {module}{'  ' if where else ''}{where}"
 
     def _statement(self, i: int) -> Iterator[str]:

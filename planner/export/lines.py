@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from planner.graph.source import NOWHERE, Source
 from planner.rewriter.partition import ORIGIN
 
 
@@ -25,7 +26,7 @@ class Line:
         results: what the value is taken apart into, by position, None where nobody wants it; (root,) where it is one tensor.
         reads: the values it needs, in order of appearance, as often as they appear.
         module: path of the module it comes from.
-        where: its line there, "file.py:12"; "" where that is not known.
+        source: where in the user's code its kernel comes from.
         again: it ran before.
     """
 
@@ -34,7 +35,7 @@ class Line:
     results: tuple[fx.Node | None, ...]
     reads: tuple[fx.Node, ...]
     module: str
-    where: str
+    source: Source
     again: bool
 
     @property
@@ -90,7 +91,7 @@ def origin(node: fx.Node) -> str:
 def half(
     graph: fx.Graph,
     kernels: Collection[str],
-    sources: Mapping[str, str],
+    sources: Mapping[str, Source],
     ran: set[str],
     outside: Mapping[fx.Node, tuple[str, str]],
     returned: Sequence[fx.Node],
@@ -100,7 +101,7 @@ def half(
     Args:
         graph: a half's.
         kernels: names of the joint graph's nodes that make storages; the others are views.
-        sources: joint node -> "module.path file.py:12".
+        sources: by joint node.
         ran: joint nodes that have run; those of this half are added.
         outside, returned: see Half.
     """
@@ -116,16 +117,16 @@ def half(
     module = ""
     for root in sorted(roots, key=lambda node: order[carried.get(node, node)]):
         kernel = carried.get(root, root)
-        source = sources.get(origin(kernel), "")
+        source = sources.get(origin(kernel), NOWHERE)
         if source:  # a sum of gradients has none: it belongs to what was before
-            module = source.rpartition(" ")[0]
+            module = source.module
         taken = items.get(root, {})
         results = tuple(taken.get(i) for i in range(max(taken) + 1)) if taken else (root,)
         reads = tuple(same.get(node, node) for node in _leaves(root, nested))
         again = root in carried and origin(kernel) in ran
         if root in carried:
             ran.add(origin(kernel))
-        lines.append(Line(root, kernel, results, reads, module, source.rpartition(" ")[2], again))
+        lines.append(Line(root, kernel, results, reads, module, source, again))
     return Half(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
 
 

@@ -283,6 +283,7 @@ It trains bit for bit like the original within this plan:
         trained = {self._key(given) for given, _ in joint.gradients}
         asking = [name for name, key in self._step.key.weights if key[-1]]
         asking += [expected.name for expected in self._arguments.tensors if expected.requires_grad]
+        autocast = self._step.key.autocast
         facts = {
             "forward": "forward",
             "backward": "backward",
@@ -292,12 +293,12 @@ It trains bit for bit like the original within this plan:
             "differentiated": literal(self._halves.tangents),
             "requires_grad": literal(tuple(leaf[i].requires_grad for i in order)),
             "aliased": literal(self._halves.aliased),
-            "autocast": literal(self._step.key.autocast),
+            "autocast": literal((False, "") if autocast is None else (True, str(autocast))),
             "device": "DEVICE",
             "swaps": literal(any(node.target is kernels.swap_rng_state for node in self._halves.backward.nodes)),
             "constants": f"{{{made}\n    }}" if made else "{}",
             "read": "read" if joint.guards is not None else "None",
-            "values": literal(tuple((read.value, read.source) for read in joint.host_reads)),
+            "values": literal(tuple((read.value, str(read.source)) for read in joint.host_reads)),
             "without_gradient": literal(tuple(name for name in asking if name not in trained)),
         }
         return "STEP = Step(\n" + "".join(f"    {name}={text},\n" for name, text in facts.items()) + ")"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from planner.errors import GraphError
+from planner.graph.source import NOWHERE, Source
 
 
 class Kind(StrEnum):
@@ -53,7 +54,7 @@ class Op:
         workspace_bytes: what the kernel holds while it runs, above its reads and writes.
         recomputable: False where a second execution could give another result (mutation, reads of a
             mutated buffer, random numbers without a saved state).
-        source: the user's module path and file:line, or "".
+        source: where in the user's code it comes from; NOWHERE where that is not known.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Op:
     cost_ns: int
     workspace_bytes: int = 0
     recomputable: bool = True
-    source: str = ""
+    source: Source = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.plan import NOT_RUN, Plan, Solution
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
+from planner.graph.source import source_from_json, source_to_json
 from planner.units import MOST_BYTES, shown
 
 SCHEMA = 1
@@ -145,7 +146,16 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
     return {
         "values": [[v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values],
         "ops": [
-            [op.name, op.nodes, op.reads, op.writes, op.cost_ns, op.workspace_bytes, op.recomputable, op.source]
+            [
+                op.name,
+                op.nodes,
+                op.reads,
+                op.writes,
+                op.cost_ns,
+                op.workspace_bytes,
+                op.recomputable,
+                source_to_json(op.source),
+            ]
             for op in graph.ops
         ],
         "forward_outputs": graph.forward_outputs,
@@ -278,5 +288,5 @@ def _op(row: Any) -> Op:
         integer(cost_ns, f"the time {where}"),
         integer(workspace_bytes, f"the workspace {where}"),
         boolean(recomputable, f"whether it is recomputable {where}"),
-        string(source, f"the source {where}"),
+        source_from_json(source, f"the source {where}"),
     )

@@ -87,7 +87,7 @@ def _modules(plan: Plan, timeline: Timeline) -> list[str]:
     again_ns: defaultdict[str, int] = defaultdict(int)
     numbers: defaultdict[str, set[str]] = defaultdict(set)
     for i, op in enumerate(graph.ops[: graph.num_forward_ops]):
-        path = op.source.rpartition(" ")[0] or "(top)"
+        path = op.source.module or "(top)"
         row = re.sub(r"\d+", "*", path)
         numbers[row].add(path)
         kept_bytes[row] += _total(graph, (name for name in op.writes if name in saved))

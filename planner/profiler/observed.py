@@ -24,22 +24,26 @@ OWN_NAMESPACES = frozenset(
 """Operators that torch, or this package, vouches for: their tags say which of them draw random numbers."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """'float32', the name under which torch has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A tensor's dtype ("float32"), sizes and strides."""
+    """A tensor's dtype, sizes and strides."""
 
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Look:
         """A tensor's look."""
-        name = str(tensor.dtype).removeprefix("torch.")
-        return cls(name, tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())))
+        return cls(tensor.dtype, tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())))
 
     def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)} with strides {list(self.stride)}"
+        return f"{dtype_name(self.dtype)}{list(self.shape)} with strides {list(self.stride)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from planner._torch import pytree
 from planner.profiler.estimate import GENERIC_CPU, estimate_node
 from planner.profiler.forked import run_forked
 from planner.profiler.kernel import make_inputs
-from planner.profiler.observed import Look, Observation, is_foreign
+from planner.profiler.observed import Look, Observation, dtype_name, is_foreign
 from planner.profiler.side_effects import Effects
 from planner.profiler.timing import check_memory
 
@@ -129,10 +129,10 @@ def _bytes(tree: Any) -> list[bytes]:
 
 
 def _encode(found: Observation) -> Any:
-    looks = [[look.dtype, list(look.shape), list(look.stride)] for look in found.looks]
+    looks = [[dtype_name(look.dtype), list(look.shape), list(look.stride)] for look in found.looks]
     return [looks, found.repeatable, found.draws, found.writes, found.communicates]
 
 
 def _decode(row: Any) -> Observation:
     looks, *flags = row
-    return Observation(tuple(Look(d, tuple(shape), tuple(stride)) for d, shape, stride in looks), *flags)
+    return Observation(tuple(Look(getattr(torch, name), tuple(shape), tuple(stride)) for name, shape, stride in looks), *flags)

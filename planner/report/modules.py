@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 
@@ -10,25 +9,25 @@ from planner.graph.graph import Op
 
 TOP = "(top)"
 """Stands for the model itself."""
-_NUMBER = re.compile(r"(?<![^.])\d[\d,-]*(?![^.])")
-"""A number between dots, or what `fold` makes of several: "0-3,5"."""
+_Path = tuple[str | tuple[str, ...], ...]
+"""A path's parts; one that is a number as a tuple of numbers, of which `fold` collects several."""
 
 
 def module_of(op: Op) -> str:
     """The module path in an op's source: "transformer.h.0.mlp"."""
-    return op.source.rpartition(" ")[0] or TOP
+    return op.source.module or TOP
 
 
 def place_of(op: Op) -> str:
     """Where an op comes from, for people: its module path, or the file and line outside of any submodule."""
-    module, _, line = op.source.rpartition(" ")
-    return module or line or TOP
+    return op.source.module or op.source.place or TOP
 
 
 def block_of(path: str) -> str:
     """The outermost numbered module around a path: "transformer.h.0" of "transformer.h.0.mlp"; "" where there is none."""
-    found = _NUMBER.search(path)
-    return path[: found.end()] if found else ""
+    parts = path.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
 
 
 def fold(rows: Mapping[str, Hashable]) -> dict[str, tuple[str, ...]]:
@@ -36,26 +35,38 @@ def fold(rows: Mapping[str, Hashable]) -> dict[str, tuple[str, ...]]:
 
     Order is kept: a folded row stands where its first path stood.
     """
-    folded: dict[str, tuple[str, ...]] = {path: (path,) for path in rows}
-    for place in range(max((len(_NUMBER.findall(path)) for path in rows), default=0)):
-        alike: defaultdict[tuple[str, str, Hashable], list[str]] = defaultdict(list)
-        for label, paths in folded.items():
-            numbers = list(_NUMBER.finditer(label))
+    folded: dict[_Path, tuple[str, ...]] = {_split(path): (path,) for path in rows}
+    for place in range(max((len(_numbers(path)) for path in folded), default=0)):
+        alike: defaultdict[Hashable, list[_Path]] = defaultdict(list)
+        for path, paths in folded.items():
+            numbers = _numbers(path)
             spot = numbers[place] if place < len(numbers) else None
-            key = (label[: spot.start()], label[spot.end() :], rows[paths[0]]) if spot else (label, "", None)
-            alike[key].append(label)
-        folded = {
-            _label(before, after, labels): tuple(path for label in labels for path in folded[label])
-            for (before, after, _), labels in alike.items()
-        }
-    return folded
+            alike[path if spot is None else (path[:spot], path[spot + 1 :], rows[paths[0]])].append(path)
+        folded = {_merged(group, place): tuple(one for path in group for one in folded[path]) for group in alike.values()}
+    return {".".join(map(_text, path)): paths for path, paths in folded.items()}
 
 
-def _label(before: str, after: str, labels: list[str]) -> str:
-    if len(labels) == 1:
-        return labels[0]
-    numbers = (int(label[len(before) : len(label) - len(after)]) for label in labels)
-    return f"{before}{_ranges(numbers)}{after}"
+def _split(path: str) -> _Path:
+    return tuple((part,) if part.isdecimal() else part for part in path.split("."))
+
+
+def _numbers(path: _Path) -> list[int]:
+    """Positions of the parts that are numbers."""
+    return [i for i, part in enumerate(path) if not isinstance(part, str)]
+
+
+def _merged(group: list[_Path], place: int) -> _Path:
+    """Paths that differ in the number at a place, as one path."""
+    if len(group) == 1:
+        return group[0]
+    spot = _numbers(group[0])[place]
+    return (*group[0][:spot], tuple(number for path in group for number in path[spot]), *group[0][spot + 1 :])
+
+
+def _text(part: str | tuple[str, ...]) -> str:
+    if isinstance(part, str):
+        return part
+    return part[0] if len(part) == 1 else _ranges(map(int, part))
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -87,8 +87,8 @@ class _Axes:
             self.axes.plot(xs, ys, marker, color=color, markersize=6, label=label, zorder=3)
             for member, x, y in zip(members, xs, ys, strict=True):
                 if family == EVERY:
-                    text, where = member.name.split()[0], {"xytext": (5, 3), "textcoords": "offset points"}
-                    self.axes.annotate(text, (x, y), fontsize=7, color=color, **where)
+                    where = {"xytext": (5, 3), "textcoords": "offset points"}
+                    self.axes.annotate(f"{member.num_segments}", (x, y), fontsize=7, color=color, **where)
 
     def _measured(self) -> None:
         found = [found for found in self.sweep.measured if found.time_ratio is not None]

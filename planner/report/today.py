@@ -25,34 +25,36 @@ class Reference:
         family: what it is an example of.
         name: which example.
         peak_bytes, time_ns: simulated.
+        num_segments: of the family EVERY; else 0.
     """
 
     family: str
     name: str
     peak_bytes: int
     time_ns: int
+    num_segments: int = 0
 
 
 def references(graph: Graph) -> tuple[Reference, ...]:
     """Per-block, every-k and sqrt(n) checkpointing, and every module of a numbered list, as transformers does."""
     found = []
-    for family, name, schedule in _schedules(graph):
+    for family, name, schedule, num_segments in _schedules(graph):
         timeline = simulate(graph, schedule)
-        found.append(Reference(family, name, timeline.peak_bytes, timeline.time_ns))
+        found.append(Reference(family, name, timeline.peak_bytes, timeline.time_ns, num_segments))
     return tuple(found)
 
 
-def _schedules(graph: Graph) -> Iterator[tuple[str, str, Schedule]]:
+def _schedules(graph: Graph) -> Iterator[tuple[str, str, Schedule, int]]:
     if not graph.num_forward_ops:
         return
-    yield "per block", "per block (narrowest places)", per_block(graph)
-    yield "sqrt(n)", "sqrt(n) segments", sqrt_segments(graph)
+    yield "per block", "per block (narrowest places)", per_block(graph), 0
+    yield "sqrt(n)", "sqrt(n) segments", sqrt_segments(graph), 0
     for count in _COUNTS:
         if count < graph.num_forward_ops:
-            yield EVERY, f"{count} segments", segments(graph, count)
+            yield EVERY, f"{count} segments", segments(graph, count), count
     whole = module_checkpoints(graph)
     if whole is not None:
-        yield "whole modules", "whole modules (as in transformers)", whole
+        yield "whole modules", "whole modules (as in transformers)", whole, 0
 
 
 def module_checkpoints(graph: Graph) -> Schedule | None:

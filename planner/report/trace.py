@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _events(plan: Plan, process: int, name: str, schedule: Schedule) -> Iterator
         at = {"ts": start_ns / 1000, **common}
         yield {"ph": "C", "name": "live", "args": live, **at}
         yield {"ph": "C", "name": "total", "args": {"bytes": sum(live.values())}, **at}
-        details = {"from": place_of(op), "source": op.source, "step": t, "writes": list(op.writes)}
+        details = {"from": place_of(op), "source": asdict(op.source), "step": t, "writes": list(op.writes)}
         yield {"ph": "X", "name": op.name, "cat": phase, "dur": op.cost_ns / 1000, "args": details, **at}
         start_ns += op.cost_ns
     for counter, series in (("live", dict.fromkeys(parts, 0)), ("total", {"bytes": 0})):

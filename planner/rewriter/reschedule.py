@@ -10,6 +10,7 @@ from planner.errors import ScheduleError
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
+from planner.graph.source import Source
 
 
 class MissingValueError(ScheduleError):
@@ -176,9 +177,9 @@ def _in_order(graph: Graph, steps: list[int]) -> list[int]:
     return out
 
 
-def _told_apart(graph: Graph) -> list[tuple[str, str, int]]:
+def _told_apart(graph: Graph) -> list[tuple[str, Source, int]]:
     """Per backward op, its kernel and source, and how many such ops came before."""
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, Source], int] = {}
     out = []
     for i in graph.backward_ops:
         op = graph.ops[i]

@@ -156,7 +156,7 @@ class Backwards:
 
     def _missing(self, value: str, joint: Joint, what: str) -> BackwardError:
         name = {given.node: given.key for given in joint.inputs}.get(value, value)
-        where = joint.sources.get(value, "")
+        where = joint.sources.get(value)
         return BackwardError(
             f"{what}: its backward reads {name}{f' ({where})' if where else ''}, which the plan neither saved nor can "
             f"recompute, as its own backward does not read it. {_CURE}"
@@ -225,8 +225,7 @@ def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
         BackwardError: its forward is not the plan's.
     """
     planned = plan.graph
-    reserved = {v.name.strip("()"): v.nbytes for v in planned.values if v.kind is Kind.RESERVED}
-    graph = lower(joint, _costs(joint, plan), reserved=reserved)
+    graph = lower(joint, _costs(joint, plan))
     num_forward = planned.num_forward_ops
     ours, theirs = planned.ops[:num_forward], graph.ops[: graph.num_forward_ops]
     for one, other in zip(ours, theirs, strict=False):
@@ -239,19 +238,25 @@ def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
         planned.value[v.name] if v.name in planned.value and v.name not in outside and v.kind is not Kind.TANGENT else v
         for v in graph.values
     )
+    reserved = tuple(v for v in planned.values if v.kind is Kind.RESERVED)
     ops = tuple(
         replace(other, cost_ns=one.cost_ns, workspace_bytes=one.workspace_bytes, recomputable=one.recomputable)
         for one, other in zip(ours, theirs, strict=True)
     )
-    return replace(graph, ops=(*ops, *graph.ops[num_forward:]), values=values)
+    return replace(
+        graph,
+        ops=(*ops, *graph.ops[num_forward:]),
+        values=(*values, *reserved),
+        inputs=(*graph.inputs, *(v.name for v in reserved)),
+    )
 
 
 def _is_same_op(planned: Op, other: Op) -> bool:
-    """A result that nothing in the plan reads is named by its position there (`native_group_norm.1`), by its node here."""
+    """A result that nothing in the plan reads has no node there, and is named by its position; it may have one here."""
     if (planned.name, planned.reads, len(planned.writes)) != (other.name, other.reads, len(other.writes)):
         return False
     pairs = zip(planned.writes, other.writes, strict=True)
-    return all(one == two or one.startswith(f"{planned.name}.") for one, two in pairs)
+    return all(one == two or one not in planned.nodes for one, two in pairs)
 
 
 def _costs(joint: Joint, plan: Plan) -> Profile:

@@ -25,7 +25,8 @@ from planner.tracer.host.fingerprint import (
 )
 from planner.tracer.joint import CallSpec, Joint
 
-Autocast = tuple[bool, str]
+Autocast = torch.dtype | None
+"""The dtype that autocast casts to on a device; None where it is off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class CallKey:
         weights: likewise per parameter and buffer, by qualified name.
         shared: per input, the first one that lies in the same storage; only where the forward writes into one.
         arguments: fingerprints of the call's other leaves; None where a tensor stands.
-        autocast: (enabled, dtype) on the plan's device.
+        autocast: on the plan's device.
         switches: torch's global switches, by name.
     """
 
@@ -49,14 +50,16 @@ class CallKey:
     switches: tuple[tuple[str, Any], ...]
 
 
-_NO_AUTOCAST: Autocast = (False, "")
 _EVERYTHING = Fingerprints({}, lambda _, name: True)
 
 
 def autocast_key(device: torch.device) -> Autocast:
-    """Whether autocast is on for this device, and to which dtype."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return (True, str(torch.get_autocast_dtype(device.type))) if enabled else _NO_AUTOCAST
+    """What autocast casts to on this device now."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _autocast_text(autocast: Autocast) -> str:
+    return "off" if autocast is None else f"to {str(autocast).removeprefix('torch.')}"
 
 
 def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -65,11 +68,10 @@ def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContex
     Enters nothing where autocast is off and must be off: inside a context entered here, the model's own autocast region would
     not be the outermost one, and its cast cache would not be cleared when it ends.
     """
-    enabled, name = key.autocast
-    if not enabled and not torch.is_autocast_enabled(device.type):
+    is_on = key.autocast is not None
+    if not is_on and not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
-    dtype = getattr(torch, name.removeprefix("torch.")) if enabled else None
-    return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=dict(key.switches)["autocast cache"])
+    return torch.autocast(device.type, key.autocast, enabled=is_on, cache_enabled=dict(key.switches)["autocast cache"])
 
 
 def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
@@ -115,8 +117,8 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Finger
         elif not _is_plain_equal(leaf, call.leaves[i]):
             now = argument_print(leaf)
             if not alike(prints[i], now):
-                where, old, new = first_difference(prints[i], now, f"argument leaf {i}")
-                return [], Mismatch("argument", where, new, old)
+                found = first_difference(prints[i], now, f"argument leaf {i}")
+                return [], Mismatch("argument", found.where, found.now, found.planned)
     return [leaves[i] for i in call.tensors], None
 
 
@@ -159,5 +161,5 @@ def difference(
     if untied:
         return Mismatch("weight", untied, "no longer the same tensor as the one it was tied to")
     if autocast_key(device) != key.autocast:
-        return Mismatch("mode", "autocast", str(autocast_key(device)), str(key.autocast))
+        return Mismatch("mode", "autocast", _autocast_text(autocast_key(device)), _autocast_text(key.autocast))
     return None

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from planner.runtime.mismatch import Mismatch
-from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, first_difference
+from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
 from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, parts
 
@@ -95,8 +95,7 @@ class HostGuard:
             path, expected = self._forward
             now = self._prints().of(path.root(self._model))
             if not alike(expected, now, copied=True):
-                where, old, new = first_difference(expected, now, "forward")
-                return Mismatch("host", where, new, old)
+                return _mismatch(first_difference(expected, now, "forward"))
         for name, value in self._key.environment:
             if os.environ.get(name) != value:
                 return Mismatch("host", f"the environment variable {name}", repr(os.environ.get(name)), repr(value))
@@ -135,10 +134,10 @@ class HostGuard:
                 assert prints is not None
                 now = prints.of(path.root(self._model))
                 if not alike(expected, now):
-                    where, old, new = first_difference(expected, now, str(path))
+                    found = first_difference(expected, now, str(path))
                     if path.name == "training" and path.scope is None:
-                        return Mismatch("mode", f"training mode of {path.module or 'the model'}", new, old)
-                    return Mismatch("host", where, new, old)
+                        return Mismatch("mode", f"training mode of {path.module or 'the model'}", found.now, found.planned)
+                    return _mismatch(found)
             self._remember(group)
         return None
 
@@ -191,6 +190,10 @@ class HostGuard:
         pairs = [(kind, name) for kind, name in known if find_in_class(kind, name) is not ABSENT]
         look = lambda: [find_in_class(kind, name) for kind, name in pairs]
         self._code.append((look, list(look())))
+
+
+def _mismatch(found: Difference) -> Mismatch:
+    return Mismatch("host", found.where, found.now, found.planned, found.is_absent)
 
 
 def _same(items: Sequence[Any], others: Sequence[Any]) -> bool:

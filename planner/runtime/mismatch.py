@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MismatchKind = Literal["input", "argument", "weight", "host", "mode", "module", "value", "device", "audit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,15 +14,17 @@ class Mismatch:
 
     Attributes:
         kind: "input", "argument", "weight", "host" (Python's state), "mode" (training, grad mode, autocast, switches), "module"
-            (submodules, hooks), "value" (a tensor's value that Python read) or "device".
+            (submodules, hooks), "value" (a tensor's value that Python read), "device" or "audit" (the plan's results).
         where: what differs, as the user writes it: "body.scale", "input 0", "autocast".
-        now, planned: what it is, and what it was planned for; "" where that says nothing more.
+        now, planned: what it is, and what it was planned for, for people; "" where that says nothing more.
+        is_absent: Python's state holds nothing at a place where it held something when the plan was made.
     """
 
-    kind: str
+    kind: MismatchKind
     where: str
     now: str = ""
     planned: str = ""
+    is_absent: bool = False
 
     def __str__(self) -> str:
         """'body.scale (3.0, planned for 2.0)'."""

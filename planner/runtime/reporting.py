@@ -38,6 +38,6 @@ def _cure(miss: Mismatch) -> str:
     """How to have both calls planned."""
     if miss.kind in ("input", "argument"):
         return " (plan both: plan(..., also=[(args, kwargs)]))"
-    if miss.kind == "host" and miss.now == "absent":
+    if miss.kind == "host" and miss.is_absent:
         return " (the first call fills it; run the model once before planning to plan that call, too)"
     return ""

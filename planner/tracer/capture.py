@@ -225,4 +225,4 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
     except _torch.InPlaceCollectiveError as error:
         raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
-        raise refusal(error, step.where, step.where_module) from error
+        raise refusal(error, step.where) from error

@@ -7,6 +7,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,19 +18,35 @@ from torch import nn
 
 from planner._torch import TorchDispatchMode, keep_layout, written
 from planner.errors import CaptureError
+from planner.graph.source import NOWHERE, Source
 from planner.tracer.casts import Casts
 from planner.tracer.constants import Constants
 from planner.tracer.host.kernels import HOST_READS
 
+SOURCE = "planner_source"
+"""Key of a node's Source in its `meta["custom"]`: torch copies what is there from a forward node to its backward nodes."""
 _OWN_HOOKS = ("torch.nn.utils", "transformers.")
 
 _PACKAGE = str(Path(__file__).parent.parent)
 _CALLER = str(Path(__file__).with_name("capture.py"))  # who calls the model: frames beyond are not the model's
 _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTIONS = str(Path(torch.__file__).parent / "distributions")
-VALIDATIONS: set[str] = set()
-"""Lines that ran code of torch.distributions, whose argument checks read tensor values: for errors."""
 _STDLIB = str(Path(functools.__file__).parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A tensor value that Python read while the model was traced.
+
+    Attributes:
+        value: what it read.
+        source: where.
+        is_validation: torch.distributions read it, whose argument checks can be switched off.
+    """
+
+    value: Any
+    source: Source
+    is_validation: bool
 
 
 class ModuleStack:
@@ -37,7 +54,7 @@ class ModuleStack:
 
     Attributes:
         drew: the innermost submodule that drew from a generator of the host's; None if none did.
-        failed: "name (Class)" of the innermost submodule whose forward raised; "" if none did.
+        failed: the innermost submodule whose forward raised, its class as the note; NOWHERE if none did.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +62,7 @@ class ModuleStack:
         self._running: list[str] = []
         self._states: list[Any] = []
         self.drew: str | None = None
-        self.failed = ""
+        self.failed = NOWHERE
 
     def __str__(self) -> str:
         return self._running[-1] if self._running else ""
@@ -72,7 +89,7 @@ class ModuleStack:
             if module in self._names and self._running:
                 name, state = self._running.pop(), self._states.pop()
                 if not self.failed and sys.exc_info()[1] is not None:
-                    self.failed = f"{name} ({type(module).__name__})".strip()
+                    self.failed = Source(name, note=type(module).__name__)
                 now = states()
                 if now != state:
                     inside = any(name == part or name.startswith(f"{part}.") for part in apart)
@@ -96,26 +113,27 @@ def is_foreign(hook: Any) -> bool:
     return not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS)
 
 
-def user_line() -> str:
-    """'file.py:12' of the innermost running frame of the model's own code; where only torch's runs, '(BatchNorm2d)'.
+def source_here(module: str) -> tuple[Source, bool]:
+    """The innermost running frame of the model's own code, and whether it runs torch.distributions.
 
-    Frames of torch, of the standard library and of this package are no place that a user can go to.
+    Frames of torch, of the standard library and of this package are no place that a user can go to: where only these run, the
+    class of the innermost module of torch's is the note.
+
+    Args:
+        module: qualified name of the submodule that runs.
     """
     frame: FrameType | None = sys._getframe(1)
-    inside_torch, is_validation = "", False
+    inside_torch, is_distribution = "", False
     while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename
         if is_users(file):
-            line = f"{Path(file).name}:{frame.f_lineno}"
-            if is_validation:
-                VALIDATIONS.add(line)
-            return line
-        is_validation = is_validation or file.startswith(_DISTRIBUTIONS)
-        module = frame.f_locals.get("self") if frame.f_code.co_name == "forward" and not inside_torch else None
-        if isinstance(module, nn.Module) and file.startswith(_TORCH):
-            inside_torch = f"({type(module).__name__})"
+            return Source(module, Path(file).name, frame.f_lineno), is_distribution
+        is_distribution = is_distribution or file.startswith(_DISTRIBUTIONS)
+        owner = frame.f_locals.get("self") if frame.f_code.co_name == "forward" and not inside_torch else None
+        if isinstance(owner, nn.Module) and file.startswith(_TORCH):
+            inside_torch = type(owner).__name__
         frame = frame.f_back
-    return inside_torch
+    return Source(module, note=inside_torch), is_distribution
 
 
 def is_users(file: str) -> bool:
@@ -143,7 +161,7 @@ class Tracing(TorchDispatchMode):
     """Inside the traced forward: notes where each kernel was called and answers host reads from a recording.
 
     Attributes:
-        read: (tensor read, value, source) per host read, in order; the tensors are traced.
+        read: per host read, in order: the tensor, which is traced, and what was read.
         where: source of the kernel called last, for errors.
     """
 
@@ -160,16 +178,17 @@ class Tracing(TorchDispatchMode):
         self._casts = casts
         self._modules = modules
         self._recorded = recorded
-        self.read: list[tuple[torch.Tensor, Any, str]] = []
-        self.where = ""
+        self.read: list[tuple[torch.Tensor, Read]] = []
+        self.where = NOWHERE
+        self._in_distributions = False
         self._bases_of_changed_views: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.where = f"{self._modules} {user_line()}".strip()
+        self.where, self._in_distributions = source_here(str(self._modules))
         if func in HOST_READS:
             return self._answer(func, _read(func, args))
         self._check_derivative(func, args)
-        with torch.fx.traceback.annotate({"planner_source": self.where, **self._casts.mark(func, args, kwargs)}):
+        with torch.fx.traceback.annotate({SOURCE: self.where, **self._casts.mark(func, args, kwargs)}):
             out = func(*args, **(kwargs or {}))
             self._follow_writes(func, written(func, args, kwargs or {}))
         if self._constants is not None:
@@ -225,7 +244,7 @@ class Tracing(TorchDispatchMode):
                 module=str(self._modules),
             )
         value = self._recorded[position][1]
-        self.read.append((tensor, value, self.where))
+        self.read.append((tensor, Read(value, self.where, self._in_distributions)))
         return value
 
 

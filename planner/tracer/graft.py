@@ -142,7 +142,7 @@ def _check_same_forward(planned: Joint, other: Joint, twins: dict[fx.Node, str])
             return
         what = f"no longer writes ({absent[0]})"
     elif wrong:
-        where = other.sources.get(wrong[0].name, "")
+        where = other.sources.get(wrong[0].name)
         what = f"has {wrong[0].target}{f' at {where}' if where else ''} where the plan has something else"
     else:
         what = "returns other tensors"

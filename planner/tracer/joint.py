@@ -11,6 +11,7 @@ from torch import fx
 
 from planner._torch import pytree
 from planner.graph.graph import Kind
+from planner.graph.source import Source
 from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.host.state import HostState
 
@@ -65,7 +66,7 @@ class HostRead:
 
     node: str
     value: bool | int | float | complex
-    source: str
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class Joint:
         guards: a graph from the call's inputs to the tensors that Python read; None when it read none.
         host_reads: what it read, in the order of the guards' outputs.
         call: how calls map onto the graph.
-        sources: node name -> "module.path file.py:line".
+        sources: where in the user's code each node comes from, by name.
         device: where the step runs.
         weights: name and metadata of the model's parameters and buffers.
         left: one Output per result that the forward leaves in Python state.
@@ -149,7 +150,7 @@ class Joint:
     guards: fx.Graph | None
     host_reads: tuple[HostRead, ...]
     call: CallSpec
-    sources: dict[str, str]
+    sources: dict[str, Source]
     device: torch.device
     weights: tuple[tuple[str, TensorKey], ...] = ()
     left: tuple[Output, ...] = ()

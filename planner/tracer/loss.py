@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -25,25 +26,47 @@ def flatten_output(out: Any) -> tuple[list[Any], list[str], Any]:
     Containers may be registered with pytree with or without key functions (diffusers' outputs have none).
     """
     leaves, spec = pytree.tree_flatten(out)
+    return leaves, [reached.name for reached in _reached(out, leaves)], spec
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """How a user reaches a leaf of an output.
+
+    Attributes:
+        name: "loss" for a key or attribute, "aux.loss" or "['aux']['loss']" for longer paths, "[0]" for a position.
+        argument: what to pass as `loss` for it: its position in a tuple, else its name.
+    """
+
+    name: str
+    argument: int | str
+
+
+def _reached(out: Any, leaves: Sequence[Any]) -> list[_Reached]:
     try:
         paths, _ = pytree.tree_flatten_with_path(out)
     except (ValueError, TypeError, NotImplementedError):  # a container without key functions
-        return leaves, [_name_of(leaf, i, out) for i, leaf in enumerate(leaves)], spec
-    return leaves, [_written(path) for path, _ in paths], spec
+        return [_member_or_position(leaf, i, out) for i, leaf in enumerate(leaves)]
+    return [_at_path(path, i) for i, (path, _) in enumerate(paths)]
 
 
-def _name_of(leaf: Any, position: int, out: Any) -> str:
+def _member_or_position(leaf: Any, position: int, out: Any) -> _Reached:
     """The attribute or key of the output that holds a leaf, else its position."""
     members = out if isinstance(out, Mapping) else getattr(out, "__dict__", {})
-    return next((str(name) for name, member in members.items() if member is leaf and leaf is not None), f"[{position}]")
+    name = next((str(name) for name, member in members.items() if member is leaf and leaf is not None), None)
+    return _Reached(f"[{position}]", position) if name is None else _Reached(name, name)
 
 
-def _written(path: Any) -> str:
-    """'loss' for a path of one key or attribute, 'aux.loss' or "['aux']['loss']" for longer ones, '[0]' for a position."""
-    text = str(pytree.keystr(path))
-    if len(path) == 1:
-        text = text.removeprefix("['").removesuffix("']")
-    return text.removeprefix(".") or "the output"
+def _at_path(path: Any, position: int) -> _Reached:
+    """A leaf at a path of pytree's keys; `position` is its own among all leaves."""
+    if not path:
+        return _Reached("the output", position)
+    if len(path) == 1 and isinstance(path[0], pytree.SequenceKey):
+        return _Reached(f"[{path[0].idx}]", path[0].idx)
+    if len(path) == 1 and isinstance(path[0], pytree.MappingKey) and type(path[0].key) is str:
+        return _Reached(path[0].key, path[0].key)
+    name = str(pytree.keystr(path)).removeprefix(".")
+    return _Reached(name, name)
 
 
 def loss_leaves(out: Any, leaves: Sequence[Any], loss: Loss) -> list[torch.Tensor]:
@@ -145,12 +168,9 @@ def _text(loss: Any) -> str:
 
 def _listed(out: Any) -> str:
     """The tensors of an output, and what to pass for one of them."""
-    leaves, names, _ = flatten_output(out)
-    rows = [
-        (_argument(i, name), leaf)
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if isinstance(leaf, torch.Tensor)
-    ]
+    leaves = pytree.tree_leaves(out)
+    reached = zip(_reached(out, leaves), leaves, strict=True)
+    rows = [(place.argument, leaf) for place, leaf in reached if isinstance(leaf, torch.Tensor)]
     if not rows:
         return f"It returns {kind(out)} without a tensor"
     lines = [_row(argument, leaf) for argument, leaf in rows[:_MOST_LISTED]]
@@ -158,12 +178,6 @@ def _listed(out: Any) -> str:
     able = next((argument for argument, leaf in rows if leaf.requires_grad), None)
     cure = "" if able is None else f". Pass the one that backward starts from (at the shell, --loss {able})"
     return f"Its outputs: {'; '.join(lines)}{more}{cure}"
-
-
-def _argument(position: int, name: str) -> int | str:
-    """What to pass as `loss` for a leaf: its position in a tuple, else its name."""
-    place = name.removeprefix("[").removesuffix("]")
-    return position if name == "the output" else int(place) if name == f"[{place}]" and place.isdecimal() else name
 
 
 def _row(argument: int | str, leaf: torch.Tensor) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
+from planner.graph.source import NOWHERE
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer import kernels
 from planner.tracer.collectives import is_collective
@@ -124,7 +125,7 @@ class _Lowering:
             cost_ns=cost.time_ns,
             workspace_bytes=self._bytes(cost.workspace_bytes),
             recomputable=self._recomputable(node, forward),
-            source=self.joint.sources.get(node.name, ""),
+            source=self.joint.sources.get(node.name, NOWHERE),
         )
 
     def _cost(self, node: fx.Node) -> KernelCost:

@@ -12,10 +12,11 @@ from torch import fx
 from planner._torch import ExportedJoint, HigherOrderOperator, pytree, results
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
+from planner.graph.source import NOWHERE, Source
 from planner.profiler.observed import is_foreign
 from planner.tracer import kernels
 from planner.tracer.casts import merge_casts
-from planner.tracer.fidelity import VALIDATIONS
+from planner.tracer.fidelity import SOURCE, Read
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
@@ -39,7 +40,7 @@ def normalize(
     names: dict[str, str],
     outputs: Sequence[Output],
     num_results: int,
-    reads: Sequence[tuple[Any, str]],
+    reads: Sequence[Read],
     call: CallSpec,
     device: torch.device,
     parts: Mapping[str, PartCall],
@@ -52,7 +53,7 @@ def normalize(
         names: the model's parameter and buffer names by the names in `exported`.
         outputs: one per output leaf of the model.
         num_results: how many results of the traced function stand for outputs; tensors that Python read follow.
-        reads: value and source of each of those.
+        reads: what it read of each of those.
         call, device: handed on.
         parts: recorded calls of opaque parts, by key.
         moving: positions of the inputs whose place holds another tensor after the forward.
@@ -130,7 +131,7 @@ def _write_mutations(
 
 
 def _split_off_reads(
-    graph: fx.Graph, roles: Sequence[Role], num_results: int, reads: Sequence[tuple[Any, str]]
+    graph: fx.Graph, roles: Sequence[Role], num_results: int, reads: Sequence[Read]
 ) -> tuple[fx.Graph | None, tuple[HostRead, ...], list[Role]]:
     """A graph of the tensors that Python read, what it read, and the roles of the results that stay.
 
@@ -138,10 +139,10 @@ def _split_off_reads(
     """
     handed = list(zip(roles, results(graph), strict=True))
     read = [node for role, node in handed if role[0] == "output" and role[1] >= num_results]
-    varying = [(node, *seen) for node, seen in zip(read, reads, strict=True) if not _is_constant(node)]
-    guards = _guards(graph, [(node, where) for node, _, where in varying])
+    varying = [(node, seen) for node, seen in zip(read, reads, strict=True) if not _is_constant(node)]
+    guards = _guards(graph, varying)
     names = [node.name for node in results(guards)] if guards is not None else []
-    host_reads = tuple(HostRead(name, value, where) for name, (_, value, where) in zip(names, varying, strict=True))
+    host_reads = tuple(HostRead(name, seen.value, seen.source) for name, (_, seen) in zip(names, varying, strict=True))
     stay = [(role, node) for role, node in handed if node is not None and not (role[0] == "output" and role[1] >= num_results)]
     graph.output_node().args = (tuple(node for _, node in stay),)
     return guards, host_reads, [role for role, _ in stay]
@@ -154,7 +155,7 @@ def _refuse_moving_reads(guards: fx.Graph | None, host_reads: Sequence[HostRead]
             raise CaptureError(
                 f"the model's control flow at {read.source} reads a tensor that its own forward changes ({read.value} now); "
                 "a plan holds for one value of it",
-                module=_module(read.source),
+                module=read.source.module,
             )
 
 
@@ -163,13 +164,9 @@ def _is_constant(node: fx.Node) -> bool:
     return all(n.op == "call_function" and not is_random(n) for n in ancestors([node]))
 
 
-def _source(node: fx.Node) -> str:
-    return str((node.meta.get("custom") or {}).get("planner_source", ""))
-
-
-def _module(source: str) -> str:
-    """The submodule in a node's source."""
-    return source.rpartition(" ")[0]
+def _source(node: fx.Node) -> Source:
+    found: Source = (node.meta.get("custom") or {}).get(SOURCE, NOWHERE)
+    return found
 
 
 def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], node_of: dict[Role, fx.Node]) -> None:
@@ -183,19 +180,19 @@ def _refuse(graph: fx.Graph, roles: Sequence[Role], inputs: dict[str, Input], no
         if node.op == "call_function" and mutates(node):
             raise CaptureError(
                 f"{node.target} at {_source(node)} writes into a tensor in a way functionalization left in",
-                module=_module(_source(node)),
+                module=_source(node).module,
             )
         for tensor in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
                 raise CaptureError(
                     f"{node.target} at {_source(node)} makes a {str(tensor.layout).removeprefix('torch.')} tensor; "
                     "only dense tensors can be planned (nn.Embedding: sparse=False)",
-                    module=_module(_source(node)),
+                    module=_source(node).module,
                 )
         if isinstance(node.target, HigherOrderOperator) or node.op in ("call_module", "call_method"):
             raise CaptureError(
                 f"{node.target} at {_source(node)} is a control-flow or higher-order operator; it cannot be planned",
-                module=_module(_source(node)),
+                module=_source(node).module,
             )
 
 
@@ -240,19 +237,19 @@ def _last_ancestor(graph: fx.Graph, nodes: Iterable[fx.Node]) -> fx.Node | None:
     return next((n for n in reversed(graph.nodes) if n in needed and n.op == "call_function"), None)
 
 
-def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, str]]) -> fx.Graph | None:
-    """The part of the graph that computes the tensors Python read (and where), from the call's inputs alone."""
+def _guards(graph: fx.Graph, reads: Sequence[tuple[fx.Node, Read]]) -> fx.Graph | None:
+    """The part of the graph that computes the tensors Python read, from the call's inputs alone."""
     if not reads:
         return None
-    for node, where in reads:
+    for node, read in reads:
         moving = [n for n in ancestors([node]) if n.op == "call_function" and (is_random(n) or is_traced_part(n))]
         if moving:
             why = "random numbers" if is_random(moving[0]) else "a part of it that runs as it is"
-            is_validation = where.rpartition(" ")[2] in VALIDATIONS
-            cure = "set validate_args=False in torch.distributions there: " if is_validation else ""
+            cure = "set validate_args=False in torch.distributions there: " if read.is_validation else ""
             raise CaptureError(
-                f"{cure}the model's control flow at {where} depends on {why} ({moving[0].target} at {_source(moving[0])})",
-                module=_module(where),
+                f"{cure}the model's control flow at {read.source} depends on {why} "
+                f"({moving[0].target} at {_source(moving[0])})",
+                module=read.source.module,
             )
     needed = ancestors(node for node, _ in reads)
     guards = fx.Graph()

@@ -14,8 +14,10 @@ from torch import fx, nn
 from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, InputError
+from planner.graph.source import Source
 from planner.tracer import fidelity, kernels
 from planner.tracer.casts import MARK
+from planner.tracer.fidelity import SOURCE
 from planner.tracer.host.observe import HOOKS
 from planner.tracer.part import PartCall, TensorSpec
 from planner.tracer.storage import items
@@ -191,7 +193,8 @@ def write_parts(graph: fx.Graph, calls: Mapping[str, PartCall]) -> frozenset[str
 
 def _mark(node: fx.Node, spec: PartCall) -> None:
     node.meta["part"] = spec
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), "planner_source": f"{spec.module} (runs as it is)"}
+    source = Source(spec.module, note="runs as it is")
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), SOURCE: source}
 
 
 _SUMS = (torch.ops.aten.add.Tensor, kernels.add_gradients)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from planner._torch import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
 from planner.errors import CaptureError
+from planner.graph.source import NOWHERE, Source
 from planner.tracer.fidelity import is_users
 
 _INTERNAL = re.compile(
@@ -49,15 +51,14 @@ _LONGEST = 300
 _CALLER = str(Path(__file__).with_name("capture.py"))
 
 
-def refusal(error: Exception, where: str, module: str) -> CaptureError:
+def refusal(error: Exception, where: Source) -> CaptureError:
     """The CaptureError for an exception that a trace ended with.
 
     Args:
-        where: source of the kernel called last, "module file.py:12".
-        module: the submodule that it lies in.
+        where: source of the kernel called last.
     """
     line = _own_line(error.__traceback__)
-    place = " ".join(part for part in (module, line) if part) if line else where
+    place = replace(line, module=where.module) if line else where
     at = f" at {place}" if place else ""
     if isinstance(error, DynamicOutputShapeException):
         text = (
@@ -68,7 +69,7 @@ def refusal(error: Exception, where: str, module: str) -> CaptureError:
         text = f"{error.func}{at} depends on tensor values in a way that cannot be captured"
     else:
         text = f"the model cannot be captured: its forward{at} {_meaning(error)}"
-    return CaptureError(text, module=module)
+    return CaptureError(text, module=where.module)
 
 
 def own_words(error: Exception) -> str:
@@ -93,15 +94,15 @@ def _meaning(error: Exception) -> str:
     return f"does something that cannot be traced ({name})"
 
 
-def _own_line(traceback: TracebackType | None) -> str:
-    """'file.py:12' of the innermost frame of the user's own code; "" where there is none."""
-    line, inside = "", False
+def _own_line(traceback: TracebackType | None) -> Source:
+    """File and line of the innermost frame of the user's own code; NOWHERE where there is none."""
+    line, inside = NOWHERE, False
     while traceback is not None:
         code = traceback.tb_frame.f_code
         # frames up to the call of the model are those that called the planner's functions
         inside = inside or code.co_filename == _CALLER
         if inside and is_users(code.co_filename):
-            line = f"{Path(code.co_filename).name}:{traceback.tb_lineno}"
+            line = Source(file=Path(code.co_filename).name, line=traceback.tb_lineno)
         traceback = traceback.tb_next
     return line
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from planner.errors import CaptureError
+from planner.graph.source import NOWHERE
 from planner.profiler import observed
 from planner.profiler.kernel import tensors_in
 from planner.profiler.observed import Observation
@@ -119,7 +120,7 @@ def _cannot_be_followed(node: fx.Node) -> str:
 
 
 def _name(node: fx.Node, joint: Joint) -> str:
-    return f"{node.target} at {joint.sources.get(node.name, '')}"
+    return f"{node.target} at {joint.sources.get(node.name, NOWHERE)}"
 
 
 def _without(model: nn.Module, opaque: Collection[str], joint: Joint, node: fx.Node) -> tuple[str, ...]:
@@ -128,9 +129,9 @@ def _without(model: nn.Module, opaque: Collection[str], joint: Joint, node: fx.N
     Raises:
         CaptureError: it is the model itself.
     """
-    source = joint.sources.get(node.name, "")
+    source = joint.sources.get(node.name, NOWHERE)
     known = {*opaque, *(spec.module for spec in joint.parts.values())}
-    more = parts.widened(model, tuple(known), source.rpartition(" ")[0])
+    more = parts.widened(model, tuple(known), source.module)
     if not more:
         raise CaptureError(f"{_name(node, joint)} {_cannot_be_followed(node)}; correct that, and plan again")
     return more

@@ -14,6 +14,7 @@ from torch import nn
 from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, PlannerError
+from planner.graph.source import NOWHERE
 from planner.tracer import fidelity, parts, raising
 from planner.tracer.casts import Casts
 from planner.tracer.collectives import Refusing
@@ -50,6 +51,7 @@ class Step(nn.Module):
     Attributes:
         names: unique parameters' and buffers' names in the model, by their names here.
         outputs: one Output per output leaf.
+        where: source of the kernel called last, or of the submodule whose forward raised.
         num_results: how many results of the traced function stand for outputs.
         reads: host reads of the last trace; their tensors follow the outputs.
         recorded: values to answer host reads with, once a real forward has been run.
@@ -82,8 +84,8 @@ class Step(nn.Module):
         self.out_spec: Any = None
         self.outputs: list[Output] = []
         self.num_results = 0
-        self.reads: list[tuple[Any, str]] = []
-        self.where = ""
+        self.reads: list[fidelity.Read] = []
+        self.where = NOWHERE
         self.host = HostState()
         self._reassigned: dict[str, torch.Tensor] = {}
         self.preserved: Preserved | None = None
@@ -95,11 +97,6 @@ class Step(nn.Module):
         self.replay: Replay | None = None
         self.device = torch.device("cpu")
         self.caches_casts = torch.is_autocast_cache_enabled()
-
-    @property
-    def where_module(self) -> str:
-        """The submodule that ran the kernel called last."""
-        return self.where.rpartition(" ")[0]
 
     def can_run(self, tensors: Sequence[torch.Tensor]) -> bool:
         """There is a forward to learn from, and nothing is known from before.
@@ -218,8 +215,8 @@ class Step(nn.Module):
                 handed = self._classify_outputs(leaves, names, losses, tensors, given)
         finally:
             self.where = tracing.where
-        self.reads = [(value, where) for _, value, where in tracing.read]
-        read = [tensor.detach() for tensor, _, _ in tracing.read]
+        self.reads = [read for _, read in tracing.read]
+        read = [tensor.detach() for tensor, _ in tracing.read]
         return (*handed, *read)
 
     def _place_state(self, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:

@@ -243,10 +243,10 @@ def _text(value: Any) -> str:
 
 
 def _refusal(path: Path, was: Any, now: Any) -> CaptureError:
-    what = "global variable " if path.scope is not None else "attribute "
-    name = str(path).removeprefix("the global variable ")
+    what = "global variable" if path.scope is not None else "attribute"
     return CaptureError(
-        f"the model's forward changes its {what}{name} ({_text(was)} before, {_text(now)} after) from call to call; a plan "
-        "would repeat one value for ever. Keep it in a buffer, change it outside of the forward, or pass it as an argument",
+        f"the model's forward changes its {what} {path.place} ({_text(was)} before, {_text(now)} after) from call to call; "
+        "a plan would repeat one value for ever. Keep it in a buffer, change it outside of the forward, or pass it as an "
+        "argument",
         module=path.module,
     )

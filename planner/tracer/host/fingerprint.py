@@ -41,6 +41,7 @@ _NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types
 _ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.MethodDescriptorType)
 """What a deep copy does not copy."""
 _LARGE_BYTES = 2**16
+_NOTHING: Fingerprint = ("absent",)
 
 
 def tensor_key(tensor: torch.Tensor) -> TensorKey:
@@ -108,7 +109,7 @@ class Fingerprints:
         if isinstance(value, torch.Tensor):
             return ("tensor", kind.__name__, *tensor_key(value))
         if value is ABSENT:
-            return ("absent",)
+            return _NOTHING
         if id(value) in self._skipped:
             return ("grows", kind.__name__)
         if isinstance(value, _IMMUTABLE):
@@ -214,9 +215,9 @@ def described(found: Fingerprint) -> str:
         return repr(found)
     if not isinstance(found, tuple) or not found:
         return repr(found)[:80]
-    head = found[0]
-    if head == "absent":
+    if found == _NOTHING:
         return "absent"
+    head = found[0]
     if head == "tensor":
         return describe_tensor(found[2:])
     if head == "the model's":
@@ -235,8 +236,24 @@ def describe_tensor(key: Any) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}{layout} on {device}{grad}"
 
 
-def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> tuple[str, str, str]:
-    """Where two fingerprints differ first: (path, what was expected, what is now), as text."""
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two fingerprints differ first.
+
+    Attributes:
+        where: the place, as Python writes it.
+        planned, now: what was expected there, and what is there now, for people.
+        is_absent: there is nothing there now.
+    """
+
+    where: str
+    planned: str
+    now: str
+    is_absent: bool = False
+
+
+def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Difference:
+    """Where two fingerprints of the value at `path` differ first."""
     pair = (expected, now)
     if all(isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], tuple) for found in pair) and alike(
         expected[0], now[0]
@@ -244,12 +261,12 @@ def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> tupl
         old, new = expected[1], now[1]
         if old and new and all(isinstance(row, tuple) and len(row) == 3 for row in (*old, *new)):
             if len(old) != len(new):
-                return path, f"{len(old)} items", f"{len(new)} items"
+                return Difference(path, f"{len(old)} items", f"{len(new)} items")
             for (kind, key, one), (_, other_key, other) in zip(old, new, strict=True):
                 if not alike(key, other_key):
-                    return path, f"with {described(key)}", f"with {described(other_key)}"
+                    return Difference(path, f"with {described(key)}", f"with {described(other_key)}")
                 if not alike(one, other):
                     name = described(key)
                     inner = f"{path}[{name}]" if kind == "item" else f"{path}.{name.strip(chr(39))}"
                     return first_difference(one, other, inner)
-    return path, described(expected), described(now)
+    return Difference(path, described(expected), described(now), is_absent=now == _NOTHING)

@@ -57,7 +57,7 @@ class RecordKernels(TorchDispatchMode):
         self._graphs_refused: tuple[str, frozenset[int]] | None = None
         self.run = Run()
         self._paused = False
-        self.generator_at = ""
+        self.generator_at: str | None = None  # the submodule that first drew from a torch.Generator of its own
 
     @property
     def paused(self) -> bool:
@@ -148,7 +148,7 @@ class RecordKernels(TorchDispatchMode):
         if not self.paused:
             for leaf in leaves:
                 if isinstance(leaf, torch.Generator):
-                    self.generator_at = self.generator_at or self._where() or "the model"
+                    self.generator_at = self._where() if self.generator_at is None else self.generator_at
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
         if isinstance(func, OpOverload):
             self._keep_written(func, args, kwargs or {})

@@ -210,12 +210,12 @@ class Observer:
                 "fork_rng, set_rng_state, ...), which a plan does not repeat. Do it outside of the forward",
                 module=module,
             )
-        if self.kernels.generator_at:
+        if self.kernels.generator_at is not None:
             module = self.kernels.generator_at
             raise CaptureError(
-                f"the model's forward ({module}) draws from a torch.Generator of its own; a plan repeats draws of the default "
-                "generator only",
-                module="" if module == "the model" else module,
+                f"the model's forward ({module or 'the model'}) draws from a torch.Generator of its own; a plan repeats draws "
+                "of the default generator only",
+                module=module,
             )
         drew = self._modules.drew if self._modules.drew is not None else self.reads.drew
         if drew is not None:

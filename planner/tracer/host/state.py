@@ -34,7 +34,12 @@ class Path:
     scope: Scope | None = None
 
     def __str__(self) -> str:
-        start = f"the global variable {self.name}" if self.scope is not None else f"{self.module}.{self.name}".lstrip(".")
+        return f"the global variable {self.place}" if self.scope is not None else self.place
+
+    @property
+    def place(self) -> str:
+        """As Python writes it: "body.scale", or "cache['key']" of a global variable."""
+        start = self.name if self.scope is not None else f"{self.module}.{self.name}".lstrip(".")
         return start + "".join(map(text_of, self.steps))
 
     def inside(self, step: Step) -> Path:
