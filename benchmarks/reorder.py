@@ -5,12 +5,13 @@ python -m benchmarks.reorder
 
 from __future__ import annotations
 
-from benchmarks.solver import Case, names
+from benchmarks.solver import NEVER, Case, names
+from planner.graph.floor import floor
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.graph.floor import floor
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver
+from planner.solver.work import Limits
 
 FRACTIONS = (0.4, 0.3)
 
@@ -18,7 +19,7 @@ FRACTIONS = (0.4, 0.3)
 def plan(case: Case, fraction: float, *, reorder: bool) -> str:
     """Overhead (gap) in percent of the plain step, or what stopped it."""
     try:
-        solution = Solver(case.graph, reorder=reorder).solve(case.budget(fraction), time_limit_s=20.0)
+        solution = Solver(case.graph, reorder=reorder).solve(case.budget(fraction), Limits(20.0, NEVER))
     except Exception as error:
         return type(error).__name__
     timeline = simulate(case.graph, solution.schedule)

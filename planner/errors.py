@@ -47,7 +47,7 @@ class NoScheduleFoundError(PlannerError):
 
 
 class SolverMissingError(PlannerError):
-    """Neither HiGHS (highspy) nor CBC can be run."""
+    """HiGHS (highspy) cannot be run."""
 
 
 class GraphError(PlannerError):

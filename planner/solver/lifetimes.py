@@ -32,7 +32,7 @@ class Twin:
 @dataclass(frozen=True, slots=True, eq=False)
 class Lifetimes:
     """The droppable values d of a graph: written by the forward, no outputs, and wanted by the backward,
-    directly or to recompute another. Times are op indices of the plain step (formulation, section 1).
+    directly or to recompute another. Times are op indices of the plain step.
 
     Attributes:
         names: the droppable values; all arrays below but `base` have one entry for each.
