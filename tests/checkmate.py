@@ -25,6 +25,7 @@ in any order, where the captured one may hold more at a time. So the optimum her
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,6 +33,7 @@ from itertools import pairwise
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule
 from planner.solver.backend import Program, Status, solve
+from planner.solver.work import Work
 
 _ONE = -1
 """A column that is the constant 1; None is the constant 0."""
@@ -45,7 +47,7 @@ class Reference:
     """What the program says.
 
     Attributes:
-        status: "optimal" (within the gap), "feasible" (out of time), "infeasible" (proven), "unknown".
+        status: "optimal" (within the gap), "feasible" (out of work), "infeasible" (proven), "unknown".
         schedule: None unless optimal or feasible.
         time_ns: of the schedule; infinite without one.
         bound_ns: no schedule of the class takes less time.
@@ -61,7 +63,7 @@ class Reference:
 
 
 def checkmate(
-    graph: Graph, budget_bytes: int, *, backward_again: bool = False, time_limit_s: float = 60.0, gap: float = 1e-6
+    graph: Graph, budget_bytes: int, *, backward_again: bool = False, effort: float = math.inf, gap: float = 1e-6
 ) -> Reference:
     """The cheapest schedule of the class within the budget.
 
@@ -69,7 +71,7 @@ def checkmate(
         graph: the joint graph.
         budget_bytes: bound on the live bytes at every step.
         backward_again: backward ops may run again too.
-        time_limit_s: wall seconds.
+        effort: units of work that HiGHS may spend.
         gap: how far from the optimum to stop, as a fraction of the plain step's time.
     """
     model = _Model(graph, backward_again)
@@ -78,7 +80,7 @@ def checkmate(
     for t in range(len(graph.ops)):
         frees = model.add_lives(t)
         model.add_memory(t, budget_bytes, frees)
-    answer = solve(model.program, time_limit_s=time_limit_s, gap=gap)
+    answer = solve(model.program, Work(effort), gap=gap)
     steps = model.steps(answer.values) if answer.values else ()
     return Reference(
         status=answer.status,
@@ -190,7 +192,7 @@ class _Model:
             held -= sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
         held += sum(graph.value[name].nbytes for name in self.outputs if graph.producer[name] < t)
         slots = [i for i in range(t + 1) if (t, i) in self.runs]
-        live = [self.program.column(upper=None) for _ in slots]
+        live = [self.program.column(upper=math.inf) for _ in slots]
         carried = [(self.saved[t, name], self.size(name)) for name in graph.producer if (t, name) in self.saved]
         self.row([(live[0], -1), *carried, (self.runs[t, slots[0]], self._written(slots[0]))], 0)
         for (before, now), (k, i) in zip(pairwise(live), pairwise(slots), strict=True):

@@ -136,9 +136,9 @@ def gpt2(num_layers: int, share: float) -> tuple[Graph, int]:
     return graph, round(least + share * (plain - least))
 
 
-def solve_is_as_good(graph: Graph, budget_bytes: int, time_limit_s: float) -> Reference:
+def solve_is_as_good(graph: Graph, budget_bytes: int, effort: float) -> Reference:
     """The solver's plan is no dearer than Checkmate's, and not cheaper than Checkmate's program can prove possible."""
-    reference = checkmate(graph, budget_bytes, time_limit_s=time_limit_s, gap=GAP)
+    reference = checkmate(graph, budget_bytes, effort=effort, gap=GAP)
     assert reference.schedule is not None
     judged = simulate(graph, reference.schedule)
     assert judged.peak_bytes <= budget_bytes
@@ -153,10 +153,10 @@ def solve_is_as_good(graph: Graph, budget_bytes: int, time_limit_s: float) -> Re
 
 @pytest.mark.parametrize("share", [0.95, 0.8])
 def test_one_layer_of_gpt2(share: float) -> None:
-    assert solve_is_as_good(*gpt2(1, share), time_limit_s=60).status == "optimal"
+    assert solve_is_as_good(*gpt2(1, share), effort=60.0).status == "optimal"
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize(("num_layers", "share"), [(1, 0.7), (1, 0.5), (1, 0.3), (2, 0.9), (2, 0.7)])
 def test_gpt2_under_tighter_budgets(num_layers: int, share: float) -> None:
-    assert solve_is_as_good(*gpt2(num_layers, share), time_limit_s=300).status == "optimal"
+    assert solve_is_as_good(*gpt2(num_layers, share), effort=300.0).status == "optimal"
