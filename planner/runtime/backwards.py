@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -11,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from planner._torch import fake_mode, pytree
-from planner.errors import BackwardError, PlannerError
+from planner.errors import BackwardError, PlannerError, warn
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.log import RUNTIME
 from planner.profiler.estimate import estimate
 from planner.profiler.kernel import tensors_in
 from planner.profiler.measure import measure
@@ -41,7 +41,6 @@ _CURE = (
     "Make the loss part of the plan: plan(..., criterion=your loss, criterion_args=(targets,)), or loss= naming the outputs "
     "that your loss is made of"
 )
-_log = logging.getLogger("planner")
 
 
 class Backwards:
@@ -117,9 +116,12 @@ class Backwards:
             raise self._over(choice, what)
         self._check_owners(joint, what)
         other = self._written(joint, graph, choice)
-        over = choice.peak_bytes > plan.budget_bytes  # fractional budgets alone: the plain step of this backward peaks higher
-        _log.log(
-            logging.WARNING if over else logging.INFO,
+        if choice.peak_bytes > plan.budget_bytes:  # fractional budgets alone: the plain step of this backward peaks higher
+            warn(
+                f"{what}: with it this step peaks at {format_bytes(choice.peak_bytes)}, within the fraction of a plain step "
+                f"with this backward, but above the {format_bytes(plan.budget_bytes)} planned for. {_CURE}"
+            )
+        RUNTIME.info(
             "%s: captured in %.1f s; its step peaks at %s, simulated time %+.1f %% against the planned step",
             what,
             time.monotonic() - begun,
