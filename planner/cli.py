@@ -5,7 +5,7 @@ planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json]
 planner explain FILE.py:FUNCTION --budget 6GiB
 planner max-batch FILE.py:FUNCTION --budget 6GiB [--device H100-80GB] [--verify] [--json]
 planner export FILE.py:FUNCTION --budget 6GiB | --plan plan.json -o model_ckpt.py
-With --json, all but the last print figures for machines; with --log-level info, each logs its steps on stderr. These need no torch:
+With --json, all but the last print figures for machines; --log-level info shows the steps on stderr. These need no torch:
 planner explain PLAN.json
 planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
 planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]

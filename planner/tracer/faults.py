@@ -79,7 +79,7 @@ def note(error: BaseException, doing: str) -> None:
         error.add_note(f"{_NOTE} {doing}, which needs more memory than is free")
     else:
         error.add_note(
-            f"{_NOTE} {doing}. This is its own fault, not the model's, which is as it was: please report it with this traceback, "
+            f"{_NOTE} {doing}. This is its own fault, not the model's, which is as it was: please report this traceback, "
             "and train unplanned until it is fixed"
         )
 
