@@ -30,7 +30,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
 from planner.tracer.capture import one_at_a_time
-from planner.tracer.faults import concerns_model, is_fault, noting
+from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
 from planner.tracer.refusal import own_words
@@ -240,7 +240,9 @@ class _Trial:
                 self.step()  # what a first call allocates for good is no part of a step
                 self.model.zero_grad(set_to_none=True)
                 above = logical_peak(self.step, self.device)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         finally:
             for module in modules:

@@ -20,6 +20,7 @@ from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,6 +49,8 @@ def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
     try:
         return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CopyError(f"the model cannot be copied, so no step of it can be run beside it: {first_line(error)}") from error
 
 

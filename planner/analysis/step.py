@@ -74,7 +74,10 @@ def run_step(planned: CheckpointedModule, call: Call) -> int:
 
 def _in_process(planned: CheckpointedModule, call: Call) -> int:
     cuda = planned.device.type == "cuda"
-    side = Side(copy_of(planned, sharing=True), planned, call)
+    try:
+        side = Side(copy_of(planned, sharing=True), planned, call)
+    except torch.OutOfMemoryError as error:
+        raise _no_memory(planned) from error
     with torch.random.fork_rng(devices=[planned.device] if cuda else []):
         try:
             side.prepare()
@@ -87,10 +90,14 @@ def _in_process(planned: CheckpointedModule, call: Call) -> int:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise _fault(planned, *_described(error, planned.step.joint)) from error
-            free = f", {format_bytes(torch.cuda.mem_get_info(planned.device)[0])} are free" if cuda else ""
-            needed = format_bytes(planned.plan.peak_bytes)
-            raise NotRunError(f"the device has not the memory for the step's {needed}{free}") from error
+            raise _no_memory(planned) from error
     raise _fault(planned, wrong, "")
+
+
+def _no_memory(planned: CheckpointedModule) -> NotRunError:
+    cuda = planned.device.type == "cuda"
+    free = f", {format_bytes(torch.cuda.mem_get_info(planned.device)[0])} are free" if cuda else ""
+    return NotRunError(f"the device has not the memory for the step's {format_bytes(planned.plan.peak_bytes)}{free}")
 
 
 def _in_child(planned: CheckpointedModule, call: Call) -> int:
