@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from planner._torch import fake_mode, pytree
-from planner.errors import BackwardError, PlannerError, warn
+from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
@@ -116,16 +117,15 @@ class Backwards:
             raise self._over(choice, what)
         self._check_owners(joint, what)
         other = self._written(joint, graph, choice)
-        if choice.peak_bytes > plan.budget_bytes:  # fractional budgets alone: the plain step of this backward peaks higher
-            warn(
-                f"{what}: with it this step peaks at {format_bytes(choice.peak_bytes)}, within the fraction of a plain step "
-                f"with this backward, but above the {format_bytes(plan.budget_bytes)} planned for. {_CURE}"
-            )
-        RUNTIME.info(
-            "%s: captured in %.1f s; its step peaks at %s, simulated time %+.1f %% against the planned step",
+        # with fractional budgets alone: the plain step of this backward peaks higher, and the fraction is of that
+        over = choice.peak_bytes > plan.budget_bytes
+        RUNTIME.log(
+            logging.WARNING if over else logging.INFO,
+            "%s: captured in %.1f s; its step peaks at %s (planned for %s), simulated time %+.1f %% against the planned step",
             what,
             time.monotonic() - begun,
             format_bytes(choice.peak_bytes),
+            format_bytes(plan.budget_bytes),
             100 * (choice.time_ns / max(1, plan.timeline.time_ns) - 1),
         )
         return other
