@@ -98,13 +98,13 @@ def test_what_runs_as_it_is_is_a_warning_with_the_first_error_once(logged):
     assert "runs as it is" in warned and "body.0" in warned
     assert "The first error: " in warned and "shape depends on the data" in warned
     again = [line for line in logged("tracer", "INFO") if "capture again" in line]
-    assert again and "with body.0 opaque" in again[0] and "shape depends on the data" in again[0]
+    assert again and "with 'body.0' opaque" in again[0] and "shape depends on the data" in again[0]
 
 
 def test_what_was_asked_to_run_as_it_is_is_no_warning(logged):
     planned(two_blocks(lambda x: x), opaque=["body.0"])
     assert not logged("tracer", "WARNING")
-    assert any("as asked for or always: body.0" in line for line in logged("tracer", "INFO"))
+    assert any("as asked for or always: 'body.0'" in line for line in logged("tracer", "INFO"))
 
 
 def test_planning_again_for_less_is_info(logged, monkeypatch):

@@ -83,7 +83,7 @@ def capture(
             before, opaque = opaque, parts.widened(model, tuple(opaque), error.module)
             if not opaque:
                 raise first from None
-            more = ", ".join(name for name in opaque if name not in before)
+            more = ", ".join(repr(name) for name in opaque if name not in before)
             TRACER.info("%s: capture again, with %s opaque: %s", type(model).__name__, more, error)
 
 

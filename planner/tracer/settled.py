@@ -58,7 +58,7 @@ def capture(
 
 def _log_parts(name: str, joint: Joint) -> None:
     """Log which submodules run as they are, once for all traces of a capture."""
-    opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
+    opaque = ", ".join(dict.fromkeys(repr(spec.module) for spec in joint.parts.values()))
     if opaque and joint.refused:
         TRACER.warning("%s: runs as it is, unplanned inside: %s. The first error: %s", name, opaque, joint.refused)
     elif opaque:
