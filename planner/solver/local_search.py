@@ -2,7 +2,8 @@
 
 A schedule is a list of steps and nothing else, so a move is a change of the list: `repair` runs ops again right before
 a read, which lets the value go until then; `shrink` deletes such a run, which keeps the value until the read. Any op may run
-again any number of times, in the forward too, so this reaches budgets that sets of kept values cannot. It proves nothing; the certificate does.
+again any number of times, in the forward too, so this reaches budgets that sets of kept values cannot. It proves nothing; the
+certificate does.
 """
 
 from __future__ import annotations
