@@ -9,9 +9,9 @@ from benchmarks.solver import NEVER, Case, names
 from planner.graph.floor import floor
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 
 FRACTIONS = (0.4, 0.3)
 

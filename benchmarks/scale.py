@@ -24,12 +24,13 @@ from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.solver.certificate import Certificate
 from planner.solver.coarsen import coarsen
 from planner.solver.keepset import KeepSet
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver
-from planner.solver.work import Limits, Work
+from planner.solver.work import Work
 
 NAMES = ("gpt2-1", "gpt2-2", "gpt2-medium-eager", "gpt2-xl-eager", "gpt-96", "gpt-192")
 STAGES = ("simulate", "floor", "reorder", "coarsen", "program", "certificate", "solver", "plan")

@@ -24,9 +24,9 @@ from planner.graph import planfile
 from planner.graph.graph import RESIDENT_KINDS, Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
+from planner.limits import Limits
 from planner.solver.baselines import greedy, per_block, segments, sqrt_segments
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 
 GRAPHS = Path(__file__).parent / "graphs"
 FRACTIONS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -188,9 +188,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="graphs of the corpus (default: all but the tiny and the scale graphs)")
     parser.add_argument("--without-gradients", action="store_true")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument(
-        "--effort", type=float, default=20.0, metavar="E", help="work per budget, or per sweep"
-    )
+    parser.add_argument("--effort", type=float, default=20.0, metavar="E", help="work per budget, or per sweep")
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines here")
     parser.add_argument("--table", action="store_true", help="only print the table of the lines in --out")
     arguments = parser.parse_args()

@@ -17,6 +17,7 @@ from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, PlanFile
 from planner.graph.graph import Graph
 from planner.graph.plan import NOT_RUN, Plan
 from planner.graph.planfile import fingerprint
+from planner.limits import Limits
 from planner.priced import Options, allocator_margin, price
 from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
@@ -27,7 +28,6 @@ from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
 from planner.runtime.step import DEFAULT_STAGES, Recapture, make_step
-from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from planner.errors import InputError
-from planner.solver.work import Limits
+from planner.limits import Limits
 from planner.units import kind, shown
 
 _MOST = 2**31

@@ -15,6 +15,7 @@ from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, Inp
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.limits import Limits
 from planner.log import PLANNER
 from planner.priced import Options, Priced, price
 from planner.profiler.estimate import DeviceModel
@@ -23,7 +24,6 @@ from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
-from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import calls_users_code, concerns_model
 from planner.tracer.loss import Loss

@@ -21,6 +21,7 @@ from planner.graph.plan import Plan, Solution
 from planner.graph.planfile import fingerprint
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.log import PLANNER
 from planner.priced import Options, Priced, allocator_margin, price_joint
 from planner.profiler.memory import logical_peak
@@ -29,7 +30,6 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved

@@ -16,6 +16,7 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.log import PLANNER
 from planner.profiler.devices import find_device
 from planner.profiler.estimate import DeviceModel, estimate
@@ -25,7 +26,6 @@ from planner.profiler.profile import Profile
 from planner.report.budgets import Refusal, restated
 from planner.report.progress import stage
 from planner.solver.solve import Solver, solve
-from planner.solver.work import Limits
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.faults import noting
 from planner.tracer.joint import Joint

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from planner import plan
 from planner.graph.plan import Plan, Solution
+from planner.limits import Limits
 from planner.rewriter.partition import partition
 from planner.runtime.guard import call_key
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import Step
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower
 from tests.strategies import scatter

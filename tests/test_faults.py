@@ -47,7 +47,7 @@ def rows_of_data(x):
 
 
 FAULTS = {
-    "in the trace": ("planner.tracer.fidelity.user_line", TypeError),
+    "in the trace": ("planner.tracer.fidelity.source_here", TypeError),
     "in the recording forward": ("planner.tracer.host.kernels.storage_id", TypeError),
     "in the traced call": ("planner.tracer.traced.flatten_output", TypeError),
     "in the normal form": ("planner.tracer.capture.normalize", TypeError),

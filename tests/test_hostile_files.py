@@ -18,10 +18,10 @@ from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
+from planner.limits import Limits
 from planner.profiler.cache import KernelCache
 from planner.profiler.profile import KernelCost
 from planner.report.sweep import Sweep, sweep_graph
-from planner.solver.work import Limits
 from tests import graphs
 
 HUGE = 10**30

@@ -19,9 +19,9 @@ from planner.graph.floor import floor
 from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
+from planner.limits import Limits
 from planner.report.sweep import sweep_graph
 from planner.report.today import module_checkpoints, references
-from planner.solver.work import Limits
 from tests import graphs
 from tests.models import Attention, Wrapped
 from tests.pictures import is_png, is_svg

@@ -15,11 +15,11 @@ from planner import InputError, Plan
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.report import timeline, trace
 from planner.report.timeline import Part, largest, live_parts
 from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 from tests import graphs
 from tests.pictures import is_png, is_svg
 from tests.strategies import schedules, training_graphs

@@ -22,7 +22,7 @@ CALL = """
 import json, logging
 from benchmarks.solver import Case
 from planner.solver import solve
-from planner.solver.work import Limits
+from planner.limits import Limits
 
 slices, works = [], []
 class Slices(logging.Handler):

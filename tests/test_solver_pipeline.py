@@ -14,6 +14,7 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.solver import pipeline, work
 from planner.solver.baselines import all_baselines
 from planner.solver.exhaustive import exhaustive
@@ -22,7 +23,7 @@ from planner.solver.problem import Models, Problem
 from planner.solver.search import Archive, Search
 from planner.solver.solve import Solver, solve, sweep
 from planner.solver.tuning import FIRST_SLICE, PATIENCE
-from planner.solver.work import Limits, Work
+from planner.solver.work import Work, begin
 from tests import graphs
 from tests.strategies import budgets, training_graphs
 
@@ -262,11 +263,11 @@ def test_a_share_of_work_spends_from_the_same_meter() -> None:
 
 
 def test_a_passed_backstop_leaves_nothing_to_spend() -> None:
-    late = Limits(effort=5.0, time_limit_s=0.0).start()
+    late = begin(Limits(effort=5.0, time_limit_s=0.0))
     assert late.left == 5.0
     late.charge(0.0)
     assert late.meter.is_late and late.is_over and late.share(1.0).is_over
-    in_time = Limits(effort=5.0).start()
+    in_time = begin(Limits(effort=5.0))
     in_time.charge(1.0)
     assert not in_time.meter.is_late and in_time.left == 4.0
 

@@ -11,10 +11,10 @@ from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, check, keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.solver.baselines import sqrt_segments
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver, solve
-from planner.solver.work import Limits
 from tests import graphs
 from tests.strategies import training_graphs
 

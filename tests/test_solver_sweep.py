@@ -11,11 +11,11 @@ from planner.errors import InfeasibleBudgetError
 from planner.graph.plan import Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.report.sweep import sweep_graph
 from planner.solver import backend, problem
 from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver, floor, sweep
-from planner.solver.work import Limits
 from tests import graphs
 from tests.strategies import budgets, training_graphs
 

@@ -10,9 +10,9 @@ from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan, Solution
 from planner.graph.simulate import simulate
+from planner.limits import Limits
 from planner.report.modules import fold, module_of
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 from planner.units import format_bytes, format_ns
 
 _GIB = 2**30

@@ -14,9 +14,9 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
+from planner.limits import Limits
 from planner.report.budgets import Budget, asked_budgets, restated, spread
 from planner.solver.solve import Solver
-from planner.solver.work import Limits
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
 if TYPE_CHECKING:

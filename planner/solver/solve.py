@@ -11,6 +11,7 @@ from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
+from planner.limits import Limits
 from planner.solver.backend import SOLVER
 from planner.solver.baselines import all_baselines
 from planner.solver.pipeline import Run, run
@@ -18,7 +19,7 @@ from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
 from planner.solver.search import Archive, Search
 from planner.solver.tuning import GAP
-from planner.solver.work import Limits, Meter, Work
+from planner.solver.work import Meter, Work, begin
 from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
@@ -99,7 +100,7 @@ class Solver:
         if floor(self.graph)[0] > budget_bytes:
             unmoved = self._in_captured_order(budget_bytes)
             return unmoved.solve(budget_bytes, limits, gap=gap)
-        start, work = time.monotonic(), (limits or Limits()).start()
+        start, work = time.monotonic(), begin(limits or Limits())
         one = self._run(budget_bytes, gap)
         run([one], work)
         return self._solution(one, work.meter, time.monotonic() - start)
@@ -112,7 +113,7 @@ class Solver:
             limits: for all budgets together.
             gap: how far from the optimum to stop, as a fraction of the plain step's time.
         """
-        start, work = time.monotonic(), (limits or Limits()).start()
+        start, work = time.monotonic(), begin(limits or Limits())
         budgets, least = sorted(set(budgets_bytes)), floor(self.graph)[0]
         found: dict[int, Outcome] = {}
         for budget in (budget for budget in budgets if budget < least):
@@ -130,7 +131,7 @@ class Solver:
 
     def lowest_peak(self, limits: Limits | None = None) -> int:
         """As the function `lowest_peak`."""
-        work = (limits or Limits()).start()
+        work = begin(limits or Limits())
         lowest = self._lowest(work.share(work.left / 2) if self._is_moved else work)
         if self._is_moved and floor(self._captured)[0] < lowest:
             lowest = min(lowest, Solver(self._captured, reorder=False)._lowest(work))

@@ -10,29 +10,8 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from planner.limits import Limits
 from planner.solver.tuning import BACKSTOP
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one call may spend.
-
-    Attributes:
-        effort: units of work.
-        time_limit_s: wall seconds after which the search ends whatever it has; None: thirty for each unit, and thirty more.
-    """
-
-    effort: float = 10.0
-    time_limit_s: float | None = None
-
-    def share(self, fraction: float) -> Limits:
-        """So much of it."""
-        return Limits(fraction * self.effort, None if self.time_limit_s is None else fraction * self.time_limit_s)
-
-    def start(self) -> Work:
-        """Begin to spend."""
-        limit_s = BACKSTOP * (1 + self.effort) if self.time_limit_s is None else self.time_limit_s
-        return Work(self.effort, Meter(time.monotonic() + limit_s))
 
 
 @dataclass(slots=True)
@@ -80,3 +59,9 @@ class Work:
     def share(self, units: float) -> Work:
         """At most so many of the units that are left."""
         return Work(min(self.until, self.meter.spent + units), self.meter)
+
+
+def begin(limits: Limits) -> Work:
+    """Begin to spend what a call may spend."""
+    limit_s = BACKSTOP * (1 + limits.effort) if limits.time_limit_s is None else limits.time_limit_s
+    return Work(limits.effort, Meter(time.monotonic() + limit_s))
