@@ -31,8 +31,8 @@ class Slices(logging.Handler):
 log = logging.getLogger("planner.solver")
 log.setLevel(logging.DEBUG)
 log.addHandler(Slices())
-start = Limits.start
-Limits.start = lambda self: works.append(start(self)) or works[-1]
+begin = solve.begin
+solve.begin = lambda limits: works.append(begin(limits)) or works[-1]
 
 def limits(effort):
     return Limits(effort, time_limit_s=3600.0)
