@@ -14,6 +14,7 @@ from planner import arguments, units
 from planner.errors import BudgetError, CaptureError, InputError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.profiler.devices import find_device
@@ -103,12 +104,12 @@ class Priced:
     Attributes:
         joint: as captured.
         graph: what solvers see.
-        made_on: as in `Plan`.
+        provenance: as in `Plan`.
     """
 
     joint: Joint
     graph: Graph
-    made_on: tuple[tuple[str, str], ...]
+    provenance: Provenance
 
     @property
     def plain_bytes(self) -> int:
@@ -133,7 +134,7 @@ class Priced:
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
         solution = solve(self.graph, budget_bytes - margin_bytes, time_limit_s=time_limit_s, reorder=self.is_movable)
-        return Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
+        return Plan(self.graph, budget_bytes, margin_bytes, solution, self.provenance)
 
     def refusal(self, error: Refusal, budget: int | str | float, budget_bytes: int, time_limit_s: float) -> Refusal:
         """What `plan` raised for `budget_bytes`, with the budget as the user gave it and one for which there is a plan.
@@ -165,7 +166,7 @@ def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
 def price_joint(joint: Joint, options: Options, aside: Mapping[str, int] | None = None) -> Priced:
     """Price a captured step; `aside`: bytes that are resident beside it, by what they are for."""
     profile = _profile(joint, options)
-    return Priced(joint, lower(joint, profile, reserved=aside or {}), _made_on(joint, profile))
+    return Priced(joint, lower(joint, profile, reserved=aside or {}), _provenance(joint, profile))
 
 
 def allocator_margin(graph: Graph, budget_bytes: int) -> int:
@@ -191,12 +192,15 @@ def _profile(joint: Joint, options: Options) -> Profile:
     return measure(nodes, joint.device, progress=options.progress)
 
 
-def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
-    opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
-    return (
-        *([("as they are", opaque)] if opaque else []),
-        ("costs", profile.how),
-        ("date", time.strftime("%Y-%m-%d")),
-        ("device", f"{profile.device} (not here)" if joint.elsewhere else profile.device),
-        ("torch", torch.__version__),
+def _provenance(joint: Joint, profile: Profile) -> Provenance:
+    return Provenance(
+        costs="estimated" if profile.model else "measured",
+        device=profile.device,
+        is_here=not joint.elsewhere,
+        model=profile.model,
+        num_kernels=profile.num_kernels,
+        num_estimated=profile.num_estimated,
+        opaque=tuple(dict.fromkeys(spec.module for spec in joint.parts.values())),
+        torch=str(torch.__version__),
+        date=time.strftime("%Y-%m-%d"),
     )

@@ -15,7 +15,7 @@ import planner
 from examples import llama_7b
 from planner import BudgetError, CaptureError, DeviceModel, InputError, Plan, PlanMissWarning, apply, plan, sweep, verify
 from planner.graph.graph import Kind
-from planner.graph.planfile import fingerprint
+from planner.graph.structure import fingerprint
 from planner.profiler.devices import devices, find_device
 from planner.profiler.optimizer import master_bytes, state_bytes
 from planner.tracer.capture import capture
@@ -196,7 +196,7 @@ def test_here_the_module_trains_unplanned_with_one_warning(tmp_path):
         verify(planned, (x,))
     planned.plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
-    assert again == planned.plan and dict(again.made_on)["costs"] == "estimated: L4-24GB"
+    assert again == planned.plan and (again.provenance.costs, again.provenance.model) == ("estimated", "L4-24GB")
 
 
 def test_a_plan_for_another_cpu_applies_here(tmp_path):

@@ -122,7 +122,7 @@ def _figures(planned: Any) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "predicted_bytes": plan.peak_bytes,
         "overhead": plan.overhead,
-        "opaque": dict(plan.made_on).get("as they are", ""),
+        "opaque": ", ".join(plan.provenance.opaque),
     }
 
 

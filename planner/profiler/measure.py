@@ -59,16 +59,10 @@ def measure(
         known |= fresh
     costs = _with_estimates(example, known, device)
     failed = len(example) - len(known)
-    name = device_name(device)
-    return Profile({node: costs[key] for node, key in keys.items()}, _how(len(example), failed, device), name)
-
-
-def _how(total: int, failed: int, device: torch.device) -> str:
-    if failed == 0:
-        return "measured"
-    if failed == total:
-        return f"estimated: {_generic(device).name}"
-    return f"measured, {failed} of {total} kernels estimated"
+    by_node = {node: costs[key] for node, key in keys.items()}
+    if failed and failed == len(example):
+        return Profile(by_node, device_name(device), _generic(device).name)
+    return Profile(by_node, device_name(device), "", len(example), failed)
 
 
 def _generic(device: torch.device) -> Any:
