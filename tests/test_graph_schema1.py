@@ -72,9 +72,7 @@ def test_the_shell_shows_explains_and_solves_it(capsys: pytest.CaptureFixture[st
 
 def test_it_is_not_applied() -> None:
     model, args, kwargs = models.build("mlp")
-    with pytest.raises(
-        PlanFileError, match=r"schema 1\): it can be shown, explained and solved again, not applied"
-    ):
+    with pytest.raises(PlanFileError, match=r"schema 1\): it can be shown, explained and solved again, not applied"):
         apply(Plan.load(PLAN), model, args, kwargs)
 
 
