@@ -226,12 +226,14 @@ def captured_for(
 ) -> tuple[Plan, Joint]:
     """The plan under the names of the model's joint graph, and that graph, which is the one that the plan was made for.
 
+    Where it communicates, the plan may be another rank's: kernels' arguments may then differ.
+
     Raises:
         PlanFileError: it is not.
     """
     joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
     graph = lower(joint)
-    _check_same(plan, graph)
+    _check_same(plan, graph, arguments=not communicates(joint))
     return replace(plan, graph=renamed(plan.graph, graph)), joint
 
 
@@ -302,13 +304,14 @@ def _measured_point(
     return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
 
-def _check_same(plan: Plan, captured: Graph) -> None:
-    if not has_kernels(plan.graph.ops):
+def _check_same(plan: Plan, captured: Graph, *, arguments: bool) -> None:
+    """Raise PlanFileError unless the plan is of the captured graph; `arguments`: kernels' arguments are compared, too."""
+    if not has_kernels(plan.graph):
         raise PlanFileError(
             "the plan does not say which kernels it was made for (a file of an earlier release, schema 1): it can be shown, "
             "explained and solved again, not applied. Make it again with planner.plan."
         )
-    if fingerprint(plan.graph) == fingerprint(captured):
+    if fingerprint(plan.graph, arguments=arguments) == fingerprint(captured, arguments=arguments):
         return
     made = plan.provenance.torch if plan.provenance is not None else "unknown"
     versions = "" if made == torch.__version__ else f" The plan was made with torch {made}, this is {torch.__version__}."

@@ -212,7 +212,7 @@ def test_a_plan_for_another_cpu_applies_here(tmp_path):
 def test_sweeps_have_devices_too_and_do_not_pretend_to_measure():
     model, args, kwargs = meta_call()
     swept = sweep(model, None, args, kwargs, points=2, low=0.999, device="H100", time_limit_s=1.0, progress=False)
-    assert "estimated: H100-80GB" in str(swept)
+    assert "estimated for H100-80GB" in str(swept)
     with pytest.raises(InputError, match="no model to run"):
         swept.verify(1)
 

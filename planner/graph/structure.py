@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from planner.graph.graph import Graph, Kind, Op
+from planner.graph.graph import Graph, Kind
 
 Place = tuple[int, int]
 """Where a value comes from: (op that writes it, position among its results); for an input (-1, position among the inputs)."""
@@ -35,14 +35,17 @@ def wiring(graph: Graph) -> list[Any]:
     return [*rows, at(graph.forward_outputs), at(graph.backward_outputs), graph.num_forward_ops]
 
 
-def fingerprint(graph: Graph) -> str:
+def fingerprint(graph: Graph, *, arguments: bool = True) -> str:
     """32 hex digits of the graph's structure: equal for two captures of one step, whatever their nodes are called.
 
     Ops count by kernel, arguments (shapes and scalars), the places of what they read, bytes of what they write, and whether
     they may run again; values by place, kind and bytes. Names, sources, reserved bytes and what is measured do not count.
+
+    Args:
+        arguments: False leaves them out: among them may be which part of a tensor a rank works on.
     """
     rows = wiring(graph)
-    rows += [[op.arguments, op.recomputable] for op in graph.ops]
+    rows += [[op.arguments if arguments else "", op.recomputable] for op in graph.ops]
     rows += [_known_bytes(graph, name) for name in places(graph)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
@@ -97,9 +100,9 @@ def first_difference(planned: Graph, captured: Graph) -> str:
     return "their inputs or outputs differ"
 
 
-def has_kernels(ops: Sequence[Op]) -> bool:
-    """Every op says which kernel it is: only then can another capture be compared with them."""
-    return all(op.kernel for op in ops)
+def has_kernels(graph: Graph) -> bool:
+    """Every op says which kernel it is: only then can the graph be compared with a captured one."""
+    return all(op.kernel for op in graph.ops)
 
 
 def _known_bytes(graph: Graph, name: str) -> int:
