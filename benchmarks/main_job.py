@@ -40,6 +40,7 @@ from benchmarks.cases import (
     warm_peak,
 )
 from benchmarks.memory import MALLOC_ENVIRONMENT, logical_peak, paired_cpu_ratio, physical_peak
+from planner.graph.planfile import provenance_fields
 
 FRACTIONS = {
     "gpt2": (1.0, 0.7, 0.5, 0.4),
@@ -86,7 +87,7 @@ def measure_case(name: str, fraction: float, rounds: int, pickle_file: Path | No
         "num_ops": len(made.graph.ops),
         "first_plan": first_seconds,
         "second_plan": second_seconds,
-        "made_on": dict(made.made_on),
+        "provenance": provenance_fields(made.provenance),
         "machine": machine(),
     }
 

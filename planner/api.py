@@ -16,7 +16,7 @@ from planner.analysis.verify import verify
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.plan import NOT_RUN, Plan
-from planner.graph.planfile import fingerprint
+from planner.graph.structure import fingerprint, first_difference, has_kernels, renamed
 from planner.limits import Limits
 from planner.priced import Options, allocator_margin, price
 from planner.profiler.estimate import DeviceModel
@@ -172,13 +172,12 @@ def _plan_call(
         step = make_step(made, priced.joint, model, args, kwargs, num_stages, recapture, options.compile, fraction)
         return CheckpointedModule(model, step, made, strict, audits=audit)
 
-    is_estimated = dict(priced.made_on)["costs"].startswith("estimated")
     try:
         reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
         reason = reason or (COMMUNICATES if communicates(priced.joint) else "")
         if reason:
             return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")
-        if fraction is not None and is_estimated and not options.compile and priced.is_on_cpu:
+        if fraction is not None and priced.provenance.is_estimated and not options.compile and priced.is_on_cpu:
             return measured(within(budget_bytes), args, kwargs, progress=options.progress)
         return measured_within(budget_bytes, within, args, kwargs, progress=options.progress)
     except (InfeasibleBudgetError, NoScheduleFoundError) as error:
@@ -216,7 +215,7 @@ def apply(
     num_stages, loss, opaque = arguments.count(num_stages, "num_stages"), arguments.loss_choice(loss), arguments.names(opaque)
     model, kwargs, loss, opaque = with_criterion(model, kwargs, loss, opaque, criterion, criterion_args)
     with one_at_a_time():
-        joint = captured_for(plan, model, args, kwargs, loss, opaque)
+        plan, joint = captured_for(plan, model, args, kwargs, loss, opaque)
         recapture = Recapture(loss, tuple(opaque)) if dynamic else None
         step = make_step(plan, joint, model, args, kwargs, num_stages, recapture, compile)
         planned = CheckpointedModule(model, step, plan, strict)
@@ -228,15 +227,18 @@ def apply(
 
 def captured_for(
     plan: Plan, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, loss: Loss, opaque: Collection[str]
-) -> Joint:
-    """The model's joint graph, which is the one that the plan was made for.
+) -> tuple[Plan, Joint]:
+    """The plan under the names of the model's joint graph, and that graph, which is the one that the plan was made for.
+
+    Where it communicates, the plan may be another rank's: kernels' arguments may then differ.
 
     Raises:
         PlanFileError: it is not.
     """
     joint = capture(model, args, kwargs, loss=loss, opaque=opaque)
-    _check_same(plan, _with_tickets(lower(joint), plan.graph, joint.tickets))
-    return joint
+    graph = lower(joint)
+    _check_same(plan, graph, arguments=not communicates(joint))
+    return replace(plan, graph=renamed(plan.graph, graph)), joint
 
 
 def sweep(
@@ -293,7 +295,7 @@ def sweep(
                 margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
                 limits=limits,
                 reorder=priced.is_movable,
-                made_on=priced.made_on,
+                provenance=priced.provenance,
                 measure=None if options.elsewhere else partial(_measured_point, model, priced.joint, args, kwargs),
             )
 
@@ -307,39 +309,17 @@ def _measured_point(
     return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
 
-def _with_tickets(captured: Graph, planned: Graph, tickets: Collection[str]) -> Graph:
-    """The captured graph, with the bytes that opaque parts held when the plan was made: they may depend on the data."""
-    values = tuple(planned.value.get(value.name, value) if value.name in tickets else value for value in captured.values)
-    return replace(captured, values=values)
-
-
-def _check_same(plan: Plan, captured: Graph) -> None:
-    if fingerprint(plan.graph) == fingerprint(captured):
+def _check_same(plan: Plan, captured: Graph, *, arguments: bool) -> None:
+    """Raise PlanFileError unless the plan is of the captured graph; `arguments`: kernels' arguments are compared, too."""
+    if not has_kernels(plan.graph):
+        raise PlanFileError(
+            "the plan does not say which kernels it was made for (a file of an earlier release, schema 1): it can be shown, "
+            "explained and solved again, not applied. Make it again with planner.plan."
+        )
+    if fingerprint(plan.graph, arguments=arguments) == fingerprint(captured, arguments=arguments):
         return
-    made = dict(plan.made_on).get("torch", "unknown")
+    made = plan.provenance.torch if plan.provenance is not None else "unknown"
     versions = "" if made == torch.__version__ else f" The plan was made with torch {made}, this is {torch.__version__}."
     raise PlanFileError(
-        f"the plan was made for another model or call: {_first_difference(plan.graph, captured)}.{versions} Make it again."
+        f"the plan was made for another model or call: {first_difference(plan.graph, captured)}.{versions} Make it again."
     )
-
-
-def _first_difference(planned: Graph, captured: Graph) -> str:
-    sizes = {value.name: value.nbytes - value.hidden_bytes for value in captured.values}
-    for ours, theirs in zip(planned.ops, captured.ops, strict=False):
-        if (ours.name, ours.reads, ours.writes, ours.recomputable) != (
-            theirs.name,
-            theirs.reads,
-            theirs.writes,
-            theirs.recomputable,
-        ):
-            reads = f" of {', '.join(theirs.reads)}, not of {', '.join(ours.reads)}" if ours.name == theirs.name else ""
-            return (
-                f"op {ours.name} ({ours.source}) of the plan stands where the model has {theirs.name} ({theirs.source}){reads}"
-            )
-    if len(planned.ops) != len(captured.ops):
-        return f"the plan has {len(planned.ops)} ops, the model {len(captured.ops)}"
-    for value in planned.values:
-        known = value.nbytes - value.hidden_bytes
-        if value.name in sizes and sizes[value.name] != known:
-            return f"{value.name} has {known} bytes in the plan and {sizes[value.name]} in the model"
-    return "their inputs or outputs differ"

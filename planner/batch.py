@@ -15,6 +15,7 @@ from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, Inp
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.graph.structure import renamed, wiring
 from planner.limits import Limits
 from planner.log import PLANNER
 from planner.priced import Options, Priced, price
@@ -161,9 +162,9 @@ class _Trials:
         """Run a batch's planned step, whatever its peak turns out to be."""
         assert tried.plan is not None
         args, kwargs = self._call(tried.batch)
-        joint = captured_for(tried.plan, self.model, args, kwargs, self.options.loss, self.options.opaque)
-        step = make_step(tried.plan, joint, self.model, args, kwargs, DEFAULT_STAGES)
-        planned = CheckpointedModule(self.model, step, tried.plan)
+        plan, joint = captured_for(tried.plan, self.model, args, kwargs, self.options.loss, self.options.opaque)
+        step = make_step(plan, joint, self.model, args, kwargs, DEFAULT_STAGES)
+        planned = CheckpointedModule(self.model, step, plan)
         return Measured(*time_step(planned, args, kwargs, rounds=rounds))
 
     def _ahead(self, batch: int) -> Priced | None:
@@ -265,9 +266,9 @@ def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:
 
 def grown(smaller: Graph, larger: Graph, times: int) -> Graph | None:
     """`smaller` plus so many times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
-    rows = [[*((op.name, op.reads, op.writes) for op in g.ops), *(v.name for v in g.values)] for g in (smaller, larger)]
-    if rows[0] != rows[1]:
+    if wiring(smaller) != wiring(larger):
         return None
+    smaller = renamed(smaller, larger)
 
     def at(first: int, second: int) -> int:
         return max(0, first + times * (second - first))

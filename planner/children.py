@@ -18,9 +18,9 @@ from planner._torch import pytree
 from planner.api import Budget
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.plan import Plan, Solution
-from planner.graph.planfile import fingerprint
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.graph.structure import fingerprint
 from planner.limits import Limits
 from planner.log import PLANNER
 from planner.priced import Options, Priced, allocator_margin, price_joint
@@ -380,7 +380,7 @@ def _plans(found: Mapping[str, _Child], limits: Limits) -> dict[str, list[Plan]]
             mine = found[name].priced
             margins = [allocator_margin(mine.graph, budget) for budget in budgets]
             rows = zip(budgets, margins, solutions, strict=True)
-            plans[name] = [Plan(mine.graph, budget, margin, solution, mine.made_on) for budget, margin, solution in rows]
+            plans[name] = [Plan(mine.graph, budget, margin, solution, mine.provenance) for budget, margin, solution in rows]
     return plans
 
 

@@ -14,6 +14,7 @@ from planner import arguments, units
 from planner.errors import BudgetError, CaptureError, InputError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.limits import Limits
@@ -106,12 +107,12 @@ class Priced:
     Attributes:
         joint: as captured.
         graph: what solvers see.
-        made_on: as in `Plan`.
+        provenance: as in `Plan`.
     """
 
     joint: Joint
     graph: Graph
-    made_on: tuple[tuple[str, str], ...]
+    provenance: Provenance
 
     @property
     def plain_bytes(self) -> int:
@@ -136,7 +137,7 @@ class Priced:
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
         solution = solve(self.graph, budget_bytes - margin_bytes, limits, reorder=self.is_movable)
-        made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
+        made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.provenance)
         peak, budget = units.format_bytes(made.peak_bytes), units.format_bytes(budget_bytes)
         text = "planned for %s: peak %s, %+.1f %% of simulated time, %s in %.1f s"
         PLANNER.info(text, budget, peak, 100 * made.overhead, solution.status, solution.solve_s)
@@ -173,9 +174,9 @@ def price_joint(joint: Joint, options: Options, aside: Mapping[str, int] | None 
     """Price a captured step; `aside`: bytes that are resident beside it, by what they are for."""
     profile = _profile(joint, options)
     with noting("lowering a captured step to the solver's graph"):
-        priced = Priced(joint, lower(joint, profile, reserved=aside or {}), _made_on(joint, profile))
+        priced = Priced(joint, lower(joint, profile, reserved=aside or {}), _provenance(joint, profile))
     num_ops, plain = len(priced.graph.ops), units.format_bytes(priced.plain_bytes)
-    PLANNER.info("%d ops, the plain step peaks at %s; costs: %s, %s", num_ops, plain, profile.how, profile.device)
+    PLANNER.info("%d ops, the plain step peaks at %s; costs: %s", num_ops, plain, priced.provenance)
     return priced
 
 
@@ -202,12 +203,15 @@ def _profile(joint: Joint, options: Options) -> Profile:
     return measure(nodes, joint.device, progress=options.progress)
 
 
-def _made_on(joint: Joint, profile: Profile) -> tuple[tuple[str, str], ...]:
-    opaque = ", ".join(dict.fromkeys(spec.module for spec in joint.parts.values()))
-    return (
-        *([("as they are", opaque)] if opaque else []),
-        ("costs", profile.how),
-        ("date", time.strftime("%Y-%m-%d")),
-        ("device", f"{profile.device} (not here)" if joint.elsewhere else profile.device),
-        ("torch", torch.__version__),
+def _provenance(joint: Joint, profile: Profile) -> Provenance:
+    return Provenance(
+        costs="estimated" if profile.model else "measured",
+        device=profile.device,
+        is_here=not joint.elsewhere,
+        model=profile.model,
+        num_kernels=profile.num_kernels,
+        num_estimated=profile.num_estimated,
+        opaque=tuple(dict.fromkeys(spec.module for spec in joint.parts.values())),
+        torch=str(torch.__version__),
+        date=time.strftime("%Y-%m-%d"),
     )

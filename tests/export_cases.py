@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from planner import CheckpointedModule, export_source
 from planner.graph.plan import Plan, Solution
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule
 from planner.profiler.measure import measure
 from planner.runtime.step import make_step
@@ -84,7 +85,8 @@ def step_of(name: str, seed: int) -> tuple[CheckpointedModule, Any, Any, torch.d
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         joint = capture(model, args, kwargs)
         schedule = scatter(lower(joint), random.Random(seed), keep=0.5)
-        made = Plan(lower(joint), 2**40, 0, Solution("feasible", schedule, 0, 0.0, "chance"), (("torch", torch.__version__),))
+        provenance = Provenance("estimated", "cpu", torch=str(torch.__version__))
+        made = Plan(lower(joint), 2**40, 0, Solution("feasible", schedule, 0, 0.0, "chance"), provenance)
         return CheckpointedModule(model, make_step(made, joint, model, args, kwargs, 4), made), args, kwargs, dtype
 
 

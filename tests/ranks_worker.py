@@ -3,6 +3,7 @@
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,19 @@ class Block(nn.Module):
         full = collectives.all_gather_tensor_autograd(self.norm(x), 0, dist.group.WORLD)
         back = collectives.reduce_scatter_tensor_autograd(self.down(F.gelu(self.up(full))), "sum", 0, dist.group.WORLD)
         return x + back
+
+
+class Sliced(nn.Module):
+    """Every rank works on its own columns: which, stands in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        mine = F.gelu(torch.tanh(self.up(x)).narrow(1, 32 * dist.get_rank(), 32))
+        full = collectives.all_gather_tensor_autograd(mine, 0, dist.group.WORLD)
+        return x + self.down(full.view(x.shape))
 
 
 @torch.library.custom_op("test_ranks::summed", mutates_args=())
@@ -118,18 +132,21 @@ def same_plans(rank, _folder):
 
 
 def different_plans(rank, _folder):
-    planned = plan(build(), 1.0, (batch(rank),), costs="estimate", progress=False) if rank else lowest(build(), rank)
-    try:
-        train(planned, rank)
-    except RanksDifferError as error:
-        assert f"ranks {rank} and {1 - rank} run different plans" in str(error)
-        return
-    raise AssertionError("ranks trained by different plans")
+    for block in (Block, Sliced):
+        whole = partial(plan, build(block, 4), 1.0, (batch(rank),), costs="estimate", progress=False)
+        planned = whole() if rank else lowest(build(block, 4), rank)
+        assert bool(planned.plan.solution.schedule.recomputes()) == (rank == 0)
+        try:
+            train(planned, rank)
+        except RanksDifferError as error:
+            assert f"ranks {rank} and {1 - rank} run different plans" in str(error)
+            continue
+        raise AssertionError(f"ranks trained {block.__name__} by different plans")
 
 
 def one_plan_for_all(rank, folder):
     """Rank 0 plans alone, by measured costs, while the other waits: nothing that it runs for that communicates."""
-    for block in (Block, Hiding):
+    for block in (Block, Hiding, Sliced):
         path = f"{folder}/{block.__name__}.json"
         if rank == 0:
             lowest(build(block), rank, costs="measure").plan.save(path)

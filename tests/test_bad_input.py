@@ -174,7 +174,7 @@ def test_plan_of_the_same_model_for_another_batch_is_refused(saved):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: t[:50], lambda t: "", lambda t: t.replace('"schema": 1', '"schema": 99'), lambda t: "[1]"]
+    "damage", [lambda t: t[:50], lambda t: "", lambda t: t.replace('"schema": 2', '"schema": 99'), lambda t: "[1]"]
 )
 def test_damaged_plan_file(saved, damage):
     path = saved[0]

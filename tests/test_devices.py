@@ -15,7 +15,7 @@ import planner
 from examples import llama_7b
 from planner import BudgetError, CaptureError, DeviceModel, InputError, Plan, PlanMissWarning, apply, plan, sweep, verify
 from planner.graph.graph import Kind
-from planner.graph.planfile import fingerprint
+from planner.graph.structure import fingerprint
 from planner.profiler.devices import devices, find_device
 from planner.profiler.optimizer import master_bytes, state_bytes
 from planner.tracer.capture import capture
@@ -196,7 +196,7 @@ def test_here_the_module_trains_unplanned_with_one_warning(tmp_path):
         verify(planned, (x,))
     planned.plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
-    assert again == planned.plan and dict(again.made_on)["costs"] == "estimated: L4-24GB"
+    assert again == planned.plan and (again.provenance.costs, again.provenance.model) == ("estimated", "L4-24GB")
 
 
 def test_a_plan_for_another_cpu_applies_here(tmp_path):
@@ -212,7 +212,7 @@ def test_a_plan_for_another_cpu_applies_here(tmp_path):
 def test_sweeps_have_devices_too_and_do_not_pretend_to_measure():
     model, args, kwargs = meta_call()
     swept = sweep(model, None, args, kwargs, points=2, low=0.999, device="H100", effort=1.0, progress=False)
-    assert "estimated: H100-80GB" in str(swept)
+    assert "estimated for H100-80GB" in str(swept)
     with pytest.raises(InputError, match="no model to run"):
         swept.verify(1)
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from planner.errors import GraphError, InputError, PlanFileError
 from planner.graph import planfile
 from planner.graph.graph import Graph, Kind, Value
-from planner.graph.plan import Plan, Solution
+from planner.graph.plan import LIMITS, Plan, Solution
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
-from planner.graph.source import Source
 from tests import graphs
 from tests.strategies import random_schedule, training_graphs
 
@@ -24,8 +24,14 @@ from tests.strategies import random_schedule, training_graphs
 def a_plan() -> Plan:
     graph = graphs.dropout()
     plain = keep_all(graph)
-    solution = Solution("optimal", plain, simulate(graph, plain).time_ns, 0.25, "keep all")
-    return Plan(graph, 1000, 10, solution, (("device", "cpu"), ("torch", "2.13.0")))
+    solution = Solution("optimal", plain, simulate(graph, plain).time_ns, 0.25, "keep all", 0.125, "time")
+    return Plan(graph, 1000, 10, solution, Provenance("measured", "cpu", torch="2.13.0"))
+
+
+PROVENANCES = (
+    Provenance("measured", "cpu, 4 threads", num_kernels=51, num_estimated=2, torch="2.13.0", date="2026-11-25"),
+    Provenance("estimated", "H100-80GB", is_here=False, model="H100-80GB", opaque=("body", "head.1"), torch="2.13.0"),
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,7 +40,9 @@ def test_a_round_trip_is_the_identity(data: st.DataObject) -> None:
     graph = data.draw(training_graphs())
     schedule = random_schedule(data.draw, graph)
     peak = simulate(graph, schedule).peak_bytes
-    plan = Plan(graph, peak, 0, Solution("feasible", schedule, 3, 0.5, "closure/HiGHS"), (("device", "cpu"),))
+    work, limit = data.draw(st.floats(0, 1e9)), data.draw(st.sampled_from(LIMITS))
+    provenance = data.draw(st.none() | st.sampled_from(PROVENANCES))
+    plan = Plan(graph, peak, 0, Solution("feasible", schedule, 3, 0.5, "closure/HiGHS", work, limit), provenance)
     text = planfile.dumps(graph, plan)
     assert planfile.loads(text) == plan
     assert planfile.dumps(plan.graph, planfile.loads(text)) == text
@@ -96,7 +104,7 @@ def test_keys_are_sorted_and_every_op_and_value_has_a_line() -> None:
     plan = a_plan()
     text = planfile.dumps(plan.graph, plan)
     document = json.loads(text)
-    for keys in (list(document), list(document["graph"]), list(document["plan"]), list(document["plan"]["made_on"])):
+    for keys in (list(document), list(document["graph"]), list(document["plan"]), list(document["plan"]["provenance"])):
         assert keys == sorted(keys)
     lines = text.splitlines()
     assert sum(line.startswith("   [") for line in lines) == len(plan.graph.ops) + len(plan.graph.values)
@@ -114,14 +122,19 @@ def altered(**plan_fields: object) -> str:
         ("{", "is not JSON"),
         ("[]", "names no schema version"),
         ("{}", "names no schema version"),
-        ('{"schema": 99}', "has schema 99, of a newer release; this one reads schema 1. Update checkpoint-planner"),
-        ('{"schema": 0}', "has schema 0; this release reads schema 1. Make the plan again"),
+        ('{"schema": 99}', "has schema 99, of a newer release; this one reads schema 2. Update checkpoint-planner"),
+        ('{"schema": 0}', "has schema 0; this release reads schema 2. Make the plan again"),
         ('{"schema": "new"}', "has schema new"),
-        ('{"schema": 1}', "holds no valid graph"),
+        ('{"schema": 2}', "holds no valid graph"),
+        ('{"schema": 1}', "is no valid file of schema 1: the section graph is None"),
         (altered(budget_bytes=5), "above its own budget of 5"),
         (altered(steps=[0, 1]), "never runs"),
         (altered(steps=[0, 1, 2, 3, 0, 4, 5, 6]), "cannot be recomputed exactly"),
-        (altered(made_on=3), "holds no valid plan"),
+        (altered(provenance=3), "holds no valid plan: provenance is an int, not an object"),
+        (altered(provenance={"costs": "guessed"}), "num_kernels"),
+        (altered(limit="nodes"), "limit is 'nodes', not one of '', 'time'"),
+        (altered(work=-1), "work is -1, not a number that is not negative"),
+        (altered(status="best"), "status is 'best', not one of 'optimal', 'feasible'"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused(text: str, message: str) -> None:
@@ -138,25 +151,6 @@ def test_an_altered_graph_is_refused() -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match=r"nowhere\.json"):
         planfile.load(tmp_path / "nowhere.json")
-
-
-def test_the_fingerprint_sees_structure_and_not_costs() -> None:
-    graph = graphs.chain()
-    slower = replace(
-        graph, ops=tuple(replace(op, cost_ns=op.cost_ns + 1, source=Source(file="elsewhere.py", line=3)) for op in graph.ops)
-    )
-    assert planfile.fingerprint(slower) == planfile.fingerprint(graph)
-    for other in (graphs.skip(), replace(graph, ops=(replace(graph.ops[0], recomputable=False), *graph.ops[1:]))):
-        assert planfile.fingerprint(other) != planfile.fingerprint(graph)
-
-
-def test_reserved_bytes_are_the_users_and_not_the_models() -> None:
-    graph = graphs.chain()
-    reserved = replace(
-        graph, values=(*graph.values, Value("optimizer", 50, Kind.RESERVED)), inputs=(*graph.inputs, "optimizer")
-    )
-    assert planfile.fingerprint(reserved) == planfile.fingerprint(graph)
-    assert simulate(reserved, keep_all(reserved)).peak_bytes == simulate(graph, keep_all(graph)).peak_bytes + 50
 
 
 def wrong(graph: Graph, **changes: object) -> Graph:
@@ -180,6 +174,14 @@ def wrong(graph: Graph, **changes: object) -> Graph:
         ({"forward_outputs": ("nothing",)}, "nothing is not a value of the graph"),
         ({"forward_outputs": ("dw",)}, "forward output dw is written by backward op b0"),
         ({"num_forward_ops": 9}, "num_forward_ops is 9"),
+        (
+            {
+                "values": (*graphs.chain().values, Value("r", 1, Kind.RESERVED)),
+                "inputs": (*graphs.chain().inputs, "r"),
+                "forward_outputs": ("loss", "r"),
+            },
+            "reserved bytes r are read by an op, or are an output",
+        ),
     ],
 )
 def test_a_malformed_graph_is_refused(changes: dict[str, object], message: str) -> None:

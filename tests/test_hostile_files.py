@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import event, given, settings
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from planner.cli import main
 from planner.errors import PlanFileError
-from planner.graph import fields, planfile
+from planner.graph import fields, planfile, schema1
 from planner.graph.plan import Plan, Solution
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
@@ -25,14 +27,20 @@ from planner.report.sweep import Sweep, sweep_graph
 from tests import graphs
 
 HUGE = 10**30
+OLD_PLAN = Path(__file__).parent / "files" / "plan-schema-1.json"
 
 
 @functools.cache
 def plan_text():
     graph = graphs.skip()
-    graph = replace(graph, ops=tuple(replace(op, source=Source(f"body.{n}", "model.py", n)) for n, op in enumerate(graph.ops)))
+    ops = (
+        replace(op, source=Source(f"body.{n}", "model.py", n), kernel="aten.mul", arguments="%0:float32[2], 3")
+        for n, op in enumerate(graph.ops)
+    )
+    graph = replace(graph, ops=tuple(ops))
+    provenance = Provenance("measured", "cpu", num_kernels=9, num_estimated=1, opaque=("a", "b"), torch="2")
     return planfile.dumps(
-        graph, Plan(graph, 40, 2, Solution("optimal", keep_all(graph), 5, 0.25, "closure"), (("torch", "2"),))
+        graph, Plan(graph, 40, 2, Solution("optimal", keep_all(graph), 5, 0.25, "closure", 0.5, "time"), provenance)
     )
 
 
@@ -83,8 +91,22 @@ DAMAGE = {
     "steps as an object": written("plan", "steps", "{}"),
     "an unknown status": written("plan", "status", '"wonderful"'),
     "a status of a megabyte": written("plan", "status", '"' + "x" * 10**6 + '"'),
-    "made_on as a list": written("plan", "made_on", '[["torch", "2"]]'),
-    "made_on with a list": written("plan", "made_on", '{"torch": []}'),
+    "a provenance as a list": written("plan", "provenance", '[["torch", "2"]]'),
+    "a provenance with little": written("plan", "provenance", '{"costs": "measured", "torch": "2"}'),
+    "an unknown way to find costs": put('"costs": "measured"', '"costs": "guessed"'),
+    "costs as a list": put('"costs": "measured"', '"costs": ["measured"]'),
+    "more estimated than there are": put('"num_estimated": 1', '"num_estimated": 10'),
+    "10**30 kernels": put('"num_kernels": 9', f'"num_kernels": {HUGE}'),
+    "a submodule that is a number": put('"opaque": ["a", "b"]', '"opaque": ["a", 1]'),
+    "an absent device in words": put('"is_here": true', '"is_here": "yes"'),
+    "negative work": written("plan", "work", "-0.5"),
+    "work of NaN": written("plan", "work", "NaN"),
+    "an unknown limit": written("plan", "limit", '"memory"'),
+    "no limit": written("plan", "limit", "null"),
+    "a kernel that is a number": put('"aten.mul"', "4"),
+    "arguments as a list": put('"%0:float32[2], 3"', '["%0"]'),
+    "an op of schema 1": put(', "aten.mul", "%0:float32[2], 3"]', "]"),
+    "schema 1, but fields of schema 2": put('"schema": 2', '"schema": 1'),
     "a plan that is a list": written("", "plan", "[]"),
     "a plan that is null": written("", "plan", "null"),
     "a graph that is a str": written("", "graph", '"graph"'),
@@ -102,7 +124,7 @@ DAMAGE = {
     "schema true": written("", "schema", "true"),
     "schema 1.0": written("", "schema", "1.0"),
     "schema of 4,000 digits": written("", "schema", "9" * 4000),
-    "schema twice": put('"schema": 1', '"schema": 1, "schema": 1'),
+    "schema twice": put('"schema": 2', '"schema": 2, "schema": 2'),
     "a field twice": put('"margin_bytes": 2', '"margin_bytes": 2, "margin_bytes": 3'),
     "a byte order mark": "\ufeff" + plan_text(),
     "text behind": plan_text() + "x",
@@ -164,7 +186,7 @@ def test_damaged_files_at_the_shell(tmp_path, capsys, text):
 
 VALUES = [
     None, True, False, 0, 1, -1, 2, 26, 10**9, 2**53, 2**53 + 1, 2**63, HUGE, 0.5, 26.0, -0.0, 1e308, "", "a", "0", "26", "gn",
-    "forward", "optimal", "\ud800", "x" * 300, "[/b]", [], {}, [0], ["a"], [[]], {"a": 1}, ["a", 1, "activation"],
+    "forward", "optimal", "measured", "\ud800", "x" * 300, "[/b]", [], {}, [0], ["a"], [[]], {"a": 1}, ["a", 1, "activation"],
 ]  # fmt: skip
 
 
@@ -195,15 +217,37 @@ def changed(document, rng):
     return document
 
 
-def refingerprinted(document):
+def refingerprinted(document, where=planfile):
     """With the fingerprint that its graph would have, so that what is behind the fingerprint is met too."""
     with contextlib.suppress(Exception):
-        values = [[v[0], v[1] - (v[3] if len(v) > 3 else 0), v[2]] for v in document["graph"]["values"] if v[2] != "reserved"]
-        ops = [[op[0], op[1], op[2], op[3], op[6]] for op in document["graph"]["ops"]]
-        graph = document["graph"]
-        rows = [*values, *ops, graph["forward_outputs"], graph["backward_outputs"], graph["num_forward_ops"]]
-        document["fingerprint"] = planfile.hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+        found = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(where, "fingerprint", lambda graph: found.append(graph))
+            with contextlib.suppress(PlanFileError):
+                planfile.read_graph(planfile.read_document(json.dumps(document), "it"), "it")
+        document["fingerprint"] = where.fingerprint(*found)
     return document
+
+
+def read_or_refused(text):
+    """The plan; None after a PlanFileError."""
+    try:
+        plan = planfile.loads(text)
+    except PlanFileError as error:
+        assert len(str(error)) < 1000
+        return None
+    assert simulate(plan.graph, plan.solution.schedule).peak_bytes <= plan.budget_bytes
+    assert planfile.loads(planfile.dumps(plan.graph, plan)) == plan
+    assert str(plan)
+    return plan
+
+
+def test_what_is_signed_anew_reaches_behind_the_fingerprint():
+    for text, where in ((plan_text(), planfile), (OLD_PLAN.read_text(), schema1)):
+        document = json.loads(text)
+        document["graph"]["ops"][0][4] += 1
+        document["graph"]["values"][2][1] += 1
+        assert not read_or_refused(json.dumps(document)) and read_or_refused(json.dumps(refingerprinted(document, where)))
 
 
 @settings(deadline=None, max_examples=600)
@@ -214,17 +258,20 @@ def test_random_changes_make_a_plan_file_error_or_a_valid_plan(seed, changes, is
         document = changed(document, rng)
         if not document:
             break
-    text = json.dumps(refingerprinted(document) if is_signed else document)
-    try:
-        plan = planfile.loads(text)
-    except PlanFileError as error:
-        event("refused")
-        assert len(str(error)) < 1000
-        return
-    event("a valid plan")
-    assert simulate(plan.graph, plan.solution.schedule).peak_bytes <= plan.budget_bytes
-    assert planfile.loads(planfile.dumps(plan.graph, plan)) == plan
-    assert str(plan)
+    plan = read_or_refused(json.dumps(refingerprinted(document) if is_signed else document))
+    event("refused" if plan is None else "a valid plan")
+
+
+@settings(deadline=None, max_examples=300)
+@given(seed=st.integers(0, 2**32), changes=st.integers(1, 4), is_signed=st.booleans())
+def test_random_changes_of_an_older_plan(seed, changes, is_signed):
+    rng, document = random.Random(seed), json.loads(OLD_PLAN.read_text())
+    for _ in range(changes):
+        document = changed(document, rng)
+        if not document:
+            break
+    plan = read_or_refused(json.dumps(refingerprinted(document, schema1) if is_signed else document))
+    event("refused" if plan is None else "a valid plan")
 
 
 @settings(deadline=None, max_examples=300)

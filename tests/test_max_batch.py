@@ -86,7 +86,7 @@ def test_a_device_that_is_not_here_with_its_optimizer():
     make = lambda batch: ((torch.empty(batch, 512, 256, dtype=torch.bfloat16, device="meta"),), {})
     found = max_batch(make, model, "76MiB", device="H100", optimizer="adamw", progress=False, effort=0.5)
     assert found.batch > 4 and {"(libraries)", "(optimizer state)"} <= found.plan.graph.value.keys()
-    assert found.verdict.endswith("(estimated)") and "estimated: H100-80GB" in str(found)
+    assert found.verdict.endswith("(estimated)") and "estimated for H100-80GB" in str(found)
     with pytest.raises(InputError, match="not here"):
         found.verify()
 

@@ -28,7 +28,7 @@ def planned_of(model, x=X, budget=1.0, **options) -> CheckpointedModule:
 
 
 def as_they_are(module) -> str:
-    return dict(module.plan.made_on).get("as they are", "")
+    return ", ".join(module.plan.provenance.opaque)
 
 
 def check_exact(model, module, x=X, **options) -> None:

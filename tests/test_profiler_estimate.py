@@ -71,8 +71,8 @@ def test_profile_is_deterministic_and_complete():
     assert profile == estimate(nodes)
     assert set(profile.costs) == {"mm_default", "neg_default"}
     assert all(type(cost.time_ns) is int for cost in profile.costs.values())
-    assert (profile.how, profile.device) == (f"estimated: {GENERIC_CPU.name}", GENERIC_CPU.name)
-    assert estimate(nodes, GENERIC_GPU).how == f"estimated: {GENERIC_GPU.name}"
+    assert (profile.model, profile.device) == (GENERIC_CPU.name, GENERIC_CPU.name)
+    assert estimate(nodes, GENERIC_GPU).model == GENERIC_GPU.name
 
 
 def test_impossible_device_is_refused():

@@ -47,7 +47,7 @@ class Itself:
     """Eager in a plan's place."""
 
     def __init__(self, model):
-        self.model, self.plan = model, SimpleNamespace(made_on=())
+        self.model, self.plan = model, SimpleNamespace(provenance=None)
 
     def __call__(self, *args):
         return self.model(*args)

@@ -88,7 +88,7 @@ def _planned(setup: Any, model: Any, precision: str) -> tuple[Any, str]:
 
     def planned_for(budget: int | float) -> Any:
         with cast(precision):
-            return plan(model, budget, first.args, first.kwargs, progress=False, time_limit_s=SOLVER_S, **dict(setup.plan))
+            return plan(model, budget, first.args, first.kwargs, progress=False, effort=SOLVER_S, **dict(setup.plan))
 
     try:
         return planned_for(BUDGET), ""
@@ -122,7 +122,7 @@ def _figures(planned: Any) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "predicted_bytes": plan.peak_bytes,
         "overhead": plan.overhead,
-        "opaque": dict(plan.made_on).get("as they are", ""),
+        "opaque": ", ".join(plan.provenance.opaque),
     }
 
 

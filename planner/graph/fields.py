@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from planner.units import MOST_BYTES, kind, shown
@@ -76,6 +77,13 @@ def string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} is {kind(value)}, not a string")
     return value
+
+
+def choice(value: Any, what: str, known: Sequence[str]) -> str:
+    """One of some strings."""
+    if string(value, what) not in known:
+        raise ValueError(f"{what} is {shown(value)}, not one of {', '.join(map(repr, known))}")
+    return str(value)
 
 
 def boolean(value: Any, what: str) -> bool:

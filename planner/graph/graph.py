@@ -55,6 +55,8 @@ class Op:
         recomputable: False where a second execution could give another result (mutation, reads of a
             mutated buffer, random numbers without a saved state).
         source: where in the user's code it comes from; NOWHERE where that is not known.
+        kernel: what it runs, such as "aten.addmm.default"; "" where that is not known (graphs that were not captured).
+        arguments: what the kernel is called with: dtypes, shapes, views, scalars; "%2" is the op's third read. Names no node.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Op:
     workspace_bytes: int = 0
     recomputable: bool = True
     source: Source = NOWHERE
+    kernel: str = ""
+    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,9 @@ def _check_values(graph: Graph) -> None:
     for name in (*graph.inputs, *graph.forward_outputs, *graph.backward_outputs):
         if name not in graph.value:
             raise GraphError(f"input or output {name} is not a value of the graph")
+    for name in (*graph.forward_outputs, *graph.backward_outputs, *(name for op in graph.ops for name in op.reads)):
+        if name in graph.value and graph.value[name].kind is Kind.RESERVED:
+            raise GraphError(f"reserved bytes {name} are read by an op, or are an output")
 
 
 def _check_ops(graph: Graph) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.arguments import check_flags, check_path, limits
 from planner.graph.graph import Graph
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+STATUSES = ("optimal", "feasible")
+LIMITS = ("", "time")
+"""What `Solution.status` and `Solution.limit` may be."""
 RUN, NOT_RUN = "run", "not run"
 """How `Plan.check` starts."""
 
@@ -30,6 +34,10 @@ class Solution:
             takes less time than this.
         solve_s: wall seconds spent.
         solver: which one, for example "closure/HiGHS".
+        work: work units that the solver spent; 1.0 is about a second of one core of a typical machine. Repeats exactly, unlike
+            `solve_s`.
+        limit: "" where the solver ended by itself; "time" where the limit of wall-clock time stopped it, so that another run
+            may give another plan.
     """
 
     status: str
@@ -37,6 +45,8 @@ class Solution:
     bound_ns: int
     solve_s: float
     solver: str
+    work: float = 0.0
+    limit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class Plan:
         budget_bytes: bound on everything live on the device during a step.
         margin_bytes: part of the budget the schedule leaves free for the allocator.
         solution: schedule, bound and how it was found.
-        made_on: pairs such as ("torch", "2.13.0"), ("device", "cpu"), ("costs", "measured").
+        provenance: how the graph's costs were found; None where that is not known (a bare graph).
         measured_bytes: measured peak of one planned step, everything resident included; None where none was run.
         check: "run" where one planned step was run, else "not run", with the reason after a colon.
     """
@@ -57,7 +67,7 @@ class Plan:
     budget_bytes: int
     margin_bytes: int
     solution: Solution
-    made_on: tuple[tuple[str, str], ...] = ()
+    provenance: Provenance | None = None
     measured_bytes: int | None = field(default=None, compare=False)
     check: str = field(default=NOT_RUN, compare=False)
 
@@ -69,7 +79,7 @@ class Plan:
     @property
     def is_estimated(self) -> bool:
         """Costs were computed instead of measured: what kernels need for themselves (workspace) is not known."""
-        return dict(self.made_on).get("costs", "").startswith("estimated")
+        return self.provenance is not None and self.provenance.is_estimated
 
     @property
     def plain(self) -> Timeline:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from planner.arguments import check_path
 from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
-from planner.graph.fields import boolean, integer, number, pairs, parse, read_all, reason, rows, string, strings, table
+from planner.graph import schema1
+from planner.graph.fields import boolean, choice, integer, number, parse, read_all, reason, rows, string, strings, table
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
-from planner.graph.plan import NOT_RUN, Plan, Solution
+from planner.graph.plan import LIMITS, STATUSES, Plan, Solution
+from planner.graph.provenance import COSTS, Provenance
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
 from planner.graph.source import source_from_json, source_to_json
+from planner.graph.structure import fingerprint
 from planner.units import MOST_BYTES, shown
 
-SCHEMA = 1
+SCHEMA = 2
+"""The version that is written. Files of version 1 are read too (`planner.graph.schema1`)."""
+_MOST_KERNELS = 10**9
 
 
-def fingerprint(graph: Graph) -> str:
-    """Hex digest of the graph's structure: names, bytes, reads and writes, but nothing that is measured, and no sources."""
-    rows: list[Any] = [[v.name, v.nbytes - v.hidden_bytes, v.kind.value] for v in graph.values if v.kind is not Kind.RESERVED]
-    rows += [[op.name, op.nodes, op.reads, op.writes, op.recomputable] for op in graph.ops]
-    rows += [graph.forward_outputs, graph.backward_outputs, graph.num_forward_ops]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+class Lines(list[Any]):
+    """A list that is written one item a line, so that a diff shows which one changed."""
 
 
 def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any] | None = None) -> str:
@@ -39,14 +40,11 @@ def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any]
         document["plan"] = {
             "budget_bytes": plan.budget_bytes,
             "margin_bytes": plan.margin_bytes,
-            "made_on": dict(plan.made_on),
-            "status": plan.solution.status,
-            "bound_ns": plan.solution.bound_ns,
-            "solve_s": plan.solution.solve_s,
-            "solver": plan.solution.solver,
-            "steps": plan.solution.schedule.steps,
+            "provenance": provenance_fields(plan.provenance),
             "check": plan.check,
-            **({} if plan.measured_bytes is None else {"measured_bytes": plan.measured_bytes}),
+            "measured_bytes": plan.measured_bytes,
+            **solution_fields(plan.solution),
+            "steps": plan.solution.schedule,
         }
     return _write(document | dict(sections or {}))
 
@@ -97,14 +95,15 @@ def loads(text: str, where: str = "plan") -> Plan:
     try:
         fields = table(document.get("plan"), "the section plan")
         solution = read_solution(fields, graph)
+        measured = fields["measured_bytes"]
         plan = Plan(
             graph=graph,
             budget_bytes=integer(fields["budget_bytes"], "budget_bytes", 0, MOST_BYTES),
             margin_bytes=integer(fields["margin_bytes"], "margin_bytes", 0, MOST_BYTES),
             solution=solution,
-            made_on=pairs(fields["made_on"], "made_on"),
-            measured_bytes=_optional_bytes(fields, "measured_bytes"),
-            check=string(fields.get("check", NOT_RUN), "check"),
+            provenance=read_provenance(fields["provenance"]),
+            measured_bytes=None if measured is None else integer(measured, "measured_bytes", 0, MOST_BYTES),
+            check=string(fields["check"], "check"),
         )
         peak = simulate(graph, solution.schedule).peak_bytes
     except (KeyError, ValueError, ScheduleError) as error:
@@ -114,18 +113,6 @@ def loads(text: str, where: str = "plan") -> Plan:
     if plan.margin_bytes > plan.budget_bytes:
         raise PlanFileError(f"{where}: its margin of {plan.margin_bytes} bytes is above its budget of {plan.budget_bytes}")
     return plan
-
-
-def _optional_bytes(fields: Mapping[str, Any], name: str) -> int | None:
-    """A number of bytes that files of earlier releases do not have.
-
-    Raises:
-        ValueError: it is no number of bytes.
-    """
-    found = fields.get(name)
-    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
-        raise ValueError(f"{name} is {str(found)[:40]!r}")
-    return found
 
 
 def load_graph(path: str | Path) -> Graph:
@@ -144,37 +131,47 @@ def _named(error: Exception) -> str:
 
 def _graph_fields(graph: Graph) -> dict[str, Any]:
     return {
-        "values": [[v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values],
-        "ops": [
-            [
-                op.name,
-                op.nodes,
-                op.reads,
-                op.writes,
-                op.cost_ns,
-                op.workspace_bytes,
-                op.recomputable,
-                source_to_json(op.source),
-            ]
-            for op in graph.ops
-        ],
+        "values": Lines([v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values),
+        "ops": Lines(_op_row(op) for op in graph.ops),
         "forward_outputs": graph.forward_outputs,
         "backward_outputs": graph.backward_outputs,
         "num_forward_ops": graph.num_forward_ops,
     }
 
 
+def _op_row(op: Op) -> list[Any]:
+    measured, source = [op.cost_ns, op.workspace_bytes], source_to_json(op.source)
+    return [op.name, op.nodes, op.reads, op.writes, *measured, op.recomputable, source, op.kernel, op.arguments]
+
+
+def solution_fields(solution: Solution) -> dict[str, Any]:
+    """A solution's fields, without the schedule's steps."""
+    return {
+        "status": solution.status,
+        "bound_ns": solution.bound_ns,
+        "solve_s": solution.solve_s,
+        "solver": solution.solver,
+        "work": solution.work,
+        "limit": solution.limit,
+    }
+
+
+def provenance_fields(provenance: Provenance | None) -> dict[str, Any] | None:
+    """A provenance's fields; None where nothing is known."""
+    return None if provenance is None else asdict(provenance)
+
+
 def _write(document: dict[str, Any]) -> str:
-    """JSON in which the long lists stand one row a line, so that a diff shows which op changed."""
+    """JSON with sorted keys: a section's fields stand one a line, `Lines` one item a line, schedules one run a line."""
 
     def listed(lines: list[str]) -> str:
         return "[\n" + ",\n".join(f"   {line}" for line in lines) + "\n  ]"
 
-    def written(name: str, field: Any) -> str:
-        if name in ("ops", "points", "values"):
-            return listed([json.dumps(item) for item in field])
-        if name == "steps":
-            return listed([json.dumps(run)[1:-1] for run in _runs(field)])
+    def written(field: Any) -> str:
+        if isinstance(field, Lines):
+            return listed([json.dumps(item, sort_keys=True) for item in field])
+        if isinstance(field, Schedule):
+            return listed([json.dumps(run)[1:-1] for run in _runs(field.steps)])
         return json.dumps(field, sort_keys=True)
 
     parts = []
@@ -182,7 +179,7 @@ def _write(document: dict[str, Any]) -> str:
         if not isinstance(fields, dict):
             parts.append(f" {json.dumps(key)}: {json.dumps(fields)}")
             continue
-        lines = [f"  {json.dumps(name)}: {written(name, field)}" for name, field in sorted(fields.items())]
+        lines = [f"  {json.dumps(name)}: {written(field)}" for name, field in sorted(fields.items())]
         parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
@@ -199,16 +196,38 @@ def read_solution(fields: dict[str, Any], graph: Graph) -> Solution:
     Raises:
         KeyError, ValueError: a field is missing or of another kind.
     """
-    status = string(fields["status"], "status")
-    if status not in ("optimal", "feasible"):
-        raise ValueError(f"status is {shown(status)}, not optimal or feasible")
     last = len(graph.ops) - 1
     return Solution(
-        status=status,
+        status=choice(fields["status"], "status", STATUSES),
         schedule=Schedule(tuple(integer(i, "a step", 0, last) for i in rows(fields["steps"], "steps"))),
         bound_ns=integer(fields["bound_ns"], "bound_ns", -MOST_BYTES, MOST_BYTES),
         solve_s=number(fields["solve_s"], "solve_s"),
         solver=string(fields["solver"], "solver"),
+        work=number(fields["work"], "work"),
+        limit=choice(fields["limit"], "limit", LIMITS),
+    )
+
+
+def read_provenance(value: Any) -> Provenance | None:
+    """A provenance out of a file's fields.
+
+    Raises:
+        KeyError, ValueError: a field is missing or of another kind.
+    """
+    if value is None:
+        return None
+    fields = table(value, "provenance")
+    kernels = integer(fields["num_kernels"], "num_kernels", 0, _MOST_KERNELS)
+    return Provenance(
+        costs=choice(fields["costs"], "costs", COSTS),  # type: ignore[arg-type]
+        device=string(fields["device"], "device"),
+        is_here=boolean(fields["is_here"], "is_here"),
+        model=string(fields["model"], "model"),
+        num_kernels=kernels,
+        num_estimated=integer(fields["num_estimated"], "num_estimated", 0, kernels),
+        opaque=strings(fields["opaque"], "opaque"),
+        torch=string(fields["torch"], "torch"),
+        date=string(fields["date"], "date"),
     )
 
 
@@ -225,15 +244,18 @@ def read_document(text: str, where: str) -> dict[str, Any]:
     if not isinstance(document, dict) or "schema" not in document:
         raise PlanFileError(f"{where} is not a plan file: it names no schema version")
     schema = document["schema"]
-    if type(schema) is int and schema > SCHEMA:
-        raise PlanFileError(
-            f"{where} has schema {shown(schema)}, of a newer release; this one reads schema {SCHEMA}. "
-            "Update checkpoint-planner, or make the plan again."
-        )
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema not in (schema1.SCHEMA, SCHEMA):
         named = shown(schema).strip("'")
+        if type(schema) is int and schema > SCHEMA:
+            raise PlanFileError(
+                f"{where} has schema {named}, of a newer release; this one reads schema {SCHEMA}. "
+                "Update checkpoint-planner, or make the plan again."
+            )
         raise PlanFileError(f"{where} has schema {named}; this release reads schema {SCHEMA}. Make the plan again.")
-    return document
+    try:
+        return document if schema == SCHEMA else schema1.upgraded(document)
+    except ValueError as error:
+        raise PlanFileError(f"{where} is no valid file of schema {schema}: {reason(error)}") from error
 
 
 def read_graph(document: dict[str, Any], where: str) -> Graph:
@@ -259,7 +281,7 @@ def read_graph(document: dict[str, Any], where: str) -> Graph:
         stored = string(document["fingerprint"], "fingerprint")
     except (KeyError, ValueError, GraphError) as error:
         raise PlanFileError(f"{where} holds no valid graph: {_named(error)}") from error
-    if fingerprint(graph) != stored:
+    if (fingerprint if document["schema"] == SCHEMA else schema1.fingerprint)(graph) != stored:
         raise PlanFileError(f"{where} was altered: its graph does not match its fingerprint {shown(stored)}")
     return graph
 
@@ -276,9 +298,9 @@ def _value(row: Any) -> Value:
 
 def _op(row: Any) -> Op:
     fields = rows(row, "an op")
-    if len(fields) != 8:
-        raise ValueError(f"an op has {len(fields)} fields, not 8")
-    name, nodes, reads, writes, cost_ns, workspace_bytes, recomputable, source = fields
+    if len(fields) != 10:
+        raise ValueError(f"an op has {len(fields)} fields, not 10")
+    name, nodes, reads, writes, cost_ns, workspace_bytes, recomputable, source, kernel, arguments = fields
     where = f"of op {shown(string(name, 'the name of an op'))}"
     return Op(
         name,
@@ -289,4 +311,6 @@ def _op(row: Any) -> Op:
         integer(workspace_bytes, f"the workspace {where}"),
         boolean(recomputable, f"whether it is recomputable {where}"),
         source_from_json(source, f"the source {where}"),
+        string(kernel, f"the kernel {where}"),
+        string(arguments, f"the arguments {where}"),
     )

@@ -13,12 +13,12 @@ from planner.units import format_bytes, format_ns
 
 MODULE_ROWS = 12
 ASSUMING = "for this backward order at these costs"
+STOPPED = "by the limit of wall-clock time: another run may give another plan"
 
 
 def table(plan: Plan) -> str:
     """The table that `print(plan)` shows."""
     timeline, plain = plan.timeline, plan.plain
-    made = ", ".join(f"{key} {value}" for key, value in plan.made_on)
     known = "; estimated, not measured" if plan.is_estimated else ""
     saved = 1 - timeline.peak_bytes / max(1, plain.peak_bytes)
     rows = [
@@ -35,7 +35,8 @@ def table(plan: Plan) -> str:
         ),
         ("optimality", f"at most {plan.gap:.2%} of the step from the best plan ({plan.solution.status}; {ASSUMING})"),
         ("solved", f"in {plan.solution.solve_s:.2f} s by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
-        ("made on", made),
+        ("stopped", STOPPED if plan.solution.limit == "time" else ""),
+        ("made on", str(plan.provenance or "")),
     ]
     lines = [f"{name:<11} {text}" for name, text in rows if text]
     return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])

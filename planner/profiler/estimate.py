@@ -27,7 +27,7 @@ class DeviceModel:
     """A device as a roofline.
 
     Attributes:
-        name: for people to read; ends up in Profile.how.
+        name: for people to read; ends up in Profile.model.
         flops_per_s: attainable rate of float32 matrix products, in FLOP/s (a multiply-add is two).
         bytes_per_s: attainable memory bandwidth, in B/s.
         launch_ns: fixed cost of one kernel call, in ns.
@@ -86,7 +86,7 @@ def estimate(nodes: Sequence[Node], device: DeviceModel | None = None) -> Profil
         on_gpu = any(t.device.type not in ("cpu", "meta") for node in nodes for t in tensors_in(node.meta.get("val")))
         device = GENERIC_GPU if on_gpu else GENERIC_CPU
     costs = {node.name: estimate_node(node, device) for node in nodes}
-    return Profile(costs, f"estimated: {device.name}", device.name)
+    return Profile(costs, device.name, device.name)
 
 
 def estimate_node(node: Node, device: DeviceModel) -> KernelCost:

@@ -66,8 +66,10 @@ def measure(
     costs = _with_estimates(example, known, device)
     failed = len(example) - len(known)
     _log_failures(failures, failed, len(example))
-    name = device_name(device)
-    return Profile({node: costs[key] for node, key in keys.items()}, _how(len(example), failed, device), name)
+    by_node = {node: costs[key] for node, key in keys.items()}
+    if failed and failed == len(example):
+        return Profile(by_node, device_name(device), _generic(device).name)
+    return Profile(by_node, device_name(device), "", len(example), failed)
 
 
 def _log_failures(failures: Mapping[str, Failed], num_estimated: int, total: int) -> None:
@@ -79,14 +81,6 @@ def _log_failures(failures: Mapping[str, Failed], num_estimated: int, total: int
         PROFILER.warning(text, len(failures), total, key, failure.reason)
     if num_estimated > len(failures):
         PROFILER.info("%d of %d kernels communicate, or run on no device here: estimated", num_estimated - len(failures), total)
-
-
-def _how(total: int, failed: int, device: torch.device) -> str:
-    if failed == 0:
-        return "measured"
-    if failed == total:
-        return f"estimated: {_generic(device).name}"
-    return f"measured, {failed} of {total} kernels estimated"
 
 
 def _generic(device: torch.device) -> Any:

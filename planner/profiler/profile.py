@@ -28,10 +28,13 @@ class Profile:
 
     Attributes:
         costs: one entry for each node that was passed in.
-        how: "measured", "measured, 2 of 51 kernels estimated" or "estimated: <device>".
         device: the machine the figures hold for, for people to read.
+        model: the device model that every cost was estimated with; "" where kernels were measured.
+        num_kernels, num_estimated: distinct kernels, and how many of them could not be measured; 0 where `model` is set.
     """
 
     costs: Mapping[str, KernelCost]
-    how: str
     device: str
+    model: str = ""
+    num_kernels: int = 0
+    num_estimated: int = 0

@@ -13,9 +13,10 @@ from rich.table import Table
 from planner.arguments import count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.graph.plan import Plan
+from planner.graph.planfile import provenance_fields
 from planner.units import format_bytes, format_ns
 
-SCHEMA = 1
+SCHEMA = 2
 _WIDTH = 160
 _NOTICEABLE = 0.02
 """A gain in throughput below this is within what predictions and measurements are good for."""
@@ -128,8 +129,7 @@ class MaxBatch:
     def verdict(self) -> str:
         """Whether recomputing for a larger batch trains more samples a second than the largest batch that needs none."""
         fastest, base, last = self.fastest, self.largest_plain, self.largest
-        estimated = dict(self.plan.made_on).get("costs", "").startswith("estimated")
-        how = "measured" if fastest.measured else "estimated" if estimated else "predicted"
+        how = "measured" if fastest.measured else "estimated" if self.plan.is_estimated else "predicted"
         if base is None:
             return f"every batch needs recomputing; the fastest is {_rate(fastest)} ({how})"
         if not last.recomputes:
@@ -175,7 +175,7 @@ class MaxBatch:
             "fastest": self.fastest.batch,
             "verdict": self.verdict,
             "proof": self.proof,
-            "made_on": dict(self.plan.made_on),
+            "provenance": provenance_fields(self.plan.provenance),
             "tried": [_figures(tried) for tried in self.tried],
         }
 
@@ -194,7 +194,7 @@ class MaxBatch:
             ("batch", f"{self.batch} is the largest within {format_bytes(self.budget_bytes)}; {self.proof}"),
             *([("smallest", f"{self.tried[0].batch}; below it: {self.smaller}")] if self.smaller else []),
             ("throughput", self.verdict),
-            ("made on", ", ".join(f"{key} {value}" for key, value in self.plan.made_on)),
+            ("made on", str(self.plan.provenance or "unknown")),
         ]
         lines = [f"{name:<11} {text}" for name, text in head]
         return "\n".join([*lines, *(line.rstrip() for line in capture.get().rstrip().splitlines())])

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from planner.graph.plan import Plan
-from planner.graph.planfile import SCHEMA
+from planner.graph.planfile import SCHEMA, provenance_fields
 from planner.report.explain import Explanation
 
 
@@ -28,9 +28,11 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "status": plan.solution.status,
         "solver": plan.solution.solver,
         "solve_s": plan.solution.solve_s,
+        "work": plan.solution.work,
+        "limit": plan.solution.limit,
         "num_ops": len(plan.graph.ops),
         "num_recomputes": len(plan.solution.schedule.recomputes()),
-        "made_on": dict(plan.made_on),
+        "provenance": provenance_fields(plan.provenance),
     }
 
 

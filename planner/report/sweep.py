@@ -12,6 +12,7 @@ from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundErr
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan, Solution
+from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.limits import Limits
@@ -105,7 +106,7 @@ class Sweep:
         floor_bytes: no schedule has a lower peak.
         floor_op: the op that holds it, with its module; "" for a graph without ops.
         solve_s: wall seconds for all budgets together.
-        made_on: as in `Plan`.
+        provenance: as in `Plan`.
         measured: what `verify` measured.
         measure: runs a plan of this sweep; None in a sweep that was read from a file or made of a graph.
     """
@@ -116,7 +117,7 @@ class Sweep:
     floor_bytes: int
     floor_op: str
     solve_s: float
-    made_on: tuple[tuple[str, str], ...] = ()
+    provenance: Provenance | None = None
     measured: tuple[Measured, ...] = ()
     measure: Measure | None = field(default=None, repr=False, compare=False)
 
@@ -127,7 +128,7 @@ class Sweep:
 
     def plan(self, point: Point) -> Plan:
         """The plan of a point, to save, or to `planner.apply` to the model."""
-        return Plan(self.graph, point.budget_bytes, point.margin_bytes, point.solution, self.made_on)
+        return Plan(self.graph, point.budget_bytes, point.margin_bytes, point.solution, self.provenance)
 
     @property
     def knee_point(self) -> Point:
@@ -264,7 +265,7 @@ def sweep_graph(
     margin: Callable[[int], int] = lambda budget_bytes: 0,
     limits: Limits | None = None,
     reorder: bool = True,
-    made_on: tuple[tuple[str, str], ...] = (),
+    provenance: Provenance | None = None,
     measure: Measure | None = None,
 ) -> Sweep:
     """Plan a graph for many budgets.
@@ -275,7 +276,7 @@ def sweep_graph(
         margin: bytes of a budget to leave free for the allocator; grows with the budget up to the plain peak, where it ends.
         limits: for all budgets together (default: an effort of 4.5).
         reorder: backward ops may move; see `planner.solver.solve`.
-        made_on, measure: kept in the sweep.
+        provenance, measure: kept in the sweep.
 
     Raises:
         BudgetError: an impossible range.
@@ -304,7 +305,7 @@ def sweep_graph(
         lowest = solver.lowest_peak(limits)
         raise restated(error, format_bytes(budget), budget, margin, lowest)
     floor_bytes, floor_op = _floor(graph, solver)
-    return Sweep(graph, tuple(made), tuple(misses), floor_bytes, floor_op, time.monotonic() - start, made_on, (), measure)
+    return Sweep(graph, tuple(made), tuple(misses), floor_bytes, floor_op, time.monotonic() - start, provenance, (), measure)
 
 
 def _floor(graph: Graph, solver: Solver) -> tuple[int, str]:

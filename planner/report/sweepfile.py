@@ -1,9 +1,9 @@
 """A Sweep as JSON: a graph file (planner/graph/planfile.py, same schema version) with one more section.
 
-Layout of "sweep": `points` (one a line: {"budget_bytes", "margin_bytes", "status", "bound_ns", "solve_s", "solver",
-"steps"}), `misses` (rows [budget_bytes, error, reason]), `floor_bytes`, `floor_op`, `solve_s`, `made_on`, `measured` (rows
-[budget_bytes, peak_bytes, time_ratio or null, exact]). Peaks and times are not stored: `simulate` gives them. `planner solve`
-reads the file as a graph.
+Layout of "sweep": `points` (one a line: {"budget_bytes", "margin_bytes", "steps"} and the fields of a solution: "status",
+"bound_ns", "solve_s", "solver", "work", "limit"), `misses` (rows [budget_bytes, error, reason]), `floor_bytes`, `floor_op`,
+`solve_s`, `provenance`, `measured` (rows [budget_bytes, peak_bytes, time_ratio or null, exact]). Peaks and times are not
+stored: `simulate` gives them. `planner solve` reads the file as a graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from planner.errors import InputError, PlanFileError, ScheduleError
 from planner.graph import planfile
-from planner.graph.fields import boolean, integer, number, pairs, reason, rows, string, table
+from planner.graph.fields import boolean, integer, number, reason, rows, string, table
 from planner.graph.graph import Graph
 from planner.report.sweep import Measured, Miss, Point, Sweep, make_point
 from planner.report.today import references
@@ -37,10 +37,10 @@ def dumps(sweep: Sweep) -> str:
     fields = {
         "floor_bytes": sweep.floor_bytes,
         "floor_op": sweep.floor_op,
-        "made_on": dict(sweep.made_on),
+        "provenance": planfile.provenance_fields(sweep.provenance),
         "measured": [[found.budget_bytes, found.peak_bytes, found.time_ratio, found.exact] for found in sweep.measured],
         "misses": [[miss.budget_bytes, miss.error, miss.reason] for miss in sweep.misses],
-        "points": [_point_fields(point) for point in sweep.points],
+        "points": planfile.Lines(_point_fields(point) for point in sweep.points),
         "solve_s": sweep.solve_s,
     }
     return planfile.dumps(sweep.graph, sections={"sweep": fields})
@@ -72,7 +72,7 @@ def load(path: str | Path) -> Sweep:
             floor_bytes=integer(fields["floor_bytes"], "floor_bytes", 0, MOST_BYTES),
             floor_op=string(fields["floor_op"], "floor_op"),
             solve_s=number(fields["solve_s"], "solve_s"),
-            made_on=pairs(fields["made_on"], "made_on"),
+            provenance=planfile.read_provenance(fields["provenance"]),
             measured=tuple(_measured(row) for row in rows(fields["measured"], "measured")),
         )
     except KeyError as error:
@@ -109,13 +109,10 @@ def _columns(row: Any, count: int, what: str) -> list[Any]:
 
 def _point_fields(point: Point) -> dict[str, Any]:
     return {
-        "bound_ns": point.bound_ns,
         "budget_bytes": point.budget_bytes,
         "margin_bytes": point.margin_bytes,
-        "solve_s": point.solution.solve_s,
-        "solver": point.solution.solver,
-        "status": point.status,
         "steps": point.solution.schedule.steps,
+        **planfile.solution_fields(point.solution),
     }
 
 
@@ -144,6 +141,8 @@ def summary(sweep: Sweep) -> dict[str, Any]:
                 "bound_ns": point.bound_ns,
                 "overhead": point.overhead,
                 "status": point.status,
+                "work": point.solution.work,
+                "limit": point.solution.limit,
             }
             for point in sweep.points
         ],
@@ -162,5 +161,5 @@ def summary(sweep: Sweep) -> dict[str, Any]:
             for reference in references(sweep.graph)
         ],
         "solve_s": sweep.solve_s,
-        "made_on": dict(sweep.made_on),
+        "provenance": planfile.provenance_fields(sweep.provenance),
     }

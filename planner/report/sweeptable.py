@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.graph.simulate import simulate
-from planner.graph.table import ASSUMING
+from planner.graph.table import ASSUMING, STOPPED
 from planner.report.sweep import Miss, Point, Sweep
 from planner.report.today import references
 from planner.units import format_bytes, format_ns
@@ -36,12 +36,14 @@ def suggestion(sweep: Sweep) -> str:
 
 def _head(sweep: Sweep) -> list[str]:
     plain, held = sweep.plain, f"; held by {sweep.floor_op}" if sweep.floor_op else ""
+    stopped = sum(point.solution.limit == "time" for point in sweep.points)
     rows = [
         ("plain step", f"{format_bytes(plain.peak_bytes)}, {format_ns(plain.time_ns)}"),
         ("floor", f"{format_bytes(sweep.floor_bytes)}, below which no schedule peaks{held}"),
         ("suggested", f"{suggestion(sweep)}: the knee, below it less memory costs ever more time"),
         ("solved", f"{len(sweep.points) + len(sweep.misses)} budgets in {sweep.solve_s:.2f} s; {len(sweep.graph.ops)} ops"),
-        ("made on", ", ".join(f"{key} {value}" for key, value in sweep.made_on)),
+        ("stopped", f"{stopped} of {len(sweep.points)} plans {STOPPED}" if stopped else ""),
+        ("made on", str(sweep.provenance or "")),
     ]
     return [f"{name:<11} {line}" for name, line in rows if line]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -183,7 +182,7 @@ def _told_apart(graph: Graph) -> list[tuple[str, Source, int]]:
     out = []
     for i in graph.backward_ops:
         op = graph.ops[i]
-        token = (re.sub(r"_\d+$", "", op.name), op.source)
+        token = (op.kernel, op.source)
         seen[token] = seen.get(token, 0) + 1
         out.append((*token, seen[token]))
     return out

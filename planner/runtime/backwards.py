@@ -269,13 +269,12 @@ def _costs(joint: Joint, plan: Plan) -> Profile:
     """
     forward = {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]}
     nodes = [node for node in kernel_nodes(joint) if node.name not in forward]
-    how = dict(plan.made_on).get("costs", "")
-    if how.startswith("estimated"):
+    if plan.is_estimated:
         return estimate(nodes, None)
     if joint.device.type != "cuda":
         return measure(nodes, joint.device, progress=False)
     known = estimate(nodes, None)
-    return Profile({node.name: _with_copies(node, known.costs[node.name]) for node in nodes}, known.how, known.device)
+    return replace(known, costs={node.name: _with_copies(node, known.costs[node.name]) for node in nodes})
 
 
 def _with_copies(node: fx.Node, cost: KernelCost) -> KernelCost:

@@ -18,7 +18,7 @@ from torch import fx
 from planner._collectives import key_value_store, ranks_of_group
 from planner.errors import RanksDifferError
 from planner.graph.plan import Plan
-from planner.graph.planfile import fingerprint
+from planner.graph.structure import fingerprint
 from planner.runtime.step import Step
 from planner.tracer.collectives import is_collective
 from planner.tracer.joint import Joint
@@ -45,7 +45,7 @@ def compare_plans(step: Step, plan: Plan) -> None:
     store = key_value_store()
     if store is None:
         return
-    graph = fingerprint(plan.graph)
+    graph = fingerprint(plan.graph, arguments=False)
     rows = [graph, list(plan.solution.schedule.steps), step.num_stages, torch.__version__]
     mine = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     for group in _groups(step.joint):

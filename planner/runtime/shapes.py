@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.graph.structure import first_difference, places, renamed, wiring
 from planner.log import RUNTIME
 from planner.runtime.step import Step, make_step
 from planner.tracer.host.fingerprint import tensor_key
@@ -47,7 +49,9 @@ def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwa
     assert step.recapture is not None
     begun = time.monotonic()
     joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
-    _check_smaller(plan.graph, lower(joint))
+    graph = lower(joint)
+    _check_smaller(plan.graph, graph)
+    plan = replace(plan, graph=renamed(plan.graph, graph))
     made = make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)
     shapes = ", ".join(str(list(shape)) for shape, *_ in made.key.inputs)
     RUNTIME.info("inputs of shapes %s: captured in %.1f s, and planned from now on", shapes, time.monotonic() - begun)
@@ -55,16 +59,12 @@ def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwa
 
 
 def _check_smaller(planned: Graph, graph: Graph) -> None:
-    if len(planned.ops) != len(graph.ops) or planned.num_forward_ops != graph.num_forward_ops:
-        raise CaptureError(f"its graph has {len(graph.ops)} ops, the planned one {len(planned.ops)}")
+    """Raise CaptureError unless the graph has the planned wiring, and nothing in it is larger or less often recomputable."""
+    if wiring(planned) != wiring(graph):
+        raise CaptureError(f"its graph is another one: {first_difference(planned, graph)}")
     for ours, theirs in zip(planned.ops, graph.ops, strict=True):
-        if (ours.name, ours.nodes, ours.reads, ours.writes) != (theirs.name, theirs.nodes, theirs.reads, theirs.writes):
-            raise CaptureError(f"its graph has {theirs.name} where the planned one has {ours.name} ({ours.source})")
         if ours.recomputable > theirs.recomputable:
             raise CaptureError(f"{theirs.name} cannot be run again here ({theirs.source})")
-    if (planned.forward_outputs, planned.backward_outputs) != (graph.forward_outputs, graph.backward_outputs):
-        raise CaptureError("its graph has other outputs")
-    for value in graph.values:
-        known = planned.value.get(value.name)
-        if known is None or value.nbytes > known.nbytes:
-            raise CaptureError(f"{value.name} takes {value.nbytes} bytes, more than planned")
+    for one, other in zip(places(planned), places(graph), strict=True):
+        if graph.value[other].nbytes > planned.value[one].nbytes:
+            raise CaptureError(f"{other} takes {graph.value[other].nbytes} bytes, more than planned")

@@ -188,7 +188,8 @@ class Solver:
             raise not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
         status = "optimal" if search.gap <= one.gap else "feasible"
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
-        return Solution(status, schedule, min(search.bound_ns, best.timeline.time_ns), seconds, f"{best.source}/{SOLVER}")
+        bound_ns, limit = min(search.bound_ns, best.timeline.time_ns), "time" if meter.is_late else ""
+        return Solution(status, schedule, bound_ns, seconds, f"{best.source}/{SOLVER}", one.spent, limit)
 
 
 def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: float) -> NoScheduleFoundError:

@@ -11,6 +11,7 @@ from planner.graph.source import NOWHERE
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer import kernels
 from planner.tracer.collectives import is_collective
+from planner.tracer.described import Descriptions, kernel_name
 from planner.tracer.joint import Joint
 from planner.tracer.mutation import blind_arguments, new_statistics, updates_statistics
 from planner.tracer.parts import part_of
@@ -54,6 +55,7 @@ class _Lowering:
         self.joint = joint
         self.costs = profile.costs if profile is not None else {}
         self.storages = Storages(joint.graph)
+        self.descriptions = Descriptions(joint.graph, self.storages, joint.tickets)
         self.nodes = list(joint.graph.nodes)
         self.rounded = _CUDA_BLOCK if joint.device.type == "cuda" else 1
         mutated = {given.node for given in joint.inputs if given.mutated}
@@ -79,7 +81,8 @@ class _Lowering:
             for i, (name, nbytes) in enumerate(self.storages.writes[node]):
                 more = hidden[i] if i < len(hidden) else 0
                 known, real = self._bytes(nbytes), self._bytes(nbytes + more)
-                values.append(Value(name, real, kind, real - known))
+                depends = name in self.joint.tickets  # on the data, perhaps: no part of the graph's structure
+                values.append(Value(name, real, kind, real if depends else real - known))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
         by_name = {node.name: node for node in self.nodes}
@@ -113,6 +116,7 @@ class _Lowering:
         reads = [self.storages.root[arg] for arg in node.all_input_nodes if arg in self.storages.root]
         if node.name in self.joint.rng_states:
             reads.append(self.joint.rng_states[node.name])
+        distinct = tuple(dict.fromkeys(reads))
         cost = self._cost(node)
         taken_apart = [item.name for item in items(node) if self.storages.root.get(item) in writes]
         return Op(
@@ -120,12 +124,14 @@ class _Lowering:
             nodes=tuple(
                 dict.fromkeys((node.name, *taken_apart, *(view for name in writes for view in self.views.get(name, ()))))
             ),
-            reads=tuple(dict.fromkeys(reads)),
+            reads=distinct,
             writes=writes,
             cost_ns=cost.time_ns,
             workspace_bytes=self._bytes(cost.workspace_bytes),
             recomputable=self._recomputable(node, forward),
             source=self.joint.sources.get(node.name, NOWHERE),
+            kernel=kernel_name(node.target),
+            arguments=self.descriptions.arguments(node, distinct),
         )
 
     def _cost(self, node: fx.Node) -> KernelCost:

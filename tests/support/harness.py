@@ -288,7 +288,7 @@ def _unchanged(program: Program, home: types.ModuleType, model: nn.Module) -> It
 
 
 def _followed(program: Program, run: Run, expected: Sequence[_Log]) -> Outcome:
-    opaque = str(dict(run.module.plan.made_on).get("as they are", ""))
+    opaque = ", ".join(getattr(run.module.plan.provenance, "opaque", ()))
     planned, told, messages = [], [], []
     run.hold()
     for i, log in enumerate(_steps(run, program, program.warm, len(program.steps)), program.warm):

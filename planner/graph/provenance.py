@@ -1,0 +1,55 @@
+"""How the costs that a plan was made with were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Costs = Literal["measured", "estimated"]
+COSTS: tuple[str, ...] = get_args(Costs)
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """How, where, when and by which torch the costs of a graph were found. Prints as a line.
+
+    Attributes:
+        costs: "measured" on the device, or "estimated": then workspace is hardly known.
+        device: what the costs hold for, for people.
+        is_here: the device was here; otherwise kernels are those that torch was expected to choose there.
+        model: the `DeviceModel` that all costs were estimated with; "" where they were measured.
+        num_kernels, num_estimated: distinct kernels of a measured step, and how many of them could not be run.
+        opaque: submodules that run as they are, by qualified name.
+        torch: its version.
+        date: year-month-day.
+    """
+
+    costs: Costs
+    device: str
+    is_here: bool = True
+    model: str = ""
+    num_kernels: int = 0
+    num_estimated: int = 0
+    opaque: tuple[str, ...] = ()
+    torch: str = ""
+    date: str = ""
+
+    @property
+    def is_estimated(self) -> bool:
+        """No kernel was run."""
+        return self.costs == "estimated"
+
+    def __str__(self) -> str:
+        how = f"costs {self.costs}"
+        if self.model:
+            how += f" for {self.model}"
+        if self.num_estimated:
+            how += f", {self.num_estimated} of {self.num_kernels} kernels estimated"
+        parts = [
+            f"{self.device}{'' if self.is_here else ' (not here)'}",
+            how,
+            f"torch {self.torch}" if self.torch else "",
+            f"as they are: {', '.join(self.opaque)}" if self.opaque else "",
+            self.date,
+        ]
+        return "; ".join(part for part in parts if part)
