@@ -188,9 +188,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="graphs of the corpus (default: all but the tiny and the scale graphs)")
     parser.add_argument("--without-gradients", action="store_true")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument(
-        "--effort", type=float, default=20.0, metavar="E", help="work per budget, or per sweep"
-    )
+    parser.add_argument("--effort", type=float, default=20.0, metavar="E", help="work per budget, or per sweep")
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines here")
     parser.add_argument("--table", action="store_true", help="only print the table of the lines in --out")
     arguments = parser.parse_args()
