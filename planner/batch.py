@@ -15,6 +15,7 @@ from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, Inp
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.log import PLANNER
 from planner.priced import Options, Priced, price
 from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
@@ -24,6 +25,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
+from planner.tracer.faults import calls_users_code, concerns_model
 from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
 from planner.units import is_fraction, kind, shown
@@ -138,6 +140,7 @@ class _Trials:
                 plan = step.plan(self.budget_bytes, self.limits)
             except (InfeasibleBudgetError, NoScheduleFoundError) as missed:
                 error = missed
+        PLANNER.info("batch %d: %s", batch, error or "planned")
         return Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, error)
 
     def plain_ahead(self, batch: int) -> bool:
@@ -170,12 +173,15 @@ class _Trials:
         graph = grown(smaller.graph, larger.graph, batch - size)
         return None if graph is None else replace(larger, graph=graph)
 
+    @calls_users_code
     def _call(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         try:
             made = self.make_inputs(batch)
         except PlannerError:
             raise
         except Exception as error:
+            if not concerns_model(error):
+                raise
             raise InputError(f"make_inputs({batch}) {own_words(error)}") from error
         if not isinstance(made, tuple) or len(made) != 2:
             raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not {kind(made)}")

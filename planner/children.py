@@ -21,6 +21,7 @@ from planner.graph.plan import Plan, Solution
 from planner.graph.planfile import fingerprint
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.log import PLANNER
 from planner.priced import Options, Priced, allocator_margin, price_joint
 from planner.profiler.memory import logical_peak
 from planner.report.progress import stage
@@ -30,6 +31,7 @@ from planner.runtime.step import DEFAULT_STAGES, Step, make_step
 from planner.solver.solve import Solver
 from planner.solver.work import Limits
 from planner.tracer.capture import one_at_a_time
+from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
 from planner.tracer.refusal import own_words
@@ -193,6 +195,8 @@ class _Trial:
         try:
             self.original, self.model = model, copy.deepcopy(model)
         except Exception as error:
+            if not concerns_model(error):
+                raise
             raise InputError(f"the model cannot be copied, and steps are measured on a copy: {own_words(error)}") from error
         for module in self.model.modules():
             uninstall(module)
@@ -203,9 +207,11 @@ class _Trial:
         self.used: dict[str, list[int]] = {}
         try:
             self._look()
-        except (PlannerError, torch.OutOfMemoryError):
+        except PlannerError:
             raise
         except Exception as error:
+            if not concerns_model(error):
+                raise
             raise InputError(f"a step of the model as it is {own_words(error)}") from error
 
     def step(self) -> None:
@@ -236,7 +242,9 @@ class _Trial:
                 self.step()  # what a first call allocates for good is no part of a step
                 self.model.zero_grad(set_to_none=True)
                 above = logical_peak(self.step, self.device)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         finally:
             for module in modules:
@@ -314,12 +322,19 @@ def _capturable(trial: _Trial, options: Options) -> tuple[dict[str, _Child], dic
                 _check_alone(trial, name, module)
                 if name not in calls:
                     raise CaptureError("a second forward did not call it: what runs is drawn anew each time")
-                found[name] = _captured(module, calls.pop(name), trial.used[name], trial.device, options)
+                with noting(f"capturing the submodule {name}"):
+                    found[name] = _captured(module, calls.pop(name), trial.used[name], trial.device, options)
+                PLANNER.info("%s: captured by itself", name)
             except PlannerError as error:
+                if is_fault(error):
+                    raise
                 children = [f"{name}.{child}" for child, _ in module.named_children()]
                 below += children
                 if trial.calls[name] and not (children and trial.calls[name] == 1):
                     left[name] = str(error)
+                    PLANNER.warning("%s: left as it is, unplanned: %s", name, error)
+                else:
+                    PLANNER.info("%s: not captured by itself (its submodules may be): %s", name, error)
         frontier = below
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())

@@ -5,7 +5,7 @@ planner sweep FILE.py:FUNCTION [--plot sweep.png] [--verify] [--save sweep.json]
 planner explain FILE.py:FUNCTION --budget 6GiB
 planner max-batch FILE.py:FUNCTION --budget 6GiB [--device H100-80GB] [--verify] [--json]
 planner export FILE.py:FUNCTION --budget 6GiB | --plan plan.json -o model_ckpt.py
-With --json, all but the last print figures for machines. These need no torch:
+With --json, all but the last print figures for machines; --log-level info shows the steps on stderr. These need no torch:
 planner explain PLAN.json
 planner show PLAN.json [--timeline step.png] [--trace step.json]     or     planner show SWEEP.json [--plot sweep.png]
 planner solve GRAPH.json[.gz] --budget 6GiB | --sweep [N]
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from planner.graph import planfile
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.log import PLANNER
 from planner.report import figures, picture, sweepfile
 from planner.report.sweep import Sweep, sweep_graph
 from planner.solver.solve import Solver
@@ -42,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0, or 1 after a one-line error on stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with _log_shown(arguments.log_level):
+            return int(arguments.run(arguments))
     except PlannerError as error:
         print(f"planner: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -90,7 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
     solve.set_defaults(run=_solve)
+    for command in commands.choices.values():
+        command.add_argument("--log-level", choices=("debug", "info", "warning"), help="show the planner's log on stderr")
     return parser
+
+
+@contextmanager
+def _log_shown(level: str | None) -> Iterator[None]:
+    """While entered, the log from this level on goes to stderr; None shows nothing."""
+    if level is None:
+        yield
+        return
+    handler, before = logging.StreamHandler(), PLANNER.level
+    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+    PLANNER.addHandler(handler)
+    PLANNER.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        PLANNER.removeHandler(handler)
+        PLANNER.setLevel(before)
 
 
 def _model_options(

@@ -132,6 +132,11 @@ class PlotMissingError(PlannerError):
     """matplotlib is not installed; the extra `plot` brings it."""
 
 
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, for a message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300].rstrip('.')}"
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the innermost running line that is neither this package's nor torch's."""
     frame: FrameType | None = sys._getframe(1)

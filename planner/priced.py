@@ -16,6 +16,7 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.log import PLANNER
 from planner.profiler.devices import find_device
 from planner.profiler.estimate import DeviceModel, estimate
 from planner.profiler.measure import measure
@@ -26,6 +27,7 @@ from planner.report.progress import stage
 from planner.solver.solve import Solver, solve
 from planner.solver.work import Limits
 from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.faults import noting
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
@@ -134,7 +136,11 @@ class Priced:
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
         solution = solve(self.graph, budget_bytes - margin_bytes, limits, reorder=self.is_movable)
-        return Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
+        made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.made_on)
+        peak, budget = units.format_bytes(made.peak_bytes), units.format_bytes(budget_bytes)
+        text = "planned for %s: peak %s, %+.1f %% of simulated time, %s in %.1f s"
+        PLANNER.info(text, budget, peak, 100 * made.overhead, solution.status, solution.solve_s)
+        return made
 
     def refusal(self, error: Refusal, budget: int | str | float, budget_bytes: int, limits: Limits) -> Refusal:
         """What `plan` raised for `budget_bytes`, with the budget as the user gave it and one for which there is a plan.
@@ -166,7 +172,11 @@ def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
 def price_joint(joint: Joint, options: Options, aside: Mapping[str, int] | None = None) -> Priced:
     """Price a captured step; `aside`: bytes that are resident beside it, by what they are for."""
     profile = _profile(joint, options)
-    return Priced(joint, lower(joint, profile, reserved=aside or {}), _made_on(joint, profile))
+    with noting("lowering a captured step to the solver's graph"):
+        priced = Priced(joint, lower(joint, profile, reserved=aside or {}), _made_on(joint, profile))
+    num_ops, plain = len(priced.graph.ops), units.format_bytes(priced.plain_bytes)
+    PLANNER.info("%d ops, the plain step peaks at %s; costs: %s, %s", num_ops, plain, profile.how, profile.device)
+    return priced
 
 
 def allocator_margin(graph: Graph, budget_bytes: int) -> int:

@@ -65,6 +65,35 @@ def test_weights_that_a_first_batch_initializes(how):
     assert all(map(torch.equal, trained(False), trained(True)))
 
 
+class Casts(nn.Module):
+    """Brings its weight into the form that it wants, where it has another one: the first run alone does anything."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = nn.Linear(8, 8, bias=False), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.inner.weight
+        if self.how == "dtype":
+            weight.data = weight.data.to(x.dtype)
+        elif self.how == "to":
+            self.inner.to(x.dtype)
+        elif not weight.t().is_contiguous():
+            weight.data = weight.data.t().contiguous().t()
+        return torch.tanh(self.inner(x))
+
+
+@pytest.mark.parametrize("how", ["dtype", "to", "strides"])
+def test_weights_that_a_first_run_brings_into_another_form(how):
+    torch.manual_seed(0)
+    model, x = Casts(how), X if how == "strides" else X.to(torch.bfloat16)
+    before = {name: (p.data_ptr(), p.dtype, p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(CaptureError, match="other memory"):
+        planned(model, x)
+    for name, p in model.named_parameters():
+        assert (p.data_ptr(), p.dtype, p.stride()) == before[name][:3] and torch.equal(p, before[name][3])
+
+
 class Remembers(nn.Module):
     """Writes activations with their graph into what it keeps."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from planner.profiler.cache import DEFAULT_CACHE_DIR, KernelCache
-from planner.profiler.forked import run_forked
+from planner.profiler.forked import Failed, run_forked
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost
 from planner.profiler.timing import cpu_workspace_bytes
@@ -190,12 +190,20 @@ def test_nothing_to_measure():
 def test_a_hanging_kernel_takes_the_rest_with_it():
     hang, quick = lambda: time.sleep(60), lambda: KernelCost(1, 0)
     begun = time.monotonic()
-    assert list(run_forked([quick, hang, quick], [30, 0.3, 30])) == [(0, KernelCost(1, 0)), (1, None), (2, None)]
+    assert list(run_forked([quick, hang, quick], [30, 0.3, 30])) == [
+        (0, KernelCost(1, 0)),
+        (1, Failed("its process did not answer in time")),
+        (2, Failed("not run: one before it did not answer")),
+    ]
     assert time.monotonic() - begun < 20
 
 
 def test_many_crashes_are_given_up():
-    assert list(run_forked([lambda: crash(None)] * 30, [30] * 30)) == [(i, None) for i in range(30)]
+    results = list(run_forked([lambda: crash(None)] * 30, [30] * 30))
+    assert [i for i, _ in results] == list(range(30))
+    reasons = [found.reason for _, found in results]
+    assert all("killed by signal" in reason for reason in reasons[:8])
+    assert reasons[8:] == ["not run: 8 processes ended before it"] * 22
 
 
 def test_parent_is_left_as_it_was(capfd):

@@ -14,6 +14,7 @@ from planner.analysis.side import CopyError, Side, check_call, copy_of
 from planner.analysis.step import NotRunError, run_step
 from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError, warn
 from planner.graph.plan import NOT_RUN, RUN
+from planner.log import ANALYSIS
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.capture import one_at_a_time
@@ -107,6 +108,10 @@ def measured_within(
             return planned
         fitting = planned if peak_bytes <= budget_bytes else fitting
         aim_bytes = planned.plan.peak_bytes - (peak_bytes + strayed - budget_bytes)
+        sizes = (*map(format_bytes, (planned.plan.peak_bytes, peak_bytes, strayed, budget_bytes, aim_bytes)),)
+        text = "planned for %s, measured %s (and %s that it may stray), of a budget of %s: %s"
+        again = "plan again, for %s" if attempt + 1 < tries else "given up, it would have to be planned for %s"
+        ANALYSIS.info(text, *sizes[:-1], again % sizes[-1])
     if fitting is not None:
         return fitting
     assert peak_bytes is not None
@@ -129,9 +134,12 @@ def measured(
         with stage("run one step", progress):
             peak_bytes = step_peak(planned, args, kwargs)
     except (NotRunError, CopyError) as reason:
-        if not getattr(reason, "expected", False):
+        if getattr(reason, "expected", False):
+            ANALYSIS.info("no step was run: %s", reason)
+        else:
             warn(f"whether the step keeps its budget was not measured: {reason}")
         return noted(planned, f"{NOT_RUN}: {reason}")
+    ANALYSIS.debug("one planned step was run: measured peak %d bytes, planned %d", peak_bytes, planned.plan.peak_bytes)
     return noted(planned, RUN, peak_bytes)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from planner._torch import pytree
 from planner.analysis.state import generators, set_generators, state_of
-from planner.errors import InputError
+from planner.errors import InputError, first_line
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.runtime import guard
@@ -20,6 +20,7 @@ from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,12 +49,9 @@ def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
     try:
         return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CopyError(f"the model cannot be copied, so no step of it can be run beside it: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error, for a message."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300].rstrip('.')}"
 
 
 def own_call(planned: CheckpointedModule, call: Call) -> Call:

@@ -24,13 +24,13 @@ from planner.analysis.side import (
     autocast_of,
     backward_of_ones,
     copy_of,
-    first_line,
     own_call,
     resident_bytes,
 )
 from planner.analysis.state import strides_that_matter
-from planner.errors import InputError, PlanCheckError, PlannerError
+from planner.errors import InputError, PlanCheckError, PlannerError, first_line
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
+from planner.log import ANALYSIS
 from planner.profiler.child import CAN_FORK, Child
 from planner.profiler.memory import logical_peak
 from planner.profiler.timing import free_bytes
@@ -39,6 +39,7 @@ from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
 from planner.runtime.step import Step
+from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 
@@ -75,7 +76,10 @@ def run_step(planned: CheckpointedModule, call: Call) -> int:
 
 def _in_process(planned: CheckpointedModule, call: Call) -> int:
     cuda = planned.device.type == "cuda"
-    side = Side(copy_of(planned, sharing=True), planned, call)
+    try:
+        side = Side(copy_of(planned, sharing=True), planned, call)
+    except torch.OutOfMemoryError as error:
+        raise _no_memory(planned) from error
     with torch.random.fork_rng(devices=[planned.device] if cuda else []):
         try:
             side.prepare()
@@ -85,13 +89,17 @@ def _in_process(planned: CheckpointedModule, call: Call) -> int:
                 return side.peak()
         except PlannerError:
             raise
-        except torch.OutOfMemoryError as error:
-            free = f", {format_bytes(torch.cuda.mem_get_info(planned.device)[0])} are free" if cuda else ""
-            needed = format_bytes(planned.plan.peak_bytes)
-            raise NotRunError(f"the device has not the memory for the step's {needed}{free}") from error
         except Exception as error:
-            raise _fault(planned, *_described(error, planned.step)) from error
+            if not is_out_of_memory(error):
+                raise _fault(planned, *_described(error, planned.step)) from error
+            raise _no_memory(planned) from error
     raise _fault(planned, wrong, NOWHERE)
+
+
+def _no_memory(planned: CheckpointedModule) -> NotRunError:
+    cuda = planned.device.type == "cuda"
+    free = f", {format_bytes(torch.cuda.mem_get_info(planned.device)[0])} are free" if cuda else ""
+    return NotRunError(f"the device has not the memory for the step's {format_bytes(planned.plan.peak_bytes)}{free}")
 
 
 def _in_child(planned: CheckpointedModule, call: Call) -> int:
@@ -122,6 +130,8 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
         child.end()
     if "not run" in told:
         raise NotRunError(told["not run"])
+    if "not compared" in told:
+        ANALYSIS.info("the planned step's bits were not compared with the model's own: %s", told["not compared"])
     if "wrong" in told:
         raise _fault(planned, told["wrong"], source_from_json(told["where"], "where the step failed"))
     return int(told["peak_bytes"])
@@ -165,7 +175,7 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
         yield {"not run": str(error), "last": True}
         return
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             yield {"not run": "the machine has not the memory for it", "last": True}
             return
         text, where = _described(error, planned.step)
@@ -174,17 +184,17 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
 
 
 def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
-    """{"wrong": ...} where the planned step gives other bits than the model's own.
+    """{"wrong": ...} where the planned step gives other bits than the model's own; {"not compared": ...} where none can tell.
 
-    {} where they agree, or cannot be compared for lack of memory.
+    {} where they agree.
     """
     free = free_bytes()
     if free is not None and planned.plan.plain.peak_bytes - resident_bytes(planned) > free:
-        return {}
+        return {"not compared": "the machine has not the memory for a plain step"}
     try:
         different = different_results(planned, call)
-    except Exception:  # the planned step has run: it is the model's own that does not run in a forked process
-        return {}
+    except Exception as error:  # the planned step has run: it is the model's own that does not run in a forked process
+        return {"not compared": first_line(error)}
     if not different:
         return {}
     more = f" and {len(different) - 5} more" if len(different) > 5 else ""
@@ -209,7 +219,7 @@ def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
         leaves = aligned(planned, pytree.tree_leaves(out))
         backward_of_ones(planned.starts(leaves), planned.device)
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             return {"not run": f"the model's own step fails in a forked process: {first_line(error)}"}
     return {}
 
@@ -290,10 +300,6 @@ def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
         if owner is not None and owner.is_leaf and owner.grad is None:
             return f"{'input ' if isinstance(given.key, int) else ''}{given.key} gets no gradient, captured with one"
     return ""
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _described(error: BaseException, step: Step) -> tuple[str, Source]:

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from planner.errors import first_line
 from planner.graph.fields import parse, read_all
+from planner.log import PROFILER
 from planner.profiler.profile import KernelCost
 
 DEFAULT_CACHE_DIR = Path("~/.cache/checkpoint-planner")
@@ -54,7 +56,10 @@ class KernelCache:
             if content["conditions"] != self.conditions:
                 return {}
             return {str(key): _cost(row) for key, row in content["kernels"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError):
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
+            PROFILER.info("%s cannot be read, and kernels are measured anew: %s", self.path, first_line(error))
             return {}
 
     def add(self, costs: Mapping[str, KernelCost]) -> None:
@@ -66,7 +71,7 @@ class KernelCache:
             "conditions": self.conditions,
             "kernels": {key: [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes] for key, cost in sorted(merged.items())},
         }
-        with suppress(OSError):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, scratch = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.stem}-", suffix=".tmp")
             try:
@@ -76,6 +81,8 @@ class KernelCache:
             except BaseException:
                 os.unlink(scratch)
                 raise
+        except OSError as error:
+            PROFILER.info("%s cannot be written, and kernels are measured again next time: %s", self.path, first_line(error))
 
 
 def _cost(row: Any) -> KernelCost:

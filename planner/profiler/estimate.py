@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
@@ -13,7 +12,8 @@ import torch
 from torch.fx import Node
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from planner.errors import InputError
+from planner.errors import InputError, first_line
+from planner.log import PROFILER
 from planner.profiler.kernel import tensors_in
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer.randomness import is_random
@@ -152,11 +152,13 @@ def _flops(node: Node) -> int:
     val = node.meta.get("val")
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
     packet = getattr(node.target, "overloadpacket", node.target)
-    with suppress(Exception):  # a formula that cannot read an unusual call must not stop a plan
+    try:
         if _packet_name(node) in _CPU_FLOPS:
             return int(_CPU_FLOPS[_packet_name(node)](*args, **kwargs))
         if packet in flop_registry:
             return int(flop_registry[packet](*args, **kwargs, out_val=val))
+    except Exception as error:  # a formula that cannot read an unusual call must not stop a plan
+        PROFILER.debug("the formula for the FLOPs of %s cannot read its call: %s", node.target, first_line(error))
     return sum(t.numel() for t in tensors_in(val))
 
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from planner.errors import first_line
 from planner.profiler.child import Child
 from planner.profiler.profile import KernelCost
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A job that has no result, and why: "MemoryError: ...", "its process was killed by signal 11"."""
+
+    reason: str
+
 
 _MAX_DEATHS = 8
 """Children that may die before the rest of the jobs is given up."""
@@ -27,7 +37,7 @@ def run_forked(
     encode: Callable[[Any], Any] = _row_of_cost,
     decode: Callable[[Any], Any] = _cost_of_row,
 ) -> Iterator[tuple[int, Any]]:
-    """Run every job in a child process, in order; yield (index, result), or (index, None) for a job that failed.
+    """Run every job in a child process, in order; yield (index, result), or (index, Failed) for a job that failed.
 
     Results travel as JSON: `encode` makes something of them that JSON holds, `decode` makes them of it. By default KernelCosts.
 
@@ -44,19 +54,22 @@ def run_forked(
                 if answer is None:
                     break
                 start = index + 1
-                row = json.loads(answer)
-                yield index, None if row is None else decode(row)
+                is_done, row = json.loads(answer)
+                yield index, decode(row) if is_done else Failed(row)
         finally:
             child.end()
         if start < len(jobs):
             deaths += 1
-            lost = len(jobs) if child.hung or deaths >= _MAX_DEATHS else start + 1
-            yield from ((index, None) for index in range(start, lost))
-            start = lost
+            yield start, Failed(f"its process {child.fate}")
+            start += 1
+            if child.hung or deaths >= _MAX_DEATHS:
+                reason = "one before it did not answer" if child.hung else f"{deaths} processes ended before it"
+                yield from ((index, Failed(f"not run: {reason}")) for index in range(start, len(jobs)))
+                return
 
 
 def _answer(job: Callable[[], Any], encode: Callable[[Any], Any]) -> Any:
     try:
-        return encode(job())
-    except Exception:
-        return None
+        return [True, encode(job())]
+    except Exception as error:
+        return [False, first_line(error)]

@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.fx import Node
 
+from planner.errors import first_line
+from planner.log import PROFILER
 from planner.profiler.cache import DEFAULT_CACHE_DIR, KernelCache
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
-from planner.profiler.forked import run_forked
+from planner.profiler.forked import Failed, run_forked
 from planner.profiler.kernel import kernel_key
 from planner.profiler.profile import KernelCost, Profile
 from planner.profiler.timing import cost_on_cpu, cost_on_cuda
@@ -48,19 +50,35 @@ def measure(
     on_file = cache.load()
     known = {key: on_file[key] for key in example if key in on_file}
     missing = [key for key in example if key not in known and not is_collective(example[key])]  # the other ranks run none
+    PROFILER.info("%d distinct kernels: %d measured before, %d to measure", len(example), len(known), len(missing))
+    failures: dict[str, Failed] = {}
     if missing:
         fresh: dict[str, KernelCost] = {}
         try:
-            for key, cost in _with_bar(_run({key: example[key] for key in missing}, device), len(missing), progress):
-                if cost is not None:
-                    fresh[key] = cost
+            for key, found in _with_bar(_run({key: example[key] for key in missing}, device), len(missing), progress):
+                if isinstance(found, Failed):
+                    failures[key] = found
+                else:
+                    fresh[key] = found
         finally:
             cache.add(fresh)  # what was measured before a Ctrl-C is not lost
         known |= fresh
     costs = _with_estimates(example, known, device)
     failed = len(example) - len(known)
+    _log_failures(failures, failed, len(example))
     name = device_name(device)
     return Profile({node: costs[key] for node, key in keys.items()}, _how(len(example), failed, device), name)
+
+
+def _log_failures(failures: Mapping[str, Failed], num_estimated: int, total: int) -> None:
+    for key, failure in failures.items():
+        PROFILER.debug("not measured: %s: %s", key, failure.reason)
+    if failures:
+        key, failure = next(iter(failures.items()))
+        text = "%d of %d kernels could not be measured, and are estimated; the first: %s: %s"
+        PROFILER.warning(text, len(failures), total, key, failure.reason)
+    if num_estimated > len(failures):
+        PROFILER.info("%d of %d kernels communicate, or run on no device here: estimated", num_estimated - len(failures), total)
 
 
 def _how(total: int, failed: int, device: torch.device) -> str:
@@ -86,7 +104,7 @@ def _with_estimates(
     return {key: known.get(key, scaled[key]) for key in example}
 
 
-def _run(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | None]]:
+def _run(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | Failed]]:
     keys = list(kernels)
     if device.type == "cpu" and hasattr(os, "fork"):
         jobs: list[Callable[[], KernelCost]] = [partial(cost_on_cpu, node) for node in kernels.values()]
@@ -97,13 +115,15 @@ def _run(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[st
         yield from _run_on_cuda(kernels, device)
 
 
-def _run_on_cuda(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | None]]:
+def _run_on_cuda(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | Failed]]:
     host_state, device_state = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
         for key, node in kernels.items():
-            cost = None
-            with suppress(Exception):
+            cost: KernelCost | Failed
+            try:
                 cost = cost_on_cuda(node, device)
+            except Exception as error:
+                cost = Failed(first_line(error))
             torch.cuda.empty_cache()  # one kernel's blocks must not crowd out the next one's
             yield key, cost
     finally:
@@ -112,8 +132,8 @@ def _run_on_cuda(kernels: Mapping[str, Node], device: torch.device) -> Iterator[
 
 
 def _with_bar(
-    results: Iterator[tuple[str, KernelCost | None]], total: int, wanted: bool
-) -> Iterator[tuple[str, KernelCost | None]]:
+    results: Iterator[tuple[str, KernelCost | Failed]], total: int, wanted: bool
+) -> Iterator[tuple[str, KernelCost | Failed]]:
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not (wanted and console.is_terminal))
     task = bar.add_task("measuring kernels", total=total)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch.fx import Node
 
 from planner._collectives import collectives_forbidden
 from planner._torch import pytree
+from planner.errors import first_line
+from planner.log import PROFILER
 from planner.profiler.estimate import GENERIC_CPU, estimate_node
-from planner.profiler.forked import run_forked
+from planner.profiler.forked import Failed, run_forked
 from planner.profiler.kernel import make_inputs
 from planner.profiler.observed import Look, Observation, dtype_name, is_foreign
 from planner.profiler.side_effects import Effects
@@ -33,19 +35,32 @@ def observe(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node,
         jobs: list[Callable[[], Observation]] = [partial(_observe, node, device) for node in nodes]
         patience_s = [20 + 100 * estimate_node(node, GENERIC_CPU).time_ns / 1e9 for node in nodes]
         for index, row in run_forked(jobs, patience_s, _encode, _decode):
-            yield nodes[index], row
+            yield nodes[index], _logged(nodes[index], row)
     elif device.type == "cuda" and torch.cuda.is_available():
         yield from _observe_on_cuda(nodes, device)
+
+
+def _logged(node: Node, found: Observation | Failed) -> Observation | None:
+    """None for a kernel that failed, which is logged. One from outside of torch is then never run twice, nor moved."""
+    if isinstance(found, Observation):
+        return found
+    level = logging.INFO if is_foreign(node.target) else logging.DEBUG
+    PROFILER.log(
+        level, "%s cannot be run on made-up inputs, its results are taken to be as traced: %s", node.target, found.reason
+    )
+    return None
 
 
 def _observe_on_cuda(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node, Observation | None]]:
     states = _Generators(device)
     try:
         for node in nodes:
-            found = None
-            with suppress(Exception):
+            found: Observation | Failed
+            try:
                 found = _observe(node, device)
-            yield node, found
+            except Exception as error:
+                found = Failed(first_line(error))
+            yield node, _logged(node, found)
     finally:
         states.put_back()
         torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ from planner._inductor import compile_boxed
 from planner._torch import OpOverload, box, pytree, results
 from planner.errors import CompileError
 from planner.tracer import kernels
+from planner.tracer.faults import is_out_of_memory
 from planner.tracer.randomness import is_random
 from planner.tracer.storage import mutates
 
@@ -136,6 +137,8 @@ def _compile(piece: _Piece, writes: Sequence[fx.Node]) -> Boxed:
     try:
         return compile_boxed(_graph_of(piece, writes), [node.meta["val"] for node in piece.reads])
     except Exception as error:  # of any kind: what inductor and a C++ compiler raise has no common base
+        if is_out_of_memory(error):
+            raise
         said = str(error).strip().partition("\n")[0]
         raise CompileError(
             f"inductor cannot compile the planned step between {piece.nodes[0].name} and {piece.nodes[-1].name}: "

@@ -16,6 +16,7 @@ from planner.graph.graph import Graph, Kind, Op
 from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.log import RUNTIME
 from planner.profiler.estimate import estimate
 from planner.profiler.kernel import tensors_in
 from planner.profiler.measure import measure
@@ -41,7 +42,6 @@ _CURE = (
     "Make the loss part of the plan: plan(..., criterion=your loss, criterion_args=(targets,)), or loss= naming the outputs "
     "that your loss is made of"
 )
-_log = logging.getLogger("planner")
 
 
 class Backwards:
@@ -117,13 +117,15 @@ class Backwards:
             raise self._over(choice, what)
         self._check_owners(joint, what)
         other = self._written(joint, graph, choice)
-        over = choice.peak_bytes > plan.budget_bytes  # fractional budgets alone: the plain step of this backward peaks higher
-        _log.log(
+        # with fractional budgets alone: the plain step of this backward peaks higher, and the fraction is of that
+        over = choice.peak_bytes > plan.budget_bytes
+        RUNTIME.log(
             logging.WARNING if over else logging.INFO,
-            "%s: captured in %.1f s; its step peaks at %s, simulated time %+.1f %% against the planned step",
+            "%s: captured in %.1f s; its step peaks at %s (planned for %s), simulated time %+.1f %% against the planned step",
             what,
             time.monotonic() - begun,
             format_bytes(choice.peak_bytes),
+            format_bytes(plan.budget_bytes),
             100 * (choice.time_ns / max(1, plan.timeline.time_ns) - 1),
         )
         return other

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from planner.errors import InputError
+from planner.tracer.faults import calls_users_code
 
 Criterion = Callable[..., Any]
 CRITERION_ARGS = "criterion_args"
@@ -27,6 +28,7 @@ class WithCriterion(nn.Module):
         self.criterion = criterion
         self.training = model.training
 
+    @calls_users_code
     def forward(self, *args: Any, criterion_args: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         """(loss, output), or the output where there is nothing to compare it with."""
         output = self.model(*args, **kwargs)

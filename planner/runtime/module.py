@@ -14,6 +14,7 @@ from planner._torch import pytree
 from planner.errors import InputError, PlanAuditError, PlannerError
 from planner.graph.graph import Kind
 from planner.graph.plan import Plan
+from planner.log import RUNTIME
 from planner.runtime import guard
 from planner.runtime.audit import Digest, audit_fits, can_audit, difference, digest, is_due, rewound, run_original
 from planner.runtime.backwards import Backwards
@@ -28,6 +29,7 @@ from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.shared_casts import enter_planned, note_unplanned
 from planner.runtime.step import Step
 from planner.runtime.watch import Watched
+from planner.tracer.faults import is_fault
 from planner.tracer.host.state import written
 
 runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
@@ -308,6 +310,9 @@ class CheckpointedModule(fx.GraphModule):
                 self._others[key] = CheckpointedModule(self._original, step, self.plan, self.strict, audits=self.audits)
                 self._others[key].__dict__["_to_compare"] = False  # it is the plan that was compared
             except PlannerError as error:
+                if is_fault(error):
+                    raise
+                RUNTIME.warning("inputs of other shapes, which run unplanned: %s", error)
                 self._others[key] = Mismatch("input", "the inputs' shape", str(error))
         return self._others[key]  # type: ignore[no-any-return]
 
@@ -325,6 +330,7 @@ class CheckpointedModule(fx.GraphModule):
         try:
             return self._compare(args, kwargs, through)
         except Exception as error:
+            RUNTIME.debug("a call cannot be compared with the planned one", exc_info=True)
             return [], [], Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
 
     def _compare(

@@ -7,6 +7,7 @@ kernels' workspace, which is taken not to grow as inputs shrink.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.graph.graph import Graph
 from planner.graph.plan import Plan
+from planner.log import RUNTIME
 from planner.runtime.step import Step, make_step
 from planner.tracer.host.fingerprint import tensor_key
 from planner.tracer.lower import lower
@@ -43,9 +45,13 @@ def step_of_other_shape(step: Step, plan: Plan, model: nn.Module, args: Any, kwa
         if len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
             raise CaptureError(f"input {i} is {list(shape)}, the plan holds up to {list(most)}")
     assert step.recapture is not None
+    begun = time.monotonic()
     joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
     _check_smaller(plan.graph, lower(joint))
-    return make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)
+    made = make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)
+    shapes = ", ".join(str(list(shape)) for shape, *_ in made.key.inputs)
+    RUNTIME.info("inputs of shapes %s: captured in %.1f s, and planned from now on", shapes, time.monotonic() - begun)
+    return made
 
 
 def _check_smaller(planned: Graph, graph: Graph) -> None:

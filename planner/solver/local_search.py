@@ -2,7 +2,8 @@
 
 A schedule is a list of steps and nothing else, so a move is a change of the list: `repair` runs ops again right before
 a read, which lets the value go until then; `shrink` deletes such a run, which keeps the value until the read. Any op may run
-again any number of times, in the forward too, so this reaches budgets that sets of kept values cannot. It proves nothing; the certificate does.
+again any number of times, in the forward too, so this reaches budgets that sets of kept values cannot. It proves nothing; the
+certificate does.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class LocalSearch:
                 return None
             before, now_ns = self._excess(run), self.time_ns(steps)
             best: tuple[float, Steps, Run] | None = None
-            for lane, t in self._evictions(steps, run, spared):
+            for lane, t in self._evictions(steps, run, spared, work):
                 changed, then = self.useful([*steps[:t], *lane, *steps[t:]])
                 self._charge(then, work)
                 gain = before - self._excess(then)
@@ -138,7 +139,7 @@ class LocalSearch:
                 return steps, run
             steps = ops[~useless].tolist()
 
-    def _evictions(self, steps: Steps, run: Run, spared: int) -> list[tuple[Steps, int]]:
+    def _evictions(self, steps: Steps, run: Run, spared: int, work: Work) -> list[tuple[Steps, int]]:
         """The most promising ways to hold less at the peak: ops to run again, and the step before which to do so."""
         peak = int(run.live_bytes.argmax())
         value, step = run.event_value, run.event_step
@@ -152,6 +153,7 @@ class LocalSearch:
             v, last, read = int(value[k]), int(step[k]), int(step[k + 1])
             saved = float(np.minimum(excess[last + 1 : read], self.simulator.nbytes[v]).sum())
             for lane in self._lanes(int(self.producer[v]), read, spans):
+                work.charge(100 * EVENT_UNITS)
                 held = sum(self._added(run.live_bytes, *gap) for gap in spans.gaps(lane, read))
                 if saved > held:
                     ranked.append(((int(self.cost[lane].sum()) + 1) / (saved - held), lane, read))

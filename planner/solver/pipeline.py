@@ -7,17 +7,15 @@ not worth what was spent.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from planner.log import SOLVER
 from planner.solver import stages
 from planner.solver.problem import Problem
 from planner.solver.search import Search
 from planner.solver.tuning import FIRST_SLICE, PATIENCE
 from planner.solver.work import Work
-
-_log = logging.getLogger("planner.solver")
 
 
 def _always(problem: Problem, search: Search) -> bool:
@@ -144,7 +142,7 @@ class Run:
         turns.slice *= 2
         turns.empty, turns.stuck_at = (0, None) if got_on or after != before else (turns.empty + 1, after)
         self.spent += work.meter.spent - spent
-        _log.debug(
+        SOLVER.debug(
             "%s within %d bytes: %.3f units of work, time and bound %s -> %s", stage.name, self.problem.budget_bytes,
             work.meter.spent - spent, before, after,
         )  # fmt: skip

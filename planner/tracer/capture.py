@@ -17,9 +17,11 @@ from planner import _torch
 from planner._torch import pytree
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
+from planner.log import TRACER
 from planner.tracer import parts
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.state import remembered, weight_keys
 from planner.tracer.joint import CallSpec, Joint
@@ -60,6 +62,7 @@ def capture(
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
         CaptureError: the model cannot be traced; names the operation and the user's line.
+        Exception: lack of memory, and faults of the planner, as they are; see `planner.tracer.faults`.
     """
     if replay is not None:
         return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere, replay)
@@ -71,14 +74,17 @@ def capture(
         )
     while True:
         try:
-            return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere)
+            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere)
+            return joint if first is None else replace(joint, refused=str(first))
         except CaptureError as error:
             if elsewhere is not None:
                 raise
             first = first or error
-            opaque = parts.widened(model, tuple(opaque), error.module)
+            before, opaque = opaque, parts.widened(model, tuple(opaque), error.module)
             if not opaque:
                 raise first from None
+            more = ", ".join(repr(name) for name in opaque if name not in before)
+            TRACER.info("%s: capture again, with %s opaque: %s", type(model).__name__, more, error)
 
 
 _lock = threading.RLock()
@@ -143,17 +149,18 @@ def _capture(
             context.run(step.restore)
             IS_CAPTURING.reset(token)
     warn_left_out(model, step.outputs)
-    joint = normalize(
-        exported,
-        names=step.names,
-        outputs=step.outputs,
-        num_results=step.num_results,
-        reads=step.reads,
-        call=CallSpec(in_spec, template, tensors, step.out_spec),
-        device=device,
-        parts=step.calls,
-        moving=step.moving,
-    )
+    with noting(f"bringing the graph of {type(model).__name__} into normal form"):
+        joint = normalize(
+            exported,
+            names=step.names,
+            outputs=step.outputs,
+            num_results=step.num_results,
+            reads=step.reads,
+            call=CallSpec(in_spec, template, tensors, step.out_spec),
+            device=device,
+            parts=step.calls,
+            moving=step.moving,
+        )
     _check_weights(model, joint)
     return replace(
         joint,
@@ -225,4 +232,7 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
     except _torch.InPlaceCollectiveError as error:
         raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
+        if not concerns_model(error):
+            note(error, f"capturing {type(step.model).__name__}{f' (last at {step.where})' if step.where else ''}")
+            raise
         raise refusal(error, step.where) from error

@@ -137,6 +137,7 @@ class Joint:
         tickets: nodes that hold their tickets.
         elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
         recorded: (kernel, value) of every host read, to capture the call again without running it; None where none was needed.
+        refused: the first error of captures that failed, after which submodules became opaque parts; "" where none failed.
     """
 
     graph: fx.Graph
@@ -159,3 +160,4 @@ class Joint:
     tickets: frozenset[str] = frozenset()
     elsewhere: str = ""
     recorded: tuple[tuple[str, Any], ...] | None = None
+    refused: str = ""

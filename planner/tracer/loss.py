@@ -11,6 +11,7 @@ import torch
 
 from planner._torch import pytree
 from planner.errors import InputError
+from planner.tracer.faults import calls_users_code, concerns_model
 from planner.units import kind, shown
 
 Loss = str | int | Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] | None
@@ -123,6 +124,7 @@ def _leaves_behind(outputs: Sequence[torch.Tensor]) -> set[Any]:
     return found
 
 
+@calls_users_code
 def _chosen(out: Any, leaves: Sequence[Any], loss: Any) -> list[Any]:
     if isinstance(loss, str):
         return [_member(out, leaves, loss)]
@@ -134,6 +136,8 @@ def _chosen(out: Any, leaves: Sequence[Any], loss: Any) -> list[Any]:
     except InputError:
         raise
     except Exception as error:
+        if not concerns_model(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"loss={_text(loss)} cannot be applied to the model's output ({type(error).__name__}: {reason}); it takes the "

@@ -18,6 +18,7 @@ from planner.errors import CaptureError, InputError
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity, kernels
+from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
 from planner.tracer.host.observe import HOOKS, Observation, Observer
@@ -150,6 +151,8 @@ class _Recording:
         try:
             call = CallSpec(in_spec, template, tensors, None)
         except Exception as error:  # a packed sequence looks into what it is made of
+            if not concerns_model(error):
+                raise
             kinds = ", ".join(type(arg).__name__ for arg in (*args, *kwargs.values()))
             raise CaptureError(f"{name} runs as it is, but takes arguments no plan can hold: {kinds}", module=name) from error
         self.spec = PartCall(

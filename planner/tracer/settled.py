@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE
+from planner.log import TRACER
 from planner.profiler import observed
 from planner.profiler.kernel import tensors_in
 from planner.profiler.observed import Observation
@@ -44,11 +47,23 @@ def capture(
     Raises:
         InputError, CaptureError: as there; or a kernel's fake is wrong in a way that no trace can follow.
     """
-    if elsewhere is not None and elsewhere.capability is not None:
-        return capture_once(model, args, kwargs, loss=loss, opaque=opaque, elsewhere=elsewhere)
-    return _settled(
-        model, opaque, lambda parts: capture_once(model, args, kwargs, loss=loss, opaque=parts, elsewhere=elsewhere)
-    )
+    begun = time.monotonic()
+    traced = lambda parts: capture_once(model, args, kwargs, loss=loss, opaque=parts, elsewhere=elsewhere)
+    is_absent_gpu = elsewhere is not None and elsewhere.capability is not None
+    joint = traced(opaque) if is_absent_gpu else _settled(model, opaque, traced)
+    name, total = type(model).__name__, len(joint.graph.nodes)
+    TRACER.info("%s: captured in %.1f s, %d graph nodes", name, time.monotonic() - begun, total)
+    _log_parts(name, joint)
+    return joint
+
+
+def _log_parts(name: str, joint: Joint) -> None:
+    """Log which submodules run as they are, once for all traces of a capture."""
+    opaque = ", ".join(dict.fromkeys(repr(spec.module) for spec in joint.parts.values()))
+    if opaque and joint.refused:
+        TRACER.warning("%s: runs as it is, unplanned inside: %s. The first error: %s", name, opaque, joint.refused)
+    elif opaque:
+        TRACER.info("%s: runs as it is, as asked for or always: %s", name, opaque)
 
 
 def capture_again(
@@ -64,6 +79,7 @@ def capture_again(
 
 def _settled(model: nn.Module, opaque: Collection[str], traced: Callable[[Collection[str]], Joint]) -> Joint:
     fresh: set[str] = set()
+    refused = ""
     for _ in range(_ROUNDS):
         joint = traced(opaque)
         nodes = [node for node in _run_nodes(joint) if _key(node) not in fresh]
@@ -72,9 +88,14 @@ def _settled(model: nn.Module, opaque: Collection[str], traced: Callable[[Collec
         fresh |= {_key(node) for node in nodes}
         wrong = next((node for node in nodes if _cannot_be_followed(node)), None)
         if wrong is not None:
+            reason = f"{_name(wrong, joint)} {_cannot_be_followed(wrong)}"
+            refused = refused or joint.refused or reason
             opaque = _without(model, opaque, joint, wrong)
         elif not any(_differs(node) for node in _run_nodes(joint)) and drew == {_key(node) for node in nodes if _draws(node)}:
-            return joint
+            return replace(joint, refused=refused or joint.refused)
+        else:
+            reason = "kernels that were run once return other layouts than traced, or draw random numbers"
+        TRACER.info("%s: capture again: %s", type(model).__name__, reason)
     node = next((node for node in _run_nodes(joint) if _differs(node)), nodes[0])
     raise CaptureError(f"{_name(node, joint)} behaves otherwise each time it is run, and cannot be planned")
 

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from planner.errors import CaptureError
+from planner.tracer.faults import calls_users_code
 from planner.tracer.host.values import is_iterator
 
 _READS_COPIES: ContextVar[bool] = ContextVar("reads_copies", default=False)
@@ -36,6 +37,7 @@ class GuardedIterator:
     def __iter__(self) -> Iterator[Any]:
         return self
 
+    @calls_users_code
     def __next__(self) -> Any:
         if _READS_COPIES.get():
             if self._copy is None:

@@ -88,6 +88,11 @@ class RecordKernels(TorchDispatchMode):
             storage_id(tensor) != self._at_start.get(key, storage_id(data)) for key, (tensor, data) in self._data.items()
         )
 
+    @property
+    def has_changed_kinds(self) -> bool:
+        """A tensor that was there before has another dtype, device, shape or strides now (`w.data = w.data.half()`)."""
+        return any(_kind(tensor) != _kind(data) for tensor, data in self._data.values())
+
     def restore_contents(self) -> None:
         """Put back what kernels wrote into tensors that were there before."""
         with torch.no_grad():
@@ -195,6 +200,10 @@ def graph_from_outside(name: str) -> InputError:
         "(one that an earlier call left behind, or another module's): a plan knows no gradient there. Hand it in as an "
         "argument, register it as a parameter, or keep it detached"
     )
+
+
+def _kind(tensor: torch.Tensor) -> object:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _without_communication(func: Any, args: Any, kwargs: Any) -> Any:

@@ -142,7 +142,7 @@ class Observer:
             os.environ.clear()
             os.environ.update(self._environment)
             raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
-        if self.kernels.has_swapped_data and not is_first:
+        if self.kernels.has_changed_kinds or (self.kernels.has_swapped_data and not is_first):
             raise CaptureError(
                 "the model's forward gives a tensor other memory (tensor.data = ...): write into it, or assign it"
             )

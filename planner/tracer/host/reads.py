@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.scopes import PACKAGE, Reads, global_names, is_library_code, scopes_of
@@ -161,6 +162,7 @@ class ReadRecorder:
         found = {name: getattr(numpy.random, name) for name in ("get_state", "set_state", "seed")} if numpy is not None else {}
         for name, function in found.items():
 
+            @calls_users_code
             def noted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
                 if (
                     self.drew is None
@@ -234,6 +236,7 @@ class ReadRecorder:
         own = (vars(kind).get("__getattribute__"), vars(kind).get("__setattr__"))
         noted, written = self._note_read, self._note_write
 
+        @calls_users_code
         def recorded_get(this: Any, name: str) -> Any:
             try:
                 value = getter(this, name)
@@ -243,6 +246,7 @@ class ReadRecorder:
             noted(this, name, value)
             return value
 
+        @calls_users_code
         def recorded_set(this: Any, name: str, value: Any) -> None:
             written(this, name)
             setter(this, name, value)
