@@ -72,13 +72,17 @@ def cheapest_kept_set(graph: Graph, budget_bytes: int, *, strict: bool) -> float
     return min(fitting, default=math.inf)
 
 
-def of_program(graph: Graph, budget_bytes: int, *, relax: bool = False) -> float:
-    """The time of the schedule that the program over kept sets ends with."""
-    for found in KeepSet(graph).rounds(budget_bytes, Work(), gap=EXACT, relax=relax):
-        if found.is_last and found.schedule is not None:
-            timeline = simulate(graph, found.schedule)
-            if timeline.peak_bytes <= budget_bytes:
-                return timeline.time_ns
+def of_program(program: KeepSet, budget_bytes: int, *, relax: bool = False, slice: float = math.inf) -> float:
+    """The time of the schedule that the program over kept sets ends with; a slice of work that is over is doubled."""
+    work = Work(slice)
+    for found in program.rounds(budget_bytes, work, gap=EXACT, relax=relax):
+        if found.schedule is not None and found.is_last:
+            timeline = simulate(program.graph, found.schedule)
+            assert (timeline.peak_bytes <= budget_bytes) or found.status == "unknown"
+            return timeline.time_ns if timeline.peak_bytes <= budget_bytes else math.inf
+        if work.is_over:
+            slice *= 2  # a program in integers starts anew
+            work.until = work.meter.spent + slice
     return math.inf
 
 
@@ -89,7 +93,7 @@ def test_the_program_finds_the_optimum_of_its_class_and_solve_nothing_dearer(dat
     budget_bytes = data.draw(budgets(graph))
     assume(floor(graph)[0] <= budget_bytes)
     assume(len(graph.ops) > TINY_OPS)
-    of_class = of_program(graph, budget_bytes)
+    of_class = of_program(KeepSet(graph), budget_bytes)
     best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
     event(f"one optimum: {best == strictly_best}")
     assert best <= of_class <= strictly_best
@@ -98,6 +102,22 @@ def test_the_program_finds_the_optimum_of_its_class_and_solve_nothing_dearer(dat
     event(f"recompute happens: {solution is not None and bool(solution.schedule.recomputes())}")
     event(f"better than the class: {found < best}")
     assert found <= strictly_best
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_one_program_serves_many_budgets_cut_short_or_not(data: st.DataObject) -> None:
+    """Rows and copies of one budget stay for the next, and what is over the budget in one only is in no other's way."""
+    graph = data.draw(training_graphs(min_forward=4, max_forward=6))
+    program, asked = KeepSet(graph), data.draw(st.lists(budgets(graph), min_size=2, max_size=4))
+    slice = data.draw(st.sampled_from((math.inf, 2e-4)))
+    for budget_bytes in asked:
+        best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
+        assert best <= of_program(program, budget_bytes, relax=True)
+        found = of_program(program, budget_bytes, slice=slice)
+        event(f"recompute happens: {math.inf > found > sum(op.cost_ns for op in graph.ops)}")
+        assert best <= found <= strictly_best
+    event(f"copies: {program.num_copies}, cut short: {slice < math.inf}")
 
 
 @pytest.fixture
