@@ -33,7 +33,7 @@ class Solution:
         bound_ns: no schedule with the captured backward order and these costs that fits the budget
             takes less time than this.
         solve_s: wall seconds spent.
-        solver: which one, for example "closure/HiGHS".
+        solver: which of its stages found the schedule, for example "certificate, local search".
         work: work units that the solver spent; 1.0 is about a second of one core of a typical machine. Repeats exactly, unlike
             `solve_s`.
         limit: "" where the solver ended by itself; "time" where the limit of wall-clock time stopped it, so that another run

@@ -26,7 +26,6 @@ from planner.solver.work import Work
 
 _INTEGER = 1e-6
 """A column so near to an integer is one: HiGHS's own tolerance."""
-SOLVER = "HiGHS"
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Pairs = list[tuple[int, float]]

@@ -12,7 +12,6 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
 from planner.limits import Limits
-from planner.solver.backend import SOLVER
 from planner.solver.baselines import all_baselines
 from planner.solver.pipeline import Run, run
 from planner.solver.problem import Models, Problem
@@ -189,7 +188,7 @@ class Solver:
         status = "optimal" if search.gap <= one.gap else "feasible"
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
         bound_ns, limit = min(search.bound_ns, best.timeline.time_ns), "time" if meter.is_late else ""
-        return Solution(status, schedule, bound_ns, seconds, f"{best.source}/{SOLVER}", one.spent, limit)
+        return Solution(status, schedule, bound_ns, seconds, best.source, one.spent, limit)
 
 
 def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: float) -> NoScheduleFoundError:
