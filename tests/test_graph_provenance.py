@@ -10,6 +10,7 @@ import pytest
 from planner.graph.plan import Plan, Solution
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
+from planner.limits import Limits
 from planner.report.figures import plan_figures
 from planner.report.sweep import sweep_graph
 from planner.report.sweepfile import summary
@@ -60,7 +61,7 @@ def test_figures_are_fields() -> None:
 
 
 def test_a_sweep_says_how_many_plans_time_stopped() -> None:
-    swept = sweep_graph(graphs.skip(), points=3, time_limit_s=0.5, provenance=MEASURED)
+    swept = sweep_graph(graphs.skip(), points=3, limits=Limits(0.5), provenance=MEASURED)
     first, *others = (
         replace(point, solution=replace(point.solution, limit=limit, work=0.5))
         for point, limit in zip(swept.points, ("time", "", ""), strict=True)

@@ -15,6 +15,7 @@ from planner.errors import PlanFileError
 from planner.graph import planfile
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
+from planner.graph.source import Source
 from planner.report.sweep import Sweep
 from tests import graphs, models
 
@@ -29,7 +30,7 @@ def altered(section: str, **fields: Any) -> str:
 
 def test_a_plan_is_what_it_was() -> None:
     plan = Plan.load(PLAN)
-    sources = (replace(op, source=f"body.{n} model.py:{n}") for n, op in enumerate(graphs.dropout().ops))
+    sources = (replace(op, source=Source(f"body.{n}", "model.py", n)) for n, op in enumerate(graphs.dropout().ops))
     assert plan.graph == replace(graphs.dropout(), ops=tuple(sources))
     assert (plan.budget_bytes, plan.margin_bytes, plan.measured_bytes, plan.check) == (60, 2, 55, "run")
     solution = plan.solution

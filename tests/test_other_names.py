@@ -11,6 +11,7 @@ from planner import Plan, apply, plan, verify
 from planner.batch import grown
 from planner.errors import PlanFileError
 from planner.graph.structure import fingerprint, places, wiring
+from planner.limits import Limits
 from planner.report.sweep import Sweep, sweep_graph
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower
@@ -180,7 +181,7 @@ def test_a_bare_graph_is_no_plan_to_apply(made):
 
 
 def test_a_sweeps_plan_is_applied_to_a_capture_of_other_names(tmp_path):
-    sweep_graph(graph_of(Step()), points=3, time_limit_s=0.5).save(tmp_path / "sweep.json")
+    sweep_graph(graph_of(Step()), points=3, limits=Limits(0.5)).save(tmp_path / "sweep.json")
     lowest = Sweep.load(tmp_path / "sweep.json").points[0]
     made = Sweep.load(tmp_path / "sweep.json").plan(lowest)
     assert verify(apply(made, Step(unused=1), (X,)), (X,), rounds=1).exact
