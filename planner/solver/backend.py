@@ -146,7 +146,8 @@ class Model:
         """Solve as the program is now.
 
         Args:
-            work: what may be spent; with a solution found by then the status is "feasible".
+            work: what may be spent; with a solution found by then the status is "feasible". An integer program begins anew each
+                time: who goes on with it must give it more than before.
             gap: absolute, in units of the objective.
             relax: drop integrality; then `bound` is the optimum of the linear program.
             prove: it is the bound that matters: no effort for HiGHS's heuristics.

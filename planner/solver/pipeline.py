@@ -14,7 +14,7 @@ from planner.log import SOLVER
 from planner.solver import stages
 from planner.solver.problem import Problem
 from planner.solver.search import Search
-from planner.solver.tuning import FIRST_SLICE, PATIENCE
+from planner.solver.tuning import EVENT_UNITS, FIRST_SLICE, GAP, PATIENCE
 from planner.solver.work import Work
 
 
@@ -59,8 +59,8 @@ PIPELINE = (
     Stage("exhaustive", stages.exhaustive, "a few ops: certain, and at once", applies=_is_tiny),
     Stage("certificate", stages.certificate, "bounds, and what they keep is most often nearly optimal"),
     Stage("keep set", stages.keep_set, "the optimum of each value recomputed at most once"),
-    Stage("segments", stages.segments, "long chains, and budgets that take more than one recompute", 0.005, 1),
-    Stage("baselines", stages.baselines, "what people do today is never better than the plan", 0.005, 1),
+    Stage("segments", stages.segments, "long chains, and budgets that take more than one recompute", 5 * GAP, 1),
+    Stage("baselines", stages.baselines, "what people do today is never better than the plan", 5 * GAP, 1),
     Stage("lowest peak", stages.lowest_peak, "budgets near the lowest peak there is", 0.0, 1, _not_found),
     Stage("local search", stages.local_search, "what kept sets cannot say", 0.0, 2, _found),
 )
@@ -133,6 +133,7 @@ class Run:
         turns.work.until = work.share(turns.slice).until
         got_on = False
         while not turns.work.is_over and not self._is_good:
+            turns.work.charge(300 * EVENT_UNITS)  # whatever it does: a slice ends
             try:
                 got_on = next(turns.generator) or got_on
             except StopIteration:

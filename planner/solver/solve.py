@@ -23,9 +23,6 @@ from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
 
-_WIDE = 0.005
-"""A gap, as a fraction of the plain step's time, within which nothing that people do today was ever cheaper."""
-
 Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
 
 
@@ -180,7 +177,7 @@ class Solver:
 
     def _solution(self, one: Run, meter: Meter, seconds: float) -> Solution:
         search = one.search
-        if search.gap > _WIDE:  # however little was spent, the plan is no worse than what people do today
+        if search.gap > 5 * GAP:  # however little was spent, the plan is no worse than what people do today
             self.offer_baselines(search.budget_bytes)
         best = search.best
         if best is None:
