@@ -27,6 +27,9 @@ from planner.solver.work import Work
 _INTEGER = 1e-6
 """A column so near to an integer is one: HiGHS's own tolerance."""
 
+SCALE = 1e4
+"""What the largest sum of a program's costs, or of a memory row, is brought to: HiGHS's tolerances are absolute."""
+
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Pairs = list[tuple[int, float]]
 """A linear expression: (column, coefficient)."""

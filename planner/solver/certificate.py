@@ -17,10 +17,11 @@ from planner.graph.floor import least_bytes
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Simulator
+from planner.solver.backend import SCALE
 from planner.solver.cuts import Cuts
 from planner.solver.lazy import lazy_schedule
 from planner.solver.moments import Moments, RelaxationWithMoments
-from planner.solver.relaxation import SCALE, Relaxation
+from planner.solver.relaxation import Relaxation
 from planner.solver.tuning import FEW, SLACK
 from planner.solver.work import Work
 

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planner.solver import backend
+from planner.solver.backend import SCALE
 from planner.solver.lazy import Moment
 
 if TYPE_CHECKING:
     from planner.solver.keepset import KeepSet
-
-SCALE = 1e4
-"""The plain step's time in units of the objective, its peak in units of a memory row: HiGHS's tolerances are absolute."""
 
 
 @dataclass(slots=True)

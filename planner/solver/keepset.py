@@ -16,7 +16,8 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver import backend
-from planner.solver.copies import SCALE, Copy, Rows
+from planner.solver.backend import SCALE
+from planner.solver.copies import Copy, Rows
 from planner.solver.lazy import Moment, lazy_schedule, moments
 from planner.solver.lifetimes import lifetimes
 from planner.solver.tuning import FEW

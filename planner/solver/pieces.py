@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from planner.graph.graph import Graph
 from planner.solver import backend
+from planner.solver.backend import SCALE
 from planner.solver.baselines import crossing_bytes
 from planner.solver.lifetimes import lifetimes
 from planner.solver.tuning import FEW
 from planner.solver.work import Work
 
-_SCALE = 1e4
 _ALMOST_FREE = 1e-9
 """A price that breaks ties for keeping nothing without need."""
 
@@ -161,7 +161,7 @@ class _Menu:
         mine = np.flatnonzero(made).tolist()
         again = sorted({int(life.producer[d]) for d in mine if graph.ops[int(life.producer[d])].recomputable})
         program = backend.Program()
-        self._scale = _SCALE / (1 + sum(graph.ops[i].cost_ns for i in again))
+        self._scale = SCALE / (1 + sum(graph.ops[i].cost_ns for i in again))
         self._keep = {d: program.column() for d in mine}
         self._again = {i: program.column((graph.ops[i].cost_ns + 1) * self._scale) for i in again}
         self.highest_price = 1.0 + sum(graph.ops[i].cost_ns + 1 for i in again)

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 
 from planner.graph.graph import Graph, Kind
 from planner.solver import backend
-
-SCALE = 1e4
-"""The plain step's time, in units of the objective."""
+from planner.solver.backend import SCALE
 
 
 @dataclass(frozen=True, slots=True)
