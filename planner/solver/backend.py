@@ -30,7 +30,8 @@ _INTEGER = 1e-6
 SCALE = 1e4
 """What the largest sum of a program's costs, or of a memory row, is brought to: HiGHS's tolerances are absolute."""
 
-Status = Literal["optimal", "feasible", "infeasible", "unknown"]
+Status = Literal["optimal", "feasible", "infeasible", "unknown", "failed"]
+_STOPPED = ("kIterationLimit", "kTimeLimit", "kInterrupt")
 Pairs = list[tuple[int, float]]
 """A linear expression: (column, coefficient)."""
 
@@ -40,7 +41,8 @@ class Answer:
     """What the solver said.
 
     Attributes:
-        status: "optimal" (within the gap asked for), "feasible" (stopped early), "infeasible" (proven), "unknown".
+        status: "optimal" (within the gap asked for), "feasible" (stopped early), "infeasible" (proven),
+            "unknown" (stopped early, with nothing), "failed" (HiGHS gave up: more work would not help).
         values: one per column; empty unless optimal or feasible.
         bound: no solution has a smaller objective; -inf where nothing was proven, inf where infeasible.
         gap: objective less bound.
@@ -68,10 +70,9 @@ class Program:
         self.binary.append(binary)
         return len(self.costs) - 1
 
-    def row(self, pairs: Pairs, limit: float) -> int:
-        """Require `sum(coefficient * column) <= limit`; a column may occur more than once. The row's index."""
+    def row(self, pairs: Pairs, limit: float) -> None:
+        """Require `sum(coefficient * column) <= limit`; a column may occur more than once."""
         self.rows.append((pairs, limit))
-        return len(self.rows) - 1
 
 
 def solve(program: Program, work: Work, *, gap: float = 0.0, relax: bool = False) -> Answer:
@@ -104,19 +105,6 @@ class Model:
         if self._highs is not None and column < self._num_columns:
             self._highs.changeColCost(column, cost)
 
-    def integer(self, column: int, is_integer: bool) -> None:
-        """Make a column binary, or continuous."""
-        self.program.binary[column] = is_integer
-        if self._highs is not None and column < self._num_columns:
-            kinds = _highspy().HighsVarType
-            self._highs.changeColIntegrality(column, kinds.kInteger if is_integer else kinds.kContinuous)
-
-    def limit(self, row: int, limit: float) -> None:
-        """Change a row's limit; inf takes the row away."""
-        self.program.rows[row] = self.program.rows[row][0], limit
-        if self._highs is not None and row < self._num_rows:
-            self._highs.changeRowBounds(row, -math.inf, limit)
-
     def relax_and_fix(self, work: Work, *, gap: float = 0.0) -> Answer:
         """Solve the linear program, and in integers only what it leaves fractional: that much smaller a program is quick.
 
@@ -133,7 +121,8 @@ class Model:
             self._fix({})
         if answer.values and answer.bound + answer.gap <= linear.bound + gap:
             return replace(answer, status="optimal", bound=linear.bound, gap=answer.bound + answer.gap - linear.bound)
-        return self.solve(work, gap=gap)
+        whole = self.solve(work, gap=gap)
+        return whole if whole.values or not answer.values else replace(answer, status="feasible", bound=linear.bound)
 
     def _fix(self, at: Mapping[int, int]) -> None:
         """Hold these columns where they are, and let go those held before."""
@@ -175,15 +164,17 @@ class Model:
             calls = _Calls(1 + int(min(work.left / price, 2**31)))
             highs.clearSolver()  # HiGHS 1.16 may return the last solution of the program before it was changed
             highs.cbMipInterrupt.subscribe(calls)
-            self._run(options | {"simplex_iteration_limit": 2**31 - 1}, work)
-            highs.cbMipInterrupt.unsubscribe(calls)
+            try:
+                self._run(options | {"simplex_iteration_limit": 2**31 - 1}, work)
+            finally:
+                highs.cbMipInterrupt.unsubscribe(calls)
             work.charge(price * (1 + calls.count))
         return self._read(mip=not relax)
 
     def _run(self, options: Mapping[str, Any], work: Work) -> None:
         highs = self._highs
-        # The clock of linear programs runs on from solve to solve; no run may take less than a moment.
-        limit_s = highs.getRunTime() + max(0.05, work.seconds)
+        # The clock of linear programs runs on from solve to solve, that of integer ones starts anew.
+        limit_s = max(0.05, work.seconds) + (highs.getRunTime() if options["solve_relaxation"] else 0.0)
         for name, value in {**options, "time_limit": limit_s}.items():
             highs.setOptionValue(name, value)
         highs.run()
@@ -228,7 +219,7 @@ class Model:
         proven = facts.objective_function_value if solved else -math.inf
         bound = facts.mip_dual_bound if mip else proven
         if not found:
-            return Answer("unknown", (), bound)
+            return Answer("unknown" if name in _STOPPED else "failed", (), bound)
         values = tuple(self._highs.getSolution().col_value)
         return Answer("optimal" if solved else "feasible", values, bound, facts.objective_function_value - bound)
 
@@ -299,13 +290,9 @@ def _build(program: Program) -> Any:
         problem.setObjective(pulp.LpAffineExpression([(columns[i], cost) for i, cost in enumerate(program.costs)]))
         for pairs, limit in program.rows:
             expression = pulp.LpAffineExpression([(columns[i], coefficient) for i, coefficient in _summed(pairs).items()])
-            rhs = 0.0 if math.isinf(limit) else limit
-            problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintLE, rhs=rhs))
+            problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintLE, rhs=limit))
         solver = pulp.HiGHS(msg=False, gapRel=0.0, threads=1)
         solver.createAndConfigureSolver(problem)
         solver.buildSolverModel(problem)
-    for row, (_, limit) in enumerate(program.rows):
-        if math.isinf(limit):  # PuLP knows no row without a limit
-            problem.solverModel.changeRowBounds(row, -math.inf, math.inf)
     assert all(column.index == i for i, column in enumerate(columns)), "PuLP changed the order of the columns"
     return problem.solverModel

@@ -10,17 +10,20 @@ from numpy.typing import NDArray
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import simulate
+from planner.graph.simulate import Simulator
 from planner.solver.lazy import lazy_schedule
 from planner.solver.lifetimes import lifetimes
 
-__all__ = ["all_baselines", "greedy", "keep_all", "per_block", "recompute_all", "segments", "selective", "sqrt_segments"]
-
 
 def all_baselines(graph: Graph, budget_bytes: int) -> Iterator[tuple[str, Schedule]]:
-    """Every baseline by name; only greedy looks at the budget."""
-    yield "keep all", keep_all(graph)
+    """Every baseline by name."""
     yield "greedy", greedy(graph, budget_bytes)
+    yield from fixed_baselines(graph)
+
+
+def fixed_baselines(graph: Graph) -> Iterator[tuple[str, Schedule]]:
+    """Those that do not look at a budget."""
+    yield "keep all", keep_all(graph)
     yield "selective", selective(graph)
     yield "per block", per_block(graph)
     yield "sqrt segments", sqrt_segments(graph)
@@ -97,10 +100,10 @@ def greedy(graph: Graph, budget_bytes: int) -> Schedule:
     life = lifetimes(graph)
     costs = np.array([graph.ops[i].cost_ns for i in life.producer.tolist()], dtype=np.float64)
     order = [life.names[d] for d in np.argsort(-life.nbytes / np.maximum(1.0, costs), kind="stable")]
-    low, high = 0, len(order)
+    low, high, simulator = 0, len(order), Simulator(graph)
     while low < high:
         middle = (low + high) // 2
-        if simulate(graph, lazy_schedule(graph, order[middle:])).peak_bytes <= budget_bytes:
+        if int(simulator.run(lazy_schedule(graph, order[middle:]).steps).live_bytes.max(initial=0)) <= budget_bytes:
             high = middle
         else:
             low = middle + 1

@@ -27,7 +27,7 @@ from planner.solver.work import Work
 
 _SLACK = 1e-6
 """Relative slack given to the budget and taken from the bound, above HiGHS's tolerances."""
-_NEVER = 2**62
+NEVER_NS = 2**62
 """Nanoseconds added where the relaxation has no solution at all: nothing fits."""
 
 Cut = tuple[int, ...]
@@ -77,9 +77,9 @@ class Certificate:
         answer = model.program.solve(work, gap=gap * SCALE, relax=relax, prove=watched)
         extra = max(0.0, answer.bound / SCALE)  # of the plain step; times are whole nanoseconds
         plain = self.plain_ns
-        more = _NEVER if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
+        more = NEVER_NS if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
         hint = self._hint(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
-        return Bound(plain + more, hint, answer.status in ("optimal", "infeasible"))
+        return Bound(plain + more, hint, answer.status in ("optimal", "infeasible", "failed"))
 
     def first_cuts(self, budget_bytes: int, best: int) -> Cut:
         """Cuts for the first round in integers: the best single cut, and ops that leave next to no room for anything else."""

@@ -5,7 +5,7 @@ pi(d) the op that writes d, s_d its bytes and m_t the bytes at step t that no de
 - k_d + r_pi(d) >= 1 for every d that the backward reads,
 - r_i <= k_d + r_pi(d) for every input d of an op i that may run again,
 - at op t of the plain step: m_t + sum of s_d k_d over what is held across it + sum of s_d over what t reads <= peak.
-The program only grows: a row that no longer holds loses its limit.
+Rows are added in place. A copy that learns more, integers and bytes taken from the budget make a new program.
 """
 
 from __future__ import annotations
@@ -39,42 +39,34 @@ class Copy:
 
 
 class Rows:
-    """Writes the program of a KeepSet. Columns 0 .. len(names) - 1 are k."""
+    """The program of a KeepSet. Columns 0 .. len(names) - 1 are k. Rows for memory are added; nothing is taken away."""
 
-    def __init__(self, data: KeepSet, *, lowest: bool) -> None:
-        """`lowest`: minimise the peak; time only breaks ties then."""
+    def __init__(self, data: KeepSet, *, is_whole: bool, less: int) -> None:
+        """Write the program without rows for memory.
+
+        Args:
+            data: the graph in integers.
+            is_whole: recomputes are integer, too: a fraction of one can buy a fraction of a copy's memory.
+            less: bytes that every row for memory takes from the budget.
+        """
         self.data, self.life, self.graph = data, data.life, data.graph
+        self.is_whole, self._less = is_whole, less
         self.unit = data.plain_peak / SCALE
         self.program = backend.Program()
         self.model = backend.Model(self.program)
         for d in range(len(self.life.names)):
             self.program.column(binary=d not in data.pinned)
-        price = SCALE / data.time_ns * (1e-6 if lowest else 1.0)
+        price = SCALE / data.time_ns * (1e-6 if data.lowest else 1.0)  # for the lowest peak, time only breaks ties
         # A free op must not run again for nothing; all of these prices together stay below one nanosecond.
         least = 0.5 / (1 + len(data.again))
-        self.r = {i: self.program.column(max(least, self.graph.ops[i].cost_ns) * price) for i in data.again}
-        self.peak = self.program.column(1.0 if lowest else 0.0, upper=math.inf)
+        costs = {i: max(least, self.graph.ops[i].cost_ns) * price for i in data.again}
+        self.r = {i: self.program.column(cost, binary=is_whole) for i, cost in costs.items()}
+        self.peak = self.program.column(1.0 if data.lowest else 0.0, upper=math.inf)
         for d in sorted(data.pinned):
             self.program.row([(d, -1.0)], -1.0)
         self._wiring(self.r, len(self.graph.ops), {})
-        self.is_whole = False
-        self._fixed: dict[int, int] = {}  # by memory row
-        self._moments: dict[Moment, tuple[int | None, list[int]]] = {}  # memory row and own columns of each copy
-
-    def make_whole(self) -> None:
-        """Make recomputes integer, too: a fraction of one can buy a fraction of a copy's memory."""
-        self.is_whole = True
-        for i, column in self.r.items():
-            self.model.integer(column, True)
+        for i in self.r if is_whole else ():
             self._only_if_wanted(i, self.r, len(self.graph.ops))
-        for _, columns in self._moments.values():
-            for column in columns:
-                self.model.integer(column, True)
-
-    def tighten(self, less: int) -> None:
-        """Take bytes from the budget of every memory row."""
-        for row, fixed in self._fixed.items():
-            self.model.limit(row, -(fixed + less) / self.unit)
 
     def plain(self, t: int) -> None:
         """Add memory at op t of the plain step, counting what is kept and what the op itself reads."""
@@ -88,16 +80,8 @@ class Rows:
             held = np.flatnonzero((life.last_use >= t) & ~used)
         self._memory([(int(d), float(life.nbytes[d]) / self.unit) for d in held], fixed)
 
-    def copy(self, moment: Moment, copy: Copy) -> None:
-        """Add the exact copy of a moment, in place of an earlier one that knew of less."""
-        row, columns = self._moments.pop(moment, (None, []))
-        if row is not None:
-            self.model.limit(row, math.inf)
-            del self._fixed[row]
-        for column in columns:
-            self.model.integer(column, False)
-        own: list[int] = []
-        self._moments[moment] = self._copy(moment, copy, own), own
+    def _memory(self, pairs: backend.Pairs, fixed: int) -> None:
+        self.program.row([*pairs, (self.peak, -1.0)], -(fixed + self._less) / self.unit)
 
     def _wiring(self, again: dict[int, int], before: int, earlier: dict[int, int]) -> None:
         """k_d + r_pi(d) >= 1 for every d that a stage below `before` uses; r_i <= k_d + r_pi(d) for inputs d of i.
@@ -117,22 +101,17 @@ class Rows:
                 if d not in pinned and (i in own or j in own):
                     self.program.row([(column, 1.0), (d, -1.0), *((either[e], -1.0) for e in (j,) if e in either)], 0.0)
 
-    def _memory(self, pairs: backend.Pairs, fixed: int) -> int:
-        row = self.program.row([*pairs, (self.peak, -1.0)], -fixed / self.unit)
-        self._fixed[row] = fixed
-        return row
-
-    def _copy(self, moment: Moment, copy: Copy, own: list[int]) -> int | None:
-        """The exact state at one moment, and its memory row: y_i, op i has run again by then. Fills `own` with the y."""
+    def copy(self, moment: Moment, copy: Copy) -> None:
+        """Add the exact state at one moment: y_i, op i has run again by then."""
         life, graph, p, j = self.life, self.graph, moment.stage, moment.again
-        by = self._run_again_by(p + 1, copy.again, own)
+        by = self._run_again_by(p + 1, copy.again)
         done = by
         fixed = int(life.base[p])
         pairs: backend.Pairs = []
         if j >= 0:
             if j not in by:
-                return None
-            before = self._run_again_by(p, copy.again, own, start=j, within=by)
+                return
+            before = self._run_again_by(p, copy.again, start=j, within=by)
             done = {i: column for i, column in by.items() if i < j} | before  # this lane has come as far as j
             op = graph.ops[p]
             fixed -= op.workspace_bytes + sum(graph.value[name].nbytes for name in op.writes)
@@ -158,10 +137,10 @@ class Rows:
                 # Here if it is kept, and if it will not be recomputed before the reader runs.
                 later = [(self.r[i], -1.0), *((done[e], 1.0) for e in (i,) if e in done)] if i in self.r else []
                 pairs += self._awaited([([(d, 1.0)], 1.0), (later, 0.0)], done, size, self._sure(life.readers[d], p, copy))
-        return self._memory(pairs, fixed)
+        self._memory(pairs, fixed)
 
     def _run_again_by(
-        self, before: int, among: set[int], columns: list[int], start: int = 0, within: dict[int, int] | None = None
+        self, before: int, among: set[int], start: int = 0, within: dict[int, int] | None = None
     ) -> dict[int, int]:
         """Columns y_i for i >= start: op i has run again for a stage below `before`, no earlier than it must."""
         total = self.r if within is None else within
@@ -176,7 +155,6 @@ class Rows:
             else:
                 again[i] = self.program.column(binary=self.is_whole)
                 own.append(i)
-                columns.append(again[i])
         self._wiring(again, before, total)
         for i in own:
             self.program.row([(again[i], 1.0), (total[i], -1.0)], 0.0)

@@ -31,15 +31,15 @@ class Cuts:
         self._value, self._start, self._end = self._value[order], self._start[order], self._end[order]
         self._size, self._rate = self._size[order], rate[order]
         self._held = np.zeros(len(simulator.names), dtype=bool)
-        self._last: tuple[int, list[int]] = (-1, [])
+        self._known: dict[int, list[int]] = {}
 
     def ranked(self, budget_bytes: int) -> list[int]:
         """The ops at which the plain step is over the budget, by the estimate of their cut, best first."""
-        if self._last[0] != budget_bytes:
+        if budget_bytes not in self._known:
             over = np.flatnonzero(self._live > budget_bytes).tolist()
             estimate = {p: self._estimate(p, float(self._live[p] - budget_bytes)) for p in over}
-            self._last = budget_bytes, sorted(over, key=lambda p: (-estimate[p], p))
-        return self._last[1]
+            self._known[budget_bytes] = sorted(over, key=lambda p: (-estimate[p], p))
+        return self._known[budget_bytes]
 
     def _estimate(self, p: int, excess: float) -> float:
         """The least time, in ns, to recompute values of so many bytes that are alive at op p and not read by it."""

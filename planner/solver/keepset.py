@@ -20,7 +20,7 @@ from planner.solver.backend import SCALE
 from planner.solver.copies import Copy, Rows
 from planner.solver.lazy import Moment, lazy_schedule, moments
 from planner.solver.lifetimes import lifetimes
-from planner.solver.tuning import FEW
+from planner.solver.tuning import FEW, SLACK
 from planner.solver.work import Work
 
 Judge = Callable[[Schedule], Timeline]
@@ -32,15 +32,15 @@ class Round:
 
     Attributes:
         schedule: what it means, within the budget or not; None where the program had no solution.
-        status: of the program; "optimal": within the gap, and the schedule fits.
         is_last: another round would say nothing new.
         grew: only exact copies could say what was wrong, and the program has more of them now.
+        fits: the schedule is within the budget; where this is the last round, it is the optimum within the gap.
     """
 
     schedule: Schedule | None
-    status: backend.Status
     is_last: bool
     grew: bool = False
+    fits: bool = False
 
 
 class KeepSet:
@@ -57,7 +57,7 @@ class KeepSet:
             lowest: minimise the peak instead of the time.
             simulator: the graph's, where it is at hand.
         """
-        self.graph, self.life = graph, lifetimes(graph)
+        self.graph, self.life, self.lowest = graph, lifetimes(graph), lowest
         self.time_ns = max(1, sum(op.cost_ns for op in graph.ops))
         self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
         self.index = {name: d for d, name in enumerate(self.life.names)}
@@ -68,13 +68,18 @@ class KeepSet:
         self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
         self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
-        self._rows = Rows(self, lowest=lowest)
-        self._plain: set[int] = set()
-        self._copies: dict[Moment, Copy] = {}
-        self._lowest = lowest
         first_stage = min((int(s) for s in self.life.first_need), default=turn)
-        if first_stage < len(graph.ops):
-            self._add_plain([first_stage])
+        self._plain: dict[int, None] = {first_stage: None} if first_stage < len(graph.ops) else {}  # in order of coming
+        self._copies: dict[Moment, Copy] = {}
+        self._write(is_whole=False, less=0)
+
+    def _write(self, *, is_whole: bool, less: int) -> None:
+        """The program anew."""
+        self._rows, self._less = Rows(self, is_whole=is_whole, less=less), less
+        for t in self._plain:
+            self._rows.plain(t)
+        for moment, copy in self._copies.items():
+            self._rows.copy(moment, copy)
 
     @property
     def num_copies(self) -> int:
@@ -94,16 +99,17 @@ class KeepSet:
             relax: solve linear programs, and round: most of their columns are integer anyway. Proves nothing.
         """
         judge = judge or (lambda schedule: simulate(self.graph, schedule))
-        rows, less, reached = self._rows, 0, -math.inf
+        reached = -math.inf  # the linear optimum of the round before
+        if self._less:
+            self._write(is_whole=self._rows.is_whole, less=0)
         while True:
-            rows.tighten(less)
+            rows = self._rows
             if budget_bytes is not None:
                 rows.model.upper(rows.peak, budget_bytes / rows.unit)
             answer = self._solve(work, gap, relax)
-            if not answer.values:
-                # What ran out of work may say more with more of it.
-                yield Round(None, answer.status, answer.status == "infeasible")
-                if answer.status == "infeasible":
+            if not answer.values:  # what ran out of work may say more with more of it
+                yield Round(None, answer.status != "unknown")
+                if answer.status != "unknown":
                     return
                 continue
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
@@ -111,22 +117,28 @@ class KeepSet:
             peak = judge(schedule).peak_bytes
             limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
             if peak <= limit:
-                is_last = answer.status == "optimal"
-                yield Round(schedule, answer.status, is_last)
-                if is_last:
-                    return
-                continue
-            stuck = relax and answer.bound - reached <= gap * SCALE  # what is broken now, rounding broke
+                is_last, grew = answer.status == "optimal", False
+            elif relax and answer.bound - reached <= gap * SCALE:
+                is_last, grew = True, False  # what is broken now, rounding broke
+            else:
+                is_last, grew = self._learn(schedule, kept, limit, peak)
             reached = answer.bound
-            plain = not stuck and self._add_rows(kept, limit)
-            grew = not stuck and not plain and self._add_copies(schedule, limit)
-            if not (plain or grew) and not stuck:
-                # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
-                less += peak - limit
-            is_last = stuck or less >= limit // 20
-            yield Round(schedule, "unknown", is_last, grew)
+            yield Round(schedule, is_last, grew, peak <= limit)
             if is_last:
                 return
+
+    def _learn(self, schedule: Schedule, kept: set[str], limit: int, peak: int) -> tuple[bool, bool]:
+        """Say in the program what a schedule broke: whether there is nothing to say, and whether copies were needed for it."""
+        if self._add_rows(kept, limit):
+            return False, False
+        if self._add_copies(schedule, limit):
+            return False, True
+        # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
+        less = self._less + peak - limit
+        if less >= limit * SLACK / 2:
+            return True, False
+        self._write(is_whole=self._rows.is_whole, less=less)
+        return False, False
 
     def _solve(self, work: Work, gap: float, relax: bool) -> backend.Answer:
         model = self._rows.model
@@ -134,16 +146,13 @@ class KeepSet:
             return model.solve(work, gap=gap * SCALE, relax=relax)
         return model.relax_and_fix(work, gap=gap * SCALE)
 
-    def _add_plain(self, ops: list[int]) -> None:
-        for t in ops:
-            self._plain.add(t)
-            self._rows.plain(t)
-
     def _add_rows(self, kept: set[str], budget_bytes: int) -> bool:
         """Add rows for the ops of the plain step that are over the budget; False where none is."""
         excess_by_op = enumerate(self._plain_excess(kept, budget_bytes))
         over = {t: excess for t, excess in excess_by_op if excess > 0 and t not in self._plain}
-        self._add_plain(_spaced(over, len(self.graph.ops) // 20))
+        for t in _spaced(over, len(self.graph.ops) // 20):
+            self._plain[t] = None
+            self._rows.plain(t)
         return bool(over)
 
     def _add_copies(self, schedule: Schedule, budget_bytes: int) -> bool:
@@ -162,29 +171,27 @@ class KeepSet:
             again |= {i for i in awaited if i in twins or not alive.isdisjoint(self.reads[i])}
             seen[t] = Copy(again, alive)
         broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(when[t], copy)}
-        for t in _spaced(broken, len(live) // 20):
-            self._grow(when[t], seen[t])
-        if broken:
-            return True
-        if not self._rows.is_whole:
-            self._rows.make_whole()
-            return True
-        # What an op writes may be wanted by ops that a copy does not know of: the copy may say that it has run, for these.
-        ran = set(steps[turn:].tolist())
-        grew = False
-        for moment in (when[t] for t in seen):
-            known = self._copies[moment].again
-            beyond = {e for i in known for d in self.writes[i] for e in self.life.readers[d] if e in ran} - known
-            if beyond:
-                self._grow(moment, Copy(beyond, set()))
-                grew = True
-        return grew
-
-    def _grow(self, moment: Moment, seen: Copy) -> None:
-        copy = self._copies.setdefault(moment, Copy(set(), set()))
-        copy.again |= seen.again
-        copy.alive |= seen.alive
-        self._rows.copy(moment, copy)
+        new = {when[t]: seen[t] for t in _spaced(broken, len(live) // 20)}
+        is_whole = self._rows.is_whole
+        if not new and is_whole:
+            # What an op writes may be wanted by ops that a copy does not know of: it may say that it has run, for these.
+            ran = set(steps[turn:].tolist())
+            for moment in (when[t] for t in seen):
+                known = self._copies[moment].again
+                beyond = {e for i in known for d in self.writes[i] for e in self.life.readers[d] if e in ran} - known
+                new |= {moment: Copy(beyond, set())} if beyond else {}
+            if not new:
+                return False
+        is_anew = not new or any(moment in self._copies for moment in new)
+        for moment, found in new.items():
+            copy = self._copies.setdefault(moment, Copy(set(), set()))
+            copy.again |= found.again
+            copy.alive |= found.alive
+            if not is_anew:
+                self._rows.copy(moment, copy)
+        if is_anew:
+            self._write(is_whole=is_whole or not new, less=self._less)
+        return True
 
     def _grows(self, moment: Moment, seen: Copy) -> bool:
         """The moment has no copy, or one that does not know of all that was seen."""

@@ -82,14 +82,15 @@ class LocalSearch:
                     shorter = True
         return draft.done()
 
-    def improve(self, steps: Steps, work: Work, enough_ns: float = 0) -> Steps:
+    def improve(self, steps: Steps, work: Work) -> Iterator[Steps]:
         """Delete one recompute after the other although the schedule does not fit without it, and evict something else.
 
-        Stops when every recompute has been tried in vain, when nothing is left to spend, or at `enough_ns`.
+        Yields the best schedule so far after every try, and ends when every recompute has been tried in vain. A try that was
+        cut short is made again, for there may be more to spend then.
         """
         steps = self.shrink(steps, work)
         tried: set[tuple[int, int]] = set()
-        while self.time_ns(steps) > enough_ns and not work.is_over:
+        while True:
             draft = Draft(self.simulator, steps)
             seen: dict[int, int] = {}
             runs = []
@@ -99,17 +100,18 @@ class LocalSearch:
                 runs.append((-int(self.cost[i]), i, seen[i], t))
             untried = min((run for run in runs if (run[1], run[2]) not in tried), default=None)
             if untried is None:
-                break
+                return
             _, i, nth, t = untried
-            tried.add((i, nth))
             draft.delete(t)
             now_ns = self.time_ns(steps)
             repaired = self.repair(draft.done(), work, spared=i, most_ns=1.05 * now_ns)
+            if repaired is not None or not work.is_over:
+                tried.add((i, nth))
             if repaired is not None:
                 repaired = self.shrink(repaired, work)
                 if self.time_ns(repaired) < now_ns:
                     steps, tried = repaired, set()
-        return steps
+            yield steps
 
     def squeeze(self, steps: Steps, work: Work) -> Steps:
         """Make it fit a smaller budget, then take back what this one allows: other recomputes may be left, and cheaper ones."""

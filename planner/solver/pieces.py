@@ -18,7 +18,7 @@ from planner.solver import backend
 from planner.solver.backend import SCALE
 from planner.solver.baselines import crossing_bytes
 from planner.solver.lifetimes import lifetimes
-from planner.solver.tuning import FEW
+from planner.solver.tuning import FEW, NARROW
 from planner.solver.work import Work
 
 _ALMOST_FREE = 1e-9
@@ -70,7 +70,7 @@ class Pieces:
 
     def forward_bytes(self, i: int, j: int) -> int:
         """The most that is live while the run's forward goes on, whatever is kept of it."""
-        return int(self.life.base[self._bounds[i] : self._bounds[j]].max())
+        return int(self.life.base[self._bounds[i] : self._bounds[j]].max(initial=0))
 
     def crossing_bytes(self, i: int, j: int) -> int:
         """Of what `crossing` says."""
@@ -200,7 +200,7 @@ def _cut(graph: Graph, most: int) -> list[int]:
     if not len(crossing):
         return [0, turn]
     typical = np.array([crossing[max(0, i - 4 * FEW) : i + 4 * FEW + 1].min() for i in range(len(crossing))])
-    narrow = np.flatnonzero(crossing <= typical)
+    narrow = np.flatnonzero(crossing <= NARROW * typical)
     costs = np.cumsum([op.cost_ns + 1 for op in graph.ops[:turn]])
     cuts: list[int] = []
     for share in range(1, most):

@@ -43,7 +43,7 @@ class Stage:
         run: the strategy.
         why: what it is there for.
         min_gap: it waits while the gap, as a fraction of the plain step's time, is smaller.
-        first_turn: it waits for so many turns of the others, whose slices then are that much larger.
+        first_turn: it waits for so many turns of the others, whose slices have doubled as often by then.
         applies: it waits where this is false.
     """
 
@@ -70,7 +70,7 @@ PIPELINE = (
 class _Turns:
     """A stage under way: its generator, what it may spend, its next slice, and the state after which it got nowhere."""
 
-    generator: Iterator[bool]
+    generator: Iterator[stages.Progress]
     work: Work
     slice: float = FIRST_SLICE
     empty: int = 0
@@ -82,12 +82,11 @@ class Run:
 
     Attributes:
         problem, search: what is looked for, and what was found.
-        gap: how far from the optimum to stop.
         spent: units of work so far.
     """
 
-    def __init__(self, problem: Problem, search: Search, gap: float) -> None:
-        self.problem, self.search, self.gap = problem, search, gap
+    def __init__(self, problem: Problem, search: Search) -> None:
+        self.problem, self.search = problem, search
         self.spent = 0.0
         self._turns: dict[str, _Turns] = {}
         self._ended: set[str] = set()
@@ -96,12 +95,12 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """The plan is good enough, or nothing is left to try."""
+        """The plan is good enough, nothing can fit, or nothing is left to try."""
         return self._is_good or self.spent >= PATIENCE * (100 * self.search.gap) ** 2 or not self._has_more
 
     @property
     def _is_good(self) -> bool:
-        return self.search.best is not None and self.search.gap <= self.gap
+        return self.search.is_hopeless or (self.search.best is not None and self.search.gap <= self.problem.gap)
 
     def turn(self, work: Work) -> None:
         """Give every stage a slice."""
@@ -135,7 +134,7 @@ class Run:
         while not turns.work.is_over and not self._is_good:
             turns.work.charge(300 * EVENT_UNITS)  # whatever it does: a slice ends
             try:
-                got_on = next(turns.generator) or got_on
+                got_on = next(turns.generator) is not stages.Progress.NOTHING or got_on
             except StopIteration:
                 self._ended.add(stage.name)
                 break

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule
+from planner.solver.baselines import fixed_baselines
 from planner.solver.certificate import Certificate
 from planner.solver.coarsen import Coarse, coarsen, uncoarsened
 from planner.solver.keepset import KeepSet
 from planner.solver.pieces import Pieces
-from planner.solver.tuning import PIECES
+from planner.solver.tuning import GAP, PIECES
 
 
 class Models:
@@ -38,8 +40,21 @@ class Models:
     @cached_property
     def keep_sets(self) -> list[tuple[KeepSet, Coarse]]:
         """The program over kept sets, of the coarse graph and, where that has merged anything, of the graph as it is."""
-        levels = [self.coarse] + ([self.fine] if len(self.coarse.groups) < len(self.graph.ops) else [])
-        return [(KeepSet(level.graph, level.tiny, simulator=level.simulator), level) for level in levels]
+        return [(KeepSet(level.graph, level.tiny, simulator=level.simulator), level) for level in self._levels]
+
+    @cached_property
+    def lowest(self) -> list[tuple[KeepSet, Coarse]]:
+        """The same for the lowest peak; those that have nothing more to say are taken out."""
+        return [(KeepSet(level.graph, level.tiny, lowest=True, simulator=level.simulator), level) for level in self._levels]
+
+    @property
+    def _levels(self) -> list[Coarse]:
+        return [self.coarse] + ([self.fine] if len(self.coarse.groups) < len(self.graph.ops) else [])
+
+    @cached_property
+    def baselines(self) -> list[tuple[str, Schedule]]:
+        """What people do today, whatever the budget."""
+        return list(fixed_baselines(self.graph))
 
     @cached_property
     def pieces(self) -> tuple[Pieces, Pieces]:
@@ -49,10 +64,15 @@ class Models:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """One order of the backward, and the bytes that a step may take."""
+    """One order of the backward, the bytes that a step may take, and how far from the optimum to stop.
+
+    Attributes:
+        gap: as a fraction of the plain step's time.
+    """
 
     models: Models
     budget_bytes: int
+    gap: float = GAP
 
     @property
     def graph(self) -> Graph:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, Timeline, simulate
+from planner.solver.certificate import NEVER_NS
 from planner.solver.coarsen import Coarse, expand
 from planner.solver.local_search import LocalSearch
 from planner.solver.tuning import EVENT_UNITS
@@ -39,7 +40,10 @@ class Archive:
         self.offer(keep_all(graph), "keep all")
 
     def offer(self, schedule: Schedule, source: str) -> Timeline:
-        """Simulate a schedule, the only judgement that counts. Bounds that it contradicts (HiGHS was wrong) are forgotten."""
+        """Simulate a schedule, the only judgement that counts. Bounds that it contradicts are forgotten.
+
+        They hold for one order of the backward, and a schedule may have another; or HiGHS was wrong.
+        """
         timeline = simulate(self.graph, schedule, self._simulator)
         peak, time_ns = timeline.peak_bytes, timeline.time_ns
         if all(e.timeline.peak_bytes > peak or e.timeline.time_ns > time_ns for e in self._entries):
@@ -74,7 +78,7 @@ class Search:
 
     def __init__(self, archive: Archive, budget_bytes: int) -> None:
         self.archive, self.budget_bytes = archive, budget_bytes
-        self._local: dict[int, LocalSearch] = {}
+        self._local: dict[Coarse, LocalSearch] = {}
 
     @property
     def best(self) -> Entry | None:
@@ -93,6 +97,11 @@ class Search:
         return 1.0 if best is None else max(0, best.timeline.time_ns - self.bound_ns) / max(1, self.archive.plain_ns)
 
     @property
+    def is_hopeless(self) -> bool:
+        """Nothing fits: proven."""
+        return self.best is None and self.bound_ns >= NEVER_NS
+
+    @property
     def state(self) -> tuple[int, int]:
         """Changes whenever the search gets on."""
         return -1 if self.best is None else self.best.timeline.time_ns, self.bound_ns
@@ -105,9 +114,9 @@ class Search:
 
     def local(self, level: Coarse) -> LocalSearch:
         """Local search on a level of the graph."""
-        if id(level) not in self._local:
-            self._local[id(level)] = LocalSearch(level.graph, self.budget_bytes, level.simulator)
-        return self._local[id(level)]
+        if level not in self._local:
+            self._local[level] = LocalSearch(level.graph, self.budget_bytes, level.simulator)
+        return self._local[level]
 
     def offer(self, steps: Sequence[int], level: Coarse, source: str, work: Work) -> Timeline:
         """Judge a schedule of a level of the graph, and keep it if it is good."""

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from planner.graph.schedule import Schedule
 from planner.solver.lazy import lazy_schedule
 from planner.solver.pieces import Option, Pieces
-from planner.solver.tuning import EVENT_UNITS, LEVELS
+from planner.solver.tuning import EVENT_UNITS, PIECES
 from planner.solver.work import Work
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21)
 """Of a run of pieces: every length up to 3, then about two thirds more each time."""
 
-Costs = NDArray[np.float64]
+Costs = NDArray[np.float32]  # tables are many, and `simulate` judges
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class _Cell:
     """By steps of free memory: the least time, and which choice gives it (-1: none)."""
 
     best: Costs
-    chosen: NDArray[np.int64]
+    chosen: NDArray[np.int16]
     choices: list[Choice]
 
     def take(self, choice: Choice, costs: Costs, least: int) -> None:
@@ -63,8 +63,8 @@ class Segments:
     def __init__(self, pieces: Pieces, budget_bytes: int, *, again: bool) -> None:
         """`again`: pieces may be recomputed more than once."""
         self.pieces, self._again = pieces, again
-        self.unit = max(1, budget_bytes) / LEVELS
-        self.levels = 2 * LEVELS
+        self.unit = max(1, budget_bytes) / (10 * PIECES)
+        self.levels = 20 * PIECES  # up to twice the budget
         self._cells: dict[tuple[int, int], _Cell] = {}
         count = len(pieces)
         ends = range(count, 0, -1) if again else [count]
@@ -81,7 +81,7 @@ class Segments:
 
     def schedule(self, room: float) -> Schedule | None:
         """The table's best schedule with this share of the budget, at most twice; None where there is none."""
-        level, end = min(round(room * LEVELS), self.levels - 1), len(self.pieces)
+        level, end = min(round(room * 10 * PIECES), self.levels - 1), len(self.pieces)
         if not np.isfinite(self._cells[0, end].best[level]):
             return None
         choices = list(self._path(0, end, level))
@@ -91,7 +91,7 @@ class Segments:
 
     def _cell(self, i: int, j: int, work: Work) -> _Cell:
         pieces = self.pieces
-        cell = _Cell(np.full(self.levels, np.inf), np.full(self.levels, -1, dtype=np.int64), [])
+        cell = _Cell(np.full(self.levels, np.inf, np.float32), np.full(self.levels, -1, np.int16), [])
         for k in (i + length for length in _LENGTHS if i + length <= j):
             least = self._steps(pieces.need(i, k))
             if least >= self.levels:
@@ -111,7 +111,7 @@ class Segments:
 
     def _after(self, k: int, j: int, less: int) -> Costs:
         """best[k, j] with `less` steps of memory already taken."""
-        costs = np.full(self.levels, np.inf)
+        costs: Costs = np.full(self.levels, np.inf, np.float32)
         costs[less:] = self._cells[k, j].best[: max(0, self.levels - less)] if k < j else 0.0
         return costs
 

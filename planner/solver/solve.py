@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
@@ -12,7 +12,7 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
 from planner.limits import Limits
-from planner.solver.baselines import all_baselines
+from planner.solver.baselines import fixed_baselines, greedy
 from planner.solver.pipeline import Run, run
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
@@ -69,6 +69,7 @@ class Solver:
         self.models, self.archive = Models(self.graph), Archive(self.graph)
         self.plain_ns = self.archive.plain_ns
         self._unmoved: Solver | None = None
+        self._has_baselines = False
 
     @property
     def floor_bytes(self) -> int:
@@ -77,14 +78,13 @@ class Solver:
 
     def offer_baselines(self, budget_bytes: int) -> None:
         """Judge what people do today: on the moved graph, and on the captured one in the moved graph's numbers."""
-        for name, schedule in self._baselines(budget_bytes):
-            self.archive.offer(schedule, name)
-
-    def _baselines(self, budget_bytes: int) -> Iterator[tuple[str, Schedule]]:
-        yield from all_baselines(self.graph, budget_bytes)
-        if self.graph is not self._captured:
-            for name, schedule in all_baselines(self._captured, budget_bytes):
-                yield name, self._renumbered(schedule)
+        for graph, renumbered in ((self.graph, False), *([(self._captured, True)] if self.graph is not self._captured else [])):
+            for name, schedule in [
+                ("greedy", greedy(graph, budget_bytes)),
+                *(() if self._has_baselines else fixed_baselines(graph)),
+            ]:
+                self.archive.offer(self._renumbered(schedule) if renumbered else schedule, name)
+        self._has_baselines = True
 
     def _renumbered(self, schedule: Schedule) -> Schedule:
         """A schedule of the captured graph in the numbers of the moved one."""
@@ -138,21 +138,20 @@ class Solver:
         return self._order != tuple(range(len(self._order)))
 
     def _lowest(self, work: Work) -> int:
-        """By bisection: whether anything fits a budget is asked of the stages, each time with a share of the work."""
-        low = floor(self.graph)[0]
+        """Whether anything fits is asked of the stages: for the floor, then by bisection, each with a share of the work."""
+        asked = low = floor(self.graph)[0]
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
-            asked = low if high - low <= high // 1000 else (low + high) // 2
             run([self._run(asked, math.inf)], work.share(work.left / 3))
             high = self.archive.lowest.timeline.peak_bytes
-            if high > asked:
-                low = asked + 1
+            low = asked + 1 if high > asked else low  # not found: perhaps, but looked for
             if high - low <= high // 1000:
                 break
+            asked = (low + high) // 2
         return high
 
     def _run(self, budget_bytes: int, gap: float) -> Run:
-        return Run(Problem(self.models, budget_bytes), Search(self.archive, budget_bytes), gap)
+        return Run(Problem(self.models, budget_bytes, gap), Search(self.archive, budget_bytes))
 
     def _below(self, budget_bytes: int, work: Work, count: int, gap: float) -> Outcome:
         """The outcome for a budget below the floor of the moved graph, with its share of a sweep's work."""
@@ -182,7 +181,7 @@ class Solver:
         best = search.best
         if best is None:
             raise not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
-        status = "optimal" if search.gap <= one.gap else "feasible"
+        status = "optimal" if search.gap <= one.problem.gap else "feasible"
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
         bound_ns, limit = min(search.bound_ns, best.timeline.time_ns), "time" if meter.is_late else ""
         return Solution(status, schedule, bound_ns, seconds, best.source, one.spent, limit)

@@ -1,18 +1,18 @@
 """The stages: ways to find schedules and bounds, all with one signature.
 
 A stage is a generator that is given a problem, the search to report to, and what it may spend. It yields whenever it may be
-interrupted: True where it learnt something or was cut short, so that it may get on with more; it ends when it has nothing more
-to say. What it may spend grows between two yields.
+interrupted, and says what came of it; it ends when it has nothing more to say. What it may spend grows between two yields.
 """
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Timeline
-from planner.solver.baselines import all_baselines
+from planner.solver.baselines import greedy
 from planner.solver.coarsen import Coarse
 from planner.solver.exhaustive import Rules
 from planner.solver.exhaustive import exhaustive as exhaustive_search
@@ -20,86 +20,95 @@ from planner.solver.keepset import KeepSet
 from planner.solver.problem import Problem
 from planner.solver.search import Search
 from planner.solver.segments import Segments
-from planner.solver.tuning import FEW, GAP, SLACK
+from planner.solver.tuning import FEW, SLACK
 from planner.solver.work import Work
 
-Strategy = Callable[[Problem, Search, Work], Iterator[bool]]
+
+class Progress(enum.Enum):
+    """What came of a stage since it yielded before."""
+
+    CUT_SHORT = "with more work it may get on"
+    LEARNT = "it knows more than before"
+    NOTHING = "it tried in vain"
 
 
-def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+Strategy = Callable[[Problem, Search, Work], Iterator[Progress]]
+
+
+def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Every schedule; only for graphs of a few ops."""
     best = exhaustive_search(problem.graph, problem.budget_bytes, Rules(backward_ops=False))
     if best is not None:
         search.archive.offer(best, "exhaustive search")
-    yield False
+    yield Progress.LEARNT
 
 
-def certificate(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Linear programs of the best single cuts; then rounds in integers with more and more cuts. Each hints at a schedule."""
     bounds, budget, level = problem.models.certificate, problem.budget_bytes, problem.models.fine
     best, best_ns = -1, -1
     for cut in bounds.cuts.ranked(budget)[:FEW]:
         found = bounds.bound(budget, (cut,), work, relax=True)
         while not found.is_final:
-            yield True
+            yield Progress.CUT_SHORT
             found = bounds.bound(budget, (cut,), work, relax=True)
         if found.time_ns > best_ns:
             best, best_ns = cut, found.time_ns
         if search.raise_bound(found.time_ns) and found.hint is not None:
-            search.fit(found.hint.steps, level, "certificate", work)
-        yield True
-    if best < 0:
-        return
-    cuts, hinted = bounds.first_cuts(budget, best), None
-    while True:
-        found = bounds.bound(budget, cuts, work, gap=GAP / 2, relax=False)
+            yield from _fit(search, found.hint.steps, level, "certificate", work)
+        yield Progress.LEARNT
+    cuts, hinted = bounds.first_cuts(budget, best) if best >= 0 else (), None
+    while cuts:
+        found = bounds.bound(budget, cuts, work, gap=problem.gap / 2, relax=False)
         search.raise_bound(found.time_ns)
         if found.hint is not None and found.hint != hinted:
             hinted = found.hint
-            search.fit(found.hint.steps, level, "certificate", work)
+            yield from _fit(search, found.hint.steps, level, "certificate", work)
+        yield Progress.LEARNT if found.is_final else Progress.CUT_SHORT
         if found.is_final:
             more = bounds.next_cuts(budget, cuts, found.hint)
-            if more == cuts:
-                return
-            cuts = more
-        yield True
+            cuts = more if more != cuts else ()
 
 
-def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """The program over kept sets: linear, then in integers, on the coarse graph and on the graph as it is."""
     for n, (program, level) in enumerate(problem.models.keep_sets):
-        for relax in (True, False) if n == 0 else (False,):
-            yield from _rounds(program, level, problem, search, work, relax=relax)
+        if n == 0:
+            yield from _rounds(program, level, problem, search, work, problem.gap, relax=True)
+        # Copies make the program slow: the moments that matter are found with a wider gap.
+        for gap in (2 * problem.gap, problem.gap) if program.num_copies else (problem.gap,):
+            yield from _rounds(program, level, problem, search, work, gap, relax=False)
 
 
-def _rounds(program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, *, relax: bool) -> Iterator[bool]:
+def _rounds(
+    program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, gap: float, *, relax: bool
+) -> Iterator[Progress]:
     """Offer what a program says; what only exact copies can mend, or rounding broke, is made to fit."""
 
     def judge(schedule: Schedule) -> Timeline:
         return search.offer(schedule.steps, level, "keep set", work)
 
-    # Copies make the program slow: the moments that matter are found with a wider gap.
-    gap = 2 * GAP if program.num_copies else GAP
     for found in program.rounds(problem.budget_bytes, work, gap=gap, judge=judge, relax=relax):
         if found.schedule is not None and (found.grew or found.is_last):
-            search.fit(found.schedule.steps, level, "keep set", work)
-        yield found.grew or found.schedule is None
+            yield from _fit(search, found.schedule.steps, level, "keep set", work)
+        yield Progress.NOTHING if found.is_last else Progress.LEARNT
 
 
-def segments(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+def segments(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Dynamic programming over the forward in pieces, for many shares of the budget; the coarse ones first."""
     pieces, fewer = problem.models.pieces
     for again in (False, True):
         table = Segments(fewer if again else pieces, problem.budget_bytes, again=again)
         while not table.fill(work):
-            yield True
-        rooms = [n / 100 for n in range(97, 200)]
-        best = yield from _least_room(table, rooms, problem, search, work)
+            yield Progress.CUT_SHORT
+        best = yield from _least_room(table, [n / 100 for n in range(97, 200)], problem, search, work)
         finer = sorted((best + n / 1000 for n in range(-9, 10)), key=lambda room: (abs(room - best), room))
         yield from _least_room(table, finer, problem, search, work)
 
 
-def _least_room(table: Segments, rooms: list[float], problem: Problem, search: Search, work: Work):  # type: ignore[no-untyped-def]
+def _least_room(
+    table: Segments, rooms: Sequence[float], problem: Problem, search: Search, work: Work
+) -> Generator[Progress, None, float]:
     """Offer the table's schedules for these shares of the budget, made to fit; returns the share that gave the cheapest.
 
     The largest shares come last: as many in a row as `FEW` that bring nothing, and the rest will not either.
@@ -111,47 +120,69 @@ def _least_room(table: Segments, rooms: list[float], problem: Problem, search: S
         if schedule is None or schedule in tried:
             continue
         tried.add(schedule)
-        steps = search.fit(schedule.steps, level, "segments", work, near=1 + SLACK)
+        steps = yield from _fit(search, schedule.steps, level, "segments", work, near=1 + SLACK)
         time_ns = math.inf if steps is None else search.local(level).time_ns(steps)
         worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + 1, best, least_ns)
         if worse == FEW:
             break
-        yield False
+        yield Progress.NOTHING
     return best
 
 
-def baselines(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+def _fit(
+    search: Search, steps: Sequence[int], level: Coarse, source: str, work: Work, *, near: float = math.inf
+) -> Generator[Progress, None, list[int] | None]:
+    """`Search.fit`; what was cut short is tried again with more work, a few times: some schedules are beyond repair."""
+    for _ in range(FEW):
+        made = search.fit(steps, level, source, work, near=near)
+        if made is not None or not work.is_over:
+            return made
+        yield Progress.CUT_SHORT
+    return None
+
+
+def baselines(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """What people do today, made to fit where nothing else does."""
-    level = problem.models.fine
-    for name, schedule in all_baselines(problem.graph, problem.budget_bytes):
+    level, budget = problem.models.fine, problem.budget_bytes
+    found = [("greedy", greedy(problem.graph, budget)), *problem.models.baselines]
+    for name, schedule in found:
         search.offer(schedule.steps, level, name, work)
-        yield False
-    for name, schedule in all_baselines(problem.graph, problem.budget_bytes):
+        yield Progress.NOTHING
+    for name, schedule in found:
         if search.best is not None:
             return
-        search.fit(schedule.steps, level, name, work)
-        yield False
+        yield from _fit(search, schedule.steps, level, name, work)
+        yield Progress.NOTHING
 
 
-def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Programs that minimise the peak, and the lowest schedule made lower, where nothing fits yet."""
-    for level in (problem.models.coarse, problem.models.fine):
-        program = KeepSet(level.graph, level.tiny, lowest=True, simulator=level.simulator)
+    models = problem.models
+    while models.lowest:
+        program, level = models.lowest[0]
 
         def judge(schedule: Schedule, level: Coarse = level) -> Timeline:
             return search.offer(schedule.steps, level, "lowest peak", work)
 
-        for _ in program.rounds(None, work, gap=GAP, judge=judge):
-            yield True
-    search.fit(search.archive.lowest.schedule.steps, problem.models.fine, search.archive.lowest.source, work)
-    yield False
+        for found in program.rounds(None, work, gap=problem.gap, judge=judge):
+            yield Progress.LEARNT if found.schedule is not None else Progress.CUT_SHORT
+        models.lowest = [other for other in models.lowest if other[0] is not program]
+    yield from _fit(search, search.archive.lowest.schedule.steps, models.fine, search.archive.lowest.source, work)
+    yield Progress.NOTHING
 
 
-def local_search(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """From the best schedule, one recompute after the other is taken back, and something else recomputed."""
     level = problem.models.fine
     local = search.local(level)
-    for change in (local.improve, local.squeeze, local.improve):
+    for squeezed in (False, True):
         assert search.best is not None
-        search.offer(change(list(search.best.schedule.steps), work), level, "local search", work)
-        yield False
+        steps = list(search.best.schedule.steps)
+        if squeezed:
+            steps = local.squeeze(steps, work)
+            yield Progress.NOTHING
+        for better in local.improve(steps, work):
+            if better != steps:
+                steps = better
+                search.offer(steps, level, "local search", work)
+            yield Progress.CUT_SHORT if work.is_over else Progress.NOTHING

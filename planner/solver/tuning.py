@@ -28,6 +28,8 @@ FEW = 3
 SLACK = 0.1
 """Share of the budget by which a schedule may miss it and still be worth making fit, or by which a cut may leave room."""
 PIECES = 100
-"""Into how many pieces a forward is cut at most; half as many where each may be recomputed more than once."""
-LEVELS = 1000
-"""Steps of memory that stand for the budget where memory is counted roughly."""
+"""Into how many pieces a forward is cut at most; half as many where each may be recomputed more than once. Memory is counted
+in ten times as many steps there."""
+NARROW = 1.02
+"""Bytes that cross a place in the forward, over the fewest around it, up to which it may be cut there: a recurrent net carries
+a little more from step to step."""
