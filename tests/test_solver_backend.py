@@ -119,7 +119,7 @@ class Changes:
 
     def __init__(self, draw: Any, model: Model) -> None:
         self.draw, self.model, self.program = draw, model, model.program
-        self.all = (self.column, self.row, self.limit, self.upper, self.cost, self.integer)
+        self.all = (self.column, self.row, self.upper, self.cost)
 
     def some(self) -> None:
         for change in self.draw(st.lists(st.sampled_from(self.all), max_size=4)):
@@ -138,22 +138,12 @@ class Changes:
         pairs = [(self.a_column(), float(self.draw(factors))) for _ in range(self.draw(st.integers(1, 4)))]
         self.program.row(pairs, self.draw(st.sampled_from((-3.0, -1.0, 0.0, 2.0, 6.0))))
 
-    def limit(self) -> None:
-        if self.program.rows:
-            row = self.draw(st.integers(0, len(self.program.rows) - 1))
-            self.model.limit(row, self.draw(st.sampled_from((math.inf, -4.0, -2.0, 0.0, 3.0))))
-
     def upper(self) -> None:
         column = self.a_column()
         self.model.upper(column, 1.0 if self.program.binary[column] else self.draw(st.sampled_from((0.0, 1.0, 2.0, math.inf))))
 
     def cost(self) -> None:
         self.model.cost(self.a_column(), self.draw(st.integers(0, 6)))
-
-    def integer(self) -> None:
-        column = self.a_column()
-        self.model.upper(column, 1.0)
-        self.model.integer(column, self.draw(st.booleans()))
 
 
 @settings(deadline=None, max_examples=150)

@@ -43,7 +43,7 @@ class Witness(Search):
         return super().raise_bound(time_ns)
 
 
-def rounds(search: Search, models: Models, work: Work | None = None) -> Iterator[bool]:
+def rounds(search: Search, models: Models, work: Work | None = None) -> Iterator[stages.Progress]:
     """The certificate stage."""
     return stages.certificate(Problem(models, search.budget_bytes), search, work or Work())
 

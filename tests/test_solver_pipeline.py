@@ -22,6 +22,7 @@ from planner.solver.pipeline import Run, Stage, run
 from planner.solver.problem import Models, Problem
 from planner.solver.search import Archive, Search
 from planner.solver.solve import Solver, solve, sweep
+from planner.solver.stages import Progress
 from planner.solver.tuning import FIRST_SLICE, PATIENCE
 from planner.solver.work import Work, begin
 from tests import graphs
@@ -64,11 +65,11 @@ class Recorded:
     def stage(self, name: str, says: Says, *, slices: int = 1000, **when: object) -> None:
         """A stage that spends each slice as a whole and ends after so many."""
 
-        def strategy(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+        def strategy(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
             for n in range(slices):
-                self.asked.append((name, round(work.left / FIRST_SLICE, 6)))
+                self.asked.append((name, round(work.left / FIRST_SLICE, 2)))
                 work.charge(work.left)
-                yield says(search, n)
+                yield Progress.LEARNT if says(search, n) else Progress.NOTHING
 
         self.stages.append(Stage(name, strategy, "a test", **when))  # type: ignore[arg-type]
 
@@ -91,7 +92,7 @@ def a_run(budget_bytes: int, gap: float = 0.0, *, find: bool = True) -> Run:
     archive = Archive(graph)
     if find:
         archive.offer(SMALLER, "a test")
-    return Run(Problem(Models(graph), budget_bytes), Search(archive, budget_bytes), gap)
+    return Run(Problem(Models(graph), budget_bytes, gap), Search(archive, budget_bytes))
 
 
 @pytest.fixture
@@ -142,9 +143,9 @@ def test_a_stage_that_changes_the_state_itself_goes_on(record: Recorded, monkeyp
 def test_an_ended_stage_is_not_asked_again(record: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
 
-    def short(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+    def short(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
         started.append(1)
-        yield True
+        yield Progress.LEARNT
 
     record.stages.append(Stage("short", short, "a test"))
     record.stage("b", bounds_in(0, 1, 2), slices=4)
@@ -231,19 +232,19 @@ def test_a_stage_waits_where_it_does_not_apply(record: Recorded, monkeypatch: py
 def test_many_searches_take_turns_the_widest_gap_first_and_who_is_done_has_no_more(record: Recorded, monkeypatch) -> None:
     asked: list[int] = []
 
-    def strategy(problem: Problem, search: Search, work: Work) -> Iterator[bool]:
+    def strategy(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
         for n in range(4):
             asked.append(problem.budget_bytes)
             work.charge(work.left)
             if n == 1 and problem.budget_bytes == 24:
                 search.raise_bound(25)
-            yield True
+            yield Progress.LEARNT
 
     monkeypatch.setattr(pipeline, "PIPELINE", (Stage("a", strategy, "a test"),))
     archive, models = Archive(graphs.chain()), Models(graphs.chain())
     archive.offer(SMALLER, "a test")
     archive.raise_bound(24, 22)
-    runs = [Run(Problem(models, budget), Search(archive, budget), 0.0) for budget in (24, 25, 26)]
+    runs = [Run(Problem(models, budget, 0.0), Search(archive, budget)) for budget in (24, 25, 26)]
     meter = Work()
     run(runs, meter)
     # 24 bytes: at most 3 ns from the optimum, and proven in the second turn; the others, 5 ns.

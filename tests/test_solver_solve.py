@@ -78,7 +78,7 @@ def of_program(program: KeepSet, budget_bytes: int, *, relax: bool = False, slic
     for found in program.rounds(budget_bytes, work, gap=EXACT, relax=relax):
         if found.schedule is not None and found.is_last:
             timeline = simulate(program.graph, found.schedule)
-            assert (timeline.peak_bytes <= budget_bytes) or found.status == "unknown"
+            assert (timeline.peak_bytes <= budget_bytes) == found.fits
             return timeline.time_ns if timeline.peak_bytes <= budget_bytes else math.inf
         if work.is_over:
             slice *= 2  # a program in integers starts anew

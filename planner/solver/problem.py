@@ -75,6 +75,11 @@ class Problem:
     gap: float = GAP
 
     @property
+    def precision(self) -> float:
+        """How exact programs are solved; where anything that fits will do (a gap of inf), as exact as ever."""
+        return min(self.gap, GAP)
+
+    @property
     def graph(self) -> Graph:
         """Forward and backward."""
         return self.models.graph

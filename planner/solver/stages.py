@@ -59,7 +59,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         yield Progress.LEARNT
     cuts, hinted = bounds.first_cuts(budget, best) if best >= 0 else (), None
     while cuts:
-        found = bounds.bound(budget, cuts, work, gap=problem.gap / 2, relax=False)
+        found = bounds.bound(budget, cuts, work, gap=problem.precision / 2, relax=False)
         search.raise_bound(found.time_ns)
         if found.hint is not None and found.hint != hinted:
             hinted = found.hint
@@ -74,9 +74,9 @@ def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[Progress]
     """The program over kept sets: linear, then in integers, on the coarse graph and on the graph as it is."""
     for n, (program, level) in enumerate(problem.models.keep_sets):
         if n == 0:
-            yield from _rounds(program, level, problem, search, work, problem.gap, relax=True)
+            yield from _rounds(program, level, problem, search, work, problem.precision, relax=True)
         # Copies make the program slow: the moments that matter are found with a wider gap.
-        for gap in (2 * problem.gap, problem.gap) if program.num_copies else (problem.gap,):
+        for gap in (2 * problem.precision, problem.precision) if program.num_copies else (problem.precision,):
             yield from _rounds(program, level, problem, search, work, gap, relax=False)
 
 
@@ -164,7 +164,7 @@ def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         def judge(schedule: Schedule, level: Coarse = level) -> Timeline:
             return search.offer(schedule.steps, level, "lowest peak", work)
 
-        for found in program.rounds(None, work, gap=problem.gap, judge=judge):
+        for found in program.rounds(None, work, gap=problem.precision, judge=judge):
             yield Progress.LEARNT if found.schedule is not None else Progress.CUT_SHORT
         models.lowest = [other for other in models.lowest if other[0] is not program]
     yield from _fit(search, search.archive.lowest.schedule.steps, models.fine, search.archive.lowest.source, work)
