@@ -92,11 +92,11 @@ def test_a_plan_file_with_texts_is_read():
     made = a_plan()
     document = json.loads(planfile.dumps(made.graph, made))
     for row, op in zip(document["graph"]["ops"], made.graph.ops, strict=True):
-        row[-1] = str(op.source)
+        row[7] = str(op.source)
     read = planfile.loads(json.dumps(document))
     assert [op.source for op in read.graph.ops] == [source_from_json(str(op.source), "") for op in made.graph.ops]
     assert read.graph.ops[0].source == made.graph.ops[0].source == Source("body.0", "model.py", 12)
-    document["graph"]["ops"][0][-1] = 7
+    document["graph"]["ops"][0][7] = 7
     with pytest.raises(PlanFileError, match=r"the source of op '.*' is .*, not a list"):
         planfile.loads(json.dumps(document))
 

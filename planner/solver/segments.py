@@ -8,8 +8,8 @@ is free when what enters i is there. Two transitions:
   recompute the rest of the run and run its backward,
 - again: run i..k - 1 and keep only what crosses into k; then k..j - 1; then i..k - 1 once more from its start.
 Without the second each value is recomputed at most once, and only j = end is needed. With it a piece is recomputed as often as
-that pays, which no set of kept values can do (after Rotor, Beaumont et al. 2021, which has one option for each piece). Memory
-is counted roughly and in steps; `simulate` judges the schedules that come out.
+that pays, which no set of kept values can do; runs are single pieces there (after Rotor, Beaumont et al. 2021). Memory is
+counted roughly and in steps; `simulate` judges the schedules that come out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from planner.solver.tuning import EVENT_UNITS, PIECES
 from planner.solver.work import Work
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21)
-"""Of a run of pieces: every length up to 3, then about two thirds more each time."""
+"""Of a run of pieces whose values are kept or recomputed once: every length up to 3, then about two thirds more each time."""
 
 Costs = NDArray[np.float32]  # tables are many, and `simulate` judges
 
@@ -92,7 +92,7 @@ class Segments:
     def _cell(self, i: int, j: int, work: Work) -> _Cell:
         pieces = self.pieces
         cell = _Cell(np.full(self.levels, np.inf, np.float32), np.full(self.levels, -1, np.int16), [])
-        for k in (i + length for length in _LENGTHS if i + length <= j):
+        for k in (i + length for length in (_LENGTHS[:1] if self._again else _LENGTHS) if i + length <= j):
             least = self._steps(pieces.need(i, k))
             if least >= self.levels:
                 break

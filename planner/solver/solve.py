@@ -12,6 +12,7 @@ from planner.graph.graph import Graph
 from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
 from planner.limits import Limits
+from planner.solver import stages
 from planner.solver.baselines import fixed_baselines, greedy
 from planner.solver.pipeline import Run, run
 from planner.solver.problem import Models, Problem
@@ -139,12 +140,16 @@ class Solver:
 
     def _lowest(self, work: Work) -> int:
         """Whether anything fits is asked of the stages: for the floor, then by bisection, each with a share of the work."""
-        asked = low = floor(self.graph)[0]
+        asked = low = least = floor(self.graph)[0]
+        share, first = work.share(work.left / 4), self._run(asked, math.inf)
+        for _ in stages.lowest_peak(first.problem, first.search, share):
+            if share.is_over:
+                break
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
-            run([self._run(asked, math.inf)], work.share(work.left / 3))
+            run([self._run(asked, math.inf)], work.share(work.left / 4))
             high = self.archive.lowest.timeline.peak_bytes
-            low = asked + 1 if high > asked else low  # not found: perhaps, but looked for
+            low = least if high <= asked else asked + 1  # from a lower start, what failed before may succeed
             if high - low <= high // 1000:
                 break
             asked = (low + high) // 2

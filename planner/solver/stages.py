@@ -17,6 +17,7 @@ from planner.solver.coarsen import Coarse
 from planner.solver.exhaustive import Rules
 from planner.solver.exhaustive import exhaustive as exhaustive_search
 from planner.solver.keepset import KeepSet
+from planner.solver.local_search import LocalSearch
 from planner.solver.problem import Problem
 from planner.solver.search import Search
 from planner.solver.segments import Segments
@@ -111,10 +112,11 @@ def _least_room(
 ) -> Generator[Progress, None, float]:
     """Offer the table's schedules for these shares of the budget, made to fit; returns the share that gave the cheapest.
 
-    The largest shares come last: as many in a row as `FEW` that bring nothing, and the rest will not either.
+    The largest shares come last: `FEW` in a row that are no better than what fitted, and the rest will not be either.
     """
     level, tried = problem.models.coarse, set[Schedule]()
-    worse, best, least_ns = 0, rooms[0], math.inf
+    worse, least_ns = 0, math.inf
+    best = next((room for room in rooms if table.schedule(room) is not None), rooms[0])
     for room in rooms:
         schedule = table.schedule(room)
         if schedule is None or schedule in tried:
@@ -122,7 +124,8 @@ def _least_room(
         tried.add(schedule)
         steps = yield from _fit(search, schedule.steps, level, "segments", work, near=1 + SLACK)
         time_ns = math.inf if steps is None else search.local(level).time_ns(steps)
-        worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + 1, best, least_ns)
+        found_before = least_ns < math.inf
+        worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + found_before, best, least_ns)
         if worse == FEW:
             break
         yield Progress.NOTHING
@@ -167,8 +170,25 @@ def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         for found in program.rounds(None, work, gap=problem.precision, judge=judge):
             yield Progress.LEARNT if found.schedule is not None else Progress.CUT_SHORT
         models.lowest = [other for other in models.lowest if other[0] is not program]
-    yield from _fit(search, search.archive.lowest.schedule.steps, models.fine, search.archive.lowest.source, work)
-    yield Progress.NOTHING
+    yield from _lower(problem, search, work)
+
+
+def _lower(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
+    """Make the lowest schedule lower, step by step: what local search cannot do at once it may do in two steps."""
+    archive, level, asked = search.archive, problem.models.fine, problem.budget_bytes
+    for _ in range(FEW):  # times that it may be cut short in a row
+        while archive.lowest.timeline.peak_bytes - asked > archive.lowest.timeline.peak_bytes // 1000:
+            local = LocalSearch(level.graph, asked, level.simulator)
+            steps = local.repair(list(archive.lowest.schedule.steps), work)
+            if steps is None and work.is_over:
+                break
+            if steps is not None:
+                search.offer(steps, level, "lowest peak, local search", work)
+            asked = problem.budget_bytes if steps is not None else (asked + archive.lowest.timeline.peak_bytes) // 2
+            yield Progress.LEARNT
+        else:
+            return
+        yield Progress.CUT_SHORT
 
 
 def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
