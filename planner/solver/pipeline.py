@@ -61,6 +61,7 @@ PIPELINE = (
     Stage("keep set", stages.keep_set, "the optimum of each value recomputed at most once"),
     Stage("segments", stages.segments, "long chains, and budgets that take more than one recompute", 5 * GAP, 1),
     Stage("baselines", stages.baselines, "what people do today is never better than the plan", 5 * GAP, 1),
+    Stage("descent", stages.descent, "from the lowest schedule down to the budget", 0.0, 1, _not_found),
     Stage("lowest peak", stages.lowest_peak, "budgets near the lowest peak there is", 0.0, 1, _not_found),
     Stage("local search", stages.local_search, "what kept sets cannot say", 0.0, 2, _found),
 )

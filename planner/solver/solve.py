@@ -145,6 +145,7 @@ class Solver:
         for _ in stages.lowest_peak(first.problem, first.search, share):
             if share.is_over:
                 break
+        self.offer_baselines(asked)
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
             run([self._run(asked, math.inf)], work.share(work.left / 4))

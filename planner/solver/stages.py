@@ -159,7 +159,7 @@ def baselines(problem: Problem, search: Search, work: Work) -> Iterator[Progress
 
 
 def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Programs that minimise the peak, and the lowest schedule made lower, where nothing fits yet."""
+    """Programs that minimise the peak, where nothing fits yet."""
     models = problem.models
     while models.lowest:
         program, level = models.lowest[0]
@@ -170,10 +170,9 @@ def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         for found in program.rounds(None, work, gap=problem.precision, judge=judge):
             yield Progress.LEARNT if found.schedule is not None else Progress.CUT_SHORT
         models.lowest = [other for other in models.lowest if other[0] is not program]
-    yield from _lower(problem, search, work)
 
 
-def _lower(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
+def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Make the lowest schedule lower, step by step: what local search cannot do at once it may do in two steps."""
     archive, level, asked = search.archive, problem.models.fine, problem.budget_bytes
     for _ in range(FEW):  # times that it may be cut short in a row
