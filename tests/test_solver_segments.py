@@ -119,7 +119,7 @@ def test_segments_take_the_time_their_table_says_and_more_memory_is_never_dearer
     schedules = {room: table.schedule(room) for room in (0.5, *ROOMS, 1.001, 1.999)}
     event(f"schedules: {min(len({*schedules.values()} - {None}), 4)}")
     for room, schedule in schedules.items():
-        cost = costs[round(room * (10 * PIECES))]
+        cost = costs[round(room * (20 * PIECES))]
         assert (schedule is None) == np.isinf(cost)
         assert schedule is None or simulate(graph, schedule).time_ns <= plain + cost
 
@@ -172,13 +172,13 @@ def test_the_segments_of_a_long_recurrent_net_grow_from_its_end_to_its_start() -
     table = filled(Pieces(graph, 100), budget_bytes)
     schedules = {room: schedule for room in ROOMS if (schedule := table.schedule(room)) is not None}
     assert any(simulate(graph, schedule).peak_bytes <= budget_bytes for schedule in schedules.values())
-    lengths = [choice.k - i for i, choice in table._path(0, len(table.pieces), (10 * PIECES))]
+    lengths = [choice.k - i for i, choice in table._path(0, len(table.pieces), (20 * PIECES))]
     assert max(lengths[: len(lengths) // 2]) >= 13  # without a trace of a state kept in between
     assert max(lengths[len(lengths) // 2 :]) <= 8
     assert max(lengths[-5:]) <= 3
     # As long as the graph is a chain, the table's count of memory is the simulator's but for rounding.
     for room, schedule in schedules.items():
-        assert simulate(graph, schedule).peak_bytes <= (room * (10 * PIECES) + 1 + len(table.pieces)) * table.unit
+        assert simulate(graph, schedule).peak_bytes <= (room * (20 * PIECES) + 1 + len(table.pieces)) * table.unit
 
 
 def test_a_segment_is_recomputed_more_than_once_where_memory_is_short() -> None:

@@ -97,7 +97,9 @@ class Run:
     @property
     def is_done(self) -> bool:
         """The plan is good enough, nothing can fit, or nothing is left to try."""
-        return self._is_good or self.spent >= PATIENCE * (100 * self.search.gap) ** 2 or not self._has_more
+        gap = self.search.gap
+        is_enough = gap <= 5 * GAP and self.spent >= PATIENCE * (100 * gap) ** 2
+        return self._is_good or is_enough or not self._has_more
 
     @property
     def _is_good(self) -> bool:

@@ -63,8 +63,8 @@ class Segments:
     def __init__(self, pieces: Pieces, budget_bytes: int, *, again: bool) -> None:
         """`again`: pieces may be recomputed more than once."""
         self.pieces, self._again = pieces, again
-        self.unit = max(1, budget_bytes) / (10 * PIECES)
-        self.levels = 20 * PIECES  # up to twice the budget
+        self.unit = max(1, budget_bytes) / (20 * PIECES)
+        self.levels = 40 * PIECES  # up to twice the budget
         self._cells: dict[tuple[int, int], _Cell] = {}
         count = len(pieces)
         ends = range(count, 0, -1) if again else [count]
@@ -81,7 +81,7 @@ class Segments:
 
     def schedule(self, room: float) -> Schedule | None:
         """The table's best schedule with this share of the budget, at most twice; None where there is none."""
-        level, end = min(round(room * 10 * PIECES), self.levels - 1), len(self.pieces)
+        level, end = min(round(room * 20 * PIECES), self.levels - 1), len(self.pieces)
         if not np.isfinite(self._cells[0, end].best[level]):
             return None
         choices = list(self._path(0, end, level))

@@ -16,7 +16,7 @@ EVENT_UNITS = 1e-7
 GAP = 0.001
 """How far from the optimum to stop, as a fraction of the plain step's time: a thousandth is within the noise of a step."""
 PATIENCE = 32.0
-"""Work that a gap of one percent of the step is worth; twice as wide a gap is worth four times as much."""
+"""Work that a gap of one percent of the step would be worth, half a percent a quarter of it. Above that, all there is."""
 FIRST_SLICE = 0.1
 """Work that every stage gets in the first turn, about one linear program; a turn gives twice as much as the one before."""
 BACKSTOP = 30.0
@@ -29,7 +29,7 @@ SLACK = 0.1
 """Share of the budget by which a schedule may miss it and still be worth making fit, or by which a cut may leave room."""
 PIECES = 100
 """Into how many pieces a forward is cut at most; half as many where each may be recomputed more than once. Memory is counted
-in ten times as many steps there."""
+in twenty times as many steps there."""
 NARROW = 1.02
 """Bytes that cross a place in the forward, over the fewest around it, up to which it may be cut there: a recurrent net carries
 a little more from step to step."""
