@@ -39,11 +39,11 @@ def limits(effort):
 
 two, one = Case("gpt2-2", gradients=False), Case("gpt2-1", gradients=False)
 found = {}
-solution = solve.solve(two.graph, two.budget(0.3), limits(1.0))
+solution = solve.solve(two.graph, two.budget(0.3), limits(2.0))
 found["solve"] = [solution.schedule.steps, solution.bound_ns, solution.status, solution.solver]
-swept = solve.sweep(two.graph, [two.budget(f) for f in (0.7, 0.5, 0.4, 0.3)], limits(1.0), gap=1e-6)
+swept = solve.sweep(two.graph, [two.budget(f) for f in (0.7, 0.5, 0.4, 0.3)], limits(2.0), gap=1e-6)
 found["sweep"] = [[b, s.schedule.steps, s.bound_ns, s.status] for b, s in swept.items() if not isinstance(s, Exception)]
-found["lowest peak"] = solve.lowest_peak(one.graph, limits(1.0))
+found["lowest peak"] = solve.lowest_peak(one.graph, limits(2.0))
 found["work"] = [[work.meter.spent, work.meter.is_late] for work in works]
 print(json.dumps(found | {"slices": slices}))
 """
@@ -88,8 +88,8 @@ def test_the_call_needs_several_stages_and_all_of_its_work(plain: dict[str, Any]
     solved, lowest = plain["solve"][0], plain["lowest peak"]
     assert len(set(solved)) < len(solved) and lowest > 0
     assert len(plain["sweep"]) >= 3
-    assert all(0.0 < spent < 1.5 and not late for spent, late in plain["work"])
-    assert len(plain["work"]) == 3 and max(spent for spent, _ in plain["work"]) > 0.9
+    assert all(0.0 < spent < 3.0 and not late for spent, late in plain["work"])
+    assert len(plain["work"]) == 3 and max(spent for spent, _ in plain["work"]) > 1.8
 
 
 @pytest.mark.parametrize(
