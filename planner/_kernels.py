@@ -65,7 +65,7 @@ def kernels_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels_chosen(choices: Mapping[OpOverload, Callable[..., Any]]) -> Iterator[None]:
-    """While tracing, the composite operators in `choices` run what stands there, whatever device their tensors are on."""
+    """While tracing, the composite operators in `choices` run what stands there, on every device."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     before = {op: op.py_kernels.get(key) for op in choices}
     try:

@@ -272,7 +272,7 @@ def _output_role(desc: Any) -> tuple[Any, ...]:
             return ("output", desc.idx)
         case descriptors.InputMutationAOTOutput():
             return ("mutation", *_input_role(desc.mutated_input))
-    raise CaptureError(f"the graph hands out a result of a kind that cannot be planned: {type(desc).__name__}")
+    raise CaptureError(f"the graph returns a result of a kind that cannot be planned: {type(desc).__name__}")
 
 
 def in_backward() -> bool:
@@ -310,7 +310,7 @@ def calls_intercepted(
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:
-    """The nodes (or None) that a graph hands out."""
+    """The nodes (or None) that a graph returns."""
     handed: Any = graph.output_node().args[0]
     return tuple(handed)
 

@@ -80,7 +80,7 @@ def plan(
         effort: for the solver, in units of about a second of one core, counted and not timed: the same call gives the same
             plan on a busy machine and on every rank. The best plan found by then is taken.
         time_limit_s: wall seconds for the solver (default: many times the effort). A plan that the clock ended says so.
-        num_stages: in how many parts the backward hands out gradients, at most.
+        num_stages: in how many parts the backward returns gradients, at most.
         progress: show a bar on stderr for stages that take more than a second.
         strict: a training call that is not the one planned for raises PlanMissError, instead of running unplanned.
         opaque: qualified names of submodules to run as they are, besides those found not to be capturable (LSTM kernels,
@@ -110,7 +110,7 @@ def plan(
         criterion_args: an example of what the loss takes beside the output, such as (targets,).
 
     On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
-    where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator hands out
+    where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator allocates
     depends on the blocks it has at hand). Hooks of parameters do not run in it.
 
     Raises:

@@ -159,7 +159,7 @@ class _Trials:
                 return False
 
     def measure(self, tried: Tried, rounds: int) -> Measured:
-        """Run a batch's planned step, whatever its peak turns out to be."""
+        """Run a batch's planned step, even where its peak turns out to be above the budget."""
         assert tried.plan is not None
         args, kwargs = self._call(tried.batch)
         plan, joint = captured_for(tried.plan, self.model, args, kwargs, self.options.loss, self.options.opaque)

@@ -153,14 +153,8 @@ class _Reversible(torch.autograd.Function):
         return x.grad, None
 
 
-class _RunsAgain(torch.autograd.Function):
+class _RunsAgain(_Reversible):
     """Calls a module in its backward for the input's gradient alone."""
-
-    @staticmethod
-    def forward(ctx, x, net):
-        ctx.net = net
-        ctx.save_for_backward(x.detach())
-        return net(x).detach()
 
     @staticmethod
     def backward(ctx, gradient):

@@ -125,7 +125,7 @@ def measured(
     *,
     progress: bool = False,
 ) -> CheckpointedModule:
-    """The module, one step of which was run, whatever it needed; its plan says what that was, or why none was run.
+    """The module, one step of which was run, even above the budget; its plan says what it needed, or why none was run.
 
     Raises:
         PlanCheckError: the step fails.

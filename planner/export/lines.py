@@ -52,7 +52,7 @@ class Half:
         lines: in order of execution.
         outside: placeholder -> ("w", tensor's name), ("kept", key) or ("tangent", name).
         stored: value -> ("kept", key) or ("grads", name): put there as soon as it is made.
-        returned: the values handed out at the end.
+        returned: the values returned at the end.
         same: item -> the item that stands for it, where a result is taken apart twice.
         last_read: value -> the last line that reads it; `len(lines)` where it is returned.
         made_at: value -> the line that makes it.

@@ -54,7 +54,7 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
 
     The file holds the forward and the backward kernel by kernel, with what is kept and recomputed; repeated blocks are one
     function each. Its class takes a `state_dict` of the original model, is called as the original, and trains bit for bit
-    like it within the plan's budget. Gradients are handed out when the backward is complete (a planned module hands them
+    like it within the plan's budget. Gradients are returned when the backward is complete (a planned module returns them
     out in stages). Constants of the model too large to be written out go next to it, into a file ending in .constants.pt.
 
     Args:

@@ -33,9 +33,9 @@ def floor(graph: Graph) -> tuple[int, int]:
 
 
 def least_bytes(graph: Graph) -> NDArray[np.int64]:
-    """Per op, the bytes that are live while it runs for the first time, whatever the schedule.
+    """Per op, the bytes that are live while it runs for the first time, in every schedule.
 
-    These are: everything resident (tangents in the backward), outputs handed out so far, what it reads and writes, its
+    These are: everything resident (tangents in the backward), outputs written so far, what it reads and writes, its
     workspace, and what was written by an op that cannot run again and is read later.
     """
     tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
@@ -86,7 +86,7 @@ def infeasible_text(budget: str, least: int, culprit: str, cure: str, advice: st
 
 
 def _own(graph: Graph, op: Op) -> dict[str, int]:
-    """What an op reads, writes and works in, the largest first; what is resident or handed out is left aside."""
+    """What an op reads, writes and works in, the largest first; what is resident or an output is left aside."""
     constant = {*graph.inputs, *graph.forward_outputs, *graph.backward_outputs}
     sizes = {name: graph.value[name].nbytes for name in {*op.reads, *op.writes} - constant}
     if op.workspace_bytes:

@@ -157,5 +157,5 @@ class Plan:
 
 
 def _report(name: str) -> Any:
-    """A module of the room above, by name: a plan hands itself over when asked to, and never depends on it."""
+    """A module of the room above, by name: a plan passes itself to it when asked to, and never imports it."""
     return import_module(f"planner.report.{name}")

@@ -1,4 +1,4 @@
-"""A graph without its names: what two captures of one step have in common, whatever their nodes are called."""
+"""A graph without its names: what two captures of one step have in common when their nodes have different names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wiring(graph: Graph) -> list[Any]:
 
 
 def fingerprint(graph: Graph, *, arguments: bool = True) -> str:
-    """32 hex digits of the graph's structure: equal for two captures of one step, whatever their nodes are called.
+    """32 hex digits of the graph's structure: equal for two captures of one step that name their nodes differently.
 
     Ops count by kernel, arguments (shapes and scalars), the places of what they read, bytes of what they write, and whether
     they may run again; values by place, kind and bytes. Names, sources, reserved bytes and what is measured do not count.

@@ -60,7 +60,7 @@ def _where(plan: Plan) -> str:
 
 
 def _parts(graph: Graph, timeline: Timeline) -> list[str]:
-    """Bytes by kind: what is resident, what the backward hands out, what is saved for it."""
+    """Bytes by kind: what is resident, what the backward returns, what is saved for it."""
     resident: Counter[str] = Counter()
     given = [graph.value[name] for name in graph.inputs]
     for value in sorted(given, key=lambda value: value.kind):

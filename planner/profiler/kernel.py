@@ -117,13 +117,18 @@ def _describe(arg: Any, seen: dict[Node, int]) -> str:
             return f"same as {seen[arg]}"
         seen[arg] = len(seen)
         return _describe_value(arg.meta.get("val"))
+    return nested_text(arg, lambda item: _describe(item, seen)) or _describe_value(arg)
+
+
+def nested_text(arg: Any, text: Callable[[Any], str]) -> str:
+    """An argument that holds others (a list, a mapping, a slice), with `text` for each of them; "" for any other."""
     if isinstance(arg, (list, tuple)):
-        return f"[{', '.join(_describe(item, seen) for item in arg)}]"
+        return f"[{', '.join(map(text, arg))}]"
     if isinstance(arg, Mapping):
-        return f"{{{', '.join(f'{k}: {_describe(v, seen)}' for k, v in arg.items())}}}"
+        return f"{{{', '.join(f'{key}: {text(value)}' for key, value in arg.items())}}}"
     if isinstance(arg, slice):
-        return f"slice({', '.join(_describe(part, seen) for part in (arg.start, arg.stop, arg.step))})"
-    return _describe_value(arg)
+        return f"slice({', '.join(map(text, (arg.start, arg.stop, arg.step)))})"
+    return ""
 
 
 def _describe_value(value: Any) -> str:

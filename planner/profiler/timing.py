@@ -42,7 +42,7 @@ def cost_on_cpu(node: Node) -> KernelCost:
 
     Raises:
         MemoryError: the call needs more than the machine has free.
-        Exception: whatever the kernel raises.
+        Exception: any that the kernel raises.
     """
     check_memory(node)
     with torch.no_grad(), forbidding_collectives(node):
@@ -165,7 +165,7 @@ def cost_on_cuda(node: Node, device: torch.device) -> KernelCost:
     """Time and workspace of one call, in this process; reads and resets the device's peak memory statistics.
 
     Raises:
-        Exception: whatever the kernel raises; torch.cuda.OutOfMemoryError among them.
+        Exception: any that the kernel raises; torch.cuda.OutOfMemoryError among them.
     """
     with torch.no_grad(), torch.cuda.device(device), forbidding_collectives(node):
         args, kwargs = make_inputs(node)

@@ -30,7 +30,7 @@ class Part(StrEnum):
     INPUTS = "inputs and outputs"
     """Arguments of the call, the forward's results, and the gradients of results that come in."""
     GRADIENTS = "gradients"
-    """Those that the step hands out."""
+    """Those that the step returns."""
     KEPT = "kept activations"
     """Written in the forward and alive when it ends."""
     RECOMPUTED = "recomputed"
@@ -138,7 +138,7 @@ def largest(graph: Graph, schedule: Schedule, step: int, count: int = _TOP) -> l
     for (name, part, nbytes), places in alike.items():
         if nbytes:
             groups.append(Group(name, ", ".join(fold(dict.fromkeys(places, nbytes))), part, nbytes, len(places)))
-        else:  # what comes from outside is one entry, whatever its tensors
+        else:  # what comes from outside is one entry, however many tensors it is
             groups.append(Group(name, "", part, sum(map(int, places)), 1))
     return sorted(groups, key=lambda group: (-group.count * group.nbytes, group.place, group.name))[:count]
 

@@ -131,7 +131,7 @@ def _check_captured_order(graph: Graph, schedule: Schedule) -> None:
 
 
 def _crossing(graph: Graph, schedule: Schedule, boundary: int, results: list[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Activations alive at the boundary that the backward reads (or hands out); everything it reads from before."""
+    """Activations alive at the boundary that the backward reads (or returns); everything it reads from before."""
     read: dict[str, None] = {}
     written: set[str] = set()
     for i in schedule.steps[boundary:]:
@@ -199,7 +199,7 @@ class _Writer:
                 self._now[item] = self._copy(item, item.name + suffix)
         for name, _ in self._storages.writes[node]:
             for gradient in self._gradients.get(name, ()):
-                self.get(gradient)  # at once, so that it can be handed out with its stage
+                self.get(gradient)  # at once, so that it can be returned with its stage
         if previous is not None:
             self._call(kernels.swap_rng_state, (previous, self._joint.device), node)
 

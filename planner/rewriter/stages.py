@@ -14,7 +14,7 @@ from planner._torch import OpOverload, results
 
 aten = torch.ops.aten
 _QUIET_VIEWS = frozenset({aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default})
-"""Kernels that may hand out their argument's storage and do not say so."""
+"""Kernels that may return their argument's storage and do not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +34,29 @@ class Stage:
 def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) -> tuple[Stage, ...]:
     """Cut after gradients, about as many in every stage; order and count of the nodes stay as they are.
 
-    A gradient is handed out once nothing reads its parameter any more: an optimizer may step inside the backward.
+    A gradient is returned once nothing reads its parameter any more: an optimizer may step inside the backward.
 
     Args:
         backward: with one output node of a tuple of gradients.
         num_stages: at most this many.
         owners: per gradient, the placeholder of the parameter that it is of (which the backward may have none of).
     """
-    handed: Sequence[fx.Node] = results(backward)
+    gradients: Sequence[fx.Node] = results(backward)
     order = {node: i for i, node in enumerate(backward.nodes)}
-    completed = sorted({order[node] for node in handed})
+    completed = sorted({order[node] for node in gradients})
     num_stages = max(1, min(num_stages, len(completed)))
     cuts = [completed[(k + 1) * len(completed) // num_stages - 1] for k in range(num_stages - 1)]
     stage_of = {node: sum(position > cut for cut in cuts) for node, position in order.items()}
     for node in backward.find_nodes(op="call_function", target=operator.getitem):
         stage_of[node] = stage_of[node.args[0]]  # a kernel's results part at once: no tuple travels between stages
 
-    kept = sorted({*_handed_in(backward, stage_of, owners)}) or [0]  # autograd never visits a stage that hands out nothing
+    kept = sorted({*_stages_of_gradients(backward, stage_of, owners)}) or [
+        0
+    ]  # autograd never visits a stage that returns nothing
     stage_of = {node: min(bisect_left(kept, stage), len(kept) - 1) for node, stage in stage_of.items()}
     num_stages = len(kept)
-    last_use, handed_in = _last_use(stage_of), _handed_in(backward, stage_of, owners)
-    for node, stage in zip(handed, handed_in, strict=True):
+    last_use, returned_in = _last_use(stage_of), _stages_of_gradients(backward, stage_of, owners)
+    for node, stage in zip(gradients, returned_in, strict=True):
         last_use[node] = max(last_use.get(node, 0), stage)
     alive = list(backward.find_nodes(op="placeholder"))
     stages = []
@@ -67,9 +69,9 @@ def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) 
         body = [node for node, stage in stage_of.items() if stage == k and node.op == "call_function"]
         for node in body:
             now[node] = graph.node_copy(node, now.__getitem__)
-        mine = tuple(i for i, stage in enumerate(handed_in) if stage == k)
+        mine = tuple(i for i, stage in enumerate(returned_in) if stage == k)
         alive = [node for node in (*alive, *body) if last_use.get(node, 0) > k]
-        graph.output(tuple(now[handed[i]] for i in mine) + tuple(now[node] for node in alive))
+        graph.output(tuple(now[gradients[i]] for i in mine) + tuple(now[node] for node in alive))
         stages.append(Stage(graph, mine))
     return tuple(stages)
 
@@ -83,12 +85,12 @@ def _last_use(stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
     return found
 
 
-def _handed_in(backward: fx.Graph, stage_of: Mapping[fx.Node, int], owners: Sequence[str]) -> list[int]:
-    """Per gradient, the stage that hands it out."""
+def _stages_of_gradients(backward: fx.Graph, stage_of: Mapping[fx.Node, int], owners: Sequence[str]) -> list[int]:
+    """Per gradient, the stage that returns it."""
     read_until = _read_until(backward, _last_use(stage_of))
-    handed: Sequence[fx.Node] = results(backward)
-    known = [*owners, *[""] * (len(handed) - len(owners))]
-    return [max(stage_of[node], read_until.get(owner, 0)) for node, owner in zip(handed, known, strict=True)]
+    gradients: Sequence[fx.Node] = results(backward)
+    known = [*owners, *[""] * (len(gradients) - len(owners))]
+    return [max(stage_of[node], read_until.get(owner, 0)) for node, owner in zip(gradients, known, strict=True)]
 
 
 def _read_until(backward: fx.Graph, last_use: Mapping[fx.Node, int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The autograd Functions that run a planned step: one runs the forward, taps hand out gradients in stages.
+"""The autograd Functions that run a planned step: one runs the forward, taps return gradients in stages.
 
     token <- Tap(last stage's inputs) <- ... <- Tap(second stage's inputs)      forward order
     outputs <- Forward(token, first stage's inputs)

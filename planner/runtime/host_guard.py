@@ -89,7 +89,7 @@ class HostGuard:
     def difference(self, *, through_forward: bool = False) -> Mismatch | None:
         """The first place that is not as it was planned for.
 
-        `through_forward`: the plan stands in the model's `forward`, and was called by it, whatever was wrapped around it.
+        `through_forward`: the plan stands in the model's `forward`, which called it, wrapped or not.
         """
         if self._forward is not None and not through_forward:
             path, expected = self._forward

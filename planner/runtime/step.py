@@ -34,7 +34,7 @@ class Step:
         joint: how calls map onto the graphs.
         halves: the rewritten forward and backward.
         key: what they are right for.
-        num_stages: in how many parts the backward hands out gradients, at most.
+        num_stages: in how many parts the backward returns gradients, at most.
         recapture: set where the plan is to hold for smaller inputs too.
         is_compiled: inductor compiles the halves wherever they are to run.
         backward_key: what the backward is right for; by default, what the joint graph was captured for.

@@ -6,7 +6,7 @@ them their turns, in counted `Work` (`work`); `solve` is what others call. What 
 
 - `reorder`: beforehand, backward ops move a few places where that lowers the plain step's peak.
 - `certificate` (`relaxation`, `moments`, `cuts`): at one moment of the step (a cut), what is alive must fit; a linear program
-  says what that costs at least, whatever the schedule, and which values it would keep.
+  says what that costs at least, in every schedule, and which values it would keep.
 - `keepset` (`copies`, `lifetimes`, `lazy`): the program over kept sets, on a coarser graph (`coarsen`), with exact copies of
   the moments that break.
 - `segments` (`pieces`): dynamic programming over where to cut the forward, what to keep of each run and what to run again.

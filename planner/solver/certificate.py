@@ -1,4 +1,4 @@
-"""The certificate: a lower bound on the time of every schedule that fits, whatever it recomputes.
+"""The certificate: a lower bound on the time of every schedule that fits, no matter what it recomputes.
 
 `planner.solver.relaxation` has the program. Which cuts? The best single one, by an estimate; then what is alive at the cuts of
 the program's answer makes a schedule, and the ops at which that is over the budget are the next cuts. Where the schedule fits

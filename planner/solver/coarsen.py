@@ -13,7 +13,7 @@ from planner.graph.schedule import Schedule
 from planner.graph.simulate import Simulator
 
 _TINY = 2e-6
-"""Values below this share of all forward bytes are kept whatever the budget."""
+"""Values below this share of all forward bytes are kept for every budget."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,9 +123,9 @@ class _Search:
         """The state after running op i, or None where it does not fit."""
         op, first, graph = self.graph.ops[i], i == state.done, self.graph
         kept = state.alive - set(op.writes)  # a second run replaces the instances of the first
-        handed_out = [name for name in self.outputs if graph.producer[name] < state.done]
+        written = [name for name in self.outputs if graph.producer[name] < state.done]
         live = self.resident + (self.tangents if state.done >= graph.num_forward_ops else 0)
-        live += sum(self.nbytes[name] for name in handed_out)
+        live += sum(self.nbytes[name] for name in written)
         live += sum(self.nbytes[name] for name in kept - self.inputs - self.outputs)
         live += sum(self.nbytes[name] for name in kept & state.copied)
         live += sum(self.nbytes[name] for name in op.writes) + op.workspace_bytes

@@ -53,7 +53,7 @@ class KeepSet:
 
         Args:
             graph: forward and backward.
-            pinned: droppable values that are kept whatever the budget (too small to be worth a decision).
+            pinned: droppable values that are kept for every budget (too small to be worth a decision).
             lowest: minimise the peak instead of the time.
             simulator: the graph's, where it is at hand.
         """

@@ -69,7 +69,7 @@ class Pieces:
         return sum(self.graph.ops[op].cost_ns for op in self.ops(i, j))
 
     def forward_bytes(self, i: int, j: int) -> int:
-        """The most that is live while the run's forward goes on, whatever is kept of it."""
+        """The most that is live while the run's forward goes on, even if nothing of it is kept."""
         return int(self.life.base[self._bounds[i] : self._bounds[j]].max(initial=0))
 
     def crossing_bytes(self, i: int, j: int) -> int:

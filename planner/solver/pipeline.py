@@ -135,7 +135,7 @@ class Run:
         turns.work.until = work.share(turns.slice).until
         got_on = False
         while not turns.work.is_over and not self._is_good:
-            turns.work.charge(300 * EVENT_UNITS)  # whatever it does: a slice ends
+            turns.work.charge(300 * EVENT_UNITS)  # so that a slice ends even if the stage charges nothing
             try:
                 got_on = next(turns.generator) is not stages.Progress.NOTHING or got_on
             except StopIteration:

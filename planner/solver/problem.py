@@ -53,7 +53,7 @@ class Models:
 
     @cached_property
     def baselines(self) -> list[tuple[str, Schedule]]:
-        """What people do today, whatever the budget."""
+        """What people do today, but for `greedy`: those that do not look at a budget."""
         return list(fixed_baselines(self.graph))
 
     @cached_property

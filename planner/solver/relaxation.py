@@ -120,5 +120,5 @@ def fixed(graph: Graph, cut: int) -> int:
     outputs = {*graph.forward_outputs, *graph.backward_outputs}
     given = (graph.value[name] for name in graph.inputs)
     resident = sum(value.nbytes for value in given if value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
-    handed_out = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
-    return resident + sum(graph.value[name].nbytes for name in handed_out.union(op.writes)) + op.workspace_bytes
+    written = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
+    return resident + sum(graph.value[name].nbytes for name in written.union(op.writes)) + op.workspace_bytes

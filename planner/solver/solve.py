@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
@@ -94,13 +93,10 @@ class Solver:
 
     def solve(self, budget_bytes: int, limits: Limits | None = None, *, gap: float = GAP) -> Solution:
         """As the function `solve`."""
-        if floor(self.graph)[0] > budget_bytes:
-            unmoved = self._in_captured_order(budget_bytes)
-            return unmoved.solve(budget_bytes, limits, gap=gap)
-        start, work = time.monotonic(), begin(limits or Limits())
-        one = self._run(budget_bytes, gap)
-        run([one], work)
-        return self._solution(one, work.meter, time.monotonic() - start)
+        [outcome] = self.sweep([budget_bytes], limits, gap=gap).values()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def sweep(self, budgets_bytes: Iterable[int], limits: Limits | None = None, *, gap: float = GAP) -> dict[int, Outcome]:
         """A solution, or why there is none, for every budget; a larger budget never has a dearer plan.
@@ -110,21 +106,21 @@ class Solver:
             limits: for all budgets together.
             gap: how far from the optimum to stop, as a fraction of the plain step's time.
         """
-        start, work = time.monotonic(), begin(limits or Limits())
-        budgets, least = sorted(set(budgets_bytes)), floor(self.graph)[0]
-        found: dict[int, Outcome] = {}
-        for budget in (budget for budget in budgets if budget < least):
-            found[budget] = self._below(budget, work, len(budgets), gap)
-        runs = {budget: self._run(budget, gap) for budget in reversed(budgets) if budget >= least}
-        run(list(runs.values()), work)
-        total = sum(each.spent for each in runs.values())
-        for budget, each in sorted(runs.items()):
-            share = each.spent / total if total else 1 / len(runs)
-            try:
-                found[budget] = self._solution(each, work.meter, share * (time.monotonic() - start))
-            except NoScheduleFoundError as error:
-                found[budget] = error
-        return found
+        work = begin(limits or Limits())
+        outcomes: dict[int, Outcome] = {}
+        runs: dict[int, tuple[Solver, Run]] = {}
+        for budget in sorted(set(budgets_bytes)):
+            solver = self._of_order(budget)
+            if solver is None:
+                outcomes[budget] = infeasible(min(self.graph, self._captured, key=lambda graph: floor(graph)[0]), budget)
+            else:
+                runs[budget] = solver, solver._run(budget, gap)
+        run([one for _, one in reversed(runs.values())], work)
+        for budget, (solver, one) in runs.items():
+            outcome = outcomes[budget] = solver._outcome(one, work.meter)
+            if solver is not self and isinstance(outcome, Solution):  # a plan for every larger budget, too
+                self.archive.offer(self._renumbered(outcome.schedule), outcome.solver)
+        return outcomes
 
     def lowest_peak(self, limits: Limits | None = None) -> int:
         """As the function `lowest_peak`."""
@@ -159,37 +155,28 @@ class Solver:
     def _run(self, budget_bytes: int, gap: float) -> Run:
         return Run(Problem(self.models, budget_bytes, gap), Search(self.archive, budget_bytes))
 
-    def _below(self, budget_bytes: int, work: Work, count: int, gap: float) -> Outcome:
-        """The outcome for a budget below the floor of the moved graph, with its share of a sweep's work."""
-        share = work.share(work.left / count)
-        try:
-            unmoved = self._in_captured_order(budget_bytes)
-            one, start = unmoved._run(budget_bytes, gap), time.monotonic()
-            run([one], share)
-            solution = unmoved._solution(one, work.meter, time.monotonic() - start)
-        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-            return error
-        self.archive.offer(self._renumbered(solution.schedule), solution.solver)  # a plan for every larger budget, too
-        return solution
-
-    def _in_captured_order(self, budget_bytes: int) -> Solver:
-        """The solver of the unmoved graph, for a budget below the floor of the moved one."""
+    def _of_order(self, budget_bytes: int) -> Solver | None:
+        """The solver whose order of the backward can meet a budget: this one, that of the captured order, or neither."""
+        if floor(self.graph)[0] <= budget_bytes:
+            return self
         if floor(self._captured)[0] > budget_bytes:
-            raise infeasible(min((self.graph, self._captured), key=lambda graph: floor(graph)[0]), budget_bytes)
+            return None
         if self._unmoved is None:
             self._unmoved = Solver(self._captured, reorder=False)
         return self._unmoved
 
-    def _solution(self, one: Run, meter: Meter, seconds: float) -> Solution:
+    def _outcome(self, one: Run, meter: Meter) -> Solution | NoScheduleFoundError:
         search = one.search
+        seconds = meter.elapsed_s * (one.spent / meter.spent if meter.spent else 1.0)
         if search.gap > 5 * GAP:  # however little was spent, the plan is no worse than what people do today
             self.offer_baselines(search.budget_bytes)
         best = search.best
         if best is None:
-            raise not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
+            return not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
         status = "optimal" if search.gap <= one.problem.gap else "feasible"
         schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
-        bound_ns, limit = min(search.bound_ns, best.timeline.time_ns), "time" if meter.is_late else ""
+        bound_ns = min(search.bound_ns, best.timeline.time_ns)
+        limit = "time" if meter.is_late and not one.is_done else ""
         return Solution(status, schedule, bound_ns, seconds, best.source, one.spent, limit)
 
 

@@ -21,12 +21,19 @@ class Meter:
     Attributes:
         stop_s: of `time.monotonic()`; from then on nothing is left to spend.
         spent: units so far.
+        start_s: of `time.monotonic()`.
         is_late: the clock has ended the search, so that another run of the same call may give another answer.
     """
 
     stop_s: float = math.inf
     spent: float = 0.0
     is_late: bool = False
+    start_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall seconds so far, for people to read: nothing is decided by them."""
+        return time.monotonic() - self.start_s
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from planner._torch import OpOverload
+from planner.profiler.kernel import nested_text
 from planner.tracer.storage import Storages
 
 _LEFT_OUT = frozenset({"device", "pin_memory", "group_name"})
@@ -78,12 +79,8 @@ def _text(arg: Any, tensor: Callable[[fx.Node], str]) -> str:
         return tensor(arg)
     if isinstance(arg, torch.device):
         return ""
-    if isinstance(arg, (list, tuple)):
-        return f"[{', '.join(_text(item, tensor) for item in arg)}]"
-    if isinstance(arg, Mapping):
-        return f"{{{', '.join(f'{key}: {_text(item, tensor)}' for key, item in arg.items())}}}"
-    if isinstance(arg, slice):
-        return f"slice({', '.join(_text(part, tensor) for part in (arg.start, arg.stop, arg.step))})"
+    if nested := nested_text(arg, lambda item: _text(item, tensor)):
+        return nested
     if isinstance(arg, (torch.dtype, torch.layout, torch.memory_format)):
         return str(arg).removeprefix("torch.")
     if arg is None or isinstance(arg, (bool, int, float, complex, str)):

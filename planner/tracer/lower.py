@@ -20,7 +20,7 @@ from planner.tracer.randomness import is_random, is_repeatable
 from planner.tracer.storage import Storages, items, mutates
 
 _CUDA_BLOCK = 512
-"""CUDA's allocator hands out multiples of this many bytes (torch docs, CUDA memory management)."""
+"""CUDA's allocator allocates multiples of this many bytes (torch docs, CUDA memory management)."""
 
 
 def kernel_nodes(joint: Joint) -> list[fx.Node]:

@@ -44,7 +44,7 @@ def blind_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
 def new_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
     """The results of a kernel that are the updated running statistics, where it hands them out."""
     if node.target not in _STATISTICS_BLIND:
-        return ()  # those that write in place hand out other things in these places, for the backward
+        return ()  # those that write in place return other things in these places, for the backward
     return tuple(item for item in items(node) if item.args[1] in (3, 4))
 
 

@@ -72,7 +72,7 @@ def normalize(
     checks = in_forward(graph)
     tickets = _write_kernels(graph, roles, node_of, parts, device)
     last_forward = _write_mutations(graph, roles, node_of, inputs, _end_forward(graph, roles, node_of, checks))
-    gradients = _hand_out_gradients(graph, roles, node_of, last_forward)
+    gradients = _return_gradients(graph, roles, node_of, last_forward)
     rng_states = save_rng_states(graph, last_forward, device)
     graph.lint()
     final = results(graph)
@@ -205,7 +205,7 @@ def _end_forward(
     return _last_ancestor(graph, forward_results)
 
 
-def _hand_out_gradients(
+def _return_gradients(
     graph: fx.Graph, roles: Sequence[Role], node_of: dict[Role, fx.Node], last_forward: fx.Node | None
 ) -> list[tuple[fx.Node, int]]:
     """Drop the mutations, now nodes, from the results; (input, position among the results) of every gradient."""

@@ -23,7 +23,7 @@ def is_cache(leaf: Any) -> bool:
 
 
 def check_constant(leaf: Any, name: str) -> None:
-    """Raise CaptureError unless a plan can hand out this output, which is no tensor, as it is."""
+    """Raise CaptureError unless a plan can return this output, which is no tensor, as it is."""
     if isinstance(leaf, _CONSTANTS) or is_cache(leaf):
         return
     kind = type(leaf)

@@ -1,6 +1,6 @@
 """Opaque parts: submodules that cannot be captured and run as they are, each as one kernel forward and one backward.
 
-The forward kernel calls the submodule under autograd and hands out a `Ticket`: the autograd graph of that call. The backward
+The forward kernel calls the submodule under autograd and returns a `Ticket`: the autograd graph of that call. The backward
 kernel takes the ticket and yields gradients. What autograd saves of the part's own arguments and results is not held by the
 ticket but handed to the backward kernel again, so that a plan may free and recompute these as any other value.
 """
