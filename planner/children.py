@@ -17,28 +17,21 @@ from planner import arguments, units
 from planner._torch import pytree
 from planner.api import Budget
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
-from planner.graph.plan import Plan, Solution
-from planner.graph.schedule import keep_all
-from planner.graph.simulate import simulate
-from planner.graph.structure import fingerprint
-from planner.limits import Limits
+from planner.graph.plan import Plan
+from planner.levels import LEVELS, plans_by_level
 from planner.log import PLANNER
-from planner.priced import Options, Priced, allocator_margin, price_joint
+from planner.priced import Options, Priced, price_joint
 from planner.profiler.memory import logical_peak
 from planner.report.progress import stage
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step
-from planner.solver.solve import Solver
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
 from planner.tracer.refusal import own_words
 from planner.tracer.settled import capture
-
-LEVELS = 8
-"""How many steps there are between every child at its lowest peak and every child plain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +129,7 @@ def plan_children(
         with stage("capture", progress):
             found, left = _capturable(trial, options)
         with stage("solve", progress):
-            plans = _plans(found, limits)
+            plans = plans_by_level({name: child.priced for name, child in found.items()}, limits)
         steps = partial(_steps, found, plans, trial, num_stages)
         with stage("measure steps", progress):
             plain = trial.peak({})
@@ -365,39 +358,6 @@ def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch
     with torch.autocast(device.type, dtype, enabled=enabled):
         joint = capture(module, call.args, call.kwargs, loss=loss)
     return _Child(call, price_joint(joint, options))
-
-
-def _plans(found: Mapping[str, _Child], limits: Limits) -> dict[str, list[Plan]]:
-    """Per child, a plan for each level, the lowest peak first. Equal children are solved once."""
-    groups: dict[str, list[str]] = {}
-    for name, child in found.items():
-        groups.setdefault(fingerprint(child.priced.graph), []).append(name)
-    plans: dict[str, list[Plan]] = {}
-    for names in groups.values():
-        child = found[names[0]]
-        budgets, solutions = _solutions(child, limits.share(1 / len(groups)))
-        for name in names:
-            mine = found[name].priced
-            margins = [allocator_margin(mine.graph, budget) for budget in budgets]
-            rows = zip(budgets, margins, solutions, strict=True)
-            plans[name] = [Plan(mine.graph, budget, margin, solution, mine.provenance) for budget, margin, solution in rows]
-    return plans
-
-
-def _solutions(child: _Child, limits: Limits) -> tuple[list[int], list[Solution]]:
-    """Budgets from the lowest peak found to the plain one, evenly spaced, and the solutions; the plain one always fits."""
-    graph = child.priced.graph
-    solver = Solver(graph, reorder=child.priced.is_movable)
-    high = simulate(graph, keep_all(graph)).peak_bytes
-    low = solver.lowest_peak(limits.share(1 / 3))
-    low = min(high, low + allocator_margin(graph, low))
-    budgets = [low + (high - low) * k // LEVELS for k in range(LEVELS + 1)]
-    free = [budget - allocator_margin(graph, budget) for budget in budgets]
-    answers = solver.sweep(free, limits.share(2 / 3))
-    rows = [(budget, answers[room]) for budget, room in zip(budgets, free, strict=True)]
-    solved = [(budget, answer) for budget, answer in rows if isinstance(answer, Solution)]
-    padded = [solved[0]] * (len(rows) - len(solved)) + solved  # a level that has no plan takes the next one's
-    return [budget for budget, _ in padded], [solution for _, solution in padded]
 
 
 def _steps(

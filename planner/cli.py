@@ -58,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="plan a model under a budget and show the table")
     _model_options(plan)
     plan.add_argument("--budget", required=True, type=_budget, help=_BUDGET_HELP)
-    plan.add_argument(
-        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
-    )
+    _effort_option(plan, 10.0)
     plan.add_argument("--verify", action="store_true", help="run a plain and a planned step and compare them")
     plan.add_argument("--no-check", action="store_true", help="do not run one planned step to see that it runs and fits")
     plan.add_argument("--save", metavar="PLAN.json", help="write the plan")
@@ -79,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="say why a plan keeps what it keeps, and what more memory is worth")
     _model_options(explain, "PLAN.json|FILE.py:FUNCTION", "a saved plan (needs no torch), or a model, with --budget")
     explain.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
-    explain.add_argument(
-        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
-    )
+    _effort_option(explain, 10.0)
     explain.add_argument("--json", action="store_true", help=_JSON_HELP)
     explain.set_defaults(run=_explain)
     solve = commands.add_parser("solve", help="plan the graph of a plan file, without torch and without the model")
@@ -89,9 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     asked = solve.add_mutually_exclusive_group(required=True)
     asked.add_argument("--budget", type=_budget, help="as for `planner plan`")
     asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets at once (default 20)")
-    solve.add_argument(
-        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
-    )
+    _effort_option(solve, 10.0)
     solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
     solve.set_defaults(run=_solve)
     for command in commands.choices.values():
@@ -114,6 +108,11 @@ def _log_shown(level: str | None) -> Iterator[None]:
     finally:
         PLANNER.removeHandler(handler)
         PLANNER.setLevel(before)
+
+
+def _effort_option(parser: argparse.ArgumentParser, default: float, each: str = "in all") -> None:
+    text = f"work for the solver {each}, about its seconds on an idle core (default {default})"
+    parser.add_argument("--effort", type=float, default=default, metavar="E", help=text)
 
 
 def _model_options(
@@ -140,9 +139,7 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", type=int, default=20, metavar="N", help="how many budgets (default 20)")
     parser.add_argument("--low", type=_budget, help="the smallest budget (default: the lowest peak that is found soon)")
     parser.add_argument("--high", type=_budget, help="the largest budget (default: the plain step's peak)")
-    parser.add_argument(
-        "--effort", type=float, default=4.0, metavar="E", help="for the solver, about its seconds (default 4.0)"
-    )
+    _effort_option(parser, 4.0)
     parser.add_argument("--plot", metavar="OUT.png", help="draw peak against step time (.png or .svg)")
     parser.add_argument("--verify", type=int, nargs="?", const=5, metavar="N", help="measure N of the plans (default 5)")
     parser.add_argument("--save", metavar="SWEEP.json", help="write the sweep, for `planner show` and Sweep.load")
@@ -153,9 +150,7 @@ def _sweep_parser(parser: argparse.ArgumentParser) -> None:
 def _max_batch_parser(parser: argparse.ArgumentParser) -> None:
     _model_options(parser, what="FUNCTION(batch=N) returns (model, args, kwargs) for N samples, the model in training mode")
     parser.add_argument("--budget", required=True, help="bytes, or text such as '6GiB'")
-    parser.add_argument(
-        "--effort", type=float, default=4.0, metavar="E", help="for the solver, a batch, about its seconds (default 4.0)"
-    )
+    _effort_option(parser, 4.0, "a batch")
     parser.add_argument("--verify", type=int, nargs="?", const=3, metavar="N", help="run and time N of the batches (default 3)")
     parser.add_argument("--save", metavar="PLAN.json", help="write the largest batch's plan")
     parser.add_argument("--json", action="store_true", help=_JSON_HELP)
@@ -167,9 +162,7 @@ def _export_parser(parser: argparse.ArgumentParser) -> None:
     made = parser.add_mutually_exclusive_group(required=True)
     made.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
     made.add_argument("--plan", metavar="PLAN.json", help="a plan of this model and call that was saved before")
-    parser.add_argument(
-        "--effort", type=float, default=10.0, metavar="E", help="for the solver, about its seconds (default 10.0)"
-    )
+    _effort_option(parser, 10.0)
     parser.add_argument(
         "-o", "--out", required=True, metavar="OUT.py", help="the file to write; load a state_dict into its class"
     )

@@ -69,7 +69,7 @@ CASES = {
     "class": ([(Watched, "changed", lambda self, **_: None)], become_identity, {}),
     "ties": ([(Watched, "untied", lambda self, held: "")], untie, {}),
     "arguments": ([(guard, "alike", lambda expected, now: True)], None, {"power": 3}),
-    "values": ([(CheckpointedModule, "_host_reads_differ", lambda self, inputs: None)], None, {"mask": torch.ones(2) > 0}),
+    "values": ([(guard, "reads_difference", lambda joint, run_guards, inputs: None)], None, {"mask": torch.ones(2) > 0}),
 }
 
 

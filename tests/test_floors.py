@@ -36,6 +36,7 @@ FLOORS: dict[str, float] = {
     "planner.api": 4,
     "planner.batch": 4,
     "planner.children": 4,
+    "planner.levels": 4,
     "planner.priced": 4,
     "planner.cli": 5,
     "planner.compile_backend": 5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,4 +162,26 @@ def difference(
         return Mismatch("weight", untied, "no longer the same tensor as the one it was tied to")
     if autocast_key(device) != key.autocast:
         return Mismatch("mode", "autocast", _autocast_text(autocast_key(device)), _autocast_text(key.autocast))
+    return None
+
+
+def reads_difference(
+    joint: Joint, run_guards: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] | None, inputs: Sequence[torch.Tensor]
+) -> Mismatch | None:
+    """A tensor value that Python read during capture and that is another now.
+
+    Args:
+        joint: what was captured, with the values read.
+        run_guards: computes these values; None where there are none.
+        inputs: what the graph takes, without the gradients that the caller gives.
+    """
+    if run_guards is None or joint.guards is None:
+        return None
+    given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
+    with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
+        read = run_guards([given[node.name] for node in joint.guards.find_nodes(op="placeholder")])
+    for tensor, expected in zip(read, joint.host_reads, strict=True):
+        value = tensor.item()
+        if value != expected.value and not (value != value and expected.value != expected.value):
+            return Mismatch("value", f"the value read at {expected.source}", str(value), str(expected.value))
     return None

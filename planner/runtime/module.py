@@ -355,21 +355,7 @@ class CheckpointedModule(fx.GraphModule):
             if not isinstance(found, torch.Tensor):
                 return tensors, [], Mismatch("host", str(path), type(found).__name__, "a tensor")
         inputs = self._inputs((*held, *tensors, *state, *joint.constants.values()))
-        return [*tensors, *state], inputs, self._host_reads_differ(inputs)
-
-    def _host_reads_differ(self, inputs: Sequence[torch.Tensor]) -> Mismatch | None:
-        """A tensor value that Python read during capture and that is another now."""
-        if self._guards is None:
-            return None
-        joint = self._step.joint
-        given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
-        with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
-            read = self._guards([given[node.name] for node in joint.guards.find_nodes(op="placeholder")])
-        for tensor, expected in zip(read, joint.host_reads, strict=True):
-            value = tensor.item()
-            if value != expected.value and not (value != value and expected.value != expected.value):
-                return Mismatch("value", f"the value read at {expected.source}", str(value), str(expected.value))
-        return None
+        return [*tensors, *state], inputs, guard.reads_difference(joint, self._guards, inputs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's state_dict."""

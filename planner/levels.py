@@ -1,0 +1,48 @@
+"""Plans for several submodules at once: a ladder of levels for each, from its lowest peak to its plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from planner.graph.plan import Plan, Solution
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.graph.structure import fingerprint
+from planner.limits import Limits
+from planner.priced import Priced, allocator_margin
+from planner.solver.solve import Solver
+
+LEVELS = 8
+"""How many steps there are between every submodule at its lowest peak and every submodule plain."""
+
+
+def plans_by_level(found: Mapping[str, Priced], limits: Limits) -> dict[str, list[Plan]]:
+    """Per submodule, a plan for each level, the lowest peak first. Equal submodules are solved once."""
+    groups: dict[str, list[str]] = {}
+    for name, priced in found.items():
+        groups.setdefault(fingerprint(priced.graph), []).append(name)
+    plans: dict[str, list[Plan]] = {}
+    for names in groups.values():
+        budgets, solutions = _solutions(found[names[0]], limits.share(1 / len(groups)))
+        for name in names:
+            mine = found[name]
+            margins = [allocator_margin(mine.graph, budget) for budget in budgets]
+            rows = zip(budgets, margins, solutions, strict=True)
+            plans[name] = [Plan(mine.graph, budget, margin, solution, mine.provenance) for budget, margin, solution in rows]
+    return plans
+
+
+def _solutions(priced: Priced, limits: Limits) -> tuple[list[int], list[Solution]]:
+    """Budgets from the lowest peak found to the plain one, evenly spaced, and the solutions; the plain one always fits."""
+    graph = priced.graph
+    solver = Solver(graph, reorder=priced.is_movable)
+    high = simulate(graph, keep_all(graph)).peak_bytes
+    low = solver.lowest_peak(limits.share(1 / 3))
+    low = min(high, low + allocator_margin(graph, low))
+    budgets = [low + (high - low) * k // LEVELS for k in range(LEVELS + 1)]
+    free = [budget - allocator_margin(graph, budget) for budget in budgets]
+    answers = solver.sweep(free, limits.share(2 / 3))
+    rows = [(budget, answers[room]) for budget, room in zip(budgets, free, strict=True)]
+    solved = [(budget, answer) for budget, answer in rows if isinstance(answer, Solution)]
+    padded = [solved[0]] * (len(rows) - len(solved)) + solved  # a level that has no plan takes the next one's
+    return [budget for budget, _ in padded], [solution for _, solution in padded]
