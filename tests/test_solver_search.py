@@ -96,8 +96,8 @@ def test_no_order_of_schedules_and_bounds_leaves_a_contradiction(data: st.DataOb
         if data.draw(st.booleans()):
             archive.offer(random_schedule(data.draw, graph), "chance")
         else:
-            more = data.draw(st.integers(0, archive.plain_ns))
-            archive.raise_bound(data.draw(st.sampled_from(asked)), archive.plain_ns + more)
+            more = data.draw(st.integers(0, archive.graph.plain_ns))
+            archive.raise_bound(data.draw(st.sampled_from(asked)), archive.graph.plain_ns + more)
         for budget_bytes in asked:
             best = archive.cheapest(budget_bytes)
             assert best is None or archive.bound_ns(budget_bytes) <= best.timeline.time_ns

@@ -98,8 +98,7 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
 
 def resident_bytes(planned: CheckpointedModule) -> int:
     """Bytes that are there before the step: parameters, buffers, inputs, and reserved bytes."""
-    graph = planned.plan.graph
-    return sum(graph.value[name].nbytes for name in graph.inputs if graph.value[name].kind is not Kind.TANGENT)
+    return planned.plan.graph.resident_bytes
 
 
 class Side:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import InfeasibleBudgetError
-from planner.graph.graph import Graph, Kind, Op
+from planner.graph.graph import Graph, Op
 from planner.units import enough_text, format_bytes
 
 _REMEDIES = (
@@ -25,8 +25,7 @@ def floor(graph: Graph) -> tuple[int, int]:
         bytes, and the index of the op that needs them (-1 for a graph without ops).
     """
     if not graph.ops:
-        tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
-        return sum(graph.value[name].nbytes for name in graph.inputs) - tangents, -1
+        return graph.resident_bytes, -1
     need = least_bytes(graph)
     worst = int(need.argmax())
     return int(need[worst]), worst
@@ -38,10 +37,8 @@ def least_bytes(graph: Graph) -> NDArray[np.int64]:
     These are: everything resident (tangents in the backward), outputs written so far, what it reads and writes, its
     workspace, and what was written by an op that cannot run again and is read later.
     """
-    tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
-    resident = sum(graph.value[name].nbytes for name in graph.inputs) - tangents
-    need = np.full(len(graph.ops), resident, dtype=np.int64)
-    need[graph.num_forward_ops :] += tangents
+    need = np.full(len(graph.ops), graph.resident_bytes, dtype=np.int64)
+    need[graph.num_forward_ops :] += graph.tangent_bytes
     inputs, outputs = set(graph.inputs), {*graph.forward_outputs, *graph.backward_outputs}
     for name in outputs - inputs:
         need[graph.producer[name] :] += graph.value[name].nbytes

@@ -99,11 +99,22 @@ class Graph:
     """Index of the op that writes a value; resident values are missing."""
     pinned: frozenset[str] = field(init=False, repr=False, compare=False)
     """Values that never die once they exist: resident ones and outputs."""
+    plain_ns: int = field(init=False, repr=False, compare=False)
+    """Time of the plain step: every op once."""
+    tangent_bytes: int = field(init=False, repr=False, compare=False)
+    """Of the gradients that the caller gives, alive from the turn to the backward on."""
+    resident_bytes: int = field(init=False, repr=False, compare=False)
+    """Of the other inputs, alive from the start to the end."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pinned", frozenset((*self.inputs, *self.forward_outputs, *self.backward_outputs)))
         object.__setattr__(self, "value", {value.name: value for value in self.values})
         object.__setattr__(self, "producer", {name: i for i, op in enumerate(self.ops) for name in op.writes})
+        resident = [value for value in self.values if value.kind in RESIDENT_KINDS]
+        tangent_bytes = sum(value.nbytes for value in resident if value.kind is Kind.TANGENT)
+        object.__setattr__(self, "plain_ns", sum(op.cost_ns for op in self.ops))
+        object.__setattr__(self, "tangent_bytes", tangent_bytes)
+        object.__setattr__(self, "resident_bytes", sum(value.nbytes for value in resident) - tangent_bytes)
         _check_values(self)
         _check_ops(self)
 

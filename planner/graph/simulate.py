@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, check
 
 Ints = NDArray[np.int64]
@@ -104,8 +104,7 @@ class Simulator:
         inputs = set(graph.inputs)
         self.reads = [tuple(number[name] for name in dict.fromkeys(op.reads) if name not in inputs) for op in graph.ops]
         self.writes = [tuple(number[name] for name in op.writes) for op in graph.ops]
-        self.tangent_bytes = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
-        self.resident_bytes = sum(graph.value[name].nbytes for name in graph.inputs) - self.tangent_bytes
+        self.tangent_bytes, self.resident_bytes = graph.tangent_bytes, graph.resident_bytes
         self.workspace = np.array([op.workspace_bytes for op in graph.ops], dtype=np.int64)
         self._last_forward = graph.num_forward_ops - 1
         self.outputs = np.zeros(len(self.names), dtype=bool)

@@ -53,7 +53,6 @@ class Certificate:
 
     def __init__(self, graph: Graph, simulator: Simulator | None = None) -> None:
         self.graph = graph
-        self.plain_ns = max(1, sum(op.cost_ns for op in graph.ops))
         self._simulator = simulator or Simulator(graph)
         self.cuts = Cuts(graph, self._simulator)
         live = self._simulator.run(range(len(graph.ops))).live_bytes
@@ -76,7 +75,7 @@ class Certificate:
         watched = bool(self.moments.heavy) and len(cuts) > 1
         answer = model.program.solve(work, gap=gap * SCALE, relax=relax, prove=watched)
         extra = max(0.0, answer.bound / SCALE)  # of the plain step; times are whole nanoseconds
-        plain = self.plain_ns
+        plain = max(1, self.graph.plain_ns)
         more = NEVER_NS if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
         hint = self._hint(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
         return Bound(plain + more, hint, answer.status in ("optimal", "infeasible", "failed"))

@@ -56,7 +56,8 @@ class Rows:
         self.model = backend.Model(self.program)
         for d in range(len(self.life.names)):
             self.program.column(binary=d not in data.pinned)
-        price = SCALE / data.time_ns * (1e-6 if data.lowest else 1.0)  # for the lowest peak, time only breaks ties
+        # Where the lowest peak is looked for, time only breaks ties.
+        price = SCALE / max(1, data.graph.plain_ns) * (1e-6 if data.lowest else 1.0)
         # A free op must not run again for nothing; all of these prices together stay below one nanosecond.
         least = 0.5 / (1 + len(data.again))
         costs = {i: max(least, self.graph.ops[i].cost_ns) * price for i in data.again}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 
 
@@ -83,8 +83,6 @@ class _Search:
             for name in op.reads:
                 self.last_reader[name] = max(self.last_reader.get(name, -1), len(graph.ops) if op.recomputable else i)
         self.outputs = frozenset((*graph.forward_outputs, *graph.backward_outputs)) - self.inputs
-        self.tangents = sum(value.nbytes for value in graph.values if value.kind is Kind.TANGENT)
-        self.resident = sum(self.nbytes[name] for name in graph.inputs) - self.tangents
 
     def moves(self, state: _State) -> Iterator[tuple[int | None, _State]]:
         """Runs of an op, and, only where memory forbids one, drops of a value (a drop can always wait until then)."""
@@ -124,7 +122,7 @@ class _Search:
         op, first, graph = self.graph.ops[i], i == state.done, self.graph
         kept = state.alive - set(op.writes)  # a second run replaces the instances of the first
         written = [name for name in self.outputs if graph.producer[name] < state.done]
-        live = self.resident + (self.tangents if state.done >= graph.num_forward_ops else 0)
+        live = graph.resident_bytes + (graph.tangent_bytes if state.done >= graph.num_forward_ops else 0)
         live += sum(self.nbytes[name] for name in written)
         live += sum(self.nbytes[name] for name in kept - self.inputs - self.outputs)
         live += sum(self.nbytes[name] for name in kept & state.copied)

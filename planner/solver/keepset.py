@@ -58,7 +58,6 @@ class KeepSet:
             simulator: the graph's, where it is at hand.
         """
         self.graph, self.life, self.lowest = graph, lifetimes(graph), lowest
-        self.time_ns = max(1, sum(op.cost_ns for op in graph.ops))
         self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
         self.index = {name: d for d, name in enumerate(self.life.names)}
         self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)

@@ -20,7 +20,6 @@ class Models:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.plain_ns = max(1, sum(op.cost_ns for op in graph.ops))
 
     @cached_property
     def coarse(self) -> Coarse:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph
 from planner.solver import backend
 from planner.solver.backend import SCALE
 
@@ -46,7 +46,7 @@ class Relaxation:
         self.graph, self.unit = graph, unit
         self.rows = backend.Program()
         self.budget = self.rows.column(upper=math.inf)
-        plain = max(1, sum(op.cost_ns for op in graph.ops))
+        plain = max(1, graph.plain_ns)
         self.costs = [op.cost_ns / plain * SCALE for op in graph.ops]
         self.intervals: list[Interval] = []
         self.heavy = frozenset(heavy)
@@ -118,7 +118,6 @@ def fixed(graph: Graph, cut: int) -> int:
     """Bytes live while the op at the cut runs for the first time that nothing can drop (its reads left aside)."""
     op = graph.ops[cut]
     outputs = {*graph.forward_outputs, *graph.backward_outputs}
-    given = (graph.value[name] for name in graph.inputs)
-    resident = sum(value.nbytes for value in given if value.kind is not Kind.TANGENT or cut >= graph.num_forward_ops)
+    resident = graph.resident_bytes + (graph.tangent_bytes if cut >= graph.num_forward_ops else 0)
     written = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
     return resident + sum(graph.value[name].nbytes for name in written.union(op.writes)) + op.workspace_bytes

@@ -33,7 +33,6 @@ class Archive:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.plain_ns = sum(op.cost_ns for op in graph.ops)
         self._simulator = Simulator(graph)
         self._entries: list[Entry] = []
         self._bounds: dict[int, int] = {}
@@ -70,7 +69,7 @@ class Archive:
 
     def bound_ns(self, budget_bytes: int) -> int:
         """The least time, in ns, that a schedule within the budget can take, as far as was proven."""
-        return max([ns for budget, ns in self._bounds.items() if budget >= budget_bytes], default=self.plain_ns)
+        return max([ns for budget, ns in self._bounds.items() if budget >= budget_bytes], default=self.graph.plain_ns)
 
 
 class Search:
@@ -94,7 +93,7 @@ class Search:
     def gap(self) -> float:
         """How far from the optimum the best schedule can be at most, as a fraction of the plain step's time; 1 without one."""
         best = self.best
-        return 1.0 if best is None else max(0, best.timeline.time_ns - self.bound_ns) / max(1, self.archive.plain_ns)
+        return 1.0 if best is None else max(0, best.timeline.time_ns - self.bound_ns) / max(1, self.archive.graph.plain_ns)
 
     @property
     def is_hopeless(self) -> bool:

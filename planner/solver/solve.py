@@ -67,7 +67,6 @@ class Solver:
         self._captured = graph
         self.graph, self._order = reordered(graph) if reorder else (graph, tuple(range(len(graph.ops))))
         self.models, self.archive = Models(self.graph), Archive(self.graph)
-        self.plain_ns = self.archive.plain_ns
         self._unmoved: Solver | None = None
         self._has_baselines = False
 
