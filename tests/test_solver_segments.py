@@ -23,7 +23,7 @@ from planner.solver.work import Work
 from tests import graphs
 from tests.strategies import budgets, training_graphs
 
-ROOMS = [n / 100 for n in range(97, 111)]
+FACTORS = [n / 100 for n in range(97, 111)]
 
 
 def filled(pieces: Pieces, budget_bytes: int, *, again: bool = False) -> Segments:
@@ -40,14 +40,14 @@ def every_option(pieces: Pieces, ops: range) -> list[tuple[int, int]]:
     for count in range(len(mine) + 1):
         for kept in combinations(mine, count):
             missing = [d for d in mine if d not in kept and life.first_use[d] < len(graph.ops)]
-            lane: set[int] = set()
+            reruns: set[int] = set()
             while missing:
                 i = int(life.producer[missing.pop()])
-                if i not in lane:
-                    lane.add(i)
+                if i not in reruns:
+                    reruns.add(i)
                     missing += [d for d in pieces.inputs(i) if d in mine and d not in kept]
-            if all(graph.ops[i].recomputable for i in lane):
-                found.append((sum(int(life.nbytes[d]) for d in kept), sum(graph.ops[i].cost_ns for i in lane)))
+            if all(graph.ops[i].recomputable for i in reruns):
+                found.append((sum(int(life.nbytes[d]) for d in kept), sum(graph.ops[i].cost_ns for i in reruns)))
     return found
 
 
@@ -59,11 +59,11 @@ def test_a_menu_is_the_lower_hull_of_all_kept_sets(data: st.DataObject) -> None:
     i = data.draw(st.sampled_from(range(len(pieces))))
     j = data.draw(st.sampled_from(range(i + 1, len(pieces) + 1)))
     run = pieces.ops(i, j)
-    menu, everything = pieces.menu(i, j, Work()), every_option(pieces, run)
+    menu, everything = pieces.options(i, j, Work()), every_option(pieces, run)
     event(f"options: {len(menu)}")
     assert [option.nbytes for option in menu] == sorted({option.nbytes for option in menu}, reverse=True)
     for option in menu:
-        assert option.cost_ns == sum(graph.ops[op].cost_ns for op in option.lane)
+        assert option.cost_ns == sum(graph.ops[op].cost_ns for op in option.reruns)
         # With as few bytes nothing takes less time, but for the nanosecond that every op costs in the program besides its own.
         assert all(cost >= option.cost_ns - len(run) for nbytes, cost in everything if nbytes <= option.nbytes)
     for nbytes, cost in everything:
@@ -83,13 +83,13 @@ def test_runs_that_look_alike_share_a_menu_and_others_do_not() -> None:
     assert len(pieces) >= 12
     runs = [pieces.ops(i, i + 1) for i in range(len(pieces))]
     inner = [i for i, ops in enumerate(runs) if [graph.ops[op].name[:2] for op in ops] == ["fa", "fm", "fc"]]
-    first, second = (pieces.menu(i, i + 1, Work()) for i in inner[2:4])
-    assert len(pieces._menus) == 1
+    first, second = (pieces.options(i, i + 1, Work()) for i in inner[2:4])
+    assert len(pieces._options) == 1
     shift = runs[inner[3]].start - runs[inner[2]].start
-    assert [tuple(op + shift for op in option.lane) for option in first] == [option.lane for option in second]
+    assert [tuple(op + shift for op in option.reruns) for option in first] == [option.reruns for option in second]
     assert len(first) == 2
-    pieces.menu(inner[2], inner[4], Work())
-    assert len(pieces._menus) == 2
+    pieces.options(inner[2], inner[4], Work())
+    assert len(pieces._options) == 2
 
 
 def test_runs_that_read_different_outputs_of_alike_ops_do_not_look_alike() -> None:
@@ -116,10 +116,10 @@ def test_segments_take_the_time_their_table_says_and_more_memory_is_never_dearer
     costs = table._cells[0, len(table.pieces)].best
     assert list(costs) == sorted(costs, reverse=True)
     plain = simulate(graph, keep_all(graph)).time_ns
-    schedules = {room: table.schedule(room) for room in (0.5, *ROOMS, 1.001, 1.999)}
+    schedules = {factor: table.schedule(factor) for factor in (0.5, *FACTORS, 1.001, 1.999)}
     event(f"schedules: {min(len({*schedules.values()} - {None}), 4)}")
-    for room, schedule in schedules.items():
-        cost = costs[round(room * (20 * PIECES))]
+    for factor, schedule in schedules.items():
+        cost = costs[round(factor * (20 * PIECES))]
         assert (schedule is None) == np.isinf(cost)
         assert schedule is None or simulate(graph, schedule).time_ns <= plain + cost
 
@@ -146,7 +146,7 @@ def test_a_table_filled_in_slices_is_that_filled_at_once(again: bool) -> None:
     while not table.fill(Work(0.003)):
         slices += 1
     assert slices >= 3
-    assert [table.schedule(room) for room in ROOMS] == [at_once.schedule(room) for room in ROOMS]
+    assert [table.schedule(factor) for factor in FACTORS] == [at_once.schedule(factor) for factor in FACTORS]
 
 
 def recurrent(count: int) -> Graph:
@@ -170,15 +170,15 @@ def test_the_segments_of_a_long_recurrent_net_grow_from_its_end_to_its_start() -
     plain = simulate(graph, keep_all(graph))
     budget_bytes = plain.peak_bytes // 5
     table = filled(Pieces(graph, 100), budget_bytes)
-    schedules = {room: schedule for room in ROOMS if (schedule := table.schedule(room)) is not None}
+    schedules = {factor: schedule for factor in FACTORS if (schedule := table.schedule(factor)) is not None}
     assert any(simulate(graph, schedule).peak_bytes <= budget_bytes for schedule in schedules.values())
     lengths = [choice.k - i for i, choice in table._path(0, len(table.pieces), (20 * PIECES))]
     assert max(lengths[: len(lengths) // 2]) >= 13  # without a trace of a state kept in between
     assert max(lengths[len(lengths) // 2 :]) <= 8
     assert max(lengths[-5:]) <= 3
     # As long as the graph is a chain, the table's count of memory is the simulator's but for rounding.
-    for room, schedule in schedules.items():
-        assert simulate(graph, schedule).peak_bytes <= (room * (20 * PIECES) + 1 + len(table.pieces)) * table.unit
+    for factor, schedule in schedules.items():
+        assert simulate(graph, schedule).peak_bytes <= (factor * (20 * PIECES) + 1 + len(table.pieces)) * table.unit
 
 
 def test_a_segment_is_recomputed_more_than_once_where_memory_is_short() -> None:
@@ -198,7 +198,7 @@ def test_a_segment_is_recomputed_more_than_once_where_memory_is_short() -> None:
 @pytest.mark.parametrize("again", [False, True])
 def test_a_budget_below_every_segment_has_no_schedule_of_segments(again: bool) -> None:
     table = filled(Pieces(recurrent(8), 100), 3, again=again)
-    assert [table.schedule(room) for room in ROOMS] == [None] * len(ROOMS)
+    assert [table.schedule(factor) for factor in FACTORS] == [None] * len(FACTORS)
 
 
 def test_a_menu_is_cut_short_at_so_many_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +207,6 @@ def test_a_menu_is_cut_short_at_so_many_options(monkeypatch: pytest.MonkeyPatch)
     forward.append(graphs.op("floss", " ".join(names), "loss", 1))
     backward = [graphs.op("b", f"{' '.join(names)} t", "g", 1)]
     graph = graphs.graph({"x": 1, "t": 1, "loss": 1, "g": 1, **dict.fromkeys(names, 8)}, forward, backward, "loss", "g")
-    assert len(Pieces(graph, 1).menu(0, 1, Work())) == 3 * FEW
+    assert len(Pieces(graph, 1).options(0, 1, Work())) == 3 * FEW
     monkeypatch.setattr(pieces_module, "FEW", 100)
-    assert len(Pieces(graph, 1).menu(0, 1, Work())) == 21
+    assert len(Pieces(graph, 1).options(0, 1, Work())) == 21

@@ -5,12 +5,12 @@ which `simulate` judges on the original graph, and lower bounds. `pipeline` is t
 them their turns, in counted `Work` (`work`); `solve` is what others call. What the stages stand on:
 
 - `reorder`: beforehand, backward ops move a few places where that lowers the plain step's peak.
-- `certificate` (`relaxation`, `moments`, `cuts`): at one moment of the step (a cut), what is alive must fit; a linear program
+- `certificate` (`relaxation`, `watch_points`, `cuts`): where an op runs first (a cut), what is alive fits; a linear program
   says what that costs at least, in every schedule, and which values it would keep.
 - `keepset` (`copies`, `lifetimes`, `lazy`): the program over kept sets, on a coarser graph (`coarsen`), with exact copies of
-  the moments that break.
+  the positions that break.
 - `segments` (`pieces`): dynamic programming over where to cut the forward, what to keep of each run and what to run again.
-- `local_search` (`draft`): a schedule is made to fit by evictions, then freed of recomputes it does not need.
+- `local_search` (`incremental`): a schedule is made to fit by evictions, then freed of recomputes it does not need.
 - `baselines`: what people do today. `exhaustive`: every schedule of a graph of a few ops.
 - `backend`: PuLP and HiGHS. `tuning`: every constant that was tuned.
 """

@@ -35,20 +35,20 @@ def fixed_baselines(graph: Graph) -> Iterator[tuple[str, Schedule]]:
 
 def crossing_bytes(graph: Graph) -> NDArray[np.int64]:
     """Per forward op, the bytes written by it or before it that later forward ops read (outputs left aside)."""
-    turn, pinned = graph.num_forward_ops, graph.pinned
-    change = np.zeros(turn + 1, dtype=np.int64)
-    last = {name: i for i, op in enumerate(graph.ops[:turn]) for name in op.reads if name not in pinned}
+    forward_end, pinned = graph.num_forward_ops, graph.pinned
+    change = np.zeros(forward_end + 1, dtype=np.int64)
+    last = {name: i for i, op in enumerate(graph.ops[:forward_end]) for name in op.reads if name not in pinned}
     for name, i in last.items():
         change[graph.producer[name]] += graph.value[name].nbytes
         change[i] -= graph.value[name].nbytes
-    crossing: NDArray[np.int64] = np.cumsum(change[:turn])
+    crossing: NDArray[np.int64] = np.cumsum(change[:forward_end])
     return crossing
 
 
 def _crossing(graph: Graph, cuts: set[int]) -> set[str]:
     """Values that cross one of the cuts, a cut lying right after an op."""
-    turn = graph.num_forward_ops
-    last = {name: i for i, op in enumerate(graph.ops[:turn]) for name in op.reads if name in graph.producer}
+    forward_end = graph.num_forward_ops
+    last = {name: i for i, op in enumerate(graph.ops[:forward_end]) for name in op.reads if name in graph.producer}
     return {name for name, i in last.items() if any(graph.producer[name] <= cut < i for cut in cuts)}
 
 

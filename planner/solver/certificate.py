@@ -20,9 +20,9 @@ from planner.graph.simulate import Simulator
 from planner.solver.backend import SCALE
 from planner.solver.cuts import Cuts
 from planner.solver.lazy import lazy_schedule
-from planner.solver.moments import Moments, RelaxationWithMoments
 from planner.solver.relaxation import Relaxation
 from planner.solver.tuning import FEW, SLACK
+from planner.solver.watch_points import RelaxationWithWatchPoints, WatchPoints
 from planner.solver.work import Work
 
 _SLACK = 1e-6
@@ -39,12 +39,12 @@ class Bound:
 
     Attributes:
         time_ns: no schedule that fits takes less.
-        hint: a schedule that keeps what the program's answer keeps; hardly dearer than the bound. It may not fit.
+        candidate: a schedule that keeps what the program's answer keeps; hardly dearer than the bound. It may not fit.
         is_final: more work would not raise it.
     """
 
     time_ns: int
-    hint: Schedule | None
+    candidate: Schedule | None
     is_final: bool
 
 
@@ -57,7 +57,7 @@ class Certificate:
         self.cuts = Cuts(graph, self._simulator)
         live = self._simulator.run(range(len(graph.ops))).live_bytes
         self._unit = max(1, int(live.max(initial=0))) / SCALE
-        self.moments = Moments(graph, live)
+        self.watch_points = WatchPoints(graph, live)
         self._models: dict[tuple[Cut, Cut], Relaxation] = {}
 
     def bound(self, budget_bytes: int, cuts: Cut, work: Work, *, gap: float = 0.0, relax: bool) -> Bound:
@@ -70,24 +70,24 @@ class Certificate:
             gap: how exact, as a fraction of the plain step's time.
             relax: drop integrality.
         """
-        model = self._model(cuts, () if relax else self.moments.after(cuts[0], budget_bytes))
+        model = self._model(cuts, () if relax else self.watch_points.after(cuts[0], budget_bytes))
         model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
-        watched = bool(self.moments.heavy) and len(cuts) > 1
+        watched = bool(self.watch_points.heavy) and len(cuts) > 1
         answer = model.program.solve(work, gap=gap * SCALE, relax=relax, prove=watched)
         extra = max(0.0, answer.bound / SCALE)  # of the plain step; times are whole nanoseconds
         plain = max(1, self.graph.plain_ns)
         more = NEVER_NS if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
-        hint = self._hint(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
-        return Bound(plain + more, hint, answer.status in ("optimal", "infeasible", "failed"))
+        candidate = self._candidate(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
+        return Bound(plain + more, candidate, answer.status in ("optimal", "infeasible", "failed"))
 
     def first_cuts(self, budget_bytes: int, best: int) -> Cut:
         """Cuts for the first round in integers: the best single cut, and ops that leave next to no room for anything else."""
         return _together(best, *self._crowded(budget_bytes))
 
-    def next_cuts(self, budget_bytes: int, cuts: Cut, hint: Schedule | None) -> Cut:
-        """The cuts of the next round: where the hint breaks the budget; the same ones where nothing is left to say."""
-        middle = self.moments.middle(cuts[0], budget_bytes)
-        more = middle if middle and len(cuts) == 1 else self._broken(budget_bytes, cuts, hint)
+    def next_cuts(self, budget_bytes: int, cuts: Cut, candidate: Schedule | None) -> Cut:
+        """The cuts of the next round: where the candidate breaks the budget; the same ones where nothing is left to say."""
+        middle = self.watch_points.middle(cuts[0], budget_bytes)
+        more = middle if middle and len(cuts) == 1 else self._broken(budget_bytes, cuts, candidate)
         return _together(*cuts, *more)
 
     def _crowded(self, budget_bytes: int) -> list[int]:
@@ -96,11 +96,11 @@ class Certificate:
         order = np.argsort(-needs, kind="stable").tolist()
         return _apart((p for p in order if needs[p] >= (1 - SLACK) * budget_bytes), 2 * FEW)
 
-    def _broken(self, budget_bytes: int, cuts: Cut, hint: Schedule | None) -> list[int]:
-        """Ops to cut at next: where the hint breaks the budget, or before the first cut, where reruns were free."""
-        if hint is None:
+    def _broken(self, budget_bytes: int, cuts: Cut, candidate: Schedule | None) -> list[int]:
+        """Ops to cut at next: where the candidate breaks the budget, or before the first cut, where reruns were free."""
+        if candidate is None:
             return []
-        first, again = self._excess(hint, budget_bytes)
+        first, again = self._excess(candidate, budget_bytes)
         over = [*sorted(first, key=lambda p: (-first[p], p)), *sorted(again, key=lambda p: (-again[p], p))[:1]]
         chosen = _apart((p for p in over if p not in cuts), FEW - 1)
         return chosen or _apart((p for p in self.cuts.ranked(budget_bytes) if p <= cuts[0] - FEW), 1)
@@ -110,32 +110,32 @@ class Certificate:
         excess = self._simulator.run(schedule.steps).live_bytes - budget_bytes
         first: dict[int, int] = {}
         again: dict[int, int] = {}
-        turn = following = self.graph.num_forward_ops
+        forward_end = following = self.graph.num_forward_ops
         for t in range(len(schedule.steps) - 1, -1, -1):
-            is_first = t < turn or schedule.steps[t] >= turn
+            is_first = t < forward_end or schedule.steps[t] >= forward_end
             following = schedule.steps[t] if is_first else following
             if excess[t] > 0:
                 where = first if is_first else again
                 where[following] = max(where.get(following, 0), int(excess[t]))
         return first, again
 
-    def _hint(self, model: Relaxation, cuts: Cut, values: tuple[float, ...]) -> Schedule:
+    def _candidate(self, model: Relaxation, cuts: Cut, values: tuple[float, ...]) -> Schedule:
         """The schedule with that alive at the cuts which the answer has."""
-        turn = self.graph.num_forward_ops
+        forward_end = self.graph.num_forward_ops
         held = [{name for name, column in alive.items() if values[column] > 0.5} for alive in model.alive]
         for cut, names in zip(cuts, held, strict=True):  # the forward goes on after a cut in it
-            names.update(name for op in self.graph.ops[cut:turn] for name in op.writes)
-        kept = [names for cut, names in zip(cuts, held, strict=True) if cut < turn][-1:] or held[:1]
-        later = {cut: names for cut, names in zip(cuts, held, strict=True) if cut >= turn}
+            names.update(name for op in self.graph.ops[cut:forward_end] for name in op.writes)
+        kept = [names for cut, names in zip(cuts, held, strict=True) if cut < forward_end][-1:] or held[:1]
+        later = {cut: names for cut, names in zip(cuts, held, strict=True) if cut >= forward_end}
         return lazy_schedule(self.graph, kept[0], later)
 
-    def _model(self, cuts: Cut, moments: Cut) -> Relaxation:
-        if (cuts, moments) not in self._models:
-            graph, unit, heavy = self.graph, self._unit, self.moments.heavy
-            self._models[cuts, moments] = (
-                RelaxationWithMoments(graph, cuts, unit, heavy, moments) if moments else Relaxation(graph, cuts, unit)
+    def _model(self, cuts: Cut, watched: Cut) -> Relaxation:
+        if (cuts, watched) not in self._models:
+            graph, unit, heavy = self.graph, self._unit, self.watch_points.heavy
+            self._models[cuts, watched] = (
+                RelaxationWithWatchPoints(graph, cuts, unit, heavy, watched) if watched else Relaxation(graph, cuts, unit)
             )
-        return self._models[cuts, moments]
+        return self._models[cuts, watched]
 
 
 def _apart(cuts: Iterable[int], most: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""The rows of the program over kept sets: wiring, memory in the plain step, exact copies of single moments.
+"""The rows of the program over kept sets: wiring, memory in the plain step, exact copies of single positions of the backward.
 
-Columns: k_d, value d is kept at the turn from forward to backward; r_i, op i runs again; the peak, at most the budget. With
+Columns: k_d, value d is kept at the end of the forward; r_i, op i runs again; the peak, at most the budget. With
 pi(d) the op that writes d, s_d its bytes and m_t the bytes at step t that no decision changes:
 - k_d + r_pi(d) >= 1 for every d that the backward reads,
 - r_i <= k_d + r_pi(d) for every input d of an op i that may run again,
@@ -18,7 +18,7 @@ import numpy as np
 
 from planner.solver import backend
 from planner.solver.backend import SCALE
-from planner.solver.lazy import Moment
+from planner.solver.lazy import BackwardPosition
 
 if TYPE_CHECKING:
     from planner.solver.keepset import KeepSet
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Copy:
-    """What the exact copy of one moment's state knows of. It grows with what schedules were seen to do.
+    """What the exact copy of the state at one position knows of. It grows with what schedules were seen to do.
 
     Attributes:
         again: ops that had run again by then in some schedule, or were awaited by a value alive; no memory is counted for
@@ -102,9 +102,9 @@ class Rows:
                 if d not in pinned and (i in own or j in own):
                     self.program.row([(column, 1.0), (d, -1.0), *((either[e], -1.0) for e in (j,) if e in either)], 0.0)
 
-    def copy(self, moment: Moment, copy: Copy) -> None:
-        """Add the exact state at one moment: y_i, op i has run again by then."""
-        life, graph, p, j = self.life, self.graph, moment.stage, moment.again
+    def copy(self, position: BackwardPosition, copy: Copy) -> None:
+        """Add the exact state at one position: y_i, op i has run again by then."""
+        life, graph, p, j = self.life, self.graph, position.stage, position.again
         by = self._run_again_by(p + 1, copy.again)
         done = by
         fixed = int(life.base[p])
@@ -113,7 +113,7 @@ class Rows:
             if j not in by:
                 return
             before = self._run_again_by(p, copy.again, start=j, within=by)
-            done = {i: column for i, column in by.items() if i < j} | before  # this lane has come as far as j
+            done = {i: column for i, column in by.items() if i < j} | before  # the recompute set has run as far as j
             op = graph.ops[p]
             fixed -= op.workspace_bytes + sum(graph.value[name].nbytes for name in op.writes)
             extra = graph.ops[j].workspace_bytes
@@ -121,11 +121,11 @@ class Rows:
             extra += sum(int(life.nbytes[d]) for d in self.data.writes[j] if life.last_use[d] < p)
             pairs += [(by[j], extra / self.unit), *((before[e], -extra / self.unit) for e in (j,) if e in before)]
         for i in (i for i in done if i != j):
-            for twin in life.twins[i]:
-                if twin.last_use >= p:
-                    pairs.append((done[i], twin.nbytes / self.unit))
+            for again in life.output_copies[i]:
+                if again.last_use >= p:
+                    pairs.append((done[i], again.nbytes / self.unit))
                 else:
-                    pairs += self._awaited([([(done[i], 1.0)], 1.0)], done, twin.nbytes, self._sure(twin.readers, p, copy))
+                    pairs += self._awaited([([(done[i], 1.0)], 1.0)], done, again.nbytes, self._sure(again.readers, p, copy))
         for d, size in enumerate(life.nbytes.tolist()):
             i = int(life.producer[d])
             if d in self.data.pinned:
@@ -195,9 +195,9 @@ class Rows:
     def _awaited(
         self, here: list[tuple[backend.Pairs, float]], done: dict[int, int], size: int, readers: list[int]
     ) -> backend.Pairs:
-        """Bytes of an instance that no stage uses any more: alive while one of these readers is still to run again.
+        """Bytes of an instance that no backward op reads any more; it is alive while one of these readers has yet to run again.
 
-        `here`: with such a reader, each of these sums comes to at most the limit beside it, or the instance is alive.
+        Adds the rows r_e - y_e + expression - alive <= limit, for each reader e and each (expression, limit) of `here`.
         """
         if not readers:
             return []

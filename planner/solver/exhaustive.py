@@ -105,12 +105,12 @@ class _Search:
         return frozenset(name for name in names if self.last_reader.get(name, -1) >= done)
 
     def _runnable(self, state: _State) -> Iterator[int]:
-        ops, turn, rules = self.graph.ops, self.graph.num_forward_ops, self.rules
+        ops, forward_end, rules = self.graph.ops, self.graph.num_forward_ops, self.rules
         often = dict(state.again)
-        limit = len(ops) if rules.backward_ops else turn
+        limit = len(ops) if rules.backward_ops else forward_end
         for i in range(state.done + 1):
             first = i == state.done
-            if not first and (not ops[i].recomputable or i >= limit or (not rules.in_forward and state.done < turn)):
+            if not first and (not ops[i].recomputable or i >= limit or (not rules.in_forward and state.done < forward_end)):
                 continue
             if not first and (state.alive.issuperset(self._useful(state.done, ops[i].writes)) or often.get(i, 0) >= self.times):
                 continue

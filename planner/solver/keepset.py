@@ -1,7 +1,7 @@
 """The core program: which forward values to keep, so that the rest is recomputed at most once.
 
 `planner.solver.copies` writes its rows. Rows for memory are added only where a solution was found to break them; where a
-plain row cannot see what recomputation leaves alive, that moment gets an exact copy of the step's state.
+plain row cannot see what recomputation leaves alive, that position of the backward gets an exact copy of the step's state.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver import backend
 from planner.solver.backend import SCALE
 from planner.solver.copies import Copy, Rows
-from planner.solver.lazy import Moment, lazy_schedule, moments
+from planner.solver.lazy import BackwardPosition, backward_positions, lazy_schedule
 from planner.solver.lifetimes import lifetimes
 from planner.solver.tuning import FEW, SLACK
 from planner.solver.work import Work
 
-Judge = Callable[[Schedule], Timeline]
+Evaluate = Callable[[Schedule], Timeline]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class KeepSet:
         self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
         self._simulator = simulator or Simulator(graph)
         self._number = {v: self.index[name] for v, name in enumerate(self._simulator.names) if name in self.index}
-        turn = graph.num_forward_ops
-        self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:turn]]
+        forward_end = graph.num_forward_ops
+        self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:forward_end]]
         self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
-        self.again = [i for i in range(turn) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
-        first_stage = min((int(s) for s in self.life.first_need), default=turn)
+        self.again = [i for i in range(forward_end) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
+        first_stage = min((int(s) for s in self.life.first_need), default=forward_end)
         self._plain: dict[int, None] = {first_stage: None} if first_stage < len(graph.ops) else {}  # in order of coming
-        self._copies: dict[Moment, Copy] = {}
+        self._copies: dict[BackwardPosition, Copy] = {}
         self._write(is_whole=False, less=0)
 
     def _write(self, *, is_whole: bool, less: int) -> None:
@@ -77,16 +77,16 @@ class KeepSet:
         self._rows, self._less = Rows(self, is_whole=is_whole, less=less), less
         for t in self._plain:
             self._rows.plain(t)
-        for moment, copy in self._copies.items():
-            self._rows.copy(moment, copy)
+        for position, copy in self._copies.items():
+            self._rows.copy(position, copy)
 
     @property
     def num_copies(self) -> int:
-        """Moments that have an exact copy."""
+        """WatchPoints that have an exact copy."""
         return len(self._copies)
 
     def rounds(
-        self, budget_bytes: int | None, work: Work, *, gap: float, judge: Judge | None = None, relax: bool = False
+        self, budget_bytes: int | None, work: Work, *, gap: float, evaluate: Evaluate | None = None, relax: bool = False
     ) -> Iterator[Round]:
         """Solve, simulate, add what was broken, and again until the schedule fits.
 
@@ -94,10 +94,10 @@ class KeepSet:
             budget_bytes: bound on the live bytes at every step; None in a program for the lowest peak.
             work: what may be spent.
             gap: absolute, as a fraction of the plain step's time (of its peak where the lowest peak is looked for).
-            judge: simulates the schedule where it counts (default: on this graph).
+            evaluate: simulates the schedule where it counts (default: on this graph).
             relax: solve linear programs, and round: most of their columns are integer anyway. Proves nothing.
         """
-        judge = judge or (lambda schedule: simulate(self.graph, schedule))
+        evaluate = evaluate or (lambda schedule: simulate(self.graph, schedule))
         reached = -math.inf  # the linear optimum of the round before
         if self._less:
             self._write(is_whole=self._rows.is_whole, less=0)
@@ -113,7 +113,7 @@ class KeepSet:
                 continue
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
             schedule = lazy_schedule(self.graph, kept)
-            peak = judge(schedule).peak_bytes
+            peak = evaluate(schedule).peak_bytes
             limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
             if peak <= limit:
                 is_last, grew = answer.status == "optimal", False
@@ -132,7 +132,7 @@ class KeepSet:
             return False, False
         if self._add_copies(schedule, limit):
             return False, True
-        # Every broken moment has its exact copy: what is left is rounding, or bytes that only the judge's graph shows.
+        # Every broken position has its exact copy: what is left is rounding, or bytes that only the original graph shows.
         less = self._less + peak - limit
         if less >= limit * SLACK / 2:
             return True, False
@@ -155,56 +155,56 @@ class KeepSet:
         return bool(over)
 
     def _add_copies(self, schedule: Schedule, budget_bytes: int) -> bool:
-        """Add copies for the moments over the budget; False where nothing new can be said."""
+        """Add copies for the positions over the budget; False where nothing new can be said."""
         run = self._simulator.run(schedule.steps)
-        live, steps, when = run.live_bytes.tolist(), np.array(schedule.steps), moments(self.graph, schedule)
-        turn = self.graph.num_forward_ops
+        live, steps, when = run.live_bytes.tolist(), np.array(schedule.steps), backward_positions(self.graph, schedule)
+        forward_end = self.graph.num_forward_ops
         seen: dict[int, Copy] = {}
         for t in (t for t in when if live[t] > budget_bytes):
-            later = steps[turn : t + 1]
-            again = set(later[later < turn].tolist())
+            later = steps[forward_end : t + 1]
+            again = set(later[later < forward_end].tolist())
             held = run.value[(run.start <= t) & (run.end >= t)].tolist()
             alive = {self._number[v] for v in held if v in self._number}
-            awaited = set(steps[t + 1 :][steps[t + 1 :] < turn].tolist())
-            twins = {e for i in again for twin in self.life.twins[i] for e in twin.readers}
-            again |= {i for i in awaited if i in twins or not alive.isdisjoint(self.reads[i])}
+            awaited = set(steps[t + 1 :][steps[t + 1 :] < forward_end].tolist())
+            output_copies = {e for i in again for output_copy in self.life.output_copies[i] for e in output_copy.readers}
+            again |= {i for i in awaited if i in output_copies or not alive.isdisjoint(self.reads[i])}
             seen[t] = Copy(again, alive)
         broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(when[t], copy)}
         new = {when[t]: seen[t] for t in _spaced(broken, len(live) // 20)}
         is_whole = self._rows.is_whole
         if not new and is_whole:
             # What an op writes may be wanted by ops that a copy does not know of: it may say that it has run, for these.
-            ran = set(steps[turn:].tolist())
-            for moment in (when[t] for t in seen):
-                known = self._copies[moment].again
+            ran = set(steps[forward_end:].tolist())
+            for position in (when[t] for t in seen):
+                known = self._copies[position].again
                 beyond = {e for i in known for d in self.writes[i] for e in self.life.readers[d] if e in ran} - known
-                new |= {moment: Copy(beyond, set())} if beyond else {}
+                new |= {position: Copy(beyond, set())} if beyond else {}
             if not new:
                 return False
-        is_anew = not new or any(moment in self._copies for moment in new)
-        for moment, found in new.items():
-            copy = self._copies.setdefault(moment, Copy(set(), set()))
+        is_anew = not new or any(position in self._copies for position in new)
+        for position, found in new.items():
+            copy = self._copies.setdefault(position, Copy(set(), set()))
             copy.again |= found.again
             copy.alive |= found.alive
             if not is_anew:
-                self._rows.copy(moment, copy)
+                self._rows.copy(position, copy)
         if is_anew:
             self._write(is_whole=is_whole or not new, less=self._less)
         return True
 
-    def _grows(self, moment: Moment, seen: Copy) -> bool:
-        """The moment has no copy, or one that does not know of all that was seen."""
-        known = self._copies.get(moment)
+    def _grows(self, position: BackwardPosition, seen: Copy) -> bool:
+        """The position has no copy, or one that does not know of all that was seen."""
+        known = self._copies.get(position)
         return known is None or not (seen.again <= known.again and seen.alive <= known.alive)
 
     def _plain_excess(self, kept: set[str], budget_bytes: int) -> list[int]:
         """Per op of the plain step, by how much the plain row is broken."""
-        life, turn = self.life, self.graph.num_forward_ops
+        life, forward_end = self.life, self.graph.num_forward_ops
         k = np.array([name in kept for name in life.names], dtype=bool)
         change = np.zeros(len(self.graph.ops) + 1, dtype=np.int64)
-        lives = k & (np.maximum(life.last_use, turn - 1) > life.last_forward)
+        lives = k & (np.maximum(life.last_use, forward_end - 1) > life.last_forward)
         np.add.at(change, life.last_forward[lives] + 1, life.nbytes[lives])
-        np.add.at(change, np.maximum(life.last_use[lives], turn - 1) + 1, -life.nbytes[lives])
+        np.add.at(change, np.maximum(life.last_use[lives], forward_end - 1) + 1, -life.nbytes[lives])
         held = life.base + np.cumsum(change[:-1])
         for p in self.graph.backward_ops:
             held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.last_use[d] >= p))

@@ -10,8 +10,8 @@ from planner.graph.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Moment:
-    """A moment in the backward: while backward op `stage` runs, or while forward op `again` runs again for it."""
+class BackwardPosition:
+    """A position in the backward: while backward op `stage` runs, or while forward op `again` runs again for it."""
 
     stage: int
     again: int = -1
@@ -24,37 +24,37 @@ def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Colle
     captured order, and is available from then on. Resident values, outputs and values of ops that
     must not run again count as kept. `later`: while these backward ops run, these values are available and no others.
     """
-    turn = graph.num_forward_ops
-    once = (op for i, op in enumerate(graph.ops) if i >= turn or not op.recomputable)
+    forward_end = graph.num_forward_ops
+    once = (op for i, op in enumerate(graph.ops) if i >= forward_end or not op.recomputable)
     constant = graph.pinned.union(name for op in once for name in op.writes)
     available = set(kept) | constant
-    steps = list(range(turn))
+    steps = list(range(forward_end))
     for p in graph.backward_ops:
         wanted = [*graph.ops[p].reads, *later.get(p, ())] if later else graph.ops[p].reads
         missing = [name for name in wanted if name not in available]
-        lane: set[int] = set()
+        reruns: set[int] = set()
         while missing:
             i = graph.producer[missing.pop()]
-            if i not in lane:
-                lane.add(i)
+            if i not in reruns:
+                reruns.add(i)
                 missing += [name for name in graph.ops[i].reads if name not in available]
-        for i in sorted(lane):
+        for i in sorted(reruns):
             available.update(graph.ops[i].writes)
         if later and p in later:
             available &= constant.union(later[p])
-        steps += [*sorted(lane), p]
+        steps += [*sorted(reruns), p]
     return Schedule(tuple(steps))
 
 
-def moments(graph: Graph, schedule: Schedule) -> dict[int, Moment]:
-    """The backward's steps as moments."""
-    found: dict[int, Moment] = {}
+def backward_positions(graph: Graph, schedule: Schedule) -> dict[int, BackwardPosition]:
+    """The backward's steps as positions."""
+    found: dict[int, BackwardPosition] = {}
     waiting: list[tuple[int, int]] = []
     for t, i in enumerate(schedule.steps[graph.num_forward_ops :], graph.num_forward_ops):
         if i < graph.num_forward_ops:
             waiting.append((t, i))
             continue
-        found |= {at: Moment(i, again) for at, again in waiting}
-        found[t] = Moment(i)
+        found |= {at: BackwardPosition(i, again) for at, again in waiting}
+        found[t] = BackwardPosition(i)
         waiting = []
     return found

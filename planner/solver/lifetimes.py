@@ -15,7 +15,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
+class OutputCopy:
     """An output that its op makes anew when it runs again: never dropped, but one more instance while it is read.
 
     Attributes:
@@ -42,7 +42,7 @@ class Lifetimes:
         last_forward: the last forward op that reads d (its producer where none does).
         first_use, last_use: the first and last backward op that reads d (len(ops) and -1 where none does).
         first_need: per forward op, the first backward op for which it may have to run again (len(ops): none).
-        twins: per forward op, the outputs it writes that are read once it has run again.
+        output_copies: per forward op, the outputs it writes that are read once it has run again.
         base: per op, bytes live while it runs that no decision changes (droppable values it reads excluded in the backward).
     """
 
@@ -54,41 +54,41 @@ class Lifetimes:
     first_use: Ints
     last_use: Ints
     first_need: Ints
-    twins: tuple[tuple[Twin, ...], ...]
+    output_copies: tuple[tuple[OutputCopy, ...], ...]
     base: Ints
 
 
 def lifetimes(graph: Graph) -> Lifetimes:
     """Read the droppable values of a graph."""
-    end, turn = len(graph.ops), graph.num_forward_ops
+    end, forward_end = len(graph.ops), graph.num_forward_ops
     forward_readers: dict[str, list[int]] = {}
     uses: dict[str, list[int]] = {}
     for i, op in enumerate(graph.ops):
         for name in dict.fromkeys(op.reads):
-            (forward_readers if i < turn else uses).setdefault(name, []).append(i)
+            (forward_readers if i < forward_end else uses).setdefault(name, []).append(i)
 
-    first_need = np.full(turn, end, dtype=np.int64)
+    first_need = np.full(forward_end, end, dtype=np.int64)
     need: dict[str, int] = {}
     pinned = graph.pinned
-    for i in range(turn - 1, -1, -1):
+    for i in range(forward_end - 1, -1, -1):
         for name in graph.ops[i].writes:
             again = [int(first_need[j]) for j in forward_readers.get(name, ()) if graph.ops[j].recomputable]
             need[name] = end if name in pinned else min([*uses.get(name, ())[:1], *again], default=end)
         first_need[i] = min((need[name] for name in graph.ops[i].writes), default=end)
 
-    names = tuple(name for op in graph.ops[:turn] for name in op.writes if need[name] < end)
-    reruns = {j for j in range(turn) if graph.ops[j].recomputable and first_need[j] < end}
+    names = tuple(name for op in graph.ops[:forward_end] for name in op.writes if need[name] < end)
+    reruns = {j for j in range(forward_end) if graph.ops[j].recomputable and first_need[j] < end}
     readers = {name: tuple(j for j in forward_readers.get(name, ()) if j in reruns) for name in graph.producer}
     producer = [graph.producer[name] for name in names]
     last = {name: uses[name][-1] if name in uses else -1 for name in readers}
     last_use = [last[name] for name in names]
-    twins = tuple(
+    output_copies = tuple(
         tuple(
-            Twin(graph.value[name].nbytes, last[name], readers[name])
+            OutputCopy(graph.value[name].nbytes, last[name], readers[name])
             for name in op.writes
             if need[name] == end and (name in uses or readers[name])
         )
-        for op in graph.ops[:turn]
+        for op in graph.ops[:forward_end]
     )
     nbytes = np.array([graph.value[name].nbytes for name in names], dtype=np.int64)
     last_read = [forward_readers.get(name, [i])[-1] for name, i in zip(names, producer, strict=True)]
@@ -102,7 +102,7 @@ def lifetimes(graph: Graph) -> Lifetimes:
         first_use=np.array([uses[name][0] if name in uses else end for name in names], dtype=np.int64),
         last_use=np.array(last_use, dtype=np.int64),
         first_need=first_need,
-        twins=twins,
+        output_copies=output_copies,
         base=_base(graph, nbytes, last_forward, np.array(last_use, dtype=np.int64)),
     )
 

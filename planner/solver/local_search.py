@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from planner.graph.graph import Graph
 from planner.graph.simulate import Run, Simulator
-from planner.solver.draft import Draft
+from planner.solver.incremental import IncrementalSchedule
 from planner.solver.tuning import EVENT_UNITS, FEW, SLACK
 from planner.solver.work import Work
 
@@ -56,8 +56,8 @@ class LocalSearch:
                 return None
             before, now_ns = self._excess(run), self.time_ns(steps)
             best: tuple[float, Steps, Run] | None = None
-            for lane, t in self._evictions(steps, run, spared, work):
-                changed, then = self.useful([*steps[:t], *lane, *steps[t:]])
+            for reruns, t in self._evictions(steps, run, spared, work):
+                changed, then = self.useful([*steps[:t], *reruns, *steps[t:]])
                 self._charge(then, work)
                 gain = before - self._excess(then)
                 price = (self.time_ns(changed) - now_ns + 1) / gain if gain > 0 else float("inf")
@@ -70,7 +70,7 @@ class LocalSearch:
 
     def shrink(self, steps: Steps, work: Work) -> Steps:
         """Delete recomputes, the dearest first, as long as the schedule fits without them."""
-        draft = Draft(self.simulator, steps)
+        draft = IncrementalSchedule(self.simulator, steps)
         shorter = True
         while shorter:
             shorter = False
@@ -91,7 +91,7 @@ class LocalSearch:
         steps = self.shrink(steps, work)
         tried: set[tuple[int, int]] = set()
         while True:
-            draft = Draft(self.simulator, steps)
+            draft = IncrementalSchedule(self.simulator, steps)
             seen: dict[int, int] = {}
             runs = []
             for t in draft.again():
@@ -154,32 +154,32 @@ class LocalSearch:
         for k in found[np.argsort(-near, kind="stable")[: 8 * FEW]].tolist():
             v, last, read = int(value[k]), int(step[k]), int(step[k + 1])
             saved = float(np.minimum(excess[last + 1 : read], self.simulator.nbytes[v]).sum())
-            for lane in self._lanes(int(self.producer[v]), read, spans):
+            for reruns in self._recompute_sets(int(self.producer[v]), read, spans):
                 work.charge(100 * EVENT_UNITS)
-                held = sum(self._added(run.live_bytes, *gap) for gap in spans.gaps(lane, read))
+                held = sum(self._added(run.live_bytes, *gap) for gap in spans.gaps(reruns, read))
                 if saved > held:
-                    ranked.append(((int(self.cost[lane].sum()) + 1) / (saved - held), lane, read))
+                    ranked.append(((int(self.cost[reruns].sum()) + 1) / (saved - held), reruns, read))
         ranked.sort(key=lambda entry: entry[0])
-        return [(lane, read) for _, lane, read in ranked[: 2 * FEW]]
+        return [(reruns, read) for _, reruns, read in ranked[: 2 * FEW]]
 
     def _added(self, live: NDArray[np.int64], v: int, start: int, stop: int) -> float:
         """Excess that holding v from start to stop adds."""
         nbytes = self.simulator.nbytes[v]
         return float(np.clip(live[start:stop] + nbytes - self.budget_bytes, 0, nbytes).sum())
 
-    def _lanes(self, i: int, t: int, spans: _Spans) -> Iterator[Steps]:
+    def _recompute_sets(self, i: int, t: int, spans: _Spans) -> Iterator[Steps]:
         """Ops to run before step t so that op i can run there: inputs that are gone are made, too, 0, 1, 2, 4, ... ops back.
 
         What is nearer than that and gone is kept until then instead.
         """
-        reads, lane, front, depth, yielded = self.simulator.reads, {i}, [i], 0, 0
-        while front or len(lane) > yielded:
+        reads, reruns, front, depth, yielded = self.simulator.reads, {i}, [i], 0, 0
+        while front or len(reruns) > yielded:
             if depth & (depth - 1) == 0 or not front:
-                yielded = len(lane)
-                yield sorted(lane)
-            wanted = [v for j in front for v in reads[j] if self.droppable[v] and not spans.alive(v, t, lane)]
-            front = [j for j in dict.fromkeys(int(self.producer[v]) for v in wanted) if j not in lane]
-            lane.update(front)
+                yielded = len(reruns)
+                yield sorted(reruns)
+            wanted = [v for j in front for v in reads[j] if self.droppable[v] and not spans.alive(v, t, reruns)]
+            front = [j for j in dict.fromkeys(int(self.producer[v]) for v in wanted) if j not in reruns]
+            reruns.update(front)
             depth += 1
 
 
@@ -190,18 +190,18 @@ class _Spans:
         self._search, self._run, self._length = search, run, length
         self._keys = run.event_value * length + run.event_step
 
-    def alive(self, v: int, t: int, lane: set[int]) -> bool:
-        """The value is alive right before step t anyway (an instance about to be made by `lane` does not count)."""
-        if int(self._search.producer[v]) in lane:
+    def alive(self, v: int, t: int, reruns: set[int]) -> bool:
+        """The value is alive right before step t anyway (an instance about to be made by `reruns` does not count)."""
+        if int(self._search.producer[v]) in reruns:
             return False
         k = self._next(v, t)
         return k < len(self._keys) and int(self._run.event_value[k]) == v and not self._run.event_write[k]
 
-    def gaps(self, lane: Steps, t: int) -> Iterator[tuple[int, int, int]]:
-        """(value, start, stop): inputs of the lane that it does not make itself, and how much longer they must be held."""
+    def gaps(self, reruns: Steps, t: int) -> Iterator[tuple[int, int, int]]:
+        """(value, start, stop): inputs of the reruns that it does not make itself, and how much longer they must be held."""
         simulator = self._search.simulator
-        made = {v for i in lane for v in simulator.writes[i]}
-        for v in dict.fromkeys(v for i in lane for v in simulator.reads[i]):
+        made = {v for i in reruns for v in simulator.writes[i]}
+        for v in dict.fromkeys(v for i in reruns for v in simulator.reads[i]):
             if v not in made and self._search.droppable[v] and not self.alive(v, t, set()):
                 yield v, int(self._run.event_step[self._next(v, t) - 1]) + 1, t
 

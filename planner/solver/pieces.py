@@ -1,8 +1,8 @@
-"""The forward cut at its narrow places into pieces, and for any run of pieces a menu: ways to keep some of its values.
+"""The forward cut at its narrow places into pieces, and for any run of pieces its options: ways to keep some of its values.
 
-What crosses the end of a run is kept. Of the rest an option keeps some; before the run's backward, the others are recomputed.
-Without rows for memory that choice is a cut in a network, so its linear program is integral; the menu is the lower hull of its
-answers, from all kept to as little as can be, by bytes and time.
+What crosses the end of a run is kept. Each option keeps a subset of the rest; the others are recomputed before the run's
+backward. Without rows for memory that choice is a cut in a network, so its linear program is integral; the options are the
+lower hull of its answers by bytes and time (a Pareto front), from all kept to as little as can be.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Option:
     """One way to keep a run's values: bytes kept, ops to run again before its backward, their time."""
 
     nbytes: int
-    lane: tuple[int, ...]
+    reruns: tuple[int, ...]
     cost_ns: int
 
 
@@ -47,11 +47,11 @@ class Pieces:
         self._bounds = _cut(graph, most)
         self._backward = self._backward_ops()
         self._index = {name: d for d, name in enumerate(self.life.names)}
-        turn, known = graph.num_forward_ops, dict[object, int]()
-        reads = [(i, d) for i in range(turn) for d in self.inputs(i)]
+        forward_end, known = graph.num_forward_ops, dict[object, int]()
+        reads = [(i, d) for i in range(forward_end) for d in self.inputs(i)]
         self._reader, self._read = np.array(reads, dtype=np.int64).reshape(-1, 2).T
-        self._kinds = np.array([known.setdefault(self._kind(i), len(known)) for i in range(turn)], dtype=np.int64)
-        self._menus: dict[tuple[bytes, ...], list[Option]] = {}
+        self._kinds = np.array([known.setdefault(self._kind(i), len(known)) for i in range(forward_end)], dtype=np.int64)
+        self._options: dict[tuple[bytes, ...], list[Option]] = {}
 
     def __len__(self) -> int:
         return len(self._backward)
@@ -90,14 +90,14 @@ class Pieces:
         held = life.base[ops.start : ops.stop] + gone[-1] - gone[np.searchsorted(last, np.arange(ops.start, ops.stop))]
         return max(int(held.max(initial=0)), self.forward_bytes(i, j))
 
-    def menu(self, i: int, j: int, work: Work) -> list[Option]:
+    def options(self, i: int, j: int, work: Work) -> list[Option]:
         """Options for the run, that which keeps most first; runs that look alike share the work."""
         start, stop = self._bounds[i], self._bounds[j]
         key = self._signature(range(start, stop))
-        if key not in self._menus:
+        if key not in self._options:
             options = self._hull(range(start, stop), work)
-            self._menus[key] = [Option(d.nbytes, tuple(op - start for op in d.lane), d.cost_ns) for d in options]
-        return [Option(d.nbytes, tuple(op + start for op in d.lane), d.cost_ns) for d in self._menus[key]]
+            self._options[key] = [Option(d.nbytes, tuple(op - start for op in d.reruns), d.cost_ns) for d in options]
+        return [Option(d.nbytes, tuple(op + start for op in d.reruns), d.cost_ns) for d in self._options[key]]
 
     def inputs(self, i: int) -> list[int]:
         """The droppable values that an op reads."""
@@ -134,15 +134,15 @@ class Pieces:
 
     def _hull(self, ops: range, work: Work) -> list[Option]:
         """The extreme options, then those between two neighbours that are cheaper than a mixture of both."""
-        menu = _Menu(self, ops, work)
-        most, least = menu.option(0.0), menu.option(menu.highest_price)
+        program = _OptionProgram(self, ops, work)
+        most, least = program.option(0.0), program.option(program.highest_price)
         found, between = {most.nbytes: most, least.nbytes: least}, deque([(most, least)])
         while between and len(found) < 3 * FEW:
             more, less = between.popleft()
             if more.nbytes <= less.nbytes:
                 continue
             price = (less.cost_ns - more.cost_ns) / (more.nbytes - less.nbytes)
-            option = menu.option(price)
+            option = program.option(price)
             mixed = more.cost_ns + price * (more.nbytes - option.nbytes)
             if less.nbytes < option.nbytes < more.nbytes and option.cost_ns < mixed - 1:
                 found[option.nbytes] = option
@@ -150,13 +150,13 @@ class Pieces:
         return [found[nbytes] for nbytes in sorted(found, reverse=True)]
 
 
-class _Menu:
+class _OptionProgram:
     """The program of one run of pieces: which values to keep, at a price for every byte."""
 
     def __init__(self, pieces: Pieces, ops: range, work: Work) -> None:
         graph, life = pieces.graph, pieces.life
         self._graph, self._nbytes = graph, life.nbytes
-        self._work = Work(meter=work.meter)  # half a menu would be another one: a run's takes moments, and is finished
+        self._work = Work(meter=work.meter)  # half of the options would be another plan: a run takes little, and is finished
         made = (life.producer >= ops.start) & (life.producer < ops.stop) & (life.last_forward < ops.stop)
         mine = np.flatnonzero(made).tolist()
         again = sorted({int(life.producer[d]) for d in mine if graph.ops[int(life.producer[d])].recomputable})
@@ -188,23 +188,23 @@ class _Menu:
         values = self._model.solve(self._work, relax=True).values
         if not values:  # the clock ended it; keeping everything is always one
             return Option(sum(int(self._nbytes[d]) for d in self._keep), (), 0)
-        lane = tuple(i for i, column in self._again.items() if values[column] > 0.5)
+        reruns = tuple(i for i, column in self._again.items() if values[column] > 0.5)
         kept = sum(int(self._nbytes[d]) for d, column in self._keep.items() if values[column] > 0.5)
-        return Option(kept, lane, sum(self._graph.ops[i].cost_ns for i in lane))
+        return Option(kept, reruns, sum(self._graph.ops[i].cost_ns for i in reruns))
 
 
 def _cut(graph: Graph, most: int) -> list[int]:
     """Bounds of the pieces: narrow places of the forward, about equally far apart in time."""
-    turn = graph.num_forward_ops
-    crossing = crossing_bytes(graph)[: max(0, turn - 1)]
+    forward_end = graph.num_forward_ops
+    crossing = crossing_bytes(graph)[: max(0, forward_end - 1)]
     if not len(crossing):
-        return [0, turn]
+        return [0, forward_end]
     typical = np.array([crossing[max(0, i - 4 * FEW) : i + 4 * FEW + 1].min() for i in range(len(crossing))])
     narrow = np.flatnonzero(crossing <= NARROW * typical)
-    costs = np.cumsum([op.cost_ns + 1 for op in graph.ops[:turn]])
+    costs = np.cumsum([op.cost_ns + 1 for op in graph.ops[:forward_end]])
     cuts: list[int] = []
     for share in range(1, most):
         near = narrow[np.abs(costs[narrow] / costs[-1] - share / most).argmin()]
         if not cuts or near + 1 > cuts[-1]:
             cuts.append(int(near) + 1)
-    return [0, *cuts, turn]
+    return [0, *cuts, forward_end]

@@ -118,7 +118,7 @@ class Search:
         return self._local[level]
 
     def offer(self, steps: Sequence[int], level: Coarse, source: str, work: Work) -> Timeline:
-        """Judge a schedule of a level of the graph, and keep it if it is good."""
+        """Evaluate a schedule of a level of the graph, and keep it if it is good."""
         schedule = expand(Schedule(tuple(steps)), level.groups)
         work.charge(40 * EVENT_UNITS * len(schedule.steps))  # with names of what dies
         return self.archive.offer(schedule, source)

@@ -1,10 +1,10 @@
 """Dynamic programming over the forward as a chain of pieces: where to cut it, what to keep, what to run once more.
 
-Right after the turn little memory is free, so the runs of pieces whose backward comes first must be short; what they kept is
+Right after the forward little memory is free, so the runs of pieces whose backward comes first must be short; what they kept is
 gone when the earlier ones have their turn, and these may be longer (on a long recurrent net: 1, 1, 2, 4, 6, 12, 20 steps).
 `best[i, j]` is the least time to recompute while the forward of pieces i..j - 1 and then their backward run, by the memory that
 is free when what enters i is there. Two transitions:
-- keep: run i..k - 1, keep what crosses into k and an option of the run's menu (`planner.solver.pieces`); then k..j - 1; then
+- keep: run i..k - 1, keep what crosses into k and an option of the run (`planner.solver.pieces`); then k..j - 1; then
   recompute the rest of the run and run its backward,
 - again: run i..k - 1 and keep only what crosses into k; then k..j - 1; then i..k - 1 once more from its start.
 Without the second each value is recomputed at most once, and only j = end is needed. With it a piece is recomputed as often as
@@ -79,9 +79,9 @@ class Segments:
             self._cells[i, j] = self._cell(i, j, work)
         return True
 
-    def schedule(self, room: float) -> Schedule | None:
+    def schedule(self, factor: float) -> Schedule | None:
         """The table's best schedule with this share of the budget, at most twice; None where there is none."""
-        level, end = min(round(room * 20 * PIECES), self.levels - 1), len(self.pieces)
+        level, end = min(round(factor * 20 * PIECES), self.levels - 1), len(self.pieces)
         if not np.isfinite(self._cells[0, end].best[level]):
             return None
         choices = list(self._path(0, end, level))
@@ -96,7 +96,7 @@ class Segments:
             least = self._steps(pieces.need(i, k))
             if least >= self.levels:
                 break
-            for option in pieces.menu(i, k, work):
+            for option in pieces.options(i, k, work):
                 less = round((option.nbytes + pieces.crossing_bytes(i, k)) / self.unit) if k < j else 0
                 cell.take(Choice(k, option, less), self._after(k, j, less) + option.cost_ns, least)
         for k in range(i + 1, j) if self._again else ():
@@ -127,13 +127,13 @@ class Segments:
             i, level = choice.k, level - choice.less
 
     def _kept(self, choices: list[tuple[int, Choice]]) -> set[str]:
-        """All that no lane makes, and what crosses the ends of runs."""
+        """All that is not recomputed, and what crosses the ends of runs."""
         pieces, life = self.pieces, self.pieces.life
         again: set[int] = set()
         crossing = np.zeros(len(life.names), dtype=bool)
         for i, choice in choices:
             assert choice.option is not None
-            again.update(choice.option.lane)
+            again.update(choice.option.reruns)
             crossing |= pieces.crossing(i, choice.k)
         return {name for d, name in enumerate(life.names) if crossing[d] or int(life.producer[d]) not in again}
 
@@ -148,5 +148,5 @@ class Segments:
         if choice.option is None:
             yield from self._emit(i, choice.k, level, ran)
             return
-        yield from choice.option.lane
+        yield from choice.option.reruns
         yield from pieces.backward(i, choice.k)

@@ -76,7 +76,7 @@ class Solver:
         return min(floor(self.graph)[0], floor(self._captured)[0])
 
     def offer_baselines(self, budget_bytes: int) -> None:
-        """Judge what people do today: on the moved graph, and on the captured one in the moved graph's numbers."""
+        """Evaluate what people do today: on the moved graph, and on the captured one in the moved graph's numbers."""
         for graph, renumbered in ((self.graph, False), *([(self._captured, True)] if self.graph is not self._captured else [])):
             for name, schedule in [
                 ("greedy", greedy(graph, budget_bytes)),

@@ -55,19 +55,19 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
             found = bounds.bound(budget, (cut,), work, relax=True)
         if found.time_ns > best_ns:
             best, best_ns = cut, found.time_ns
-        if search.raise_bound(found.time_ns) and found.hint is not None:
-            yield from _fit(search, found.hint.steps, level, "certificate", work)
+        if search.raise_bound(found.time_ns) and found.candidate is not None:
+            yield from _fit(search, found.candidate.steps, level, "certificate", work)
         yield Progress.LEARNT
-    cuts, hinted = bounds.first_cuts(budget, best) if best >= 0 else (), None
+    cuts, candidate_before = bounds.first_cuts(budget, best) if best >= 0 else (), None
     while cuts:
         found = bounds.bound(budget, cuts, work, gap=problem.precision / 2, relax=False)
         search.raise_bound(found.time_ns)
-        if found.hint is not None and found.hint != hinted:
-            hinted = found.hint
-            yield from _fit(search, found.hint.steps, level, "certificate", work)
+        if found.candidate is not None and found.candidate != candidate_before:
+            candidate_before = found.candidate
+            yield from _fit(search, found.candidate.steps, level, "certificate", work)
         yield Progress.LEARNT if found.is_final else Progress.CUT_SHORT
         if found.is_final:
-            more = bounds.next_cuts(budget, cuts, found.hint)
+            more = bounds.next_cuts(budget, cuts, found.candidate)
             cuts = more if more != cuts else ()
 
 
@@ -76,7 +76,7 @@ def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[Progress]
     for n, (program, level) in enumerate(problem.models.keep_sets):
         if n == 0:
             yield from _rounds(program, level, problem, search, work, problem.precision, relax=True)
-        # Copies make the program slow: the moments that matter are found with a wider gap.
+        # Copies make the program slow: the positions that matter are found with a wider gap.
         for gap in (2 * problem.precision, problem.precision) if program.num_copies else (problem.precision,):
             yield from _rounds(program, level, problem, search, work, gap, relax=False)
 
@@ -86,10 +86,10 @@ def _rounds(
 ) -> Iterator[Progress]:
     """Offer what a program says; what only exact copies can mend, or rounding broke, is made to fit."""
 
-    def judge(schedule: Schedule) -> Timeline:
+    def evaluate(schedule: Schedule) -> Timeline:
         return search.offer(schedule.steps, level, "keep set", work)
 
-    for found in program.rounds(problem.budget_bytes, work, gap=gap, judge=judge, relax=relax):
+    for found in program.rounds(problem.budget_bytes, work, gap=gap, evaluate=evaluate, relax=relax):
         if found.schedule is not None and (found.grew or found.is_last):
             yield from _fit(search, found.schedule.steps, level, "keep set", work)
         yield Progress.NOTHING if found.is_last else Progress.LEARNT
@@ -102,13 +102,13 @@ def segments(problem: Problem, search: Search, work: Work) -> Iterator[Progress]
         table = Segments(fewer if again else pieces, problem.budget_bytes, again=again)
         while not table.fill(work):
             yield Progress.CUT_SHORT
-        best = yield from _least_room(table, [n / 100 for n in range(97, 200)], problem, search, work)
-        finer = sorted((best + n / 1000 for n in range(-9, 10)), key=lambda room: (abs(room - best), room))
-        yield from _least_room(table, finer, problem, search, work)
+        best = yield from _best_factor(table, [n / 100 for n in range(97, 200)], problem, search, work)
+        finer = sorted((best + n / 1000 for n in range(-9, 10)), key=lambda factor: (abs(factor - best), factor))
+        yield from _best_factor(table, finer, problem, search, work)
 
 
-def _least_room(
-    table: Segments, rooms: Sequence[float], problem: Problem, search: Search, work: Work
+def _best_factor(
+    table: Segments, factors: Sequence[float], problem: Problem, search: Search, work: Work
 ) -> Generator[Progress, None, float]:
     """Offer the table's schedules for these shares of the budget, made to fit; returns the share that gave the cheapest.
 
@@ -116,16 +116,16 @@ def _least_room(
     """
     level, tried = problem.models.coarse, set[Schedule]()
     worse, least_ns = 0, math.inf
-    best = next((room for room in rooms if table.schedule(room) is not None), rooms[0])
-    for room in rooms:
-        schedule = table.schedule(room)
+    best = next((factor for factor in factors if table.schedule(factor) is not None), factors[0])
+    for factor in factors:
+        schedule = table.schedule(factor)
         if schedule is None or schedule in tried:
             continue
         tried.add(schedule)
         steps = yield from _fit(search, schedule.steps, level, "segments", work, near=1 + SLACK)
         time_ns = math.inf if steps is None else search.local(level).time_ns(steps)
         found_before = least_ns < math.inf
-        worse, best, least_ns = (0, room, time_ns) if time_ns < least_ns else (worse + found_before, best, least_ns)
+        worse, best, least_ns = (0, factor, time_ns) if time_ns < least_ns else (worse + found_before, best, least_ns)
         if worse == FEW:
             break
         yield Progress.NOTHING
@@ -164,10 +164,10 @@ def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progre
     while models.lowest:
         program, level = models.lowest[0]
 
-        def judge(schedule: Schedule, level: Coarse = level) -> Timeline:
+        def evaluate(schedule: Schedule, level: Coarse = level) -> Timeline:
             return search.offer(schedule.steps, level, "lowest peak", work)
 
-        for found in program.rounds(None, work, gap=problem.precision, judge=judge):
+        for found in program.rounds(None, work, gap=problem.precision, evaluate=evaluate):
             yield Progress.LEARNT if found.schedule is not None else Progress.CUT_SHORT
         models.lowest = [other for other in models.lowest if other[0] is not program]
 

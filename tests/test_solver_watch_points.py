@@ -9,9 +9,9 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Simulator, simulate
 from planner.solver.certificate import Certificate
-from planner.solver.moments import Moments, RelaxationWithMoments
 from planner.solver.relaxation import SCALE, Relaxation
 from planner.solver.solve import solve
+from planner.solver.watch_points import RelaxationWithWatchPoints, WatchPoints
 from planner.solver.work import Work
 from tests import graphs
 from tests.strategies import budgets, training_graphs
@@ -34,8 +34,8 @@ def shared(count: int) -> Graph:
     return graphs.graph(sizes, forward, backward, "loss", "g0")
 
 
-def moments(graph: Graph) -> Moments:
-    return Moments(graph, Simulator(graph).run(range(len(graph.ops))).live_bytes)
+def watch_points(graph: Graph) -> WatchPoints:
+    return WatchPoints(graph, Simulator(graph).run(range(len(graph.ops))).live_bytes)
 
 
 def bound(program: Relaxation, graph: Graph, budget_bytes: int, *, relax: bool = False) -> float:
@@ -47,7 +47,7 @@ def bound(program: Relaxation, graph: Graph, budget_bytes: int, *, relax: bool =
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_moments_anywhere_are_a_bound_and_no_weaker_than_the_cuts_alone(data: st.DataObject) -> None:
+def test_watch_points_anywhere_are_a_bound_and_no_weaker_than_the_cuts_alone(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=5))
     budget_bytes = data.draw(budgets(graph))
     somewhere = st.sampled_from(range(1, len(graph.ops))) | st.sampled_from(graph.backward_ops)
@@ -56,12 +56,12 @@ def test_moments_anywhere_are_a_bound_and_no_weaker_than_the_cuts_alone(data: st
     loose = [name for name in loose if name not in graph.pinned]
     heavy = sorted(data.draw(st.sets(st.sampled_from(loose), min_size=1, max_size=2))) if loose else []
     between = [p for p in range(cuts[0], len(graph.ops)) if data.draw(st.booleans())]
-    watched = RelaxationWithMoments(graph, cuts, 1.0, heavy, between)
-    with_moments = bound(watched, graph, budget_bytes)
+    watched = RelaxationWithWatchPoints(graph, cuts, 1.0, heavy, between)
+    with_watch_points = bound(watched, graph, budget_bytes)
     without = bound(Relaxation(graph, cuts, 1.0), graph, budget_bytes, relax=True)
-    event(f"heavy: {len(heavy)}, stronger: {with_moments > without + 1e-6}")
-    assert with_moments >= without - 1e-3
-    assert with_moments <= optimum(graph, budget_bytes) + 1e-3
+    event(f"heavy: {len(heavy)}, stronger: {with_watch_points > without + 1e-6}")
+    assert with_watch_points >= without - 1e-3
+    assert with_watch_points <= optimum(graph, budget_bytes) + 1e-3
 
 
 def test_nothing_is_said_of_what_only_reruns_would_read() -> None:
@@ -73,7 +73,7 @@ def test_nothing_is_said_of_what_only_reruns_would_read() -> None:
     graph = graphs.graph(sizes, forward, backward, "loss", "k")
     budget_bytes, first = simulate(graph, keep_all(graph)).peak_bytes, graph.num_forward_ops
     plain = simulate(graph, keep_all(graph)).time_ns
-    assert bound(RelaxationWithMoments(graph, [first], 1.0, ["e"], [first + 1]), graph, budget_bytes) == plain
+    assert bound(RelaxationWithWatchPoints(graph, [first], 1.0, ["e"], [first + 1]), graph, budget_bytes) == plain
 
 
 def crossing() -> Graph:
@@ -91,7 +91,7 @@ def test_between_two_cuts_a_value_may_go_and_come_back(budget_bytes: int) -> Non
     graph = crossing()
     first = graph.num_forward_ops
     best, plain = optimum(graph, budget_bytes), simulate(graph, keep_all(graph))
-    found = bound(RelaxationWithMoments(graph, [first, first + 3], 1.0, ["e"], [first + 1, first + 2]), graph, budget_bytes)
+    found = bound(RelaxationWithWatchPoints(graph, [first, first + 3], 1.0, ["e"], [first + 1, first + 2]), graph, budget_bytes)
     assert plain.time_ns <= found <= best + 1e-3
     assert (found > plain.time_ns + 0.5) == (budget_bytes < plain.peak_bytes)
 
@@ -103,19 +103,19 @@ def test_a_value_that_must_go_after_every_read_is_paid_for_every_time() -> None:
     first = graph.num_forward_ops
     after = range(first + 1, len(graph.ops))
     one_cut = bound(Relaxation(graph, [first], 1.0), graph, budget_bytes)
-    watched = bound(RelaxationWithMoments(graph, [first], 1.0, ["e"], after), graph, budget_bytes)
+    watched = bound(RelaxationWithWatchPoints(graph, [first], 1.0, ["e"], after), graph, budget_bytes)
     assert plain <= one_cut < watched == pytest.approx(optimum(graph, budget_bytes)) == plain + 2 * 3
 
 
 def test_the_certificate_watches_heavy_values_between_its_cuts() -> None:
     graph = shared(12)
     budget_bytes = 50
-    assert moments(graph).heavy == ("e",)
+    assert watch_points(graph).heavy == ("e",)
     solution = solve(graph, budget_bytes)
     assert solution.status == "optimal"
     assert solution.schedule.steps.count(0) >= 6
     blind = Certificate(graph)
-    blind.moments.heavy = ()
+    blind.watch_points.heavy = ()
     cut = blind.cuts.ranked(budget_bytes)[0]
     before = simulate(graph, keep_all(graph)).time_ns
     unwatched = blind.bound(budget_bytes, (cut,), Work(), relax=False).time_ns
@@ -124,14 +124,14 @@ def test_the_certificate_watches_heavy_values_between_its_cuts() -> None:
 
 def test_where_nothing_is_heavy_nothing_is_watched() -> None:
     graph = load("unet-4", gradients=True)
-    watched = moments(graph)
+    watched = watch_points(graph)
     assert watched.heavy == ()
     assert watched.after(graph.num_forward_ops, 1) == () and watched.middle(graph.num_forward_ops, 1) == []
 
 
-def test_moments_are_where_the_plain_step_is_over_the_budget_and_the_second_cut_reads_nothing_heavy() -> None:
+def test_watch_points_are_where_the_plain_step_is_over_the_budget_and_the_second_cut_reads_nothing_heavy() -> None:
     graph = shared(12)
-    watched, live = moments(graph), simulate(graph, keep_all(graph)).live_bytes
+    watched, live = watch_points(graph), simulate(graph, keep_all(graph)).live_bytes
     for budget_bytes in (40, 50, 60):
         ops = watched.after(graph.num_forward_ops, budget_bytes)
         assert ops and all(live[p] > budget_bytes for p in ops)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Simulator, simulate
-from planner.solver.draft import Draft
+from planner.solver.incremental import IncrementalSchedule
 from tests.strategies import random_schedule, training_graphs
 
 
@@ -15,7 +15,7 @@ from tests.strategies import random_schedule, training_graphs
 @given(st.data())
 def test_deleting_recomputes_keeps_the_count_of_a_new_simulation(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=8))
-    draft = Draft(Simulator(graph), random_schedule(data.draw, graph).steps)
+    draft = IncrementalSchedule(Simulator(graph), random_schedule(data.draw, graph).steps)
     deleted = 0
     while draft.again():
         t = data.draw(st.sampled_from(draft.again()))

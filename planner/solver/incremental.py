@@ -13,7 +13,7 @@ Event = tuple[int, bool]
 """A step, and whether it writes the value (else it reads it)."""
 
 
-class Draft:
+class IncrementalSchedule:
     """A schedule under change. A deleted step leaves a hole, so that no other step moves.
 
     Attributes:

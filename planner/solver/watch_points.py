@@ -1,13 +1,13 @@
 """Heavy values that come and go many times: a stronger certificate where a few cuts cannot see that.
 
 A recurrent net reads its embedded input in every time step, in the backward too. It may have to go after every read, but each
-cut sees one of these. So between cuts there are moments: ops at which the heavy value alone has columns of its own. Of the
+cut sees one of these. So between cuts there are watch points: ops at which the heavy value alone has columns of its own. Of the
 others, what is read later and does not run again is alive there. With R_i, op i runs again at any time after the first cut,
 - R_i <= sum_g r_{i,g}; a_{d,0} + R_pi(d) >= 1 for every d that is read, R_i <= a_{d,0} + R_pi(d) for every input d,
 - c_{d,g} >= a_{d,g+1} - r_{pi(d),g}, and c_{d,g} >= 1 - R_pi(d) for d that is read after cut g + 1: d is held from cut to cut,
-- at a moment after cut g: what must be live while the op runs, s_d (1 - r_{pi(d),g}) for d that is read between it and cut
+- at a watch point after cut g: what must be live while the op runs, s_d (1 - r_{pi(d),g}) for d that is read between it and cut
   g + 1, s_d c_{d,g} for the others and s_h for each heavy h that is alive fit the budget,
-- h is alive that was alive at the moment before, or its op has run since, which costs its time each time.
+- h is alive that was alive at the watch point before, or its op has run since, which costs its time each time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from planner.solver.relaxation import Interval, Relaxation, fixed, wanted
 from planner.solver.tuning import FEW, SLACK
 
 _OFTEN = 4 * FEW
-"""Reads by the backward that make a value one to watch, and reads whose moments are looked at, each before what follows it."""
+"""Reads by the backward that make a value one to watch, and reads that are watch points, each before what follows it."""
 
 
-class Moments:
+class WatchPoints:
     """Where to look, in one graph.
 
     Attributes:
@@ -37,9 +37,9 @@ class Moments:
 
     def __init__(self, graph: Graph, live_bytes: NDArray[np.int64]) -> None:
         """`live_bytes`: the plain step's, op by op."""
-        self._live, peak, turn = live_bytes, int(live_bytes.max(initial=0)), graph.num_forward_ops
+        self._live, peak, forward_end = live_bytes, int(live_bytes.max(initial=0)), graph.num_forward_ops
         self._reads = _reads(graph)
-        late = {name: sum(p >= turn for p in reads) for name, reads in self._reads.items()}
+        late = {name: sum(p >= forward_end for p in reads) for name, reads in self._reads.items()}
         self.heavy = tuple(name for name, count in late.items() if count >= _OFTEN and self._may_go(graph, name, peak))
 
     @staticmethod
@@ -54,7 +54,7 @@ class Moments:
         return tuple(sorted({*reads, *between}))
 
     def middle(self, cut: int, budget_bytes: int) -> list[int]:
-        """A second cut: in the middle of the moments at which no heavy value is read, if there are any."""
+        """A second cut: in the middle of the watch points at which no heavy value is read, if there are any."""
         between = sorted(self._after(cut, budget_bytes)[1])
         return between[(len(between) - 1) // 2 :][:1]
 
@@ -69,17 +69,17 @@ class Moments:
         return reads & over, between & over
 
 
-class RelaxationWithMoments(Relaxation):
-    """The program for these cuts and moments."""
+class RelaxationWithWatchPoints(Relaxation):
+    """The program for these cuts and watch points."""
 
-    def __init__(self, graph: Graph, cuts: Sequence[int], unit: float, heavy: Sequence[str], moments: Sequence[int]) -> None:
+    def __init__(self, graph: Graph, cuts: Sequence[int], unit: float, heavy: Sequence[str], watched: Sequence[int]) -> None:
         to_the_last = {*wanted(graph, cuts[-1])[0]}
         by_maker = {graph.producer[name]: name for name in heavy if name in to_the_last}  # what one run makes is paid for once
         super().__init__(graph, cuts, unit, [name for i, name in by_maker.items() if i < cuts[0]])
         self._reads = _reads(graph)
         self._crossing: list[dict[str, int]] = [{} for _ in cuts]
         self._ever = self._at_any_time()
-        inside = [[p for p in moments if interval.cut < p < interval.stop] for interval in self.intervals]
+        inside = [[p for p in watched if interval.cut < p < interval.stop] for interval in self.intervals]
         there = [{p: dict[str, int]() for p in ops} for ops in inside]
         for name in sorted(self.heavy):
             self._comes_and_goes(name, there)
@@ -111,7 +111,7 @@ class RelaxationWithMoments(Relaxation):
         return ever
 
     def _comes_and_goes(self, name: str, there: list[dict[int, dict[str, int]]]) -> None:
-        """Columns of a heavy value: alive at every moment (put there), made again between each and the next."""
+        """Columns of a heavy value: alive at every watch point (put there), made again between each and the next."""
         maker, rows = self.graph.producer[name], self.rows
         before: backend.Pairs = []
         for interval, ops in zip(self.intervals, there, strict=True):
@@ -133,7 +133,7 @@ class RelaxationWithMoments(Relaxation):
                 rows.row([(column, 1.0), (interval.again[maker], -1.0)], 0.0)
 
     def _at_moment(self, p: int, g: int, alive: dict[str, int]) -> None:
-        """The memory row of a moment after cut g."""
+        """The memory row of a watch point after cut g."""
         graph, interval = self.graph, self.intervals[g]
         held, pairs = fixed(graph, p), list[tuple[int, float]]()
         for name in wanted(graph, p)[0]:
