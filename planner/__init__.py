@@ -79,7 +79,7 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _FORMER = {"Report": "VerifyReport"}
-"""Names of earlier releases."""
+"""Names in earlier development versions."""
 
 __all__ = [
     "BackwardError",

@@ -294,7 +294,6 @@ def sweep(
                 high=high,
                 margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
                 limits=limits,
-                reorder=priced.is_movable,
                 provenance=priced.provenance,
                 measure=None if options.elsewhere else partial(_measured_point, model, priced.joint, args, kwargs),
             )

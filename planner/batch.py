@@ -58,7 +58,7 @@ def max_batch(
     """The largest batch that fits a budget, its plan, and the throughput of the batches looked at on the way.
 
     Each batch tried is captured anew, without running the step; bytes grow evenly with the batch, so few are tried. The batch
-    above the one returned was tried too and has no plan: proven, or none was found in the time given; `print` says which.
+    above the one returned was tried too and has no plan: proven, or none was found with the effort given; `print` says which.
 
     Args:
         make_inputs: `args, kwargs = make_inputs(batch)`, a training call of so many samples.
@@ -72,7 +72,7 @@ def max_batch(
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: not even the smallest batch that the model can run fits; carries its floor.
-        NoScheduleFoundError: for that batch none was found in the time given.
+        NoScheduleFoundError: for that batch none was found with the effort given.
     """
     arguments.check_function(make_inputs, "make_inputs", "args, kwargs = make_inputs(batch)")
     arguments.check_model(model)

@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         with _log_shown(arguments.log_level):
-            return int(arguments.run(arguments))
+            code = int(arguments.run(arguments))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except PlannerError as error:
         print(f"planner: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -77,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="say why a plan keeps what it keeps, and what more memory is worth")
     _model_options(explain, "PLAN.json|FILE.py:FUNCTION", "a saved plan (needs no torch), or a model, with --budget")
     explain.add_argument("--budget", type=_budget, help=_BUDGET_HELP)
-    _effort_option(explain, 10.0)
+    _effort_option(explain, 6.0)
     explain.add_argument("--json", action="store_true", help=_JSON_HELP)
     explain.set_defaults(run=_explain)
     solve = commands.add_parser("solve", help="plan the graph of a plan file, without torch and without the model")
@@ -86,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--budget", type=_budget, help="as for `planner plan`")
     asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets at once (default 20)")
     _effort_option(solve, 10.0)
-    solve.add_argument("--save", metavar="PLAN.json", help="write the plan (with --budget)")
+    solve.add_argument("--save", metavar="OUT.json", help="write the plan, or the sweep")
     solve.set_defaults(run=_solve)
     for command in commands.choices.values():
         command.add_argument("--log-level", choices=("debug", "info", "warning"), help="show the planner's log on stderr")
@@ -184,16 +190,24 @@ def _loss(text: str) -> int | str:
 
 def _solve(arguments: argparse.Namespace) -> int:
     effort = limits(arguments.effort, what="--effort")
-    graph = planfile.load_graph(Path(arguments.graph))
+    graph, plan = planfile.load_solvable(Path(arguments.graph))
+    plain_bytes, kept = simulate(graph, keep_all(graph)).peak_bytes, plan.margin_bytes if plan is not None else 0
+
+    def margin(budget_bytes: int) -> int:  # what the file's plan leaves to the allocator
+        return kept if budget_bytes < plain_bytes else 0
+
+    provenance = plan.provenance if plan is not None else None
+    result: Plan | Sweep
     if arguments.sweep is not None:
-        print(sweep_graph(graph, points=arguments.sweep, limits=effort))
-        return 0
-    budget_bytes = parse_budget(arguments.budget, simulate(graph, keep_all(graph)).peak_bytes)
-    made = Plan(graph, budget_bytes, 0, Solver(graph).solve(budget_bytes, effort))
-    print(made)
+        result = sweep_graph(graph, points=arguments.sweep, margin=margin, limits=effort, provenance=provenance)
+    else:
+        budget_bytes = parse_budget(arguments.budget, plain_bytes)
+        left = margin(budget_bytes)
+        result = Plan(graph, budget_bytes, left, Solver(graph).solve(budget_bytes - left, effort), provenance)
+    print(result)
     if arguments.save:
-        made.save(arguments.save)
-        print(f"\nplan written to {arguments.save}")
+        result.save(arguments.save)
+        print(f"\nwritten to {arguments.save}")
     return 0
 
 

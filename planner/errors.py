@@ -33,7 +33,7 @@ class InfeasibleBudgetError(PlannerError):
 
 
 class NoScheduleFoundError(PlannerError):
-    """The time given ran out before a schedule was found; the budget was not proven infeasible.
+    """No schedule was found with the effort given; the budget was not proven infeasible.
 
     Attributes:
         lowest_bytes: the lowest peak that was found; None where nothing was searched.

@@ -35,7 +35,7 @@ def plans_by_level(found: Mapping[str, Priced], limits: Limits) -> dict[str, lis
 def _solutions(priced: Priced, limits: Limits) -> tuple[list[int], list[Solution]]:
     """Budgets from the lowest peak found to the plain one, evenly spaced, and the solutions; the plain one always fits."""
     graph = priced.graph
-    solver = Solver(graph, reorder=priced.is_movable)
+    solver = Solver(graph)
     high = simulate(graph, keep_all(graph)).peak_bytes
     low = solver.lowest_peak(limits.share(1 / 3))
     low = min(high, low + allocator_margin(graph, low))

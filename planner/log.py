@@ -1,4 +1,4 @@
-"""The loggers of this package: "planner" and, below it, one for each room.
+"""The loggers of this package: "planner" and, below it, one for each subpackage.
 
 DEBUG is detail (one kernel, one measured step), INFO a step of planning, WARNING what changes what the user gets. The package
 adds no handler that writes: nothing is shown until a program configures `logging`. Nothing is logged in a planned step that

@@ -31,7 +31,7 @@ from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.faults import noting
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
-from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.lower import kernel_nodes, lower
 from planner.tracer.settled import capture
 
 
@@ -124,11 +124,6 @@ class Priced:
         """The step runs on a CPU."""
         return self.joint.device.type == "cpu"
 
-    @property
-    def is_movable(self) -> bool:
-        """Backward ops may be reordered."""
-        return not backward_is_fixed(self.joint)
-
     def plan(self, budget_bytes: int, limits: Limits) -> Plan:
         """The best plan found within a budget.
 
@@ -136,7 +131,7 @@ class Priced:
             InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
-        solution = solve(self.graph, budget_bytes - margin_bytes, limits, reorder=self.is_movable)
+        solution = solve(self.graph, budget_bytes - margin_bytes, limits)
         made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.provenance)
         peak, budget = units.format_bytes(made.peak_bytes), units.format_bytes(budget_bytes)
         text = "planned for %s: peak %s, %+.1f %% of simulated time, %s in %.1f s"
@@ -148,7 +143,7 @@ class Priced:
 
         That one is searched for: the lowest peak found with half of the effort, where the proven floor is not reached.
         """
-        solver = Solver(self.graph, reorder=self.is_movable)
+        solver = Solver(self.graph)
         lowest = solver.lowest_peak(limits.share(1 / 2))
         margin = _margin_of(self.graph)
         return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest)

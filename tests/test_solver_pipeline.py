@@ -18,7 +18,7 @@ from planner.limits import Limits
 from planner.solver import pipeline, work
 from planner.solver.baselines import all_baselines
 from planner.solver.exhaustive import exhaustive
-from planner.solver.pipeline import Run, Stage, run
+from planner.solver.pipeline import BudgetSearch, Stage, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.search import Archive, Search
 from planner.solver.solve import Solver, solve, sweep
@@ -71,12 +71,14 @@ class Recorded:
                 work.charge(work.left)
                 yield Progress.LEARNT if says(search, n) else Progress.NOTHING
 
-        self.stages.append(Stage(name, strategy, "a test", **when))  # type: ignore[arg-type]
+        self.stages.append(Stage(name, strategy, **when))  # type: ignore[arg-type]
 
-    def run(self, monkeypatch: pytest.MonkeyPatch, *, effort: float = 100.0, gap: float = 0.0, find: bool = True) -> Run:
+    def run(
+        self, monkeypatch: pytest.MonkeyPatch, *, effort: float = 100.0, gap: float = 0.0, find: bool = True
+    ) -> BudgetSearch:
         monkeypatch.setattr(pipeline, "PIPELINE", tuple(self.stages))
         one, self.work = a_run(BUDGET, gap, find=find), Work(effort)
-        run([one], self.work)
+        search_all([one], self.work)
         return one
 
     def slices(self, name: str) -> list[float]:
@@ -87,12 +89,12 @@ class Recorded:
         return " ".join(name for name, _ in self.asked)
 
 
-def a_run(budget_bytes: int, gap: float = 0.0, *, find: bool = True) -> Run:
+def a_run(budget_bytes: int, gap: float = 0.0, *, find: bool = True) -> BudgetSearch:
     graph = graphs.chain()
     archive = Archive(graph)
     if find:
         archive.offer(SMALLER, "a test")
-    return Run(Problem(Models(graph), budget_bytes, gap), Search(archive, budget_bytes))
+    return BudgetSearch(Problem(Models(graph), budget_bytes, gap), Search(archive, budget_bytes))
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_an_ended_stage_is_not_asked_again(record: Recorded, monkeypatch: pytest
         started.append(1)
         yield Progress.LEARNT
 
-    record.stages.append(Stage("short", short, "a test"))
+    record.stages.append(Stage("short", short))
     record.stage("b", bounds_in(0, 1, 2), slices=4)
     one = record.run(monkeypatch)
     assert len(started) == 1 and record.names == "b b b b"
@@ -241,13 +243,13 @@ def test_many_searches_take_turns_the_widest_gap_first_and_who_is_done_has_no_mo
                 search.raise_bound(25)
             yield Progress.LEARNT
 
-    monkeypatch.setattr(pipeline, "PIPELINE", (Stage("a", strategy, "a test"),))
+    monkeypatch.setattr(pipeline, "PIPELINE", (Stage("a", strategy),))
     archive, models = Archive(graphs.chain()), Models(graphs.chain())
     archive.offer(SMALLER, "a test")
     archive.raise_bound(24, 22)
-    runs = [Run(Problem(models, budget, 0.0), Search(archive, budget)) for budget in (24, 25, 26)]
+    runs = [BudgetSearch(Problem(models, budget, 0.0), Search(archive, budget)) for budget in (24, 25, 26)]
     meter = Work()
-    run(runs, meter)
+    search_all(runs, meter)
     # 24 bytes: at most 3 ns from the optimum, and proven in the second turn; the others, 5 ns.
     assert asked == [25, 26, 24, 25, 26, 24, 25, 26, 25, 26]
     assert all(each.is_done for each in runs)
@@ -328,6 +330,5 @@ def test_the_clock_ends_a_search_wherever_it_is(calls: int, monkeypatch: pytest.
         assert isinstance(found[plain], Solution) and isinstance(found[plain + 1], Solution)
 
 
-def test_every_stage_says_what_it_is_for_under_a_name_of_its_own() -> None:
+def test_every_stage_has_a_name_of_its_own() -> None:
     assert len({stage.name for stage in pipeline.PIPELINE}) == len(pipeline.PIPELINE)
-    assert all(stage.why for stage in pipeline.PIPELINE)

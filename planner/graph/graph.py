@@ -82,6 +82,7 @@ class Graph:
         forward_outputs: values the caller keeps from the forward on; never freed.
         backward_outputs: gradients handed to the caller, at full size; never freed.
         num_forward_ops: ops[:num_forward_ops] are the forward.
+        backward_is_fixed: backward ops run in this order alone (they draw random numbers, communicate, ...).
 
     Raises:
         GraphError: from the constructor, naming the op or value.
@@ -93,6 +94,7 @@ class Graph:
     forward_outputs: tuple[str, ...]
     backward_outputs: tuple[str, ...]
     num_forward_ops: int
+    backward_is_fixed: bool = False
     value: dict[str, Value] = field(init=False, repr=False, compare=False)
     """Value by name."""
     producer: dict[str, int] = field(init=False, repr=False, compare=False)

@@ -157,5 +157,5 @@ class Plan:
 
 
 def _report(name: str) -> Any:
-    """A module of the room above, by name: a plan passes itself to it when asked to, and never imports it."""
+    """Import planner.report.<name> when it is asked for: graph/ must not depend on report/."""
     return import_module(f"planner.report.{name}")

@@ -124,6 +124,18 @@ def load_graph(path: str | Path) -> Graph:
     return read_graph(read_document(read_text(path, "graph file"), str(path)), str(path))
 
 
+def load_solvable(path: str | Path) -> tuple[Graph, Plan | None]:
+    """Read a graph to plan anew, and the plan that the file holds beside it, if any.
+
+    Raises:
+        PlanFileError: as for `load`.
+    """
+    text = read_text(path, "graph file")
+    document = read_document(text, str(path))
+    plan = loads(text, str(path)) if "plan" in document else None
+    return (plan.graph, plan) if plan is not None else (read_graph(document, str(path)), None)
+
+
 def _named(error: Exception) -> str:
     """What is wrong with a file: a missing field, or a wrong one."""
     return f"the field {reason(error)} is missing" if isinstance(error, KeyError) else reason(error)
@@ -136,6 +148,7 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
         "forward_outputs": graph.forward_outputs,
         "backward_outputs": graph.backward_outputs,
         "num_forward_ops": graph.num_forward_ops,
+        "backward_is_fixed": graph.backward_is_fixed,
     }
 
 
@@ -275,6 +288,7 @@ def read_graph(document: dict[str, Any], where: str) -> Graph:
             forward_outputs=strings(fields["forward_outputs"], "forward_outputs"),
             backward_outputs=strings(fields["backward_outputs"], "backward_outputs"),
             num_forward_ops=integer(fields["num_forward_ops"], "num_forward_ops"),
+            backward_is_fixed=boolean(fields["backward_is_fixed"], "backward_is_fixed"),
         )
         if sum(value.nbytes for value in values) + sum(op.workspace_bytes for op in ops) > MOST_BYTES:
             raise ValueError("its sizes add up to more than 64 bits hold")

@@ -1,4 +1,4 @@
-"""Files of schema 1, which an earlier release wrote: read as what they say, and never written.
+"""Files of schema 1, which earlier development versions wrote: read as what they say, and never written.
 
 Their ops name no kernels, so a plan from one is shown, explained and solved again, but not applied to a model.
 """
@@ -37,7 +37,7 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
     made = dict(document)
     graph = table(document.get("graph"), "the section graph")
     if "ops" in graph:
-        made["graph"] = graph | {"ops": [_op(row) for row in rows(graph["ops"], "ops")]}
+        made["graph"] = graph | {"ops": [_op(row) for row in rows(graph["ops"], "ops")], "backward_is_fixed": False}
     if "plan" in document:
         made["plan"] = {"check": "not run", "measured_bytes": None} | _solved(table(document["plan"], "the section plan"))
     if "sweep" in document:

@@ -34,12 +34,16 @@ def table(plan: Plan) -> str:
             f"{format_ns(plain.time_ns)} plain -> {format_ns(timeline.time_ns)} planned (+{plan.overhead:.2%}){known}",
         ),
         ("optimality", f"at most {plan.gap:.2%} of the step from the best plan ({plan.solution.status}; {ASSUMING})"),
-        ("solved", f"in {plan.solution.solve_s:.2f} s by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
+        ("solved", f"in {plan.solution.solve_s:.2f} s{_work(plan)} by {plan.solution.solver}; {len(plan.graph.ops)} ops"),
         ("stopped", STOPPED if plan.solution.limit == "time" else ""),
-        ("made on", str(plan.provenance or "")),
+        ("costs", str(plan.provenance or "")),
     ]
     lines = [f"{name:<11} {text}" for name, text in rows if text]
     return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
+
+
+def _work(plan: Plan) -> str:
+    return f", {plan.solution.work:.1f} units of work," if plan.solution.work else ""
 
 
 def _measured(plan: Plan) -> str:

@@ -143,11 +143,11 @@ class MaxBatch:
 
     @property
     def proof(self) -> str:
-        """Why the batch above has no plan: proven, or none found in the time given."""
+        """Why the batch above has no plan: proven, or none found with the effort given."""
         above = next(tried for tried in self.tried if tried.batch > self.batch)
         if isinstance(above.error, InfeasibleBudgetError):
             return f"batch {above.batch} cannot fit: no schedule needs less than {format_bytes(above.error.floor_bytes)}"
-        return f"for batch {above.batch} no schedule was found in the time given; that none exists was not proven"
+        return f"for batch {above.batch} no schedule was found with the effort given; that none exists was not proven"
 
     def verify(self, n: int = 3, *, rounds: int = 3) -> MaxBatch:
         """This search with the steps of `n` batches run and timed: always the largest and the largest plain, then others.
@@ -194,7 +194,7 @@ class MaxBatch:
             ("batch", f"{self.batch} is the largest within {format_bytes(self.budget_bytes)}; {self.proof}"),
             *([("smallest", f"{self.tried[0].batch}; below it: {self.smaller}")] if self.smaller else []),
             ("throughput", self.verdict),
-            ("made on", str(self.plan.provenance or "unknown")),
+            ("costs", str(self.plan.provenance or "unknown")),
         ]
         lines = [f"{name:<11} {text}" for name, text in head]
         return "\n".join([*lines, *(line.rstrip() for line in capture.get().rstrip().splitlines())])

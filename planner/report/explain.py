@@ -162,7 +162,7 @@ def _prices(plan: Plan, limits: Limits) -> tuple[Price | None, Price | None]:
     fits = plan.budget_bytes >= plain_bytes
     upper, lower = min(plan.budget_bytes + delta, plain_bytes), min(plan.budget_bytes, plain_bytes) - delta
     asked = {budget: budget - (plan.margin_bytes if budget < plain_bytes else 0) for budget in (upper, lower)}
-    found = Solver(plan.graph, reorder=_moved(plan)).sweep(asked.values(), limits)
+    found = Solver(plan.graph).sweep(asked.values(), limits)
 
     def price(budget_bytes: int) -> Price:
         answer = found[asked[budget_bytes]]
@@ -171,7 +171,7 @@ def _prices(plan: Plan, limits: Limits) -> tuple[Price | None, Price | None]:
         if isinstance(answer, InfeasibleBudgetError):
             return Price(budget_bytes, None, f"no schedule peaks below {format_bytes(answer.floor_bytes)}")
         assert isinstance(answer, NoScheduleFoundError)
-        return Price(budget_bytes, None, "no schedule was found in the time given")
+        return Price(budget_bytes, None, "no schedule was found with the effort given")
 
     below, above = price(lower), None if fits else price(upper)
     if above is not None and above.saved_ns is not None:
@@ -179,13 +179,6 @@ def _prices(plan: Plan, limits: Limits) -> tuple[Price | None, Price | None]:
     if below.saved_ns is not None:
         below = replace(below, saved_ns=min(0, below.saved_ns))
     return above, below
-
-
-def _moved(plan: Plan) -> bool:
-    """Whether backward ops run in another order than captured: the prices are those of the same liberty."""
-    turn = plan.graph.num_forward_ops
-    firsts = list(dict.fromkeys(i for i in plan.solution.schedule.steps if i >= turn))
-    return firsts != sorted(firsts)
 
 
 def text(explained: Explanation) -> str:

@@ -263,7 +263,6 @@ def sweep_graph(
     high: Budget | None = None,
     margin: Callable[[int], int] = lambda budget_bytes: 0,
     limits: Limits | None = None,
-    reorder: bool = True,
     provenance: Provenance | None = None,
     measure: Measure | None = None,
 ) -> Sweep:
@@ -273,8 +272,7 @@ def sweep_graph(
         graph: the joint graph.
         budgets, points, low, high: which budgets; see `planner.sweep`.
         margin: bytes of a budget to leave free for the allocator; grows with the budget up to the plain peak, where it ends.
-        limits: for all budgets together (default: an effort of 4.5).
-        reorder: backward ops may move; see `planner.solver.solve`.
+        limits: for all budgets together (default: an effort of 4.0).
         provenance, measure: kept in the sweep.
 
     Raises:
@@ -284,7 +282,7 @@ def sweep_graph(
     start = time.monotonic()
     plain_bytes = simulate(graph, keep_all(graph)).peak_bytes
     asked = asked_budgets(budgets, points, low, high, plain_bytes)
-    solver, limits = Solver(graph, reorder=reorder), limits or Limits(4.5)
+    solver, limits = Solver(graph), limits or Limits(4.0)
     if asked is None:
         lowest = solver.lowest_peak(limits.share(_LOWEST_SHARE)) + margin(plain_bytes - 1)
         highest = plain_bytes if high is None else parse_budget(high, plain_bytes)

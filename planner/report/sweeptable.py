@@ -43,7 +43,7 @@ def _head(sweep: Sweep) -> list[str]:
         ("suggested", f"{suggestion(sweep)}: the knee, below it less memory costs ever more time"),
         ("solved", f"{len(sweep.points) + len(sweep.misses)} budgets in {sweep.solve_s:.2f} s; {len(sweep.graph.ops)} ops"),
         ("stopped", f"{stopped} of {len(sweep.points)} plans {STOPPED}" if stopped else ""),
-        ("made on", str(sweep.provenance or "")),
+        ("costs", str(sweep.provenance or "")),
     ]
     return [f"{name:<11} {line}" for name, line in rows if line]
 

@@ -12,5 +12,5 @@ them their turns, in counted `Work` (`work`); `solve` is what others call. What 
 - `segments` (`pieces`): dynamic programming over where to cut the forward, what to keep of each run and what to run again.
 - `local_search` (`incremental`): a schedule is made to fit by evictions, then freed of recomputes it does not need.
 - `baselines`: what people do today. `exhaustive`: every schedule of a graph of a few ops.
-- `backend`: PuLP and HiGHS. `tuning`: every constant that was tuned.
+- `backend`: PuLP and HiGHS. `tuning`: the constants that were tuned.
 """

@@ -1,4 +1,4 @@
-"""The order of the stages, and the one loop that gives them their turns.
+"""The order of the stages, and the one loop that gives them their state.
 
 A turn gives every stage a slice of work, twice as much as in the turn before: a stage that needs little is done early, one that
 needs much gets it once the others had their chance. A search stops at its gap, at its work, or when what is left of the gap is
@@ -41,7 +41,6 @@ class Stage:
     Attributes:
         name: for the log.
         run: the strategy.
-        why: what it is there for.
         min_gap: it waits while the gap, as a fraction of the plain step's time, is smaller.
         first_turn: it waits for so many turns of the others, whose slices have doubled as often by then.
         applies: it waits where this is false.
@@ -49,26 +48,32 @@ class Stage:
 
     name: str
     run: stages.Strategy
-    why: str
     min_gap: float = 0.0
     first_turn: int = 0
     applies: Callable[[Problem, Search], bool] = _always
 
 
 PIPELINE = (
-    Stage("exhaustive", stages.exhaustive, "a few ops: certain, and at once", applies=_is_tiny),
-    Stage("certificate", stages.certificate, "bounds, and what they keep is most often nearly optimal"),
-    Stage("keep set", stages.keep_set, "the optimum of each value recomputed at most once"),
-    Stage("segments", stages.segments, "long chains, and budgets that take more than one recompute", 5 * GAP, 1),
-    Stage("baselines", stages.baselines, "what people do today is never better than the plan", 5 * GAP, 1),
-    Stage("descent", stages.descent, "from the lowest schedule down to the budget", 0.0, 1, _not_found),
-    Stage("lowest peak", stages.lowest_peak, "budgets near the lowest peak there is", 0.0, 1, _not_found),
-    Stage("local search", stages.local_search, "what kept sets cannot say", 0.0, 2, _found),
+    # A few ops: every schedule, at once.
+    Stage("exhaustive", stages.exhaustive, applies=_is_tiny),
+    # Bounds; what they keep is most often nearly optimal.
+    Stage("certificate", stages.certificate),
+    # The optimum where each value is recomputed at most once.
+    Stage("keep set", stages.keep_set),
+    # Long chains, and budgets that take more than one recompute of a value.
+    Stage("segments", stages.segments, min_gap=5 * GAP, first_turn=1),
+    # No plan is worse than what people do today.
+    Stage("baselines", stages.baselines, min_gap=5 * GAP, first_turn=1),
+    # Budgets near the lowest peak there is.
+    Stage("descent", stages.descent, first_turn=1, applies=_not_found),
+    Stage("lowest peak", stages.lowest_peak, first_turn=1, applies=_not_found),
+    # What kept sets cannot say: a value made again several times, also within the forward.
+    Stage("local search", stages.local_search, first_turn=2, applies=_found),
 )
 
 
 @dataclass(slots=True)
-class _Turns:
+class _StageState:
     """A stage under way: its generator, what it may spend, its next slice, and the state after which it got nowhere."""
 
     generator: Iterator[stages.Progress]
@@ -78,7 +83,7 @@ class _Turns:
     stuck_at: tuple[int, int] | None = None
 
 
-class Run:
+class BudgetSearch:
     """One budget's search under way.
 
     Attributes:
@@ -89,7 +94,7 @@ class Run:
     def __init__(self, problem: Problem, search: Search) -> None:
         self.problem, self.search = problem, search
         self.spent = 0.0
-        self._turns: dict[str, _Turns] = {}
+        self._states: dict[str, _StageState] = {}
         self._ended: set[str] = set()
         self._num_turns = 0
         self._has_more = True
@@ -118,8 +123,8 @@ class Run:
         self._num_turns += 1
 
     def _waits(self, stage: Stage) -> bool:
-        search, turns = self.search, self._turns.get(stage.name)
-        stuck = turns is not None and turns.empty >= 2 and turns.stuck_at == search.state
+        search, state = self.search, self._states.get(stage.name)
+        stuck = state is not None and state.empty >= 2 and state.stuck_at == search.state
         early = self._num_turns < stage.first_turn
         return (
             early or stage.name in self._ended or stuck or search.gap < stage.min_gap or not stage.applies(self.problem, search)
@@ -127,34 +132,37 @@ class Run:
 
     def _go_on(self, stage: Stage, work: Work) -> None:
         """One slice; it doubles each time. A stage that got nowhere twice waits until others have changed something."""
-        if stage.name not in self._turns:
+        if stage.name not in self._states:
             own = Work(meter=work.meter)
-            self._turns[stage.name] = _Turns(stage.run(self.problem, self.search, own), own)
-        turns = self._turns[stage.name]
+            self._states[stage.name] = _StageState(stage.run(self.problem, self.search, own), own)
+        state = self._states[stage.name]
         before, spent = self.search.state, work.meter.spent
-        turns.work.until = work.share(turns.slice).until
+        state.work.until = work.share(state.slice).until
         got_on = False
-        while not turns.work.is_over and not self._is_good:
-            turns.work.charge(300 * EVENT_UNITS)  # so that a slice ends even if the stage charges nothing
+        while not state.work.is_over and not self._is_good:
+            state.work.charge(300 * EVENT_UNITS)  # so that a slice ends even if the stage charges nothing
             try:
-                got_on = next(turns.generator) is not stages.Progress.NOTHING or got_on
+                got_on = next(state.generator) is not stages.Progress.NOTHING or got_on
             except StopIteration:
                 self._ended.add(stage.name)
                 break
         after = self.search.state
-        turns.slice *= 2
-        turns.empty, turns.stuck_at = (0, None) if got_on or after != before else (turns.empty + 1, after)
+        state.slice *= 2
+        state.empty, state.stuck_at = (0, None) if got_on or after != before else (state.empty + 1, after)
         self.spent += work.meter.spent - spent
-        SOLVER.debug(
-            "%s within %d bytes: %.3f units of work, time and bound %s -> %s", stage.name, self.problem.budget_bytes,
-            work.meter.spent - spent, before, after,
-        )  # fmt: skip
+        text = "%s within %d bytes: %.3f units of work; %s -> %s"
+        SOLVER.debug(text, stage.name, self.problem.budget_bytes, work.meter.spent - spent, _shown(before), _shown(after))
 
 
-def run(runs: Sequence[Run], work: Work) -> None:
+def _shown(state: tuple[int, int]) -> str:
+    best_ns, bound_ns = state
+    return f"{'no schedule' if best_ns < 0 else f'best {best_ns} ns'}, bound {bound_ns} ns"
+
+
+def search_all(searches: Sequence[BudgetSearch], work: Work) -> None:
     """Give the searches their turns, the widest gap first, until all are done or the work is over."""
     while not work.is_over:
-        waiting = sorted((run for run in runs if not run.is_done), key=lambda run: -run.search.gap)
+        waiting = sorted((one for one in searches if not one.is_done), key=lambda one: -one.search.gap)
         if not waiting:
             return
         for each in waiting:

@@ -21,7 +21,7 @@ def reordered(graph: Graph) -> tuple[Graph, tuple[int, ...]]:
     It is the graph itself where moving does not lower the peak of the plain step, as `simulate` counts it.
     """
     captured = tuple(range(len(graph.ops)))
-    order = (*range(graph.num_forward_ops), *_backward_order(graph))
+    order = captured if graph.backward_is_fixed else (*range(graph.num_forward_ops), *_backward_order(graph))
     if order == captured:
         return graph, captured
     moved = replace(graph, ops=tuple(graph.ops[i] for i in order))

@@ -13,7 +13,7 @@ from planner.graph.schedule import Schedule
 from planner.limits import Limits
 from planner.solver import stages
 from planner.solver.baselines import fixed_baselines, greedy
-from planner.solver.pipeline import Run, run
+from planner.solver.pipeline import BudgetSearch, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
 from planner.solver.search import Archive, Search
@@ -35,7 +35,7 @@ def solve(graph: Graph, budget_bytes: int, limits: Limits | None = None, *, gap:
         limits: what search and certificate together may spend. A plan that the clock ended says so: it may differ from run
             to run.
         gap: how far from the optimum to stop, as a fraction of the plain step's time.
-        reorder: backward ops may move a few places where that lowers the plain step's peak.
+        reorder: backward ops may move a few places where that lowers the plain step's peak, unless the graph forbids it.
 
     Raises:
         InfeasibleBudgetError: proven: no schedule fits.
@@ -107,14 +107,14 @@ class Solver:
         """
         work = begin(limits or Limits())
         outcomes: dict[int, Outcome] = {}
-        runs: dict[int, tuple[Solver, Run]] = {}
+        runs: dict[int, tuple[Solver, BudgetSearch]] = {}
         for budget in sorted(set(budgets_bytes)):
             solver = self._of_order(budget)
             if solver is None:
                 outcomes[budget] = infeasible(min(self.graph, self._captured, key=lambda graph: floor(graph)[0]), budget)
             else:
                 runs[budget] = solver, solver._run(budget, gap)
-        run([one for _, one in reversed(runs.values())], work)
+        search_all([one for _, one in reversed(runs.values())], work)
         for budget, (solver, one) in runs.items():
             outcome = outcomes[budget] = solver._outcome(one, work.meter)
             if solver is not self and isinstance(outcome, Solution):  # a plan for every larger budget, too
@@ -143,7 +143,7 @@ class Solver:
         self.offer_baselines(asked)
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
-            run([self._run(asked, math.inf)], work.share(work.left / 4))
+            search_all([self._run(asked, math.inf)], work.share(work.left / 4))
             high = self.archive.lowest.timeline.peak_bytes
             low = least if high <= asked else asked + 1  # from a lower start, what failed before may succeed
             if high - low <= high // 1000:
@@ -151,8 +151,8 @@ class Solver:
             asked = (low + high) // 2
         return high
 
-    def _run(self, budget_bytes: int, gap: float) -> Run:
-        return Run(Problem(self.models, budget_bytes, gap), Search(self.archive, budget_bytes))
+    def _run(self, budget_bytes: int, gap: float) -> BudgetSearch:
+        return BudgetSearch(Problem(self.models, budget_bytes, gap), Search(self.archive, budget_bytes))
 
     def _of_order(self, budget_bytes: int) -> Solver | None:
         """The solver whose order of the backward can meet a budget: this one, that of the captured order, or neither."""
@@ -164,7 +164,7 @@ class Solver:
             self._unmoved = Solver(self._captured, reorder=False)
         return self._unmoved
 
-    def _outcome(self, one: Run, meter: Meter) -> Solution | NoScheduleFoundError:
+    def _outcome(self, one: BudgetSearch, meter: Meter) -> Solution | NoScheduleFoundError:
         search = one.search
         seconds = meter.elapsed_s * (one.spent / meter.spent if meter.spent else 1.0)
         if search.gap > 5 * GAP:  # however little was spent, the plan is no worse than what people do today

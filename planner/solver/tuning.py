@@ -1,4 +1,4 @@
-"""Every constant that was tuned, each with its unit and its reason. Tolerances and scales stand where they are used."""
+"""The tuned constants, each with its unit and its reason. Tolerances, scales and fixed grids stand where they are used."""
 
 from __future__ import annotations
 

@@ -93,6 +93,7 @@ class _Lowering:
             forward_outputs=self._roots([by_name[name] for name in self.joint.results], made),
             backward_outputs=self._roots([by_name[name] for _, name in self.joint.gradients], made),
             num_forward_ops=num_forward_ops,
+            backward_is_fixed=backward_is_fixed(self.joint),
         )
 
     def _resident(self) -> list[Value]:
