@@ -39,6 +39,7 @@ FLOORS: dict[str, float] = {
     "planner.levels": 4,
     "planner.priced": 4,
     "planner.cli": 5,
+    "planner.command_line": 5,
     "planner.compile_backend": 5,
 }
 HOMES = ("planner._torch", "planner._inductor", "planner._switches", "planner._collectives", "planner._kernels")
