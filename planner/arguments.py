@@ -53,13 +53,23 @@ def check_call(args: Any, kwargs: Any) -> None:
             raise InputError(f"kwargs has the key {shown(name)}, {kind(name)}: keyword arguments are named by strings")
 
 
+def _as_number(value: Any) -> Any:
+    """A float, an int, or what was given where it is neither; an infinity where no float is large enough."""
+    if not isinstance(value, Real) or isinstance(value, (bool, int)):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def seconds(value: Any, what: str = "time_limit_s") -> float:
     """A time limit.
 
     Raises:
         InputError: no positive, finite number of seconds.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, (bool, int)) else value
+    number = _as_number(value)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
         raise InputError(f"{what}={shown(value)}: give a positive number of seconds, such as 10.0")
     return float(min(number, _MOST))
@@ -71,7 +81,7 @@ def limits(effort: Any, time_limit_s: Any = None, what: str = "effort") -> Limit
     Raises:
         InputError: no positive, finite numbers.
     """
-    number = float(effort) if isinstance(effort, Real) and not isinstance(effort, (bool, int)) else effort
+    number = _as_number(effort)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
         raise InputError(f"{what}={shown(effort)}: give a positive number, about the solver's seconds, such as 10.0")
     return Limits(float(min(number, _MOST)), None if time_limit_s is None else seconds(time_limit_s))

@@ -449,7 +449,6 @@ def test_the_budget_named_by_plan_children_is_enough():
 
 def test_a_schedule_that_was_not_found_names_what_was(monkeypatch):
     net, x = deep(60)
-    monkeypatch.setattr("planner.solver.solve.Solver._in_captured_order", lambda self, budget: self)
     monkeypatch.setattr("planner.solver.solve.floor", lambda graph: (1, 0))
     with pytest.raises(NoScheduleFoundError, match=r"no schedule within 100kB was found") as caught:
         plan(net, "100kB", (x,), **QUICK, effort=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 
+import pytest
 import torch
 from torch import nn
 
@@ -104,3 +105,39 @@ def test_a_list_in_several_places_does_not_grow():
     assert planned.num_unplanned_calls == 0 and planned.difference((x,), {}) is None
     assert model.names == ["default"] and model.one.names is model.three.names is model.names
     assert len(model.heads) == 1 and model.first.heads is model.heads and torch.equal(model.heads[0], twin.heads[0])
+
+
+class OddLength(list):
+    """A list whose own length says nothing."""
+
+    __len__ = None
+
+
+class OddItems(dict):
+    """A dictionary that gives other things than it holds."""
+
+    def items(self):
+        raise LookupError("items")
+
+    __iter__ = None
+
+
+@pytest.mark.parametrize(("kind", "holds"), [(OddLength, "attribute"), (OddLength, "argument"), (OddItems, "attribute")])
+def test_containers_are_read_by_pythons_own_methods(kind, holds):
+    """What a derived class says of itself is the user's: it is neither asked nor taken for a fault of the planner."""
+    content = kind({"k": torch.ones(8)} if kind is OddItems else [torch.ones(8)])
+    key = "k" if kind is OddItems else 0
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.held = nn.Linear(8, 8), content if holds == "attribute" else None
+
+        def forward(self, x, given=None):
+            return torch.tanh(self.inner(x)) * (self.held if given is None else given)[key]
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 8)
+    call = (x, content) if holds == "argument" else (x,)
+    module = plan(model, 1 << 20, call, costs="estimate", progress=False)
+    assert torch.equal(module(*call), model(*call)) and module.num_planned_calls == 1

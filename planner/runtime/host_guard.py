@@ -21,7 +21,7 @@ from torch import nn
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, parts
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, own_class, parts
 
 Look = Callable[[], Sequence[Any]]
 """Reads items that are compared by identity."""
@@ -217,8 +217,9 @@ def _may_appear(module: nn.Module, name: str) -> bool:
 
 def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
     if isinstance(value, (dict, MappingProxyType)):
-        group.dicts.append((value, list(value.values())))
-        look: Look = lambda: list(value)
+        kind: Any = own_class(value) or MappingProxyType
+        group.dicts.append((value, list(kind.values(value))))
+        look: Look = lambda: list(kind.__iter__(value))
         group.others.append((look, look()))
     elif isinstance(value, (str, bytes, int, float, complex)) or value is None:
         return  # of a derived class, too: compared by value, attributes left out

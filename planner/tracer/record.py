@@ -22,7 +22,7 @@ from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
 from planner.tracer.host.observe import HOOKS, Observation, Observer
-from planner.tracer.host.preserve import contents_preserved, model_preserved
+from planner.tracer.host.preserve import model_preserved
 from planner.tracer.host.restorers import same_bits
 from planner.tracer.host.scopes import global_names
 from planner.tracer.host.values import parts as parts_of
@@ -66,7 +66,7 @@ def record(
     """
     calls: dict[str, PartCall] = {}
     counts: dict[str, int] = {}
-    observer = Observer(model, modules, parts, device)
+    observer = Observer(model, modules, parts, device, [*model.buffers(), *written_weights(model)])
 
     def run_part(module: nn.Module, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         counts[name] = counts.get(name, 0) + 1
@@ -87,16 +87,13 @@ def record(
         return call()
 
     try:
-        with (
-            contents_preserved([*model.buffers(), *written_weights(model)]),
-            _torch.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part),
-        ):
+        with _torch.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
             return observer.observe(run_model, inputs), calls
     except BaseException:
         observer.preserved.restore()
         raise
     finally:
-        observer.kernels.restore_contents()
+        observer.kernels.restore_contents(forms=False)
 
 
 def _refuse_collected(module: nn.Module, name: str) -> None:

@@ -14,7 +14,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.state import Effect, Path
-from planner.tracer.host.values import ABSENT, attributes, is_array, is_object
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _Finder:
             return  # a list in several places is looked at in the first: a snapshot lists its items there
         self._lists.add(id(now))
         old = self._num_parts[_root(path), path.steps]
-        new = list(now)
+        new = [item for _, item in items_of(now)]
         if len(new) <= old:
             return
         kept = [self._before.get(path.inside(("item", i)), ABSENT) for i in range(old)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from planner._collectives import collectives_forbidden
-from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id, written
+from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id, untraced, written
 from planner.errors import InputError
 from planner.profiler.observed import is_foreign
 from planner.tracer.collectives import alone
@@ -51,7 +51,7 @@ class RecordKernels(TorchDispatchMode):
         self._storages: dict[int, torch.Tensor] = {}
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._flags: list[tuple[torch.Tensor, bool]] = []
-        self._at_start: dict[int, int] = {}
+        self._at_start: dict[int, object] = {}
         self._written_apart: dict[int, torch.Tensor] = {}
         self._shared_apart: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._graphs_refused: tuple[str, frozenset[int]] | None = None
@@ -73,31 +73,35 @@ class RecordKernels(TorchDispatchMode):
     def new_run(self) -> Run:
         """Begin another run."""
         self.run, self._made = Run(), {}
-        self._at_start = {key: storage_id(tensor) for key, (tensor, _) in self._data.items()}
+        self._at_start = {key: _memory(tensor) for key, (tensor, _) in self._data.items()}
         return self.run
 
-    def know(self, weights: Sequence[torch.Tensor]) -> None:
-        """Remember the memory of these, and whether they require grad, before anything runs."""
+    def know(self, weights: Sequence[torch.Tensor], others: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
+        """Remember the memory of the model's tensors, which of its weights require grad, and what `written` hold."""
+        with untraced():
+            self._contents |= {id(tensor): (tensor, tensor.detach().clone()) for tensor in written}
         self._flags += [(tensor, tensor.requires_grad) for tensor in weights if tensor.is_leaf]
-        self._data |= {id(t): (t, t.detach()) for t in weights if t.layout is torch.strided}
+        self._data |= {id(t): (t, t.detach()) for t in (*weights, *others) if t.layout is torch.strided}
 
     @property
     def has_swapped_data(self) -> bool:
-        """The last run gave other memory to a tensor that was there before (`tensor.data = other`)."""
-        return any(
-            storage_id(tensor) != self._at_start.get(key, storage_id(data)) for key, (tensor, data) in self._data.items()
-        )
+        """The last run gave other memory to a tensor that was there before (`tensor.data = other`), or another form."""
+        return any(_memory(tensor) != self._at_start.get(key, _memory(data)) for key, (tensor, data) in self._data.items())
 
     @property
-    def has_changed_kinds(self) -> bool:
-        """A tensor that was there before has another dtype, device, shape or strides now (`w.data = w.data.half()`)."""
-        return any(_kind(tensor) != _kind(data) for tensor, data in self._data.values())
+    def has_unguarded_changes(self) -> bool:
+        """A tensor that was there before is lazily conjugated or negated now, or lies elsewhere in its storage: unguarded."""
+        return any(_unguarded(tensor) != _unguarded(data) for tensor, data in self._data.values())
 
-    def restore_contents(self) -> None:
-        """Put back what kernels wrote into tensors that were there before."""
+    def restore_contents(self, *, forms: bool) -> None:
+        """Put back what kernels wrote into tensors that were there before, and their memory.
+
+        `forms`: also of those whose dtype, shape or strides the first run changed. Until the capture ends they stay as the
+        planned call will find them; the weights that a plan is for are compared by these.
+        """
         with torch.no_grad():
             for tensor, data in self._data.values():
-                if storage_id(tensor) != storage_id(data):
+                if _memory(tensor) != _memory(data) and (forms or _form(tensor) == _form(data)):
                     tensor.data = data
             for tensor, required in reversed(self._flags):
                 if not tensor.is_leaf:  # a graph of ours was written into it
@@ -202,8 +206,16 @@ def graph_from_outside(name: str) -> InputError:
     )
 
 
-def _kind(tensor: torch.Tensor) -> object:
+def _form(tensor: torch.Tensor) -> object:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    return storage_id(tensor), _form(tensor), _unguarded(tensor)
+
+
+def _unguarded(tensor: torch.Tensor) -> object:
+    return tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
 
 
 def _without_communication(func: Any, args: Any, kwargs: Any) -> Any:

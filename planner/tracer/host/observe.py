@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.faults import calls_users_code
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.generators import Generators
@@ -26,13 +27,30 @@ from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import put_back
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
-from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
+from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, parts
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps its hooks."""
+
+
+@calls_users_code
+def _plain_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Tensors among the attributes of a model's modules, and in the containers that these hold."""
+    held = [value for module in model.modules() for name, value in vars(module).items() if name not in MODULE_STATE]
+    found, seen = [], set[int]()
+    while held:
+        value = held.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            held += [part for _, part in parts(value, lambda _, __: True)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,12 @@ class Observer:
         model: left as it was found when `preserved` is restored, which the caller does.
         modules: the stack of running submodules, followed by hooks.
         parts: names of opaque submodules, whose inner state is left out.
+        written: weights and buffers that kernels may write into.
     """
 
-    def __init__(self, model: nn.Module, modules: Any, parts: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Any, parts: Sequence[str], device: torch.device, written: Sequence[torch.Tensor]
+    ) -> None:
         self._model, self._modules, self._parts = model, modules, tuple(parts)
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved()
@@ -78,7 +99,8 @@ class Observer:
             self.preserved.keep(tensor)
         where = lambda: str(modules)
         self.kernels = RecordKernels(where, self.pause)
-        self.kernels.know([*model.parameters(), *model.buffers()])
+        self.kernels.know([*model.parameters(), *model.buffers()], _plain_tensors(model), written)
+        self.preserved.finally_do(lambda: self.kernels.restore_contents(forms=True))
         self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
@@ -142,7 +164,7 @@ class Observer:
             os.environ.clear()
             os.environ.update(self._environment)
             raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
-        if self.kernels.has_changed_kinds or (self.kernels.has_swapped_data and not is_first):
+        if self.kernels.has_unguarded_changes or (self.kernels.has_swapped_data and not is_first):
             raise CaptureError(
                 "the model's forward gives a tensor other memory (tensor.data = ...): write into it, or assign it"
             )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from planner._torch import untraced
+from planner.tracer.faults import calls_users_code
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
 from planner.tracer.host.restorers import content_of, put_back, restorer
@@ -31,6 +32,11 @@ class Preserved:
         self._guards_iterators = guards_iterators
         self._kept: dict[int, tuple[Any, Callable[[], bool], str]] = {}
         self._variables: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self._at_end: list[Callable[[], None]] = []
+
+    def finally_do(self, act: Callable[[], None]) -> None:
+        """Call this whenever everything is put back, after that."""
+        self._at_end.append(act)
 
     def keep(self, value: Any, where: str = "") -> bool:
         """Remember what this container or object holds; False where it holds nothing that can change, or is known."""
@@ -62,6 +68,8 @@ class Preserved:
                 _put_variable(scope, name, value)
                 changed = True
         put_back = [restore() for _, restore, _ in self._kept.values()]  # every one of them
+        for act in self._at_end:
+            act()
         return any(put_back) or changed
 
     @contextlib.contextmanager
@@ -148,6 +156,7 @@ _MOST_OBJECTS = 20_000
 """Objects followed from a model at most: some lead to everything there is."""
 
 
+@calls_users_code
 def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where: str = "") -> list[Any]:
     """Remember a value and the containers and functions it is made of; returns the objects met, whose attributes are not.
 

@@ -19,7 +19,7 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.scopes import PACKAGE, Reads, global_names, is_library_code, scopes_of
-from planner.tracer.host.values import attributes, is_foreign_class
+from planner.tracer.host.values import attributes, is_foreign_class, own_class
 
 _COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
@@ -113,7 +113,7 @@ class ReadRecorder:
 
     def _is_known(self, value: Any) -> bool:
         """A large container that was looked through, and has about as many items as then: a loop may read it for each item."""
-        size = len(value) if isinstance(value, (dict, list, set, tuple)) else 0
+        size = own_class(value).__len__(value) if isinstance(value, (dict, list, set, tuple)) else 0
         if size <= _SMALL:
             return False
         if size // 2 < self._sizes.get(id(value), 0) < size * 2:

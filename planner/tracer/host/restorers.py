@@ -8,19 +8,21 @@ import functools
 import random
 import types
 from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 
 from planner._torch import FakeTensor, untraced
+from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class
 
 _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
@@ -93,7 +95,7 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
 
 def _refill(value: Any, content: Any) -> None:
     """Give a container this content, by the methods of Python's own class: a class derived from it may forbid `update`."""
-    kind: Any = next(base for base in (OrderedDict, dict, set, list, deque, bytearray) if isinstance(value, base))
+    kind = own_class(value)
     kind.clear(value)
     if isinstance(value, dict):
         for key, item in content.items():
@@ -131,28 +133,25 @@ def _restorer_of_cache(value: Any) -> Callable[[], bool]:
 
 
 def _shallow(value: Any) -> Any:
+    if isinstance(value, bytearray):
+        return bytes(value)
     if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, set):
-        return set(value)
-    return list(value) if isinstance(value, (list, deque)) else bytes(value)
+        return dict(items_of(value))
+    items = [item for _, item in items_of(value)]
+    return set(items) if isinstance(value, set) else items
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return list(value.items())
-    return list(enumerate(value)) if isinstance(value, (list, deque)) else []
+    return items_of(value) if isinstance(value, (dict, list, deque)) else []
 
 
 def _same_items(value: Any, content: Any) -> bool:
-    if len(value) != len(content):
-        return False
+    if isinstance(value, (set, bytearray)):
+        return bool(own_class(value).__eq__(value, content))
+    pairs = list(zip_longest(items_of(value), items_of(content)))
     if isinstance(value, dict):
-        pairs = zip(value.items(), content.items(), strict=True)
-        return all(k is j and v is w for (k, v), (j, w) in pairs)
-    if isinstance(value, set):
-        return bool(value == content)
-    return all(a is b for a, b in zip(value, content, strict=True)) if not isinstance(value, bytearray) else value == content
+        return all(a is not None and b is not None and a[0] is b[0] and a[1] is b[1] for a, b in pairs)
+    return all(a is not None and b is not None and a[1] is b[1] for a, b in pairs)
 
 
 def _restorer_of_function(value: types.FunctionType, where: str | None) -> Callable[[], bool]:
@@ -236,6 +235,7 @@ _PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakre
 """What recording itself changes on classes, and undoes."""
 
 
+@calls_users_code
 def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     held = dict(vars(value)) if hasattr(value, "__dict__") else {}
     slots = {name: item for name, item in attributes(value).items() if name not in held}

@@ -12,7 +12,7 @@ import threading
 import types
 import weakref
 from array import array
-from collections import ChainMap, deque
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from planner.tracer.faults import calls_users_code
 
 Step = tuple[str, Any]
 Wanted = Callable[[Any, str], bool]
@@ -54,6 +56,7 @@ def is_foreign_class(kind: type) -> bool:
     return str(kind.__module__).partition(".")[0] in _FOREIGN
 
 
+@calls_users_code
 def is_object(value: Any) -> bool:
     """A plain object of the user's, or of a library that is written in Python: its attributes are its parts."""
     kind = type(value)
@@ -83,9 +86,11 @@ def is_iterator(value: Any) -> bool:
     return hasattr(type(value), "__next__")
 
 
+@calls_users_code
 def attributes(value: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots included."""
-    found = dict(getattr(value, "__dict__", ()))
+    held = getattr(value, "__dict__", None)
+    found = dict(held) if isinstance(held, dict) else {}
     for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -94,13 +99,34 @@ def attributes(value: Any) -> dict[str, Any]:
     return found
 
 
+_CONTAINERS = (OrderedDict, dict, set, frozenset, list, tuple, deque, bytearray)
+
+
+def own_class(value: Any) -> Any:
+    """Python's own container class that a value is of, or derived from; None for others.
+
+    What it holds is read by this class's methods: those of a derived class are the user's, and may do anything.
+    """
+    return next((base for base in _CONTAINERS if isinstance(value, base)), None)
+
+
+def items_of(value: Any) -> list[tuple[Any, Any]]:
+    """Key and item of a dictionary, place and item of another container, in order."""
+    kind = own_class(value)
+    if kind in (OrderedDict, dict):
+        return list(kind.items(value))
+    return list(enumerate(kind.__iter__(value)))
+
+
 def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
     """The parts of a value, by step; a leaf has none."""
     if isinstance(value, (str, bytes, torch.Tensor, torch.Size)):
         return
     if isinstance(value, (list, tuple, deque)):
-        yield from ((("item", i), item) for i, item in enumerate(value))
-    elif isinstance(value, (dict, types.MappingProxyType)):
+        yield from ((("item", i), item) for i, item in items_of(value))
+    elif isinstance(value, dict):
+        yield from ((("item", key), item) for key, item in items_of(value))
+    elif isinstance(value, types.MappingProxyType):
         yield from ((("item", key), item) for key, item in value.items())
     elif isinstance(value, types.FunctionType):
         yield from _parts_of_function(value)
