@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import pytest
 import torch
@@ -105,6 +105,44 @@ def test_a_list_in_several_places_does_not_grow():
     assert planned.num_unplanned_calls == 0 and planned.difference((x,), {}) is None
     assert model.names == ["default"] and model.one.names is model.three.names is model.names
     assert len(model.heads) == 1 and model.first.heads is model.heads and torch.equal(model.heads[0], twin.heads[0])
+
+
+class Plain(list):
+    pass
+
+
+class Table(dict):
+    pass
+
+
+class Line(deque):
+    pass
+
+
+@pytest.mark.parametrize("made", [lambda t: Plain([t]), lambda t: Table(k=t), lambda t: Line([t]), lambda t: [Plain([t])]])
+def test_derived_containers_hold_what_they_held(made):
+    """While a step is traced, they hold what stands for their tensors; planning left that there."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.held = nn.Linear(8, 8), made(torch.ones(8))
+
+        def forward(self, x):
+            held = self.held["k"] if isinstance(self.held, dict) else self.held[0]
+            return torch.tanh(self.inner(x)) * (held[0] if isinstance(held, list) else held)
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 8)
+    before = items(model.held)
+    module = plan(model, 1 << 20, (x,), costs="estimate", progress=False)
+    assert all(a is b for a, b in zip(before, items(model.held), strict=True))
+    assert torch.equal(module(x), model(x)) and module.num_planned_calls == 1
+
+
+def items(value):
+    held = value.values() if isinstance(value, dict) else value
+    return [leaf for item in held for leaf in (items(item) if isinstance(item, list) else [item])]
 
 
 class OddLength(list):

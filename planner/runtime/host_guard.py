@@ -21,7 +21,7 @@ from torch import nn
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, own_class, parts
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, parts
 
 Look = Callable[[], Sequence[Any]]
 """Reads items that are compared by identity."""
@@ -218,9 +218,13 @@ def _may_appear(module: nn.Module, name: str) -> bool:
 def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
     if isinstance(value, (dict, MappingProxyType)):
         kind: Any = own_class(value) or MappingProxyType
-        group.dicts.append((value, list(kind.values(value))))
         look: Look = lambda: list(kind.__iter__(value))
         group.others.append((look, look()))
+        if type(value) in (dict, MappingProxyType):
+            group.dicts.append((value, list(value.values())))
+        else:  # its own `len` and `values` may say anything
+            inside: Look = lambda: list(kind.values(value))
+            group.others.append((inside, inside()))
     elif isinstance(value, (str, bytes, int, float, complex)) or value is None:
         return  # of a derived class, too: compared by value, attributes left out
     elif isinstance(value, (type, ModuleType)):
@@ -235,7 +239,8 @@ def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
         look = lambda: [content if _content(value) == content else None]
         group.others.append((look, [content]))
     elif isinstance(value, (list, deque)):
-        group.others.append((lambda: value, list(value)))
+        look = (lambda: value) if type(value) in (list, tuple) else (lambda: [item for _, item in items_of(value)])
+        group.others.append((look, list(look())))
     if isinstance(value, _CONTAINERS):
         if is_object(value):  # of a class derived from Python's
             _note_attributes(group, value)

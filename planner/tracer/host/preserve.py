@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -18,7 +17,7 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
 from planner.tracer.host.restorers import content_of, put_back, restorer
-from planner.tracer.host.values import ABSENT, attributes, is_code, is_foreign_class, is_object
+from planner.tracer.host.values import ABSENT, attributes, is_code, is_foreign_class, is_object, items_of, own_class
 
 
 class Preserved:
@@ -171,12 +170,11 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
         seen.add(id(item))
         if isinstance(item, nn.Module) or is_object(item):
             objects.append(item)
-            continue
+            if own_class(item) is None:  # else it has items, too
+                continue
         preserved.keep(item, place)
-        if isinstance(item, dict):
-            todo += [(inner, f"{place}[{key!r}]") for key, inner in item.items()]
-        elif isinstance(item, (list, tuple, deque, set, frozenset)) and not isinstance(item, torch.Size):
-            todo += [(inner, f"{place}[{i}]") for i, inner in enumerate(item)]
+        if own_class(item) is not None and not isinstance(item, (torch.Size, bytearray)):
+            todo += [(inner, f"{place}[{key!r}]") for key, inner in items_of(item)]
         elif isinstance(item, types.FunctionType):
             todo += [(content_of(cell), place) for cell in item.__closure__ or ()]
             todo += [(held, place) for held in (item.__defaults__, item.__kwdefaults__, vars(item)) if held]

@@ -255,10 +255,10 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     made = copy.copy(value)
     if isinstance(value, (list, deque)):
-        for i, item in enumerate(value):
+        for i, item in items_of(value):
             made[i] = rebuilt(item, leaf)
     elif isinstance(value, dict):
-        for key, item in value.items():
+        for key, item in items_of(value):
             made[key] = rebuilt(item, leaf)
     if hasattr(made, "__dict__"):
         for name, item in vars(value).items():
