@@ -144,7 +144,7 @@ def test_it_says_what_is_kept_recomputed_and_where_from(tmp_path):
         "budget",
         "peak",
         "step time",
-        "made on" if planned.plan.provenance else "optimality",
+        "costs" if planned.plan.provenance else "optimality",
         "Output",
     ):
         assert part in head

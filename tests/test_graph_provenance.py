@@ -39,13 +39,13 @@ def a_plan(limit: str = "", provenance: Provenance | None = None) -> Plan:
 )
 def test_it_prints_as_a_line(provenance: Provenance, text: str) -> None:
     assert str(provenance) == text
-    assert f"\nmade on     {text}\n" in str(a_plan(provenance=provenance))
+    assert f"\ncosts       {text}\n" in str(a_plan(provenance=provenance))
 
 
 def test_a_plan_is_estimated_where_no_kernel_was_run() -> None:
     assert a_plan(provenance=ABSENT).is_estimated
     assert not a_plan(provenance=replace(MEASURED, num_estimated=50)).is_estimated
-    assert not a_plan().is_estimated and "made on" not in str(a_plan())
+    assert not a_plan().is_estimated and "\ncosts " not in str(a_plan())
 
 
 def test_a_plan_that_time_stopped_says_so_in_a_line() -> None:

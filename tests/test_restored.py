@@ -60,6 +60,44 @@ def test_every_kind_of_container_is_put_back(name):
     assert type(value) is type(before) and list(value) == list(before) and str(value) == str(before)
 
 
+class Proxy:
+    """Shows another object's attributes as its own, as `list[int]` shows those of `list`."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target):
+        self.target = target
+
+    @property
+    def __dict__(self):
+        return vars(self.target)
+
+
+@pytest.mark.parametrize("value", [list[int], Proxy(nn.Module), Proxy(list)], ids=["alias", "proxy of a module", "proxy of a class"])
+def test_objects_that_show_anothers_attributes_are_read_and_put_back(value):
+    holder = [value]
+    preserved = Preserved()
+    preserved.keep(holder)
+    preserved.keep(value)
+    assert not preserved.restore()
+    holder.append(1)
+    assert preserved.restore() and holder == [value]
+
+
+def test_a_model_that_holds_a_generic_alias_trains_as_before():
+    class Typed(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.kind = list[int]
+
+        def forward(self, x):
+            return super().forward(x) * (2.0 if self.kind == list[int] else 3.0)
+
+    net = Typed()
+    planned = plan(copy.deepcopy(net), 1.0, (X,), **QUICK)
+    assert_same(trajectory(net, (X,), {}), trajectory(planned, (X,), {}))  # its second step is audited
+
+
 class Writes(nn.Module):
     """Calls `write` on itself in its forward."""
 

@@ -21,7 +21,17 @@ from torch import nn
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, parts
+from planner.tracer.host.values import (
+    ABSENT,
+    MODULE_STATE,
+    attributes,
+    is_array,
+    is_object,
+    items_of,
+    own_class,
+    own_dict,
+    parts,
+)
 
 Look = Callable[[], Sequence[Any]]
 """Reads items that are compared by identity."""
@@ -253,7 +263,7 @@ _CONTAINERS = (dict, list, deque, tuple, set, bytearray)
 
 def _note_attributes(group: _Group, value: Any) -> None:
     """What an object's attributes are, those in slots included."""
-    held = getattr(value, "__dict__", {})
+    held = own_dict(value) or {}
     if held:
         group.dicts.append((held, list(held.values())))
     if isinstance(value, nn.Module):  # one that the model does not list among its own

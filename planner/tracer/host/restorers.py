@@ -22,7 +22,7 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, own_dict
 
 _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
@@ -75,7 +75,7 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
 
 def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
     content = _shallow(value)
-    kept = dict(vars(value)) if hasattr(value, "__dict__") else None
+    kept = dict(own_dict(value) or {})
     for key, item in _items(value):
         if where is not None and is_used_up(item):
             value[key] = GuardedIterator(item, f"{where}[{key!r}]")
@@ -84,13 +84,19 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
         changed = not _same_items(value, content)
         if changed:
             _refill(value, content)
-        if kept is not None and not _same_items(vars(value), kept):
-            vars(value).clear()
-            vars(value).update(kept)
-            changed = True
-        return changed
+        return _put_back_dict(value, kept) or changed
 
     return put_back
+
+
+def _put_back_dict(value: Any, content: dict[str, Any]) -> bool:
+    """Give an object's own dictionary this content again; whether it had another."""
+    inner = own_dict(value)
+    if inner is None or _same_items(inner, content):
+        return False
+    inner.clear()
+    inner.update(content)
+    return True
 
 
 def _refill(value: Any, content: Any) -> None:
@@ -237,26 +243,23 @@ _PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakre
 
 @calls_users_code
 def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
-    held = dict(vars(value)) if hasattr(value, "__dict__") else {}
+    inner = own_dict(value)
+    held = dict(inner or {})
     slots = {name: item for name, item in attributes(value).items() if name not in held}
     for name, item in held.items():
-        if where is not None and is_used_up(item):
-            vars(value)[name] = GuardedIterator(item, f"{where}.{name}".lstrip("."))
+        if inner is not None and where is not None and is_used_up(item):
+            inner[name] = GuardedIterator(item, f"{where}.{name}".lstrip("."))
 
     state = [_restorer_of_container(held[kind], None) for kind in MODULE_STATE] if isinstance(value, nn.Module) else []
 
     def put_back() -> bool:
         restored = [restore() for restore in state]  # every one of them
-        changed = any(restored)
-        if hasattr(value, "__dict__") and not _same_items(vars(value), held):
-            changed = True
-            vars(value).clear()
-            vars(value).update(held)
+        changed = _put_back_dict(value, held) or any(restored)
         for name, item in slots.items():
             if getattr(value, name, ABSENT) is not item:
                 object.__setattr__(value, name, item)
                 changed = True
-        own = vars(value) if hasattr(value, "__dict__") else {}
+        own = own_dict(value) or {}
         for name in [name for name in attributes(value) if name not in slots and name not in own]:
             object.__delattr__(value, name)
             changed = True

@@ -87,10 +87,19 @@ def is_iterator(value: Any) -> bool:
 
 
 @calls_users_code
+def own_dict(value: Any) -> dict[str, Any] | None:
+    """The dictionary of an object's own attributes; None where it has none.
+
+    A `__dict__` that cannot be written is another's: `list[int]` shows that of `list`, and a proxy that of what it stands for.
+    """
+    held = getattr(value, "__dict__", None)
+    return held if isinstance(held, dict) else None
+
+
+@calls_users_code
 def attributes(value: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots included."""
-    held = getattr(value, "__dict__", None)
-    found = dict(held) if isinstance(held, dict) else {}
+    found = dict(own_dict(value) or {})
     for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -232,8 +241,9 @@ def put(value: Any, step: Step, new: Any) -> Any:
         vars(value)[kind][key] = new
         return value
     if kind == "attr":
-        if hasattr(value, "__dict__") and not isinstance(value, type):
-            vars(value)[key] = new
+        inner = own_dict(value)
+        if inner is not None:
+            inner[key] = new
         elif isinstance(value, type):
             setattr(value, key, new)
         else:
@@ -260,9 +270,9 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
     elif isinstance(value, dict):
         for key, item in items_of(value):
             made[key] = rebuilt(item, leaf)
-    if hasattr(made, "__dict__"):
-        for name, item in vars(value).items():
-            vars(made)[name] = rebuilt(item, leaf)
+    inner = own_dict(made)
+    if inner is not None:
+        inner.update({name: rebuilt(item, leaf) for name, item in vars(value).items()})
     return made
 
 
