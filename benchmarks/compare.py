@@ -36,7 +36,7 @@ from benchmarks.comparison import tables
 from benchmarks.memory import MALLOC_ENVIRONMENT, interleaved_cpu_seconds, logical_peak, middle, physical_peak
 from benchmarks.rivals import RIVALS, Method, NotApplicable
 from planner.errors import PlannerError
-from planner.graph.plan import Plan
+from planner.results.plan import Plan
 
 MODELS = ("gpt2", "llama", "bert", "vit", "resnet50", "unet")
 SHARES = {f"ours-{share}": share for share in (0.8, 0.65, 0.5, 0.4, 0.3)}

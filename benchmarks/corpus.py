@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from examples import gpt2, resnet50, vit
-from planner._torch import fake_mode
+from planner._compat.internals import fake_mode
 from planner.graph.graph import Graph
-from planner.graph.planfile import dumps, load_graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.profiler.estimate import GENERIC_GPU, estimate
+from planner.results.plan_file import dumps, load_graph
 from planner.tracer.capture import capture
 from planner.tracer.lower import kernel_nodes, lower
 

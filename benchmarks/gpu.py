@@ -34,12 +34,12 @@ from benchmarks import cases
 from benchmarks.rivals import RIVALS, Forward, NotApplicable
 from examples import gpt2, llama, resnet50, unet, vit
 from planner import PlannerError, max_batch
-from planner.analysis.measured import measured_within
-from planner.graph.plan import Plan
 from planner.priced import Options, Priced, price
 from planner.profiler.memory import logical_peak
+from planner.results.plan import Plan
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
+from planner.verification.measured import measured_within
 
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3)
 PLAN_LIMIT_S = 5.0

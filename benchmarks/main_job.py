@@ -40,7 +40,7 @@ from benchmarks.cases import (
     warm_peak,
 )
 from benchmarks.memory import MALLOC_ENVIRONMENT, logical_peak, paired_cpu_ratio, physical_peak
-from planner.graph.planfile import provenance_fields
+from planner.results.plan_file import provenance_fields
 
 FRACTIONS = {
     "gpt2": (1.0, 0.7, 0.5, 0.4),

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
-from planner.graph import planfile
 from planner.graph.graph import RESIDENT_KINDS, Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.limits import Limits
+from planner.results import plan_file
 from planner.solver.baselines import greedy, per_block, segments, sqrt_segments
 from planner.solver.solve import Solver
 
@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 def load(name: str, *, gradients: bool = True) -> Graph:
     """A graph of the corpus; without gradients, what stays resident and what the backward hands out weigh nothing."""
-    graph = planfile.load_graph(GRAPHS / f"{name}.json.gz")
+    graph = plan_file.load_graph(GRAPHS / f"{name}.json.gz")
     if gradients:
         return graph
     light = {*graph.backward_outputs, *(value.name for value in graph.values if value.kind in RESIDENT_KINDS)}

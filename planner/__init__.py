@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.analysis.verify import verify
     from planner.api import apply, plan, sweep
     from planner.batch import max_batch
     from planner.children import Children, plan_children
@@ -31,16 +30,17 @@ if TYPE_CHECKING:
         SolverMissingError,
     )
     from planner.export.source import export_source
-    from planner.graph.plan import Plan
     from planner.profiler.devices import devices, register_device
     from planner.profiler.estimate import DeviceModel
-    from planner.report.batches import MaxBatch
-    from planner.report.sweep import Sweep
+    from planner.results.max_batch import MaxBatch
+    from planner.results.plan import Plan
+    from planner.results.sweep import Sweep
     from planner.results.verify_report import VerifyReport
     from planner.results.verify_report import VerifyReport as Report
     from planner.runtime.install import install, uninstall
     from planner.runtime.module import CheckpointedModule
     from planner.runtime.reporting import PlanMissWarning
+    from planner.verification.verify import verify
 
 _HOMES = {
     "planner.api": ("apply", "plan", "sweep"),
@@ -66,15 +66,15 @@ _HOMES = {
         "SolverMissingError",
     ),
     "planner.runtime.install": ("install", "uninstall"),
-    "planner.graph.plan": ("Plan",),
+    "planner.results.plan": ("Plan",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
-    "planner.report.batches": ("MaxBatch",),
-    "planner.report.sweep": ("Sweep",),
+    "planner.results.max_batch": ("MaxBatch",),
+    "planner.results.sweep": ("Sweep",),
     "planner.runtime.module": ("CheckpointedModule",),
     "planner.runtime.reporting": ("PlanMissWarning",),
     "planner.export.source": ("export_source",),
-    "planner.analysis.verify": ("verify",),
+    "planner.verification.verify": ("verify",),
     "planner.results.verify_report": ("VerifyReport",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from planner import arguments, units
-from planner.analysis.measured import measured, measured_within, noted
-from planner.analysis.verify import verify
+from planner.analysis.budgets import check_budgets
+from planner.analysis.sweep import Measured, sweep_graph
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, PlanFileError
 from planner.graph.graph import Graph
-from planner.graph.plan import NOT_RUN, Plan
+from planner.graph.planned import NOT_RUN
 from planner.graph.structure import fingerprint, first_difference, has_kernels, renamed
 from planner.limits import Limits
 from planner.priced import Options, allocator_margin, price
 from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
-from planner.report.budgets import check_budgets
 from planner.report.progress import stage
-from planner.report.sweep import Measured, Sweep, sweep_graph
+from planner.results.plan import Plan
+from planner.results.sweep import Sweep
 from planner.runtime.criterion import Criterion, with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
@@ -33,6 +33,8 @@ from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
 from planner.tracer.settled import capture
+from planner.verification.measured import measured, measured_within, noted
+from planner.verification.verify import verify
 
 Budget = int | str | float
 SWITCHED_OFF = "switched off by check=False"
@@ -286,7 +288,7 @@ def sweep(
     with one_at_a_time():
         priced = price(model, args, kwargs, options)
         with stage("solve", progress):
-            return sweep_graph(
+            swept = sweep_graph(
                 priced.graph,
                 budgets,
                 points=points,
@@ -295,8 +297,8 @@ def sweep(
                 margin=lambda budget_bytes: allocator_margin(priced.graph, budget_bytes),
                 limits=limits,
                 provenance=priced.provenance,
-                measure=None if options.elsewhere else partial(_measured_point, model, priced.joint, args, kwargs),
             )
+    return Sweep.of(swept, None if options.elsewhere else partial(_measured_point, model, priced.joint, args, kwargs))
 
 
 def _measured_point(

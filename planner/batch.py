@@ -9,20 +9,19 @@ from typing import Any
 from torch import nn
 
 from planner import arguments
-from planner.analysis.measured import time_step
 from planner.api import captured_for
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
 from planner.graph.structure import renamed, wiring
 from planner.limits import Limits
 from planner.log import PLANNER
 from planner.priced import Options, Priced, price
 from planner.profiler.estimate import DeviceModel
 from planner.profiler.optimizer import Optimizer
-from planner.report.batches import MaxBatch, Measured, Tried
 from planner.report.progress import stage
+from planner.results.max_batch import MaxBatch, Measured, Tried
+from planner.results.plan import Plan
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.tracer.capture import one_at_a_time
@@ -30,6 +29,7 @@ from planner.tracer.faults import calls_users_code, concerns_model
 from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
 from planner.units import is_fraction, kind, shown
+from planner.verification.measured import time_step
 
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 """A batch's call: `args, kwargs = make_inputs(batch)`."""

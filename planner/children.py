@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from planner import arguments, units
-from planner._torch import pytree
+from planner._compat.internals import pytree
 from planner.api import Budget
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
-from planner.graph.plan import Plan
 from planner.levels import LEVELS, plans_by_level
 from planner.log import PLANNER
 from planner.priced import Options, Priced, price_joint
 from planner.profiler.memory import logical_peak
 from planner.report.progress import stage
+from planner.results.plan import Plan
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import DEFAULT_STAGES, Step, make_step

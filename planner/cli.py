@@ -26,16 +26,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from planner.analysis.sweep import sweep_graph
 from planner.arguments import check_call, limits
 from planner.command_line import parser
 from planner.errors import InputError, PlannerError
-from planner.graph import planfile
-from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.log import PLANNER
-from planner.report import figures, picture, sweepfile
-from planner.report.sweep import Sweep, sweep_graph
+from planner.report import picture
+from planner.results import figures, plan_file, sweep_file
+from planner.results.plan import Plan
+from planner.results.sweep import Sweep
 from planner.solver.solve import Solver
 from planner.units import kind, parse_budget
 
@@ -75,7 +76,7 @@ def _log_shown(level: str | None) -> Iterator[None]:
 
 def _solve(arguments: argparse.Namespace) -> int:
     effort = limits(arguments.effort, what="--effort")
-    graph, plan = planfile.load_solvable(Path(arguments.graph))
+    graph, plan = plan_file.load_solvable(Path(arguments.graph))
     plain_bytes, kept = simulate(graph, keep_all(graph)).peak_bytes, plan.margin_bytes if plan is not None else 0
 
     def margin(budget_bytes: int) -> int:  # what the file's plan leaves to the allocator
@@ -84,7 +85,8 @@ def _solve(arguments: argparse.Namespace) -> int:
     provenance = plan.provenance if plan is not None else None
     result: Plan | Sweep
     if arguments.sweep is not None:
-        result = sweep_graph(graph, points=arguments.sweep, margin=margin, limits=effort, provenance=provenance)
+        found = sweep_graph(graph, points=arguments.sweep, margin=margin, limits=effort, provenance=provenance)
+        result = Sweep.of(found)
     else:
         budget_bytes = parse_budget(arguments.budget, plain_bytes)
         left = margin(budget_bytes)
@@ -115,7 +117,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     )
     if arguments.verify is not None:
         swept = swept.verify(arguments.verify)
-    _say(arguments, swept, sweepfile.summary(swept))
+    _say(arguments, swept, sweep_file.summary(swept))
     for path, write, what in ((arguments.save, swept.save, "sweep"), (arguments.plot, swept.plot, "picture")):
         if path:
             write(path)
@@ -146,7 +148,7 @@ def _check_runnable(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    swept = sweepfile.is_sweep(arguments.file)
+    swept = sweep_file.is_sweep(arguments.file)
     shown: Plan | Sweep = Sweep.load(arguments.file) if swept else Plan.load(arguments.file)
     asked = {"--plot": arguments.plot, "--timeline": arguments.timeline, "--trace": arguments.trace}
     wrong = [option for option, path in asked.items() if path and swept != (option == "--plot")]
@@ -154,7 +156,7 @@ def _show(arguments: argparse.Namespace) -> int:
         raise InputError(f"{wrong[0]} is for a {'plan' if swept else 'sweep'}; {arguments.file} holds a {type(shown).__name__}")
     if arguments.plot or arguments.timeline:
         picture.check(arguments.plot or arguments.timeline)
-    _say(arguments, shown, sweepfile.summary(shown) if isinstance(shown, Sweep) else figures.plan_figures(shown))
+    _say(arguments, shown, sweep_file.summary(shown) if isinstance(shown, Sweep) else figures.plan_figures(shown))
     for path in (arguments.plot, arguments.timeline):
         if path:
             shown.plot(path)
@@ -221,7 +223,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         planned.plan.save(arguments.save)
         _tell(arguments, f"plan written to {arguments.save}")
     if arguments.verify:
-        from planner.analysis.verify import verify
+        from planner.verification.verify import verify
 
         report = verify(planned, args, kwargs)
         summary["measured"] = asdict(report)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.graph.structure import fingerprint
 from planner.limits import Limits
 from planner.priced import Priced, allocator_margin
+from planner.results.plan import Plan
 from planner.solver.solve import Solver
 
 LEVELS = 8

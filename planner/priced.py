@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from planner import arguments, units
+from planner.analysis.budgets import Refusal, restated
 from planner.errors import BudgetError, CaptureError, InputError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -24,8 +24,8 @@ from planner.profiler.estimate import DeviceModel, estimate
 from planner.profiler.measure import measure
 from planner.profiler.optimizer import Optimizer, master_bytes, state_bytes
 from planner.profiler.profile import Profile
-from planner.report.budgets import Refusal, restated
 from planner.report.progress import stage
+from planner.results.plan import Plan
 from planner.solver.solve import Solver, solve
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.faults import noting

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; 
 
 import pytest
 
-from planner._switches import global_switches
+from planner._compat.switches import global_switches
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import CheckpointedModule, export_source
-from planner.graph.plan import Plan, Solution
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule
+from planner.graph.solution import Solution
 from planner.profiler.measure import measure
+from planner.results.plan import Plan
 from planner.runtime.step import make_step
 from planner.tracer.capture import capture
 from planner.tracer.lower import kernel_nodes, lower

@@ -34,8 +34,8 @@ from planner import (
     uninstall,
     verify,
 )
+from planner.analysis.budgets import smallest_budget
 from planner.cli import main
-from planner.report.budgets import smallest_budget
 from planner.units import enough_text, parse_bytes, shown
 
 X = torch.randn(8, 6)

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from planner import CaptureError, InfeasibleBudgetError, MeasuredPeakError, Plan, PlanCheckError, apply, plan
-from planner.analysis import measured, step
 from planner.cli import main
-from planner.graph import planfile
 from planner.profiler.child import Child
+from planner.results import plan_file
 from planner.runtime.module import CheckpointedModule
 from planner.tracer import fidelity
 from planner.tracer.capture import capture, one_at_a_time
 from planner.units import format_bytes
+from planner.verification import measured, step
 from tests import models
 
 QUICK = {"costs": "estimate", "progress": False}
@@ -307,8 +307,8 @@ def test_a_plan_file_keeps_what_was_measured(tmp_path):
     loaded = Plan.load(tmp_path / "plan.json")
     assert (loaded.measured_bytes, loaded.check) == (made.measured_bytes, "run") and loaded == made
     text = (tmp_path / "plan.json").read_text()
-    with pytest.raises(planfile.PlanFileError, match="measured_bytes"):
-        planfile.loads(text.replace(f'"measured_bytes": {made.measured_bytes}', '"measured_bytes": "much"'))
+    with pytest.raises(plan_file.PlanFileError, match="measured_bytes"):
+        plan_file.loads(text.replace(f'"measured_bytes": {made.measured_bytes}', '"measured_bytes": "much"'), Plan)
 
 
 def test_the_shell_prints_the_measured_peak_and_can_leave_it_out(tmp_path, capsys):

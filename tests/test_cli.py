@@ -9,10 +9,10 @@ import pytest
 
 from planner import Plan, Sweep
 from planner.cli import main
-from planner.graph import planfile
-from planner.report.sweep import sweep_graph
+from planner.results import plan_file
 from tests import graphs
 from tests.pictures import is_png, is_svg
+from tests.support.sweeps import sweep_of
 
 MODEL = """
 import torch
@@ -30,7 +30,7 @@ def wrong():
 @pytest.fixture
 def blocks(tmp_path):
     path = tmp_path / "blocks.json"
-    path.write_text(planfile.dumps(graphs.blocks(8)))
+    path.write_text(plan_file.dumps(graphs.blocks(8)))
     return str(path)
 
 
@@ -141,16 +141,16 @@ def test_runs_as_a_program_with_a_clean_stdout(target):
 
 
 @pytest.fixture
-def plan_file(blocks, tmp_path):
+def plan_path(blocks, tmp_path):
     path = tmp_path / "plan.json"
     assert main(["solve", blocks, "--budget", "0.7", "--save", str(path)]) == 0
     return str(path)
 
 
 @pytest.fixture
-def sweep_file(tmp_path):
+def sweep_path(tmp_path):
     path = tmp_path / "sweep.json"
-    sweep_graph(graphs.blocks(8), points=4).save(path)
+    sweep_of(graphs.blocks(8), points=4).save(path)
     return str(path)
 
 
@@ -191,23 +191,23 @@ def test_sweep_errors_are_one_line_and_exit_1(target, options, message, capsys):
     assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
 
 
-def test_shows_a_plan_with_timeline_and_trace(plan_file, tmp_path, capsys):
+def test_shows_a_plan_with_timeline_and_trace(plan_path, tmp_path, capsys):
     picture, trace = tmp_path / "step.png", tmp_path / "step.json"
-    assert main(["show", plan_file, "--timeline", str(picture), "--trace", str(trace)]) == 0
+    assert main(["show", plan_path, "--timeline", str(picture), "--trace", str(trace)]) == 0
     text = capsys.readouterr().out
     assert "optimality" in text and "picture written to" in text and "trace written to" in text
     assert is_png(picture) and json.loads(trace.read_text())["traceEvents"]
 
 
-def test_shows_a_sweep(sweep_file, tmp_path, capsys):
-    assert main(["show", sweep_file, "--plot", str(tmp_path / "sweep.svg")]) == 0
+def test_shows_a_sweep(sweep_path, tmp_path, capsys):
+    assert main(["show", sweep_path, "--plot", str(tmp_path / "sweep.svg")]) == 0
     assert "<- knee" in capsys.readouterr().out
     assert is_svg(tmp_path / "sweep.svg")
-    assert main(["solve", sweep_file, "--budget", "0.8"]) == 0
+    assert main(["solve", sweep_path, "--budget", "0.8"]) == 0
 
 
-def test_explains_a_plan_file_and_a_model(plan_file, target, capsys):
-    assert main(["explain", plan_file]) == 0
+def test_explains_a_plan_file_and_a_model(plan_path, target, capsys):
+    assert main(["explain", plan_path]) == 0
     text = capsys.readouterr().out
     assert "freed per ms" in text and "would save" in text
     assert main(["explain", target, "--costs", "estimate", "--budget", "0.8", "--effort", "2"]) == 0
@@ -228,30 +228,30 @@ def test_explains_a_plan_file_and_a_model(plan_file, target, capsys):
         (["explain", "model", "--budget", "0.5"], "InputError"),
     ],
 )
-def test_show_and_explain_errors_are_one_line_and_exit_1(plan_file, sweep_file, blocks, arguments, message, capsys):
+def test_show_and_explain_errors_are_one_line_and_exit_1(plan_path, sweep_path, blocks, arguments, message, capsys):
     capsys.readouterr()
-    assert main([argument.format(plan=plan_file, sweep=sweep_file, graph=blocks) for argument in arguments]) == 1
+    assert main([argument.format(plan=plan_path, sweep=sweep_path, graph=blocks) for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
 
 
 @pytest.mark.parametrize("command", ["show", "explain"])
-def test_saved_plans_are_read_without_torch(plan_file, command):
+def test_saved_plans_are_read_without_torch(plan_path, command):
     script = "import sys; sys.modules['torch'] = None; from planner.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", script, command, plan_file], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, command, plan_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_show_and_explain_print_json_alone(plan_file, tmp_path, capsys):
-    made = Plan.load(plan_file)
+def test_show_and_explain_print_json_alone(plan_path, tmp_path, capsys):
+    made = Plan.load(plan_path)
     capsys.readouterr()
-    assert main(["show", plan_file, "--json", "--trace", str(tmp_path / "trace.json")]) == 0
+    assert main(["show", plan_path, "--json", "--trace", str(tmp_path / "trace.json")]) == 0
     told = capsys.readouterr()
     shown = json.loads(told.out)
     assert (shown["peak_bytes"], shown["budget_bytes"]) == (made.peak_bytes, made.budget_bytes)
     assert shown["num_recomputes"] == len(made.solution.schedule.recomputes()) > 0
     assert "trace written" in told.err
-    assert main(["explain", plan_file, "--json", "--effort", "1"]) == 0
+    assert main(["explain", plan_path, "--json", "--effort", "1"]) == 0
     explained = json.loads(capsys.readouterr().out)
     assert explained["peak_bytes"] == made.peak_bytes and explained["prices"]["less"]["budget_bytes"] < made.budget_bytes
     assert sum(row["recomputed_ns"] for row in explained["modules"]) == made.timeline.time_ns - made.plain.time_ns

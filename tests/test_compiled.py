@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from planner import CheckpointedModule, CompileError, InputError, Plan, apply, install, plan, verify
-from planner._inductor import compile_boxed
-from planner._torch import box
+from planner._compat.inductor import compile_boxed
+from planner._compat.internals import box
 from planner.rewriter import compiled
 from tests import models
 from tests.training import assert_same, trajectory
@@ -99,11 +99,11 @@ def test_a_step_that_needs_more_than_planned_is_planned_for_less_or_refused(unco
 
         return step
 
-    monkeypatch.setattr("planner.analysis.measured.step_peak", peaks(plain // 60))
+    monkeypatch.setattr("planner.verification.measured.step_peak", peaks(plain // 60))
     found = plan(model, budget, args, kwargs, costs="estimate", progress=False, compile=True)
     assert found.plan.budget_bytes == budget and found.plan.peak_bytes + plain // 60 <= budget
     assert 1 < len(asked) <= 3 and asked[0] + plain // 60 > budget
-    monkeypatch.setattr("planner.analysis.measured.step_peak", peaks(plain))
+    monkeypatch.setattr("planner.verification.measured.step_peak", peaks(plain))
     with pytest.raises(CompileError, match="more than the budget of"):
         plan(model, budget, args, kwargs, costs="estimate", progress=False, compile=True)
 

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks import corpus
-from planner._torch import FakeTensor
+from planner._compat.internals import FakeTensor
 from planner.graph.graph import Graph
-from planner.graph.planfile import load_graph
+from planner.results.plan_file import load_graph
 
 
 def anonymous(graph: Graph) -> list[object]:

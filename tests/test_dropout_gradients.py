@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import plan
-from planner.graph.plan import Plan, Solution
+from planner.graph.solution import Solution
 from planner.limits import Limits
+from planner.results.plan import Plan
 from planner.rewriter.partition import partition
 from planner.runtime.guard import call_key
 from planner.runtime.module import CheckpointedModule

@@ -20,9 +20,10 @@ from planner import CheckpointedModule, export_source, plan
 from planner.export.names import counted
 from planner.export.skeleton import constant_text, folded
 from planner.graph.graph import Kind
-from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule
+from planner.graph.solution import Solution
 from planner.profiler.memory import logical_peak
+from planner.results.plan import Plan
 from planner.runtime.step import make_step
 from planner.solver.lazy import lazy_schedule
 from planner.tracer.capture import capture

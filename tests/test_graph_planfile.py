@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.errors import GraphError, InputError, PlanFileError
-from planner.graph import planfile
 from planner.graph.graph import Graph, Kind, Value
-from planner.graph.plan import LIMITS, Plan, Solution
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import LIMITS, Solution
+from planner.results import plan_file
+from planner.results.plan import Plan
 from tests import graphs
 from tests.strategies import random_schedule, training_graphs
 
@@ -43,33 +44,33 @@ def test_a_round_trip_is_the_identity(data: st.DataObject) -> None:
     work, limit = data.draw(st.floats(0, 1e9)), data.draw(st.sampled_from(LIMITS))
     provenance = data.draw(st.none() | st.sampled_from(PROVENANCES))
     plan = Plan(graph, peak, 0, Solution("feasible", schedule, 3, 0.5, "closure/HiGHS", work, limit), provenance)
-    text = planfile.dumps(graph, plan)
-    assert planfile.loads(text) == plan
-    assert planfile.dumps(plan.graph, planfile.loads(text)) == text
+    text = plan_file.dumps(graph, plan)
+    assert plan_file.loads(text, Plan) == plan
+    assert plan_file.dumps(plan.graph, plan_file.loads(text, Plan)) == text
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     plan = a_plan()
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
-    assert planfile.load_graph(tmp_path / "plan.json") == plan.graph
+    assert plan_file.load_graph(tmp_path / "plan.json") == plan.graph
 
 
 def test_a_file_may_hold_a_graph_alone(tmp_path: Path) -> None:
-    (tmp_path / "graph.json").write_text(planfile.dumps(graphs.skip()))
-    assert planfile.load_graph(tmp_path / "graph.json") == graphs.skip()
+    (tmp_path / "graph.json").write_text(plan_file.dumps(graphs.skip()))
+    assert plan_file.load_graph(tmp_path / "graph.json") == graphs.skip()
     with pytest.raises(PlanFileError, match="holds no valid plan"):
-        planfile.load(tmp_path / "graph.json")
+        plan_file.load(tmp_path / "graph.json", Plan)
 
 
 def test_a_graph_file_may_be_packed(tmp_path: Path) -> None:
-    packed = gzip.compress(planfile.dumps(graphs.skip()).encode())
+    packed = gzip.compress(plan_file.dumps(graphs.skip()).encode())
     (tmp_path / "graph.json.gz").write_bytes(packed)
-    assert planfile.load_graph(tmp_path / "graph.json.gz") == graphs.skip()
+    assert plan_file.load_graph(tmp_path / "graph.json.gz") == graphs.skip()
     for broken in (b"{}", packed[:-20], packed[:40] + bytes(20) + packed[60:]):
         (tmp_path / "broken.json.gz").write_bytes(broken)
         with pytest.raises(PlanFileError, match=r"broken\.json\.gz"):
-            planfile.load_graph(tmp_path / "broken.json.gz")
+            plan_file.load_graph(tmp_path / "broken.json.gz")
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -83,10 +84,10 @@ def lines_that_differ(one: str, other: str) -> list[str]:
 
 def test_a_change_shows_as_the_lines_that_it_is_about() -> None:
     plan = a_plan()
-    text = planfile.dumps(plan.graph, plan)
+    text = plan_file.dumps(plan.graph, plan)
     first, second, *others = plan.graph.ops
     slower = replace(plan.graph, ops=(first, replace(second, cost_ns=second.cost_ns + 5), *others))
-    differing = lines_that_differ(text, planfile.dumps(slower, plan))
+    differing = lines_that_differ(text, plan_file.dumps(slower, plan))
     assert len(differing) == 2 and all(f'["{second.name}"' in line for line in differing)
 
     graph = graphs.blocks(8)
@@ -94,7 +95,7 @@ def test_a_change_shows_as_the_lines_that_it_is_about() -> None:
     turn = graph.num_forward_ops
     again = Schedule((*plain[:turn], plain[1], *plain[turn:]))
     texts = [
-        planfile.dumps(graph, replace(plan, solution=replace(plan.solution, schedule=s))) for s in (keep_all(graph), again)
+        plan_file.dumps(graph, replace(plan, solution=replace(plan.solution, schedule=s))) for s in (keep_all(graph), again)
     ]
     assert len(lines_that_differ(*texts)) <= 4
     assert "   1,\n" in texts[1]
@@ -102,7 +103,7 @@ def test_a_change_shows_as_the_lines_that_it_is_about() -> None:
 
 def test_keys_are_sorted_and_every_op_and_value_has_a_line() -> None:
     plan = a_plan()
-    text = planfile.dumps(plan.graph, plan)
+    text = plan_file.dumps(plan.graph, plan)
     document = json.loads(text)
     for keys in (list(document), list(document["graph"]), list(document["plan"]), list(document["plan"]["provenance"])):
         assert keys == sorted(keys)
@@ -111,7 +112,7 @@ def test_keys_are_sorted_and_every_op_and_value_has_a_line() -> None:
 
 
 def altered(**plan_fields: object) -> str:
-    document = json.loads(planfile.dumps(graphs.dropout(), a_plan()))
+    document = json.loads(plan_file.dumps(graphs.dropout(), a_plan()))
     document["plan"].update(plan_fields)
     return json.dumps(document)
 
@@ -139,18 +140,18 @@ def altered(**plan_fields: object) -> str:
 )
 def test_a_file_that_cannot_be_trusted_is_refused(text: str, message: str) -> None:
     with pytest.raises(PlanFileError, match=message):
-        planfile.loads(text)
+        plan_file.loads(text, Plan)
 
 
 def test_an_altered_graph_is_refused() -> None:
-    text = planfile.dumps(graphs.dropout(), a_plan()).replace('["y", 8, "activation"]', '["y", 7, "activation"]')
+    text = plan_file.dumps(graphs.dropout(), a_plan()).replace('["y", 8, "activation"]', '["y", 7, "activation"]')
     with pytest.raises(PlanFileError, match="was altered"):
-        planfile.loads(text)
+        plan_file.loads(text, Plan)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match=r"nowhere\.json"):
-        planfile.load(tmp_path / "nowhere.json")
+        plan_file.load(tmp_path / "nowhere.json", Plan)
 
 
 def wrong(graph: Graph, **changes: object) -> Graph:

@@ -7,14 +7,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from planner.graph.plan import Plan, Solution
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
+from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.report.figures import plan_figures
-from planner.report.sweep import sweep_graph
-from planner.report.sweepfile import summary
+from planner.results.figures import plan_figures
+from planner.results.plan import Plan
+from planner.results.sweep_file import summary
 from tests import graphs
+from tests.support.sweeps import sweep_of
 
 MEASURED = Provenance("measured", "cpu, 4 threads", num_kernels=51, torch="2.13.0", date="2026-11-28")
 ABSENT = Provenance("estimated", "H100-80GB", is_here=False, model="H100-80GB")
@@ -61,7 +62,7 @@ def test_figures_are_fields() -> None:
 
 
 def test_a_sweep_says_how_many_plans_time_stopped() -> None:
-    swept = sweep_graph(graphs.skip(), points=3, limits=Limits(0.5), provenance=MEASURED)
+    swept = sweep_of(graphs.skip(), points=3, limits=Limits(0.5), provenance=MEASURED)
     first, *others = (
         replace(point, solution=replace(point.solution, limit=limit, work=0.5))
         for point, limit in zip(swept.points, ("time", "", ""), strict=True)

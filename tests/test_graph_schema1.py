@@ -12,11 +12,11 @@ import pytest
 from planner import Plan, apply
 from planner.cli import main
 from planner.errors import PlanFileError
-from planner.graph import planfile
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.source import Source
-from planner.report.sweep import Sweep
+from planner.results import plan_file
+from planner.results.sweep import Sweep
 from tests import graphs, models
 
 FILES = Path(__file__).parent / "files"
@@ -80,9 +80,9 @@ def test_it_is_not_applied() -> None:
 def test_fields_that_its_first_writers_left_out_are_not_missed() -> None:
     document = json.loads(PLAN.read_text())
     del document["plan"]["check"], document["plan"]["measured_bytes"]
-    plan = planfile.loads(json.dumps(document))
+    plan = plan_file.loads(json.dumps(document), Plan)
     assert (plan.check, plan.measured_bytes) == ("not run", None) and plan == Plan.load(PLAN)
-    assert planfile.loads(altered("plan", made_on={})).provenance is None
+    assert plan_file.loads(altered("plan", made_on={}), Plan).provenance is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_fields_that_its_first_writers_left_out_are_not_missed() -> None:
 )
 def test_a_damaged_file_is_refused(text: str, message: str) -> None:
     with pytest.raises(PlanFileError, match=message):
-        planfile.loads(text)
+        plan_file.loads(text, Plan)
 
 
 def test_a_damaged_sweep_is_refused(tmp_path: Path) -> None:

@@ -14,17 +14,20 @@ from hypothesis import strategies as st
 
 from planner.cli import main
 from planner.errors import PlanFileError
-from planner.graph import fields, planfile, schema1
-from planner.graph.plan import Plan, Solution
+from planner.graph import fields
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.graph.source import Source
 from planner.limits import Limits
 from planner.profiler.cache import KernelCache
 from planner.profiler.profile import KernelCost
-from planner.report.sweep import Sweep, sweep_graph
+from planner.results import plan_file, schema1
+from planner.results.plan import Plan
+from planner.results.sweep import Sweep
 from tests import graphs
+from tests.support.sweeps import sweep_of
 
 HUGE = 10**30
 OLD_PLAN = Path(__file__).parent / "files" / "plan-schema-1.json"
@@ -39,14 +42,14 @@ def plan_text():
     )
     graph = replace(graph, ops=tuple(ops))
     provenance = Provenance("measured", "cpu", num_kernels=9, num_estimated=1, opaque=("a", "b"), torch="2")
-    return planfile.dumps(
+    return plan_file.dumps(
         graph, Plan(graph, 40, 2, Solution("optimal", keep_all(graph), 5, 0.25, "closure", 0.5, "time"), provenance)
     )
 
 
 @functools.cache
 def sweep_text(folder):
-    swept = sweep_graph(graphs.skip(), points=3, limits=Limits(0.5))
+    swept = sweep_of(graphs.skip(), points=3, limits=Limits(0.5))
     swept.save(folder / "sweep.json")
     return (folder / "sweep.json").read_text()
 
@@ -156,20 +159,20 @@ def test_files_that_are_larger_than_any_plan(tmp_path, monkeypatch):
     (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b" " * 10**7))
     for name in ("plan.json", "bomb.json.gz"):
         with pytest.raises(PlanFileError, match="larger than 10000 bytes"):
-            planfile.load_graph(tmp_path / name)
+            plan_file.load_graph(tmp_path / name)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\x1f\x8b", b"\x1f\x8b\x08\x00" + b"x" * 50, plan_text().encode("utf-16")])
 @pytest.mark.parametrize("name", ["plan.json", "plan.json.gz"])
 def test_bytes_that_are_no_text(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    for load in (Plan.load, planfile.load_graph, Sweep.load):
+    for load in (Plan.load, plan_file.load_graph, Sweep.load):
         with pytest.raises(PlanFileError):
             load(tmp_path / name)
 
 
 def test_a_folder_is_no_plan(tmp_path):
-    for load in (Plan.load, planfile.load_graph, Sweep.load):
+    for load in (Plan.load, plan_file.load_graph, Sweep.load):
         with pytest.raises(PlanFileError, match="cannot read"):
             load(tmp_path)
 
@@ -217,14 +220,14 @@ def changed(document, rng):
     return document
 
 
-def refingerprinted(document, where=planfile):
+def refingerprinted(document, where=plan_file):
     """With the fingerprint that its graph would have, so that what is behind the fingerprint is met too."""
     with contextlib.suppress(Exception):
         found = []
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(where, "fingerprint", lambda graph: found.append(graph))
             with contextlib.suppress(PlanFileError):
-                planfile.read_graph(planfile.read_document(json.dumps(document), "it"), "it")
+                plan_file.read_graph(plan_file.read_document(json.dumps(document), "it"), "it")
         document["fingerprint"] = where.fingerprint(*found)
     return document
 
@@ -232,18 +235,18 @@ def refingerprinted(document, where=planfile):
 def read_or_refused(text):
     """The plan; None after a PlanFileError."""
     try:
-        plan = planfile.loads(text)
+        plan = plan_file.loads(text, Plan)
     except PlanFileError as error:
         assert len(str(error)) < 1000
         return None
     assert simulate(plan.graph, plan.solution.schedule).peak_bytes <= plan.budget_bytes
-    assert planfile.loads(planfile.dumps(plan.graph, plan)) == plan
+    assert plan_file.loads(plan_file.dumps(plan.graph, plan), Plan) == plan
     assert str(plan)
     return plan
 
 
 def test_what_is_signed_anew_reaches_behind_the_fingerprint():
-    for text, where in ((plan_text(), planfile), (OLD_PLAN.read_text(), schema1)):
+    for text, where in ((plan_text(), plan_file), (OLD_PLAN.read_text(), schema1)):
         document = json.loads(text)
         document["graph"]["ops"][0][4] += 1
         document["graph"]["values"][2][1] += 1
@@ -284,7 +287,7 @@ def test_random_text_is_never_more_than_a_plan_file_error(data):
         st.one_of(st.text(max_size=5), st.sampled_from(["[", "{", '"', "NaN", "1e999", "-", "9" * 5000, "\\u0000"]))
     )
     try:
-        assert planfile.loads(text[:start] + piece + text[end:])
+        assert plan_file.loads(text[:start] + piece + text[end:], Plan)
     except PlanFileError as error:
         assert len(str(error)) < 1000
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from planner import InfeasibleBudgetError, PlanMissWarning, log, max_batch, plan, plan_children
-from planner.analysis.measured import measured_within
 from planner.cli import main
 from planner.profiler.cache import KernelCache
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost
+from planner.verification.measured import measured_within
 from tests.models import Wrapped
 from tests.test_cli import MODEL
 from tests.test_faults import Block, Ragged, rows_of_data
@@ -111,7 +111,7 @@ def test_planning_again_for_less_is_info(logged, monkeypatch):
     _, made, args, kwargs = planned_attention()
     peak, asked = made.plan.peak_bytes, []
     peaks = iter([peak + 200, peak])
-    monkeypatch.setattr("planner.analysis.measured.step_peak", lambda *_: next(peaks))
+    monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: next(peaks))
     measured_within(peak + 100, within_of(made, asked), args, kwargs)
     assert len(asked) == 2
     (again,) = [line for line in logged("analysis", "INFO") if "plan again, for" in line]

@@ -16,7 +16,7 @@ from planner.batch import grown, search
 from planner.cli import main
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.report.batches import MaxBatch, Measured, Tried
+from planner.results.max_batch import MaxBatch, Measured, Tried
 from planner.solver.solve import solve
 from tests import graphs
 

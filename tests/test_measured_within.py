@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from planner import CheckpointedModule, MeasuredPeakError, NoScheduleFoundError, plan
-from planner.analysis.measured import measured_within, step_peak, time_step
-from planner.analysis.side import copy_of
 from planner.graph.provenance import Provenance
+from planner.verification.measured import measured_within, step_peak, time_step
+from planner.verification.side import copy_of
 from tests import models
 from tests.training import assert_same
 
@@ -51,13 +51,13 @@ def within_of(planned, asked):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """The peak strays as that of CUDA's allocator does."""
-    monkeypatch.setattr("planner.analysis.measured.can_stray", lambda planned: True)
+    monkeypatch.setattr("planner.verification.measured.can_stray", lambda planned: True)
 
 
 def test_as_much_again_as_half_of_what_it_strays_is_left_free(monkeypatch, as_on_cuda):
     _, planned, args, kwargs = planned_attention()
     peak, asked = planned.plan.peak_bytes, []
-    monkeypatch.setattr("planner.analysis.measured.step_peak", lambda *_: peak + 200)
+    monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: peak + 200)
     measured_within(peak + 300, within_of(planned, asked), args, kwargs)
     assert asked == [peak + 300]
     asked.clear()
@@ -68,7 +68,7 @@ def test_as_much_again_as_half_of_what_it_strays_is_left_free(monkeypatch, as_on
 def test_what_fits_is_taken_where_there_is_no_plan_with_room_to_spare(monkeypatch):
     _, planned, args, kwargs = planned_attention()
     peak = planned.plan.peak_bytes
-    monkeypatch.setattr("planner.analysis.measured.step_peak", lambda *_: peak + 200)
+    monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: peak + 200)
 
     def within(aim_bytes):
         if aim_bytes < peak:
@@ -83,7 +83,7 @@ def test_a_step_that_cannot_keep_the_budget_is_refused_with_what_would_do(monkey
     _, planned, args, kwargs = planned_attention()
     made = replace(planned.plan, provenance=Provenance(costs, "a device"))
     told = CheckpointedModule(planned.original, planned.step, made, True)
-    monkeypatch.setattr("planner.analysis.measured.step_peak", lambda *_: 2**20)
+    monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: 2**20)
     with pytest.raises(MeasuredPeakError, match=remedy) as caught:
         measured_within(2**20 - 1, lambda _: told, args, kwargs)
     assert (caught.value.budget_bytes, caught.value.peak_bytes) == (2**20 - 1, 2**20)
@@ -92,7 +92,7 @@ def test_a_step_that_cannot_keep_the_budget_is_refused_with_what_would_do(monkey
 def test_on_a_cpu_nothing_is_left_free_beyond_what_it_strays(monkeypatch):
     _, planned, args, kwargs = planned_attention()
     peak, asked = planned.plan.peak_bytes, []
-    monkeypatch.setattr("planner.analysis.measured.step_peak", lambda *_: peak + 200)
+    monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: peak + 200)
     found = measured_within(peak + 200, within_of(planned, asked), args, kwargs)
     assert asked == [peak + 200] and found.plan.measured_bytes == peak + 200 and found.plan.check == "run"
 
@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_copied_is_planned_unmeasured(monkeypatch):
     model, x = Locked(), torch.ones(2, 4)
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert planned.plan.check == "run", "a forked child needs no copy"
-    monkeypatch.setattr("planner.analysis.measured.run_step", lambda planned, call: copy_of(planned))
+    monkeypatch.setattr("planner.verification.measured.run_step", lambda planned, call: copy_of(planned))
     with pytest.warns(UserWarning, match="was not measured: the model cannot be copied"):
         assert measured_within(1, lambda _: planned, (x,)) is planned
     assert planned.plan.check.startswith("not run: the model cannot be copied") and planned.plan.measured_bytes is None

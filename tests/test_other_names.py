@@ -12,9 +12,10 @@ from planner.batch import grown
 from planner.errors import PlanFileError
 from planner.graph.structure import fingerprint, places, wiring
 from planner.limits import Limits
-from planner.report.sweep import Sweep, sweep_graph
+from planner.results.sweep import Sweep
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower
+from tests.support.sweeps import sweep_of
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 QUICK = {"costs": "estimate", "progress": False}
@@ -181,7 +182,7 @@ def test_a_bare_graph_is_no_plan_to_apply(made):
 
 
 def test_a_sweeps_plan_is_applied_to_a_capture_of_other_names(tmp_path):
-    sweep_graph(graph_of(Step()), points=3, limits=Limits(0.5)).save(tmp_path / "sweep.json")
+    sweep_of(graph_of(Step()), points=3, limits=Limits(0.5)).save(tmp_path / "sweep.json")
     lowest = Sweep.load(tmp_path / "sweep.json").points[0]
     made = Sweep.load(tmp_path / "sweep.json").plan(lowest)
     assert verify(apply(made, Step(unused=1), (X,)), (X,), rounds=1).exact

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from planner import Plan
+from planner.analysis.explain import explain
+from planner.graph.modules import block_of, fold, module_of
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
-from planner.report.explain import explain
-from planner.report.modules import block_of, fold, module_of
 from planner.solver.solve import Solver
 from tests import graphs
 from tests.test_report_sweep import in_modules

@@ -14,25 +14,25 @@ from hypothesis import strategies as st
 
 import planner
 from planner import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlanFileError, PlotMissingError, Sweep
-from planner.graph import planfile
+from planner.analysis.references import module_checkpoints, references
 from planner.graph.floor import floor
 from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
 from planner.limits import Limits
-from planner.report.sweep import sweep_graph
-from planner.report.today import module_checkpoints, references
+from planner.results import plan_file
 from tests import graphs
 from tests.models import Attention, Wrapped
 from tests.pictures import is_png, is_svg
 from tests.strategies import training_graphs
+from tests.support.sweeps import sweep_of
 
 PLAIN = simulate(graphs.blocks(8), keep_all(graphs.blocks(8))).peak_bytes
 
 
 @pytest.fixture(scope="module")
 def swept() -> Sweep:
-    return sweep_graph(graphs.blocks(8), points=8, limits=Limits(5.0))
+    return sweep_of(graphs.blocks(8), points=8, limits=Limits(5.0))
 
 
 def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> None:
@@ -51,7 +51,7 @@ def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> No
 @settings(deadline=None, max_examples=25)
 @given(training_graphs(max_forward=6), st.integers(1, 5))
 def test_a_range_always_has_plans(graph: graphs.Graph, points: int) -> None:
-    swept = sweep_graph(graph, points=points, limits=Limits(5.0))
+    swept = sweep_of(graph, points=points, limits=Limits(5.0))
     assert 1 <= len(swept.points) <= points and not swept.misses
     assert swept.points[-1].overhead == 0
     assert swept.knee_point in swept.points
@@ -80,11 +80,11 @@ def test_best_by_budget_and_by_overhead(swept: Sweep) -> None:
 def test_best_says_why_there_is_none(swept: Sweep) -> None:
     with pytest.raises(InfeasibleBudgetError, match="least any schedule"):
         swept.best(budget=1)
-    high = sweep_graph(graphs.blocks(8), [0.8, 1.0])
+    high = sweep_of(graphs.blocks(8), [0.8, 1.0])
     with pytest.raises(NoScheduleFoundError, match="smallest budget of this sweep"):
         high.best(budget=0.7)
     with pytest.raises(NoScheduleFoundError, match="the least is"):
-        sweep_graph(graphs.blocks(8), [0.7]).best(max_overhead=0)
+        sweep_of(graphs.blocks(8), [0.7]).best(max_overhead=0)
     for wrong in ({}, {"budget": 1, "max_overhead": 1.0}, {"max_overhead": -1}, {"max_overhead": math.nan}):
         with pytest.raises(InputError):
             swept.best(**wrong)
@@ -113,16 +113,16 @@ def test_best_says_why_there_is_none(swept: Sweep) -> None:
 )
 def test_impossible_ranges_are_one_budget_error(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        sweep_graph(graphs.blocks(8), **asked)
+        sweep_of(graphs.blocks(8), **asked)
 
 
 def test_no_plan_at_all_is_the_error_of_the_largest_budget() -> None:
     with pytest.raises(InfeasibleBudgetError, match="2 B"):
-        sweep_graph(graphs.blocks(8), [1, 2])
+        sweep_of(graphs.blocks(8), [1, 2])
 
 
 def test_the_table_tells_misses_knee_and_what_people_do_today(swept: Sweep) -> None:
-    text = str(sweep_graph(graphs.blocks(8), [1, 0.6, 0.8, 1.0]))
+    text = str(sweep_of(graphs.blocks(8), [1, 0.6, 0.8, 1.0]))
     for part in ("InfeasibleBudgetError", "<- knee", "floor", "sqrt(n)", "per block", "100.0%", "for this backward order"):
         assert part in text
     assert "whole modules" not in text, "a graph without module paths"
@@ -137,7 +137,7 @@ def test_the_file_is_the_identity_sorted_and_checked(swept: Sweep, tmp_path: Pat
     document = json.loads(text)
     assert list(document) == sorted(document) and list(document["sweep"]) == sorted(document["sweep"])
     assert text.count('"steps"') == sum('"steps"' in line for line in text.splitlines()), "one point a line"
-    assert planfile.load_graph(path) == swept.graph
+    assert plan_file.load_graph(path) == swept.graph
     with pytest.raises(InputError, match="no model"):
         Sweep.load(path).verify()
 
@@ -171,7 +171,7 @@ def test_the_picture(swept: Sweep, tmp_path: Path) -> None:
 
 
 def test_one_point_can_be_drawn(tmp_path: Path) -> None:
-    sweep_graph(graphs.chain(), points=1).plot(tmp_path / "one.png")
+    sweep_of(graphs.chain(), points=1).plot(tmp_path / "one.png")
     assert is_png(tmp_path / "one.png")
 
 

@@ -12,11 +12,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from planner import InputError, Plan
-from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.report import timeline, trace
+from planner.report import perfetto, timeline
 from planner.report.timeline import Part, largest, live_parts
 from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver
@@ -102,7 +102,7 @@ def test_the_trace_has_an_event_an_op_and_counters_that_sum(tmp_path: Path) -> N
     plan.trace(tmp_path / "step.json")
     text = (tmp_path / "step.json").read_text()
     document = json.loads(text)
-    assert text == trace.dumps(plan) and document["displayTimeUnit"] == "ms"
+    assert text == perfetto.dumps(plan) and document["displayTimeUnit"] == "ms"
     events = document["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X", "C"}
     assert all({"name", "ph", "pid", "tid"} <= event.keys() for event in events)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from planner import plan
 from planner.errors import ScheduleError
 from planner.graph.graph import Kind
-from planner.graph.plan import Plan, Solution
 from planner.graph.schedule import Schedule, check, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
+from planner.results.plan import Plan
 from planner.rewriter.partition import partition
 from planner.runtime.guard import call_key
 from planner.runtime.module import CheckpointedModule

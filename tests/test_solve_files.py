@@ -11,7 +11,7 @@ from torch import nn
 
 from planner import Plan, Sweep, apply, plan
 from planner.cli import main
-from planner.graph import planfile
+from planner.results import plan_file
 from tests import graphs
 
 
@@ -73,12 +73,12 @@ def test_what_the_file_says_is_kept(saved, capsys):
 
 def test_whether_the_backward_may_move_is_in_the_file():
     graph = graphs.chain()
-    assert not planfile.read_graph(planfile.read_document(planfile.dumps(graph), "a test"), "a test").backward_is_fixed
+    assert not plan_file.read_graph(plan_file.read_document(plan_file.dumps(graph), "a test"), "a test").backward_is_fixed
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     path = tmp_path / "blocks.json"
-    path.write_text(planfile.dumps(graphs.blocks(8)))
+    path.write_text(plan_file.dumps(graphs.blocks(8)))
     script = "import sys; from planner.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "solve", str(path), "--sweep", "5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

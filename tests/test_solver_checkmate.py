@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from planner.errors import ScheduleError
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
-from planner.graph.planfile import load_graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.results.plan_file import load_graph
 from planner.solver.coarsen import coarsen
 from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.solve import Solver

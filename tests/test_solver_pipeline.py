@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
-from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import pipeline, work
 from planner.solver.baselines import all_baselines

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from benchmarks.solver import load
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, SolverMissingError
 from planner.graph.graph import Graph
-from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
+from planner.graph.solution import Solution
 from planner.solver import pipeline
 from planner.solver.baselines import all_baselines
 from planner.solver.exhaustive import Rules, exhaustive

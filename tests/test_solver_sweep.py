@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from benchmarks.solver import load, resident_bytes
 from planner.errors import InfeasibleBudgetError
-from planner.graph.plan import Solution
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.report.sweep import sweep_graph
 from planner.solver import backend, problem
 from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver, floor, sweep
 from tests import graphs
 from tests.strategies import budgets, training_graphs
+from tests.support.sweeps import sweep_of
 
 
 @settings(deadline=None, max_examples=40)
@@ -77,7 +77,7 @@ def test_what_a_sweep_found_helps_the_next_budget(monkeypatch: pytest.MonkeyPatc
 
 def test_the_table_names_the_change_from_row_to_row() -> None:
     graph = graphs.blocks(8)
-    text = str(sweep_graph(graph, [1, 0.6, 0.8, 1.0]))
+    text = str(sweep_of(graph, [1, 0.6, 0.8, 1.0]))
     assert "InfeasibleBudgetError" in text
     assert "100.0%" in text
     assert "+" in text and "-0" in text

@@ -12,12 +12,13 @@ import torch
 
 from planner import export_source, plan
 from planner.errors import PlanFileError
-from planner.graph import planfile
-from planner.graph.plan import Plan, Solution
+from planner.graph.modules import TOP, module_of, place_of
 from planner.graph.schedule import keep_all
+from planner.graph.solution import Solution
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
-from planner.report import trace
-from planner.report.modules import TOP, module_of, place_of
+from planner.report import perfetto
+from planner.results import plan_file
+from planner.results.plan import Plan
 from planner.tracer.capture import capture
 from tests import graphs
 
@@ -83,22 +84,22 @@ def a_plan():
 
 def test_plan_files_and_traces_hold_the_fields():
     made = a_plan()
-    assert planfile.loads(planfile.dumps(made.graph, made)) == made
-    events = [event for event in json.loads(trace.dumps(made))["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
+    assert plan_file.loads(plan_file.dumps(made.graph, made), Plan) == made
+    events = [event for event in json.loads(perfetto.dumps(made))["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
     assert [Source(**event["args"]["source"]) for event in events] == [op.source for op in made.graph.ops]
 
 
 def test_a_plan_file_with_texts_is_read():
     made = a_plan()
-    document = json.loads(planfile.dumps(made.graph, made))
+    document = json.loads(plan_file.dumps(made.graph, made))
     for row, op in zip(document["graph"]["ops"], made.graph.ops, strict=True):
         row[7] = str(op.source)
-    read = planfile.loads(json.dumps(document))
+    read = plan_file.loads(json.dumps(document), Plan)
     assert [op.source for op in read.graph.ops] == [source_from_json(str(op.source), "") for op in made.graph.ops]
     assert read.graph.ops[0].source == made.graph.ops[0].source == Source("body.0", "model.py", 12)
     document["graph"]["ops"][0][7] = 7
     with pytest.raises(PlanFileError, match=r"the source of op '.*' is .*, not a list"):
-        planfile.loads(json.dumps(document))
+        plan_file.loads(json.dumps(document), Plan)
 
 
 def test_modules_and_places_are_fields():

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import InfeasibleBudgetError, NoScheduleFoundError, apply, plan
-from planner.graph.planfile import load, save
 from planner.profiler import observed
+from planner.results.plan_file import load, save
 from planner.tracer import settled
 from planner.tracer.settled import capture
 from tests.training import assert_same, trajectory

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from planner import _torch
-from planner._torch import kernels_kept, selfcheck
+from planner._compat import internals
+from planner._compat.internals import kernels_kept, selfcheck
 from planner.tracer.capture import capture
 
 
 def test_selfcheck_passes_on_this_torch():
-    assert selfcheck() == [], f"torch {torch.__version__} moved something planner/_torch.py relies on"
+    assert selfcheck() == [], f"torch {torch.__version__} moved something planner/_compat/internals.py relies on"
 
 
 def test_every_private_import_exists():
-    tree = ast.parse(inspect.getsource(_torch))
+    tree = ast.parse(inspect.getsource(internals))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torch"):
             module = __import__(node.module, fromlist=[alias.name for alias in node.names])
@@ -63,7 +63,7 @@ def test_calls_of_modules_are_intercepted_outermost_first_and_only_while_asked()
     x = torch.randn(3, 2)
     expected = model(x)
     names = {module: name for name, module in model.named_modules() if name in ("0", "0.0")}
-    with _torch.calls_intercepted(names, handle):
+    with internals.calls_intercepted(names, handle):
         assert torch.equal(model(x), expected)
     model(x)
     assert seen == ["0"], f"torch {torch.__version__}: nn.Module.__call__ is no longer where calls of modules go through"

@@ -17,9 +17,9 @@ from torch import nn
 
 import planner
 from planner import InputError, VerifyReport, install, plan, verify
-from planner.analysis.state import Leaf, generators, largest_difference, same, set_generators, state_of
 from planner.runtime.host_guard import HostGuard
 from planner.runtime.module import CheckpointedModule
+from planner.verification.state import Leaf, generators, largest_difference, same, set_generators, state_of
 
 QUICK = {"costs": "estimate", "progress": False, "check": False}
 

@@ -1,1 +1,1 @@
-"""Questions about a planned step that running it answers: is it exact, does it keep its budget, how long does it take."""
+"""Questions about a graph that the solver answers, as plain data: many budgets, why a plan is as it is, reference schedules."""

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from planner import arguments
-from planner._torch import KEEPS_GRAPH_IMPORT, OpOverload, results
+from planner._compat.internals import KEEPS_GRAPH_IMPORT, OpOverload, results
 from planner.errors import ExportError, InputError
 from planner.export import skeleton, standalone
 from planner.export.body import Body, Call, Words, wrapped

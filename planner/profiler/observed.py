@@ -1,7 +1,7 @@
 """What kernels did when they were run: the layouts of their outputs, and whether a second run repeats the first.
 
-A table for the whole process. The fake tensors of a trace follow it (`planner._torch.fake_mode`), so that what a trace decides
-by strides (a view or a copy, the formula of a backward) is decided as eager decides it.
+A table for the whole process. The fake tensors of a trace follow it (`planner._compat.internals.fake_mode`), so that what a
+trace decides by strides (a view or a copy, the formula of a backward) is decided as eager decides it.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planner._collectives import collectives_forbidden
-from planner._torch import pytree
+from planner._compat.collectives import collectives_forbidden
+from planner._compat.internals import pytree
 from planner.errors import first_line
 from planner.log import PROFILER
 from planner.profiler.estimate import GENERIC_CPU, estimate_node

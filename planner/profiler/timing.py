@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planner._collectives import collectives_forbidden
-from planner._torch import pytree, storage_id
+from planner._compat.collectives import collectives_forbidden
+from planner._compat.internals import pytree, storage_id
 from planner.profiler.kernel import footprint_bytes, make_inputs
 from planner.profiler.memory import cpu_allocations, peak_of
 from planner.profiler.observed import is_foreign

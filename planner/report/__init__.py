@@ -1,1 +1,1 @@
-"""Finished things as text, figures and files."""
+"""Plain data as text, pictures and traces. Runs no solver."""

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from planner.graph.graph import Graph, Kind
-from planner.graph.plan import Plan
+from planner.graph.modules import fold, place_of
+from planner.graph.planned import PlannedGraph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Ints, Simulator
 from planner.report import picture
-from planner.report.modules import fold, place_of
 from planner.units import format_bytes, format_ns
 
 
@@ -143,7 +143,7 @@ def largest(graph: Graph, schedule: Schedule, step: int, count: int = _TOP) -> l
     return sorted(groups, key=lambda group: (-group.count * group.nbytes, group.place, group.name))[:count]
 
 
-def plot(plan: Plan, path: str | Path) -> None:
+def plot(plan: PlannedGraph, path: str | Path) -> None:
     """Draw live bytes over the time of the step, plain above planned, into a .png or .svg file.
 
     Raises:
@@ -167,7 +167,7 @@ def plot(plan: Plan, path: str | Path) -> None:
         picture.save(drawn, path)
 
 
-def _panel(plan: Plan, name: str, schedule: Schedule, axes: Any, size: float, tick: float) -> None:
+def _panel(plan: PlannedGraph, name: str, schedule: Schedule, axes: Any, size: float, tick: float) -> None:
     graph = plan.graph
     timeline = plan.plain if name == "plain" else plan.timeline
     times = np.array([0, *accumulate(graph.ops[i].cost_ns for i in schedule.steps)]) / tick

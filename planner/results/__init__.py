@@ -1,1 +1,1 @@
-"""What users hold in their hands: data that prints itself."""
+"""What users hold: data that prints, draws and saves itself."""

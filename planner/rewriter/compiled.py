@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._inductor import compile_boxed
-from planner._torch import OpOverload, box, pytree, results
+from planner._compat.inductor import compile_boxed
+from planner._compat.internals import OpOverload, box, pytree, results
 from planner.errors import CompileError
 from planner.tracer import kernels
 from planner.tracer.faults import is_out_of_memory

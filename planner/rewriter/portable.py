@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import OpOverload, fake_mode, pytree
+from planner._compat.internals import OpOverload, fake_mode, pytree
 from planner.rewriter.partition import ORIGIN
 
 Row = tuple[str, str, Any, Any, Any, str | None, Any]

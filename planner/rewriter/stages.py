@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from planner._torch import OpOverload, results
+from planner._compat.internals import OpOverload, results
 
 aten = torch.ops.aten
 _QUIET_VIEWS = frozenset({aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default})

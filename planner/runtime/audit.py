@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._torch import pytree
+from planner._compat.internals import pytree
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.results.plan import Plan
 from planner.runtime.ranks import communicates
 from planner.runtime.step import Step
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key

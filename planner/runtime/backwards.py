@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from planner._torch import fake_mode, pytree
+from planner._compat.internals import fake_mode, pytree
 from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
-from planner.graph.plan import Plan
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.log import RUNTIME
@@ -21,6 +20,7 @@ from planner.profiler.estimate import estimate
 from planner.profiler.kernel import tensors_in
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost, Profile
+from planner.results.plan import Plan
 from planner.rewriter.partition import partition
 from planner.rewriter.reschedule import Choice, MissingValueError, reschedule
 from planner.runtime.backward_key import BackwardKey, normal

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from planner._switches import global_switches
-from planner._torch import pytree, storage_id
+from planner._compat.internals import pytree, storage_id
+from planner._compat.switches import global_switches
 from planner.graph.graph import Kind
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.watch import Watched

@@ -11,7 +11,7 @@ from torch import nn
 
 from planner import arguments
 from planner.errors import InputError
-from planner.graph.plan import Plan
+from planner.results.plan import Plan
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
 from planner.runtime.functions import Program

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._torch import pytree
+from planner._compat.internals import pytree
 from planner.errors import InputError, PlanAuditError, PlannerError
 from planner.graph.graph import Kind
-from planner.graph.plan import Plan
 from planner.log import RUNTIME
+from planner.results.plan import Plan
 from planner.runtime import guard
 from planner.runtime.audit import Digest, audit_fits, can_audit, difference, digest, is_due, rewound, run_original
 from planner.runtime.backwards import Backwards

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._torch import box, keeps_graph
+from planner._compat.internals import box, keeps_graph
 from planner.graph.graph import Kind
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages

@@ -15,10 +15,10 @@ from datetime import timedelta
 import torch
 from torch import fx
 
-from planner._collectives import key_value_store, ranks_of_group
+from planner._compat.collectives import key_value_store, ranks_of_group
 from planner.errors import RanksDifferError
-from planner.graph.plan import Plan
 from planner.graph.structure import fingerprint
+from planner.results.plan import Plan
 from planner.runtime.step import Step
 from planner.tracer.collectives import is_collective
 from planner.tracer.joint import Joint

@@ -16,9 +16,9 @@ from torch import nn
 
 from planner.errors import CaptureError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan
 from planner.graph.structure import first_difference, places, renamed, wiring
 from planner.log import RUNTIME
+from planner.results.plan import Plan
 from planner.runtime.step import Step, make_step
 from planner.tracer.host.fingerprint import tensor_key
 from planner.tracer.lower import lower

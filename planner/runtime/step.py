@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from planner.graph.plan import Plan
+from planner.results.plan import Plan
 from planner.rewriter import portable
 from planner.rewriter.partition import Halves, partition
 from planner.runtime import guard

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
-from planner.graph.plan import Solution
 from planner.graph.schedule import Schedule
+from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import stages
 from planner.solver.baselines import fixed_baselines, greedy

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner import _torch
-from planner._torch import pytree
+from planner._compat import internals
+from planner._compat.internals import pytree
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
@@ -220,7 +220,7 @@ _IN_PLACE = (
 )
 
 
-def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint:
+def _export(step: Step, tensors: Sequence[torch.Tensor]) -> internals.ExportedJoint:
     """Learn what Python does in real forwards, then trace."""
     try:
         if step.can_run(tensors):
@@ -229,7 +229,7 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> _torch.ExportedJoint
         return step.export([*tensors, *step.state_inputs()])
     except PlannerError:
         raise
-    except _torch.InPlaceCollectiveError as error:
+    except internals.InPlaceCollectiveError as error:
         raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
         if not concerns_model(error):

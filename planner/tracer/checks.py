@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from planner._switches import global_switches
+from planner._compat.switches import global_switches
 from planner.errors import CaptureError, InputError
 from planner.tracer.elsewhere import Elsewhere
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import InPlaceCollectiveError, TorchDispatchMode, fake_mode, pytree
+from planner._compat.internals import InPlaceCollectiveError, TorchDispatchMode, fake_mode, pytree
 from planner.errors import InputError
 from planner.profiler.observed import observation_of
 

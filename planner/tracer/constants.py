@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from planner._torch import OpOverload, pytree, untraced
+from planner._compat.internals import OpOverload, pytree, untraced
 
 
 class Constants:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner._torch import ExportedJoint, OpOverload
+from planner._compat.internals import ExportedJoint, OpOverload
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)

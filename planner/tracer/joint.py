@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from planner._torch import pytree
+from planner._compat.internals import pytree
 from planner.graph.graph import Kind
 from planner.graph.source import Source
 from planner.tracer.host.fingerprint import TensorKey

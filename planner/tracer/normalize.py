@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import ExportedJoint, HigherOrderOperator, pytree, results
+from planner._compat.internals import ExportedJoint, HigherOrderOperator, pytree, results
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.graph.source import NOWHERE, Source

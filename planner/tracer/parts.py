@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner import _torch
-from planner._torch import pytree
+from planner._compat import internals
+from planner._compat.internals import pytree
 from planner.errors import CaptureError, InputError
 from planner.graph.source import Source
 from planner.tracer import fidelity, kernels
@@ -112,7 +112,7 @@ def tracing(model: nn.Module, calls: Mapping[str, PartCall]) -> Iterator[None]:
             raise CaptureError(f"{name} is called more often while traced than in a real run", module=name)
         return _traced(module, spec, args, kwargs)
 
-    with _torch.calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
+    with internals.calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
         yield
 
 

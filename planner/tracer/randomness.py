@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from planner._torch import OpOverload
+from planner._compat.internals import OpOverload
 from planner.profiler import observed
 from planner.profiler.observed import observation_of
 from planner.tracer import kernels

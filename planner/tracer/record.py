@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner import _torch
-from planner._torch import pytree, storage_id
+from planner._compat import internals
+from planner._compat.internals import pytree, storage_id
 from planner.errors import CaptureError, InputError
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
@@ -87,7 +87,7 @@ def record(
         return call()
 
     try:
-        with _torch.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
+        with internals.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
             return observer.observe(run_model, inputs), calls
     except BaseException:
         observer.preserved.restore()

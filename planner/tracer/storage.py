@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx
 
-from planner._torch import OpOverload, pytree, storage_id
+from planner._compat.internals import OpOverload, pytree, storage_id
 
 
 class Storages:

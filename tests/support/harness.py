@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from planner import BackwardError, InfeasibleBudgetError, NoScheduleFoundError, PlanMissWarning, PlannerError, plan
-from planner.analysis.side import autocast_of
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
+from planner.verification.side import autocast_of
 from tests.support import loops, observe, world
 from tests.support.source import Program, forget
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._collectives import collectives_forbidden
-from planner._torch import OpOverload, TorchDispatchMode, pytree, storage_id, untraced, written
+from planner._compat.collectives import collectives_forbidden
+from planner._compat.internals import OpOverload, TorchDispatchMode, pytree, storage_id, untraced, written
 from planner.errors import InputError
 from planner.profiler.observed import is_foreign
 from planner.tracer.collectives import alone

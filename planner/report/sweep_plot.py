@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from planner.analysis.references import EVERY, Reference
+from planner.analysis.sweep import SweptGraph
 from planner.report import picture
-from planner.report.sweep import Sweep
-from planner.report.sweeptable import suggestion
-from planner.report.today import EVERY, Reference, references
+from planner.report.sweep_table import suggestion
 from planner.units import format_bytes
 
 _PLANS, _BOUND, _MEASURED, _KNEE = "#0072b2", "#e69f00", "#000000", "#d55e00"
@@ -21,8 +22,8 @@ _MARKERS = {
 }
 
 
-def plot(sweep: Sweep, path: str | Path) -> None:
-    """Draw the plans, the certificate's bound, what people do today, the knee, the floor, and what was measured.
+def plot(sweep: SweptGraph, references: Iterable[Reference], path: str | Path) -> None:
+    """Draw the plans, the certificate's bound, reference schedules, the knee, the floor, and what was measured.
 
     Raises:
         PlotMissingError, InputError: as `Sweep.plot`.
@@ -30,15 +31,15 @@ def plot(sweep: Sweep, path: str | Path) -> None:
     picture.check(path)
     with picture.style():
         drawn = picture.figure(8.4, 5.2)
-        _Axes(sweep, drawn.add_subplot()).draw()
+        _Axes(sweep, references, drawn.add_subplot()).draw()
         picture.save(drawn, path)
 
 
 class _Axes:
     """One pair of axes: bytes to the right, step time up; on the right edge the time over that of the plain step."""
 
-    def __init__(self, sweep: Sweep, axes: Any) -> None:
-        self.sweep, self.axes, self.plain = sweep, axes, sweep.plain
+    def __init__(self, sweep: SweptGraph, references: Iterable[Reference], axes: Any) -> None:
+        self.sweep, self.references, self.axes, self.plain = sweep, references, axes, sweep.plain
         self.memory, self._bytes = picture.bytes_unit(self.plain.peak_bytes)
         slowest = max(point.time_ns for point in sweep.points)
         self.time, self._ns = picture.time_unit(slowest)
@@ -51,7 +52,7 @@ class _Axes:
 
     def draw(self) -> None:
         self._curves()
-        self._today()
+        self._references()
         self._measured()
         self._floor()
         self._knee()
@@ -69,16 +70,16 @@ class _Axes:
         points, axes = self.sweep.points, self.axes
         plans = [self.x(point.peak_bytes) for point in points]
         axes.plot(plans, [self.y(point.time_ns) for point in points], "o-", color=_PLANS, markersize=4, label="plans", zorder=4)
-        room = [self.x(point.budget_bytes - point.margin_bytes) for point in points]
+        capacity = [self.x(point.budget_bytes - point.margin_bytes) for point in points]
         bound = [self.y(min(point.bound_ns, point.time_ns)) for point in points]
         label = "bound: no schedule is faster"
-        axes.plot(room, bound, "--", color=_BOUND, linewidth=1.6, label=label, zorder=5)
+        axes.plot(capacity, bound, "--", color=_BOUND, linewidth=1.6, label=label, zorder=5)
         plain = (self.x(self.plain.peak_bytes), self.y(self.plain.time_ns))
         axes.plot(*plain, "o", color=_PLANS, markersize=8, fillstyle="none", label="plain step", zorder=6)
 
-    def _today(self) -> None:
+    def _references(self) -> None:
         families: defaultdict[str, list[Reference]] = defaultdict(list)
-        for reference in references(self.sweep.graph):
+        for reference in self.references:
             families[reference.family].append(reference)
         for family, members in families.items():
             marker, color = _MARKERS[family]

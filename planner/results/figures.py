@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from planner.graph.plan import Plan
-from planner.graph.planfile import SCHEMA, provenance_fields
-from planner.report.explain import Explanation
+from planner.analysis.explain import Explained
+from planner.graph.planned import PlannedGraph
+from planner.results.plan_file import SCHEMA, provenance_fields
 
 
-def plan_figures(plan: Plan) -> dict[str, Any]:
+def plan_figures(plan: PlannedGraph) -> dict[str, Any]:
     """What a plan promises: bytes with everything resident, nanoseconds, shares of the plain step's time."""
     timeline, plain = plan.timeline, plan.plain
     return {
@@ -36,7 +36,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
     }
 
 
-def explanation_figures(explained: Explanation) -> dict[str, Any]:
+def explanation_figures(explained: Explained) -> dict[str, Any]:
     """The plan's figures, with a row for each module or group of modules, and the prices of a little more and less memory."""
     prices = {"more": explained.more, "less": explained.less}
     return {

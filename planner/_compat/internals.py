@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as untraced
 
-from planner._kernels import grouped_mm_of_any_dtype, kernels_chosen, kernels_kept, kernels_replaced
+from planner._compat.kernels import grouped_mm_of_any_dtype, kernels_chosen, kernels_kept, kernels_replaced
 from planner.errors import CaptureError
 from planner.profiler import observed
 from planner.profiler.kernel import call_key

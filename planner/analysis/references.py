@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph
+from planner.graph.modules import block_of, module_of
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
-from planner.report.modules import block_of, module_of
 from planner.solver.baselines import per_block, segments, sqrt_segments
 
 EVERY = "segments of equal time"

@@ -1,4 +1,4 @@
-"""Torch's global switches, some of which have no public name; probed by feature, as in `planner._torch`."""
+"""Torch's global switches, some of which have no public name; probed by feature, as in `planner._compat.internals`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Sweep as JSON: a graph file (planner/graph/planfile.py, same schema version) with one more section.
+"""A Sweep as JSON: a graph file (planner/results/plan_file.py, same schema version) with one more section.
 
 Layout of "sweep": `points` (one a line: {"budget_bytes", "margin_bytes", "steps"} and the fields of a solution: "status",
 "bound_ns", "solve_s", "solver", "work", "limit"), `misses` (rows [budget_bytes, error, reason]), `floor_bytes`, `floor_op`,
@@ -11,16 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from planner.analysis.references import references
+from planner.analysis.sweep import Measured, Miss, Point, SweptGraph, make_point
 from planner.errors import InputError, PlanFileError, ScheduleError
-from planner.graph import planfile
 from planner.graph.fields import boolean, integer, number, reason, rows, string, table
 from planner.graph.graph import Graph
-from planner.report.sweep import Measured, Miss, Point, Sweep, make_point
-from planner.report.today import references
+from planner.results import plan_file
 from planner.units import MOST_BYTES
 
 
-def save(sweep: Sweep, path: str | Path) -> None:
+def save(sweep: SweptGraph, path: str | Path) -> None:
     """Write a sweep and its graph.
 
     Raises:
@@ -32,47 +32,47 @@ def save(sweep: Sweep, path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error}") from error
 
 
-def dumps(sweep: Sweep) -> str:
+def dumps(sweep: SweptGraph) -> str:
     """The file's text."""
     fields = {
         "floor_bytes": sweep.floor_bytes,
         "floor_op": sweep.floor_op,
-        "provenance": planfile.provenance_fields(sweep.provenance),
+        "provenance": plan_file.provenance_fields(sweep.provenance),
         "measured": [[found.budget_bytes, found.peak_bytes, found.time_ratio, found.exact] for found in sweep.measured],
         "misses": [[miss.budget_bytes, miss.error, miss.reason] for miss in sweep.misses],
-        "points": planfile.Lines(_point_fields(point) for point in sweep.points),
+        "points": plan_file.Lines(_point_fields(point) for point in sweep.points),
         "solve_s": sweep.solve_s,
     }
-    return planfile.dumps(sweep.graph, sections={"sweep": fields})
+    return plan_file.dumps(sweep.graph, sections={"sweep": fields})
 
 
 def is_sweep(path: str | Path) -> bool:
     """Whether a file looks like one that `save` wrote; False where it cannot be read."""
     try:
-        document = planfile.read_document(planfile.read_text(path, "file"), str(path))
+        document = plan_file.read_document(plan_file.read_text(path, "file"), str(path))
     except PlanFileError:
         return False
     return isinstance(document, dict) and "sweep" in document
 
 
-def load(path: str | Path) -> Sweep:
+def load(path: str | Path) -> SweptGraph:
     """Read a sweep.
 
     Raises:
         PlanFileError: unreadable, not JSON, a newer schema, or a graph or schedule that does not check.
     """
-    document = planfile.read_document(planfile.read_text(path, "sweep file"), str(path))
-    graph = planfile.read_graph(document, str(path))
+    document = plan_file.read_document(plan_file.read_text(path, "sweep file"), str(path))
+    graph = plan_file.read_graph(document, str(path))
     try:
         fields = table(document.get("sweep"), "the section sweep")
-        sweep = Sweep(
+        sweep = SweptGraph(
             graph=graph,
             points=tuple(_point(graph, table(entry, "a point")) for entry in rows(fields["points"], "points")),
             misses=tuple(_miss(row) for row in rows(fields["misses"], "misses")),
             floor_bytes=integer(fields["floor_bytes"], "floor_bytes", 0, MOST_BYTES),
             floor_op=string(fields["floor_op"], "floor_op"),
             solve_s=number(fields["solve_s"], "solve_s"),
-            provenance=planfile.read_provenance(fields["provenance"]),
+            provenance=plan_file.read_provenance(fields["provenance"]),
             measured=tuple(_measured(row) for row in rows(fields["measured"], "measured")),
         )
     except KeyError as error:
@@ -112,12 +112,12 @@ def _point_fields(point: Point) -> dict[str, Any]:
         "budget_bytes": point.budget_bytes,
         "margin_bytes": point.margin_bytes,
         "steps": point.solution.schedule.steps,
-        **planfile.solution_fields(point.solution),
+        **plan_file.solution_fields(point.solution),
     }
 
 
 def _point(graph: Graph, fields: dict[str, Any]) -> Point:
-    solution = planfile.read_solution(fields, graph)
+    solution = plan_file.read_solution(fields, graph)
     budget_bytes = integer(fields["budget_bytes"], "budget_bytes", 0, MOST_BYTES)
     point = make_point(graph, budget_bytes, integer(fields["margin_bytes"], "margin_bytes", 0, budget_bytes), solution)
     if point.peak_bytes > point.budget_bytes:
@@ -125,11 +125,11 @@ def _point(graph: Graph, fields: dict[str, Any]) -> Point:
     return point
 
 
-def summary(sweep: Sweep) -> dict[str, Any]:
+def summary(sweep: SweptGraph) -> dict[str, Any]:
     """The figures of a sweep, without graph and schedules: what `planner sweep --json` prints."""
     plain, knee = sweep.plain, sweep.knee_point
     return {
-        "schema": planfile.SCHEMA,
+        "schema": plan_file.SCHEMA,
         "plain": {"peak_bytes": plain.peak_bytes, "time_ns": plain.time_ns},
         "floor": {"bytes": sweep.floor_bytes, "op": sweep.floor_op},
         "knee": {"budget_bytes": knee.budget_bytes, "peak_bytes": knee.peak_bytes, "overhead": knee.overhead},
@@ -161,5 +161,5 @@ def summary(sweep: Sweep) -> dict[str, Any]:
             for reference in references(sweep.graph)
         ],
         "solve_s": sweep.solve_s,
-        "provenance": planfile.provenance_fields(sweep.provenance),
+        "provenance": plan_file.provenance_fields(sweep.provenance),
     }

@@ -15,19 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._torch import pytree
-from planner.analysis.bits import different_results
-from planner.analysis.side import (
-    Call,
-    Side,
-    aligned,
-    autocast_of,
-    backward_of_ones,
-    copy_of,
-    own_call,
-    resident_bytes,
-)
-from planner.analysis.state import strides_that_matter
+from planner._compat.internals import pytree
 from planner.errors import InputError, PlanCheckError, PlannerError, first_line
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
 from planner.log import ANALYSIS
@@ -42,6 +30,9 @@ from planner.runtime.step import Step
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
+from planner.verification.bits import different_results
+from planner.verification.side import Call, Side, aligned, autocast_of, backward_of_ones, copy_of, own_call, resident_bytes
+from planner.verification.state import strides_that_matter
 
 _PATIENCE_S, _PATIENCE_STEPS = 60.0, 50.0
 """How long a child may take: so many seconds, and so many predicted steps."""

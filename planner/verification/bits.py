@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from planner._torch import pytree
-from planner.analysis.side import Call, aligned, autocast_of, backward_of_ones
+from planner._compat.internals import pytree
 from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.verification.side import Call, aligned, autocast_of, backward_of_ones
 
 
 def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...]:

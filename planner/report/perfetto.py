@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
-from planner.graph.plan import Plan
+from planner.graph.modules import place_of
+from planner.graph.planned import PlannedGraph
 from planner.graph.schedule import Schedule, keep_all
-from planner.report.modules import place_of
 from planner.report.timeline import live_parts
 
 _THREAD = 1
 
 
-def trace(plan: Plan, path: str | Path) -> None:
+def trace(plan: PlannedGraph, path: str | Path) -> None:
     """Write the plain and the planned step as a trace.
 
     Raises:
@@ -34,7 +34,7 @@ def trace(plan: Plan, path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error}") from error
 
 
-def dumps(plan: Plan) -> str:
+def dumps(plan: PlannedGraph) -> str:
     """The trace's text, one event a line."""
     steps = (("plain step", keep_all(plan.graph)), ("planned step", plan.solution.schedule))
     events = [event for number, (name, schedule) in enumerate(steps, 1) for event in _events(plan, number, name, schedule)]
@@ -42,7 +42,7 @@ def dumps(plan: Plan) -> str:
     return '{"displayTimeUnit": "ms", "traceEvents": [\n' + lines + "\n]}\n"
 
 
-def _events(plan: Plan, process: int, name: str, schedule: Schedule) -> Iterator[dict[str, Any]]:
+def _events(plan: PlannedGraph, process: int, name: str, schedule: Schedule) -> Iterator[dict[str, Any]]:
     graph = plan.graph
     common = {"pid": process, "tid": _THREAD}
     yield {"ph": "M", "name": "process_name", "args": {"name": name}, **common}

@@ -1,4 +1,4 @@
-"""Torch's names for communication between processes; probed by feature, as in `planner._torch`."""
+"""Torch's names for communication between processes; probed by feature, as in `planner._compat.internals`."""
 
 from __future__ import annotations
 

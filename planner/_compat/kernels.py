@@ -1,4 +1,4 @@
-"""Kernels that a trace runs in place of torch's decompositions; probed by feature, as in `planner._torch`."""
+"""Kernels that a trace runs in place of torch's decompositions; probed by feature, as in `planner._compat.internals`."""
 
 from __future__ import annotations
 

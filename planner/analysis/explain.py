@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
-from planner.graph.plan import Plan, Solution
+from planner.graph.modules import fold, module_of
+from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.report.modules import fold, module_of
 from planner.solver.solve import Solver
-from planner.units import format_bytes, format_ns
+from planner.units import format_bytes
 
 _GIB = 2**30
 
@@ -77,8 +78,8 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
-    """What `Plan.explain` returns. Prints as a table.
+class Explained:
+    """The data of an `Explanation`.
 
     Attributes:
         plan: what is explained.
@@ -87,16 +88,13 @@ class Explanation:
             the plain step fits.
     """
 
-    plan: Plan
+    plan: PlannedGraph
     rows: tuple[ModuleRow, ...]
     more: Price | None
     less: Price | None
 
-    def __str__(self) -> str:
-        return text(self)
 
-
-def explain(plan: Plan, *, prices: bool = True, limits: Limits | None = None) -> Explanation:
+def explain(plan: PlannedGraph, *, prices: bool = True, limits: Limits | None = None) -> Explained:
     """Explain a plan; needs no torch.
 
     Args:
@@ -105,10 +103,10 @@ def explain(plan: Plan, *, prices: bool = True, limits: Limits | None = None) ->
         limits: what the solver may spend on that.
     """
     more, less = _prices(plan, limits or Limits(6.0)) if prices else (None, None)
-    return Explanation(plan, _rows(plan), more, less)
+    return Explained(plan, _rows(plan), more, less)
 
 
-def _rows(plan: Plan) -> tuple[ModuleRow, ...]:
+def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
     graph, outputs = plan.graph, set(plan.graph.forward_outputs)
     saved, wanted = set(plan.timeline.saved) - outputs, set(plan.plain.saved) - outputs
     steps = plan.solution.schedule.steps
@@ -154,7 +152,7 @@ def _total(graph: Graph, names: Iterable[str]) -> int:
     return sum(graph.value[name].nbytes for name in names)
 
 
-def _prices(plan: Plan, limits: Limits) -> tuple[Price | None, Price | None]:
+def _prices(plan: PlannedGraph, limits: Limits) -> tuple[Price | None, Price | None]:
     """The plan's own schedule is a plan for the larger budget, so that one never costs more."""
     delta = _GIB if plan.budget_bytes >= 10 * _GIB else max(1, plan.budget_bytes // 10)
     plain_bytes, now_ns = plan.plain.peak_bytes, plan.timeline.time_ns
@@ -179,40 +177,3 @@ def _prices(plan: Plan, limits: Limits) -> tuple[Price | None, Price | None]:
     if below.saved_ns is not None:
         below = replace(below, saved_ns=min(0, below.saved_ns))
     return above, below
-
-
-def text(explained: Explanation) -> str:
-    """What `print(plan.explain())` shows."""
-    plan, rows = explained.plan, explained.rows
-    labels = [f"{row.label} ({row.count}x)" if row.count > 1 else row.label for row in rows]
-    width = max(map(len, (*labels, "module")))
-    head = f"{'module':<{width}} {'kept':>11} {'recomputed':>11} {'time again':>10} {'freed per ms':>13} {'rank':>5}  why"
-    lines = [head, "-" * (len(head) + 20)]
-    for label, row in zip(labels, rows, strict=True):
-        rate = format_bytes(round(row.rate * 1e6)) if row.rank else "-"
-        figures = (
-            f"{format_bytes(row.kept_bytes):>11} {format_bytes(row.recomputed_bytes):>11} {format_ns(row.recomputed_ns):>10}"
-        )
-        lines.append(f"{label:<{width}} {figures} {rate:>13} {row.rank or '-':>5}  {row.why}")
-    peaks = f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.plain.peak_bytes)} plain"
-    title = [
-        f"budget {format_bytes(plan.budget_bytes)}, {peaks}, {plan.overhead:+.2%} time",
-        "kept, recomputed: activations for the backward, summed over the modules of a row; rank: by bytes freed per ms",
-    ]
-    return "\n".join([*title, "", *lines, "", *_price_lines(explained)])
-
-
-def _price_lines(explained: Explanation) -> list[str]:
-    plan, more, less = explained.plan, explained.more, explained.less
-    if less is None:
-        return []
-    plain_ns = max(1, plan.plain.time_ns)
-    lines = ["more memory buys nothing: the plain step fits"]
-    if more is not None:
-        size, saved = format_bytes(more.budget_bytes - plan.budget_bytes), more.saved_ns
-        gain = more.reason if saved is None else f"would save {format_ns(saved)} ({saved / plain_ns:.2%} of the plain step)"
-        lines = [f"the next {size} {gain}"]
-    size = format_bytes(min(plan.budget_bytes, plan.plain.peak_bytes) - less.budget_bytes)
-    if less.saved_ns is None:
-        return [*lines, f"the last {size} cannot be spared: {less.reason}"]
-    return [*lines, f"the last {size} saved {format_ns(-less.saved_ns)} ({-less.saved_ns / plain_ns:.2%} of the plain step)"]

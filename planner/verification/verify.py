@@ -10,9 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from planner import arguments
-from planner.analysis.measured import seconds_of
-from planner.analysis.side import Call, Side, check_call, copy_of
-from planner.analysis.state import (
+from planner.errors import InputError
+from planner.results.verify_report import VerifyReport
+from planner.runtime.criterion import planned_model
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.reporting import PlanMissWarning
+from planner.verification.measured import seconds_of
+from planner.verification.side import Call, Side, check_call, copy_of
+from planner.verification.state import (
     Leaf,
     generators,
     generators_as_leaves,
@@ -22,11 +27,6 @@ from planner.analysis.state import (
     state_of,
     strides_that_matter,
 )
-from planner.errors import InputError
-from planner.results.verify_report import VerifyReport
-from planner.runtime.criterion import planned_model
-from planner.runtime.module import CheckpointedModule
-from planner.runtime.reporting import PlanMissWarning
 
 FEWEST_PAIRS = 5
 """Pairs of steps that are timed at least: a median of fewer says little."""

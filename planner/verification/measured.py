@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from planner.analysis.side import CopyError, Side, check_call, copy_of
-from planner.analysis.step import NotRunError, run_step
 from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError, warn
-from planner.graph.plan import NOT_RUN, RUN
+from planner.graph.planned import NOT_RUN, RUN
 from planner.log import ANALYSIS
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.capture import one_at_a_time
 from planner.units import enough_text, format_bytes
+from planner.verification.side import CopyError, Side, check_call, copy_of
+from planner.verification.step import NotRunError, run_step
 
 
 def time_step(

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from planner.graph.graph import Graph, Kind
-from planner.graph.plan import Plan
+from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import Timeline
 from planner.units import format_bytes, format_ns
 
@@ -16,7 +16,7 @@ ASSUMING = "for this backward order at these costs"
 STOPPED = "by the limit of wall-clock time: another run may give another plan"
 
 
-def table(plan: Plan) -> str:
+def table(plan: PlannedGraph) -> str:
     """The table that `print(plan)` shows."""
     timeline, plain = plan.timeline, plan.plain
     known = "; estimated, not measured" if plan.is_estimated else ""
@@ -42,11 +42,11 @@ def table(plan: Plan) -> str:
     return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
 
 
-def _work(plan: Plan) -> str:
+def _work(plan: PlannedGraph) -> str:
     return f", {plan.solution.work:.1f} units of work," if plan.solution.work else ""
 
 
-def _measured(plan: Plan) -> str:
+def _measured(plan: PlannedGraph) -> str:
     """The measured peak; or that there is none, and why."""
     if plan.measured_bytes is not None:
         over = plan.measured_bytes > plan.budget_bytes
@@ -56,7 +56,7 @@ def _measured(plan: Plan) -> str:
     return f"not measured{reason and f' ({reason})'}"
 
 
-def _where(plan: Plan) -> str:
+def _where(plan: PlannedGraph) -> str:
     if not plan.graph.ops:
         return "no op"
     op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
@@ -83,7 +83,7 @@ def _total(graph: Graph, names: Iterable[str]) -> int:
     return sum(graph.value[name].nbytes for name in names)
 
 
-def _modules(plan: Plan, timeline: Timeline) -> list[str]:
+def _modules(plan: PlannedGraph, timeline: Timeline) -> list[str]:
     """Kept and recomputed bytes per module; numbered siblings (layers.0, layers.1, ...) share a row."""
     graph, saved = plan.graph, set(timeline.saved) - set(plan.graph.forward_outputs)
     again = Counter(plan.solution.schedule.steps[t] for t in plan.solution.schedule.recomputes())

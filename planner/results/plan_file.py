@@ -9,31 +9,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from planner.arguments import check_path
 from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
-from planner.graph import schema1
 from planner.graph.fields import boolean, choice, integer, number, parse, read_all, reason, rows, string, strings, table
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
-from planner.graph.plan import LIMITS, STATUSES, Plan, Solution
+from planner.graph.planned import PlannedGraph
 from planner.graph.provenance import COSTS, Provenance
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
+from planner.graph.solution import LIMITS, STATUSES, Solution
 from planner.graph.source import source_from_json, source_to_json
 from planner.graph.structure import fingerprint
+from planner.results import schema1
 from planner.units import MOST_BYTES, shown
 
 SCHEMA = 2
-"""The version that is written. Files of version 1 are read too (`planner.graph.schema1`)."""
+"""The version that is written. Files of version 1 are read too (`planner.results.schema1`)."""
 _MOST_KERNELS = 10**9
+
+
+P = TypeVar("P", bound=PlannedGraph)
 
 
 class Lines(list[Any]):
     """A list that is written one item a line, so that a diff shows which one changed."""
 
 
-def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any] | None = None) -> str:
+def dumps(graph: Graph, plan: PlannedGraph | None = None, *, sections: Mapping[str, Any] | None = None) -> str:
     """The file's text. With `plan`, its schedule and how it was found travel too; `sections`: other rooms' fields, by name."""
     document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": _graph_fields(graph)}
     if plan is not None:
@@ -49,7 +53,7 @@ def dumps(graph: Graph, plan: Plan | None = None, *, sections: Mapping[str, Any]
     return _write(document | dict(sections or {}))
 
 
-def save(plan: Plan, path: str | Path) -> None:
+def save(plan: PlannedGraph, path: str | Path) -> None:
     """Write a plan and its graph.
 
     Raises:
@@ -62,13 +66,13 @@ def save(plan: Plan, path: str | Path) -> None:
         raise InputError(f"cannot write plan file {path}: {error}") from error
 
 
-def load(path: str | Path) -> Plan:
-    """Read a plan.
+def load(path: str | Path, kind: type[P]) -> P:
+    """Read a plan as one of this class.
 
     Raises:
         PlanFileError: unreadable, not JSON, another schema, or a graph or schedule that does not check.
     """
-    return loads(read_text(path, "plan file"), str(path))
+    return loads(read_text(path, "plan file"), kind, str(path))
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -88,7 +92,7 @@ def read_text(path: str | Path, what: str) -> str:
         raise PlanFileError(f"cannot read {what} {path}: {reason(error)}") from error
 
 
-def loads(text: str, where: str = "plan") -> Plan:
+def loads(text: str, kind: type[P], where: str = "plan") -> P:
     """Read a plan from the text of a file; `where` names it in errors."""
     document = read_document(text, where)
     graph = read_graph(document, where)
@@ -96,7 +100,7 @@ def loads(text: str, where: str = "plan") -> Plan:
         fields = table(document.get("plan"), "the section plan")
         solution = read_solution(fields, graph)
         measured = fields["measured_bytes"]
-        plan = Plan(
+        plan = kind(
             graph=graph,
             budget_bytes=integer(fields["budget_bytes"], "budget_bytes", 0, MOST_BYTES),
             margin_bytes=integer(fields["margin_bytes"], "margin_bytes", 0, MOST_BYTES),
@@ -124,7 +128,7 @@ def load_graph(path: str | Path) -> Graph:
     return read_graph(read_document(read_text(path, "graph file"), str(path)), str(path))
 
 
-def load_solvable(path: str | Path) -> tuple[Graph, Plan | None]:
+def load_solvable(path: str | Path) -> tuple[Graph, PlannedGraph | None]:
     """Read a graph to plan anew, and the plan that the file holds beside it, if any.
 
     Raises:
@@ -132,7 +136,7 @@ def load_solvable(path: str | Path) -> tuple[Graph, Plan | None]:
     """
     text = read_text(path, "graph file")
     document = read_document(text, str(path))
-    plan = loads(text, str(path)) if "plan" in document else None
+    plan = loads(text, PlannedGraph, str(path)) if "plan" in document else None
     return (plan.graph, plan) if plan is not None else (read_graph(document, str(path)), None)
 
 

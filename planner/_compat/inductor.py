@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._torch import fake_mode, results
+from planner._compat.internals import fake_mode, results
 
 _SETTINGS = {"layout_optimization": False}
 """Other memory layouts for convolutions take copies that no plan counts (9 % of the plain peak on a UNet, torch 2.13)."""

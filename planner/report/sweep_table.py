@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from planner.analysis.references import Reference
+from planner.analysis.sweep import Miss, Point, SweptGraph
 from planner.graph.simulate import simulate
-from planner.graph.table import ASSUMING, STOPPED
-from planner.report.sweep import Miss, Point, Sweep
-from planner.report.today import references
+from planner.report.plan_table import ASSUMING, STOPPED
 from planner.units import format_bytes, format_ns
 
 _WIDTH = 160
 
 
-def text(sweep: Sweep) -> str:
+def text(sweep: SweptGraph, references: Iterable[Reference]) -> str:
     """What `print(sweep)` shows."""
     console = Console(width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
@@ -23,18 +25,18 @@ def text(sweep: Sweep) -> str:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print(_points(sweep))
         if sweep.graph.num_forward_ops:
-            console.print(_today(sweep))
+            console.print(_references(sweep, references))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def suggestion(sweep: Sweep) -> str:
+def suggestion(sweep: SweptGraph) -> str:
     """The knee, in words: "356 MiB (50.0% of plain), +3.0% time"."""
     knee = sweep.knee_point
     share = knee.peak_bytes / max(1, sweep.plain.peak_bytes)
     return f"{format_bytes(knee.peak_bytes)} ({share:.1%} of plain), {knee.overhead:+.1%} time"
 
 
-def _head(sweep: Sweep) -> list[str]:
+def _head(sweep: SweptGraph) -> list[str]:
     plain, held = sweep.plain, f"; held by {sweep.floor_op}" if sweep.floor_op else ""
     stopped = sum(point.solution.limit == "time" for point in sweep.points)
     rows = [
@@ -48,7 +50,7 @@ def _head(sweep: Sweep) -> list[str]:
     return [f"{name:<11} {line}" for name, line in rows if line]
 
 
-def _points(sweep: Sweep) -> Table:
+def _points(sweep: SweptGraph) -> Table:
     """One row a budget, smallest first.
 
     `kept` says what changes from the row above, in values alive between forward and backward: a plan whose row has no
@@ -85,7 +87,7 @@ def _figures(point: Point, change: str) -> list[str]:
     ]
 
 
-def _seen(sweep: Sweep, point: Point) -> list[str]:
+def _seen(sweep: SweptGraph, point: Point) -> list[str]:
     """What was measured of a point, and whether it is the knee."""
     cells = []
     if sweep.measured:
@@ -96,12 +98,12 @@ def _seen(sweep: Sweep, point: Point) -> list[str]:
     return [*cells, "<- knee" if point is sweep.knee_point else ""]
 
 
-def _today(sweep: Sweep) -> Table:
-    """What people do today, beside the cheapest point that needs no more memory."""
+def _references(sweep: SweptGraph, references: Iterable[Reference]) -> Table:
+    """Schedules that need no solver, beside the cheapest point that needs no more memory."""
     table = Table(box=box.SIMPLE, title="without a solver", title_justify="left", title_style="")
     for column in ("", "peak", "overhead", "this sweep at that peak"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for reference in references(sweep.graph):
+    for reference in references:
         fitting = [point for point in sweep.points if point.peak_bytes <= reference.peak_bytes]
         best = min(fitting, key=lambda point: point.time_ns, default=None)
         ours = "no point so low" if best is None else f"{best.overhead:.2%} ({format_bytes(best.peak_bytes)})"

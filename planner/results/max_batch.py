@@ -12,8 +12,8 @@ from rich.table import Table
 
 from planner.arguments import count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
-from planner.graph.plan import Plan
-from planner.graph.planfile import provenance_fields
+from planner.results.plan import Plan
+from planner.results.plan_file import provenance_fields
 from planner.units import format_bytes, format_ns
 
 SCHEMA = 2

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._torch import pytree
-from planner.analysis.state import generators, set_generators, state_of
+from planner._compat.internals import pytree
 from planner.errors import InputError, first_line
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
@@ -22,6 +21,7 @@ from planner.runtime.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule, unplanned_forward
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
+from planner.verification.state import generators, set_generators, state_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

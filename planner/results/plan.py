@@ -1,0 +1,67 @@
+"""The plan that a user holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.analysis.explain import explain
+from planner.arguments import check_flags, check_path, limits
+from planner.graph.planned import PlannedGraph
+from planner.report import perfetto, plan_table, timeline
+from planner.results import plan_file
+from planner.results.explanation import Explanation
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(PlannedGraph):
+    """A graph, a budget and the schedule that fits it. Prints as a table; attributes as in `PlannedGraph`."""
+
+    def __str__(self) -> str:
+        return plan_table.table(self)
+
+    def explain(self, *, prices: bool = True, effort: float = 6.0, time_limit_s: float | None = None) -> Explanation:
+        """Why it keeps what it keeps, by module, and what a little more or less memory would be worth.
+
+        Returns:
+            the Explanation, which prints as a table.
+        """
+        check_flags(prices=prices)
+        found = explain(self, prices=prices, limits=limits(effort, time_limit_s))
+        return Explanation(found.plan, found.rows, found.more, found.less)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw live bytes over the step, plain above planned, into a .png or .svg file.
+
+        Raises:
+            PlotMissingError: matplotlib (the extra `plot`) is not installed.
+            InputError: another suffix, or the file cannot be written.
+        """
+        check_path(path)
+        timeline.plot(self, path)
+
+    def trace(self, path: str | Path) -> None:
+        """Write the plain and the planned step as a trace that Perfetto and chrome://tracing open.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        check_path(path)
+        perfetto.trace(self, path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON (docs/plan-file.md).
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        plan_file.save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan written by `save`.
+
+        Raises:
+            PlanFileError: not JSON, another schema version, or inconsistent.
+        """
+        return plan_file.load(path, Plan)
