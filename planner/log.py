@@ -17,7 +17,7 @@ PROFILER = logging.getLogger("planner.profiler")
 """Kernels: measured, found in the cache, or not to be measured and why."""
 SOLVER = logging.getLogger("planner.solver")
 """Stages of the solver, each turn with its work and what it gained."""
-ANALYSIS = logging.getLogger("planner.analysis")
+VERIFICATION = logging.getLogger("planner.verification")
 """Steps that were run and measured, and plans that were made again for less."""
 RUNTIME = logging.getLogger("planner.runtime")
 """What is captured while the model trains: other shapes, other backwards."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import plan
-from planner.profiler import observed
+from planner.kernels import observed
 from planner.tracer import mutation
 from tests.training import assert_same, trajectory
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
+from planner.kernels import custom
 from planner.runtime.module import CheckpointedModule as Module
-from planner.tracer import kernels
 from planner.tracer.randomness import draw_as_eager
 from tests import models
 from tests.training import assert_same, trajectory
@@ -321,8 +321,8 @@ def test_a_plan_keeps_the_draws_of_dropout_and_makes_the_noise_again():
     args = (torch.randn(512, 64),)
     module = plan(copy.deepcopy(model), 0.7, args, costs="estimate", progress=False)
     recomputed = [node for node in module.backward_graph.nodes if node.name.endswith("_recomputed")]
-    assert any(node.target is kernels.noise for node in recomputed)
-    assert not any(node.target is kernels.bernoulli for node in recomputed)
+    assert any(node.target is custom.noise for node in recomputed)
+    assert not any(node.target is custom.bernoulli for node in recomputed)
     assert any(node.meta["val"].dtype == torch.uint8 for node in module.backward_graph.find_nodes(op="placeholder"))
     assert_same(trajectory(model, args, {}), trajectory(module, args, {}))
 
@@ -335,8 +335,8 @@ def test_draws_become_bytes_only_where_every_dtype_draws_alike(device, dtype):
     graph.output(graph.call_function(torch.ops.aten.div.Scalar, (drawn, 0.9)))
     like.meta["val"] = drawn.meta["val"] = torch.zeros(4, device=device)
     draw_as_eager(graph, torch.device(device))
-    assert drawn.target is kernels.bernoulli and drawn.args[3] == dtype
-    assert bool(graph.find_nodes(op="call_function", target=kernels.noise)) == (dtype == torch.uint8)
+    assert drawn.target is custom.bernoulli and drawn.args[3] == dtype
+    assert bool(graph.find_nodes(op="call_function", target=custom.noise)) == (dtype == torch.uint8)
 
 
 def test_functional_dropout_mask_and_inplace_input():

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from planner.kernels import custom
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, DeviceModel, estimate, estimate_node
-from planner.tracer import kernels
 from tests.test_profiler_kernel import aten, call
 
 FLAT = DeviceModel("flat", flops_per_s=1e12, bytes_per_s=1e9, launch_ns=0)
@@ -82,7 +82,7 @@ def test_impossible_device_is_refused():
 
 def test_random_draws_cost_more_than_the_bytes_they_write():
     device = DeviceModel("slow generator", 1e12, 1e15, 0, draws_per_s=1e6)
-    drawn = torch.fx.Graph().call_function(kernels.bernoulli, (0.5, (1000,), (1,), torch.float32, torch.device("cpu")))
+    drawn = torch.fx.Graph().call_function(custom.bernoulli, (0.5, (1000,), (1,), torch.float32, torch.device("cpu")))
     drawn.meta["val"] = meta(1000)
     assert estimate([drawn], device).costs[drawn.name].time_ns == 1_000_000
     copied = node(aten.clone.default, torch.rand(1000), out=meta(1000))

@@ -9,7 +9,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from planner.profiler.kernel import footprint_bytes, kernel_key, make_inputs
+from planner.kernels.calls import footprint_bytes, kernel_key, make_inputs
 
 aten = torch.ops.aten
 

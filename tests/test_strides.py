@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import InfeasibleBudgetError, NoScheduleFoundError, apply, plan
-from planner.profiler import observed
+from planner.kernels import observed
 from planner.results.plan_file import load, save
 from planner.tracer import settled
 from planner.tracer.settled import capture

@@ -37,8 +37,8 @@ from torch.utils._python_dispatch import _disable_current_modes as untraced
 
 from planner._compat.kernels import grouped_mm_of_any_dtype, kernels_chosen, kernels_kept, kernels_replaced
 from planner.errors import CaptureError
-from planner.profiler import observed
-from planner.profiler.kernel import call_key
+from planner.kernels import observed
+from planner.kernels.calls import call_key
 
 __all__ = [
     "KEEPS_GRAPH_IMPORT",
@@ -150,7 +150,7 @@ def export_joint(
 
     Parameters and buffers are named as in `module`. Metadata set with `torch.fx.traceback.annotate`
     survives on `node.meta["custom"]`, on backward nodes too. `choices`: see `kernels_chosen`. A call whose outputs may really
-    look otherwise than their fakes is noted in `node.meta[TRACED]` (planner.profiler.observed).
+    look otherwise than their fakes is noted in `node.meta[TRACED]` (planner.kernels.observed).
 
     Raises:
         CaptureError: an input or output of a kind that is not understood.

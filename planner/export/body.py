@@ -19,7 +19,7 @@ from planner._compat.internals import OpOverload
 from planner.export.lines import Half, Line
 from planner.export.names import ValueNames, identifier, is_below, key_text, literal, unique
 from planner.graph.source import Source
-from planner.tracer import kernels
+from planner.kernels import custom
 
 _WIDTH = 120
 _INDENT = "    "
@@ -161,7 +161,7 @@ class Body:
         statements = [" = ".join([*targets, expression]), *(f"{self._place(node)} = {self._names[node]}" for node in stored)]
         if ended and i + 1 < self._stop:
             statements.append(f"del {_enclosed(', '.join(ended))}")
-        note = "  # recomputed" if line.again and line.kernel.target is not kernels.swap_rng_state else ""
+        note = "  # recomputed" if line.again and line.kernel.target is not custom.swap_rng_state else ""
         yield from wrapped(statements, note)
 
     def _take_apart(self, line: Line) -> str:

@@ -1,4 +1,4 @@
-"""What kernels, values and constants are called in an exported file."""
+"""What custom, values and constants are called in an exported file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from planner._compat.internals import OpOverload
 from planner.errors import ExportError
 from planner.export.lines import Half, Line, origin
-from planner.tracer import kernels
+from planner.kernels import custom
 
-_WRITTEN_OUT = (kernels.bernoulli, kernels.noise, kernels.laid_out, kernels.rng_state, kernels.swap_rng_state)
+_WRITTEN_OUT = (custom.bernoulli, custom.noise, custom.laid_out, custom.rng_state, custom.swap_rng_state)
 _NAMESPACES = ("aten", "prims")
 _LETTERS = [*string.ascii_lowercase, *(f"x{i}" for i in range(26, 1000))]
 _MOST_PARTS = 3

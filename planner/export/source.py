@@ -23,8 +23,8 @@ from planner.export.fold import Block, repeated
 from planner.export.lines import Half, half
 from planner.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.graph.graph import Kind
+from planner.kernels import custom
 from planner.runtime.module import CheckpointedModule, unplanned_forward
-from planner.tracer import kernels
 from planner.tracer.joint import Input
 
 _TAKEN = frozenset(
@@ -295,7 +295,7 @@ It trains bit for bit like the original within this plan:
             "aliased": literal(self._halves.aliased),
             "autocast": literal((False, "") if autocast is None else (True, str(autocast))),
             "device": "DEVICE",
-            "swaps": literal(any(node.target is kernels.swap_rng_state for node in self._halves.backward.nodes)),
+            "swaps": literal(any(node.target is custom.swap_rng_state for node in self._halves.backward.nodes)),
             "constants": f"{{{made}\n    }}" if made else "{}",
             "read": "read" if joint.guards is not None else "None",
             "values": literal(tuple((read.value, str(read.source)) for read in joint.host_reads)),

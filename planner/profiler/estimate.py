@@ -13,10 +13,10 @@ from torch.fx import Node
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from planner.errors import InputError, first_line
+from planner.kernels.calls import tensors_in
+from planner.kernels.facts import is_random
 from planner.log import PROFILER
-from planner.profiler.kernel import tensors_in
 from planner.profiler.profile import KernelCost, Profile
-from planner.tracer.randomness import is_random
 from planner.units import shown
 
 _HALF = (torch.float16, torch.bfloat16)

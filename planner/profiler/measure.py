@@ -17,14 +17,14 @@ from rich.progress import Progress
 from torch.fx import Node
 
 from planner.errors import first_line
+from planner.kernels.calls import kernel_key
+from planner.kernels.facts import is_collective
 from planner.log import PROFILER
 from planner.profiler.cache import DEFAULT_CACHE_DIR, KernelCache
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
-from planner.profiler.kernel import kernel_key
 from planner.profiler.profile import KernelCost, Profile
 from planner.profiler.timing import cost_on_cpu, cost_on_cuda
-from planner.tracer.collectives import is_collective
 
 
 def measure(

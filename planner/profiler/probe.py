@@ -17,11 +17,11 @@ from torch.fx import Node
 from planner._compat.collectives import collectives_forbidden
 from planner._compat.internals import pytree
 from planner.errors import first_line
+from planner.kernels.calls import make_inputs
+from planner.kernels.observed import Look, Observation, dtype_name, is_foreign
 from planner.log import PROFILER
 from planner.profiler.estimate import GENERIC_CPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
-from planner.profiler.kernel import make_inputs
-from planner.profiler.observed import Look, Observation, dtype_name, is_foreign
 from planner.profiler.side_effects import Effects
 from planner.profiler.timing import check_memory
 

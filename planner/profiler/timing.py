@@ -19,9 +19,9 @@ from torch.fx import Node
 
 from planner._compat.collectives import collectives_forbidden
 from planner._compat.internals import pytree, storage_id
-from planner.profiler.kernel import footprint_bytes, make_inputs
+from planner.kernels.calls import footprint_bytes, make_inputs
+from planner.kernels.observed import is_foreign
 from planner.profiler.memory import cpu_allocations, peak_of
-from planner.profiler.observed import is_foreign
 from planner.profiler.profile import KernelCost
 
 _BUDGET_NS = 40_000_000

@@ -19,14 +19,14 @@ from torch import fx
 from planner._compat.inductor import compile_boxed
 from planner._compat.internals import OpOverload, box, pytree, results
 from planner.errors import CompileError
-from planner.tracer import kernels
+from planner.kernels import custom
+from planner.kernels.facts import is_random
 from planner.tracer.faults import is_out_of_memory
-from planner.tracer.randomness import is_random
 from planner.tracer.storage import mutates
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
-_OF_TENSORS = (kernels.laid_out, kernels.noise)
+_OF_TENSORS = (custom.laid_out, custom.noise)
 """Functions of ours that are nothing but ATen kernels."""
 
 
@@ -113,7 +113,7 @@ class Compiled:
             return value
         if node in self._written:
             raise CompileError(f"{node.name} was laid out otherwise when the step was compiled: {like.stride()}. Plan again")
-        return kernels.laid_out(value, like.shape, like.stride())
+        return custom.laid_out(value, like.shape, like.stride())
 
 
 def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:

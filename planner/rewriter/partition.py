@@ -16,7 +16,7 @@ from torch import fx
 from planner.errors import PlannerError, ScheduleError
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
-from planner.tracer import kernels
+from planner.kernels import custom
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed
 from planner.tracer.mutation import blind_arguments, updates_statistics
@@ -181,7 +181,7 @@ class _Writer:
 
     def run(self, node: fx.Node, *, again: bool = False) -> None:
         """Write down one execution of the kernel `node`; `again`: it ran before, in this half or the other."""
-        if node.target is kernels.rng_state and not self._is_replayed(node):
+        if node.target is custom.rng_state and not self._is_replayed(node):
             return
         previous = self._set_rng(node) if again and node.name in self._joint.rng_states else None
         for name, _ in self._storages.writes[node]:
@@ -201,7 +201,7 @@ class _Writer:
             for gradient in self._gradients.get(name, ()):
                 self.get(gradient)  # at once, so that it can be returned with its stage
         if previous is not None:
-            self._call(kernels.swap_rng_state, (previous, self._joint.device), node)
+            self._call(custom.swap_rng_state, (previous, self._joint.device), node)
 
     def finish(self, results: list[fx.Node]) -> None:
         """End the half with its results; getitems nobody uses would only hold their tensors longer."""
@@ -229,7 +229,7 @@ class _Writer:
 
     def _set_rng(self, node: fx.Node) -> fx.Node:
         state = self._nodes[self._joint.rng_states[node.name]]
-        return self._call(kernels.swap_rng_state, (self.get(state), self._joint.device), node)
+        return self._call(custom.swap_rng_state, (self.get(state), self._joint.device), node)
 
 
 def _is_getitem(node: fx.Node) -> bool:

@@ -15,9 +15,10 @@ from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
+from planner.kernels import custom
+from planner.kernels.calls import tensors_in
 from planner.log import RUNTIME
 from planner.profiler.estimate import estimate
-from planner.profiler.kernel import tensors_in
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost, Profile
 from planner.results.plan import Plan
@@ -27,7 +28,6 @@ from planner.runtime.backward_key import BackwardKey, normal
 from planner.runtime.functions import Boxed, OtherBackward
 from planner.runtime.guard import autocast_of
 from planner.runtime.step import Step
-from planner.tracer import kernels
 from planner.tracer.graft import graft
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
@@ -143,7 +143,7 @@ class Backwards:
             takes=takes,
             tangents=halves.tangents,
             gradients=tuple(position.get((given.kind, given.key)) for given, _ in self._step.joint.gradients),
-            swaps=any(node.target is kernels.swap_rng_state for node in halves.backward.nodes),
+            swaps=any(node.target is custom.swap_rng_state for node in halves.backward.nodes),
             peak_bytes=choice.peak_bytes,
         )
 
@@ -262,7 +262,7 @@ def _is_same_op(planned: Op, other: Op) -> bool:
 
 
 def _costs(joint: Joint, plan: Plan) -> Profile:
-    """Costs of the backward's kernels, estimated or measured as the plan's were.
+    """Costs of the backward's custom, estimated or measured as the plan's were.
 
     On CUDA they are always estimated: the interrupted step occupies the device's memory. Each non-contiguous input counts as a
     copy in the workspace.

@@ -19,8 +19,8 @@ import torch
 
 from planner._compat.internals import keeps_graph, release_saved
 from planner.errors import BackwardError
+from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_key import BackwardKey, backward_key
-from planner.tracer.kernels import rng_put_back_on_error
 
 Boxed = Callable[[list[Any]], tuple[Any, ...]]
 

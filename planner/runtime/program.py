@@ -11,11 +11,11 @@ from torch import fx, nn
 
 from planner._compat.internals import box, keeps_graph
 from planner.graph.graph import Kind
+from planner.kernels import custom
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
 from planner.runtime.functions import Boxed, Program
 from planner.runtime.step import Step
-from planner.tracer import kernels
 from planner.tracer.casts import is_cast
 from planner.tracer.part import Part
 
@@ -25,9 +25,9 @@ def boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for
     twin = fx.Graph()  # a copy: the one people print keeps its readable signature
     twin.output(twin.graph_copy(graph, {}))
     for node in twin.nodes:
-        if node.target in (kernels.part, kernels.part_backward):
+        if node.target in (custom.part, custom.part_backward):
             key, *given = node.args
-            node.target, node.args = _bound((parts or {})[str(key)], node.target is kernels.part), tuple(given)
+            node.target, node.args = _bound((parts or {})[str(key)], node.target is custom.part), tuple(given)
     if compiled_for is not None:
         with torch.autocast(compiled_for.type, enabled=False):
             return Compiled(twin)
@@ -107,7 +107,7 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
         ),
         owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
         describe=tuple(leaf[i].name for i in range(len(joint.results))),
-        swaps=tuple(any(node.target is kernels.swap_rng_state for node in stage.graph.nodes) for stage in stages),
+        swaps=tuple(any(node.target is custom.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
         stage_gradients=tuple(stage.gradients for stage in stages),
         inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),

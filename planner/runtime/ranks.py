@@ -18,9 +18,9 @@ from torch import fx
 from planner._compat.collectives import key_value_store, ranks_of_group
 from planner.errors import RanksDifferError
 from planner.graph.structure import fingerprint
+from planner.kernels.facts import is_collective
 from planner.results.plan import Plan
 from planner.runtime.step import Step
-from planner.tracer.collectives import is_collective
 from planner.tracer.joint import Joint
 
 _PATIENCE = timedelta(seconds=10)

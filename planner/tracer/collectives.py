@@ -1,4 +1,4 @@
-"""Kernels that communicate with other processes: which they are."""
+"""Kernels that communicate with other processes, while a model is captured."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 from planner._compat.internals import InPlaceCollectiveError, TorchDispatchMode, fake_mode, pytree
 from planner.errors import InputError
-from planner.profiler.observed import observation_of
-
-_NAMESPACES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "symm_mem", "_dtensor"})
+from planner.kernels.facts import COLLECTIVE_NAMESPACES
 
 
 class Refusing(TorchDispatchMode):
@@ -30,12 +27,12 @@ class Refusing(TorchDispatchMode):
         space = getattr(func, "namespace", "")
         if space == "c10d":
             raise InPlaceCollectiveError(str(func))
-        if space in _NAMESPACES and self._parts:
+        if space in COLLECTIVE_NAMESPACES and self._parts:
             raise InputError(
                 f"the model communicates ({func}) and has submodules that run as they are ({', '.join(self._parts)}), which no "
                 "plan of it can hold: plan submodules that do not communicate"
             )
-        if space in _NAMESPACES:
+        if space in COLLECTIVE_NAMESPACES:
             return alone(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -55,11 +52,3 @@ def alone(func: Any, args: Any, kwargs: Any) -> Any:
         return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
     return pytree.tree_map_only(torch.Tensor, real, out)
-
-
-def is_collective(node: fx.Node) -> bool:
-    """The kernel, or the wait for its result, takes part in communication that other ranks take part in, too."""
-    if getattr(node.target, "namespace", "") in _NAMESPACES:
-        return True
-    found = observation_of(node)
-    return found is not None and found.communicates

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from planner._compat.internals import OpOverload
-from planner.profiler.kernel import nested_text
+from planner.kernels.calls import nested_text
 from planner.tracer.storage import Storages
 
 _LEFT_OUT = frozenset({"device", "pin_memory", "group_name"})

@@ -18,8 +18,8 @@ from torch import fx
 from planner._compat.internals import FakeTensor, fake_inputs
 from planner.errors import BackwardError
 from planner.graph.graph import Kind
+from planner.kernels.facts import is_random
 from planner.tracer.joint import Input, Joint
-from planner.tracer.randomness import is_random
 from planner.tracer.storage import ancestors, mutates
 
 

@@ -8,15 +8,14 @@ from torch import fx
 
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.source import NOWHERE
+from planner.kernels import custom
+from planner.kernels.facts import is_collective, is_random, is_repeatable
 from planner.profiler.profile import KernelCost, Profile
-from planner.tracer import kernels
-from planner.tracer.collectives import is_collective
 from planner.tracer.described import Descriptions, kernel_name
 from planner.tracer.joint import Joint
 from planner.tracer.mutation import blind_arguments, new_statistics, updates_statistics
 from planner.tracer.parts import part_of
 from planner.tracer.raising import raises
-from planner.tracer.randomness import is_random, is_repeatable
 from planner.tracer.storage import Storages, items, mutates
 
 _CUDA_BLOCK = 512
@@ -139,11 +138,11 @@ class _Lowering:
         part = part_of(node)
         if part is None:
             return self.costs.get(node.name, KernelCost(0, 0))
-        return part.forward if node.target is kernels.part else part.backward
+        return part.forward if node.target is custom.part else part.backward
 
     def _recomputable(self, node: fx.Node, forward: bool) -> bool:
         """A second execution is sure to give the same bits and to change nothing."""
-        if raises(node) or node.target is kernels.rng_state or (mutates(node) and not updates_statistics(node)):
+        if raises(node) or node.target is custom.rng_state or (mutates(node) and not updates_statistics(node)):
             return False
         if is_collective(node) or not is_repeatable(node):
             return False

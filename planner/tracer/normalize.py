@@ -13,8 +13,9 @@ from planner._compat.internals import ExportedJoint, HigherOrderOperator, pytree
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.graph.source import NOWHERE, Source
-from planner.profiler.observed import is_foreign
-from planner.tracer import kernels
+from planner.kernels import custom
+from planner.kernels.facts import is_random
+from planner.kernels.observed import is_foreign
 from planner.tracer.casts import merge_casts
 from planner.tracer.fidelity import SOURCE, Read
 from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
@@ -22,7 +23,7 @@ from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
 from planner.tracer.parts import is_traced_part, write_parts
 from planner.tracer.raising import in_forward, raises, write_raising
-from planner.tracer.randomness import draw_as_eager, is_random, save_rng_states
+from planner.tracer.randomness import draw_as_eager, save_rng_states
 from planner.tracer.replay import set_layouts
 from planner.tracer.storage import Storages, ancestors, mutates
 
@@ -114,7 +115,7 @@ def _write_kernels(
 
 def _has_effects(node: fx.Node) -> bool:
     """What eager runs for more than its result; who knows what an operator from outside of torch does besides."""
-    if node.op in ("placeholder", "output") or node.target is kernels.part or is_random(node) or raises(node):
+    if node.op in ("placeholder", "output") or node.target is custom.part or is_random(node) or raises(node):
         return True
     return node.op == "call_function" and is_foreign(node.target)
 
@@ -348,7 +349,7 @@ def _own_gradients(graph: fx.Graph, gradients: Sequence[tuple[fx.Node, int]], la
             taken.add(root)
             continue
         with graph.inserting_before(graph.output_node()):
-            copy = graph.call_function(kernels.laid_out, (node, tuple(like.shape), tuple(like.stride())))
+            copy = graph.call_function(custom.laid_out, (node, tuple(like.shape), tuple(like.stride())))
         _move_up(graph, copy, node, last_forward)
         copy.meta["val"] = torch.empty_strided(like.shape, like.stride(), dtype=val.dtype, device="meta")
         handed[i] = copy

@@ -15,7 +15,8 @@ from planner._compat import internals
 from planner._compat.internals import pytree
 from planner.errors import CaptureError, InputError
 from planner.graph.source import Source
-from planner.tracer import fidelity, kernels
+from planner.kernels import custom
+from planner.tracer import fidelity
 from planner.tracer.casts import MARK
 from planner.tracer.fidelity import SOURCE
 from planner.tracer.host.observe import HOOKS
@@ -177,13 +178,13 @@ def write_parts(graph: fx.Graph, calls: Mapping[str, PartCall]) -> frozenset[str
             raise CaptureError(f"nothing is made of what {spec.module} returns, but it runs as it is", module=spec.module)
     for key, node in found.items():
         spec = calls[str(key)]
-        node.target, node.args = kernels.part, (key, node.args[0])
+        node.target, node.args = custom.part, (key, node.args[0])
         _mark(node, spec)
         tickets |= {item.name for item in items(node) if item.args[1] == len(spec.results)}
     for node in graph.find_nodes(op="call_function", target=_BACKWARD):
         grads, ticket, read, key = node.args
         spec = calls[str(key)]
-        node.target, node.args = kernels.part_backward, (key, grads, ticket, read, [None] * len(spec.taken))
+        node.target, node.args = custom.part_backward, (key, grads, ticket, read, [None] * len(spec.taken))
         _mark(node, spec)
         node.args = (*node.args[:-1], _arrived(graph, node, spec))
     for node in found.values():
@@ -197,7 +198,7 @@ def _mark(node: fx.Node, spec: PartCall) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), SOURCE: source}
 
 
-_SUMS = (torch.ops.aten.add.Tensor, kernels.add_gradients)
+_SUMS = (torch.ops.aten.add.Tensor, custom.add_gradients)
 
 
 def _arrived(graph: fx.Graph, node: fx.Node, spec: PartCall) -> list[Any]:
@@ -219,7 +220,7 @@ def _arrived(graph: fx.Graph, node: fx.Node, spec: PartCall) -> list[Any]:
         if spec.taken[position] >= len(spec.arguments):
             for user in item.users:
                 if user.target in _SUMS:
-                    user.target = kernels.add_gradients  # one of them may be None
+                    user.target = custom.add_gradients  # one of them may be None
     return arrived
 
 
@@ -233,7 +234,7 @@ def _check_state(graph: fx.Graph, node: fx.Node, spec: PartCall) -> None:
             raise CaptureError(
                 f"{spec.module}.{name}, which the forward writes into, is read elsewhere too", module=spec.module
             )
-        again = [user for user in given.users if user.target is kernels.part and user is not node]
+        again = [user for user in given.users if user.target is custom.part and user is not node]
         cast = [user for user in given.users if MARK in (user.meta.get("custom") or {})]
         if spec.autocast[0] and i < len(spec.weights) and spec.weights[i][1] and (again or cast):
             raise CaptureError(
@@ -243,7 +244,7 @@ def _check_state(graph: fx.Graph, node: fx.Node, spec: PartCall) -> None:
 
 def written_by_parts(graph: fx.Graph) -> Iterator[fx.Node]:
     """Placeholders that parts write into."""
-    for node in graph.find_nodes(op="call_function", target=kernels.part):
+    for node in graph.find_nodes(op="call_function", target=custom.part):
         spec: PartCall = node.meta["part"]
         names = (*(w for w, _ in spec.weights), *spec.buffers)
         given = node.args[1][len(spec.arguments) :]  # type: ignore[index]

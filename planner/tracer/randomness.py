@@ -1,18 +1,12 @@
-"""Random kernels: which they are, and the generator states that let the backward run them again exactly."""
+"""Random kernels: draws as eager makes them, and the generator states that let the backward run them again exactly."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from planner._compat.internals import OpOverload
-from planner.profiler import observed
-from planner.profiler.observed import observation_of
-from planner.tracer import kernels
-
-_INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
-"""Arguments at which a kernel that can draw random numbers draws none."""
-
+from planner.kernels import custom
+from planner.kernels.facts import is_random
 
 _DIVISIONS = (torch.ops.aten.div.Scalar, torch.ops.aten.div.Tensor)
 
@@ -33,38 +27,10 @@ def draw_as_eager(graph: fx.Graph, device: torch.device) -> None:
         only_scaled = 0 < len(scaled) == len(node.users) and all(isinstance(div.args[1], float) for div in scaled)
         if only_scaled and device.type == "cpu":
             for div in scaled:
-                div.target, div.args = kernels.noise, (node, div.args[1], dtype)
+                div.target, div.args = custom.noise, (node, div.args[1], dtype)
             dtype = torch.uint8
             node.meta["val"] = node.meta["val"].to(dtype)
-        node.target, node.args = kernels.bernoulli, (keep, tuple(like.shape), tuple(like.stride()), dtype, device)
-
-
-def is_random(node: fx.Node) -> bool:
-    """The node draws from the default generator."""
-    if node.target is kernels.bernoulli:
-        return True
-    if node.target in (kernels.part, kernels.part_backward):
-        return bool(node.meta["part"].draws[node.target is kernels.part_backward])
-    found = observation_of(node) if observed.is_foreign(node.target) else None
-    if found is not None and found.draws:
-        return True
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = {
-        **{a.name: a.default_value for a in node.target._schema.arguments},
-        **dict(zip(names, node.args, strict=False)),
-        **node.kwargs,
-    }
-    return not any(name in given and given[name] == inert and given[name] is not None for name, inert in _INERT.items())
-
-
-def is_repeatable(node: fx.Node) -> bool:
-    """A second run gives the same bits, the generator put back: so torch's kernels do, and others' that were seen to."""
-    if not isinstance(node.target, OpOverload) or not observed.is_foreign(node.target):
-        return True
-    found = observation_of(node)
-    return found is not None and found.repeatable
+        node.target, node.args = custom.bernoulli, (keep, tuple(like.shape), tuple(like.stride()), dtype, device)
 
 
 def save_rng_states(graph: fx.Graph, last_forward: fx.Node | None, device: torch.device) -> dict[str, str]:
@@ -74,7 +40,7 @@ def save_rng_states(graph: fx.Graph, last_forward: fx.Node | None, device: torch
     for node in list(graph.nodes):
         if node.op == "call_function" and is_random(node):
             with graph.inserting_before(node):
-                state = graph.call_function(kernels.rng_state, (device,))
+                state = graph.call_function(custom.rng_state, (device,))
             state.meta["val"] = torch.empty(state_bytes, dtype=torch.uint8, device="meta")
             states[node.name] = state.name
         if node is last_forward:

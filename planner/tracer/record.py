@@ -15,9 +15,10 @@ from torch import nn
 from planner._compat import internals
 from planner._compat.internals import pytree, storage_id
 from planner.errors import CaptureError, InputError
+from planner.kernels import custom
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
-from planner.tracer import fidelity, kernels
+from planner.tracer import fidelity
 from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
@@ -56,7 +57,7 @@ def record(
     device: torch.device,
     modules: fidelity.ModuleStack,
 ) -> tuple[Observation, dict[str, PartCall]]:
-    """Run recording forwards: what Python does beside the kernels, and the calls of opaque submodules, by key.
+    """Run recording forwards: what Python does beside the custom, and the calls of opaque submodules, by key.
 
     Nothing is kept for a backward, so it needs no more memory than an inference forward; an opaque submodule is run a few times
     more, with its backward, and measured. Python state is left as the last run left it: `Observation.preserved` puts it back.
@@ -271,7 +272,7 @@ class _Recording:
         return tuple(specs)
 
     def _measure(self) -> None:
-        """Time and bytes of both kernels, as a planned step will run them."""
+        """Time and bytes of both custom, as a planned step will run them."""
         part = Part(self.module, self.spec)
         tensors = [*self.arguments, *self.state.values()]
         kept = forward_bytes = backward_bytes = 0
@@ -334,7 +335,7 @@ def _generators(device: torch.device) -> list[bytes]:
     """States of the host's and the device's default generators."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
-        states.append(kernels.rng_state(device))
+        states.append(custom.rng_state(device))
     return [state.numpy().tobytes() for state in states]
 
 

@@ -11,15 +11,15 @@ from torch import fx, nn
 
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE
+from planner.kernels import observed
+from planner.kernels.calls import tensors_in
+from planner.kernels.facts import is_collective
+from planner.kernels.observed import Observation
 from planner.log import TRACER
-from planner.profiler import observed
-from planner.profiler.kernel import tensors_in
-from planner.profiler.observed import Observation
 from planner.profiler.probe import observe
 from planner.tracer import parts
 from planner.tracer.capture import Loss
 from planner.tracer.capture import capture as capture_once
-from planner.tracer.collectives import is_collective
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
 from planner.tracer.replay import Replay

@@ -12,7 +12,7 @@ import torch
 
 from planner.errors import CompileError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError, warn
 from planner.graph.planned import NOT_RUN, RUN
-from planner.log import ANALYSIS
+from planner.log import VERIFICATION
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.capture import one_at_a_time
@@ -111,7 +111,7 @@ def measured_within(
         sizes = (*map(format_bytes, (planned.plan.peak_bytes, peak_bytes, strayed, budget_bytes, aim_bytes)),)
         text = "planned for %s, measured %s (and %s that it may stray), of a budget of %s: %s"
         again = "plan again, for %s" if attempt + 1 < tries else "given up, it would have to be planned for %s"
-        ANALYSIS.info(text, *sizes[:-1], again % sizes[-1])
+        VERIFICATION.info(text, *sizes[:-1], again % sizes[-1])
     if fitting is not None:
         return fitting
     assert peak_bytes is not None
@@ -135,11 +135,11 @@ def measured(
             peak_bytes = step_peak(planned, args, kwargs)
     except (NotRunError, CopyError) as reason:
         if getattr(reason, "expected", False):
-            ANALYSIS.info("no step was run: %s", reason)
+            VERIFICATION.info("no step was run: %s", reason)
         else:
             warn(f"whether the step keeps its budget was not measured: {reason}")
         return noted(planned, f"{NOT_RUN}: {reason}")
-    ANALYSIS.debug("one planned step was run: measured peak %d bytes, planned %d", peak_bytes, planned.plan.peak_bytes)
+    VERIFICATION.debug("one planned step was run: measured peak %d bytes, planned %d", peak_bytes, planned.plan.peak_bytes)
     return noted(planned, RUN, peak_bytes)
 
 

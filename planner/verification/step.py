@@ -18,7 +18,7 @@ from torch import nn
 from planner._compat.internals import pytree
 from planner.errors import InputError, PlanCheckError, PlannerError, first_line
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
-from planner.log import ANALYSIS
+from planner.log import VERIFICATION
 from planner.profiler.child import CAN_FORK, Child
 from planner.profiler.memory import logical_peak
 from planner.profiler.timing import free_bytes
@@ -122,7 +122,7 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
     if "not run" in told:
         raise NotRunError(told["not run"])
     if "not compared" in told:
-        ANALYSIS.info("the planned step's bits were not compared with the model's own: %s", told["not compared"])
+        VERIFICATION.info("the planned step's bits were not compared with the model's own: %s", told["not compared"])
     if "wrong" in told:
         raise _fault(planned, told["wrong"], source_from_json(told["where"], "where the step failed"))
     return int(told["peak_bytes"])

@@ -13,7 +13,7 @@ from torch import nn
 from planner._compat.collectives import collectives_forbidden
 from planner._compat.internals import OpOverload, TorchDispatchMode, pytree, storage_id, untraced, written
 from planner.errors import InputError
-from planner.profiler.observed import is_foreign
+from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone
 from planner.tracer.host.restorers import put_back, same_bits
 

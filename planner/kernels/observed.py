@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planner.profiler.kernel import call_key, tensors_in
+from planner.kernels.calls import call_key, tensors_in
 
 TRACED = "planner_call"
 """Where a node's `meta` holds the call as it was traced, before the graph was brought into normal form."""

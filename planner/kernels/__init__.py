@@ -1,0 +1,1 @@
+"""Kernels of a captured graph: the package's own, what makes two calls the same, and what is known of each."""
