@@ -14,6 +14,7 @@ from planner._compat.switches import global_switches
 from planner.graph.graph import Kind
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.watch import Watched
+from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import (
     Fingerprint,
     Fingerprints,
@@ -23,7 +24,7 @@ from planner.tracer.host.fingerprint import (
     first_difference,
     tensor_key,
 )
-from planner.tracer.joint import CallSpec, Joint
+from planner.tracer.joint import Joint
 
 Autocast = torch.dtype | None
 """The dtype that autocast casts to on a device; None where it is off."""

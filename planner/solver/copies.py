@@ -11,17 +11,42 @@ Rows are added in place. A copy that learns more, integers and bytes taken from 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from planner.graph.graph import Graph
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
 from planner.solver import backend
 from planner.solver.backend import SCALE
 from planner.solver.lazy import BackwardPosition
+from planner.solver.lifetimes import lifetimes
 
-if TYPE_CHECKING:
-    from planner.solver.keepset import KeepSet
+
+class Instance:
+    """A graph in the integers of the program.
+
+    Attributes:
+        life: of the values that need not be kept, which are numbered in its order.
+        lowest: the peak is minimised instead of the time.
+        plain_peak: of the plain step, in bytes.
+        index: name of a value -> its number.
+        pinned: numbers of values that are kept for every budget (too small to be worth a decision).
+        writes, reads: for each forward op, and for each op: the numbers of the values it writes and reads.
+        again: forward ops that may run again.
+    """
+
+    def __init__(self, graph: Graph, pinned: Collection[str], *, lowest: bool) -> None:
+        self.graph, self.life, self.lowest = graph, lifetimes(graph), lowest
+        self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
+        self.index = {name: d for d, name in enumerate(self.life.names)}
+        self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
+        forward = range(graph.num_forward_ops)
+        self.writes: list[list[int]] = [[self.index[n] for n in graph.ops[i].writes if n in self.index] for i in forward]
+        self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
+        self.again = [i for i in forward if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
 
 
 @dataclass(slots=True)
@@ -39,13 +64,13 @@ class Copy:
 
 
 class Rows:
-    """The program of a KeepSet. Columns 0 .. len(names) - 1 are k. Rows for memory are added; nothing is taken away."""
+    """The program over kept sets. Columns 0 .. len(names) - 1 are k. Rows for memory are added; nothing is taken away."""
 
-    def __init__(self, data: KeepSet, *, is_whole: bool, less: int) -> None:
+    def __init__(self, data: Instance, *, is_whole: bool, less: int) -> None:
         """Write the program without rows for memory.
 
         Args:
-            data: the graph in integers.
+            data: what it is written of.
             is_whole: recomputes are integer, too: a fraction of one can buy a fraction of a copy's memory.
             less: bytes that every row for memory takes from the budget.
         """

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.graph.graph import Graph
-from planner.graph.schedule import Schedule, keep_all
+from planner.graph.schedule import Schedule
 from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver import backend
 from planner.solver.backend import SCALE
-from planner.solver.copies import Copy, Rows
+from planner.solver.copies import Copy, Instance, Rows
 from planner.solver.lazy import BackwardPosition, backward_positions, lazy_schedule
-from planner.solver.lifetimes import lifetimes
 from planner.solver.tuning import FEW, SLACK
 from planner.solver.work import Work
 
@@ -57,24 +56,18 @@ class KeepSet:
             lowest: minimise the peak instead of the time.
             simulator: the graph's, where it is at hand.
         """
-        self.graph, self.life, self.lowest = graph, lifetimes(graph), lowest
-        self.plain_peak = max(1, simulate(graph, keep_all(graph)).peak_bytes)
-        self.index = {name: d for d, name in enumerate(self.life.names)}
-        self.pinned = frozenset(self.index[name] for name in pinned if name in self.index)
+        self.data = data = Instance(graph, pinned, lowest=lowest)
+        self.graph, self.life = graph, data.life
         self._simulator = simulator or Simulator(graph)
-        self._number = {v: self.index[name] for v, name in enumerate(self._simulator.names) if name in self.index}
-        forward_end = graph.num_forward_ops
-        self.writes: list[list[int]] = [[self.index[n] for n in op.writes if n in self.index] for op in graph.ops[:forward_end]]
-        self.reads: list[list[int]] = [[self.index[n] for n in dict.fromkeys(op.reads) if n in self.index] for op in graph.ops]
-        self.again = [i for i in range(forward_end) if self.life.first_need[i] < len(graph.ops) and graph.ops[i].recomputable]
-        first_stage = min((int(s) for s in self.life.first_need), default=forward_end)
+        self._number = {v: data.index[name] for v, name in enumerate(self._simulator.names) if name in data.index}
+        first_stage = min((int(s) for s in self.life.first_need), default=graph.num_forward_ops)
         self._plain: dict[int, None] = {first_stage: None} if first_stage < len(graph.ops) else {}  # in order of coming
         self._copies: dict[BackwardPosition, Copy] = {}
         self._write(is_whole=False, less=0)
 
     def _write(self, *, is_whole: bool, less: int) -> None:
         """The program anew."""
-        self._rows, self._less = Rows(self, is_whole=is_whole, less=less), less
+        self._rows, self._less = Rows(self.data, is_whole=is_whole, less=less), less
         for t in self._plain:
             self._rows.plain(t)
         for position, copy in self._copies.items():
@@ -82,7 +75,7 @@ class KeepSet:
 
     @property
     def num_copies(self) -> int:
-        """WatchPoints that have an exact copy."""
+        """Positions of the backward that have an exact copy."""
         return len(self._copies)
 
     def rounds(
@@ -114,7 +107,7 @@ class KeepSet:
             kept = {name for d, name in enumerate(self.life.names) if answer.values[d] > 0.5}
             schedule = lazy_schedule(self.graph, kept)
             peak = evaluate(schedule).peak_bytes
-            limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.plain_peak)
+            limit = budget_bytes or math.ceil(answer.values[rows.peak] * rows.unit + gap * self.data.plain_peak)
             if peak <= limit:
                 is_last, grew = answer.status == "optimal", False
             elif relax and answer.bound - reached <= gap * SCALE:
@@ -167,7 +160,7 @@ class KeepSet:
             alive = {self._number[v] for v in held if v in self._number}
             awaited = set(steps[t + 1 :][steps[t + 1 :] < forward_end].tolist())
             output_copies = {e for i in again for output_copy in self.life.output_copies[i] for e in output_copy.readers}
-            again |= {i for i in awaited if i in output_copies or not alive.isdisjoint(self.reads[i])}
+            again |= {i for i in awaited if i in output_copies or not alive.isdisjoint(self.data.reads[i])}
             seen[t] = Copy(again, alive)
         broken = {t: live[t] - budget_bytes for t, copy in seen.items() if self._grows(when[t], copy)}
         new = {when[t]: seen[t] for t in _spaced(broken, len(live) // 20)}
@@ -177,7 +170,7 @@ class KeepSet:
             ran = set(steps[forward_end:].tolist())
             for position in (when[t] for t in seen):
                 known = self._copies[position].again
-                beyond = {e for i in known for d in self.writes[i] for e in self.life.readers[d] if e in ran} - known
+                beyond = {e for i in known for d in self.data.writes[i] for e in self.life.readers[d] if e in ran} - known
                 new |= {position: Copy(beyond, set())} if beyond else {}
             if not new:
                 return False
@@ -207,7 +200,7 @@ class KeepSet:
         np.add.at(change, np.maximum(life.last_use[lives], forward_end - 1) + 1, -life.nbytes[lives])
         held = life.base + np.cumsum(change[:-1])
         for p in self.graph.backward_ops:
-            held[p] += sum(int(life.nbytes[d]) for d in self.reads[p] if not (k[d] and life.last_use[d] >= p))
+            held[p] += sum(int(life.nbytes[d]) for d in self.data.reads[p] if not (k[d] and life.last_use[d] >= p))
         excess: list[int] = (held - budget_bytes).tolist()
         return excess
 

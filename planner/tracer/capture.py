@@ -19,12 +19,13 @@ from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
 from planner.tracer import parts
+from planner.tracer.call import CallSpec
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.state import remembered, weight_keys
-from planner.tracer.joint import CallSpec, Joint
+from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.normalize import normalize
 from planner.tracer.outputs import warn_left_out

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from planner._compat.internals import pytree
 from planner.graph.graph import Kind
 from planner.graph.source import Source
+from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.host.state import HostState
-
-if TYPE_CHECKING:
-    from planner.tracer.part import PartCall
+from planner.tracer.part import PartCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,45 +65,6 @@ class HostRead:
     node: str
     value: bool | int | float | complex
     source: Source
-
-
-@dataclass(frozen=True, slots=True)
-class CallSpec:
-    """How `model(*args, **kwargs)` maps onto flat tensors and back.
-
-    Attributes:
-        in_spec, out_spec: pytree specs of (args, kwargs) and of the output.
-        leaves: the call's leaves; None where a tensor stood, which `tensors` lists.
-        tensors: positions of the tensor leaves.
-        keywords: the call's keywords, in order.
-        is_flat: every argument is a leaf.
-    """
-
-    in_spec: Any
-    leaves: tuple[Any, ...]
-    tensors: tuple[int, ...]
-    out_spec: Any
-    keywords: tuple[str, ...] = field(init=False)
-    is_flat: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        args, kwargs = pytree.tree_unflatten(list(range(len(self.leaves))), self.in_spec)
-        object.__setattr__(self, "keywords", tuple(kwargs))
-        object.__setattr__(self, "is_flat", all(isinstance(leaf, int) for leaf in (*args, *kwargs.values())))
-
-    def tensor_leaves(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
-        """The tensor leaves of a call of this structure."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        return [leaves[i] for i in self.tensors]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Specs travel as containers of leaf numbers: torch's spec classes warn when they are unpickled."""
-        skeletons = (pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for spec in (self.in_spec, self.out_spec))
-        return _restore_call, (*skeletons, self.leaves, self.tensors)
-
-
-def _restore_call(inputs: Any, outputs: Any, leaves: tuple[Any, ...], tensors: tuple[int, ...]) -> CallSpec:
-    return CallSpec(pytree.tree_structure(inputs), leaves, tensors, pytree.tree_structure(outputs))
 
 
 @dataclass(frozen=True, slots=True)

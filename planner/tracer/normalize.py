@@ -16,9 +16,10 @@ from planner.graph.source import NOWHERE, Source
 from planner.kernels import custom
 from planner.kernels.facts import is_random
 from planner.kernels.observed import is_foreign
+from planner.tracer.call import CallSpec
 from planner.tracer.casts import merge_casts
 from planner.tracer.fidelity import SOURCE, Read
-from planner.tracer.joint import CallSpec, HostRead, Input, Joint, Output
+from planner.tracer.joint import HostRead, Input, Joint, Output
 from planner.tracer.mutation import hidden_mutations, write_mutations
 from planner.tracer.part import PartCall
 from planner.tracer.parts import is_traced_part, write_parts

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from planner._compat.internals import pytree, storage_id
 from planner.errors import BackwardError, PartError
 from planner.profiler.profile import KernelCost
-from planner.tracer.joint import CallSpec
+from planner.tracer.call import CallSpec
 from planner.tracer.weight_attributes import weights_put_back
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]

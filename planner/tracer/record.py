@@ -19,6 +19,7 @@ from planner.kernels import custom
 from planner.profiler.memory import allocations_of
 from planner.profiler.profile import KernelCost
 from planner.tracer import fidelity
+from planner.tracer.call import CallSpec
 from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
@@ -27,7 +28,6 @@ from planner.tracer.host.preserve import model_preserved
 from planner.tracer.host.restorers import same_bits
 from planner.tracer.host.scopes import global_names
 from planner.tracer.host.values import parts as parts_of
-from planner.tracer.joint import CallSpec
 from planner.tracer.part import (
     Part,
     PartCall,
