@@ -74,7 +74,7 @@ def widened(model: nn.Module, parts: Sequence[str], failed: str) -> tuple[str, .
 
     A module's likes fail as well: all of its class are taken. What is opaque already is taken with what it stands in.
     """
-    while failed in parts or isinstance(model.get_submodule(failed), (nn.ModuleList, nn.ModuleDict)):  # these are never called
+    while failed and (failed in parts or not _is_callable(model.get_submodule(failed))):
         failed = failed.rpartition(".")[0]
     if not failed:
         return ()
@@ -83,6 +83,11 @@ def widened(model: nn.Module, parts: Sequence[str], failed: str) -> tuple[str, .
     likes = [name for name, other in model.named_modules() if type(other) is type(module) and name]
     more = outermost((*parts, *([failed] if alone else likes)))
     return more if set(more) != set(parts) else ()
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """The module has a forward: nn.ModuleList and nn.ModuleDict have none, classes derived from them may."""
+    return type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
 def outermost(names: Collection[str]) -> tuple[str, ...]:
