@@ -32,7 +32,7 @@ from planner.tracer.capture import one_at_a_time
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import lower
-from planner.tracer.settled import capture
+from planner.tracer.real_layouts import capture
 from planner.verification.measured import measured, measured_within, noted
 from planner.verification.verify import verify
 
@@ -175,7 +175,7 @@ def _plan_call(
         return CheckpointedModule(model, step, made, strict, audits=audit)
 
     try:
-        reason = "the device is not here" if priced.joint.elsewhere else "" if check else SWITCHED_OFF
+        reason = "the device is not here" if priced.joint.absent_device else "" if check else SWITCHED_OFF
         reason = reason or (COMMUNICATES if communicates(priced.joint) else "")
         if reason:
             return noted(within(budget_bytes), f"{NOT_RUN}: {reason}")

@@ -30,8 +30,8 @@ from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.real_layouts import capture
 from planner.tracer.refusal import own_words
-from planner.tracer.settled import capture
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,12 @@ from planner.profiler.profile import Profile
 from planner.report.progress import stage
 from planner.results.plan import Plan
 from planner.solver.solve import Solver, solve
-from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.faults import noting
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.lower import kernel_nodes, lower
-from planner.tracer.settled import capture
+from planner.tracer.real_layouts import capture
+from planner.tracer.target_device import TargetDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,11 @@ class Options:
         object.__setattr__(self, "target", None if self.device is None else find_device(self.device))
 
     @property
-    def elsewhere(self) -> Elsewhere | None:
+    def elsewhere(self) -> TargetDevice | None:
         """The device for the tracer, where it is not here."""
         if self.target is None:
             return None
-        return Elsewhere(self.target.name, self.target.capability)
+        return TargetDevice(self.target.name, self.target.capability)
 
     def budget_bytes(self, budget: int | str | float, plain_bytes: int) -> int:
         """Bytes of a budget; see `units.parse_budget`.
@@ -158,7 +158,7 @@ def price(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     aside = options.set_aside(model)
     try:
         with stage("capture", options.progress):
-            joint = capture(model, args, kwargs, loss=options.loss, opaque=options.opaque, elsewhere=options.elsewhere)
+            joint = capture(model, args, kwargs, loss=options.loss, opaque=options.opaque, target=options.elsewhere)
     except CaptureError as error:
         hint = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {hint}".rstrip(". "), module=error.module) from error
@@ -202,11 +202,11 @@ def _provenance(joint: Joint, profile: Profile) -> Provenance:
     return Provenance(
         costs="estimated" if profile.model else "measured",
         device=profile.device,
-        is_here=not joint.elsewhere,
+        is_here=not joint.absent_device,
         model=profile.model,
         num_kernels=profile.num_kernels,
         num_estimated=profile.num_estimated,
-        opaque=tuple(dict.fromkeys(spec.module for spec in joint.parts.values())),
+        opaque=tuple(dict.fromkeys(spec.module for spec in joint.opaque_calls.values())),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
     )

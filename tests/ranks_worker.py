@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from planner import InfeasibleBudgetError, NoScheduleFoundError, Plan, RanksDifferError, apply, plan
 from planner.tracer.lower import backward_is_fixed, lower
-from planner.tracer.settled import capture
+from planner.tracer.real_layouts import capture
 
 
 class Block(nn.Module):

@@ -279,7 +279,7 @@ def test_options(name, value):
 
 def test_one_opaque_name_may_be_a_str():
     module = plan(model(), 1.0, (X,), opaque="1", **QUICK)
-    assert [spec.module for spec in module.step.joint.parts.values()] == ["1"]
+    assert [spec.module for spec in module.step.joint.opaque_calls.values()] == ["1"]
 
 
 def test_nothing_set_aside():

@@ -20,7 +20,7 @@ from planner.cli import main
 from planner.profiler.child import Child
 from planner.results import plan_file
 from planner.runtime.module import CheckpointedModule
-from planner.tracer import fidelity
+from planner.tracer import trace_mode
 from planner.tracer.capture import capture, one_at_a_time
 from planner.units import format_bytes
 from planner.verification import measured, step
@@ -380,7 +380,7 @@ def test_a_gradient_of_other_bits_is_found(monkeypatch, how, cure):
     model, x = Varying(how), torch.randn(33, 8)
     with pytest.raises(CaptureError, match=rf"the backward of aten.\S+ at test_check_step\.py:\d+ .*{cure}"):
         plan(model, 1.0, (x,), **QUICK)
-    monkeypatch.setattr(fidelity, "_BACKWARDS_OF_VARYING_SHAPES", {})  # as for a kernel of which nobody knows
+    monkeypatch.setattr(trace_mode, "_BACKWARDS_OF_VARYING_SHAPES", {})  # as for a kernel of which nobody knows
     with pytest.raises(PlanCheckError, match=r"another gradient of .* than the model's own step gives"):
         plan(model, 1.0, (x,), **QUICK)
 

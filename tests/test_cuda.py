@@ -22,7 +22,7 @@ from planner.export.source import export_source
 from planner.graph.floor import floor
 from planner.priced import Options, price
 from planner.tracer.capture import capture
-from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.target_device import TargetDevice
 from tests import exported, models
 from tests.training import assert_same, trajectory
 
@@ -104,8 +104,8 @@ def test_kernels_chosen_without_the_device_are_those_it_runs(name, deterministic
     model, args, kwargs = on_cuda(build)
     here = capture(model if dtype is None else model.to(dtype), args, kwargs)
     far_model, far_args, far_kwargs = build()
-    there = Elsewhere("this one", torch.cuda.get_device_capability())
-    far = capture(far_model if dtype is None else far_model.to(dtype), far_args, far_kwargs, elsewhere=there)
+    there = TargetDevice("this one", torch.cuda.get_device_capability())
+    far = capture(far_model if dtype is None else far_model.to(dtype), far_args, far_kwargs, target=there)
     names = [[str(node.target) for node in joint.graph.nodes if isinstance(node.target, OpOverload)] for joint in (here, far)]
     only_here, only_there = sorted(set(names[0]) - set(names[1])), sorted(set(names[1]) - set(names[0]))
     assert (only_here, only_there) == ([], [])

@@ -19,8 +19,8 @@ from planner.graph.structure import fingerprint
 from planner.profiler.devices import devices, find_device
 from planner.profiler.optimizer import master_bytes, state_bytes
 from planner.tracer.capture import capture
-from planner.tracer.elsewhere import Elsewhere, attention_kernel
 from planner.tracer.lower import lower
+from planner.tracer.target_device import TargetDevice, attention_kernel
 
 SMALL = {"layers": 2, "width": 64, "intermediate": 128, "heads": 4, "length": 32, "batch": 2, "vocabulary": 64}
 H100, V100 = (9, 0), (7, 0)
@@ -40,7 +40,7 @@ def real_like(model):
 
 
 def kernels(model, args=(), kwargs=None, capability=H100):
-    joint = capture(model, args, kwargs, elsewhere=Elsewhere("there", capability))
+    joint = capture(model, args, kwargs, target=TargetDevice("there", capability))
     return [str(node.target).removeprefix("aten.").partition(".")[0] for node in joint.graph.nodes], joint
 
 
@@ -48,9 +48,9 @@ def test_a_model_without_storage_plans_as_one_with():
     model, args, kwargs = meta_call()
     real = real_like(model)
     tokens = torch.zeros(2, 32, dtype=torch.int64)
-    there = Elsewhere("H100-80GB", H100)
+    there = TargetDevice("H100-80GB", H100)
     graphs = [
-        lower(capture(m, a, k, elsewhere=there))
+        lower(capture(m, a, k, target=there))
         for m, a, k in ((model, args, kwargs), (real, (), {"input_ids": tokens, "labels": tokens}))
     ]
     assert fingerprint(graphs[0]) == fingerprint(graphs[1])
@@ -75,7 +75,7 @@ def test_the_plan_says_that_it_is_estimated_and_what_is_set_aside():
 
 def test_allocations_are_rounded_as_cudas_allocator_does():
     model, args, kwargs = meta_call(width=12, heads=2)
-    graph = lower(capture(model, args, kwargs, elsewhere=Elsewhere("there", H100)))
+    graph = lower(capture(model, args, kwargs, target=TargetDevice("there", H100)))
     assert all(value.nbytes % 512 == 0 for value in graph.values)
 
 

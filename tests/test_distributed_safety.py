@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from planner import InputError, apply, plan
-from planner.tracer.settled import capture
+from planner.tracer.real_layouts import capture
 
 
 @pytest.mark.parametrize("case", ["same_plans", "different_plans", "one_plan_for_all", "one_rank_unplanned", "ddp", "fsdp"])

@@ -47,11 +47,11 @@ def rows_of_data(x):
 
 
 FAULTS = {
-    "in the trace": ("planner.tracer.fidelity.source_here", TypeError),
+    "in the trace": ("planner.tracer.trace_mode.source_here", TypeError),
     "in the recording forward": ("planner.tracer.host.kernels.storage_id", TypeError),
-    "in the traced call": ("planner.tracer.traced.flatten_output", TypeError),
+    "in the traced call": ("planner.tracer.trace.flatten_output", TypeError),
     "in the normal form": ("planner.tracer.capture.normalize", TypeError),
-    "in a missing attribute": ("planner.tracer.fidelity.torch", AttributeError),
+    "in a missing attribute": ("planner.tracer.trace_mode.torch", AttributeError),
 }
 
 
@@ -67,7 +67,7 @@ def test_a_fault_of_the_planner_is_raised_and_makes_nothing_opaque(name, monkeyp
 
 
 def test_a_fault_while_an_opaque_submodule_is_recorded_is_raised(monkeypatch):
-    monkeypatch.setattr("planner.tracer.record.find_reads", None)
+    monkeypatch.setattr("planner.tracer.opaque.record.find_reads", None)
     with pytest.raises(TypeError, match="not callable") as caught:
         planned(rows_of_data)
     assert "please report" in caught.value.__notes__[0]

@@ -13,7 +13,7 @@ from torch import nn
 
 from planner import CaptureError, InfeasibleBudgetError, NoScheduleFoundError, plan
 from planner.tracer.lower import backward_is_fixed, lower
-from planner.tracer.settled import capture
+from planner.tracer.real_layouts import capture
 from tests.training import assert_same, trajectory
 
 CALLS = {"count": 0, "list": []}

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
 from planner.kernels import custom
 from planner.runtime.module import CheckpointedModule as Module
-from planner.tracer.randomness import draw_as_eager
+from planner.tracer.passes.draw_as_eager import draw_as_eager
+from planner.tracer.passes.graph import TracedGraph
 from tests import models
 from tests.training import assert_same, trajectory
 
@@ -334,7 +335,7 @@ def test_draws_become_bytes_only_where_every_dtype_draws_alike(device, dtype):
     drawn = graph.call_function(torch.ops.aten.bernoulli.p, (like, 0.9))
     graph.output(graph.call_function(torch.ops.aten.div.Scalar, (drawn, 0.9)))
     like.meta["val"] = drawn.meta["val"] = torch.zeros(4, device=device)
-    draw_as_eager(graph, torch.device(device))
+    draw_as_eager(TracedGraph(graph, device=torch.device(device)))
     assert drawn.target is custom.bernoulli and drawn.args[3] == dtype
     assert bool(graph.find_nodes(op="call_function", target=custom.noise)) == (dtype == torch.uint8)
 

@@ -184,7 +184,7 @@ def test_a_part_is_recomputed_where_that_pays_and_keeps_its_draws():
     again = {
         module.plan.graph.ops[module.plan.solution.schedule.steps[t]].name for t in module.plan.solution.schedule.recomputes()
     }
-    assert any(name.startswith("part") for name in again)
+    assert any(name.startswith("opaque_forward") for name in again)
     check_exact(model, module, x, accumulate=2)
     resident = sum(module.plan.graph.value[n].nbytes for n in module.plan.graph.inputs)
     module.zero_grad()
@@ -266,7 +266,7 @@ def test_nothing_is_left_of_a_step():
 def test_the_ticket_counts_in_the_plan():
     model = Wrapped(Residual(ManyUses()))
     graph = planned_of(model, opaque=["body.core"]).plan.graph
-    (part,) = (op for op in graph.ops if op.name == "part")
+    (part,) = (op for op in graph.ops if op.name == "opaque_forward")
     held = [graph.value[name].nbytes for name in part.writes]
     assert held[0] == X.nbytes and held[-1] > 0  # the result; what autograd keeps
     assert part.source == Source("body.core", note="runs as it is") and part.cost_ns > 0

@@ -134,7 +134,7 @@ def test_effects_are_eagers_and_planning_leaves_none(effect, opaque):
     planned = planned_quietly(model, torch.randn(4, 5, 8), opaque=opaque)
     assert outside(model) == before
     assert not opaque or not any(
-        spec.repeatable for spec in planned.step.joint.parts.values()
+        spec.repeatable for spec in planned.step.joint.opaque_calls.values()
     )  # recomputed, it would do it twice
     assert trained(planned, model) == expected
 
@@ -152,7 +152,7 @@ def test_recurrent_kernels_may_run_twice_and_keep_their_lists_of_weights(kind):
     model = Net()
     held, refs = model.core._flat_weights, model.core._flat_weight_refs
     planned = plan(model, 1.0, (torch.randn(4, 5, 8),), progress=False, costs="estimate")
-    assert all(spec.repeatable for spec in planned.step.joint.parts.values())
+    assert all(spec.repeatable for spec in planned.step.joint.opaque_calls.values())
     planned(torch.randn(4, 5, 8)).sum().backward()
     assert model.core._flat_weights is held and model.core._flat_weight_refs is refs
     assert all(one is other for one, other in zip(held, model.core.parameters(), strict=True))

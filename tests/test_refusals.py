@@ -397,7 +397,7 @@ def test_a_submodule_of_its_own_is_the_cure_it_is_said_to_be():
     net, x = Of(lambda s, h: s.solver(h).sum()), torch.randn(6, 6)
     net.solver = Lstsq()
     module = plan(net, 1.0, (x,), progress=False, effort=1.0)
-    assert [spec.module for spec in module.step.joint.parts.values()] == ["solver"]
+    assert [spec.module for spec in module.step.joint.opaque_calls.values()] == ["solver"]
     torch.testing.assert_close(module(x), net(x))  # lstsq of LAPACK depends on alignment, so that eager differs from itself
 
 
@@ -421,7 +421,7 @@ def test_a_submodule_may_be_called_what_messages_call_the_model(name):
     net = nn.Sequential()
     net.add_module("layer", nn.Linear(4, 4))
     net.add_module(name, OwnGenerator())
-    parts = {op.source for op in plan(net, 1.0, (torch.randn(3, 4),), **QUICK).plan.graph.ops if op.name == "part"}
+    parts = {op.source for op in plan(net, 1.0, (torch.randn(3, 4),), **QUICK).plan.graph.ops if op.name == "opaque_forward"}
     assert parts == {Source(name, note="runs as it is")}
 
 

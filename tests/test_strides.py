@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from planner import InfeasibleBudgetError, NoScheduleFoundError, apply, plan
 from planner.kernels import observed
 from planner.results.plan_file import load, save
-from planner.tracer import settled
-from planner.tracer.settled import capture
+from planner.tracer import real_layouts
+from planner.tracer.real_layouts import capture
 from tests.training import assert_same, trajectory
 
 
@@ -257,8 +257,8 @@ def test_a_chain_of_kernels_whose_strides_come_to_light_one_by_one() -> None:
 
 
 def test_nothing_is_captured_again_where_fakes_are_right(monkeypatch) -> None:
-    count, once = [], settled.capture_once
-    monkeypatch.setattr(settled, "capture_once", lambda *args, **kwargs: count.append(1) or once(*args, **kwargs))
+    count, once = [], real_layouts.capture_once
+    monkeypatch.setattr(real_layouts, "capture_once", lambda *args, **kwargs: count.append(1) or once(*args, **kwargs))
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 2))
     capture(model, (torch.randn(4, 8),))
     assert len(count) == 1

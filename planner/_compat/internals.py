@@ -103,7 +103,7 @@ def fake_mode() -> FakeTensorMode:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     own = mode.dispatch
 
-    def empty(look: observed.Look, device: torch.device) -> torch.Tensor:
+    def empty(look: observed.TensorLayout, device: torch.device) -> torch.Tensor:
         with mode:
             return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device=device)
 

@@ -306,12 +306,12 @@ It trains bit for bit like the original within this plan:
 
 def _check_exportable(planned: CheckpointedModule) -> None:
     """Raise ExportError where submodules run as they are, whose code is the user's, or kernels are another device's."""
-    if planned.step.joint.elsewhere:
+    if planned.step.joint.absent_device:
         raise ExportError(
-            f"the step was planned for {planned.step.joint.elsewhere}, which is not here: save the plan, "
+            f"the step was planned for {planned.step.joint.absent_device}, which is not here: save the plan, "
             "`apply` it on that device, and export there"
         )
-    modules = dict.fromkeys(spec.module for spec in planned.step.joint.parts.values())
+    modules = dict.fromkeys(spec.module for spec in planned.step.joint.opaque_calls.values())
     if modules:
         kinds = [f"{name} (a {type(planned.original.get_submodule(name)).__name__})" for name in modules]
         raise ExportError(

@@ -60,13 +60,17 @@ def add_gradients(one: torch.Tensor | None, other: torch.Tensor | None) -> torch
     return torch.add(one, other)
 
 
-def part(key: str, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """Stands for a call of an opaque part: results, then its ticket. See planner.tracer.part.Part.forward."""
-    raise PlannerError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")
+def opaque_forward(key: str, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """A call of an opaque module: results, then its saved handle. Run by planner.tracer.opaque.module.OpaqueModule.forward."""
+    raise PlannerError(f"the opaque module call {key} runs in a CheckpointedModule only, which knows its submodule")
 
 
-def part_backward(
-    key: str, grads: Sequence[Any], ticket: Any, read: Sequence[torch.Tensor], arrived: Sequence[Any]
+def opaque_backward(
+    key: str, grads: Sequence[Any], handle: Any, read: Sequence[torch.Tensor], partial_sums: Sequence[Any]
 ) -> list[torch.Tensor | None]:
-    """Stands for the backward of an opaque part: gradients. See planner.tracer.part.Part.backward."""
-    raise PlannerError(f"the part {key} runs in a CheckpointedModule only, which knows its submodule")
+    """The backward of an opaque module: gradients. Run by planner.tracer.opaque.module.OpaqueModule.backward."""
+    raise PlannerError(f"the opaque module call {key} runs in a CheckpointedModule only, which knows its submodule")
+
+
+STORED_NAMES = {opaque_forward: "planner.part", opaque_backward: "planner.part_backward"}
+"""Names in plan files where they are not those of the functions: they are compared when a plan is applied, and must stay."""

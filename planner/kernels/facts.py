@@ -20,11 +20,9 @@ _INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
 
 
 def is_random(node: fx.Node) -> bool:
-    """The node draws from the default generator."""
+    """The node's kernel draws from the default generator. For opaque modules see `planner.tracer.opaque.call.draws`."""
     if node.target is custom.bernoulli:
         return True
-    if node.target in (custom.part, custom.part_backward):
-        return bool(node.meta["part"].draws[node.target is custom.part_backward])
     found = observation_of(node) if observed.is_foreign(node.target) else None
     if found is not None and found.draws:
         return True

@@ -1,6 +1,6 @@
 """What kernels did when they were run: the layouts of their outputs, and whether a second run repeats the first.
 
-A table for the whole process. The fake tensors of a trace follow it (`planner._compat.internals.fake_mode`), so that what a
+One table for the process. The fake tensors of a trace follow it (`planner._compat.internals.fake_mode`), so that what a
 trace decides by strides (a view or a copy, the formula of a backward) is decided as eager decides it.
 """
 
@@ -16,12 +16,14 @@ from torch.fx import Node
 from planner.kernels.calls import call_key, tensors_in
 
 TRACED = "planner_call"
-"""Where a node's `meta` holds the call as it was traced, before the graph was brought into normal form."""
+"""Key of the `call_key` of the call that a node was traced from, in its `meta`: passes change the node's arguments.
+
+The one entry of this package's in `meta` after a capture: profiler and rewriter ask about nodes without their graph."""
 
 OWN_NAMESPACES = frozenset(
     {"aten", "prims", "quantized", "mkldnn", "mkl", "mkldnn_prepacked", "rngprims", "checkpoint_planner"}
 )
-"""Operators that torch, or this package, vouches for: their tags say which of them draw random numbers."""
+"""Operators of torch and of this package, whose tags and schemas are right."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -30,7 +32,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class TensorLayout:
     """A tensor's dtype, sizes and strides."""
 
     dtype: torch.dtype
@@ -38,8 +40,8 @@ class Look:
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Look:
-        """A tensor's look."""
+    def of(cls, tensor: torch.Tensor) -> TensorLayout:
+        """A tensor's layout."""
         return cls(tensor.dtype, tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())))
 
     def __str__(self) -> str:
@@ -47,82 +49,82 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
-    """One kernel, as it ran.
+class ObservedKernel:
+    """What one kernel did when it was run.
 
     Attributes:
-        looks: of its output tensors, in order; empty where it could not be run.
+        layouts: of its output tensors, in order; empty where it could not be run.
         repeatable: a second run on equal inputs, with the generator in the same state, gave the same bits and changed nothing.
         draws: it moved the device's default generator.
         writes: it wrote into an argument, which its schema does not say.
         communicates: it uses torch.distributed inside, and was not run to its end.
     """
 
-    looks: tuple[Look, ...] = ()
+    layouts: tuple[TensorLayout, ...] = ()
     repeatable: bool = False
     draws: bool = False
     writes: bool = False
     communicates: bool = False
 
 
-_SEEN: dict[str, Observation] = {}
-_FOLLOWED: dict[Any, dict[str, tuple[Look, ...]]] = {}
-"""Operator -> call -> the looks of its outputs, for calls whose fake outputs look otherwise."""
+_SEEN: dict[str, ObservedKernel] = {}
+_FOLLOWED: dict[Any, dict[str, tuple[TensorLayout, ...]]] = {}
+"""Operator -> call -> the layouts of its outputs, for calls whose fake outputs have other layouts."""
 
 
-def remember(key: str, target: Any, observation: Observation, fakes: Sequence[torch.Tensor]) -> None:
-    """Note what a call did; where its outputs look otherwise than `fakes`, traces follow them from now on."""
+def remember(key: str, target: Any, observation: ObservedKernel, fakes: Sequence[torch.Tensor]) -> None:
+    """Note what a call did; where its outputs have other layouts than `fakes`, traces use the real ones from now on."""
     _SEEN[key] = observation
-    if differing(observation.looks, fakes):
-        _FOLLOWED.setdefault(target, {})[key] = observation.looks
+    if differing(observation.layouts, fakes):
+        _FOLLOWED.setdefault(target, {})[key] = observation.layouts
 
 
-def recall(key: str) -> Observation | None:
+def recall(key: str) -> ObservedKernel | None:
     """What is known of a call."""
     return _SEEN.get(key)
 
 
-def observation_of(node: Node) -> Observation | None:
+def observation_of(node: Node) -> ObservedKernel | None:
     """What is known of the call that a node of a joint graph was traced from."""
     return _SEEN.get(node.meta.get(TRACED, ""))
 
 
-def differing(looks: Sequence[Look], fakes: Sequence[torch.Tensor]) -> bool:
+def differing(layouts: Sequence[TensorLayout], fakes: Sequence[torch.Tensor]) -> bool:
     """An output has another dtype or other strides than its fake.
 
     Sizes do not count: those of torch's own kernels may depend on the values of the inputs, which were made up.
     """
-    if [look.shape for look in looks] != [tuple(fake.shape) for fake in fakes]:
+    if [layout.shape for layout in layouts] != [tuple(fake.shape) for fake in fakes]:
         return False
-    return any(look != Look.of(fake) for look, fake in zip(looks, fakes, strict=True) if fake.numel())
+    return any(layout != TensorLayout.of(fake) for layout, fake in zip(layouts, fakes, strict=True) if fake.numel())
 
 
 def as_observed(
-    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, empty: Callable[[Look, torch.device], Any]
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, empty: Callable[[TensorLayout, torch.device], Any]
 ) -> Any:
-    """The outputs of a fake call, with those replaced that really look otherwise; `empty` makes a tensor of a look."""
+    """The outputs of a fake call, with those replaced whose real layouts differ; `empty` makes a tensor of a layout."""
     followed = _FOLLOWED.get(target)
-    looks = None if followed is None else followed.get(call_key(target, args, kwargs))
-    if looks is None or len(looks) != len(tensors_in(out)):
+    layouts = None if followed is None else followed.get(call_key(target, args, kwargs))
+    if layouts is None or len(layouts) != len(tensors_in(out)):
         return out
-    rest = iter(looks)
+    rest = iter(layouts)
 
     def replaced(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(map(replaced, value))
         if not isinstance(value, torch.Tensor):
             return value
-        look = next(rest)
-        return value if Look.of(value) == look else empty(look, value.device)
+        layout = next(rest)
+        return value if TensorLayout.of(value) == layout else empty(layout, value.device)
 
     return replaced(out)
 
 
 def needs_run(node: Node) -> bool:
-    """Whether a kernel's fake outputs may look otherwise than real ones, or more than its outputs has to be known.
+    """Whether a kernel's fake outputs may have other layouts than real ones, or more than its outputs has to be known.
 
-    That an output differs was seen for inputs that are not plainly contiguous, for inputs of several floating-point dtypes
-    (the statistics of a norm in mixed precision), and for operators from outside of torch. CUDA's libraries choose layouts on
+    Outputs were found to differ for inputs that are not contiguous, for inputs of several floating-point dtypes
+    (the statistics of a norm in mixed precision), and for operators that are not torch's. CUDA's libraries choose layouts on
     their own.
     """
     if is_foreign(node.target):

@@ -1,4 +1,4 @@
-"""Run kernels once to see what they do (`Observation`): on a CPU in a forked child, on CUDA in this process."""
+"""Run kernels once to observe what they do (`ObservedKernel`): on a CPU in a forked child, on CUDA in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from planner._compat.collectives import collectives_forbidden
 from planner._compat.internals import pytree
 from planner.errors import first_line
 from planner.kernels.calls import make_inputs
-from planner.kernels.observed import Look, Observation, dtype_name, is_foreign
+from planner.kernels.observed import ObservedKernel, TensorLayout, dtype_name, is_foreign
 from planner.log import PROFILER
 from planner.profiler.estimate import GENERIC_CPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
@@ -26,13 +26,13 @@ from planner.profiler.side_effects import Effects
 from planner.profiler.timing import check_memory
 
 
-def observe(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node, Observation | None]]:
+def observe(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node, ObservedKernel | None]]:
     """Run each node's kernel; None for one that cannot be run (it raised, crashed, or took too long).
 
     Generators of random numbers stay as they are, Python's and numpy's too. Collectives are refused, not run.
     """
     if device.type == "cpu" and hasattr(os, "fork"):
-        jobs: list[Callable[[], Observation]] = [partial(_observe, node, device) for node in nodes]
+        jobs: list[Callable[[], ObservedKernel]] = [partial(_observe, node, device) for node in nodes]
         patience_s = [20 + 100 * estimate_node(node, GENERIC_CPU).time_ns / 1e9 for node in nodes]
         for index, row in run_forked(jobs, patience_s, _encode, _decode):
             yield nodes[index], _logged(nodes[index], row)
@@ -40,9 +40,9 @@ def observe(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node,
         yield from _observe_on_cuda(nodes, device)
 
 
-def _logged(node: Node, found: Observation | Failed) -> Observation | None:
+def _logged(node: Node, found: ObservedKernel | Failed) -> ObservedKernel | None:
     """None for a kernel that failed, which is logged. One from outside of torch is then never run twice, nor moved."""
-    if isinstance(found, Observation):
+    if isinstance(found, ObservedKernel):
         return found
     level = logging.INFO if is_foreign(node.target) else logging.DEBUG
     PROFILER.log(
@@ -51,11 +51,11 @@ def _logged(node: Node, found: Observation | Failed) -> Observation | None:
     return None
 
 
-def _observe_on_cuda(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node, Observation | None]]:
+def _observe_on_cuda(nodes: Sequence[Node], device: torch.device) -> Iterator[tuple[Node, ObservedKernel | None]]:
     states = _Generators(device)
     try:
         for node in nodes:
-            found: Observation | Failed
+            found: ObservedKernel | Failed
             try:
                 found = _observe(node, device)
             except Exception as error:
@@ -66,26 +66,26 @@ def _observe_on_cuda(nodes: Sequence[Node], device: torch.device) -> Iterator[tu
         torch.cuda.empty_cache()
 
 
-def _observe(node: Node, device: torch.device) -> Observation:
+def _observe(node: Node, device: torch.device) -> ObservedKernel:
     check_memory(node)
     with torch.no_grad():
         args, kwargs = make_inputs(node)
         call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
         if not is_foreign(node.target):
-            return Observation(_looks(call()), repeatable=True)
+            return ObservedKernel(_layouts(call()), repeatable=True)
         with collectives_forbidden() as refused:
             try:
                 return _observe_twice(call, (args, kwargs), device)
             except Exception:
                 if refused:
-                    return Observation(communicates=True)
+                    return ObservedKernel(communicates=True)
                 raise
 
 
-def _observe_twice(call: Callable[[], Any], given: Any, device: torch.device) -> Observation:
+def _observe_twice(call: Callable[[], Any], given: Any, device: torch.device) -> ObservedKernel:
     """Equal inputs and equal states of all generators: equal bits, and nothing else changed?"""
     before, contents = _Generators(device), _bytes(given)
-    looks = _looks(call())  # what a first call caches is no change
+    layouts = _layouts(call())  # what a first call caches is no change
     writes = _bytes(given) != contents
     before.put_back()
     effects = Effects()
@@ -98,7 +98,7 @@ def _observe_twice(call: Callable[[], Any], given: Any, device: torch.device) ->
     after = _Generators(device)
     others = before.others == between.others == after.others  # what the backward would not put back
     same = first == second and between.default == after.default and not effects.differ()
-    return Observation(looks, same and others and not writes, before.default != between.default, writes)
+    return ObservedKernel(layouts, same and others and not writes, before.default != between.default, writes)
 
 
 class _Generators:
@@ -133,8 +133,8 @@ class _Generators:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
-def _looks(out: Any) -> tuple[Look, ...]:
-    return tuple(Look.of(leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor))
+def _layouts(out: Any) -> tuple[TensorLayout, ...]:
+    return tuple(TensorLayout.of(leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor))
 
 
 def _bytes(tree: Any) -> list[bytes]:
@@ -143,11 +143,12 @@ def _bytes(tree: Any) -> list[bytes]:
     return [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
-def _encode(found: Observation) -> Any:
-    looks = [[dtype_name(look.dtype), list(look.shape), list(look.stride)] for look in found.looks]
-    return [looks, found.repeatable, found.draws, found.writes, found.communicates]
+def _encode(found: ObservedKernel) -> Any:
+    layouts = [[dtype_name(layout.dtype), list(layout.shape), list(layout.stride)] for layout in found.layouts]
+    return [layouts, found.repeatable, found.draws, found.writes, found.communicates]
 
 
-def _decode(row: Any) -> Observation:
-    looks, *flags = row
-    return Observation(tuple(Look(getattr(torch, name), tuple(shape), tuple(stride)) for name, shape, stride in looks), *flags)
+def _decode(row: Any) -> ObservedKernel:
+    layouts, *flags = row
+    made = (TensorLayout(getattr(torch, name), tuple(shape), tuple(stride)) for name, shape, stride in layouts)
+    return ObservedKernel(tuple(made), *flags)

@@ -17,9 +17,9 @@ from planner.errors import PlannerError, ScheduleError
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
 from planner.kernels import custom
+from planner.kernels.batch_norm import unread_in_recompute, updates_statistics
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed
-from planner.tracer.mutation import blind_arguments, updates_statistics
 from planner.tracer.storage import Storages, items
 
 _CLONE = torch.ops.aten.clone.default
@@ -187,7 +187,7 @@ class _Writer:
         for name, _ in self._storages.writes[node]:
             for view in self._views.pop(name, ()):
                 del self._now[view]
-        cloned = blind_arguments(node) if again and updates_statistics(node) else ()
+        cloned = unread_in_recompute(node) if again and updates_statistics(node) else ()
         blind = {arg: self._call(_CLONE, (self.get(arg),), node) for arg in cloned}
         for arg, clone in blind.items():
             clone.meta["val"] = arg.meta["val"]

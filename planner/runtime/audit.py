@@ -45,8 +45,8 @@ _SMALL_BYTES = 4096
 
 def can_audit(step: Step) -> bool:
     """Whether the original forward may run beside the planned one: it has no effects outside, and bits are to be the same."""
-    hooked = any(not spec.repeatable for spec in step.joint.parts.values())
-    return not step.is_compiled and not step.joint.elsewhere and not hooked and not communicates(step.joint)
+    hooked = any(not spec.repeatable for spec in step.joint.opaque_calls.values())
+    return not step.is_compiled and not step.joint.absent_device and not hooked and not communicates(step.joint)
 
 
 def audit_fits(plan: Plan, written_bytes: int) -> bool:

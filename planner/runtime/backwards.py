@@ -31,8 +31,8 @@ from planner.runtime.step import Step
 from planner.tracer.graft import graft
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
+from planner.tracer.real_layouts import capture_again
 from planner.tracer.replay import Replay
-from planner.tracer.settled import capture_again
 from planner.tracer.storage import Storages
 from planner.units import format_bytes
 
@@ -214,9 +214,9 @@ def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
     for i, position in enumerate(call.tensors):
         leaves[position] = made[step.same_inputs[i]]
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
-    opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.parts.values()))
+    opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values()))
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
-        known = Replay(strides, step.joint.recorded, step.joint.parts, step.joint.host)
+        known = Replay(strides, step.joint.recorded, step.joint.opaque_calls, step.joint.host)
         return capture_again(model, args, kwargs, known, opaque)
 
 

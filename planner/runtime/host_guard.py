@@ -28,9 +28,9 @@ from planner.tracer.host.values import (
     is_array,
     is_object,
     items_of,
+    members,
     own_class,
     own_dict,
-    parts,
 )
 
 Look = Callable[[], Sequence[Any]]
@@ -163,23 +163,23 @@ class HostGuard:
         for name in modules:
             _note_module(group, self._model.get_submodule(name), [path.name for path, _ in group.expected])
         for path, _ in group.expected:
-            for value, has_parts in self._values_at(path.root(self._model), skipped, named):
+            for value, has_members in self._values_at(path.root(self._model), skipped, named):
                 if not isinstance(value, FunctionType):
-                    _note_value(group, value, has_parts)
+                    _note_value(group, value, has_members)
         scoped = [(path.scope.variables, path.name) for path, _ in group.expected if path.scope is not None]
         if scoped:
             look = lambda: [variables.get(name, ABSENT) for variables, name in scoped]
             group.others.append((look, look()))
 
     def _values_at(self, root: Any, seen: set[int], named: Mapping[int, str]) -> Iterator[tuple[Any, bool]]:
-        """Every container and object at and below a place, and whether it has parts; each once."""
+        """Every container and object at and below a place, and whether it has members; each once."""
         todo = [root]
         while todo:
             value = todo.pop()
             known = id(value) in named and isinstance(value, (nn.Module, torch.Tensor))
             if known or id(value) in seen or isinstance(value, torch.Tensor):
                 continue
-            inner = [item for _, item in parts(value, self._key.reads.wants)]
+            inner = [item for _, item in members(value, self._key.reads.wants)]
             seen.add(id(value))
             todo += inner
             yield value, bool(inner)
@@ -189,7 +189,7 @@ class HostGuard:
         self._code = []
         named, seen, known = self._names(), set[int](), set[tuple[type, str]]()
         for path, _ in (row for group in self._groups for row in group.expected):
-            for value, _has_parts in self._values_at(path.root(self._model), seen, named):
+            for value, _has_members in self._values_at(path.root(self._model), seen, named):
                 if isinstance(value, FunctionType):
                     look: Look = partial(_of_function, value)
                     self._code.append((look, list(look())))
@@ -225,7 +225,7 @@ def _may_appear(module: nn.Module, name: str) -> bool:
     return name not in vars(module) and find_in_class(type(module), name) is ABSENT
 
 
-def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
+def _note_value(group: _Group, value: Any, has_members: bool) -> None:
     if isinstance(value, (dict, MappingProxyType)):
         kind: Any = own_class(value) or MappingProxyType
         look: Look = lambda: list(kind.__iter__(value))
@@ -238,7 +238,7 @@ def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
     elif isinstance(value, (str, bytes, int, float, complex)) or value is None:
         return  # of a derived class, too: compared by value, attributes left out
     elif isinstance(value, (type, ModuleType)):
-        if has_parts:
+        if has_members:
             group.dicts.append((vars(value), list(vars(value).values())))
     elif isinstance(value, ContextVar):
         look = lambda: [value.get(None)]
@@ -254,7 +254,7 @@ def _note_value(group: _Group, value: Any, has_parts: bool) -> None:
     if isinstance(value, _CONTAINERS):
         if is_object(value):  # of a class derived from Python's
             _note_attributes(group, value)
-    elif has_parts and not isinstance(value, (type, ModuleType, ContextVar)):
+    elif has_members and not isinstance(value, (type, ModuleType, ContextVar)):
         _note_attributes(group, value)
 
 

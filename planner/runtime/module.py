@@ -143,7 +143,7 @@ class CheckpointedModule(fx.GraphModule):
     @property
     def program(self) -> Program | None:
         """The compiled step, which copies of the model can share; None where it holds the model's opaque parts."""
-        return None if self._step.joint.parts else self._program
+        return None if self._step.joint.opaque_calls else self._program
 
     @property
     def original(self) -> nn.Module:
@@ -338,8 +338,8 @@ class CheckpointedModule(fx.GraphModule):
     ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor], Mismatch | None]:
         step = self._step
         joint = step.joint
-        if joint.elsewhere:
-            cure = f"planned for {joint.elsewhere}, which is not here: save the plan, and apply it there"
+        if joint.absent_device:
+            cure = f"planned for {joint.absent_device}, which is not here: save the plan, and apply it there"
             return [], [], Mismatch("device", "the device", cure)
         tensors, miss = guard.flatten_call(joint.call, args, kwargs, step.key.arguments)
         if miss is not None:

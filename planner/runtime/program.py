@@ -17,17 +17,17 @@ from planner.rewriter.stages import cut_stages
 from planner.runtime.functions import Boxed, Program
 from planner.runtime.step import Step
 from planner.tracer.casts import is_cast
-from planner.tracer.part import Part
+from planner.tracer.opaque.module import OpaqueModule
 
 
-def boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for: torch.device | None = None) -> Boxed:
+def boxed(graph: fx.Graph, opaque: Mapping[str, OpaqueModule] | None = None, compiled_for: torch.device | None = None) -> Boxed:
     """A graph's code, which takes one list and empties it; opaque modules are bound to this model's."""
     twin = fx.Graph()  # a copy: the one people print keeps its readable signature
     twin.output(twin.graph_copy(graph, {}))
     for node in twin.nodes:
-        if node.target in (custom.part, custom.part_backward):
+        if node.target in (custom.opaque_forward, custom.opaque_backward):
             key, *given = node.args
-            node.target, node.args = _bound((parts or {})[str(key)], node.target is custom.part), tuple(given)
+            node.target, node.args = _bound((opaque or {})[str(key)], node.target is custom.opaque_forward), tuple(given)
     if compiled_for is not None:
         with torch.autocast(compiled_for.type, enabled=False):
             return Compiled(twin)
@@ -35,16 +35,16 @@ def boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for
     return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
 
 
-def _bound(called: Part, is_forward: bool) -> Callable[..., Any]:
-    """A kernel of this one part, as fx's code can call it."""
+def _bound(module: OpaqueModule, is_forward: bool) -> Callable[..., Any]:
+    """A kernel of this one module, as fx's code can call it."""
 
-    def part_forward(tensors: Any) -> Any:
-        return called.forward(tensors)
+    def opaque_forward(tensors: Any) -> Any:
+        return module.forward(tensors)
 
-    def part_backward(grads: Any, ticket: Any, read: Any, arrived: Any) -> Any:
-        return called.backward(grads, ticket, read, arrived, keeps_graph())
+    def opaque_backward(grads: Any, handle: Any, read: Any, partial_sums: Any) -> Any:
+        return module.backward(grads, handle, read, partial_sums, keeps_graph())
 
-    return part_forward if is_forward else part_backward
+    return opaque_forward if is_forward else opaque_backward
 
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -72,12 +72,12 @@ def positions(step: Step) -> list[int]:
 
 def compiled_backward(step: Step, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
     """Makes code of a backward graph of this step."""
-    return lambda backward: boxed(backward, _parts(step, model), step.joint.device if step.is_compiled else None)
+    return lambda backward: boxed(backward, _opaque_modules(step, model), step.joint.device if step.is_compiled else None)
 
 
 def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
     """Positions and code for the runtime."""
-    parts = _parts(step, model)
+    opaque = _opaque_modules(step, model)
     joint, halves = step.joint, step.halves
     compiled_for = joint.device if step.is_compiled else None
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
@@ -90,8 +90,8 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
     nodes = {node.name: node for node in joint.graph.nodes}
     leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Program(
-        forward=boxed(forward, parts, compiled_for),
-        stages=tuple(boxed(stage.graph, parts, compiled_for) for stage in stages),
+        forward=boxed(forward, opaque, compiled_for),
+        stages=tuple(boxed(stage.graph, opaque, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
         num_saved=len(halves.saved),
         aliased=halves.aliased,
@@ -113,7 +113,7 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
         inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
         call_inputs=tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
         key=step.backward_key,
-        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets or name in halves.exposed),
+        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.saved_handles or name in halves.exposed),
         exposed=frozenset(i for i, name in enumerate(halves.saved) if name in halves.exposed),
         watched=tuple(
             (i, halves.saved.index(root) if root in halves.exposed else None)
@@ -122,11 +122,13 @@ def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: 
         ),
         spare=tuple(position[name] for name in halves.spare),
         cast=tuple(
-            position[given.node] for given, _ in joint.gradients if given.kind is Kind.PARAM and is_cast(nodes[given.node])
+            position[given.node]
+            for given, _ in joint.gradients
+            if given.kind is Kind.PARAM and is_cast(nodes[given.node], joint.opaque_calls)
         ),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
     )
 
 
-def _parts(step: Step, model: nn.Module) -> dict[str, Part]:
-    return {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+def _opaque_modules(step: Step, model: nn.Module) -> dict[str, OpaqueModule]:
+    return {key: OpaqueModule(model.get_submodule(spec.module), spec) for key, spec in step.joint.opaque_calls.items()}

@@ -22,7 +22,7 @@ from planner.results.plan import Plan
 from planner.runtime.step import Step, make_step
 from planner.tracer.host.fingerprint import tensor_key
 from planner.tracer.lower import lower
-from planner.tracer.settled import capture
+from planner.tracer.real_layouts import capture
 
 MOST_SHAPES = 64
 """So many are remembered; then the oldest is forgotten."""

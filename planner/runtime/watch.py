@@ -15,9 +15,9 @@ from torch import nn
 from planner._compat.internals import tensors_alike
 from planner.runtime.host_guard import HostGuard
 from planner.runtime.mismatch import Mismatch
-from planner.tracer.fidelity import is_foreign
 from planner.tracer.host.observe import HOOKS, named
 from planner.tracer.host.state import HostKey, find_in_class
+from planner.tracer.libraries import is_users_hook
 
 
 class Watched:
@@ -70,7 +70,7 @@ class Watched:
         if self._submodules() != self._children:
             return Mismatch("module", "the model's submodules", "one was replaced, added or removed")
         if any(self._without_hooks):
-            if any(is_foreign(hook) for hooks in self._without_hooks for hook in hooks.values()):
+            if any(is_users_hook(hook) for hooks in self._without_hooks for hook in hooks.values()):
                 return Mismatch("module", "a submodule's hooks", "one was added, which a plan would not call")
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
         return self._host.difference(through_forward=through_forward)

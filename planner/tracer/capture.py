@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
@@ -18,20 +18,23 @@ from planner._compat.internals import pytree
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
-from planner.tracer import parts
 from planner.tracer.call import CallSpec
-from planner.tracer.checks import check_elsewhere, check_trainable, one_device
-from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.checks import check_absent_device, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
-from planner.tracer.host.state import remembered, weight_keys
+from planner.tracer.host.state import weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
-from planner.tracer.normalize import normalize
+from planner.tracer.module_stack import ModuleStack
+from planner.tracer.opaque.choose import opaque_from_start, widened
 from planner.tracer.outputs import warn_left_out
+from planner.tracer.passes.graph import TracedGraph
+from planner.tracer.passes.normalize import normalize
+from planner.tracer.recording import Recording, has_data, record
 from planner.tracer.refusal import refusal
 from planner.tracer.replay import Replay
-from planner.tracer.traced import Step
+from planner.tracer.target_device import TargetDevice
+from planner.tracer.trace import Trace, TracedForward, TraceOptions, trace
 
 
 def capture(
@@ -41,7 +44,7 @@ def capture(
     *,
     loss: Loss = None,
     opaque: Collection[str] = (),
-    elsewhere: Elsewhere | None = None,
+    target: TargetDevice | None = None,
     replay: Replay | None = None,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
@@ -56,9 +59,9 @@ def capture(
         args, kwargs: an example call; tensors in any pytree, other leaves are held fixed.
         loss: which output backward starts from; see `planner.tracer.loss.loss_leaves`.
         opaque: qualified names of submodules to run as they are.
-        elsewhere: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
-        replay: the call was captured before, and is again for other gradients; its tensors may then be fake. Takes the place
-            of `loss`, and nothing is run.
+        target: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
+        replay: an earlier capture of the call, which is captured again for other gradients; its tensors may then be fake. Used
+            instead of `loss`, and no forward is run.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
@@ -66,22 +69,22 @@ def capture(
         Exception: lack of memory, and faults of the planner, as they are; see `planner.tracer.faults`.
     """
     if replay is not None:
-        return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere, replay)
-    opaque, first = parts.parts_from_start(model, opaque), None
-    if elsewhere is not None and opaque:
+        return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, replay)
+    opaque, first = opaque_from_start(model, opaque), None
+    if target is not None and opaque:
         raise CaptureError(
             f"{', '.join(opaque)} cannot be captured and would run as it is, and what that takes is measured on the device: "
-            f"plan where {elsewhere.name} is"
+            f"plan where {target.name} is"
         )
     while True:
         try:
-            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, elsewhere)
+            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target)
             return joint if first is None else replace(joint, refused=str(first))
         except CaptureError as error:
-            if elsewhere is not None:
+            if target is not None:
                 raise
             first = first or error
-            before, opaque = opaque, parts.widened(model, tuple(opaque), error.module)
+            before, opaque = opaque, widened(model, tuple(opaque), error.module)
             if not opaque:
                 raise first from None
             more = ", ".join(repr(name) for name in opaque if name not in before)
@@ -112,7 +115,7 @@ if hasattr(os, "register_at_fork"):  # which only systems that fork have
     os.register_at_fork(after_in_child=_renew_lock)
 
 IS_CAPTURING: ContextVar[bool] = ContextVar("a model is being captured", default=False)
-"""Installed plans stand aside: a plan is made of the model's own forward, not of a plan."""
+"""Installed plans call the model's own forward: a plan is made of that, not of a plan."""
 
 
 def _capture(
@@ -121,63 +124,84 @@ def _capture(
     kwargs: Any,
     loss: Loss,
     opaque: Collection[str],
-    elsewhere: Elsewhere | None,
+    target: TargetDevice | None,
     replay: Replay | None = None,
 ) -> Joint:
+    """One capture with these opaque modules: check, record, trace, bring into normal form, check."""
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    check_trainable(model, len(tensors))
-    if elsewhere is None:
-        device = one_device(model, [leaves[i] for i in tensors])
+    positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    given = [leaves[i] for i in positions]
+    check_trainable(model, len(given))
+    if target is None:
+        device = one_device(model, given)
     else:
-        check_elsewhere(elsewhere)
-        device = elsewhere.device
-    template = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    step = Step(model, template, tensors, in_spec, loss, elsewhere)
-    step.parts, step.device = tuple(opaque), device
-    if replay is not None:
-        step.replay, step.calls = replay, dict(replay.calls)
-        step.recorded = None if replay.recorded is None else list(replay.recorded)
-        step.host, step.preserved = replay.host, remembered(model, replay.host.key)
-    given = [leaves[i] if leaves[i].is_leaf else leaves[i].detach().requires_grad_() for i in tensors]
-    with one_at_a_time(), Generators(device).preserved(), _gradients_kept(model):
-        token = IS_CAPTURING.set(True)
-        context = copy_context()  # in which the model may set context variables, and in which they are put back
+        check_absent_device(target)
+        device = target.device
+    call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
+    tensors = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given]
+    caches_casts = torch.is_autocast_cache_enabled()
+    modules = ModuleStack(model)
+    with one_at_a_time(), Generators(device).preserved(), _gradients_kept(model), _capturing() as inside:
+        with _explained(model, modules):
+            if replay is not None:
+                recording = Recording.of_replay(model, replay)
+            elif has_data(model, tensors, fakes_run=target is None):
+                recording = inside(record, model, call, tensors, tuple(opaque), device, modules)
+            else:
+                recording = Recording()
         try:
-            exported = context.run(_export, step, given)
+            with _explained(model, modules):
+                options = TraceOptions(model, call, loss, recording, modules, target, replay, caches_casts)
+                traced = inside(trace, options, tensors)
             weights = weight_keys(model)
         finally:
-            context.run(step.restore)
-            IS_CAPTURING.reset(token)
-    warn_left_out(model, step.outputs)
-    with noting(f"bringing the graph of {type(model).__name__} into normal form"):
-        joint = normalize(
-            exported,
-            names=step.names,
-            outputs=step.outputs,
-            num_results=step.num_results,
-            reads=step.reads,
-            call=CallSpec(in_spec, template, tensors, step.out_spec),
-            device=device,
-            parts=step.calls,
-            moving=step.moving,
-        )
+            inside(recording.restore)
+    warn_left_out(model, traced.forward.outputs)
+    joint = _normalized(model, traced, recording, call, device)
     _check_weights(model, joint)
-    return replace(
-        joint,
-        weights=weights,
-        left=tuple(step.left),
-        host=replace(step.host, effects=tuple(step.effects)),
-        elsewhere="" if elsewhere is None else elsewhere.name,
-        recorded=None if step.recorded is None else tuple(step.recorded),
-    )
+    return replace(joint, weights=weights, absent_device="" if target is None else target.name)
+
+
+def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device) -> Joint:
+    forward = traced.forward
+    with noting(f"bringing the graph of {type(model).__name__} into normal form"):
+        graph = TracedGraph.of(
+            traced.exported,
+            traced.names,
+            device=device,
+            num_results=forward.num_results,
+            reads=forward.reads,
+            moving=_moving(recording, forward, len(call.tensors)),
+            calls=recording.calls,
+        )
+        joint = normalize(graph, replace(call, out_spec=forward.out_spec), forward.outputs)
+    host = replace(recording.host, effects=forward.effects)
+    return replace(joint, left=forward.left, host=host, recorded=recording.reads)
+
+
+def _moving(recording: Recording, forward: TracedForward, num_tensors: int) -> frozenset[int]:
+    """Positions, behind the call's tensors, of the tensors of Python state that the forward replaces."""
+    written = [effect.path for effect in forward.effects]
+    places = enumerate(recording.host.state, start=num_tensors)
+    return frozenset(i for i, path in places if any(path.is_inside(other) for other in written))
+
+
+@contextmanager
+def _capturing() -> Iterator[Callable[..., Any]]:
+    """While entered, IS_CAPTURING is set. Calls what it is given in a context whose variables the model may set."""
+    token = IS_CAPTURING.set(True)
+    context = copy_context()
+    try:
+        yield context.run
+    finally:
+        IS_CAPTURING.reset(token)
 
 
 def _check_weights(model: nn.Module, joint: Joint) -> None:
     """Raise CaptureError where the graph does with the model's weights what no planned step does."""
     held = dict((*model.named_parameters(), *model.named_buffers()))
     for given, _ in joint.gradients:
-        weight = held.get(str(given.key))  # None: a second name that the forward gives it, which is gone again
+        weight = held.get(str(given.key))  # None: a name that only the forward gave it
         if weight is not None and given.kind in (Kind.PARAM, Kind.BUFFER) and not weight.requires_grad:
             raise CaptureError(
                 f"the model's forward makes {given.key} require grad, which it does not before: call requires_grad_() outside "
@@ -194,10 +218,10 @@ def _check_weights(model: nn.Module, joint: Joint) -> None:
 
 @contextmanager
 def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """At exit, parameters have the gradients they had.
+    """At exit, parameters have the gradients that they had at entry.
 
     Raises:
-        CaptureError: they had others: a backward accumulated in them while it was traced.
+        CaptureError: a backward accumulated in them while it was traced.
     """
     before = [(name, parameter, parameter.grad) for name, parameter in model.named_parameters()]
     changed = ""
@@ -221,19 +245,18 @@ _IN_PLACE = (
 )
 
 
-def _export(step: Step, tensors: Sequence[torch.Tensor]) -> internals.ExportedJoint:
-    """Learn what Python does in real forwards, then trace."""
+@contextmanager
+def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
+    """What the model or torch raises while it is captured becomes an error that names the user's line."""
     try:
-        if step.can_run(tensors):
-            step.record(tensors)
-        step.hold_weights()
-        return step.export([*tensors, *step.state_inputs()])
+        yield
     except PlannerError:
         raise
     except internals.InPlaceCollectiveError as error:
-        raise InputError(_IN_PLACE.format(error, step.where)) from error
+        raise InputError(_IN_PLACE.format(error, modules.last_kernel)) from error
     except Exception as error:
+        where = modules.last_kernel
         if not concerns_model(error):
-            note(error, f"capturing {type(step.model).__name__}{f' (last at {step.where})' if step.where else ''}")
+            note(error, f"capturing {type(model).__name__}{f' (last at {where})' if where else ''}")
             raise
-        raise refusal(error, step.where) from error
+        raise refusal(error, where) from error

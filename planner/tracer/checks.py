@@ -1,4 +1,4 @@
-"""What a training step must be like to be planned."""
+"""Checks of a model and its inputs before anything is run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from torch import nn
 
 from planner._compat.switches import global_switches
 from planner.errors import CaptureError, InputError
-from planner.tracer.elsewhere import Elsewhere
+from planner.tracer.libraries import SHARDED_TENSORS, WRAPPERS
+from planner.tracer.target_device import TargetDevice
 
 _MODES = ("dispatch modes", "function modes", "torch.func transforms")
 
 
 def check_trainable(model: nn.Module, num_tensors: int) -> None:
-    """Raise what says why this is no training step that can be planned; `num_tensors`: among the call's arguments."""
+    """Raise InputError or CaptureError where the call is no training step that can be planned.
+
+    Args:
+        num_tensors: tensors among the call's arguments.
+    """
     refuse_wrappers(model)
     if not num_tensors:
         raise InputError("no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y})")
@@ -33,38 +38,22 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
         raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
 
 
-_DDP = "planned = plan({module}, budget, args); model = DistributedDataParallel(planned)"
-_WRAPPERS = {
-    "DistributedDataParallel": f"gradients would be reduced once, while planning, and never again. Plan what it wraps: {_DDP}",
-    "FullyShardedDataParallel": "parameters are gathered for the time of a forward. Plan the blocks before they are sharded: "
-    "for block in blocks: install(block, plan(block, budget, args)), then fully_shard(block) (FSDP2)",
-    "FSDPModule": "parameters are gathered for the time of a forward. Plan the blocks before they are sharded: for block in "
-    "blocks: install(block, plan(block, budget, args)), then fully_shard(block)",
-    "ReplicateModule": "gradients are reduced by hooks. Plan it before: install(model, plan(model, budget, args)), then "
-    "replicate(model)",
-    "DataParallel": f"each call copies the model to several devices. Use a process for each device: {_DDP}",
-    "DeepSpeedEngine": "its own backward and step are needed. Plan what it wraps, before: "
-    "planned = plan({module}, budget, args); deepspeed.initialize(model=planned, ...)",
-}
-"""Classes that communicate around a model's forward -> why they are not planned, and the lines that work."""
-
-
 def refuse_wrappers(model: nn.Module) -> None:
-    """Raise InputError for a model that is, or holds, a wrapper for several devices, or tensors that are parts of others."""
+    """Raise InputError for a model that is, or holds, a wrapper for several devices, or sharded tensors."""
     for name, module in model.named_modules():
         kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__ != "builtins"]
-        found = next((kind for kind in kinds if kind in _WRAPPERS), None)
+        found = next((kind for kind in kinds if kind in WRAPPERS), None)
         if found is not None:
             what = f"the model's submodule {name} is" if name else "the model is"
             inside = f"{f'model.{name}' if name else 'model'}.module"
-            raise InputError(f"{what} a {found}, which no plan can hold: {_WRAPPERS[found].format(module=inside)}")
+            raise InputError(f"{what} a {found}, which no plan can hold: {WRAPPERS[found].format(module=inside)}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _refuse_sharded(name, tensor)
 
 
 def _refuse_sharded(name: str, tensor: torch.Tensor) -> None:
     kinds = [kind.__name__ for kind in type(tensor).__mro__]
-    found = next((kind for kind in kinds if kind in ("DTensor", "ShardedTensor")), "")
+    found = next((kind for kind in kinds if kind in SHARDED_TENSORS), "")
     if getattr(tensor, "_is_flat_param", False):  # FSDP1 marks them so
         found = "FlatParameter"
     if found:
@@ -75,7 +64,11 @@ def _refuse_sharded(name: str, tensor: torch.Tensor) -> None:
 
 
 def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.device:
-    """The one device everything is on, or an InputError that says what to change."""
+    """The device that the model and the tensors are on.
+
+    Raises:
+        InputError: they are on several, or on the meta device.
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise InputError(
@@ -83,7 +76,7 @@ def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.devic
                 "or plan for a device that is not here, plan(..., device='H100-80GB')"
             )
     held = (*model.parameters(), *model.buffers())
-    devices = {t.device for t in held if t.dim() > 0} or {t.device for t in held}  # a scalar may lie elsewhere beside others
+    devices = {t.device for t in held if t.dim() > 0} or {t.device for t in held}  # a scalar may lie on another device
     if len(devices) > 1:
         raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
     (device,) = devices
@@ -94,10 +87,10 @@ def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.devic
     return device
 
 
-def check_elsewhere(elsewhere: Elsewhere) -> None:
-    """Raise InputError for what a trace for a device that is not here cannot hold."""
-    if torch.is_autocast_enabled("cuda") or (elsewhere.capability is not None and torch.is_autocast_enabled("cpu")):
+def check_absent_device(target: TargetDevice) -> None:
+    """Raise InputError for what cannot be traced for a device that is not here."""
+    if torch.is_autocast_enabled("cuda") or (target.capability is not None and torch.is_autocast_enabled("cpu")):
         raise InputError(
-            f"autocast is on, and which kernels it casts for on {elsewhere.name} cannot be traced here: plan a model of the "
+            f"autocast is on, and which kernels it casts for on {target.name} cannot be traced here: plan a model of the "
             "dtype it trains in, model.to(torch.bfloat16), or plan on the device"
         )

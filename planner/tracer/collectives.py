@@ -12,25 +12,25 @@ from planner.errors import InputError
 from planner.kernels.facts import COLLECTIVE_NAMESPACES
 
 
-class Refusing(TorchDispatchMode):
-    """In a real forward, run to learn what a trace cannot know: refuses collectives that no plan can hold.
+class CollectivesRefused(TorchDispatchMode):
+    """Entered around a recording forward: refuses collectives that no plan can hold.
 
     Those are the ones that write in place; and all of them where submodules run as they are, because these are run several
     times, and not equally often on every rank.
     """
 
-    def __init__(self, parts: Sequence[str]) -> None:
+    def __init__(self, opaque: Sequence[str]) -> None:
         super().__init__()
-        self._parts = parts
+        self._opaque = opaque
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space = getattr(func, "namespace", "")
         if space == "c10d":
             raise InPlaceCollectiveError(str(func))
-        if space in COLLECTIVE_NAMESPACES and self._parts:
+        if space in COLLECTIVE_NAMESPACES and self._opaque:
             raise InputError(
-                f"the model communicates ({func}) and has submodules that run as they are ({', '.join(self._parts)}), which no "
-                "plan of it can hold: plan submodules that do not communicate"
+                f"the model communicates ({func}) and has submodules that run as they are ({', '.join(self._opaque)}), which "
+                "no plan of it can hold: plan submodules that do not communicate"
             )
         if space in COLLECTIVE_NAMESPACES:
             return alone(func, args, kwargs or {})
@@ -38,7 +38,7 @@ class Refusing(TorchDispatchMode):
 
 
 def alone(func: Any, args: Any, kwargs: Any) -> Any:
-    """What a collective returns as far as shapes go, without the other ranks: nobody waits for a rank that captures a model."""
+    """Tensors of the shapes that a collective returns, without the other ranks: none waits for a rank that captures a model."""
     mode = fake_mode()
     fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t.detach(), static_shapes=True), (args, kwargs))
     with mode:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from planner._compat.internals import OpOverload
+from planner.kernels import custom
 from planner.kernels.calls import nested_text
 from planner.tracer.storage import Storages
 
@@ -25,6 +26,8 @@ def kernel_name(target: Any) -> str:
     """The kernel that a node calls: "aten.addmm.default", or the name of one of this package's own functions."""
     if isinstance(target, OpOverload):
         return str(target)
+    if target in custom.STORED_NAMES:
+        return custom.STORED_NAMES[target]
     name = getattr(target, "__qualname__", None) or getattr(target, "__name__", type(target).__name__)
     home = str(getattr(target, "__module__", None) or "")
     return f"planner.{name}" if home.startswith("planner.") else f"{home}.{name}".lstrip(".")
@@ -33,9 +36,9 @@ def kernel_name(target: Any) -> str:
 class Descriptions:
     """Describes the calls of one joint graph."""
 
-    def __init__(self, graph: fx.Graph, storages: Storages, tickets: Collection[str]) -> None:
-        """`tickets`: storages whose sizes depend on data, so that no shape is said."""
-        self._storages, self._tickets = storages, tickets
+    def __init__(self, graph: fx.Graph, storages: Storages, saved_handles: Collection[str]) -> None:
+        """`saved_handles`: storages whose sizes depend on the data, so that no shape is stated."""
+        self._storages, self._saved_handles = storages, saved_handles
         self._views: dict[fx.Node, str] = {}
         for node in graph.nodes:  # in order, so that a view's base is there: chains may be longer than Python's stack
             self._views[node] = self._view(node)
@@ -48,7 +51,7 @@ class Descriptions:
     def _tensor(self, node: fx.Node, number: Mapping[str, int]) -> str:
         root, val = self._storages.root.get(node, ""), node.meta.get("val")
         look = f"%{number.get(root, '')}{self._views[node]}"
-        if root in self._tickets or not isinstance(val, torch.Tensor):
+        if root in self._saved_handles or not isinstance(val, torch.Tensor):
             return look
         return f"{look}:{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
 

@@ -18,8 +18,8 @@ from torch import fx
 from planner._compat.internals import FakeTensor, fake_inputs
 from planner.errors import BackwardError
 from planner.graph.graph import Kind
-from planner.kernels.facts import is_random
 from planner.tracer.joint import Input, Joint
+from planner.tracer.opaque.call import draws
 from planner.tracer.storage import ancestors, mutates
 
 
@@ -132,7 +132,7 @@ def _check_same_forward(planned: Joint, other: Joint, twins: dict[fx.Node, str])
     """Results, writes and random draws are those of the plan, and so is all that they depend on."""
     nodes = {node.name: node for node in other.graph.nodes}
     found = tuple(twins.get(nodes[name]) for name in other.results)
-    acts = [node for node in _forward(other) if is_random(node) or mutates(node)]
+    acts = [node for node in _forward(other) if draws(node, other.opaque_calls) or mutates(node)]
     needed = ancestors([nodes[name] for name in other.results])
     wrong = [node for node in _forward(other) if node not in twins and (node in acts or node in needed)]
     if not wrong and found == planned.results:

@@ -1,4 +1,4 @@
-"""What the tracer hands on: one step of the model as an fx graph in normal form, and how a call maps onto it."""
+"""What the tracer returns: one step of the model as an fx graph in normal form, and how a call maps onto it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from planner.graph.graph import Kind
 from planner.graph.source import Source
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import TensorKey
+from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.state import HostState
-from planner.tracer.part import PartCall
+from planner.tracer.opaque.call import OpaqueCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,11 @@ class Output:
 
     Attributes:
         name: how the user reaches it, for messages: "loss", "[0]", ...
-        result: position among the graph's results; None for a constant or an input handed through.
+        result: position among the graph's results; None for a constant, or an input that is returned.
         differentiated: backward starts from it.
         requires_grad: eager's output requires grad (it does not when False).
         constant: the leaf itself where it is no tensor.
-        input: position among the call's tensor leaves, then `Joint.host.state`, where it is an input handed through.
+        input: position among the call's tensor leaves, then `Joint.host.state`, where it is an input that is returned.
         left_out: None takes the place of what eager returns (a key-value cache).
     """
 
@@ -71,9 +72,9 @@ class HostRead:
 class Joint:
     """The joint forward + backward graph in normal form.
 
-    Normal form: ATen kernels only, forward first; every mutation is a `copy_` node of its own; random
-    forward kernels are preceded by a node that saves the generator's state; every gradient is a storage
-    of its own, laid out as its parameter; no constants hidden in get_attr nodes; no detach nodes.
+    Normal form (passes/normalize.py): ATen kernels and those of planner.kernels.custom only, forward first; every mutation is a
+    `copy_` node of its own; random forward kernels are preceded by a node that saves the generator's state; every gradient is a
+    storage of its own, laid out as its parameter; no constants hidden in get_attr nodes; no detach nodes.
 
     Attributes:
         graph: placeholders as `inputs`, one output node of (forward leaves in graph order, gradients).
@@ -92,11 +93,11 @@ class Joint:
         weights: name and metadata of the model's parameters and buffers.
         left: one Output per result that the forward leaves in Python state.
         host: what Python does beside the kernels.
-        parts: recorded calls of opaque parts, by key.
-        tickets: nodes that hold their tickets.
-        elsewhere: name of a device that was not here, whose kernels these are; "" where they are this machine's.
-        recorded: (kernel, value) of every host read, to capture the call again without running it; None where none was needed.
-        refused: the first error of captures that failed, after which submodules became opaque parts; "" where none failed.
+        opaque_calls: recorded calls of opaque modules, by key.
+        saved_handles: names of the nodes that hold autograd graphs of opaque modules.
+        absent_device: name of the device whose kernels these are, where it is not here; "" where they are this machine's.
+        recorded: (kernel, value) of every host read, to capture the call again without running it; None if no forward was run.
+        refused: the first error of captures that failed, after which submodules became opaque; "" where none failed.
     """
 
     graph: fx.Graph
@@ -115,8 +116,8 @@ class Joint:
     weights: tuple[tuple[str, TensorKey], ...] = ()
     left: tuple[Output, ...] = ()
     host: HostState = field(default_factory=HostState)
-    parts: Mapping[str, PartCall] = field(default_factory=dict)
-    tickets: frozenset[str] = frozenset()
-    elsewhere: str = ""
-    recorded: tuple[tuple[str, Any], ...] | None = None
+    opaque_calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
+    saved_handles: frozenset[str] = frozenset()
+    absent_device: str = ""
+    recorded: tuple[RecordedRead, ...] | None = None
     refused: str = ""

@@ -9,12 +9,12 @@ from torch import fx
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.source import NOWHERE
 from planner.kernels import custom
-from planner.kernels.facts import is_collective, is_random, is_repeatable
+from planner.kernels.batch_norm import new_statistics, unread_in_recompute, updates_statistics
+from planner.kernels.facts import is_collective, is_repeatable
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer.described import Descriptions, kernel_name
 from planner.tracer.joint import Joint
-from planner.tracer.mutation import blind_arguments, new_statistics, updates_statistics
-from planner.tracer.parts import part_of
+from planner.tracer.opaque.call import draws, opaque_call_of
 from planner.tracer.raising import raises
 from planner.tracer.storage import Storages, items, mutates
 
@@ -23,9 +23,9 @@ _CUDA_BLOCK = 512
 
 
 def kernel_nodes(joint: Joint) -> list[fx.Node]:
-    """The nodes that become ops, in graph order: what a profiler has to price. Opaque parts were measured in capture."""
+    """The nodes that become ops, in graph order: what a profiler has to measure. Opaque modules were measured in capture."""
     storages = Storages(joint.graph)
-    return [node for node in joint.graph.nodes if node in storages.writes and part_of(node) is None]
+    return [node for node in joint.graph.nodes if node in storages.writes and opaque_call_of(node, joint.opaque_calls) is None]
 
 
 def lower(joint: Joint, profile: Profile | None = None, *, reserved: Mapping[str, int] | None = None) -> Graph:
@@ -43,10 +43,12 @@ def backward_is_fixed(joint: Joint) -> bool:
     """Backward ops must run in captured order.
 
     One of them draws random numbers, writes into a tensor that lives on, communicates with other ranks (whose collectives must
-    come in the same order), or is of somebody else's making and not known to be repeatable.
+    come in the same order), or is an operator that is not torch's and not known to be repeatable.
     """
     backward = [node for node in list(joint.graph.nodes)[joint.num_forward_nodes :] if node.op == "call_function"]
-    return any(is_random(node) or mutates(node) or is_collective(node) or not is_repeatable(node) for node in backward)
+    return any(
+        draws(node, joint.opaque_calls) or mutates(node) or is_collective(node) or not is_repeatable(node) for node in backward
+    )
 
 
 class _Lowering:
@@ -54,7 +56,7 @@ class _Lowering:
         self.joint = joint
         self.costs = profile.costs if profile is not None else {}
         self.storages = Storages(joint.graph)
-        self.descriptions = Descriptions(joint.graph, self.storages, joint.tickets)
+        self.descriptions = Descriptions(joint.graph, self.storages, joint.saved_handles)
         self.nodes = list(joint.graph.nodes)
         self.rounded = _CUDA_BLOCK if joint.device.type == "cuda" else 1
         mutated = {given.node for given in joint.inputs if given.mutated}
@@ -80,7 +82,7 @@ class _Lowering:
             for i, (name, nbytes) in enumerate(self.storages.writes[node]):
                 more = hidden[i] if i < len(hidden) else 0
                 known, real = self._bytes(nbytes), self._bytes(nbytes + more)
-                depends = name in self.joint.tickets  # on the data, perhaps: no part of the graph's structure
+                depends = name in self.joint.saved_handles  # on the data, perhaps: no part of the graph's structure
                 values.append(Value(name, real, kind, real if depends else real - known))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
@@ -135,10 +137,10 @@ class _Lowering:
         )
 
     def _cost(self, node: fx.Node) -> KernelCost:
-        part = part_of(node)
-        if part is None:
+        call = opaque_call_of(node, self.joint.opaque_calls)
+        if call is None:
             return self.costs.get(node.name, KernelCost(0, 0))
-        return part.forward if node.target is custom.part else part.backward
+        return call.forward if node.target is custom.opaque_forward else call.backward
 
     def _recomputable(self, node: fx.Node, forward: bool) -> bool:
         """A second execution is sure to give the same bits and to change nothing."""
@@ -146,14 +148,14 @@ class _Lowering:
             return False
         if is_collective(node) or not is_repeatable(node):
             return False
-        part = part_of(node)
-        if part is not None and not part.repeatable:
+        call = opaque_call_of(node, self.joint.opaque_calls)
+        if call is not None and not call.repeatable:
             return False
-        if is_random(node) and node.name not in self.joint.rng_states:
+        if draws(node, self.joint.opaque_calls) and node.name not in self.joint.rng_states:
             return False
-        blind = set(blind_arguments(node))
-        # somebody besides the buffers' update reads the new running statistics, which a second run would falsify
+        unread = set(unread_in_recompute(node))
+        # a kernel besides the buffers' update reads the new running statistics, which a second run would compute wrong
         if any(mutates(user) is False for item in new_statistics(node) for user in item.users):
             return False
-        read = {self.storages.root[arg] for arg in node.all_input_nodes if arg not in blind and arg in self.storages.root}
+        read = {self.storages.root[arg] for arg in node.all_input_nodes if arg not in unread and arg in self.storages.root}
         return forward and not read & self.mutated

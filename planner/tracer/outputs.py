@@ -11,15 +11,11 @@ from torch import nn
 
 from planner.errors import CaptureError, warn
 from planner.tracer.joint import Output
+from planner.tracer.libraries import RETURN_DICT, is_cache
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 _warned: WeakSet[nn.Module] = WeakSet()
 """Models whose left-out outputs were said."""
-
-
-def is_cache(leaf: Any) -> bool:
-    """A key-value cache of transformers: of use in generation, and left out of a training output."""
-    return any(base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in type(leaf).__mro__)
 
 
 def check_constant(leaf: Any, name: str) -> None:
@@ -30,7 +26,7 @@ def check_constant(leaf: Any, name: str) -> None:
     cure = f"Register it: torch.utils._pytree.register_pytree_node({kind.__qualname__}, flatten, unflatten)"
     if hasattr(kind, "__dataclass_fields__"):
         cure = f"Register it: torch.export.register_dataclass({kind.__qualname__})"
-    switch = "set return_dict=False: " if kind.__module__.startswith(("transformers.", "diffusers.")) else ""
+    switch = "set return_dict=False: " if kind.__module__.startswith(RETURN_DICT) else ""
     raise CaptureError(
         f"{switch}the model returns a {kind.__module__}.{kind.__qualname__} ({name}), which is not a known container of "
         f"tensors. {cure}, or return its tensors in a tuple or dict"
@@ -38,7 +34,7 @@ def check_constant(leaf: Any, name: str) -> None:
 
 
 def without_caches(leaves: Sequence[Any]) -> list[Any]:
-    """An output's leaves but for caches, and for what stands in their place (transformers drops a field that is None)."""
+    """An output's leaves without caches, and without the None that replaces one (transformers drops a field that is None)."""
     return [leaf for leaf in leaves if leaf is not None and not is_cache(leaf)]
 
 

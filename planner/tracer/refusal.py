@@ -10,7 +10,7 @@ from types import TracebackType
 from planner._compat.internals import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
-from planner.tracer.fidelity import is_users
+from planner.tracer.user_code import CALLER, is_users
 
 _INTERNAL = re.compile(
     r"fake ?tensor|functional ?tensor|proxy|\baot|functionaliz|functorch|dispatch|tensor subclass|dynamo|torch\._"
@@ -48,7 +48,6 @@ _MEANINGS = (
     (r"meta tensor|no data", "needs the data of a tensor that has none (device meta)"),
 )
 _LONGEST = 300
-_CALLER = str(Path(__file__).with_name("capture.py"))
 
 
 def refusal(error: Exception, where: Source) -> CaptureError:
@@ -100,7 +99,7 @@ def _own_line(traceback: TracebackType | None) -> Source:
     while traceback is not None:
         code = traceback.tb_frame.f_code
         # frames up to the call of the model are those that called the planner's functions
-        inside = inside or code.co_filename == _CALLER
+        inside = inside or code.co_filename == CALLER
         if inside and is_users(code.co_filename):
             line = Source(file=Path(code.co_filename).name, line=traceback.tb_lineno)
         traceback = traceback.tb_next

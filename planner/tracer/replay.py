@@ -1,34 +1,34 @@
 """Capture of a call that was captured before, for gradients of other outputs or in other layouts.
 
-The traced identity at each output (`planner.tracer.capture`) passes its gradient through `handed_gradient`, a kernel that
+The traced identity at each output (`planner.tracer.results`) passes its gradient through `incoming_gradient`, a kernel that
 exists in the trace only: its fake result has the given strides, so that everything behind it is traced for that layout. The
-normal form replaces it by the gradient itself (`set_layouts`), which has that layout at run time: nothing is copied.
+pass `set_gradient_layouts` replaces it by the gradient itself, which has that layout at run time: nothing is copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
+from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.state import HostState
-from planner.tracer.part import PartCall
+from planner.tracer.opaque.call import OpaqueCall
 
 Strides = tuple[int, ...]
 
 _LIBRARY = torch.library.Library("checkpoint_planner", "FRAGMENT")  # dropping it would undo the definition
-_LIBRARY.define("handed_gradient(Tensor gradient, int[] stride) -> Tensor")
+_LIBRARY.define("incoming_gradient(Tensor gradient, int[] stride) -> Tensor")
 
 
-@torch.library.register_fake("checkpoint_planner::handed_gradient", lib=_LIBRARY)
-def _fake_handed_gradient(gradient: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+@torch.library.register_fake("checkpoint_planner::incoming_gradient", lib=_LIBRARY)
+def _fake_incoming_gradient(gradient: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     return torch.empty_strided(gradient.shape, stride, dtype=gradient.dtype, device=gradient.device)
 
 
-_HANDED = torch.ops.checkpoint_planner.handed_gradient.default
+_INCOMING = torch.ops.checkpoint_planner.incoming_gradient.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Replay:
 
     Attributes:
         strides: per result, the strides of the gradient that comes through it; None where none comes.
-        recorded: values that answer the model's host reads; None where it reads none.
+        recorded: (kernel, value) that answer the model's host reads; None where no forward was recorded.
         calls: recorded calls of opaque modules, by key.
         host: what Python does beside the kernels.
     """
 
     strides: tuple[Strides | None, ...]
-    recorded: Sequence[tuple[str, Any]] | None = None
-    calls: Mapping[str, PartCall] = field(default_factory=dict)
+    recorded: Sequence[RecordedRead] | None = None
+    calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
     host: HostState = field(default_factory=HostState)
 
 
@@ -59,13 +59,9 @@ def usual_strides(output: torch.Tensor) -> Strides | None:
 
 def with_strides(gradient: torch.Tensor, strides: Strides | None) -> torch.Tensor:
     """The gradient, traced as a tensor of these strides; None: as it is."""
-    return gradient if strides is None else torch.ops.checkpoint_planner.handed_gradient(gradient, list(strides))  # type: ignore[no-any-return]
+    return gradient if strides is None else torch.ops.checkpoint_planner.incoming_gradient(gradient, list(strides))  # type: ignore[no-any-return]
 
 
-def set_layouts(graph: fx.Graph) -> None:
-    """Replace every `handed_gradient` by the gradient, which takes over its layout."""
-    for node in graph.find_nodes(op="call_function", target=_HANDED):
-        gradient = node.args[0]
-        gradient.meta["val"] = node.meta["val"]  # type: ignore[union-attr]
-        node.replace_all_uses_with(gradient)
-        graph.erase_node(node)
+def is_incoming_gradient(node: fx.Node) -> bool:
+    """The node gives an incoming gradient its strides."""
+    return node.target is _INCOMING

@@ -134,7 +134,7 @@ def _communicates(joint: Joint) -> str:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if any("c10d" in name for name in names):
         return "it communicates with other processes"
-    if joint.parts and distributed:
+    if joint.opaque_calls and distributed:
         return "submodules run as they are, and may communicate with other processes"
     return ""
 
@@ -282,7 +282,7 @@ def _looks(tensor: torch.Tensor, requires_grad: bool) -> tuple[Any, ...]:
 
 
 def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
-    if planned.step.joint.parts:  # what runs as it is may leave a parameter without: an expert to which no row was sent
+    if planned.step.joint.opaque_calls:  # what runs as it is may leave a parameter without: an expert to which no row was sent
         return ""
     owners: dict[Any, Any] = {**dict(planned.original.named_parameters()), **dict(planned.original.named_buffers())}
     owners |= dict(enumerate(planned.step.joint.call.tensor_leaves(*call)))

@@ -90,7 +90,7 @@ class _Finder:
         self._inputs, self._only_written = inputs, only_written
         self._done: list[Path] = []
         self._lists: set[int] = set()
-        self._num_parts = Counter(_parent(path) for path in before if path.steps)
+        self._num_members = Counter(_parent(path) for path in before if path.steps)
         self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
 
     def find(self) -> Iterator[Effect]:
@@ -119,7 +119,7 @@ class _Finder:
         if not isinstance(now, (list, deque)) or id(now) in self._lists:
             return  # a list in several places is looked at in the first: a snapshot lists its items there
         self._lists.add(id(now))
-        old = self._num_parts[_root(path), path.steps]
+        old = self._num_members[_root(path), path.steps]
         new = [item for _, item in items_of(now)]
         if len(new) <= old:
             return

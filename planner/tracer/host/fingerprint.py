@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.tracer.host.values import ABSENT, Wanted, is_array, is_foreign_class, is_iterator, is_object, parts
+from planner.tracer.host.values import ABSENT, Wanted, is_array, is_foreign_class, is_iterator, is_object, members
 
 Fingerprint = Any
 TensorKey = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
@@ -88,9 +88,9 @@ class Fingerprints:
     """Makes fingerprints of values.
 
     Args:
-        names: of the model's own modules and tensors, by identity: they are compared elsewhere.
+        names: of the model's own modules and tensors, by identity: they are compared by other checks.
         wanted: which attributes of objects count.
-        skipped: identities of containers whose content does not count, and (identity, step) of parts that do not.
+        skipped: identities of containers whose content does not count, and (identity, step) of members that do not.
     """
 
     def __init__(self, names: Mapping[int, str], wanted: Wanted, skipped: Collection[Any] = ()) -> None:
@@ -123,9 +123,9 @@ class Fingerprints:
             del self._open[id(value)]
 
     def equal(self, one: Any, other: Any) -> bool:
-        """Whether the fingerprints of two values are alike, as copies are; each pair of parts is looked at once.
+        """Whether the fingerprints of two values are alike, as copies are; each pair of members is compared once.
 
-        Values share parts (closures, registries): a fingerprint, which repeats a part wherever it is met, may be endless.
+        Values share members (closures, registries): a fingerprint, which repeats a member wherever it occurs, may be endless.
         """
         todo, done = [(one, other)], dict[tuple[int, int], Any]()  # which holds the pair, so that no identity is used twice
         while todo:
@@ -156,8 +156,8 @@ class Fingerprints:
         if isinstance(value, Enum):
             return (head, value.name)
         if is_generator(value) or is_iterator(value):
-            return (head,)  # what they have come to is looked at elsewhere
-        every = parts(value, self._wanted)
+            return (head,)  # their state is compared by `generator_state`
+        every = members(value, self._wanted)
         if self._skipped:
             every = ((step, item) for step, item in every if (id(value), step) not in self._skipped)
         found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
@@ -172,7 +172,7 @@ class Fingerprints:
 
 
 class _Head(Fingerprints):
-    """The fingerprint of a value without those of its parts, which are in `inner`."""
+    """The fingerprint of a value without those of its members, which are in `inner`."""
 
     def __init__(self, names: Mapping[int, str], wanted: Wanted, skipped: Collection[Any] = ()) -> None:
         super().__init__(names, wanted, skipped)
@@ -180,12 +180,12 @@ class _Head(Fingerprints):
         self._is_outermost = True
 
     def of(self, value: Any) -> Fingerprint:
-        """The fingerprint of the value that is asked for first."""
+        """The fingerprint of the first value; the following ones are its members."""
         if self._is_outermost:
             self._is_outermost = False
             return super().of(value)
         self.inner.append(value)
-        return ("part",)
+        return ("member",)
 
 
 def is_generator(value: Any) -> bool:

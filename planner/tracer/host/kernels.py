@@ -18,10 +18,10 @@ from planner.tracer.collectives import alone
 from planner.tracer.host.restorers import put_back, same_bits
 
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
-"""Kernels that hand a tensor's value to Python."""
+"""Kernels that return a tensor's value to Python: host reads."""
 
-
-Read = tuple[str, bool | int | float | complex]
+RecordedRead = tuple[str, bool | int | float | complex]
+"""(kernel, value) of one host read."""
 
 
 @dataclass
@@ -35,25 +35,25 @@ class Run:
     """
 
     kernels: list[tuple[Any, ...]] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
+    reads: list[RecordedRead] = field(default_factory=list)
     outside: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class RecordKernels(TorchDispatchMode):
-    """Fills a Run; what happens while `paused` (inside opaque submodules) is left out."""
+    """Fills a Run; what happens while `paused` (inside opaque modules) is left out."""
 
-    def __init__(self, where: Callable[[], str], apart: Callable[[], AbstractContextManager[None]]) -> None:
-        """`apart`: context entered while an operator that is not torch's runs; its Python code is not recorded."""
+    def __init__(self, where: Callable[[], str], unrecorded: Callable[[], AbstractContextManager[None]]) -> None:
+        """`unrecorded`: context entered while an operator that is not torch's runs; its Python code is not recorded."""
         super().__init__()
-        self._where, self._apart = where, apart
+        self._where, self._unrecorded = where, unrecorded
         self._made: dict[int, torch.Tensor] = {}
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, torch.Tensor] = {}
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._flags: list[tuple[torch.Tensor, bool]] = []
         self._at_start: dict[int, object] = {}
-        self._written_apart: dict[int, torch.Tensor] = {}
-        self._shared_apart: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._written_unrecorded: dict[int, torch.Tensor] = {}
+        self._shared_unrecorded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._graphs_refused: tuple[str, frozenset[int]] | None = None
         self.run = Run()
         self._paused = False
@@ -61,13 +61,13 @@ class RecordKernels(TorchDispatchMode):
 
     @property
     def paused(self) -> bool:
-        """An opaque submodule is running."""
+        """An opaque module is running."""
         return self._paused
 
     @paused.setter
     def paused(self, now: bool) -> None:
         if now and not self._paused:
-            self._written_apart, self._shared_apart = {}, []
+            self._written_unrecorded, self._shared_unrecorded = {}, []
         self._paused = now
 
     def new_run(self) -> Run:
@@ -122,15 +122,15 @@ class RecordKernels(TorchDispatchMode):
     def wrote_outside(self, module: nn.Module) -> bool:
         """Since the pause began, tensors were written into that were there before and are not the module's own weights."""
         own = {storage_id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        shared = any(not same_bits(tensor, content) for tensor, content in self._shared_apart)
-        return shared or bool(self._written_apart.keys() - own)
+        shared = any(not same_bits(tensor, content) for tensor, content in self._shared_unrecorded)
+        return shared or bool(self._written_unrecorded.keys() - own)
 
     @contextmanager
     def refusing_graphs_from_outside(self, name: str, given: Sequence[torch.Tensor]) -> Iterator[None]:
         """While entered, refuse tensors of an autograd graph that the forward has not made, but for `given`.
 
         Raises:
-            InputError: the opaque submodule `name` reads one: a gradient would leave it there, of which a plan knows nothing.
+            InputError: the opaque module `name` reads one: a gradient would leave it there, of which a plan knows nothing.
         """
         self._graphs_refused = (name, frozenset(map(id, given)))
         try:
@@ -147,7 +147,7 @@ class RecordKernels(TorchDispatchMode):
             content = base.detach().clone()
             self._contents.setdefault(id(base), (base, content))
             if self._paused:
-                self._shared_apart.append((base, content))
+                self._shared_unrecorded.append((base, content))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
@@ -162,7 +162,7 @@ class RecordKernels(TorchDispatchMode):
         if isinstance(func, OpOverload):
             self._keep_written(func, args, kwargs or {})
         if is_foreign(func) and not self.paused:
-            with self._apart():
+            with self._unrecorded():
                 result = _without_communication(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
@@ -191,14 +191,14 @@ class RecordKernels(TorchDispatchMode):
                 base = self._storages.get(storage_id(tensor))  # it may be a view that is written through
             if base is not None:
                 if self._paused:
-                    self._written_apart[storage_id(base)] = base
+                    self._written_unrecorded[storage_id(base)] = base
                 if id(base) not in self._contents:
                     self._contents[id(base)] = (base, base.detach().clone())
                     self._flags += [(base, base.requires_grad)] if base.is_leaf else []
 
 
 def graph_from_outside(name: str) -> InputError:
-    """The refusal of an opaque submodule that reads a differentiable tensor which is not among its arguments."""
+    """The refusal of an opaque module that reads a differentiable tensor which is not among its arguments."""
     return InputError(
         f"{name}, which runs as it is, reads a tensor that requires grad and is neither an argument nor one of its parameters "
         "(one that an earlier call left behind, or another module's): a plan knows no gradient there. Hand it in as an "

@@ -27,7 +27,7 @@ from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import put_back
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
-from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, parts
+from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
@@ -49,12 +49,12 @@ def _plain_tensors(model: nn.Module) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple, dict)):
-            held += [part for _, part in parts(value, lambda _, __: True)]
+            held += [item for _, item in members(value, lambda _, __: True)]
     return found
 
 
 @dataclass(frozen=True)
-class Observation:
+class ObservedForward:
     """What the recording forward found.
 
     Attributes:
@@ -76,14 +76,14 @@ class Observer:
     Args:
         model: left as it was found when `preserved` is restored, which the caller does.
         modules: the stack of running submodules, followed by hooks.
-        parts: names of opaque submodules, whose inner state is left out.
+        opaque: names of opaque modules, whose inner state is left out.
         written: weights and buffers that kernels may write into.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Any, parts: Sequence[str], device: torch.device, written: Sequence[torch.Tensor]
+        self, model: nn.Module, modules: Any, opaque: Sequence[str], device: torch.device, written: Sequence[torch.Tensor]
     ) -> None:
-        self._model, self._modules, self._parts = model, modules, tuple(parts)
+        self._model, self._modules, self._opaque = model, modules, tuple(opaque)
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved()
         for module in model.modules():
@@ -93,7 +93,7 @@ class Observer:
                     self.preserved.keep(held)
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
-        if parts:  # what runs in there is not followed: everything that it can lead to is remembered
+        if opaque:  # what runs in there is not followed: everything reachable from the model is remembered
             keep_model(model, self.preserved)
         for tensor in model.parameters():
             self.preserved.keep(tensor)
@@ -110,7 +110,7 @@ class Observer:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """An opaque submodule runs: what it does is its own affair."""
+        """While entered, an opaque module runs: nothing that it does is recorded."""
         before = self.kernels.paused, self.reads.paused
         self.kernels.paused = self.reads.paused = True
         host = self._generators.host()
@@ -123,7 +123,7 @@ class Observer:
             if now != host:
                 self._modules.drawn(now)
 
-    def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Observation:
+    def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> ObservedForward:
         """Run the forward until two runs do the same, and say what Python does in it.
 
         Raises:
@@ -152,7 +152,7 @@ class Observer:
         host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
         weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
-        return Observation(runs[-1], host, self.preserved, written)
+        return ObservedForward(runs[-1], host, self.preserved, written)
 
     def _refuse_untracked_changes(self, is_first: bool) -> None:
         """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.
@@ -214,7 +214,7 @@ class Observer:
             torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
             self.kernels,
             self.reads.recording(),
-            self._modules.following(self._generators.host, self._parts),
+            self._modules.following(self._generators.host, self._opaque),
         ):
             try:
                 call()
@@ -252,7 +252,7 @@ class Observer:
         seen: set[int] = set()
         of_classes = self._class_attributes(both.names)
         names = lambda kind: both.attributes.get(kind, frozenset()) | of_classes.get(kind, set())
-        for path in roots(self._model, names, both, self._parts, self._touched()):
+        for path in roots(self._model, names, both, self._opaque, self._touched()):
             if path.scope is None and _is_weight(self._model.get_submodule(path.module), path.name):
                 continue
             places = walk(path, path.root(self._model), both, self._names, seen)
@@ -268,7 +268,7 @@ class Observer:
         return found
 
     def _is_opaque(self, name: str) -> bool:
-        return any(name == part or name.startswith(f"{part}.") for part in self._parts)
+        return any(name == opaque or name.startswith(f"{opaque}.") for opaque in self._opaque)
 
     def _aliases(self) -> tuple[tuple[Path, str], ...]:
         weights = dict((*self._model.named_parameters(), *self._model.named_buffers()))
@@ -277,7 +277,7 @@ class Observer:
         return tuple((path, names[id(value)]) for path, value in places if id(value) in names and (path.steps or path.scope))
 
     def _state(self, before: Mapping[Path, Any], outside: Mapping[int, torch.Tensor], changes: Changes) -> tuple[Path, ...]:
-        """The places whose tensors the last run read, or moved elsewhere."""
+        """The places whose tensors the last run read, or stored in another place."""
         wanted = {*outside, *changes.moved}
         found: dict[int, Path] = {}
         for path, value in before.items():
@@ -306,14 +306,14 @@ class Observer:
         prints = Fingerprints(names, reads.wants, skipped_places(left, model))
         of_classes = self._class_attributes(reads.names)
         read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
-        places = list(roots(model, read, reads, self._parts, self._touched(self.reads.read_at)))
+        places = list(roots(model, read, reads, self._opaque, self._touched(self.reads.read_at)))
         places += [Path(name, "training") for name, _ in model.named_modules()]
         for name, module in model.named_modules():
             if name and not self._is_opaque(name):
                 places += [Path(name, kind) for kind in HOOKS if vars(module)[kind]]
         expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
-        return HostKey(reads, expected, self._parts, left, environment)
+        return HostKey(reads, expected, self._opaque, left, environment)
 
 
 def named(model: nn.Module) -> dict[int, str]:

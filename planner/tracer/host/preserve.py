@@ -132,7 +132,7 @@ def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = 
 def keep_reachable(preserved: Preserved, start: Sequence[Any], names: Mapping[int, str]) -> Preserved:
     """Remember the attributes of objects and classes, and the containers and objects that these lead to.
 
-    `names`: modules of the model, by identity, which are remembered only as a part of `start`.
+    `names`: modules of the model, by identity, which are remembered only where `start` holds them.
     """
     todo = list(start)
     followed: set[int] = set()
@@ -159,7 +159,7 @@ _MOST_OBJECTS = 20_000
 def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where: str = "") -> list[Any]:
     """Remember a value and the containers and functions it is made of; returns the objects met, whose attributes are not.
 
-    `names`: modules of the model, by identity, which are remembered apart.
+    `names`: modules of the model, by identity, which are remembered separately.
     """
     objects, todo, seen = [], [(value, where)], set[int]()
     while todo:

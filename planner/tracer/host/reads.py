@@ -33,8 +33,6 @@ _CONTROL = frozenset(
 
 _SMALL = 64
 """Items of a container that is looked through at every read."""
-_TRACED = "planner.tracer.traced"
-"""Home of the module that calls the model: what it reads of itself is no state of the model's."""
 
 
 class ReadRecorder:
@@ -265,8 +263,6 @@ class ReadRecorder:
             return
         if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
             return
-        if type(this).__module__ == _TRACED:
-            return
         if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
             return
         with self._not_noting():
@@ -283,7 +279,7 @@ class ReadRecorder:
                 self.see(value, name)
 
     def _note_write(self, this: Any, name: str) -> None:
-        if self.paused or threading.get_ident() != self._thread or type(this).__module__ == _TRACED:
+        if self.paused or threading.get_ident() != self._thread:
             return
         with self._not_noting():
             if not isinstance(this, nn.Module):

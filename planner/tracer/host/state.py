@@ -14,7 +14,7 @@ from torch import nn
 from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
-from planner.tracer.host.values import ABSENT, MODULE_STATE, Step, part, parts, put, rebuilt, text_of
+from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, rebuilt, text_of, with_member
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Path:
 
     module: str
     name: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PathStep, ...] = ()
     scope: Scope | None = None
 
     def __str__(self) -> str:
@@ -42,12 +42,12 @@ class Path:
         start = self.name if self.scope is not None else f"{self.module}.{self.name}".lstrip(".")
         return start + "".join(map(text_of, self.steps))
 
-    def inside(self, step: Step) -> Path:
-        """A part of this place."""
+    def inside(self, step: PathStep) -> Path:
+        """The place of a member of the value here."""
         return Path(self.module, self.name, (*self.steps, step), self.scope)
 
     def is_inside(self, other: Path) -> bool:
-        """This place is `other`, or a part of it."""
+        """This place is `other`, or inside of it."""
         same = (self.module, self.name, self.scope) == (other.module, other.name, other.scope)
         return same and self.steps[: len(other.steps)] == other.steps
 
@@ -61,7 +61,7 @@ class Path:
         """The value at this place; ABSENT where there is none."""
         value = self.root(model)
         for step in self.steps:
-            value = part(value, step)
+            value = member(value, step)
         return value
 
     def set(self, model: nn.Module, new: Any) -> None:
@@ -72,9 +72,9 @@ class Path:
         """
         values = [self.root(model)]
         for step in self.steps:
-            values.append(part(values[-1], step))
+            values.append(member(values[-1], step))
         for value, step in zip(reversed(values[:-1]), reversed(self.steps), strict=True):
-            written = put(value, step, new)
+            written = with_member(value, step, new)
             if written is value:
                 return
             new = written
@@ -114,18 +114,18 @@ def roots(
     model: nn.Module,
     attributes: Callable[[type], frozenset[str]],
     reads: Reads,
-    apart: Sequence[str],
+    opaque: Sequence[str],
     touched: Mapping[int, Collection[str]] | None = None,
 ) -> Iterator[Path]:
     """Every place to start from.
 
     Args:
         attributes: names per class.
-        apart: submodules that are left out, with what is in them, but for what others touch there.
+        opaque: submodules that are left out, with all inside of them, except for attributes that others touch there.
         touched: attributes that others read or wrote, by identity of the module.
     """
     for module_name, module in model.named_modules():
-        if any(module_name == name or module_name.startswith(f"{name}.") for name in apart):
+        if any(module_name == name or module_name.startswith(f"{name}.") for name in opaque):
             yield from (Path(module_name, name) for name in sorted((touched or {}).get(id(module), ())))
         else:
             yield from (Path(module_name, name) for name in sorted(attributes(type(module))))
@@ -161,7 +161,11 @@ class Effect:
     replaces: bool = False
 
     def write(self, model: nn.Module, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
-        """Do it."""
+        """Write it.
+
+        Args:
+            tensor_of: the tensor that a Ref stands for.
+        """
         new = rebuilt(self.template, lambda leaf: tensor_of(leaf) if isinstance(leaf, Ref) else leaf)
         if self.replaces:
             self.path.get(model).clear()
@@ -186,7 +190,7 @@ def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
         if isinstance(template, Ref):
             yield template, value
         elif not isinstance(template, torch.Tensor):
-            todo += [(item, part(value, step)) for step, item in parts(template, lambda _, __: True)]
+            todo += [(item, member(value, step)) for step, item in members(template, lambda _, __: True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +200,20 @@ class HostKey:
     Attributes:
         reads: what the forward reads.
         expected: the fingerprint of every place it reads.
-        apart: opaque submodules, whose state is their own affair.
+        opaque: names of opaque modules, whose state is not compared.
         left: places that the forward writes but that do not affect it, and lists that it appends to; not compared.
         environment: values of the environment variables it reads.
     """
 
     reads: Reads
     expected: tuple[tuple[Path, Fingerprint], ...] = ()
-    apart: tuple[str, ...] = ()
+    opaque: tuple[str, ...] = ()
     left: tuple[Path, ...] = ()
     environment: tuple[tuple[str, str | None], ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
-    """What `Fingerprints` skips: id of a list or deque (its whole content), and (id of a container, step) of a single part."""
+    """What `Fingerprints` skips: id of a list or deque (its whole content), (id of a container, step) of a single member."""
     found: set[Any] = set()
     for path in left:
         if isinstance(path.get(model), (list, deque)):
@@ -252,7 +256,7 @@ def walk(path: Path, value: Any, reads: Reads, names: Any, seen: set[int]) -> It
     yield path, value
     if isinstance(value, torch.Tensor) or (id(value) in names and isinstance(value, nn.Module)):
         return
-    inner = list(parts(value, reads.wants))
+    inner = list(members(value, reads.wants))
     if not inner or id(value) in seen:
         return
     seen.add(id(value))
@@ -266,7 +270,7 @@ def same_build(one: Any, other: Any) -> bool:
     if any(is_tensor):
         return all(is_tensor)
     everything = lambda value, name: True
-    mine, theirs = list(parts(one, everything)), list(parts(other, everything))
+    mine, theirs = list(members(one, everything)), list(members(other, everything))
     if type(one) is not type(other) or [step for step, _ in mine] != [step for step, _ in theirs]:
         return False
     return all(same_build(a, b) for (_, a), (_, b) in zip(mine, theirs, strict=True))

@@ -1,6 +1,6 @@
-"""Python values as trees: what a value is made of, and how it is put together again.
+"""Python values as trees: the members of a value, and how it is built again from them.
 
-A *step* leads from a value to a part of it: ("item", key), ("attr", name), ("cell", position), ... A *leaf* has no parts.
+A `PathStep` leads from a value to one of its members: ("item", key), ("attr", name), ("cell", position), ... A leaf has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 
 from planner.tracer.faults import calls_users_code
 
-Step = tuple[str, Any]
+PathStep = tuple[str, Any]
 Wanted = Callable[[Any, str], bool]
 """Whether an attribute of an object belongs to the tree."""
 
@@ -58,7 +58,7 @@ def is_foreign_class(kind: type) -> bool:
 
 @calls_users_code
 def is_object(value: Any) -> bool:
-    """A plain object of the user's, or of a library that is written in Python: its attributes are its parts."""
+    """A plain object of the user's, or of a library that is written in Python: its attributes are its members."""
     kind = type(value)
     if kind is types.SimpleNamespace:
         return True
@@ -127,8 +127,8 @@ def items_of(value: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(kind.__iter__(value)))
 
 
-def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
-    """The parts of a value, by step; a leaf has none."""
+def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
+    """The members of a value, each with its step; a leaf has none."""
     if isinstance(value, (str, bytes, torch.Tensor, torch.Size)):
         return
     if isinstance(value, (list, tuple, deque)):
@@ -138,7 +138,7 @@ def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
     elif isinstance(value, types.MappingProxyType):
         yield from ((("item", key), item) for key, item in value.items())
     elif isinstance(value, types.FunctionType):
-        yield from _parts_of_function(value)
+        yield from _members_of_function(value)
     elif isinstance(value, types.MethodType):
         yield ("attr", "__self__"), value.__self__
         yield ("attr", "__func__"), value.__func__
@@ -165,7 +165,7 @@ def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
         yield from ((("attr", name), item) for name, item in vars(value).items())
         return
     elif isinstance(value, (type, types.ModuleType)):
-        yield from _parts_of_namespace(value, wanted)
+        yield from _members_of_namespace(value, wanted)
         return
     if isinstance(value, nn.Module):
         for name in MODULE_STATE:
@@ -174,7 +174,7 @@ def parts(value: Any, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
         yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
 
 
-def _parts_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[Step, Any]]:
+def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     """Data that a class or a Python module of the user's holds; its code is compared where it runs."""
     package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
     if package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__"):
@@ -184,7 +184,7 @@ def _parts_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Itera
             yield ("attr", name), item
 
 
-def _parts_of_function(value: types.FunctionType) -> Iterator[tuple[Step, Any]]:
+def _members_of_function(value: types.FunctionType) -> Iterator[tuple[PathStep, Any]]:
     if value.__code__.co_filename.startswith(_TORCH):
         return
     for i, cell in enumerate(value.__closure__ or ()):
@@ -199,8 +199,8 @@ def _parts_of_function(value: types.FunctionType) -> Iterator[tuple[Step, Any]]:
     yield from ((("attr", name), item) for name, item in vars(value).items())
 
 
-def part(value: Any, step: Step) -> Any:
-    """The part of a value that a step leads to; ABSENT where there is none."""
+def member(value: Any, step: PathStep) -> Any:
+    """The member of a value that a step leads to; ABSENT where there is none."""
     kind, key = step
     try:
         if kind == "item":
@@ -218,8 +218,8 @@ def part(value: Any, step: Step) -> Any:
         return ABSENT
 
 
-def put(value: Any, step: Step, new: Any) -> Any:
-    """Write a part. Returns the value itself where it could be changed in place, else a copy with the new part.
+def with_member(value: Any, step: PathStep, new: Any) -> Any:
+    """Write a member. Returns the value itself where it could be changed in place, else a copy with the new member.
 
     Raises:
         TypeError: a value of this kind cannot be written.
@@ -282,7 +282,7 @@ def _is_built(value: Any) -> bool:
     return is_object(value) and not isinstance(value, nn.Module) and not callable(value)
 
 
-def text_of(step: Step) -> str:
+def text_of(step: PathStep) -> str:
     """The step as Python writes it: '.name', '[0]', "['key']"."""
     kind, key = step
     if kind == "item":

@@ -1,4 +1,4 @@
-"""Capture a step as it really runs: kernels whose fakes may be wrong are run once, and the trace follows what they did."""
+"""Capture a step with the layouts of real kernels: those whose fakes may be wrong are run once, and the trace follows them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from planner.graph.source import NOWHERE
 from planner.kernels import observed
 from planner.kernels.calls import tensors_in
 from planner.kernels.facts import is_collective
-from planner.kernels.observed import Observation
+from planner.kernels.observed import ObservedKernel, TensorLayout
 from planner.log import TRACER
 from planner.profiler.probe import observe
-from planner.tracer import parts
 from planner.tracer.capture import Loss
 from planner.tracer.capture import capture as capture_once
-from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.joint import Joint
+from planner.tracer.opaque.choose import widened
 from planner.tracer.replay import Replay
 from planner.tracer.storage import Storages
+from planner.tracer.target_device import TargetDevice
 
 _ROUNDS = 50
-"""A trace that follows one kernel's strides may come to calls that were not seen before. Seldom are there more than two."""
+"""Traces at most. A trace that follows one kernel's strides may contain calls that have not run yet; few models need three."""
 
 
 def capture(
@@ -36,30 +36,30 @@ def capture(
     *,
     loss: Loss = None,
     opaque: Collection[str] = (),
-    elsewhere: Elsewhere | None = None,
+    target: TargetDevice | None = None,
 ) -> Joint:
-    """As `planner.tracer.capture.capture`, and the trace is laid out as the real step is.
+    """As `planner.tracer.capture.capture`, with tensors laid out as in the real step.
 
-    Kernels that may return other strides than their fakes, and operators that are not torch's, are run once before.
-    On a CPU they run in a forked child, on made-up inputs; on CUDA in this process. What was seen of torch's own kernels holds
+    Kernels that may return other strides than their fakes, and operators that are not torch's, are run once.
+    On a CPU they run in a forked child, on made-up inputs; on CUDA in this process. What torch's own kernels did is remembered
     for the process. Nothing is run for a device that is not here.
 
     Raises:
         InputError, CaptureError: as there; or a kernel's fake is wrong in a way that no trace can follow.
     """
     begun = time.monotonic()
-    traced = lambda parts: capture_once(model, args, kwargs, loss=loss, opaque=parts, elsewhere=elsewhere)
-    is_absent_gpu = elsewhere is not None and elsewhere.capability is not None
-    joint = traced(opaque) if is_absent_gpu else _settled(model, opaque, traced)
+    traced = lambda opaque: capture_once(model, args, kwargs, loss=loss, opaque=opaque, target=target)
+    is_absent_gpu = target is not None and target.capability is not None
+    joint = traced(opaque) if is_absent_gpu else _captured(model, opaque, traced)
     name, total = type(model).__name__, len(joint.graph.nodes)
     TRACER.info("%s: captured in %.1f s, %d graph nodes", name, time.monotonic() - begun, total)
-    _log_parts(name, joint)
+    _log_opaque(name, joint)
     return joint
 
 
-def _log_parts(name: str, joint: Joint) -> None:
+def _log_opaque(name: str, joint: Joint) -> None:
     """Log which submodules run as they are, once for all traces of a capture."""
-    opaque = ", ".join(dict.fromkeys(repr(spec.module) for spec in joint.parts.values()))
+    opaque = ", ".join(dict.fromkeys(repr(spec.module) for spec in joint.opaque_calls.values()))
     if opaque and joint.refused:
         TRACER.warning("%s: runs as it is, unplanned inside: %s. The first error: %s", name, opaque, joint.refused)
     elif opaque:
@@ -69,35 +69,35 @@ def _log_parts(name: str, joint: Joint) -> None:
 def capture_again(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], replay: Replay, opaque: Sequence[str]
 ) -> Joint:
-    """A captured call for other gradients, laid out as its real backward is. The model is not run, but new kernels are.
+    """A captured call for other gradients, laid out as its real backward is. Kernels may be run, the model is not.
 
     Raises:
         InputError, CaptureError: as `capture`.
     """
-    return _settled(model, opaque, lambda parts: capture_once(model, args, kwargs, opaque=parts, replay=replay))
+    return _captured(model, opaque, lambda opaque: capture_once(model, args, kwargs, opaque=opaque, replay=replay))
 
 
-def _settled(model: nn.Module, opaque: Collection[str], traced: Callable[[Collection[str]], Joint]) -> Joint:
+def _captured(model: nn.Module, opaque: Collection[str], traced: Callable[[Collection[str]], Joint]) -> Joint:
     fresh: set[str] = set()
     refused = ""
     for _ in range(_ROUNDS):
         joint = traced(opaque)
-        nodes = [node for node in _run_nodes(joint) if _key(node) not in fresh]
-        drew = {_key(node) for node in nodes if _draws(node)}
-        _look_at(nodes, joint)
-        fresh |= {_key(node) for node in nodes}
+        nodes = [node for node in _run_nodes(joint) if _call(node) not in fresh]
+        drew = {_call(node) for node in nodes if _draws(node)}
+        _run_unknown(nodes, joint)
+        fresh |= {_call(node) for node in nodes}
         wrong = next((node for node in nodes if _cannot_be_followed(node)), None)
         if wrong is not None:
             reason = f"{_name(wrong, joint)} {_cannot_be_followed(wrong)}"
             refused = refused or joint.refused or reason
             opaque = _without(model, opaque, joint, wrong)
-        elif not any(_differs(node) for node in _run_nodes(joint)) and drew == {_key(node) for node in nodes if _draws(node)}:
+        elif not any(_differs(node) for node in _run_nodes(joint)) and drew == {_call(node) for node in nodes if _draws(node)}:
             return replace(joint, refused=refused or joint.refused)
         else:
             reason = "kernels that were run once return other layouts than traced, or draw random numbers"
         TRACER.info("%s: capture again: %s", type(model).__name__, reason)
     node = next((node for node in _run_nodes(joint) if _differs(node)), nodes[0])
-    raise CaptureError(f"{_name(node, joint)} behaves otherwise each time it is run, and cannot be planned")
+    raise CaptureError(f"{_name(node, joint)} behaves differently each time it is run, and cannot be planned")
 
 
 def _run_nodes(joint: Joint) -> list[fx.Node]:
@@ -106,15 +106,15 @@ def _run_nodes(joint: Joint) -> list[fx.Node]:
     return [node for node in joint.graph.nodes if node in writes and observed.TRACED in node.meta and not is_collective(node)]
 
 
-def _key(node: fx.Node) -> str:
+def _call(node: fx.Node) -> str:
     return str(node.meta[observed.TRACED])
 
 
-def _look_at(nodes: Sequence[fx.Node], joint: Joint) -> None:
-    """Run one node of each call. Those from outside of torch are run in every capture: they may have been defined anew."""
-    calls = {_key(node): node for node in nodes if observed.is_foreign(node.target) or observed.recall(_key(node)) is None}
+def _run_unknown(nodes: Sequence[fx.Node], joint: Joint) -> None:
+    """Run one node of each call that has not run yet, and of each operator that is not torch's: it may have been redefined."""
+    calls = {_call(node): node for node in nodes if observed.is_foreign(node.target) or observed.recall(_call(node)) is None}
     for node, found in observe([*calls.values()], joint.device):
-        observed.remember(_key(node), node.target, found or Observation(), tensors_in(node.meta["val"]))
+        observed.remember(_call(node), node.target, found or ObservedKernel(), tensors_in(node.meta["val"]))
 
 
 def _draws(node: fx.Node) -> bool:
@@ -124,7 +124,7 @@ def _draws(node: fx.Node) -> bool:
 
 def _differs(node: fx.Node) -> bool:
     found = observed.observation_of(node)
-    return found is not None and observed.differing(found.looks, tensors_in(node.meta["val"]))
+    return found is not None and observed.differing(found.layouts, tensors_in(node.meta["val"]))
 
 
 def _cannot_be_followed(node: fx.Node) -> str:
@@ -135,9 +135,9 @@ def _cannot_be_followed(node: fx.Node) -> str:
     fakes = tensors_in(node.meta["val"])
     if found.writes:
         return "writes into an argument, which its schema does not say (mutates_args)"
-    if not found.looks or [f.shape for f in fakes] == [look.shape for look in found.looks]:
+    if not found.layouts or [f.shape for f in fakes] == [layout.shape for layout in found.layouts]:
         return ""
-    return f"returns {', '.join(map(str, found.looks))}, its fake {', '.join(str(observed.Look.of(f)) for f in fakes)}"
+    return f"returns {', '.join(map(str, found.layouts))}, its fake {', '.join(str(TensorLayout.of(f)) for f in fakes)}"
 
 
 def _name(node: fx.Node, joint: Joint) -> str:
@@ -151,8 +151,8 @@ def _without(model: nn.Module, opaque: Collection[str], joint: Joint, node: fx.N
         CaptureError: it is the model itself.
     """
     source = joint.sources.get(node.name, NOWHERE)
-    known = {*opaque, *(spec.module for spec in joint.parts.values())}
-    more = parts.widened(model, tuple(known), source.module)
+    known = {*opaque, *(spec.module for spec in joint.opaque_calls.values())}
+    more = widened(model, tuple(known), source.module)
     if not more:
         raise CaptureError(f"{_name(node, joint)} {_cannot_be_followed(node)}; correct that, and plan again")
     return more

@@ -1,7 +1,7 @@
-"""Kernels as CUDA chooses them, for a trace on a machine without one.
+"""A trace for a device that is not here, with the kernels that CUDA chooses.
 
 torch chooses by the tensors' device where an operator is composite, and a torch without CUDA cannot differentiate on CUDA's
-fake tensors at all. So the trace runs on fake CPU tensors, and what would choose is told what CUDA's choice is.
+fake tensors at all. So the trace runs on fake CPU tensors, and composite operators are replaced by what they run on CUDA.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """A device that is not here, as far as it decides what runs.
+class TargetDevice:
+    """What decides which kernels a device runs.
 
     Attributes:
-        name: for people.
+        name: for messages.
         capability: its CUDA compute capability; None for a CPU, which runs the kernels that run here.
     """
 
@@ -34,7 +34,7 @@ class Elsewhere:
 
     @property
     def device(self) -> torch.device:
-        """What tensors there say."""
+        """The device of its tensors."""
         return torch.device("cpu") if self.capability is None else torch.device("cuda", 0)
 
     @property
@@ -48,10 +48,10 @@ class Elsewhere:
             aten.batch_norm.default: _batch_norm,
         }
 
-    def as_there(self, exported: ExportedJoint) -> ExportedJoint:
-        """What was traced with these choices, where fake tensors on a CPU still differ from CUDA's.
+    def corrected(self, exported: ExportedJoint) -> ExportedJoint:
+        """A trace with these choices, corrected where fake tensors on a CPU still differ from CUDA's.
 
-        Layer norm there keeps mean and deviation of a half-precision tensor in float32, on a CPU in the tensor's own dtype.
+        CUDA's layer norm keeps mean and deviation of a half-precision tensor in float32, a CPU's in the tensor's own dtype.
         """
         if self.capability is None:
             return exported

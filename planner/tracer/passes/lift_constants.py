@@ -1,0 +1,34 @@
+"""Tensors that the graph holds as attributes become inputs."""
+
+from __future__ import annotations
+
+import torch
+
+from planner.errors import CaptureError
+from planner.graph.graph import Kind
+from planner.tracer.joint import Input
+from planner.tracer.passes.graph import TracedGraph
+
+
+def lift_constants(traced: TracedGraph) -> None:
+    """Replace get_attr nodes by placeholders, so that a planned module's state_dict does not grow.
+
+    Raises:
+        CaptureError: the graph holds the body of a higher-order operator.
+    """
+    graph = traced.graph
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        tensor = getattr(graph.owning_module, node.target, None)
+        if not isinstance(tensor, torch.Tensor):
+            raise CaptureError(
+                f"the graph holds {node.target}, a {type(tensor).__name__}: higher-order operators cannot be planned"
+            )
+        number = len(traced.constants)
+        with graph.inserting_before(first):
+            placeholder = graph.placeholder(f"constant_{number}")
+        placeholder.meta["val"] = node.meta.get("val", tensor)
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        traced.inputs[placeholder] = Input(placeholder.name, Kind.BUFFER, f"constant:{number}")
+        traced.constants[placeholder] = tensor

@@ -1,0 +1,146 @@
+"""Real forwards of the model, run before the trace: they show what a trace cannot know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import internals
+from planner._compat.internals import pytree
+from planner.errors import PlannerError
+from planner.tracer.call import CallSpec
+from planner.tracer.collectives import CollectivesRefused
+from planner.tracer.host.kernels import RecordedRead
+from planner.tracer.host.observe import ObservedForward, Observer
+from planner.tracer.host.preserve import Preserved
+from planner.tracer.host.state import HostState, remembered
+from planner.tracer.model_call import run_call
+from planner.tracer.module_stack import ModuleStack
+from planner.tracer.opaque.call import OpaqueCall
+from planner.tracer.opaque.hooks import refuse_collecting_hooks
+from planner.tracer.opaque.record import record_call, written_weights
+from planner.tracer.replay import Replay
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What real forwards found. Without any (a model without data), everything is empty.
+
+    Attributes:
+        host: what Python does beside the kernels.
+        calls: calls of opaque modules, by key.
+        reads: (kernel, value) of every host read, in order; None where no forward was run.
+        preserved: restores Python state as it was before the first forward; None where no forward was run.
+        written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
+    """
+
+    host: HostState = field(default_factory=HostState)
+    calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
+    reads: tuple[RecordedRead, ...] | None = None
+    preserved: Preserved | None = None
+    written: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
+        """What was recorded when the call was captured first."""
+        reads = None if replay.recorded is None else tuple(replay.recorded)
+        return cls(replay.host, dict(replay.calls), reads, remembered(model, replay.host.key))
+
+    def restore(self) -> None:
+        """Restore Python state as it was before the first forward."""
+        if self.preserved is not None:
+            self.preserved.restore()
+
+
+def has_data(model: nn.Module, tensors: Sequence[torch.Tensor], *, fakes_run: bool) -> bool:
+    """A real forward can be run: no tensor is on the meta device.
+
+    Args:
+        fakes_run: fake tensors run like real ones; not so where the trace is for a device that is not here.
+    """
+    without_data = () if fakes_run else internals.FakeTensor
+    held = (*model.parameters(), *model.buffers(), *tensors)
+    return not any(tensor.is_meta or isinstance(tensor, without_data) for tensor in held)
+
+
+def record(
+    model: nn.Module,
+    call: CallSpec,
+    tensors: Sequence[torch.Tensor],
+    opaque: Sequence[str],
+    device: torch.device,
+    modules: ModuleStack,
+) -> Recording:
+    """Run the model's forward until two runs do the same; run and measure the calls of opaque modules.
+
+    Nothing is kept for a backward, so it needs no more memory than an inference forward; an opaque module is run a few times
+    more, with its backward. Python state is left as the last run left it: `Recording.restore` restores it.
+
+    Args:
+        tensors: one per tensor leaf of the call.
+        opaque: names of opaque modules.
+        modules: of the model; says after an error where it came from.
+
+    Raises:
+        CaptureError: the model, or an opaque module, takes, returns or does what no plan can hold.
+    """
+
+    def run() -> Any:
+        with CollectivesRefused(opaque):
+            return run_call(model, call, tensors)
+
+    try:
+        observed, calls = _observed(model, run, tensors, opaque, device, modules)
+    except PlannerError:
+        raise
+    except Exception:
+        modules.last_kernel = modules.failed
+        raise
+    return Recording(observed.host, calls, tuple(observed.run.reads), observed.preserved, observed.written)
+
+
+def _observed(
+    model: nn.Module,
+    call: Callable[[], Any],
+    inputs: Sequence[torch.Tensor],
+    opaque: Sequence[str],
+    device: torch.device,
+    modules: ModuleStack,
+) -> tuple[ObservedForward, dict[str, OpaqueCall]]:
+    calls: dict[str, OpaqueCall] = {}
+    counts: dict[str, int] = {}
+    observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)])
+
+    def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
+        return observer.preserved.changed_by(act) or observer.kernels.wrote_outside(module)
+
+    def run_opaque(module: nn.Module, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        counts[name] = counts.get(name, 0) + 1
+        key = f"{name}#{counts[name] - 1}"
+        with observer.pause():
+            if key not in calls:
+                calls[key] = record_call(
+                    module, name, key, args, kwargs, device, observer.kernels.has_made, lambda act: has_effects(act, module)
+                )
+            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            with observer.kernels.refusing_graphs_from_outside(name, given):
+                out = run()
+            refuse_collecting_hooks(module, name)
+            return out
+
+    def run_model() -> Any:
+        counts.clear()
+        return call()
+
+    try:
+        with internals.calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
+            return observer.observe(run_model, inputs), calls
+    except BaseException:
+        observer.preserved.restore()
+        raise
+    finally:
+        observer.kernels.restore_contents(forms=False)

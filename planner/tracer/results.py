@@ -1,0 +1,166 @@
+"""What the traced function returns: outputs of the model, and tensors that its forward leaves in Python state."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.tracer.host.state import Effect, HostState, Path, Ref, same_build
+from planner.tracer.host.values import rebuilt
+from planner.tracer.joint import Output
+from planner.tracer.libraries import is_cache
+from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
+
+
+class _OutputIdentity(torch.autograd.Function):
+    """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, strides: Strides | None) -> torch.Tensor:
+        ctx.strides = strides
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return with_strides(grad, ctx.strides), None
+
+
+class Results:
+    """Collects the tensors that the traced function returns, each once. Backward starts from some; the others are detached."""
+
+    def __init__(self, replay: Replay | None) -> None:
+        """`replay` says which results get a gradient, if the call was captured before."""
+        self._replay = replay
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What was added, in order."""
+        return list(self._tensors.values())
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._tensors
+
+    def position(self, tensor: torch.Tensor) -> int:
+        """Of a tensor that was added."""
+        return list(self._tensors).index(id(tensor))
+
+    def add(self, tensor: torch.Tensor, name: str, is_start: bool) -> Output:
+        """Add a tensor, unless it was added before.
+
+        Args:
+            name: for messages.
+            is_start: backward starts from it; not used with a replay.
+        """
+        position = self.position(tensor) if tensor in self else len(self._tensors)
+        if self._replay is None:
+            differentiated, strides = is_start, usual_strides(tensor)
+        else:
+            strides = self._replay.strides[position]
+            differentiated = strides is not None
+        if position == len(self._tensors):
+            self._tensors[id(tensor)] = _OutputIdentity.apply(tensor, strides) if differentiated else tensor.detach()
+        return Output(name, position, differentiated, tensor.requires_grad)
+
+
+def add_outputs(
+    results: Results, leaves: Sequence[Any], names: Sequence[str], starts: Collection[int], inputs: Sequence[torch.Tensor]
+) -> tuple[Output, ...]:
+    """One Output per leaf of the model's output: a result, an input that is returned unchanged, or a constant.
+
+    Args:
+        results: filled.
+        names: of the leaves, for messages.
+        starts: identities of the leaves that backward starts from.
+        inputs: the traced function's inputs.
+    """
+    outputs = []
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            left_out = is_cache(leaf)
+            outputs.append(Output(name, None, constant=None if left_out else leaf, left_out=left_out))
+        elif any(leaf is tensor for tensor in inputs):
+            outputs.append(Output(name, None, input=next(i for i, tensor in enumerate(inputs) if leaf is tensor)))
+        else:
+            outputs.append(results.add(leaf, name, id(leaf) in starts))
+    return tuple(outputs)
+
+
+def add_left(
+    results: Results,
+    model: nn.Module,
+    host: HostState,
+    inputs: Sequence[torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    reassigned: Mapping[str, torch.Tensor],
+) -> tuple[tuple[Output, ...], tuple[Effect, ...]]:
+    """What the traced forward left in Python state: (one Output per tensor, how a planned call writes them there).
+
+    Args:
+        results: filled.
+        host: as recorded; its effects say where to look.
+        inputs: the traced function's inputs.
+        weights: the model's parameters and buffers by name.
+        reassigned: tensors that the forward assigned to buffers, by the buffer's name.
+
+    Raises:
+        CaptureError: a place has another structure than after a real forward.
+    """
+    left: list[Output] = []
+    sources = {id(tensor): Ref("input", i) for i, tensor in enumerate(inputs)}
+    sources |= {id(tensor): Ref("weight", name) for name, tensor in weights.items()}
+
+    def ref(path: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or type(leaf) in (torch.Tensor, nn.Parameter):
+            return leaf
+        if id(leaf) not in sources:
+            if leaf not in results:
+                # the loop may add it to its loss; if it does not, that backward is captured when it first runs
+                left.append(results.add(leaf, str(path), leaf.requires_grad))
+            sources[id(leaf)] = Ref("result", results.position(leaf))
+        return sources[id(leaf)]
+
+    effects = []
+    for effect in (effect for effect in host.effects if not _is_buffer(effect.path, weights)):
+        live = effect.path.get(model)
+        if effect.appends or effect.replaces:
+            live = list(live)[-len(effect.template) :] if effect.template else []
+        template = rebuilt(live, partial(ref, effect.path))
+        if not same_build(template, effect.template):
+            raise CaptureError(
+                f"{effect.path} has another structure after the traced forward than after a real one", module=effect.path.module
+            )
+        effects.append(replace(effect, template=template))
+    for name, new in reassigned.items():
+        module, _, attribute = name.rpartition(".")
+        path = Path(module, attribute)
+        effects.append(Effect(path, ref(path, new)))
+    return tuple(left), tuple(effects)
+
+
+def _is_buffer(path: Path, weights: Mapping[str, torch.Tensor]) -> bool:
+    return not path.steps and path.scope is None and f"{path.module}.{path.name}".lstrip(".") in weights
+
+
+def reassigned_buffers(given: Mapping[str, torch.Tensor], left: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that `self.buffer = new` in the model's forward has put in place of buffers.
+
+    Args:
+        given: parameters and buffers before the forward.
+        left: what functional_call left in its dictionary: what the module held at the end.
+
+    Raises:
+        CaptureError: a parameter was replaced, or a buffer by a tensor of another shape or dtype.
+    """
+    found = {name: left[name] for name, tensor in given.items() if left[name] is not tensor}
+    for name, new in found.items():
+        tensor = given[name]
+        if isinstance(tensor, nn.Parameter) or new.shape != tensor.shape or new.dtype != tensor.dtype:
+            raise CaptureError(f"the model's forward replaces {name} by another tensor; only in-place updates can be planned")
+    return found

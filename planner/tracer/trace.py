@@ -1,0 +1,204 @@
+"""Trace one call of the model, forward and backward, as a function of flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import internals
+from planner.tracer import raising
+from planner.tracer.call import CallSpec
+from planner.tracer.casts import AutocastCasts
+from planner.tracer.constants import Constants
+from planner.tracer.host.preserve import contents_preserved, model_preserved
+from planner.tracer.host.state import Effect
+from planner.tracer.joint import Output
+from planner.tracer.loss import Loss, flatten_output, loss_leaves
+from planner.tracer.model_call import run_call
+from planner.tracer.module_stack import ModuleStack
+from planner.tracer.opaque import traced as opaque_traced
+from planner.tracer.outputs import check_constant
+from planner.tracer.recording import Recording
+from planner.tracer.replay import Replay
+from planner.tracer.results import Results, add_left, add_outputs, reassigned_buffers
+from planner.tracer.target_device import TargetDevice
+from planner.tracer.trace_mode import TracedRead, TraceMode
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """What is traced.
+
+    Attributes:
+        model: whose call it is.
+        call: the call; its `out_spec` is not known yet.
+        loss: which output backward starts from.
+        recording: of real forwards.
+        modules: the stack of running submodules.
+        target: a device that is not here; None for this machine's.
+        replay: what is known of the call from an earlier capture.
+        caches_casts: autocast's cache is enabled where the model is called.
+    """
+
+    model: nn.Module
+    call: CallSpec
+    loss: Loss
+    recording: Recording
+    modules: ModuleStack
+    target: TargetDevice | None
+    replay: Replay | None
+    caches_casts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TracedForward:
+    """What the traced forward found.
+
+    Attributes:
+        outputs: one per leaf of the model's output.
+        out_spec: the output's structure.
+        num_results: number of tensors that are outputs or left in Python state; behind them are those that Python read.
+        reads: what it read of each of those.
+        left: one Output per tensor that the forward leaves in Python state.
+        effects: how a planned call writes them there.
+    """
+
+    outputs: tuple[Output, ...]
+    out_spec: Any
+    num_results: int
+    reads: tuple[TracedRead, ...]
+    left: tuple[Output, ...]
+    effects: tuple[Effect, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A traced call.
+
+    Attributes:
+        exported: the joint graph as torch made it.
+        names: the model's parameter and buffer names by the names in `exported`.
+        forward: what the traced forward found.
+    """
+
+    exported: internals.ExportedJoint
+    names: Mapping[str, str]
+    forward: TracedForward
+
+
+def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
+    """Trace forward and backward under fake tensors.
+
+    Args:
+        tensors: one per tensor leaf of the call; leaves of autograd. The tensors of Python state are added.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        Exception: whatever the model or torch raises; `options.modules.last_kernel` says where.
+    """
+    recording, target = options.recording, options.target
+    module = _TracedModule(options)
+    given = [*tensors, *_state_inputs(options)]
+    with opaque_traced.known(recording.calls), internals.kernels_replaced(raising.stand_ins()):
+        if target is None:
+            exported = internals.export_joint(module, internals.fake_inputs(given))
+        else:
+            exported = target.corrected(internals.export_joint(module, module.hold_fakes(given), target.choices))
+    assert module.found is not None
+    return Trace(exported, module.names, module.found)
+
+
+def _state_inputs(options: TraceOptions) -> list[torch.Tensor]:
+    """The tensors of Python state, as leaves of autograd."""
+    found = [path.get(options.model) for path in options.recording.host.state]
+    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found]
+
+
+class _TracedModule(nn.Module):
+    """The module that torch traces: flat tensors in, flat tensors out, every parameter exactly once (tied ones too).
+
+    Attributes:
+        names: unique parameters' and buffers' names in the model, by their names here.
+        found: by the last forward; torch runs more than one.
+    """
+
+    def __init__(self, options: TraceOptions) -> None:
+        super().__init__()
+        self._options = options  # a dataclass hides the model, which is no submodule: its parameters are not listed twice
+        self.names: dict[str, str] = {}
+        self.found: TracedForward | None = None
+        for i, (name, parameter) in enumerate(options.model.named_parameters()):
+            self.register_parameter(f"p{i}", parameter)
+            self.names[f"p{i}"] = name
+        for i, (name, buffer) in enumerate(options.model.named_buffers()):
+            self.register_buffer(f"b{i}", buffer)
+            self.names[f"b{i}"] = name
+
+    def hold_fakes(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Hold fake tensors instead of weights from now on, and return the inputs as such."""
+        held = (*self.named_parameters(), *self.named_buffers())
+        made = internals.stand_ins([*(tensor for _, tensor in held), *tensors])
+        for (name, _), fake in zip(held, made, strict=False):
+            if name in self._parameters:
+                self._parameters[name] = nn.Parameter(fake, fake.requires_grad)
+            else:
+                self._buffers[name] = fake
+        return made[len(held) :]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Results, then tensors that Python read."""
+        weights = {name: getattr(self, here) for here, name in self.names.items()}
+        self.found, returned = _traced_forward(self._options, tensors, weights)
+        return returned
+
+
+def _traced_forward(
+    options: TraceOptions, tensors: Sequence[torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> tuple[TracedForward, tuple[torch.Tensor, ...]]:
+    """Run the model's forward on traced tensors.
+
+    Args:
+        tensors: the call's, then those of Python state.
+        given: the model's parameters and buffers by name.
+    """
+    model, recording, modules = options.model, options.recording, options.modules
+    weights = dict(given)
+    casts = AutocastCasts(options.caches_casts)
+    constants = Constants() if options.target is not None else None
+    mode = TraceMode(modules, recording.reads, casts, constants)
+    kept = model_preserved(model) if recording.preserved is None else recording.preserved.checkpoint()
+    results = Results(options.replay)
+    with (
+        kept,
+        contents_preserved(recording.written),  # a trace writes for real into tensors that it does not know of
+        opaque_traced.tracing(model, recording.calls),
+        modules.following(),
+        casts.counting(),
+        mode,
+    ):
+        _place_state(options, tensors, given)
+        out = run_call(model, options.call, tensors, weights)
+        reassigned = reassigned_buffers(given, weights)
+        leaves, names, out_spec = flatten_output(out)
+        for name, leaf in zip(names, leaves, strict=True):
+            if not isinstance(leaf, torch.Tensor):
+                check_constant(leaf, name)
+        starts = {id(leaf) for leaf in loss_leaves(out, leaves, options.loss)}
+        outputs = add_outputs(results, leaves, names, starts, tensors)
+        left, effects = add_left(results, model, recording.host, tensors, given, reassigned)
+    reads = tuple(read for _, read in mode.read)
+    found = TracedForward(outputs, out_spec, len(results.tensors), reads, left, effects)
+    return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
+
+
+def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    """Put traced tensors where Python state holds tensors."""
+    host, model = options.recording.host, options.model
+    for path, traced in zip(host.state, tensors[len(options.call.tensors) :], strict=True):
+        path.set(model, traced)
+    for path, name in host.aliases:
+        path.set(model, weights[name])
