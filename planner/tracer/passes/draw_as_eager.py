@@ -14,10 +14,10 @@ def draw_as_eager(traced: TracedGraph) -> None:
     """Replace functional `bernoulli` by a kernel that draws as eager's in-place one.
 
     Eager's CPU dropout multiplies by `empty_like(x).bernoulli_(keep).div_(keep)`, in x's dtype. Drawing is by far its most
-    expensive part (6 times all the rest, measured), and a draw fits into a byte: drawn as bytes, with the scaled noise made by
-    a kernel of its own, a plan can keep a quarter of the bytes and repeat only the cheap part. The CPU generator yields
-    the same draws for every dtype, so the noise keeps its bits. That was not checked on CUDA, where dropout is a fused kernel with
-    a small mask already: there the draws keep their dtype.
+    expensive part (6 times all the rest, measured), and a draw fits into a byte: drawn as bytes, with the scaled noise made
+    by a kernel of its own, a plan can keep a quarter of the bytes and repeat only the cheap part. The CPU generator yields
+    the same draws for every dtype, so the noise keeps its bits. That was not checked on CUDA, where dropout is a fused kernel
+    with a small mask already: there the draws keep their dtype.
     """
     for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli.p):
         like = node.meta["val"]  # laid out as an empty_like of what is dropped, which is not read: it can be freed
