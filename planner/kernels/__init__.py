@@ -1,1 +1,1 @@
-"""Kernels of a captured graph: the package's own, what makes two calls the same, and what is known of each."""
+"""Kernels of a captured graph: the package's own, keys of their calls, and facts about them."""

@@ -1,4 +1,4 @@
-"""What makes two kernel calls the same, and real inputs to run one with."""
+"""Keys that are equal for equal kernel calls, and real inputs to run a call with."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from planner.kernels.batch_norm import KERNELS
+
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 
 
-_BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
-
-
 def kernel_key(node: Node) -> str:
-    """A line of text that is equal for two nodes exactly when they run the same kernel on alike tensors.
+    """Text that is equal for two nodes exactly when they run the same kernel on tensors of the same kind.
 
-    Stable across processes. Tensors count by dtype, sizes, strides, device and misalignment in bytes, never by
+    Stable across processes. Tensors are described by dtype, sizes, strides, device and misalignment in bytes, never by
     name; an argument given twice is marked, because reading one tensor twice costs less than reading two.
     """
     seen: dict[Node, int] = {}
@@ -29,7 +28,7 @@ def kernel_key(node: Node) -> str:
 
 
 def call_key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """A line of text for a call on tensors, or on nodes that stand for them: equal where outputs are laid out alike."""
+    """Text for a call on tensors, or on nodes with tensors in `meta["val"]`: equal where the outputs have the same layouts."""
     given = ", ".join((*map(_describe_call, args), *(f"{name}={_describe_call(arg)}" for name, arg in sorted(kwargs.items()))))
     return f"{_target_name(target)}({given}) {_settings()}"
 
@@ -52,14 +51,14 @@ def _describe_call(arg: Any) -> str:
 
 
 def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Real arguments that look like the fake ones: same dtype, sizes, strides (expanded ones too), device, alignment.
+    """Real arguments of the same kind as the fake ones: same dtype, sizes, strides (expanded ones too), device, alignment.
 
     Integers are 0 (an index that is always valid), floats lie in (.1, 1), bools are mixed. The same node given twice
     becomes the same tensor. Where the kernel reads the generator's state as another one saved it (dropout within attention,
     whose seed lies on the host or on the device), that one runs, and moves the default generator, which is put back after.
 
     Raises:
-        ValueError: an argument cannot be made up (a sparse tensor, a size that is not known, ...).
+        ValueError: an argument cannot be made (a sparse tensor, a size that is not known, ...).
     """
     made: dict[Node, Any] = {}
 
@@ -68,7 +67,7 @@ def make_inputs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if "val" not in arg.meta:
                 raise ValueError(f"argument {arg.name} of {node.name} has no fake tensor in meta['val']")
             val = arg.meta["val"]
-            if node.target is _BATCH_NORM_BACKWARD and val.numel() == 0:
+            if (row := KERNELS.get(node.target)) is not None and row.is_backward and val.numel() == 0:
                 val = val.float()  # statistics that eval mode does not save: the kernel makes them float32, its fake does not
             made[arg] = _drawn(arg) if _is_state_of_draws(arg) else _real(val)
         return made[arg]

@@ -1,4 +1,4 @@
-"""What is known of a kernel from its name, its schema and what was observed: whether it draws, repeats, communicates."""
+"""Facts about a kernel from its name, its schema and its observed run: is it random, repeatable, a collective?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_repeatable(node: fx.Node) -> bool:
-    """A second run gives the same bits, the generator put back: so torch's kernels do, and others' that were seen to."""
+    """With the generator in the same state a second run gives the same bits: torch's kernels, and others as observed."""
     if not isinstance(node.target, Operator) or not observed.is_foreign(node.target):
         return True
     found = observation_of(node)
@@ -46,7 +46,7 @@ def is_repeatable(node: fx.Node) -> bool:
 
 
 def is_collective(node: fx.Node) -> bool:
-    """The kernel, or the wait for its result, takes part in communication that other ranks take part in, too."""
+    """The kernel communicates with other ranks, or waits for the result of one that does."""
     if getattr(node.target, "namespace", "") in COLLECTIVE_NAMESPACES:
         return True
     found = observation_of(node)

@@ -13,7 +13,7 @@ ATTAINABLE = 0.7
 
 A round figure: large matrix products and copies reach 0.6 to 0.9 of theirs, small ones less. It is the same for both, so
 that the ratio of computing to moving, which decides what is cheap to run again, stays the published one; another share
-scales every time alike, except for `LAUNCH_NS`.
+scales all times by the same factor, except for `LAUNCH_NS`.
 """
 
 LAUNCH_NS = 3_000
@@ -93,7 +93,7 @@ def register_device(device: DeviceModel) -> None:
 
 
 def find_device(device: str | DeviceModel) -> DeviceModel:
-    """A device by its name, in any case and without its memory where that is clear ("h200"); a DeviceModel is handed back.
+    """A device by its name, in any case and without its memory where that is clear ("h200"). A DeviceModel is returned.
 
     Raises:
         InputError: unknown, or more than one; lists them.

@@ -20,7 +20,7 @@ class Failed:
 
 
 _MAX_DEATHS = 8
-"""Children that may die before the rest of the jobs is given up."""
+"""After so many children have died, the remaining jobs fail."""
 
 
 def _row_of_cost(cost: KernelCost) -> Any:
@@ -39,10 +39,10 @@ def run_forked(
 ) -> Iterator[tuple[int, Any]]:
     """Run every job in a child process, in order; yield (index, result), or (index, Failed) for a job that failed.
 
-    Results travel as JSON: `encode` makes something of them that JSON holds, `decode` makes them of it. By default KernelCosts.
+    Results travel as JSON: `encode` makes JSON data of one, `decode` the reverse. By default they are KernelCosts.
 
-    A job that raises fails alone. One that kills its child fails, and a new child goes on behind it. One that takes
-    longer than its `patience_s` fails and takes the rest with it: most likely forking is not safe here.
+    A job that raises fails alone. One that kills its child fails, and a new child runs the following ones. One that takes
+    longer than its `patience_s` fails, and so does the rest: most likely forking is not safe here.
     """
     start, deaths = 0, 0
     while start < len(jobs):

@@ -89,11 +89,11 @@ def _observe_twice(call: Callable[[], Any], given: Any, device: torch.device) ->
     writes = _bytes(given) != contents
     before.put_back()
     effects = Effects()
-    with effects.watched():
+    with effects.recorded():
         first = _bytes(call())
     between = _Generators(device)
     before.put_back()
-    with effects.watched():
+    with effects.recorded():
         second = _bytes(call())
     after = _Generators(device)
     others = before.others == between.others == after.others  # what the backward would not put back

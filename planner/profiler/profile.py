@@ -1,4 +1,4 @@
-"""What the profiler knows about a joint graph: a time and a workspace for each kernel call."""
+"""What the profiler returns for a joint graph: a time and a workspace for each kernel call."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class KernelCost:
     Attributes:
         time_ns: time of the call, inside a training step.
         workspace_bytes: peak of the call above what is alive when it returns (inputs and outputs).
-        hidden_bytes: per storage that it makes, in order, what it holds beyond what its fake shape and type need (a mean loss
-            may keep all it was made of, a layer norm its statistics in float32); empty for none.
+        hidden_bytes: per storage that it makes, in order, bytes of the real storage beyond the fake tensor's (a mean loss may
+            keep the losses it was computed from, a layer norm its statistics in float32); empty for none.
     """
 
     time_ns: int

@@ -1,4 +1,4 @@
-"""What a Python function leaves changed in what it can reach: counters, lists, generators, attributes."""
+"""Changes that a Python function makes to state it can reach: counters, lists, generators, attributes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_NOT_LOOKED_AT = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<frozen")
+_SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<frozen")
 _LIBRARY = sysconfig.get_path("stdlib")
 _DEPTH, _MOST, _MOST_BYTES = 4, 1000, 2**20
 _NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
@@ -23,19 +23,19 @@ _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Effects:
-    """State that Python code reads, seen as each of its functions is entered, in two runs that should be alike."""
+    """The state that Python code can read, noted whenever a function is entered, compared between two runs."""
 
     def __init__(self) -> None:
         self._runs: list[list[Any]] = []
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """While entered, one run: functions outside of torch are noted with what they can read."""
+    def recorded(self) -> Iterator[None]:
+        """While entered, one run: functions that are not torch's are noted with the state that they can read."""
         seen: list[Any] = []
         self._runs.append(seen)
 
         def enter(frame: types.FrameType, event: str, _arg: Any) -> None:
-            if event == "call" and _is_looked_at(frame.f_code.co_filename):
+            if event == "call" and _is_recorded(frame.f_code.co_filename):
                 seen.append((frame.f_code.co_filename, frame.f_code.co_firstlineno, _readable(frame)))
 
         previous = sys.getprofile()
@@ -50,9 +50,9 @@ class Effects:
         return any(run != self._runs[0] for run in self._runs[1:])
 
 
-def _is_looked_at(file: str) -> bool:
+def _is_recorded(file: str) -> bool:
     """Code of the user's, and of packages other than torch and Python's own."""
-    return not file.startswith(_NOT_LOOKED_AT) and (not file.startswith(_LIBRARY) or "site-packages" in file)
+    return not file.startswith(_SKIPPED) and (not file.startswith(_LIBRARY) or "site-packages" in file)
 
 
 def _readable(frame: types.FrameType) -> Any:
@@ -64,7 +64,7 @@ def _readable(frame: types.FrameType) -> Any:
 
 
 def _state(value: Any, depth: int, names: frozenset[str]) -> Any:
-    """A value as nested tuples that are equal where nothing in it changed; objects made anew in each call are alike."""
+    """A value as nested tuples that are equal where nothing in it changed; new objects count by their contents."""
     if isinstance(value, _ATOMS):
         return (type(value).__name__, repr(value))
     if isinstance(value, torch.Tensor):
@@ -116,6 +116,6 @@ def _of_numpy(value: Any) -> Any:
 
 
 def _of_iterator(value: Any) -> Any:
-    """How far an iterator is, as itertools' repr and the iterators' length hints say it; nothing is taken from it."""
+    """An iterator's position, by itertools' repr and by length hints; it is not advanced."""
     text = repr(value) if type(value).__module__ == "itertools" else ""
     return (type(value).__qualname__, text, operator.length_hint(value, -1) if hasattr(type(value), "__next__") else -1)

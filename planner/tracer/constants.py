@@ -10,13 +10,13 @@ from planner._compat.internals import OpOverload, pytree, untraced
 
 
 class Constants:
-    """What a trace has made of nothing but numbers so far, and how; values are computed when they are asked for."""
+    """Tensors that a trace has computed from numbers alone, and how; a value is computed when it is read."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Any, int, tuple[Any, Any, Any]]] = {}  # the tensor too: ids are used again
 
     def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """A kernel was called. One that writes into a constant ends all that is known: nobody follows the views."""
+        """Note a kernel call. One that writes into a constant clears the table, because views of it are not followed."""
         known = [id(tensor) in self._made for tensor in _tensors((args, kwargs))]
         if not isinstance(func, OpOverload):
             return
@@ -28,7 +28,7 @@ class Constants:
                 self._made[id(tensor)] = (tensor, position, (func, args, kwargs))
 
     def value(self, tensor: Any) -> bool | int | float | complex | None:
-        """The number in a traced tensor; None where it is no constant."""
+        """The number in a traced tensor; None if it is no constant."""
         if id(tensor) not in self._made:
             return None
         with untraced(), torch.no_grad():

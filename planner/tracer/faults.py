@@ -40,7 +40,7 @@ _USERS: set[CodeType] = set()
 
 
 def calls_users_code(function: _F) -> _F:
-    """Mark a function that stands in for the user's code, or calls it: an error that ends in its frame is the user's.
+    """Mark a function that is called in place of the user's code, or calls it: an error raised in its frame is the user's.
 
     What is called there may be written in C (an attribute's descriptor, a function that is given too many arguments), and has
     no frame of its own.

@@ -1,7 +1,7 @@
-"""A planned forward with the backward of another capture: one joint graph whose forward part is the planned one, op for op.
+"""A planned forward with the backward of another capture, in one joint graph whose forward ops are the planned ones.
 
 A capture for other gradients traces the same forward, but drops what only the planned backward read and may keep what only the
-other one reads. What was saved by the planned forward is known by the planned graph's names, so these are kept.
+other one reads. Values that the planned forward saved are found by their names in the planned graph, so these names are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def graft(planned: Joint, other: Joint) -> Joint:
     """`planned`, with the backward of `other`.
 
     Args:
-        planned: only its structure is read, not what its nodes look like: it may come out of a file.
+        planned: only its structure is read, not `meta`: it may come out of a file.
         other: a capture of the same model and call for other gradients.
 
     Raises:
@@ -58,8 +58,8 @@ def graft(planned: Joint, other: Joint) -> Joint:
     for node in other.graph.nodes:
         if node.op == "call_function" and node not in now:
             now[node] = out.node_copy(node, now.__getitem__)
-    handed: Any = other.graph.output_node().args[0]
-    out.output(tuple(now[node] for node in handed))
+    returned: Any = other.graph.output_node().args[0]
+    out.output(tuple(now[node] for node in returned))
     out.lint()
     names = {node.name: copied.name for node, copied in now.items()}
     known = {given.key: given for given in inputs if given.kind is not Kind.TANGENT}
@@ -79,14 +79,14 @@ def _placeholders(joint: Joint) -> Iterator[tuple[Input, fx.Node]]:
 
 
 def _forward(joint: Joint) -> list[fx.Node]:
-    """The forward's calls, and what takes their results apart for the backward alone, which stands behind them."""
+    """The forward's calls, and the getitem nodes of their results that only the backward reads, which come later."""
     nodes = list(joint.graph.nodes)
     before = [node for node in nodes[: joint.num_forward_nodes] if node.op == "call_function"]
     known = set(before)
-    return before + [node for node in nodes[joint.num_forward_nodes :] if _takes_apart(node, known)]
+    return before + [node for node in nodes[joint.num_forward_nodes :] if _is_item_of(node, known)]
 
 
-def _takes_apart(node: fx.Node, kernels: set[fx.Node]) -> bool:
+def _is_item_of(node: fx.Node, kernels: set[fx.Node]) -> bool:
     return node.target is operator.getitem and node.args[0] in kernels
 
 
@@ -119,8 +119,10 @@ def _equal_constant(planned: Joint, other: Joint, given: Input) -> str | None:
     constant = other.constants.get(given.node)
     if constant is None:
         return None
-    alike = (name for name, held in planned.constants.items() if held.dtype is constant.dtype and held.shape == constant.shape)
-    return next((name for name in alike if torch.equal(planned.constants[name], constant)), None)
+    for name, held in planned.constants.items():
+        if held.dtype is constant.dtype and held.shape == constant.shape and torch.equal(held, constant):
+            return name
+    return None
 
 
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:

@@ -82,7 +82,7 @@ class _Lowering:
             for i, (name, nbytes) in enumerate(self.storages.writes[node]):
                 more = hidden[i] if i < len(hidden) else 0
                 known, real = self._bytes(nbytes), self._bytes(nbytes + more)
-                depends = name in self.joint.saved_handles  # on the data, perhaps: no part of the graph's structure
+                depends = name in self.joint.saved_handles  # it may depend on the data: not compared as structure
                 values.append(Value(name, real, kind, real if depends else real - known))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
@@ -120,11 +120,11 @@ class _Lowering:
             reads.append(self.joint.rng_states[node.name])
         distinct = tuple(dict.fromkeys(reads))
         cost = self._cost(node)
-        taken_apart = [item.name for item in items(node) if self.storages.root.get(item) in writes]
+        item_names = [item.name for item in items(node) if self.storages.root.get(item) in writes]
         return Op(
             name=node.name,
             nodes=tuple(
-                dict.fromkeys((node.name, *taken_apart, *(view for name in writes for view in self.views.get(name, ()))))
+                dict.fromkeys((node.name, *item_names, *(view for name in writes for view in self.views.get(name, ()))))
             ),
             reads=distinct,
             writes=writes,

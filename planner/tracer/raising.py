@@ -1,7 +1,7 @@
-"""Kernels that return nothing and may raise: torch.linalg's error checks, torch._assert_async. A plan keeps each where it is.
+"""Kernels that return nothing and may raise: torch.linalg's error checks, torch._assert_async.
 
-Traced as they are, such a kernel is dropped as dead code, or becomes an effect that no plan can hold. While tracing, a stand-in
-with a result of no bytes takes its place; in normal form it is the kernel again, and runs once, never in a recompute.
+Traced as it is, such a kernel would be dropped as dead code, or become an effect that no plan can hold. While tracing, it is
+replaced by a substitute with a result of no bytes; in normal form it is the kernel again, and runs once, never in a recompute.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def _fake_raising(read: torch.Tensor, kernel: str, text: str, flag: bool, backwa
     return torch.empty(0, dtype=torch.uint8, device=read.device)
 
 
-_STAND_IN = torch.ops.checkpoint_planner.raising.default
-fx.node.has_side_effect(_STAND_IN)
+_SUBSTITUTE = torch.ops.checkpoint_planner.raising.default
+fx.node.has_side_effect(_SUBSTITUTE)
 
 
-def stand_ins() -> Mapping[OpOverload, Callable[..., Any]]:
-    """What takes the kernels' place while a step is traced."""
+def substitutes() -> Mapping[OpOverload, Callable[..., Any]]:
+    """What replaces the kernels while a step is traced."""
 
     def linalg(info: torch.Tensor, api_name: str, *, is_matrix: bool) -> None:
         _note(_LINALG, info, api_name, is_matrix)
@@ -51,17 +51,17 @@ def stand_ins() -> Mapping[OpOverload, Callable[..., Any]]:
 
 
 def _note(kernel: OpOverload, read: torch.Tensor, text: str = "", flag: bool = False) -> None:
-    _STAND_IN(read.detach(), str(kernel), text, flag, internals.in_backward())
+    _SUBSTITUTE(read.detach(), str(kernel), text, flag, internals.in_backward())
 
 
 def in_forward(graph: fx.Graph) -> list[fx.Node]:
-    """The stand-ins that eager's forward ran: the forward is not over before."""
-    return [node for node in graph.find_nodes(op="call_function", target=_STAND_IN) if not node.args[4]]
+    """The substitutes that eager's forward ran: the forward ends behind them."""
+    return [node for node in graph.find_nodes(op="call_function", target=_SUBSTITUTE) if not node.args[4]]
 
 
 def write_raising(graph: fx.Graph) -> None:
-    """Turn the stand-ins into their kernels. Their value stays an empty tensor: nobody reads it."""
-    for node in graph.find_nodes(op="call_function", target=_STAND_IN):
+    """Turn the substitutes into their kernels. Their value stays an empty tensor, which is not read."""
+    for node in graph.find_nodes(op="call_function", target=_SUBSTITUTE):
         read, kernel, text, flag, _ = node.args
         node.target = _KERNELS[str(kernel)]
         node.args = (read, text) if node.target in (_LINALG, _ASSERT_TEXT) else (read,)
@@ -70,4 +70,4 @@ def write_raising(graph: fx.Graph) -> None:
 
 def raises(node: fx.Node) -> bool:
     """The kernel is run for the error that it may raise."""
-    return node.target is _STAND_IN or node.target in _KERNELS.values()
+    return node.target is _SUBSTITUTE or node.target in _KERNELS.values()

@@ -1,4 +1,4 @@
-"""Which storage a node's tensor lives in: views fold into the storage they look at."""
+"""Which storage a node's tensor lives in: a view has that of its base."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Storages:
                 self._add(node)
 
     def is_view(self, node: fx.Node) -> bool:
-        """The node makes no storage and does nothing but look at one: it is free and can be made again."""
+        """The node makes no storage and only returns a view of one: it costs nothing and can be made again."""
         return node.op == "call_function" and node not in self.writes
 
     def _add(self, node: fx.Node) -> None:
@@ -42,25 +42,25 @@ class Storages:
                 self.root[node] = self._owner[storage_id(val)]
             return
         made: list[tuple[str, int]] = []
-        looked_at = False
+        is_view = False
         for i, tensor in enumerate(pytree.tree_leaves(val)):
             if not isinstance(tensor, torch.Tensor):
                 continue
             key = storage_id(tensor)
             if key in self._owner:
-                looked_at = True
+                is_view = True
                 continue
             name = node.name if isinstance(val, torch.Tensor) else _item_name(node, i)
             self._owner[key] = name
             made.append((name, tensor.untyped_storage().nbytes()))
         if isinstance(val, torch.Tensor):
             self.root[node] = self._owner[storage_id(val)]
-        if made or not looked_at or mutates(node):
+        if made or not is_view or mutates(node):
             self.writes[node] = tuple(made)
 
 
 def items(node: fx.Node) -> Iterator[fx.Node]:
-    """The getitems that take a kernel's outputs apart."""
+    """The getitem nodes of a kernel with several outputs."""
     return (user for user in node.users if user.target is operator.getitem)
 
 

@@ -108,12 +108,12 @@ def attention_kernel(
     """
     backends, half = torch.backends.cuda, query.dtype in _HALF
     width, ampere = query.shape[-1], capability >= (8, 0)
-    alike = query.dim() == 4 and width == key.shape[-1] == value.shape[-1]
+    same_width = query.dim() == 4 and width == key.shape[-1] == value.shape[-1]
     if query.dim() == 4 and capability[0] in (9, 10) and backends.cudnn_sdp_enabled() and half:
         fits = max(width, value.shape[-1]) <= 128 and width % 8 == value.shape[-1] % 8 == 0 and key.shape[-2] > 1
         if fits and _takes_dropout(dropout_p) and not _strictly_deterministic():
             return "cudnn"
-    if alike and ampere and backends.flash_sdp_enabled() and half and mask is None and width <= 256:
+    if same_width and ampere and backends.flash_sdp_enabled() and half and mask is None and width <= 256:
         consumer = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
         wide = consumer and (192 < width <= 224 or (width > 224 and dropout_p > 0))
         if not wide and not (is_causal and query.shape[-2] != key.shape[-2]):

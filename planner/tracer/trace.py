@@ -103,7 +103,7 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
     recording, target = options.recording, options.target
     module = _TracedModule(options)
     given = [*tensors, *_state_inputs(options)]
-    with opaque_traced.known(recording.calls), internals.kernels_replaced(raising.stand_ins()):
+    with opaque_traced.known(recording.calls), internals.kernels_replaced(raising.substitutes()):
         if target is None:
             exported = internals.export_joint(module, internals.fake_inputs(given))
         else:

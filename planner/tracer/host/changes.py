@@ -1,4 +1,4 @@
-"""What a forward leaves otherwise in Python state than it found it: tensors that a plan writes back, or a refusal."""
+"""Changes that a forward makes to Python state: tensors that a plan writes there, too; anything else is refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class _Finder:
     def _of_same_object(self, path: Path, now: Any) -> Iterator[Effect]:
         """A list or deque that was changed in place: it may have grown."""
         if not isinstance(now, (list, deque)) or id(now) in self._lists:
-            return  # a list in several places is looked at in the first: a snapshot lists its items there
+            return  # a list in several places is compared in the first: a snapshot lists its items there
         self._lists.add(id(now))
         old = self._num_members[_root(path), path.steps]
         new = [item for _, item in items_of(now)]

@@ -1,4 +1,4 @@
-"""A value's fingerprint: equal exactly where a forward could not tell the values apart; plain data that can be pickled."""
+"""A value's fingerprint: equal exactly for values that a forward cannot distinguish; plain data that can be pickled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NOTHING: Fingerprint = ("absent",)
 
 
 def tensor_key(tensor: torch.Tensor) -> TensorKey:
-    """What a kernel's choice depends on: shape, strides, dtype, device, and whether a gradient is wanted."""
+    """The properties that decide which kernel runs: shape, strides, dtype, device, requires_grad."""
     strides = tensor.stride() if tensor.layout is torch.strided else (str(tensor.layout),)
     return (tensor.shape, strides, tensor.dtype, tensor.device, tensor.requires_grad)  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""What kernels a recording forward runs, and what it reads and writes from outside."""
+"""The kernels that a recording forward runs, and the tensors from before it that they read and write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Run:
     Attributes:
         kernels: what was run: (operator, submodule, arguments without data).
         reads: every tensor value that Python read, in order.
-        outside: tensors that kernels read and nobody in the forward made: weights, inputs, and Python state.
+        outside: tensors that kernels read and the forward did not make: weights, inputs, and Python state.
     """
 
     kernels: list[tuple[Any, ...]] = field(default_factory=list)
@@ -90,7 +90,7 @@ class RecordKernels(TorchDispatchMode):
 
     @property
     def has_unguarded_changes(self) -> bool:
-        """A tensor that was there before is lazily conjugated or negated now, or lies elsewhere in its storage: unguarded."""
+        """A tensor from before the forward is lazily conjugated or negated now, or has another offset: guards miss that."""
         return any(_unguarded(tensor) != _unguarded(data) for tensor, data in self._data.values())
 
     def restore_contents(self, *, forms: bool) -> None:
@@ -139,7 +139,7 @@ class RecordKernels(TorchDispatchMode):
             self._graphs_refused = None
 
     def share(self, tensor: torch.Tensor) -> None:
-        """A tensor's memory is handed to numpy, which may write into it and is not seen doing so."""
+        """Note that numpy gets a tensor's memory: writes by numpy are not recorded."""
         base = self._storages.get(storage_id(tensor)) if tensor.layout is torch.strided else None
         if base is None and id(tensor) not in self._made:
             base = tensor

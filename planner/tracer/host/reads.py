@@ -1,4 +1,4 @@
-"""Which Python state a forward reads and writes: attributes, global variables, environment variables; seen while it runs."""
+"""Recorder of the Python state that a forward reads and writes: attributes, global variables, environment variables."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class ReadRecorder:
         where: Callable[[], str],
         share: Callable[[torch.Tensor], None],
     ) -> None:
-        """`names`: the model's modules by identity. `where`: the submodule that is running. `share`: told of tensors handed
-        to numpy."""
+        """`names`: the model's modules by identity. `where`: the submodule that is running. `share`: called with tensors
+        whose memory numpy gets."""
         self._preserved, self._names, self._where, self._share = preserved, names, where, share
         self._thread = threading.get_ident()
         self._read: dict[type, set[str]] = {}

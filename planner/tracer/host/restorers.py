@@ -30,7 +30,7 @@ _COPIED_BYTES = 2**26
 
 def put_back(contents: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Give tensors their contents, where they have others: every write counts as a new version, which a backward may check."""
-    with untraced(), torch.no_grad():  # nobody may take this for a write of the model's
+    with untraced(), torch.no_grad():  # recorders must not see this write
         for tensor, content in contents:
             if tensor.shape == content.shape and (isinstance(tensor, FakeTensor) or not same_bits(tensor, content)):
                 tensor.copy_(content)
@@ -132,7 +132,7 @@ def _restorer_of_cache(value: Any) -> Callable[[], bool]:
     def put_back() -> bool:
         now = value.cache_info()
         if now.currsize != before.currsize or now.misses != before.misses:
-            value.cache_clear()  # what was filled while capturing cannot be told from the rest
+            value.cache_clear()  # entries made while capturing cannot be removed alone
         return False
 
     return put_back

@@ -103,7 +103,7 @@ def find_in_class(kind: type, name: str) -> Any:
 
 
 def _plain_forward(module: nn.Module, value: Any) -> Any:
-    """What an instance's own `forward` comes to: under an installed plan, what the plan was installed over."""
+    """An instance's own `forward`; under an installed plan, the one that the plan was installed over."""
     value = getattr(value, "unplanned", value)
     of_class = next(vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base))
     is_class_one = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is of_class
@@ -180,7 +180,7 @@ class Effect:
 
 
 def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
-    """The tensors that a forward left at an effect's place, each with what stands for it in the template."""
+    """The tensors that a forward left at an effect's place, each with its Ref in the template."""
     live = effect.path.get(model)
     if effect.appends or effect.replaces:
         live = list(live)[-len(effect.template) :] if isinstance(live, (list, deque)) else []

@@ -90,7 +90,7 @@ def is_iterator(value: Any) -> bool:
 def own_dict(value: Any) -> dict[str, Any] | None:
     """The dictionary of an object's own attributes; None where it has none.
 
-    A `__dict__` that cannot be written is another's: `list[int]` shows that of `list`, and a proxy that of what it stands for.
+    A `__dict__` that cannot be written belongs to another object: `list[int]` shows that of `list`, a proxy that of its target.
     """
     held = getattr(value, "__dict__", None)
     return held if isinstance(held, dict) else None

@@ -28,7 +28,7 @@ def opaque_from_start(model: nn.Module, named: Collection[str]) -> tuple[str, ..
 
 
 def _runs_as_it_is(module: nn.Module) -> bool:
-    if isinstance(module, nn.RNNBase):  # traced, its fused kernel is taken apart, and the bits differ
+    if isinstance(module, nn.RNNBase):  # a trace decomposes its fused kernel, and the bits differ
         return True
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
         return True

@@ -177,7 +177,7 @@ def run_under_autograd(
             out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
         found = results_of(out)
     if enabled:
-        torch.clear_autocast_cache()  # nobody else uses these casts
+        torch.clear_autocast_cache()  # no other module uses these casts
     for name, tensor in state.items():
         if held[name] is not tensor:  # self.buffer = new
             path, _, attribute = name.rpartition(".")

@@ -128,8 +128,8 @@ class _CallRecorder:
         arguments = [
             detached_argument(t, s.requires_grad and spec.grad) for t, s in zip(self.arguments, spec.arguments, strict=True)
         ]
-        watched = [*arguments, *state.values()]
-        versions = [tensor._version for tensor in watched]
+        given = [*arguments, *state.values()]
+        versions = [tensor._version for tensor in given]
         contents = {name: tensor.detach().clone() for name, tensor in self.state.items() if name in spec.buffers}
         host = Generators(self.device).host()
         inside = [dict(inner._modules) for inner in self.module.modules()]
@@ -145,7 +145,7 @@ class _CallRecorder:
             del saved
             found = self._differentiate(handle, results, slots)
             after = _generators(self.device)
-            written = [tensor._version != version for tensor, version in zip(watched, versions, strict=True)]
+            written = [tensor._version != version for tensor, version in zip(given, versions, strict=True)]
             held = dict(self.module.named_buffers())
             is_as_it_was = lambda name: held.get(name) is self.state[name] and same_bits(contents[name], held[name])
             changed = [name for name in contents if not is_as_it_was(name)]

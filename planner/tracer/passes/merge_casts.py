@@ -20,7 +20,7 @@ def merge_casts(traced: TracedGraph) -> None:
     """Give every leaf that autocast casts several times one cast, and its gradient one cast back.
 
     Raises:
-        CaptureError: the gradient's sum cannot be told to be the one that eager computes.
+        CaptureError: the order in which eager sums the gradient cannot be found.
     """
     for leaf, position in traced.gradients:
         groups: dict[Any, list[fx.Node]] = {}
