@@ -215,7 +215,7 @@ def test_random_choices_of_python_stay_random():
     assert len({module(X)["out"][0, 0].item() for _ in range(20)}) > 1
 
 
-def test_copies_and_pickles_train_with_their_own_part():
+def test_copies_and_pickles_train_with_their_own_opaque_module():
     model = Wrapped(Residual(Experts()))
     module = planned_of(model)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -263,7 +263,13 @@ def test_nothing_is_left_of_a_step():
     assert allocations_of(lambda: steps(1), module.device)[1:] == allocations_of(lambda: steps(4), module.device)[1:]
 
 
-def test_the_ticket_counts_in_the_plan():
+def test_plan_files_keep_their_names_of_the_kernels():
+    """Plans that were saved before the functions were renamed are applied as before."""
+    graph = planned_of(Wrapped(Residual(ManyUses())), opaque=["body.core"]).plan.graph
+    assert {"planner.part", "planner.part_backward"} <= {op.kernel for op in graph.ops}
+
+
+def test_the_saved_handle_counts_in_the_plan():
     model = Wrapped(Residual(ManyUses()))
     graph = planned_of(model, opaque=["body.core"]).plan.graph
     (part,) = (op for op in graph.ops if op.name == "opaque_forward")

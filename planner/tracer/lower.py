@@ -12,8 +12,8 @@ from planner.kernels import custom
 from planner.kernels.batch_norm import new_statistics, unread_in_recompute, updates_statistics
 from planner.kernels.facts import is_collective, is_repeatable
 from planner.profiler.profile import KernelCost, Profile
-from planner.tracer.described import Descriptions, kernel_name
 from planner.tracer.joint import Joint
+from planner.tracer.kernel_text import CallTexts, kernel_name
 from planner.tracer.opaque.call import draws, opaque_call_of
 from planner.tracer.raising import raises
 from planner.tracer.storage import Storages, items, mutates
@@ -56,7 +56,7 @@ class _Lowering:
         self.joint = joint
         self.costs = profile.costs if profile is not None else {}
         self.storages = Storages(joint.graph)
-        self.descriptions = Descriptions(joint.graph, self.storages, joint.saved_handles)
+        self.texts = CallTexts(joint.graph, self.storages, joint.saved_handles)
         self.nodes = list(joint.graph.nodes)
         self.rounded = _CUDA_BLOCK if joint.device.type == "cuda" else 1
         mutated = {given.node for given in joint.inputs if given.mutated}
@@ -133,7 +133,7 @@ class _Lowering:
             recomputable=self._recomputable(node, forward),
             source=self.joint.sources.get(node.name, NOWHERE),
             kernel=kernel_name(node.target),
-            arguments=self.descriptions.arguments(node, distinct),
+            arguments=self.texts.arguments(node, distinct),
         )
 
     def _cost(self, node: fx.Node) -> KernelCost:

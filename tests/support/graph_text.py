@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from planner.tracer.described import kernel_name
 from planner.tracer.joint import Input
+from planner.tracer.kernel_text import kernel_name
 from planner.tracer.passes.graph import TracedGraph
 
 

@@ -1,6 +1,6 @@
 """What a kernel is called with, as text that names no node: equal for two captures of one step.
 
-A tensor is written "%2.view([4, 8]).t():float32[8, 4]": the op's third read, the views through which the kernel looks at it,
+A tensor is written "%2.view([4, 8]).t():float32[8, 4]": the op's third read, the views between the storage and the argument,
 its dtype and its shape. Strides and devices are left out: a plan may be made where the device is not, and for every rank.
 """
 
@@ -23,7 +23,7 @@ _LEFT_OUT = frozenset({"device", "pin_memory", "group_name"})
 
 
 def kernel_name(target: Any) -> str:
-    """The kernel that a node calls: "aten.addmm.default", or the name of one of this package's own functions."""
+    """The kernel that a node calls, as plan files name it: "aten.addmm.default", or one of this package's own functions."""
     if isinstance(target, OpOverload):
         return str(target)
     if target in custom.STORED_NAMES:
@@ -33,8 +33,8 @@ def kernel_name(target: Any) -> str:
     return f"planner.{name}" if home.startswith("planner.") else f"{home}.{name}".lstrip(".")
 
 
-class Descriptions:
-    """Describes the calls of one joint graph."""
+class CallTexts:
+    """The texts of the calls of one joint graph."""
 
     def __init__(self, graph: fx.Graph, storages: Storages, saved_handles: Collection[str]) -> None:
         """`saved_handles`: storages whose sizes depend on the data, so that no shape is stated."""
@@ -50,10 +50,10 @@ class Descriptions:
 
     def _tensor(self, node: fx.Node, number: Mapping[str, int]) -> str:
         root, val = self._storages.root.get(node, ""), node.meta.get("val")
-        look = f"%{number.get(root, '')}{self._views[node]}"
+        text = f"%{number.get(root, '')}{self._views[node]}"
         if root in self._saved_handles or not isinstance(val, torch.Tensor):
-            return look
-        return f"{look}:{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+            return text
+        return f"{text}:{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
 
     def _view(self, node: fx.Node) -> str:
         """The views between a node's storage and the node; "" where the node holds it."""
