@@ -62,7 +62,7 @@ def _observe_on_cuda(nodes: Sequence[Node], device: torch.device) -> Iterator[tu
                 found = Failed(first_line(error))
             yield node, _logged(node, found)
     finally:
-        states.put_back()
+        states.restore()
         torch.cuda.empty_cache()
 
 
@@ -87,12 +87,12 @@ def _observe_twice(call: Callable[[], Any], given: Any, device: torch.device) ->
     before, contents = _Generators(device), _bytes(given)
     layouts = _layouts(call())  # what a first call caches is no change
     writes = _bytes(given) != contents
-    before.put_back()
+    before.restore()
     effects = Effects()
     with effects.recorded():
         first = _bytes(call())
     between = _Generators(device)
-    before.put_back()
+    before.restore()
     with effects.recorded():
         second = _bytes(call())
     after = _Generators(device)
@@ -123,7 +123,7 @@ class _Generators:
         """The states that no recompute puts back."""
         return pickle.dumps((None if self.on_device is None else self.host.numpy().tobytes(), self.python, self.numpy))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Set all generators to these states."""
         torch.set_rng_state(self.host)
         if self.on_device is not None:

@@ -1,4 +1,4 @@
-"""Random generators of the host: their states, compared and put back."""
+"""Random generators of the host: their states, compared and restored."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ class Generators:
         return (random.getstate(), _comparable(_numpy_state()))
 
     def remembered(self) -> Callable[[], None]:
-        """What puts Python's and numpy's global states back to what they are now."""
+        """A function that restores the present global states of Python's and numpy's generators."""
         python, state = random.getstate(), _numpy_state()
 
-        def put_back() -> None:
+        def restore() -> None:
             random.setstate(python)
             if state is not None:
                 sys.modules["numpy"].random.set_state(state)
 
-        return put_back
+        return restore
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
-        """Put all of them back at the end: Python's, numpy's, torch's on every device in use."""
-        put_back = self.remembered()
+        """At exit, restore all of them: Python's, numpy's, torch's on every device in use."""
+        restore = self.remembered()
         with torch.random.fork_rng(devices=self.devices()):
             try:
                 yield
             finally:
-                put_back()
+                restore()

@@ -15,7 +15,7 @@ from planner._compat.internals import OpOverload, TorchDispatchMode, pytree, sto
 from planner.errors import InputError
 from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone
-from planner.tracer.host.restorers import put_back, same_bits
+from planner.tracer.host.restorers import restore_tensors, same_bits
 
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that return a tensor's value to Python: host reads."""
@@ -108,7 +108,7 @@ class RecordKernels(TorchDispatchMode):
                     tensor.detach_()
                 if tensor.requires_grad != required:
                     tensor.requires_grad_(required)
-            put_back(self._contents.values())
+            restore_tensors(self._contents.values())
 
     @property
     def written(self) -> tuple[torch.Tensor, ...]:

@@ -24,7 +24,7 @@ from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.preserve import Preserved, keep_model
 from planner.tracer.host.reads import ReadRecorder
-from planner.tracer.host.restorers import put_back
+from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
 from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
@@ -136,7 +136,7 @@ class Observer:
             if len(runs) == _RUNS:
                 find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
                 raise _unsteady(runs[-2], runs[-1])
-            put_back(contents)
+            restore_tensors(contents)
             runs.append(self._inside(lambda: self._run(call)))
             self._refuse_untracked_changes(is_first=len(runs) == 1)
             snapshots.append(self._inside(self._snapshot))

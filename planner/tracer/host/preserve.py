@@ -1,4 +1,4 @@
-"""Python state put back: containers, attributes, variables and generators are copied when first seen and restored in place."""
+"""Python state restored: containers, attributes, variables and generators are copied when first seen and restored in place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from planner._compat.internals import untraced
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
-from planner.tracer.host.restorers import content_of, put_back, restorer
+from planner.tracer.host.restorers import content_of, restore_tensors, restorer
 from planner.tracer.host.values import ABSENT, attributes, is_code, is_foreign_class, is_object, items_of, own_class
 
 
 class Preserved:
-    """Python state as it was when it was first seen; `restore` puts it back, in place.
+    """Python state as it was when it was first seen; `restore` restores it in place.
 
     Args:
         guards_iterators: replace every iterator by a `GuardedIterator` until `restore`.
@@ -34,7 +34,7 @@ class Preserved:
         self._at_end: list[Callable[[], None]] = []
 
     def finally_do(self, act: Callable[[], None]) -> None:
-        """Call this whenever everything is put back, after that."""
+        """Call this after every restore."""
         self._at_end.append(act)
 
     def keep(self, value: Any, where: str = "") -> bool:
@@ -60,16 +60,16 @@ class Preserved:
         return tuple(value for value, _, _ in self._kept.values())
 
     def restore(self) -> bool:
-        """Put everything back; whether anything was not as it had been."""
+        """Restore everything; whether anything had changed."""
         changed = False
         for scope, name, value in self._variables.values():
             if scope.get(name, ABSENT) is not value:
                 _put_variable(scope, name, value)
                 changed = True
-        put_back = [restore() for _, restore, _ in self._kept.values()]  # every one of them
+        restored = [restore() for _, restore, _ in self._kept.values()]  # every one of them
         for act in self._at_end:
             act()
-        return any(put_back) or changed
+        return any(restored) or changed
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class Preserved:
             now.restore()
 
     def changed_by(self, run: Callable[[], Any]) -> bool:
-        """Whether a call changes anything that is kept, or first kept in it. It is put back; after an error it is not."""
+        """Whether a call changes anything that is kept, or first kept in it. It is restored, except after an error."""
         now = self._as_it_is_now()
         run()
         changed = now.restore()
@@ -113,13 +113,13 @@ def _put_variable(scope: dict[str, Any], name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def contents_preserved(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Put the contents of tensors back at the end."""
+    """At exit, restore the contents of tensors."""
     with untraced():
         contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
-        put_back(contents)
+        restore_tensors(contents)
 
 
 def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = ()) -> Preserved:
@@ -195,7 +195,7 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
 def model_preserved(
     model: nn.Module, tensors: Sequence[torch.Tensor] = (), *, guards_iterators: bool = True
 ) -> Iterator[Preserved]:
-    """Put back, at the end, what running a model may change: attributes, containers, objects in them, generators, `tensors`.
+    """At exit, restore what running a model may change: attributes, containers, objects in them, generators, `tensors`.
 
     What is yielded says with `restore()` whether something of it was changed so far.
     """

@@ -140,7 +140,7 @@ class ReadRecorder:
             sys.setprofile(self._on_event)
             yield
         finally:
-            _put_back_profiler(profile)
+            _restore_profiler(profile)
             for name, function in numpys.items():
                 setattr(sys.modules["numpy"].random, name, function)
             if collects:
@@ -298,7 +298,7 @@ class ReadRecorder:
             self.paused = before
 
 
-def _put_back_profiler(profile: Any) -> None:
+def _restore_profiler(profile: Any) -> None:
     if profile is None or callable(profile):
         sys.setprofile(profile)
     else:  # cProfile's, which only it can set

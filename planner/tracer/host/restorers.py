@@ -1,4 +1,4 @@
-"""What puts back the content of one container, object, variable or generator, by its kind."""
+"""How to restore one container, object, variable or generator, by its kind."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
 
 
-def put_back(contents: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Give tensors their contents, where they have others: every write counts as a new version, which a backward may check."""
+def restore_tensors(contents: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Write back the contents of tensors that have changed; the others keep their version, which a backward may check."""
     with untraced(), torch.no_grad():  # recorders must not see this write
         for tensor, content in contents:
             if tensor.shape == content.shape and (isinstance(tensor, FakeTensor) or not same_bits(tensor, content)):
@@ -49,7 +49,7 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
-    """What puts a container's or an object's content back, and says whether it had changed; None where nothing can change.
+    """Function that restores a container's or an object's content; returns whether it had changed. None if it cannot change.
 
     `where`: its place, for messages; iterators that it holds are replaced by guarded ones. None: they are not.
     """
@@ -80,16 +80,16 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
         if where is not None and is_used_up(item):
             value[key] = GuardedIterator(item, f"{where}[{key!r}]")
 
-    def put_back() -> bool:
+    def restore() -> bool:
         changed = not _same_items(value, content)
         if changed:
             _refill(value, content)
-        return _put_back_dict(value, kept) or changed
+        return _restore_dict(value, kept) or changed
 
-    return put_back
+    return restore
 
 
-def _put_back_dict(value: Any, content: dict[str, Any]) -> bool:
+def _restore_dict(value: Any, content: dict[str, Any]) -> bool:
     """Give an object's own dictionary this content again; whether it had another."""
     inner = own_dict(value)
     if inner is None or _same_items(inner, content):
@@ -117,25 +117,25 @@ def _restorer_of_array(value: Any) -> Callable[[], bool] | None:
         return None
     content = copy.copy(value)
 
-    def put_back() -> bool:
+    def restore() -> bool:
         changed: bool = value.tobytes() != content.tobytes()
         if changed:
             value[everything] = content
         return changed
 
-    return put_back
+    return restore
 
 
 def _restorer_of_cache(value: Any) -> Callable[[], bool]:
     before = value.cache_info()
 
-    def put_back() -> bool:
+    def restore() -> bool:
         now = value.cache_info()
         if now.currsize != before.currsize or now.misses != before.misses:
             value.cache_clear()  # entries made while capturing cannot be removed alone
         return False
 
-    return put_back
+    return restore
 
 
 def _shallow(value: Any) -> Any:
@@ -167,7 +167,7 @@ def _restorer_of_function(value: types.FunctionType, where: str | None) -> Calla
         if where is not None and is_used_up(content):
             cell.cell_contents = GuardedIterator(content, f"a closure variable of {value.__qualname__}")
 
-    def put_back() -> bool:
+    def restore() -> bool:
         changed = False
         for cell, content in cells:
             if content is not ABSENT and content_of(cell) is not content:
@@ -179,7 +179,7 @@ def _restorer_of_function(value: types.FunctionType, where: str | None) -> Calla
             changed = True
         return changed
 
-    return put_back
+    return restore
 
 
 def content_of(cell: types.CellType) -> Any:
@@ -194,13 +194,13 @@ def _restorer_of_torch_generator(value: torch.Generator) -> Callable[[], bool]:
     with untraced():  # inside a trace these would be fake tensors
         state = value.get_state()
 
-    def put_back() -> bool:
+    def restore() -> bool:
         with untraced():
             changed = not torch.equal(value.get_state(), state)
             value.set_state(state)
         return changed
 
-    return put_back
+    return restore
 
 
 def _restorer_of_generator(value: Any) -> Callable[[], bool]:
@@ -211,7 +211,7 @@ def _restorer_of_generator(value: Any) -> Callable[[], bool]:
         return _restorer_of_torch_generator(value)
     content = generator_state(value)
 
-    def put_back() -> bool:
+    def restore() -> bool:
         changed = repr(generator_state(value)) != repr(content)
         if hasattr(value, "bit_generator"):
             value.bit_generator.state = content
@@ -219,13 +219,13 @@ def _restorer_of_generator(value: Any) -> Callable[[], bool]:
             value.set_state(content)
         return changed
 
-    return put_back
+    return restore
 
 
 def _restorer_of_class(value: type) -> Callable[[], bool]:
     held = dict(vars(value))
 
-    def put_back() -> bool:
+    def restore() -> bool:
         now, changed = dict(vars(value)), False
         for name in held.keys() | now.keys():
             if name not in _PATCHED and held.get(name, ABSENT) is not now.get(name, ABSENT):
@@ -234,7 +234,7 @@ def _restorer_of_class(value: type) -> Callable[[], bool]:
                     changed = True
         return changed
 
-    return put_back
+    return restore
 
 
 _PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakref__")
@@ -252,9 +252,9 @@ def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
 
     state = [_restorer_of_container(held[kind], None) for kind in MODULE_STATE] if isinstance(value, nn.Module) else []
 
-    def put_back() -> bool:
-        restored = [restore() for restore in state]  # every one of them
-        changed = _put_back_dict(value, held) or any(restored)
+    def restore() -> bool:
+        restored = [restore_container() for restore_container in state]  # every one of them
+        changed = _restore_dict(value, held) or any(restored)
         for name, item in slots.items():
             if getattr(value, name, ABSENT) is not item:
                 object.__setattr__(value, name, item)
@@ -265,4 +265,4 @@ def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
             changed = True
         return changed
 
-    return put_back
+    return restore

@@ -241,7 +241,7 @@ class HostState:
 
 
 def remembered(model: nn.Module, key: HostKey) -> Preserved:
-    """The Python state of a model, and what its forward reads besides, as it is now: to be put back."""
+    """The Python state of a model, and what its forward reads besides, as it is now, to be restored."""
     preserved, objects = Preserved(), list[Any]()
     names = {id(module): "" for module in model.modules()}
     for scope in (*key.reads.scopes, *key.reads.opaque_scopes):

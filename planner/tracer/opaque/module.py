@@ -18,7 +18,7 @@ from planner._compat.internals import pytree
 from planner.errors import BackwardError, PartError
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.saved import SavedHandle, SavedTensor, foreign_leaves, own_storages, release_slots, saving_hooks
-from planner.tracer.opaque.weight_attributes import weights_put_back
+from planner.tracer.opaque.weight_attributes import weights_restored
 
 _ADVICE = "make a larger part opaque: plan(..., opaque=[its parent])"
 
@@ -173,7 +173,7 @@ def run_under_autograd(
         torch.autocast(device.type, dtype, enabled=enabled),
         saved_tensors_hooks(pack, unpack),
     ):
-        with weights_put_back(module, weights):
+        with weights_restored(module, weights):
             out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
         found = results_of(out)
     if enabled:

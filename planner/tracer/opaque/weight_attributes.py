@@ -17,7 +17,7 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 
 @contextmanager
-def weights_put_back(module: nn.Module, weights: Mapping[int, torch.Tensor]) -> Iterator[None]:
+def weights_restored(module: nn.Module, weights: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """At exit, attributes that hold aliases hold the weights instead; in the containers of before, where these held the same.
 
     Args:
