@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from planner._compat.internals import selfcheck
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import kernels_kept, selfcheck
+from planner._compat.kernels import kernels_kept
+from planner._compat.module_calls import calls_intercepted
 from planner.tracer.capture import capture
 
 
@@ -63,7 +64,7 @@ def test_calls_of_modules_are_intercepted_outermost_first_and_only_while_asked()
     x = torch.randn(3, 2)
     expected = model(x)
     names = {module: name for name, module in model.named_modules() if name in ("0", "0.0")}
-    with internals.calls_intercepted(names, handle):
+    with calls_intercepted(names, handle):
         assert torch.equal(model(x), expected)
     model(x)
     assert seen == ["0"], f"torch {torch.__version__}: nn.Module.__call__ is no longer where calls of modules go through"

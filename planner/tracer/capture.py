@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.fake_tensors import InPlaceCollectiveError
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
@@ -252,7 +252,7 @@ def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
         yield
     except PlannerError:
         raise
-    except internals.InPlaceCollectiveError as error:
+    except InPlaceCollectiveError as error:
         raise InputError(_IN_PLACE.format(error, modules.last_kernel)) from error
     except Exception as error:
         where = modules.last_kernel

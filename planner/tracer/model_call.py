@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import CaptureError
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import is_generator

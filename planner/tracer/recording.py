@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.fake_tensors import FakeTensor
+from planner._compat.module_calls import calls_intercepted
 from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
@@ -62,7 +63,7 @@ def has_data(model: nn.Module, tensors: Sequence[torch.Tensor], *, fakes_run: bo
     Args:
         fakes_run: fake tensors run like real ones; not so where the trace is for a device that is not here.
     """
-    without_data = () if fakes_run else internals.FakeTensor
+    without_data = () if fakes_run else FakeTensor
     held = (*model.parameters(), *model.buffers(), *tensors)
     return not any(tensor.is_meta or isinstance(tensor, without_data) for tensor in held)
 
@@ -137,7 +138,7 @@ def _observed(
         return call()
 
     try:
-        with internals.calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
+        with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
             return observer.observe(run_model, inputs), calls
     except BaseException:
         observer.preserved.restore()

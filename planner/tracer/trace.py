@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
+from planner._compat.fake_tensors import fake_inputs, stand_ins
+from planner._compat.joint_export import ExportedJoint, export_joint
+from planner._compat.kernels import kernels_replaced
 from planner.tracer import raising
 from planner.tracer.call import CallSpec
 from planner.tracer.casts import AutocastCasts
@@ -85,7 +87,7 @@ class Trace:
         forward: what the traced forward found.
     """
 
-    exported: internals.ExportedJoint
+    exported: ExportedJoint
     names: Mapping[str, str]
     forward: TracedForward
 
@@ -103,11 +105,11 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
     recording, target = options.recording, options.target
     module = _TracedModule(options)
     given = [*tensors, *_state_inputs(options)]
-    with opaque_traced.known(recording.calls), internals.kernels_replaced(raising.substitutes()):
+    with opaque_traced.known(recording.calls), kernels_replaced(raising.substitutes()):
         if target is None:
-            exported = internals.export_joint(module, internals.fake_inputs(given))
+            exported = export_joint(module, fake_inputs(given))
         else:
-            exported = target.corrected(internals.export_joint(module, module.hold_fakes(given), target.choices))
+            exported = target.corrected(export_joint(module, module.hold_fakes(given), target.choices))
     assert module.found is not None
     return Trace(exported, module.names, module.found)
 
@@ -141,7 +143,7 @@ class _TracedModule(nn.Module):
     def hold_fakes(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Hold fake tensors instead of weights from now on, and return the inputs as such."""
         held = (*self.named_parameters(), *self.named_buffers())
-        made = internals.stand_ins([*(tensor for _, tensor in held), *tensors])
+        made = stand_ins([*(tensor for _, tensor in held), *tensors])
         for (name, _), fake in zip(held, made, strict=False):
             if name in self._parameters:
                 self._parameters[name] = nn.Parameter(fake, fake.requires_grad)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import BackwardError, PartError
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.saved import SavedHandle, SavedTensor, foreign_leaves, own_storages, release_slots, saving_hooks

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree, storage_id
+from planner._compat import pytree
+from planner._compat.tensors import storage_id
 from planner.errors import CaptureError
 from planner.kernels import custom
 from planner.profiler.memory import allocations_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import GradientEdge
 
-from planner._compat.internals import storage_id
+from planner._compat.tensors import storage_id
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 
 

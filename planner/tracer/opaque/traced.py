@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.module_calls import calls_intercepted
 from planner.errors import CaptureError
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 
@@ -59,7 +59,7 @@ def tracing(model: nn.Module, calls: Mapping[str, OpaqueCall]) -> Iterator[None]
             raise CaptureError(f"{name} is called more often while traced than in a real run", module=name)
         return _traced(module, spec, args, kwargs)
 
-    with internals.calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
+    with calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import ExportedJoint
+from planner._compat.joint_export import ExportedJoint
 from planner.graph.graph import Kind
 from planner.graph.source import NOWHERE, Source
 from planner.tracer.joint import HostRead, Input
@@ -18,7 +18,7 @@ from planner.tracer.opaque.call import OpaqueCall, draws
 from planner.tracer.trace_mode import TracedRead
 
 Role = tuple[Any, ...]
-"""Of a placeholder or a result; see `planner._compat.internals.ExportedJoint`."""
+"""Of a placeholder or a result; see `planner._compat.joint_export.ExportedJoint`."""
 
 _KINDS = {"param": Kind.PARAM, "buffer": Kind.BUFFER, "input": Kind.INPUT, "tangent": Kind.TANGENT}
 

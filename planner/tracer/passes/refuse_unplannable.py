@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from planner._compat.internals import HigherOrderOperator, pytree, results
+from planner._compat import pytree
+from planner._compat.dispatch import HigherOrderOperator
+from planner._compat.fx_graphs import results
 from planner.errors import CaptureError
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.storage import ancestors, mutates

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from planner._compat.internals import results
+from planner._compat.fx_graphs import results
 from planner.errors import CaptureError
 from planner.tracer.joint import HostRead
 from planner.tracer.opaque.traced import is_traced_call
