@@ -75,10 +75,10 @@ class HostGuard:
     def __init__(self, model: nn.Module, key: HostKey, names: Callable[[], Mapping[int, str]]) -> None:
         self._model, self._key, self._names = model, key, names
         groups: dict[Any, _Group] = {}
-        self._forward: tuple[Path, Fingerprint] | None = None
+        self._forward: _Group | None = None
         for path, expected in key.expected:
             if (path.module, path.name, path.scope) == ("", "forward", None):
-                self._forward = (path, expected)
+                self._forward = _Group([(path, expected)])
                 continue
             where = path.module if path.scope is None else id(path.scope.variables)
             groups.setdefault(where, _Group([])).expected.append((path, expected))
@@ -101,11 +101,16 @@ class HostGuard:
 
         `through_forward`: the plan stands in the model's `forward`, which called it, wrapped or not.
         """
-        if self._forward is not None and not through_forward:
-            path, expected = self._forward
+        if self._forward is not None and not through_forward and not self._forward.is_unchanged:
+            path, expected = self._forward.expected[0]
             now = self._prints().of(path.root(self._model))
             if not alike(expected, now, copied=True):
                 return _mismatch(first_difference(expected, now, "forward"))
+            self._remember(self._forward)
+            self._forward.others += [
+                (lambda: [path.root(self._model)], [path.root(self._model)]),
+                *self._functions_at(path, set()),
+            ]
         for name, value in self._key.environment:
             if os.environ.get(name) != value:
                 return Mismatch("host", f"the environment variable {name}", repr(os.environ.get(name)), repr(value))
@@ -184,21 +189,24 @@ class HostGuard:
             todo += inner
             yield value, bool(inner)
 
+    def _functions_at(self, path: Path, seen: set[int]) -> list[tuple[Look, Sequence[Any]]]:
+        """What reads each function at and below a place, and what it reads now."""
+        found = self._values_at(path.root(self._model), seen, self._names())
+        looks: list[Look] = [partial(_of_function, value) for value, _ in found if isinstance(value, FunctionType)]
+        return [(look, list(look())) for look in looks]
+
     def _remember_code(self) -> None:
         """Note functions and what classes hold, which many places share, once for all of them."""
         self._code = []
-        named, seen, known = self._names(), set[int](), set[tuple[type, str]]()
+        seen, known = set[int](), set[tuple[type, str]]()
         for path, _ in (row for group in self._groups for row in group.expected):
-            for value, _has_parts in self._values_at(path.root(self._model), seen, named):
-                if isinstance(value, FunctionType):
-                    look: Look = partial(_of_function, value)
-                    self._code.append((look, list(look())))
+            self._code += self._functions_at(path, seen)
             if path.scope is None:
                 module = self._model.get_submodule(path.module)
                 if (type(module), path.name) not in known and path.name not in vars(module):
                     known.add((type(module), path.name))
         pairs = [(kind, name) for kind, name in known if find_in_class(kind, name) is not ABSENT]
-        look = lambda: [find_in_class(kind, name) for kind, name in pairs]
+        look: Look = lambda: [find_in_class(kind, name) for kind, name in pairs]
         self._code.append((look, list(look())))
 
 
