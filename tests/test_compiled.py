@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from planner import CheckpointedModule, CompileError, InputError, Plan, apply, install, plan, verify
+from planner._compat.fx_graphs import box
 from planner._compat.inductor import compile_boxed
-from planner._compat.internals import box
 from planner.rewriter import compiled
 from tests import models
 from tests.training import assert_same, trajectory

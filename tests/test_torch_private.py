@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from planner._compat.internals import selfcheck
 from torch import nn
 
 from planner._compat import internals
-from planner._compat.internals import kernels_kept, selfcheck
+from planner._compat.kernels import kernels_kept
 from planner.tracer.capture import capture
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from planner._compat import pytree
 from planner._compat.collectives import collectives_forbidden
-from planner._compat.internals import pytree, storage_id
+from planner._compat.tensors import storage_id
 from planner.kernels.calls import footprint_bytes, make_inputs
 from planner.kernels.observed import is_foreign
 from planner.profiler.memory import cpu_allocations, peak_of

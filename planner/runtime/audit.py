@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate

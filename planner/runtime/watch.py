@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import tensors_alike
+from planner._compat.tensors import tensors_alike
 from planner.runtime.host_guard import HostGuard
 from planner.runtime.mismatch import Mismatch
 from planner.tracer.fidelity import is_foreign

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.module_calls import calls_intercepted
 from planner.errors import CaptureError, InputError
 from planner.graph.source import Source
 from planner.kernels import custom
@@ -113,7 +113,7 @@ def tracing(model: nn.Module, calls: Mapping[str, PartCall]) -> Iterator[None]:
             raise CaptureError(f"{name} is called more often while traced than in a real run", module=name)
         return _traced(module, spec, args, kwargs)
 
-    with internals.calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
+    with calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
         yield
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree, storage_id
+from planner._compat import pytree
+from planner._compat.module_calls import calls_intercepted
+from planner._compat.tensors import storage_id
 from planner.errors import CaptureError, InputError
 from planner.kernels import custom
 from planner.profiler.memory import allocations_of
@@ -88,7 +89,7 @@ def record(
         return call()
 
     try:
-        with internals.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
+        with calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
             return observer.observe(run_model, inputs), calls
     except BaseException:
         observer.preserved.restore()

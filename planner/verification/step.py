@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import InputError, PlanCheckError, PlannerError, first_line
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
 from planner.log import VERIFICATION

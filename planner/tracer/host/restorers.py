@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import FakeTensor, untraced
+from planner._compat.dispatch import untraced
+from planner._compat.fake_tensors import FakeTensor
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
