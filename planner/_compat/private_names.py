@@ -36,11 +36,11 @@ class Names:
     example: Callable[[], Any] | None = None
 
     def missing(self) -> list[str]:
-        """The dotted names that the installed torch does not have; `home` alone where that is missing."""
+        """The dotted names that the installed torch does not have; `home` alone where that cannot be imported."""
         try:
             holder = pkgutil.resolve_name(self.home) if self.example is None else self.example()
         except (ImportError, AttributeError):
-            return [self.home]
+            return [self.home] if self.example is None else [f"{self.home}.{name}" for name in self.names]
         return [f"{self.home}.{name}" for name in self.names if not hasattr(holder, name)]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.module_calls import calls_intercepted
+from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import storage_id
 from planner.errors import CaptureError, InputError
 from planner.kernels import custom
@@ -24,7 +25,7 @@ from planner.tracer.call import CallSpec
 from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
-from planner.tracer.host.observe import HOOKS, Observation, Observer
+from planner.tracer.host.observe import Observation, Observer
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.host.restorers import same_bits
 from planner.tracer.host.scopes import global_names
@@ -341,4 +342,4 @@ def _generators(device: torch.device) -> list[bytes]:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for m in module.modules() for kind in HOOKS for hook in vars(m)[kind].values()]
+    return [hook for m in module.modules() for kind in MODULE_HOOKS for hook in vars(m)[kind].values()]
