@@ -293,6 +293,16 @@ def test_where_no_step_can_be_run_the_plan_says_why(monkeypatch, reason):
     assert made.check.startswith("not run: ") and said in made.check
 
 
+def test_no_plain_step_is_run_where_the_free_memory_is_unknown(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("planner.profiler.timing._MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(step, "different_results", lambda *_: (tmp_path / "ran").touch())
+    caplog.set_level("INFO", "planner")
+    model, x = blocks()
+    assert plan(model, 1.0, (x,), **QUICK).plan.check == "run"
+    assert not (tmp_path / "ran").exists()
+    assert "not compared with the model's own: this system does not say how much memory is free" in caplog.text
+
+
 def test_a_device_that_is_not_here_is_not_run():
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()), torch.randn(4, 8)
