@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import pytree, storage_id
+from planner._compat import pytree
 from planner._compat.switches import global_switches
+from planner._compat.tensors import storage_id
 from planner.graph.graph import Kind
 from planner.runtime.mismatch import Mismatch
 from planner.runtime.watch import Watched
