@@ -39,7 +39,6 @@ ROOMS = (
     "api",
     "batch",
     "children",
-    "command_line",
     "cli",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""
