@@ -268,7 +268,7 @@ OPTIONS = {
     "device": [3, torch.device("cpu"), ["H100"], "x" * 500, nn.Linear],
     "optimizer": [3, ["adamw"], torch.optim.SGD(nn.Linear(1, 1).parameters()), "adamww", lambda parameters: None, int],
     "reserve": [-1, "-1GiB", None, 1.5, LONG],
-    "costs": ["free", None, 3, ["measure"], {}],
+    "costs": ["free", 3, ["measure"], {}],
 }
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from examples import gpt2, llama, resnet50, unet
-from planner import InfeasibleBudgetError, PlanMissWarning, apply, max_batch, plan, sweep, verify
+from planner import InfeasibleBudgetError, PlanMissWarning, apply, max_batch, plan, profile, sweep, verify
 from planner._compat.dispatch import OpOverload
 from planner.export.source import export_source
 from planner.graph.floor import floor
-from planner.priced import Options, price
 from planner.tracer.capture import capture
 from planner.tracer.elsewhere import Elsewhere
 from tests import exported, models
@@ -55,9 +54,9 @@ def on_cuda(build):
 
 def tight(model, args, kwargs, costs="estimate", share=0.7):
     """A budget between the floor and the plain step's peak."""
-    priced = price(model, args, kwargs, Options(costs=costs))
-    lowest = floor(priced.graph)[0]
-    return lowest + int(share * (priced.plain_bytes - lowest))
+    step = profile(model, args, kwargs, costs=costs)
+    lowest = floor(step.graph)[0]
+    return lowest + int(share * (step.plain_bytes - lowest))
 
 
 def cast(dtype):

@@ -179,7 +179,7 @@ class Ragged(nn.Module):
 
 @pytest.mark.parametrize("kind", [GraphError, ScheduleError])
 def test_plan_children_raises_what_the_planner_got_wrong(kind, monkeypatch):
-    monkeypatch.setattr("planner.priced.lower", lambda *_, **__: raising(kind("value a is written twice"))(None))
+    monkeypatch.setattr("planner.profiled.lower", lambda *_, **__: raising(kind("value a is written twice"))(None))
     with pytest.raises(kind) as caught:
         plan_children(Ragged(), 1.0, (X,), costs="estimate", progress=False)
     assert "lowering" in caught.value.__notes__[0] and "please report" in caught.value.__notes__[0]

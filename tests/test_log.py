@@ -65,8 +65,8 @@ def test_the_steps_of_planning_are_info(logged):
     assert [line.split()[0] for line in logged("", "INFO")] == [line.split()[0] for line in logged("")]
     assert any("the plain step peaks at" in line for line in logged("", "INFO"))
     assert any(line.startswith("planned for") for line in logged("", "INFO"))
-    assert any("one planned step was run" in line for line in logged("analysis", "DEBUG"))
-    assert not [line for room in ("", "tracer", "profiler", "analysis", "runtime") for line in logged(room, "WARNING")]
+    assert any("one planned step was run" in line for line in logged("verification", "DEBUG"))
+    assert not [line for room in ("", "tracer", "profiler", "verification", "runtime") for line in logged(room, "WARNING")]
 
 
 def test_kernels_that_cannot_be_measured_are_named_with_the_reason(logged):
@@ -114,7 +114,7 @@ def test_planning_again_for_less_is_info(logged, monkeypatch):
     monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: next(peaks))
     measured_within(peak + 100, within_of(made, asked), args, kwargs)
     assert len(asked) == 2
-    (again,) = [line for line in logged("analysis", "INFO") if "plan again, for" in line]
+    (again,) = [line for line in logged("verification", "INFO") if "plan again, for" in line]
     assert again.startswith("planned for ")
 
 
@@ -144,10 +144,10 @@ def test_a_planned_step_logs_nothing(logged):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     module = planned(model)
     module(X).sum().backward()  # a sum's gradient may be of other strides: captured once
-    before = [logged(room) for room in ("", "tracer", "profiler", "analysis", "runtime")]
+    before = [logged(room) for room in ("", "tracer", "profiler", "verification", "runtime")]
     for _ in range(3):
         module(X).sum().backward()
-    assert before == [logged(room) for room in ("", "tracer", "profiler", "analysis", "runtime")]
+    assert before == [logged(room) for room in ("", "tracer", "profiler", "verification", "runtime")]
 
 
 def test_a_backward_above_the_bytes_planned_for_within_the_fraction_is_a_warning(logged):

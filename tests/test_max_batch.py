@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from planner import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError, Plan, max_batch, plan
-from planner.batch import grown, search
+from planner.batch import extrapolated, search
 from planner.cli import main
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -154,10 +154,10 @@ def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more,
 def test_a_larger_batch_is_foreseen_from_two():
     model = blocks()
     one, two, nine = (plan(model, 1.0, *rows(b), costs="estimate", progress=False).plan.graph for b in (1, 2, 9))
-    ahead = grown(one, two, 8)
+    ahead = extrapolated(one, two, 8)
     assert ahead.values == nine.values
     assert simulate(ahead, keep_all(ahead)).time_ns == pytest.approx(simulate(nine, keep_all(nine)).time_ns, rel=0.02)
-    assert grown(one, plan(blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
+    assert extrapolated(one, plan(blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
 
 
 def curve(*figures):

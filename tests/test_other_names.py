@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from planner import Plan, apply, plan, verify
-from planner.batch import grown
+from planner.batch import extrapolated
 from planner.errors import PlanFileError
 from planner.graph.structure import fingerprint, places, wiring
 from planner.limits import Limits
@@ -210,9 +210,9 @@ def test_a_smaller_size_whose_nodes_are_called_otherwise_runs_planned():
 
 def test_batches_whose_nodes_are_called_otherwise_are_looked_ahead_from():
     smaller, larger = (graph_of(Step(unused=unused), X[:n]) for unused, n in ((0, 2), (1, 3)))
-    ahead = grown(smaller, larger, 5)
+    ahead = extrapolated(smaller, larger, 5)
     assert ahead is not None and [op.name for op in ahead.ops] == [op.name for op in larger.ops]
     real = graph_of(Step(), X[:7])
     pairs = zip(places(ahead), places(real), strict=True)
     assert all(ahead.value[one].nbytes == real.value[other].nbytes for one, other in pairs)
-    assert grown(smaller, graph_of(Step(layers=2), X[:3]), 5) is None
+    assert extrapolated(smaller, graph_of(Step(layers=2), X[:3]), 5) is None

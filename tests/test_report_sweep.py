@@ -226,14 +226,14 @@ def test_a_real_model_is_captured_once_and_measured_as_predicted(tmp_path: Path,
     import torch
     from torch import nn
 
-    from planner import priced
+    from planner import captured
 
     torch.manual_seed(0)
     model = Wrapped(nn.Sequential(*[Attention(64, 4, 0.1) for _ in range(4)])).train()
     x = torch.randn(4, 64, 64)
     captures: list[Any] = []
-    capture = priced.capture
-    monkeypatch.setattr(priced, "capture", lambda *args, **kwargs: (captures.append(args), capture(*args, **kwargs))[1])
+    capture = captured.capture
+    monkeypatch.setattr(captured, "capture", lambda *args, **kwargs: (captures.append(args), capture(*args, **kwargs))[1])
     swept = planner.sweep(model, None, (x,), points=6, costs="estimate", effort=3.0)
     seen = swept.verify(3, rounds=1)
     assert len(captures) == 1
@@ -258,9 +258,9 @@ def test_a_real_model_is_captured_once_and_measured_as_predicted(tmp_path: Path,
 def test_a_model_with_an_impossible_range_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import nn
 
-    from planner import priced
+    from planner import captured
 
-    monkeypatch.setattr(priced, "capture", lambda *args, **kwargs: pytest.fail("captured"))
+    monkeypatch.setattr(captured, "capture", lambda *args, **kwargs: pytest.fail("captured"))
     for asked in ({"budgets": []}, {"low": math.nan}, {"points": 0}):
         with pytest.raises(BudgetError):
             planner.sweep(nn.Linear(2, 2), **asked)

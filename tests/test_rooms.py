@@ -32,12 +32,13 @@ ROOMS = (
     "runtime",
     "export",
     "verification",
-    "priced",
+    "options",
+    "captured",
+    "profiled",
     "levels",
     "api",
     "batch",
     "children",
-    "command_line",
     "cli",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from planner import InputError, PlanMissWarning, PlannerError, api, priced
+from planner import InputError, PlanMissWarning, PlannerError, api, captured
 from planner.graph.graph import Kind
 from planner.limits import Limits
 from planner.profiler.memory import logical_peak
@@ -89,7 +89,7 @@ def planned_halfway(model: nn.Module, args: Any, kwargs: Any, precision: str) ->
     args, kwargs = copy.deepcopy((args, kwargs))
     with cast(precision):
         joint = capture(model, args, kwargs)
-        with mock.patch.object(priced, "capture", return_value=joint):
+        with mock.patch.object(captured, "capture", return_value=joint):
             full = api.plan(model, 1.0, args, kwargs, progress=False).plan
             lowest = Solver(full.graph).lowest_peak(Limits(2.0))
             # what the allocator's margin takes from a budget comes on top
