@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from planner import CaptureError, PlanAuditError, PlanMissWarning, plan
-from planner.runtime import guard
 from planner.runtime.audit import is_due
-from planner.runtime.host_guard import HostGuard
+from planner.runtime.guards import call
+from planner.runtime.guards.host_state import HostGuard
+from planner.runtime.guards.model_state import Watched
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.watch import Watched
 from planner.tracer.host.fingerprint import Fingerprints
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
@@ -68,8 +68,8 @@ CASES = {
     "hooks": ([(Watched, "changed", lambda self, **_: None)], double, {}),
     "class": ([(Watched, "changed", lambda self, **_: None)], become_identity, {}),
     "ties": ([(Watched, "untied", lambda self, held: "")], untie, {}),
-    "arguments": ([(guard, "alike", lambda expected, now: True)], None, {"power": 3}),
-    "values": ([(guard, "reads_difference", lambda joint, run_guards, inputs: None)], None, {"mask": torch.ones(2) > 0}),
+    "arguments": ([(call, "alike", lambda expected, now: True)], None, {"power": 3}),
+    "values": ([(call, "reads_difference", lambda joint, run_guards, inputs: None)], None, {"mask": torch.ones(2) > 0}),
 }
 
 
@@ -117,7 +117,7 @@ def test_strict_makes_it_an_error(planned, monkeypatch):
 
 
 def test_a_mode_that_no_guard_reads_is_found(planned, monkeypatch):
-    monkeypatch.setattr(guard, "autocast_key", lambda device: planned.step.key.autocast)
+    monkeypatch.setattr(call, "autocast_key", lambda device: planned.step.key.autocast)
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(PlanMissWarning, match="audit"):
         called(planned, 2)
 
@@ -193,7 +193,7 @@ def test_what_is_never_the_same_is_no_accusation(planned, monkeypatch):
     honest = Fingerprints.of
     monkeypatch.setattr(Fingerprints, "of", lambda self, value: (honest(self, value), next(draws)))
     monkeypatch.setattr(HostGuard, "difference", lambda self, **_: None)
-    monkeypatch.setattr(guard, "alike", lambda expected, now: True)
+    monkeypatch.setattr(call, "alike", lambda expected, now: True)
     planned.__dict__["_num_runs"] = 1
     planned(X, power=2, mask=torch.zeros(2) > 0)  # digests differ from run to run: nothing can be said
     assert planned.num_planned_calls == 1

@@ -13,7 +13,7 @@ from torch import nn
 from planner import CheckpointedModule, MeasuredPeakError, NoScheduleFoundError, plan
 from planner.graph.provenance import Provenance
 from planner.verification.measured import measured_within, step_peak, time_step
-from planner.verification.side import copy_of
+from planner.verification.step_copy import copy_of
 from tests import models
 from tests.training import assert_same
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner import PlanMissWarning, plan
-from planner.runtime.mismatch import Mismatch, MismatchKind
+from planner.runtime.guards.mismatch import Mismatch, MismatchKind
 from planner.tracer.host.fingerprint import Fingerprints, first_difference
 from planner.tracer.host.values import ABSENT
 

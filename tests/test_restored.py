@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner import CaptureError, PlanAuditError, PlannerError, install, plan
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.preserve import Preserved
 from tests.support import world
 from tests.training import assert_same, trajectory

@@ -17,7 +17,7 @@ from torch import nn
 
 import planner
 from planner import InputError, VerifyReport, install, plan, verify
-from planner.runtime.host_guard import HostGuard
+from planner.runtime.guards.host_state import HostGuard
 from planner.runtime.module import CheckpointedModule
 from planner.verification.state import Leaf, generators, largest_difference, same, set_generators, state_of
 

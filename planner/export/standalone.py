@@ -15,7 +15,7 @@ from torch import nn
 
 from planner._compat.internals import keeps_graph, release_saved
 from planner.kernels.custom import rng_put_back_on_error, rng_state, swap_rng_state
-from planner.runtime.functions import check_backward
+from planner.runtime.autograd import check_backward
 
 Named = dict[str, torch.Tensor]
 

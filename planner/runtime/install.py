@@ -12,12 +12,12 @@ from torch import nn
 from planner import arguments
 from planner.errors import InputError
 from planner.results.plan import Plan
+from planner.runtime.autocast_regions import note_unplanned
+from planner.runtime.autograd import Program
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
-from planner.runtime.functions import Program
 from planner.runtime.module import CheckpointedModule, runs_as_planned
 from planner.runtime.reporting import report_miss
-from planner.runtime.shared_casts import note_unplanned
 from planner.runtime.step import Step
 from planner.tracer.capture import IS_CAPTURING
 

@@ -15,20 +15,20 @@ from planner.errors import InputError, PlanAuditError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import RUNTIME
 from planner.results.plan import Plan
-from planner.runtime import guard
 from planner.runtime.audit import Digest, audit_fits, can_audit, difference, digest, is_due, rewound, run_original
-from planner.runtime.backwards import Backwards
+from planner.runtime.autocast_regions import enter_planned, note_unplanned
+from planner.runtime.autograd import Program, run
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
-from planner.runtime.functions import Program, run
-from planner.runtime.mismatch import Mismatch
-from planner.runtime.program import boxed, compiled_backward, compiled_program, picker, positions
+from planner.runtime.executable import boxed, compiled_backward, compiled_program, picker, positions
+from planner.runtime.guards import call
+from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.guards.model_state import Watched
+from planner.runtime.other_backwards import Backwards
+from planner.runtime.other_sizes import MOST_SHAPES, call_shapes, step_of_other_shape
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import report_miss
-from planner.runtime.shapes import MOST_SHAPES, call_shapes, step_of_other_shape
-from planner.runtime.shared_casts import enter_planned, note_unplanned
 from planner.runtime.step import Step
-from planner.runtime.watch import Watched
 from planner.tracer.faults import is_fault
 from planner.tracer.host.state import written
 
@@ -341,13 +341,13 @@ class CheckpointedModule(fx.GraphModule):
         if joint.elsewhere:
             cure = f"planned for {joint.elsewhere}, which is not here: save the plan, and apply it there"
             return [], [], Mismatch("device", "the device", cure)
-        tensors, miss = guard.flatten_call(joint.call, args, kwargs, step.key.arguments)
+        tensors, miss = call.flatten_call(joint.call, args, kwargs, step.key.arguments)
         if miss is not None:
             return [], [], miss
         held = self._watched.held()
         if held is None:
             return tensors, [], self._watched.missing()
-        miss = guard.difference(step.key, self._watched, held, tensors, self.device, through_forward=through)
+        miss = call.difference(step.key, self._watched, held, tensors, self.device, through_forward=through)
         if miss is not None:
             return tensors, [], miss
         state = [path.get(self._original) for path in joint.host.state]
@@ -355,7 +355,7 @@ class CheckpointedModule(fx.GraphModule):
             if not isinstance(found, torch.Tensor):
                 return tensors, [], Mismatch("host", str(path), type(found).__name__, "a tensor")
         inputs = self._inputs((*held, *tensors, *state, *joint.constants.values()))
-        return [*tensors, *state], inputs, guard.reads_difference(joint, self._guards, inputs)
+        return [*tensors, *state], inputs, call.reads_difference(joint, self._guards, inputs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's state_dict."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from planner.errors import PlanAuditError, PlanMissError, warn
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch
 
 
 class PlanMissWarning(UserWarning):

@@ -11,8 +11,8 @@ from torch import nn
 from planner.results.plan import Plan
 from planner.rewriter import portable
 from planner.rewriter.partition import Halves, partition
-from planner.runtime import guard
 from planner.runtime.backward_key import BackwardKey, captured_key
+from planner.runtime.guards import call
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8
@@ -44,7 +44,7 @@ class Step:
 
     joint: Joint
     halves: Halves
-    key: guard.CallKey
+    key: call.CallKey
     num_stages: int = DEFAULT_STAGES
     recapture: Recapture | None = None
     is_compiled: bool = False
@@ -95,6 +95,6 @@ def make_step(
     """The captured step, rewritten by a plan whose graph is its own."""
     halves = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    key = guard.call_key(tensors, joint)
+    key = call.call_key(tensors, joint)
     same = tuple(next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors)
     return Step(joint, halves, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)

@@ -16,7 +16,7 @@ from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
-from planner.verification.side import Call, aligned, autocast_of, backward_of_ones
+from planner.verification.step_copy import Call, aligned, autocast_of, backward_of_ones
 
 
 def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.capture import one_at_a_time
 from planner.units import enough_text, format_bytes
-from planner.verification.side import CopyError, Side, check_call, copy_of
-from planner.verification.step import NotRunError, run_step
+from planner.verification.check_step import NotRunError, run_step
+from planner.verification.step_copy import CopyError, Side, check_call, copy_of
 
 
 def time_step(

@@ -16,7 +16,6 @@ from planner.runtime.criterion import planned_model
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.reporting import PlanMissWarning
 from planner.verification.measured import seconds_of
-from planner.verification.side import Call, Side, check_call, copy_of
 from planner.verification.state import (
     Leaf,
     generators,
@@ -27,6 +26,7 @@ from planner.verification.state import (
     state_of,
     strides_that_matter,
 )
+from planner.verification.step_copy import Call, Side, check_call, copy_of
 
 FEWEST_PAIRS = 5
 """Pairs of steps that are timed at least: a median of fewer says little."""

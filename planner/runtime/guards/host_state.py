@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
 from planner.tracer.host.values import (

@@ -14,7 +14,7 @@ from planner.graph.graph import Kind
 from planner.kernels import custom
 from planner.rewriter.compiled import Compiled
 from planner.rewriter.stages import cut_stages
-from planner.runtime.functions import Boxed, Program
+from planner.runtime.autograd import Boxed, Program
 from planner.runtime.step import Step
 from planner.tracer.casts import is_cast
 from planner.tracer.part import Part

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from planner.errors import PlanMissError
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch
 
 _TWICE = (
     "a weight is used by a planned call and by another call within one torch.autocast region. Eager's calls share its cast "

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from planner._compat.internals import tensors_alike
-from planner.runtime.host_guard import HostGuard
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.host_state import HostGuard
+from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.fidelity import is_foreign
 from planner.tracer.host.observe import HOOKS, named
 from planner.tracer.host.state import HostKey, find_in_class

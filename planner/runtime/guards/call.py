@@ -12,8 +12,8 @@ import torch
 from planner._compat.internals import pytree, storage_id
 from planner._compat.switches import global_switches
 from planner.graph.graph import Kind
-from planner.runtime.mismatch import Mismatch
-from planner.runtime.watch import Watched
+from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.guards.model_state import Watched
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import (
     Fingerprint,

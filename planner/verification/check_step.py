@@ -31,8 +31,8 @@ from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 from planner.verification.bits import different_results
-from planner.verification.side import Call, Side, aligned, autocast_of, backward_of_ones, copy_of, own_call, resident_bytes
 from planner.verification.state import strides_that_matter
+from planner.verification.step_copy import Call, Side, aligned, autocast_of, backward_of_ones, copy_of, own_call, resident_bytes
 
 _PATIENCE_S, _PATIENCE_STEPS = 60.0, 50.0
 """How long a child may take: so many seconds, and so many predicted steps."""

@@ -24,9 +24,9 @@ from planner.profiler.profile import KernelCost, Profile
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
 from planner.rewriter.reschedule import Choice, MissingValueError, reschedule
+from planner.runtime.autograd import Boxed, OtherBackward
 from planner.runtime.backward_key import BackwardKey, normal
-from planner.runtime.functions import Boxed, OtherBackward
-from planner.runtime.guard import autocast_of
+from planner.runtime.guards.call import autocast_of
 from planner.runtime.step import Step
 from planner.tracer.graft import graft
 from planner.tracer.joint import Joint

@@ -14,10 +14,10 @@ from planner._compat.internals import pytree
 from planner.errors import InputError, first_line
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
-from planner.runtime import guard
 from planner.runtime.audit import run_original
+from planner.runtime.guards import call
+from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import uninstall
-from planner.runtime.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule, unplanned_forward
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
@@ -79,7 +79,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 def autocast_of(planned: CheckpointedModule) -> Any:
     """The autocast context that the module was planned under, with casts of its own: also in a region of the caller's."""
     torch.clear_autocast_cache()
-    return guard.autocast_of(planned.step.key, planned.device)
+    return call.autocast_of(planned.step.key, planned.device)
 
 
 def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> Call:
