@@ -38,13 +38,13 @@ def with_results(monkeypatch, changed):
     """Every planned forward from now on runs `changed(run, inputs)` instead of the captured kernels' `run`."""
     from planner.runtime import module as home
 
-    compile_step = home.compiled_program
+    compile_step = home.make_executable
 
     def compiled(*args):
         program = compile_step(*args)
         return replace(program, forward=lambda inputs: changed(program.forward, inputs))
 
-    monkeypatch.setattr(home, "compiled_program", compiled)
+    monkeypatch.setattr(home, "make_executable", compiled)
 
 
 @pytest.mark.parametrize("name", ["attention", "convolution", "tied", "skips"])

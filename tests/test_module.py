@@ -91,7 +91,7 @@ def test_returns_to_the_plan_after_eval(made):
     with torch.no_grad():
         module(*args, **kwargs), twin(*args, **kwargs)
     module.train(), twin.train()
-    assert model.training and not module.difference(args, kwargs)
+    assert model.training and not module.mismatch(args, kwargs)
     assert_same(trajectory(twin, args, kwargs), trajectory(module, args, kwargs))
 
 
@@ -99,7 +99,7 @@ def test_deepcopy_owns_its_parameters(made):
     module, model, args, kwargs = made
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     twin = copy.deepcopy(module)
-    assert isinstance(twin, Module) and not twin.difference(args, kwargs)
+    assert isinstance(twin, Module) and not twin.mismatch(args, kwargs)
     expected = trajectory(copy.deepcopy(model), args, kwargs)
     assert_same(expected, trajectory(twin, args, kwargs))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -109,7 +109,7 @@ def test_deepcopy_owns_its_parameters(made):
 def test_pickle_round_trip_trains_the_same(made):
     module, model, args, kwargs = made
     twin = pickle.loads(pickle.dumps(module))
-    assert not twin.difference(args, kwargs) and twin.plan == module.plan
+    assert not twin.mismatch(args, kwargs) and twin.plan == module.plan
     assert twin.code == module.code
     assert_same(trajectory(copy.deepcopy(model), args, kwargs), trajectory(twin, args, kwargs))
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from planner._compat.internals import OpOverload
-from planner.export.lines import Half, Line
+from planner.export.lines import Line, WrittenPass
 from planner.export.names import ValueNames, identifier, is_below, key_text, literal, unique
 from planner.graph.source import Source
 from planner.kernels import custom
@@ -41,7 +41,7 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class BlockCall:
     """Lines [start, stop) of a half as a call of a function for the module `prefix`."""
 
     start: int
@@ -61,21 +61,23 @@ class Body:
         results: values that it hands back.
     """
 
-    def __init__(self, half: Half, words: Words, start: int, stop: int, prefix: str = "", calls: Collection[Call] = ()) -> None:
-        self._half, self._words, self._start, self._stop, self._prefix = half, words, start, stop, prefix
+    def __init__(
+        self, written: WrittenPass, words: Words, start: int, stop: int, prefix: str = "", calls: Collection[BlockCall] = ()
+    ) -> None:
+        self._written, self._words, self._start, self._stop, self._prefix = written, words, start, stop, prefix
         self._called = {i: call for call in calls for i in range(call.start, call.stop)}
         self._names: dict[fx.Node, str] = {}
         self._taken = {"w", "kept", "grads", "at", *words.kernels.values(), *(call.function for call in calls)}
-        own = half.lines[start:stop]
-        leaving = (n for line in own for n in line.made if half.last_read.get(n, -1) >= stop)
-        self.results = tuple(leaving) if prefix else half.returned
+        own = written.lines[start:stop]
+        leaving = (n for line in own for n in line.made if written.last_read.get(n, -1) >= stop)
+        self.results = tuple(leaving) if prefix else written.returned
         self.arguments = tuple(dict.fromkeys(node for line in own for node in line.reads if self._is_argument(node)))
         if prefix:
             for node in self.arguments:
                 self._name(node, "grad" if self._is_gradient(node) else "x")
         self._reads = Counter(node for i in range(start, stop) for node in self._reads_at(i))
-        self._read_inside = {node for i in self._called for node in half.lines[i].reads}
-        handed = [self._names[node] for node in self.arguments if prefix and ends_in(half, node, stop)]
+        self._read_inside = {node for i in self._called for node in written.lines[i].reads}
+        handed = [self._names[node] for node in self.arguments if prefix and ends_in(written, node, stop)]
         self.text = "\n".join(_INDENT + line for line in (*(f"{name} = {name}.pop()" for name in handed), *self._statements()))
 
     @property
@@ -84,21 +86,21 @@ class Body:
         return [self._names[node] for node in self.arguments]
 
     def _is_argument(self, node: fx.Node) -> bool:
-        kind, key = self._half.outside.get(node, ("", ""))
+        kind, key = self._written.outside.get(node, ("", ""))
         if kind == "kept":
             return bool(self._prefix) and not is_below(key, self._prefix)
-        return kind != "w" and not self._start <= self._half.made_at.get(node, -1) < self._stop
+        return kind != "w" and not self._start <= self._written.made_at.get(node, -1) < self._stop
 
     def _is_gradient(self, node: fx.Node) -> bool:
-        made_at = self._half.made_at.get(node)
+        made_at = self._written.made_at.get(node)
         if made_at is None:
-            return self._half.outside[node][0] == "tangent"
-        return not self._words.values.is_of_forward(self._half.lines[made_at])
+            return self._written.outside[node][0] == "tangent"
+        return not self._words.values.is_of_forward(self._written.lines[made_at])
 
     def _reads_at(self, i: int) -> Sequence[fx.Node]:
         call = self._called.get(i)
         if call is None:
-            return self._half.lines[i].reads
+            return self._written.lines[i].reads
         return call.arguments if call.start == i else ()
 
     def _name(self, node: fx.Node, wanted: str) -> str:
@@ -112,13 +114,13 @@ class Body:
 
     def _statements(self) -> Iterator[str]:
         todo = [i for i in range(self._start, self._stop) if i not in self._called or self._called[i].start == i]
-        for module, group in groupby(todo, key=lambda i: None if i in self._called else self._half.lines[i].module):
+        for module, group in groupby(todo, key=lambda i: None if i in self._called else self._written.lines[i].module):
             if module is None:
                 for i in group:
                     yield from self._call(self._called[i])
                 continue
             mine = list(group)
-            yield from self._heading(module, [self._half.lines[i].source for i in mine])
+            yield from self._heading(module, [self._written.lines[i].source for i in mine])
             for i in mine:
                 yield from self._statement(i)
         if self.results:
@@ -140,13 +142,13 @@ class Body:
         yield f"# {module}{'  ' if where else ''}{where}"
 
     def _statement(self, i: int) -> Iterator[str]:
-        half, line = self._half, self._half.lines[i]
+        written, line = self._written, self._written.lines[i]
         yield from self._fetch(line.reads, i)
         expression = self._text(line.root, i)
-        ended = [self._names[n] for n in dict.fromkeys(line.reads) if n in self._names and half.last_read[n] == i]
-        stored = [n for n in line.made if n in half.stored]
+        ended = [self._names[n] for n in dict.fromkeys(line.reads) if n in self._names and written.last_read[n] == i]
+        stored = [n for n in line.made if n in written.stored]
         if line.results == (line.root,):
-            targets = [self._name_result(line, line.root)] if line.root in half.last_read else []
+            targets = [self._name_result(line, line.root)] if line.root in written.last_read else []
             targets += [self._place(n) for n in stored]
             stored = []
         elif len(line.made) == 1 and not stored:
@@ -156,7 +158,7 @@ class Body:
         else:
             targets = [self._take_apart(line)]
             ended += ["_"] * (len(line.made) < max(len(line.results), _num_results(line)))
-            stored = [n for n in stored if n in half.last_read]
+            stored = [n for n in stored if n in written.last_read]
             expression += self._clipped(line)
         statements = [" = ".join([*targets, expression]), *(f"{self._place(node)} = {self._names[node]}" for node in stored)]
         if ended and i + 1 < self._stop:
@@ -170,7 +172,7 @@ class Body:
         for node in line.results:
             if node is None:
                 targets.append("_")
-            elif node in self._half.last_read:
+            elif node in self._written.last_read:
                 targets.append(self._name_result(line, node))
             else:
                 targets.append(self._place(node))
@@ -183,69 +185,69 @@ class Body:
         return f"[:{len(line.results)}]" if _returns_list(line) and len(made) != len(line.results) else ""
 
     def _place(self, node: fx.Node) -> str:
-        where, key = self._half.stored[node]
+        where, key = self._written.stored[node]
         return f"{where}[{key_text(key, self._prefix)}]"
 
-    def _call(self, call: Call) -> Iterator[str]:
-        half = self._half
+    def _call(self, call: BlockCall) -> Iterator[str]:
+        written = self._written
         yield from self._fetch(call.arguments, call.start)
-        names = ["w", "kept", *(["grads"] if any(kind == "kept" for kind, _ in half.outside.values()) else [])]
+        names = ["w", "kept", *(["grads"] if any(kind == "kept" for kind, _ in written.outside.values()) else [])]
         given = [self._handed(node, call) for node in call.arguments]
-        results = [self._name_result(half.lines[half.made_at[n]], n) for n in call.results]
+        results = [self._name_result(written.lines[written.made_at[n]], n) for n in call.results]
         text = f"{call.function}({', '.join([literal(call.prefix), *names, *given])})"
         yield from wrapped([f"{_enclosed(', '.join(results))} = {text}" if results else text])
 
-    def _handed(self, node: fx.Node, call: Call) -> str:
-        if not ends_in(self._half, node, call.stop):
+    def _handed(self, node: fx.Node, call: BlockCall) -> str:
+        if not ends_in(self._written, node, call.stop):
             return self._text(node, call.start)
         if node in self._names:
             return f"{self._names[node]} := [{self._names[node]}]"
-        return f"[kept.pop({key_text(self._half.outside[node][1], self._prefix)})]"
+        return f"[kept.pop({key_text(self._written.outside[node][1], self._prefix)})]"
 
     def _fetch(self, reads: Sequence[fx.Node], i: int) -> Iterator[str]:
         """Take off the kept values that are read several times from here on; one that is read once is taken where it stands."""
         for node in dict.fromkeys(reads):
-            kind, key = self._half.outside.get(node, ("", ""))
+            kind, key = self._written.outside.get(node, ("", ""))
             if kind == "kept" and node not in self._names and self._is_fetched(node, reads.count(node), i):
                 name = self._name(node, identifier(key, self._prefix))
                 yield f"{name} = kept.pop({key_text(key, self._prefix)})"
 
     def _is_fetched(self, node: fx.Node, count: int, i: int) -> bool:
         """The value is read several times, and by nobody else: neither after this body nor in a function that it calls."""
-        last = self._half.last_read[node]
+        last = self._written.last_read[node]
         if node in self._read_inside:
             return last == i and count > 1
         return last < self._stop and self._reads[node] > 1
 
     def _text(self, node: fx.Node, i: int) -> str:
         """A value as an expression, read by line i."""
-        half = self._half
+        written = self._written
         if node in self._names:
             return self._names[node]
-        if node in half.outside:
-            kind, key = half.outside[node]
+        if node in written.outside:
+            kind, key = written.outside[node]
             if kind == "w":
                 return f"w[{key_text(key, self._prefix)}]"
             if kind == "tangent":
                 return key
             key = key_text(key, self._prefix)
-            return f"kept.pop({key})" if half.last_read[node] == i else f"kept[{key}]"
+            return f"kept.pop({key})" if written.last_read[node] == i else f"kept[{key}]"
         given = [self._argument(arg, i) for arg in node.args]
         given += [f"{name}={self._argument(arg, i)}" for name, arg in node.kwargs.items()]
         return f"{self._words.kernels[node.target]}({', '.join(given)})"
 
     def _argument(self, arg: Any, i: int) -> str:
         if isinstance(arg, fx.Node):
-            return self._text(self._half.same.get(arg, arg), i)
+            return self._text(self._written.same.get(arg, arg), i)
         if isinstance(arg, (list, tuple)) and any(isinstance(item, fx.Node) for item in arg):
             items = ", ".join(self._argument(item, i) for item in arg)
             return f"[{items}]"
         return literal(arg, self._words.device)
 
 
-def ends_in(half: Half, node: fx.Node, stop: int) -> bool:
+def ends_in(written: WrittenPass, node: fx.Node, stop: int) -> bool:
     """A value that comes from outside of a range of lines ends in it, or before its end: nothing keeps it any longer."""
-    return half.outside.get(node, ("", ""))[0] != "tangent" and half.last_read[node] < stop
+    return written.outside.get(node, ("", ""))[0] != "tangent" and written.last_read[node] < stop
 
 
 def _returns_list(line: Line) -> bool:

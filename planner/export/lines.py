@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class WrittenPass:
     """A forward or a backward as statements, and what its values are to the outside.
 
     Attributes:
@@ -78,7 +78,7 @@ class Half:
         line = self.lines[self.made_at[node]]
         return line, line.results.index(node)
 
-    def storing(self, stored: Mapping[fx.Node, tuple[str, str]]) -> Half:
+    def storing(self, stored: Mapping[fx.Node, tuple[str, str]]) -> WrittenPass:
         """The same, with values to store."""
         return replace(self, stored={self.same.get(node, node): place for node, place in stored.items()})
 
@@ -88,14 +88,14 @@ def origin(node: fx.Node) -> str:
     return str(node.meta.get(ORIGIN, node.name))
 
 
-def half(
+def write_pass(
     graph: fx.Graph,
     kernels: Collection[str],
     sources: Mapping[str, Source],
     ran: set[str],
     outside: Mapping[fx.Node, tuple[str, str]],
     returned: Sequence[fx.Node],
-) -> Half:
+) -> WrittenPass:
     """The statements of a rewritten graph.
 
     Args:
@@ -103,7 +103,7 @@ def half(
         kernels: names of the joint graph's nodes that make storages; the others are views.
         sources: by joint node.
         ran: joint nodes that have run; those of this half are added.
-        outside, returned: see Half.
+        outside, returned: see WrittenPass.
     """
     nested, carried = _nest(graph, kernels, {node for node, (kind, _) in outside.items() if kind == "w"})
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -127,7 +127,7 @@ def half(
         if root in carried:
             ran.add(origin(kernel))
         lines.append(Line(root, kernel, results, reads, module, source, again))
-    return Half(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
+    return WrittenPass(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
 
 
 def _nest(graph: fx.Graph, kernels: Collection[str], resident: set[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:

@@ -14,7 +14,7 @@ import torch
 
 from planner._compat.internals import OpOverload
 from planner.errors import ExportError
-from planner.export.lines import Half, Line, origin
+from planner.export.lines import Line, WrittenPass, origin
 from planner.kernels import custom
 
 _WRITTEN_OUT = (custom.bernoulli, custom.noise, custom.laid_out, custom.rng_state, custom.swap_rng_state)
@@ -108,7 +108,7 @@ class ValueNames:
     `nodes`: names of the joint graph's nodes that are the forward.
     """
 
-    def __init__(self, forward: Half, nodes: Collection[str]) -> None:
+    def __init__(self, forward: WrittenPass, nodes: Collection[str]) -> None:
         self._nodes = nodes
         counts: dict[tuple[str, str], int] = {}
         self._stems: dict[str, tuple[str, str]] = {}

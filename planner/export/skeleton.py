@@ -17,14 +17,14 @@ from planner.errors import ExportError
 from planner.export.names import literal, quoted, unique
 from planner.export.standalone import Expected
 from planner.graph.graph import Kind
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.host.state import Ref
 
 _MOST_NUMBERS = 64
 """Larger constants are stored in a file of their own."""
 
-Row = tuple[str, str]
+HeldRow = tuple[str, str]
 """A parameter's or buffer's name, and the expression that describes it."""
 
 
@@ -46,13 +46,13 @@ class Arguments:
 
 
 @dataclass(frozen=True, slots=True)
-class _Leaf:
+class _TensorLeaf:
     """Stands for a tensor leaf of the call."""
 
     position: int
 
 
-def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
+def arguments(forward: Callable[..., Any], step: RewrittenStep) -> Arguments:
     """How the planned call reads as arguments of the model's forward.
 
     Raises:
@@ -61,7 +61,7 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     call = step.joint.call
     leaves: list[Any] = list(call.leaves)
     for n, position in enumerate(call.tensors):
-        leaves[position] = _Leaf(n)
+        leaves[position] = _TensorLeaf(n)
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
     signature = _signature(forward)
     bound = signature.bind(*args, **kwargs)
@@ -71,7 +71,7 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     found: dict[int, tuple[Expected, str]] = {}
 
     def named(path: str, value: Any) -> Any:
-        if isinstance(value, _Leaf):
+        if isinstance(value, _TensorLeaf):
             name = f"argument {path}" if path in held else path
             key = step.key.inputs[value.position]
             expected = _expected(name, key, key[1], flags[value.position])
@@ -92,10 +92,10 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     return Arguments(signature, values, tensors, paths)
 
 
-def _flags(step: Step) -> dict[str | int, dict[str, bool]]:
+def _flags(step: RewrittenStep) -> dict[str | int, dict[str, bool]]:
     """By a tensor's key in the joint graph, the attributes of its Expected that the step decides."""
     given = [i for i in step.joint.inputs if i.kind is not Kind.TANGENT]
-    return {i.key: {"backward": i.node in step.halves.saved_inputs, "written": i.mutated} for i in given}
+    return {i.key: {"backward": i.node in step.partitioned.saved_inputs, "written": i.mutated} for i in given}
 
 
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
@@ -141,7 +141,7 @@ def _options(expected: Expected, device: torch.device) -> list[str]:
     return options
 
 
-def held_rows(model: nn.Module, step: Step, stored: dict[str, torch.Tensor]) -> Iterator[Row]:
+def held_rows(model: nn.Module, step: RewrittenStep, stored: dict[str, torch.Tensor]) -> Iterator[HeldRow]:
     """The model's parameters and buffers in its own order; values too large to be written out are added to `stored`.
 
     Raises:
@@ -199,7 +199,7 @@ def constant_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tenso
     return f"torch.full({literal(tuple(tensor.shape))}, {value}, {options})"
 
 
-def folded(rows: Sequence[Row], free: str = "ijklmn") -> Iterator[str]:
+def folded(rows: Sequence[HeldRow], free: str = "ijklmn") -> Iterator[str]:
     """`yield` statements for the rows; rows that differ by a counted module's number alone become a loop."""
     done = 0
     while done < len(rows):
@@ -214,11 +214,11 @@ def folded(rows: Sequence[Row], free: str = "ijklmn") -> Iterator[str]:
         done += turns * len(body)
 
 
-def _loop(rows: Sequence[Row], variable: str) -> tuple[int, int, list[Row]] | None:
+def _loop(rows: Sequence[HeldRow], variable: str) -> tuple[int, int, list[HeldRow]] | None:
     """First number, number of turns and rows of one turn of the outermost loop that begins with the first row."""
     for match in re.finditer(r"(?<![^.])(\d+)\.", rows[0][0]):
         first, start = int(match[1]), rows[0][0][: match.start()]
-        turns: list[list[Row]] = []
+        turns: list[list[HeldRow]] = []
         rest = list(rows)
         while True:
             path = f"{start}{first + len(turns)}."
@@ -260,7 +260,7 @@ class _Text:
     text: str
 
 
-def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> OutputText:
+def output_text(step: RewrittenStep, results: Sequence[str], paths: Sequence[str]) -> OutputText:
     """The model's output as Python text.
 
     Args:
@@ -303,7 +303,7 @@ def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> Out
     return OutputText(expression, tuple(definitions), tuple(replaced))
 
 
-def held_constants(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
+def held_constants(model: nn.Module, step: RewrittenStep) -> dict[str, torch.Tensor]:
     """Tensors that the model holds as plain attributes, as they are now, by placeholder name.
 
     Raises:
@@ -326,7 +326,7 @@ def held_constants(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
     return found
 
 
-def reassigned_lines(step: Step, results: Sequence[str]) -> list[str]:
+def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
     """Statements that put results where the forward leaves them: in buffers that it assigns anew.
 
     Raises:
@@ -347,7 +347,7 @@ def reassigned_lines(step: Step, results: Sequence[str]) -> list[str]:
     return lines
 
 
-def result_names(step: Step, taken: set[str]) -> list[str]:
+def result_names(step: RewrittenStep, taken: set[str]) -> list[str]:
     """Variables for the step's results, named as the user reaches them."""
     names: dict[int, str] = {}
     for out in (*step.joint.outputs, *step.joint.left):

@@ -15,7 +15,7 @@ from torch import nn
 
 from planner._compat.internals import keeps_graph, release_saved
 from planner.kernels.custom import rng_put_back_on_error, rng_state, swap_rng_state
-from planner.runtime.autograd import check_backward
+from planner.runtime.backward_checks import check_backward
 
 Named = dict[str, torch.Tensor]
 
@@ -114,7 +114,7 @@ def tied(name: str, same_as: str) -> Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ExportedStep:
     """What the code below is right for.
 
     Attributes:
@@ -176,7 +176,7 @@ def build(model: nn.Module, held: Iterable[Held], device: torch.device) -> None:
             place.register_buffer(attribute, tensor, persistent=one.kind != "unsaved")
 
 
-def run_step(model: nn.Module, step: Step, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def run_step(model: nn.Module, step: ExportedStep, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """The step's results, wired for backward.
 
     Raises:
@@ -222,7 +222,7 @@ def _short(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
 
 
-def _check(model: nn.Module, step: Step, weights: Named) -> None:
+def _check(model: nn.Module, step: ExportedStep, weights: Named) -> None:
     """Raise CallError where the model or the surroundings are not as planned."""
     if not (model.training and torch.is_grad_enabled()):
         raise CallError("this file holds a training step: for eval() or no_grad() load the state_dict into the original model")
@@ -239,7 +239,7 @@ def _check(model: nn.Module, step: Step, weights: Named) -> None:
         raise CallError(f"autocast is {autocast}, and was {step.autocast} when planned")
 
 
-def _check_values(step: Step, w: Named) -> None:
+def _check_values(step: ExportedStep, w: Named) -> None:
     """Raise CallError where a value that decided how the model ran is another one now."""
     if step.read is None:
         return
@@ -255,7 +255,7 @@ class TrainingStep(torch.autograd.Function):
     """The whole step as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, w: Named, names: tuple[list[str], ...], *_trained: torch.Tensor) -> Any:
+    def forward(ctx: Any, step: ExportedStep, w: Named, names: tuple[list[str], ...], *_trained: torch.Tensor) -> Any:
         """Run the forward, and leave with autograd what the backward needs."""
         kept: Named = {}
         results = step.forward(w, kept)
@@ -270,7 +270,7 @@ class TrainingStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
         """Run the backward on what was kept, which goes as it is used."""
-        step: Step = ctx.step
+        step: ExportedStep = ctx.step
         check_backward(tangents, step.differentiated, step.results, step.device)
         saved = release_saved(ctx)
         w = step.constants | dict(zip(ctx.checked, saved, strict=False)) | ctx.unchecked
@@ -292,7 +292,7 @@ EMBEDDED = (
     buffer,
     unsaved,
     tied,
-    Step,
+    ExportedStep,
     build,
     run_step,
     _tensors,

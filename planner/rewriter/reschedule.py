@@ -25,7 +25,7 @@ class MissingValueError(ScheduleError):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Candidate:
     """A schedule with its simulated peak and time."""
 
     schedule: Schedule
@@ -35,7 +35,7 @@ class Choice:
 
 def reschedule(
     graph: Graph, planned: Graph, schedule: Schedule, kept: Collection[str], limits: Sequence[int], is_fixed: bool
-) -> Choice:
+) -> Candidate:
     """The fastest schedule found for `graph` within the first limit that one fits; else the one with the lowest peak.
 
     Tried are the planned backward, carried over to the ops of this one; the captured order, with what is missing recomputed
@@ -58,20 +58,20 @@ def reschedule(
     if not is_fixed:
         carried = _carried_over(graph, planned, schedule)
         wanted.append(_complete(graph, kept, carried))
-    choices = [_choice(graph, forward, steps) for steps in wanted]
+    candidates = [_candidate(graph, forward, steps) for steps in wanted]
     for limit in limits:
-        if min(choice.peak_bytes for choice in choices) > limit:
-            choices.append(_choice(graph, forward, _Evicting(graph, kept, captured, limit).steps()))
-        fitting = [choice for choice in choices if choice.peak_bytes <= limit]
+        if min(candidate.peak_bytes for candidate in candidates) > limit:
+            candidates.append(_candidate(graph, forward, _Evicting(graph, kept, captured, limit).steps()))
+        fitting = [candidate for candidate in candidates if candidate.peak_bytes <= limit]
         if fitting:
-            return min(fitting, key=lambda choice: choice.time_ns)
-    return min(choices, key=lambda choice: choice.peak_bytes)
+            return min(fitting, key=lambda candidate: candidate.time_ns)
+    return min(candidates, key=lambda candidate: candidate.peak_bytes)
 
 
-def _choice(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> Choice:
+def _candidate(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> Candidate:
     schedule = Schedule((*forward, *_pruned(graph, forward, backward)))
     timeline = simulate(graph, schedule)
-    return Choice(schedule, timeline.peak_bytes, timeline.time_ns)
+    return Candidate(schedule, timeline.peak_bytes, timeline.time_ns)
 
 
 def _pruned(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> list[int]:
@@ -128,11 +128,11 @@ def _recomputes(graph: Graph, there: set[str], name: str) -> Iterator[int]:
 
 def _carried_over(graph: Graph, planned: Graph, schedule: Schedule) -> list[int]:
     """The planned backward's steps, as ops of `graph`; its own ops stand before the op that follows them as captured."""
-    twin = dict(zip(_told_apart(planned), planned.backward_ops, strict=True))
+    counterpart = dict(zip(_told_apart(planned), planned.backward_ops, strict=True))
     here = {}
     for token, i in zip(_told_apart(graph), graph.backward_ops, strict=True):
-        if token in twin:
-            here[twin[token]] = i
+        if token in counterpart:
+            here[counterpart[token]] = i
     matched = set(here.values())
     before: dict[int, list[int]] = {}
     waiting: list[int] = []

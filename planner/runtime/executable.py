@@ -1,132 +1,99 @@
-"""The code of a planned step: graphs compiled for one model, and where their inputs lie."""
+"""Executable: the code of a planned step for one model, and where its inputs and outputs lie."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
 
-from planner._compat.internals import box, keeps_graph
-from planner.graph.graph import Kind
-from planner.kernels import custom
-from planner.rewriter.compiled import Compiled
-from planner.rewriter.stages import cut_stages
-from planner.runtime.autograd import Boxed, Program
-from planner.runtime.step import Step
-from planner.tracer.casts import is_cast
-from planner.tracer.part import Part
+from planner.runtime.backward_key import BackwardKey
+
+Boxed = Callable[[list[Any]], tuple[Any, ...]]
+"""Code that takes one list of inputs and empties it, so that each input is freed after its last use."""
 
 
-def boxed(graph: fx.Graph, parts: Mapping[str, Part] | None = None, compiled_for: torch.device | None = None) -> Boxed:
-    """A graph's code, which takes one list and empties it; opaque modules are bound to this model's."""
-    twin = fx.Graph()  # a copy: the one people print keeps its readable signature
-    twin.output(twin.graph_copy(graph, {}))
-    for node in twin.nodes:
-        if node.target in (custom.part, custom.part_backward):
-            key, *given = node.args
-            node.target, node.args = _bound((parts or {})[str(key)], node.target is custom.part), tuple(given)
-    if compiled_for is not None:
-        with torch.autocast(compiled_for.type, enabled=False):
-            return Compiled(twin)
-    box(twin)
-    return fx.GraphModule({}, twin).forward  # type: ignore[no-any-return]
+@dataclass(frozen=True, slots=True)
+class Executable:
+    """The code of a planned step. It knows tensors by their position only; "results" are those of the forward graph.
+
+    Attributes:
+        forward: inputs -> results, then saved activations.
+        stages: the backward in stages; see rewriter/stages.py.
+        num_outputs: number of results.
+        num_saved: number of saved activations.
+        aliased: per result: it shares its storage with an input or an earlier result, and is returned detached.
+        alone: per result: no input and no other result shares its storage. If it is a view, `result.data` is returned: autograd
+            forbids in-place writes into views that a custom Function returns, and does not regard `.data` as one. `watched`
+            detects the writes.
+        differentiable: per result: eager's tensor requires grad.
+        output_gradients: positions of the results whose gradients the backward takes, in its order.
+        checked_inputs: positions of the inputs that the backward reads; writing into one before the backward is an error.
+        unchecked_inputs: likewise, but the forward itself writes into them (running statistics).
+        saved_inputs: the order in which the backward takes them: (is checked, position among the checked or unchecked ones).
+        owners: per stage, positions of the inputs whose gradients it returns, in order.
+        names: per result, its name in errors.
+        swaps: per stage: it recomputes under an earlier state of the random generator.
+        device: where the step runs.
+        stage_gradients: per stage, positions of its gradients among the joint graph's.
+        inputs: names of the inputs in errors.
+        call_inputs: positions of the checked inputs that belong to the call instead of the model.
+        key: the gradients that the stages are right for.
+        apart: positions of the saved activations that are kept on ctx instead of by `save_for_backward`: saved handles of
+            opaque modules, which are not tensors, and the `exposed` ones.
+        exposed: saved activations that are also results and that the backward reads only to recompute. Eager does not save
+            them, so the caller may write into them.
+        watched: (position of a result, position of the exposed saved activation in its storage) for each result whose storage
+            the backward reads; the second is None where that storage is not exposed.
+        spare: positions of inputs that the planned backward does not read but another backward may recompute from.
+        views: positions of the results that are views in eager.
+        cast: positions of the trained weights that autocast casts.
+    """
+
+    forward: Boxed
+    stages: tuple[Boxed, ...]
+    num_outputs: int
+    num_saved: int
+    aliased: tuple[bool, ...]
+    alone: tuple[bool, ...]
+    differentiable: tuple[bool, ...]
+    output_gradients: tuple[int, ...]
+    checked_inputs: tuple[int, ...]
+    unchecked_inputs: tuple[int, ...]
+    saved_inputs: tuple[tuple[bool, int], ...]
+    owners: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    swaps: tuple[bool, ...]
+    device: torch.device
+    stage_gradients: tuple[tuple[int, ...], ...]
+    inputs: tuple[str, ...]
+    call_inputs: tuple[int, ...]
+    key: BackwardKey
+    apart: tuple[int, ...] = ()
+    exposed: frozenset[int] = frozenset()
+    watched: tuple[tuple[int, int | None], ...] = ()
+    spare: tuple[int, ...] = ()
+    views: tuple[int, ...] = ()
+    cast: tuple[int, ...] = ()
 
 
-def _bound(called: Part, is_forward: bool) -> Callable[..., Any]:
-    """A kernel of this one part, as fx's code can call it."""
+@dataclass(frozen=True, slots=True)
+class OtherBackward:
+    """The backward of the same forward for another key, in one stage.
 
-    def part_forward(tensors: Any) -> Any:
-        return called.forward(tensors)
+    Attributes:
+        run: what it reads of what the forward saved, then gradients of results -> gradients.
+        takes: positions of the former among saved activations, then saved inputs, then spare inputs.
+        output_gradients: positions of the results whose gradients it takes, in its order.
+        gradients: per gradient of the joint graph, its position among those computed here; None where it is not computed.
+        swaps: it recomputes under an earlier state of the random generator.
+        peak_bytes: simulated peak of the step with this backward.
+    """
 
-    def part_backward(grads: Any, ticket: Any, read: Any, arrived: Any) -> Any:
-        return called.backward(grads, ticket, read, arrived, keeps_graph())
-
-    return part_forward if is_forward else part_backward
-
-
-def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Picks these out of a sequence; itemgetter is several times faster than a loop, but takes no tuple of one."""
-    return itemgetter(*positions) if len(positions) > 1 else lambda given: [given[i] for i in positions]
-
-
-def positions(step: Step) -> list[int]:
-    """Per graph input, its position among the model's tensors, the call's, and the constants, one after the other."""
-    names = {name: i for i, (name, _) in enumerate(step.key.weights)}
-    constants = {node: i for i, node in enumerate(step.joint.constants)}
-    num_tensors = len(step.joint.call.tensors) + len(step.joint.host.state)
-    sources = []
-    for given in step.joint.inputs:
-        if given.kind is Kind.TANGENT:
-            continue
-        if given.node in constants:
-            sources.append(len(names) + num_tensors + constants[given.node])
-        elif given.kind is Kind.INPUT:
-            sources.append(len(names) + int(given.key))
-        else:
-            sources.append(names[str(given.key)])
-    return sources
-
-
-def compiled_backward(step: Step, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
-    """Makes code of a backward graph of this step."""
-    return lambda backward: boxed(backward, _parts(step, model), step.joint.device if step.is_compiled else None)
-
-
-def compiled_program(step: Step, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Program:
-    """Positions and code for the runtime."""
-    parts = _parts(step, model)
-    joint, halves = step.joint, step.halves
-    compiled_for = joint.device if step.is_compiled else None
-    inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
-    position = {given.node: i for i, given in enumerate(inputs)}
-    owners = [given.node.replace(".", "_") for given, _ in joint.gradients]
-    stages = cut_stages(backward, step.num_stages, owners)
-    checked = [name for name in halves.saved_inputs if not inputs[position[name]].mutated]
-    unchecked = [name for name in halves.saved_inputs if inputs[position[name]].mutated]
-    owned = [position[given.node] for given, _ in joint.gradients]
-    nodes = {node.name: node for node in joint.graph.nodes}
-    leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
-    return Program(
-        forward=boxed(forward, parts, compiled_for),
-        stages=tuple(boxed(stage.graph, parts, compiled_for) for stage in stages),
-        num_outputs=len(joint.results),
-        num_saved=len(halves.saved),
-        aliased=halves.aliased,
-        alone=tuple(
-            not aliased and halves.roots.count(root) == 1 for root, aliased in zip(halves.roots, halves.aliased, strict=True)
-        ),
-        differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
-        tangents=halves.tangents,
-        checked_inputs=tuple(position[name] for name in checked),
-        unchecked_inputs=tuple(position[name] for name in unchecked),
-        saved_inputs=tuple(
-            (name in checked, (checked if name in checked else unchecked).index(name)) for name in halves.saved_inputs
-        ),
-        owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
-        describe=tuple(leaf[i].name for i in range(len(joint.results))),
-        swaps=tuple(any(node.target is custom.swap_rng_state for node in stage.graph.nodes) for stage in stages),
-        device=joint.device,
-        stage_gradients=tuple(stage.gradients for stage in stages),
-        inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
-        call_inputs=tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
-        key=step.backward_key,
-        apart=tuple(i for i, name in enumerate(halves.saved) if name in joint.tickets or name in halves.exposed),
-        exposed=frozenset(i for i, name in enumerate(halves.saved) if name in halves.exposed),
-        watched=tuple(
-            (i, halves.saved.index(root) if root in halves.exposed else None)
-            for i, root in enumerate(halves.roots)
-            if root in halves.saved or root in checked
-        ),
-        spare=tuple(position[name] for name in halves.spare),
-        cast=tuple(
-            position[given.node] for given, _ in joint.gradients if given.kind is Kind.PARAM and is_cast(nodes[given.node])
-        ),
-        views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
-    )
-
-
-def _parts(step: Step, model: nn.Module) -> dict[str, Part]:
-    return {key: Part(model.get_submodule(spec.module), spec) for key, spec in step.joint.parts.items()}
+    run: Boxed
+    takes: tuple[int, ...]
+    output_gradients: tuple[int, ...]
+    gradients: tuple[int | None, ...]
+    swaps: bool
+    peak_bytes: int

@@ -13,12 +13,12 @@ from planner import arguments
 from planner.errors import InputError
 from planner.results.plan import Plan
 from planner.runtime.autocast_regions import note_unplanned
-from planner.runtime.autograd import Program
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
+from planner.runtime.executable import Executable
 from planner.runtime.module import CheckpointedModule, runs_as_planned
-from planner.runtime.reporting import report_miss
-from planner.runtime.step import Step
+from planner.runtime.reporting import report_mismatch
+from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import IS_CAPTURING
 
 
@@ -33,7 +33,7 @@ class PlannedForward:
     def __init__(
         self,
         model: nn.Module,
-        plans: Sequence[tuple[Step, Plan, Program | None, bool]],
+        plans: Sequence[tuple[RewrittenStep, Plan, Executable | None, bool]],
         before: Callable[..., Any] | None,
         strict: bool,
         planned: Sequence[CheckpointedModule] = (),
@@ -58,8 +58,8 @@ class PlannedForward:
         if not self._planned:
             strict = self._strict
             self._planned = [
-                CheckpointedModule(self._model, step, plan, strict, program=program, audits=audits)
-                for step, plan, program, audits in self._plans
+                CheckpointedModule(self._model, step, plan, strict, executable=executable, audits=audits)
+                for step, plan, executable, audits in self._plans
             ]
         return self._planned
 
@@ -68,13 +68,13 @@ class PlannedForward:
         """One step by the first plan that was made for this call, else by the model's own forward."""
         if IS_CAPTURING.get():
             return self.unplanned(*args, **kwargs)
-        misses = []
+        mismatches = []
         for module in self.planned:
-            planned, miss = module.attempt(args, kwargs, unplanned=self.unplanned)
-            if miss is None:
+            planned, mismatch = module.attempt(args, kwargs, unplanned=self.unplanned)
+            if mismatch is None:
                 return planned
-            misses.append(miss)
-        report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))
+            mismatches.append(mismatch)
+        report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches))
         note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)
 
@@ -125,7 +125,7 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
     uninstall(model)
     before = vars(model).get("forward")
     every = [one for module in planned for one in (module, *module.alternatives)]
-    plans = [(module.step, module.plan, module.program, module.audits) for module in every]
+    plans = [(module.step, module.plan, module.executable, module.audits) for module in every]
     vars(model)["forward"] = PlannedForward(model, plans, before, strict, planned)
 
 

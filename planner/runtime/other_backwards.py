@@ -1,4 +1,4 @@
-"""Backwards for keys that the plan was not made for: captured again when they first come, remembered, run in one stage."""
+"""OtherBackwards for keys that the plan was not made for: captured again when they first come, remembered, run in one stage."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost, Profile
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.rewriter.reschedule import Choice, MissingValueError, reschedule
-from planner.runtime.autograd import Boxed, OtherBackward
+from planner.rewriter.reschedule import Candidate, MissingValueError, reschedule
 from planner.runtime.backward_key import BackwardKey, normal
-from planner.runtime.guards.call import autocast_of
-from planner.runtime.step import Step
+from planner.runtime.executable import Boxed, OtherBackward
+from planner.runtime.guards.call_key import autocast_of
+from planner.runtime.step import RewrittenStep
 from planner.tracer.graft import graft
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
@@ -44,13 +44,13 @@ _CURE = (
 )
 
 
-class Backwards:
+class OtherBackwards:
     """The backwards of one planned module by key.
 
     A key that is new is captured again (seconds): the forward that has run, and what it saved, stay as they are.
     """
 
-    def __init__(self, model: nn.Module, step: Step, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
+    def __init__(self, model: nn.Module, step: RewrittenStep, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
         """`compiled`: makes code of a backward graph."""
         self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
         self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward] = {}
@@ -105,46 +105,46 @@ class Backwards:
         limits = _limits(graph, plan, step.fraction)
         storages = Storages(joint.graph)
         given = {given.node for given in joint.inputs if given.kind is Kind.TANGENT}
-        given |= {*step.halves.saved_inputs, *step.halves.spare}
+        given |= {*step.partitioned.saved_inputs, *step.partitioned.spare}
         kept = {storages.root[node] for node in joint.graph.find_nodes(op="placeholder") if node.name in given}
-        kept |= {name for i, name in enumerate(step.halves.saved) if i not in written}
+        kept |= {name for i, name in enumerate(step.partitioned.saved) if i not in written}
         try:
-            choice = reschedule(graph, plan.graph, plan.solution.schedule, kept, limits, backward_is_fixed(joint))
+            candidate = reschedule(graph, plan.graph, plan.solution.schedule, kept, limits, backward_is_fixed(joint))
         except MissingValueError as error:
             raise self._missing(error.value, joint, self._described(gradients, written)) from None
         what = self._described(gradients, written)
-        if choice.peak_bytes > limits[-1]:
-            raise self._over(choice, what)
+        if candidate.peak_bytes > limits[-1]:
+            raise self._over(candidate, what)
         self._check_owners(joint, what)
-        other = self._written(joint, graph, choice)
+        other = self._written(joint, graph, candidate)
         # with fractional budgets alone: the plain step of this backward peaks higher, and the fraction is of that
-        over = choice.peak_bytes > plan.budget_bytes
+        over = candidate.peak_bytes > plan.budget_bytes
         RUNTIME.log(
             logging.WARNING if over else logging.INFO,
             "%s: captured in %.1f s; its step peaks at %s (planned for %s), simulated time %+.1f %% against the planned step",
             what,
             time.monotonic() - begun,
-            format_bytes(choice.peak_bytes),
+            format_bytes(candidate.peak_bytes),
             format_bytes(plan.budget_bytes),
-            100 * (choice.time_ns / max(1, plan.timeline.time_ns) - 1),
+            100 * (candidate.time_ns / max(1, plan.timeline.time_ns) - 1),
         )
         return other
 
-    def _written(self, joint: Joint, graph: Graph, choice: Choice) -> OtherBackward:
-        planned, halves = self._step.halves, partition(joint, graph, choice.schedule)
+    def _written(self, joint: Joint, graph: Graph, candidate: Candidate) -> OtherBackward:
+        planned, partitioned = self._step.partitioned, partition(joint, graph, candidate.schedule)
         there = [*planned.saved, *planned.saved_inputs, *planned.spare]
         try:
-            takes = tuple(there.index(name) for name in (*halves.saved, *halves.saved_inputs))
+            takes = tuple(there.index(name) for name in (*partitioned.saved, *partitioned.saved_inputs))
         except ValueError as error:
             raise BackwardError(f"internal error: {error}; please report it with the model") from error
         position = {(given.kind, given.key): i for i, (given, _) in enumerate(joint.gradients)}
         return OtherBackward(
-            run=self._compiled(halves.backward),
+            run=self._compiled(partitioned.backward),
             takes=takes,
-            tangents=halves.tangents,
+            output_gradients=partitioned.output_gradients,
             gradients=tuple(position.get((given.kind, given.key)) for given, _ in self._step.joint.gradients),
-            swaps=any(node.target is custom.swap_rng_state for node in halves.backward.nodes),
-            peak_bytes=choice.peak_bytes,
+            swaps=any(node.target is custom.swap_rng_state for node in partitioned.backward.nodes),
+            peak_bytes=candidate.peak_bytes,
         )
 
     def _check_owners(self, joint: Joint, what: str) -> None:
@@ -164,11 +164,11 @@ class Backwards:
             f"recompute, as its own backward does not read it. {_CURE}"
         )
 
-    def _over(self, choice: Choice, what: str) -> BackwardError:
+    def _over(self, candidate: Candidate, what: str) -> BackwardError:
         plan = self._plan
-        would_do = choice.peak_bytes + max(plan.margin_bytes, choice.peak_bytes // 100)
+        would_do = candidate.peak_bytes + max(plan.margin_bytes, candidate.peak_bytes // 100)
         return BackwardError(
-            f"{what}: with it this step needs {format_bytes(choice.peak_bytes)}, more than the budget of "
+            f"{what}: with it this step needs {format_bytes(candidate.peak_bytes)}, more than the budget of "
             f"{format_bytes(plan.budget_bytes)} ({plan.margin_bytes} bytes of it kept free); budget={would_do} would do. "
             f"{_CURE}"
         )
@@ -180,8 +180,8 @@ class Backwards:
         name = {out.result: out.name for out in reversed(outputs) if out.result is not None}
         came = [f"{name[i]!r} with strides {tuple(g.stride())}" for i, g in enumerate(gradients) if g is not None]
         planned = [f"{name[i]!r} with strides {strides}" for i, strides in enumerate(step.backward_key) if strides is not None]
-        roots = {step.halves.saved[i] for i in written}
-        modified = [repr(name[i]) for i, root in enumerate(step.halves.roots) if root in roots]
+        roots = {step.partitioned.saved[i] for i in written}
+        modified = [repr(name[i]) for i, root in enumerate(step.partitioned.roots) if root in roots]
         also = f", after {', '.join(modified)} {'was' if len(modified) == 1 else 'were'} modified in place" if modified else ""
         return f"backward through {', '.join(came) or 'no output'}{also} (planned for {', '.join(planned)})"
 
@@ -198,7 +198,7 @@ def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]
     return limit, max(limit, int(fraction * simulate(graph, keep_all(graph)).peak_bytes) - plan.margin_bytes)
 
 
-def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
+def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey) -> Joint:
     """The planned call captured again for other gradients; the call's tensors are stand-ins.
 
     Raises:
@@ -220,7 +220,7 @@ def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
         return capture_again(model, args, kwargs, known, opaque)
 
 
-def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
+def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
     """The grafted step's graph: what the plan knows of the forward, and costs of the other backward's kernels.
 
     Raises:

@@ -20,7 +20,7 @@ from planner.errors import RanksDifferError
 from planner.graph.structure import fingerprint
 from planner.kernels.facts import is_collective
 from planner.results.plan import Plan
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.joint import Joint
 
 _PATIENCE = timedelta(seconds=10)
@@ -33,7 +33,7 @@ def communicates(joint: Joint) -> bool:
     return any(is_collective(node) for node in joint.graph.nodes if node.op == "call_function")
 
 
-def compare_plans(step: Step, plan: Plan) -> None:
+def compare_plans(step: RewrittenStep, plan: Plan) -> None:
     """Tell the other ranks of the process groups that the step communicates in which plan runs here, and read theirs.
 
     Call it before a module's first planned step. It uses the process group's key-value store, not a collective, so it does not

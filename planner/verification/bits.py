@@ -16,10 +16,10 @@ from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
-from planner.verification.step_copy import Call, aligned, autocast_of, backward_of_ones
+from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones
 
 
-def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...]:
+def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple[str, ...]:
     """Names of what a planned step and the model's own leave different; empty where one of them does not repeat itself.
 
     For a process of its own: steps run on the model itself. State is put back after each, gradients are not.
@@ -38,7 +38,7 @@ def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...
     return different if different and not difference(expected, plain()) and not difference(found, ours()) else ()
 
 
-def _step(planned: CheckpointedModule, call: Call, forward: Callable[[], Any]) -> Digest:
+def _step(planned: CheckpointedModule, call: CallArguments, forward: Callable[[], Any]) -> Digest:
     """One step; what it leaves behind."""
     model = planned.original
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]

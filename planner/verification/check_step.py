@@ -26,13 +26,22 @@ from planner.rewriter.partition import ORIGIN
 from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 from planner.verification.bits import different_results
 from planner.verification.state import strides_that_matter
-from planner.verification.step_copy import Call, Side, aligned, autocast_of, backward_of_ones, copy_of, own_call, resident_bytes
+from planner.verification.step_copy import (
+    CallArguments,
+    StepCopy,
+    aligned,
+    autocast_of,
+    backward_of_ones,
+    copy_of,
+    own_call,
+    resident_bytes,
+)
 
 _PATIENCE_S, _PATIENCE_STEPS = 60.0, 50.0
 """How long a child may take: so many seconds, and so many predicted steps."""
@@ -50,7 +59,7 @@ class NotRunError(InputError):
         self.expected = expected
 
 
-def run_step(planned: CheckpointedModule, call: Call) -> int:
+def run_step(planned: CheckpointedModule, call: CallArguments) -> int:
     """Measured peak in bytes, everything resident included, of one planned step that was run and checked.
 
     Model, gradients, inputs and generators stay as they are. Hooks of the model and of its parameters do not run.
@@ -65,19 +74,19 @@ def run_step(planned: CheckpointedModule, call: Call) -> int:
     return _in_process(planned, call)
 
 
-def _in_process(planned: CheckpointedModule, call: Call) -> int:
+def _in_process(planned: CheckpointedModule, call: CallArguments) -> int:
     cuda = planned.device.type == "cuda"
     try:
-        side = Side(copy_of(planned, sharing=True), planned, call)
+        step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
     except torch.OutOfMemoryError as error:
         raise _no_memory(planned) from error
     with torch.random.fork_rng(devices=[planned.device] if cuda else []):
         try:
-            side.prepare()
-            _settle(side.module, side.call)  # type: ignore[arg-type]
-            wrong = _check(side.module, side.call)
+            step_copy.prepare()
+            _settle(step_copy.module, step_copy.call)  # type: ignore[arg-type]
+            wrong = _check(step_copy.module, step_copy.call)
             if not wrong:
-                return side.peak()
+                return step_copy.peak()
         except PlannerError:
             raise
         except Exception as error:
@@ -93,7 +102,7 @@ def _no_memory(planned: CheckpointedModule) -> NotRunError:
     return NotRunError(f"the device has not the memory for the step's {format_bytes(planned.plan.peak_bytes)}{free}")
 
 
-def _in_child(planned: CheckpointedModule, call: Call) -> int:
+def _in_child(planned: CheckpointedModule, call: CallArguments) -> int:
     if not CAN_FORK:
         raise NotRunError("this system cannot fork a process", expected=True)
     reason = _communicates(planned.step.joint)
@@ -139,7 +148,7 @@ def _communicates(joint: Joint) -> str:
     return ""
 
 
-def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]]:
+def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[str, Any]]:
     """What the child finds out; each answer adds to the one before."""
     try:
         torch.ones(1, requires_grad=True).sum().backward()
@@ -174,7 +183,7 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
     yield {"last": True} | _plain_fails(planned, own)
 
 
-def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
+def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
     """{"wrong": ...} where the planned step gives other bits than the model's own; {"not compared": ...} where none can tell.
 
     {} where they agree.
@@ -192,15 +201,15 @@ def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
     return {"wrong": f"another {', '.join(different[:5])}{more} than the model's own step gives"}
 
 
-def _settle(planned: CheckpointedModule, call: Call) -> None:
+def _settle(planned: CheckpointedModule, call: CallArguments) -> None:
     """Run the model's own forward where the first call fills Python state (a cache, a state that is None before)."""
     with autocast_of(planned), torch.enable_grad():
-        miss = planned.difference(*call)
-        if miss is not None and miss.kind == "host":
+        mismatch = planned.mismatch(*call)
+        if mismatch is not None and mismatch.kind == "host":
             run_original(unplanned_forward(planned.original), *call)
 
 
-def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
+def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
     """{"not run": ...} where the model's own step fails in a forked process too; else {}."""
     _clear(planned, call)
     try:
@@ -236,14 +245,14 @@ def _detach_from_parent(planned: CheckpointedModule) -> None:
             path.set(model, own[id(held)][1])
 
 
-def _clear(planned: CheckpointedModule, call: Call) -> None:
+def _clear(planned: CheckpointedModule, call: CallArguments) -> None:
     planned.zero_grad(set_to_none=True)
     for leaf in pytree.tree_leaves(call):
         if isinstance(leaf, torch.Tensor):
             leaf.grad = None
 
 
-def _check(planned: Any, call: Call) -> str:
+def _check(planned: Any, call: CallArguments) -> str:
     """Run a step; what of its outputs and gradients is not as captured, or ''.
 
     Raises:
@@ -251,9 +260,9 @@ def _check(planned: Any, call: Call) -> str:
     """
     with torch.enable_grad():
         with autocast_of(planned):
-            out, miss = planned.attempt(*call)
-        if miss:
-            raise NotRunError(f"the planned module does not recognize its own example call: {miss} differs")
+            out, mismatch = planned.attempt(*call)
+        if mismatch:
+            raise NotRunError(f"the planned module does not recognize its own example call: {mismatch} differs")
         leaves = aligned(planned, pytree.tree_leaves(out))
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:
@@ -281,7 +290,7 @@ def _looks(tensor: torch.Tensor, requires_grad: bool) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, tensor.device.type, strides_that_matter(tensor), requires_grad
 
 
-def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
+def _gradients_missing(planned: CheckpointedModule, call: CallArguments) -> str:
     if planned.step.joint.parts:  # what runs as it is may leave a parameter without: an expert to which no row was sent
         return ""
     owners: dict[Any, Any] = {**dict(planned.original.named_parameters()), **dict(planned.original.named_buffers())}
@@ -293,9 +302,9 @@ def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
     return ""
 
 
-def _described(error: BaseException, step: Step) -> tuple[str, Source]:
+def _described(error: BaseException, step: RewrittenStep) -> tuple[str, Source]:
     """The error's first line, and where in the user's code the kernel comes from that raised it."""
-    graphs = (step.halves.backward, step.halves.forward)
+    graphs = (step.partitioned.backward, step.partitioned.forward)
     origins = {node.name: node.meta.get(ORIGIN, node.name) for graph in graphs for node in graph.nodes}
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
         if frame.f_code.co_filename.startswith("<eval_with_key>"):

@@ -18,7 +18,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.tracer.capture import one_at_a_time
 from planner.units import enough_text, format_bytes
 from planner.verification.check_step import NotRunError, run_step
-from planner.verification.step_copy import CopyError, Side, check_call, copy_of
+from planner.verification.step_copy import CopyError, StepCopy, check_call, copy_of
 
 
 def time_step(
@@ -33,24 +33,24 @@ def time_step(
         InputError: the call is not the one planned for, or the model cannot be copied.
     """
     call = check_call(planned, args, kwargs, "a step can be measured for")
-    side = Side(copy_of(planned, sharing=True), planned, call)
+    step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
     with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
-        side.prepare()
-        side.step()
-        peak_bytes = side.peak()
-        seconds = [seconds_of(side, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
+        step_copy.prepare()
+        step_copy.step()
+        peak_bytes = step_copy.peak()
+        seconds = [seconds_of(step_copy, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
     return statistics.median(seconds), peak_bytes
 
 
-def seconds_of(side: Side, device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:
+def seconds_of(step_copy: StepCopy, device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:
     """Time of one step: on a CPU by the given clock, on CUDA by the wall clock between two synchronizations."""
-    side.prepare()
+    step_copy.prepare()
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else cpu_clock
     if cuda:
         torch.cuda.synchronize(device)
     start = clock()
-    side.step()
+    step_copy.step()
     if cuda:
         torch.cuda.synchronize(device)
     return clock() - start

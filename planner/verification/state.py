@@ -25,7 +25,7 @@ _SEQUENCES = (list, tuple, deque)
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class StateEntry:
     """A tensor or value that a step leaves behind. `name`: its place among those of its kind, for people."""
 
     kind: Literal["output", "gradient", "input", "input gradient", "parameter", "buffer", "attribute", "generator"]
@@ -35,7 +35,7 @@ class Leaf:
         return f"{self.kind} {self.name}"
 
 
-def state_of(model: nn.Module) -> dict[Leaf, Any]:
+def state_of(model: nn.Module) -> dict[StateEntry, Any]:
     """Parameters, buffers and plain attributes of every module, containers and objects taken apart.
 
     Leaves are tensors (not copied), plain values, and texts that say of which type a container is.
@@ -43,33 +43,33 @@ def state_of(model: nn.Module) -> dict[Leaf, Any]:
     return dict(_of_module("", model, {}))
 
 
-def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[tuple[Leaf, Any]]:
+def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[tuple[StateEntry, Any]]:
     modules = [(f"{prefix}{path}{path and '.'}", module) for path, module in model.named_modules() if id(module) not in seen]
     for _, module in modules:
         seen[id(module)] = len(seen)
     for path, module in modules:
-        yield from ((Leaf("parameter", f"{path}{name}"), tensor) for name, tensor in module._parameters.items())
-        yield from ((Leaf("buffer", f"{path}{name}"), tensor) for name, tensor in module._buffers.items())
+        yield from ((StateEntry("parameter", f"{path}{name}"), tensor) for name, tensor in module._parameters.items())
+        yield from ((StateEntry("buffer", f"{path}{name}"), tensor) for name, tensor in module._buffers.items())
         for name, value in vars(module).items():
             if name not in _MACHINERY and name != "forward":
                 yield from _flat(f"{path}{name}", value, seen)
 
 
-def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[Leaf, Any]]:
+def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[StateEntry, Any]]:
     """Everything that an attribute's value holds; `seen` numbers the containers met before."""
     leaf = _as_leaf(value)
     if leaf is not None or value is None:
-        yield Leaf("attribute", path), leaf
+        yield StateEntry("attribute", path), leaf
         return
     if isinstance(value, _OPAQUE):
         return
     if id(value) in seen:
-        yield Leaf("attribute", path), f"what was met as number {seen[id(value)]}"
+        yield StateEntry("attribute", path), f"what was met as number {seen[id(value)]}"
         return
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, (*_SEQUENCES, set, frozenset, Mapping)):
         seen[id(value)] = len(seen)
-        yield Leaf("attribute", path), f"{kind} of {len(value)}"
+        yield StateEntry("attribute", path), f"{kind} of {len(value)}"
         if isinstance(value, Mapping):
             for key, item in value.items():
                 yield from _flat(f"{path}[{_named(key)}]", item, seen)
@@ -77,14 +77,14 @@ def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[Leaf, A
             for i, item in enumerate(value):
                 yield from _flat(f"{path}[{i}]", item, seen)
         else:
-            yield Leaf("attribute", f"{path}{{}}"), sorted(map(_named, value))
+            yield StateEntry("attribute", f"{path}{{}}"), sorted(map(_named, value))
     elif isinstance(value, nn.Module):
         yield from _of_module(f"{path}.", value, seen)
     elif kind.startswith(("torch.", "collections.", "threading.", "_thread.")):
         return
     else:
         seen[id(value)] = len(seen)
-        yield Leaf("attribute", path), kind
+        yield StateEntry("attribute", path), kind
         for name, item in _fields(value):
             yield from _flat(f"{path}.{name}", item, seen)
 
@@ -155,9 +155,9 @@ def set_generators(states: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(state, name)
 
 
-def generators_as_leaves(states: Mapping[str, Any]) -> dict[Leaf, Any]:
+def generators_as_leaves(states: Mapping[str, Any]) -> dict[StateEntry, Any]:
     """What `generators` returned, as `same` compares it."""
-    return {Leaf("generator", name): repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
+    return {StateEntry("generator", name): repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
 
 
 def same(expected: Any, found: Any) -> bool:
@@ -186,7 +186,7 @@ def strides_that_matter(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
-def largest_difference(expected: Mapping[Leaf, Any], found: Mapping[Leaf, Any]) -> float:
+def largest_difference(expected: Mapping[StateEntry, Any], found: Mapping[StateEntry, Any]) -> float:
     """See `VerifyReport`."""
     off, scale = dict[str, float](), dict[str, float]()
     for leaf, one in expected.items():

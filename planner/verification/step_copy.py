@@ -15,7 +15,7 @@ from planner.errors import InputError, first_line
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.runtime.audit import run_original
-from planner.runtime.guards import call
+from planner.runtime.guards import call_key
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
@@ -23,7 +23,7 @@ from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
 from planner.verification.state import generators, set_generators, state_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class CopyError(InputError):
@@ -54,7 +54,7 @@ def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
         raise CopyError(f"the model cannot be copied, so no step of it can be run beside it: {first_line(error)}") from error
 
 
-def own_call(planned: CheckpointedModule, call: Call) -> Call:
+def own_call(planned: CheckpointedModule, call: CallArguments) -> CallArguments:
     """The call on tensors of its own: leaves of autograd, without hooks; a copy where the step writes into one."""
     leaves, spec = pytree.tree_flatten(call)
     joint = planned.step.joint
@@ -79,10 +79,10 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 def autocast_of(planned: CheckpointedModule) -> Any:
     """The autocast context that the module was planned under, with casts of its own: also in a region of the caller's."""
     torch.clear_autocast_cache()
-    return call.autocast_of(planned.step.key, planned.device)
+    return call_key.autocast_of(planned.step.key, planned.device)
 
 
-def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> Call:
+def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> CallArguments:
     """The call, which is the one that was planned for.
 
     Raises:
@@ -90,9 +90,9 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
     """
     call = (tuple(args), dict(kwargs or {}))
     with autocast_of(planned), torch.enable_grad():
-        miss = planned.difference(*call)
-    if miss is not None and miss.kind != "host":  # a copy whose Python state is not yet what it becomes can be settled
-        raise InputError(f"{what} the call that was planned for: {miss} differs")
+        mismatch = planned.mismatch(*call)
+    if mismatch is not None and mismatch.kind != "host":  # a copy whose Python state is not yet what it becomes can be settled
+        raise InputError(f"{what} the call that was planned for: {mismatch} differs")
     return call
 
 
@@ -101,7 +101,7 @@ def resident_bytes(planned: CheckpointedModule) -> int:
     return planned.plan.graph.resident_bytes
 
 
-class Side:
+class StepCopy:
     """A copy of a module and of a call: running steps on it changes nothing else but the random generators.
 
     Attributes:
@@ -109,7 +109,7 @@ class Side:
         call: see `own_call`.
     """
 
-    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: Call) -> None:
+    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: CallArguments) -> None:
         self.module, self.call, self._planned, self._given = module, own_call(planned, call), planned, call
         self._device = planned.device
         self._model: nn.Module = module.original if isinstance(module, CheckpointedModule) else module
@@ -142,10 +142,10 @@ class Side:
         set_generators(before)
 
     def mismatch(self) -> Mismatch | None:
-        """What keeps a planned module from running this side's call planned."""
+        """What keeps a planned module from running this step_copy's call planned."""
         self.prepare()
         with autocast_of(self._planned), torch.enable_grad():
-            return self.module.difference(*self.call)  # type: ignore[no-any-return, operator]
+            return self.module.mismatch(*self.call)  # type: ignore[no-any-return, operator]
 
     def step(self) -> list[Any]:
         """Forward and backward; the output's leaves. `prepare` comes first."""

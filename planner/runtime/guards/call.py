@@ -1,102 +1,81 @@
-"""What a plan was made for, and whether a call is that: everything that capture held fixed is compared."""
+"""CallGuard: whether a call is the one that was planned for. Everything that the capture held fixed is compared."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from planner._compat.internals import pytree, storage_id
+from planner._compat.internals import pytree
 from planner._compat.switches import global_switches
 from planner.graph.graph import Kind
+from planner.log import RUNTIME
+from planner.runtime.codegen import boxed, picker, positions
+from planner.runtime.guards.call_key import Autocast, CallKey, argument_fingerprint, autocast_key, shared_storages
 from planner.runtime.guards.mismatch import Mismatch
-from planner.runtime.guards.model_state import Watched
+from planner.runtime.guards.model_state import ModelStateGuard
+from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
-from planner.tracer.host.fingerprint import (
-    Fingerprint,
-    Fingerprints,
-    TensorKey,
-    alike,
-    describe_tensor,
-    first_difference,
-    tensor_key,
-)
+from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
 from planner.tracer.joint import Joint
-
-Autocast = torch.dtype | None
-"""The dtype that autocast casts to on a device; None where it is off."""
 
 
 @dataclass(frozen=True, slots=True)
-class CallKey:
-    """What the captured graph is right for, beside Python's state (`Joint.host`).
+class MatchedCall:
+    """A call that is the planned one.
 
     Attributes:
-        inputs: per tensor leaf of the call (shape, strides, dtype, device, requires_grad).
-        weights: likewise per parameter and buffer, by qualified name.
-        shared: per input, the first one that lies in the same storage; only where the forward writes into one.
-        arguments: fingerprints of the call's other leaves; None where a tensor stands.
-        autocast: on the plan's device.
-        switches: torch's global switches, by name.
+        tensors: the call's tensor leaves, then the tensors that Python state holds.
+        inputs: the forward graph's inputs, in order.
     """
 
-    inputs: tuple[TensorKey, ...]
-    weights: tuple[tuple[str, TensorKey], ...]
-    shared: tuple[int, ...]
-    arguments: tuple[Fingerprint | None, ...]
-    autocast: Autocast
-    switches: tuple[tuple[str, Any], ...]
+    tensors: list[torch.Tensor]
+    inputs: Sequence[torch.Tensor]
 
 
-_EVERYTHING = Fingerprints({}, lambda _, name: True)
+class CallGuard:
+    """Compares calls of one model with the call that its step was captured from."""
 
+    def __init__(self, model: nn.Module, step: RewrittenStep) -> None:
+        self._model, self._step = model, step
+        self._model_state = ModelStateGuard(model, [name for name, _ in step.key.weights], step.joint.host.key)
+        self._select_inputs = picker(positions(step))
+        self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 
-def autocast_key(device: torch.device) -> Autocast:
-    """What autocast casts to on this device now."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    def match(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> MatchedCall | Mismatch:
+        """The graph's inputs for this call, or the first thing that is not as planned; see `HostStateGuard.mismatch`.
 
+        An error while comparing counts as a mismatch: planned objects compared without one.
+        """
+        try:
+            return self._match(args, kwargs, through_forward)
+        except Exception as error:
+            RUNTIME.debug("a call cannot be compared with the planned one", exc_info=True)
+            return Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
 
-def _autocast_text(autocast: Autocast) -> str:
-    return "off" if autocast is None else f"to {str(autocast).removeprefix('torch.')}"
-
-
-def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of a key; the caller's own context has no influence.
-
-    Enters nothing where autocast is off and must be off: inside a context entered here, the model's own autocast region would
-    not be the outermost one, and its cast cache would not be cleared when it ends.
-    """
-    is_on = key.autocast is not None
-    if not is_on and not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, key.autocast, enabled=is_on, cache_enabled=dict(key.switches)["autocast cache"])
-
-
-def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
-    """The key of a call on these tensor leaves, in the modes that are on now."""
-    return CallKey(
-        inputs=tuple(tensor_key(tensor) for tensor in tensors),
-        weights=joint.weights,
-        shared=shared_storages(tensors) if any(given.mutated for given in joint.inputs if given.kind is Kind.INPUT) else (),
-        arguments=tuple(argument_print(leaf) for leaf in joint.call.leaves),
-        autocast=autocast_key(joint.device),
-        switches=global_switches(),
-    )
-
-
-def argument_print(leaf: Any) -> Fingerprint:
-    """The fingerprint of a leaf of a call that is no tensor; everything in it counts."""
-    return _EVERYTHING.of(leaf)
-
-
-def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Per tensor, the position of the first one that lies in the same storage."""
-    first: dict[int, int] = {}
-    storages = [storage_id(tensor) if tensor.layout is torch.strided else -1 - i for i, tensor in enumerate(tensors)]
-    return tuple(first.setdefault(storage, i) for i, storage in enumerate(storages))
+    def _match(self, args: Any, kwargs: Any, through_forward: bool) -> MatchedCall | Mismatch:
+        joint, key = self._step.joint, self._step.key
+        if joint.elsewhere:
+            cure = f"planned for {joint.elsewhere}, which is not here: save the plan, and apply it there"
+            return Mismatch("device", "the device", cure)
+        tensors, mismatch = flatten_call(joint.call, args, kwargs, key.arguments)
+        if mismatch is not None:
+            return mismatch
+        held = self._model_state.held()
+        if held is None:
+            return self._model_state.missing()
+        mismatch = difference(key, self._model_state, held, tensors, joint.device, through_forward=through_forward)
+        if mismatch is not None:
+            return mismatch
+        state = [path.get(self._model) for path in joint.host.state]
+        for path, found in zip(joint.host.state, state, strict=True):
+            if not isinstance(found, torch.Tensor):
+                return Mismatch("host", str(path), type(found).__name__, "a tensor")
+        inputs = self._select_inputs((*held, *tensors, *state, *joint.constants.values()))
+        return reads_difference(joint, self._read_values, inputs) or MatchedCall([*tensors, *state], inputs)
 
 
 def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Fingerprint]) -> tuple[list[Any], Mismatch | None]:
@@ -116,7 +95,7 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Finger
             if not isinstance(leaf, torch.Tensor):
                 return [], Mismatch("argument", f"argument leaf {i}", f"a {type(leaf).__name__}", "a tensor")
         elif not _is_plain_equal(leaf, call.leaves[i]):
-            now = argument_print(leaf)
+            now = argument_fingerprint(leaf)
             if not alike(prints[i], now):
                 found = first_difference(prints[i], now, f"argument leaf {i}")
                 return [], Mismatch("argument", found.where, found.now, found.planned)
@@ -124,20 +103,26 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Finger
 
 
 def _is_plain_equal(leaf: Any, expected: Any) -> bool:
-    """Quickly: certainly the same."""
+    """A fast test: True means equal, False says nothing."""
     return leaf is expected and (leaf is None or type(leaf) in (bool, int, str, float))
 
 
 def difference(
     key: CallKey,
-    watched: Watched,
+    model_state: ModelStateGuard,
     held: Sequence[torch.Tensor],
     tensors: Sequence[torch.Tensor],
     device: torch.device,
     *,
     through_forward: bool = False,
 ) -> Mismatch | None:
-    """The first part of the key that does not hold for a call; `through_forward`: see `HostGuard.difference`."""
+    """The first part of the key that does not hold for a call.
+
+    Args:
+        held: the model's tensors, in the order of `key.weights`.
+        tensors: the call's.
+        through_forward: see `HostStateGuard.mismatch`.
+    """
     if not torch.is_grad_enabled():
         return Mismatch("mode", "grad mode", "disabled")
     switches = global_switches()
@@ -145,7 +130,7 @@ def difference(
         for (name, now), (_, planned) in zip(switches, key.switches, strict=True):
             if now != planned:
                 return Mismatch("mode", name, str(now)[:80], str(planned)[:80])
-    changed = watched.changed(through_forward=through_forward)
+    changed = model_state.mismatch(through_forward=through_forward)
     if changed is not None:
         return changed
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
@@ -153,12 +138,12 @@ def difference(
             return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))
     if key.shared and shared_storages(tensors) != key.shared:
         return Mismatch("argument", "which inputs share their memory, where the forward writes into one")
-    if not watched.alike(held):
+    if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:
                 return Mismatch("weight", name, describe_tensor(tensor_key(tensor)), describe_tensor(expected))
-        watched.approve(held)
-    untied = watched.untied(held)
+        model_state.approve(held)
+    untied = model_state.untied(held)
     if untied:
         return Mismatch("weight", untied, "no longer the same tensor as the one it was tied to")
     if autocast_key(device) != key.autocast:
@@ -166,21 +151,25 @@ def difference(
     return None
 
 
+def _autocast_text(autocast: Autocast) -> str:
+    return "off" if autocast is None else f"to {str(autocast).removeprefix('torch.')}"
+
+
 def reads_difference(
-    joint: Joint, run_guards: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] | None, inputs: Sequence[torch.Tensor]
+    joint: Joint, read_values: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] | None, inputs: Sequence[torch.Tensor]
 ) -> Mismatch | None:
-    """A tensor value that Python read during capture and that is another now.
+    """The first tensor value that Python read during the capture (`if mask.any():`) and that is another one now.
 
     Args:
-        joint: what was captured, with the values read.
-        run_guards: computes these values; None where there are none.
-        inputs: what the graph takes, without the gradients that the caller gives.
+        joint: the captured step, with the values that were read.
+        read_values: computes these values; None where there are none.
+        inputs: the forward graph's.
     """
-    if run_guards is None or joint.guards is None:
+    if read_values is None or joint.guards is None:
         return None
     given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
     with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
-        read = run_guards([given[node.name] for node in joint.guards.find_nodes(op="placeholder")])
+        read = read_values([given[node.name] for node in joint.guards.find_nodes(op="placeholder")])
     for tensor, expected in zip(read, joint.host_reads, strict=True):
         value = tensor.item()
         if value != expected.value and not (value != value and expected.value != expected.value):
