@@ -31,7 +31,7 @@ def check_backward(
         )
     if torch.is_autocast_enabled(device.type):
         raise BackwardError(
-            "leave the autocast context before calling backward(): inside autocast eager casts the backward's kernels, too, and "
+            "leave the autocast context before calling backward(): inside autocast eager casts the backward's kernels, and "
             "a plan's are not cast."
         )
     for i, gradient in enumerate(gradients):
