@@ -247,7 +247,7 @@ def left(run, inputs):
     [(killed, "was killed by signal 9"), (endless, "did not answer in time"), (left, "ended without an answer")],
 )
 def test_a_child_that_does_not_answer_says_nothing_about_the_plan(monkeypatch, fault, reason):
-    monkeypatch.setattr(check_step, "_PATIENCE_S", 0.5 if fault is endless else 60.0)
+    monkeypatch.setattr(check_step, "_TIMEOUT_S", 0.5 if fault is endless else 60.0)
     model, x = blocks()
     with_results(monkeypatch, fault)
     with pytest.warns(UserWarning, match=f"was not measured: its process {reason}") as seen:
@@ -426,7 +426,7 @@ def test_in_this_process_as_for_an_accelerator_it_says_the_same(monkeypatch, fau
     with_results(monkeypatch, changed)
     rng = torch.get_rng_state()
     if fault == "memory":
-        with pytest.warns(UserWarning, match="the device has not the memory for the step's"):
+        with pytest.warns(UserWarning, match="the device has too little memory for the step's"):
             assert plan(model, 0.9, (x,), **QUICK).plan.check.startswith("not run: the device has not")
     elif fault:
         with pytest.raises(PlanCheckError, match="sizes do not match" if fault == "raises" else "has dtype torch.float64"):

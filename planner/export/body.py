@@ -1,7 +1,7 @@
-"""The statements of one function of an exported file: expressions, names, and where every name ends.
+"""The statements of one function of an exported file: expressions, names, and where each name is deleted.
 
-A value lives as the plan says if the last name for it goes with its last use. Inside a function that is a `del`. A value
-that ends inside a called function is handed over in a list, `f(x := [x])`, which the function empties: `x = x.pop()`.
+A value is freed where the plan says if its last name is deleted after its last use: with `del` inside a function. A value whose
+last use is inside a called function is passed in a list, `f(x := [x])`, which the function empties: `x = x.pop()`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _INDENT = "    "
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What all functions of a file share.
+    """Names that all functions of a file share.
 
     Attributes:
         values: names of values.
         kernels: names of kernels.
-        device: the step's.
+        device: of the step.
     """
 
     values: ValueNames
@@ -42,7 +42,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """Lines [start, stop) of a half as a call of a function for the module `prefix`."""
+    """Lines [start, stop) of a pass as a call of a function for the module `prefix`."""
 
     start: int
     stop: int
@@ -53,12 +53,12 @@ class BlockCall:
 
 
 class Body:
-    """Lines [start, stop) of a half as the body of a function.
+    """Lines [start, stop) of a pass as the body of a function.
 
     Attributes:
         text: its statements.
-        arguments: values that it is handed, and `argument_names`.
-        results: values that it hands back.
+        arguments: values that it is passed; their names are `argument_names`.
+        results: values that it returns.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Body:
 
     @property
     def argument_names(self) -> list[str]:
-        """Of the values handed in."""
+        """Names of the function's parameters for `arguments`."""
         return [self._names[node] for node in self.arguments]
 
     def _is_argument(self, node: fx.Node) -> bool:
@@ -94,7 +94,7 @@ class Body:
     def _is_gradient(self, node: fx.Node) -> bool:
         made_at = self._written.made_at.get(node)
         if made_at is None:
-            return self._written.outside[node][0] == "tangent"
+            return self._written.outside[node][0] == "output gradient"
         return not self._words.values.is_of_forward(self._written.lines[made_at])
 
     def _reads_at(self, i: int) -> Sequence[fx.Node]:
@@ -156,7 +156,7 @@ class Body:
             expression += f"[{line.results.index(node)}]"
             targets = [self._name_result(line, node)]
         else:
-            targets = [self._take_apart(line)]
+            targets = [self._unpacking(line)]
             ended += ["_"] * (len(line.made) < max(len(line.results), _num_results(line)))
             stored = [n for n in stored if n in written.last_read]
             expression += self._clipped(line)
@@ -166,8 +166,8 @@ class Body:
         note = "  # recomputed" if line.again and line.kernel.target is not custom.swap_rng_state else ""
         yield from wrapped(statements, note)
 
-    def _take_apart(self, line: Line) -> str:
-        """The left side for a tuple of results: names, places, and _ for what nobody wants."""
+    def _unpacking(self, line: Line) -> str:
+        """The left side of an assignment of several results: names, places, and _ for what is not read."""
         targets = []
         for node in line.results:
             if node is None:
@@ -180,7 +180,7 @@ class Body:
         return _enclosed(", ".join(targets + ["_"] * num_more) + ("," if len(targets) + num_more == 1 else ""))
 
     def _clipped(self, line: Line) -> str:
-        """What takes the wanted results off a longer list."""
+        """A slice that takes the results that are read off a longer list."""
         made = line.root.meta.get("val", ())
         return f"[:{len(line.results)}]" if _returns_list(line) and len(made) != len(line.results) else ""
 
@@ -205,7 +205,7 @@ class Body:
         return f"[kept.pop({key_text(self._written.outside[node][1], self._prefix)})]"
 
     def _fetch(self, reads: Sequence[fx.Node], i: int) -> Iterator[str]:
-        """Take off the kept values that are read several times from here on; one that is read once is taken where it stands."""
+        """Pop the kept values that are read several times from here on; one that is read once is popped in its expression."""
         for node in dict.fromkeys(reads):
             kind, key = self._written.outside.get(node, ("", ""))
             if kind == "kept" and node not in self._names and self._is_fetched(node, reads.count(node), i):
@@ -213,7 +213,7 @@ class Body:
                 yield f"{name} = kept.pop({key_text(key, self._prefix)})"
 
     def _is_fetched(self, node: fx.Node, count: int, i: int) -> bool:
-        """The value is read several times, and by nobody else: neither after this body nor in a function that it calls."""
+        """Whether the value is read several times here, and neither after this body nor in a function that it calls."""
         last = self._written.last_read[node]
         if node in self._read_inside:
             return last == i and count > 1
@@ -228,7 +228,7 @@ class Body:
             kind, key = written.outside[node]
             if kind == "w":
                 return f"w[{key_text(key, self._prefix)}]"
-            if kind == "tangent":
+            if kind == "output gradient":
                 return key
             key = key_text(key, self._prefix)
             return f"kept.pop({key})" if written.last_read[node] == i else f"kept[{key}]"
@@ -246,8 +246,8 @@ class Body:
 
 
 def ends_in(written: WrittenPass, node: fx.Node, stop: int) -> bool:
-    """A value that comes from outside of a range of lines ends in it, or before its end: nothing keeps it any longer."""
-    return written.outside.get(node, ("", ""))[0] != "tangent" and written.last_read[node] < stop
+    """Whether the last use of a value is before line `stop`, so that nothing holds it afterwards."""
+    return written.outside.get(node, ("", ""))[0] != "output gradient" and written.last_read[node] < stop
 
 
 def _returns_list(line: Line) -> bool:
@@ -256,7 +256,7 @@ def _returns_list(line: Line) -> bool:
 
 
 def _num_results(line: Line) -> int:
-    """How many results the kernel has; those up to the last wanted one, where it returns a list."""
+    """Number of results of the kernel; up to the last one that is read, where it returns a list."""
     target = line.root.target
     if not isinstance(target, OpOverload) or _returns_list(line):
         return len(line.results)
@@ -264,12 +264,12 @@ def _num_results(line: Line) -> int:
 
 
 def _enclosed(names: str) -> str:
-    """In parentheses where they are too many for a line, which can then be broken."""
+    """In parentheses where they may not fit on a line, so that it can be broken."""
     return f"({names})" if len(names) > _WIDTH * 2 // 3 else names
 
 
 def wrapped(statements: Sequence[str], note: str = "") -> Iterator[str]:
-    """Statements on one line if they fit, else each on its own lines; the note follows the first."""
+    """Statements on one line if they fit, else each on its own lines; the comment `note` follows the first."""
     line = f"{'; '.join(statements)}{note}"
     if len(line) <= _WIDTH - len(_INDENT):
         yield line
@@ -280,12 +280,12 @@ def wrapped(statements: Sequence[str], note: str = "") -> Iterator[str]:
 
 
 def _broken(statement: str) -> Iterator[str]:
-    """A statement on lines of a readable width, each broken where it is least bad, as late as possible."""
-    room = _WIDTH - len(_INDENT)
+    """A statement on lines of at most the width, each broken at the best place, as late as possible."""
+    width = _WIDTH - len(_INDENT)
     breaks = list(_breaks(statement))
     start, indent = 0, ""
-    while len(indent) + len(statement) - start > room:
-        fitting = [(badness, -end) for end, badness in breaks if start < end <= start + room - len(indent)]
+    while len(indent) + len(statement) - start > width:
+        fitting = [(badness, -end) for end, badness in breaks if start < end <= start + width - len(indent)]
         end = -min(fitting)[1] if fitting else next((end for end, _ in breaks if end > start), len(statement))
         yield indent + statement[start:end].rstrip()
         start, indent = end, _INDENT
@@ -294,7 +294,7 @@ def _broken(statement: str) -> Iterator[str]:
 
 
 def _breaks(statement: str) -> Iterator[tuple[int, float]]:
-    """Where a line may end, and how bad that would be: after a comma, best inside few brackets; else after a parenthesis."""
+    """(Position where a line may end, its badness): after a comma, better inside fewer brackets; else after a parenthesis."""
     depth, quoted = 0, False
     for i, letter in enumerate(statement):
         quoted ^= letter == '"' and statement[i - 1] != "\\"

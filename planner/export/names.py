@@ -1,4 +1,4 @@
-"""What custom, values and constants are called in an exported file."""
+"""Names of kernels, values and constants in an exported file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WRITTEN_OUT = (custom.bernoulli, custom.noise, custom.laid_out, custom.rng_stat
 _NAMESPACES = ("aten", "prims")
 _LETTERS = [*string.ascii_lowercase, *(f"x{i}" for i in range(26, 1000))]
 _MOST_PARTS = 3
-"""So many of a module path's last parts go into a name."""
+"""Number of a module path's last parts that go into a name."""
 
 
 def kernel_names(targets: Iterable[Any], taken: Collection[str]) -> dict[Any, str]:
@@ -29,7 +29,7 @@ def kernel_names(targets: Iterable[Any], taken: Collection[str]) -> dict[Any, st
 
     Args:
         targets: what the graphs call.
-        taken: names that mean something else in the file.
+        taken: names that already have a meaning in the file.
 
     Raises:
         ExportError: a kernel that torch alone does not have.
@@ -96,7 +96,7 @@ def key_text(key: str, prefix: str) -> str:
 
 
 def is_below(key: str, prefix: str) -> bool:
-    """The qualified name lies below the module of this name; below "" lies nothing."""
+    """Whether the qualified name lies below the module `prefix`; nothing lies below ""."""
     return bool(prefix) and key.startswith(f"{prefix}.")
 
 

@@ -1,4 +1,4 @@
-"""What an exported file says of its model to the caller: parameters and buffers, arguments, outputs; as Python text."""
+"""The interface of an exported model as Python text: parameters and buffers, arguments, outputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _TensorLeaf:
 
 
 def arguments(forward: Callable[..., Any], step: RewrittenStep) -> Arguments:
-    """How the planned call reads as arguments of the model's forward.
+    """The planned call as arguments of the model's forward.
 
     Raises:
         ExportError: an argument is neither a tensor, a plain value, nor a list, tuple or dict of these.
@@ -93,7 +93,7 @@ def arguments(forward: Callable[..., Any], step: RewrittenStep) -> Arguments:
 
 
 def _flags(step: RewrittenStep) -> dict[str | int, dict[str, bool]]:
-    """By a tensor's key in the joint graph, the attributes of its Expected that the step decides."""
+    """Key of a tensor in the joint graph -> the attributes of its Expected that depend on the step."""
     given = [i for i in step.joint.inputs if i.kind is not Kind.TANGENT]
     return {i.key: {"backward": i.node in step.partitioned.saved_inputs, "written": i.mutated} for i in given}
 
@@ -107,7 +107,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
             try:
                 literal(default)
             except ExportError:
-                default = None  # and None is then all that may be passed
+                default = None  # then only None may be passed
         kept.append(parameter.replace(annotation=parameter.empty, default=default))
     return inspect.Signature(kept)
 
@@ -177,9 +177,9 @@ def held_rows(model: nn.Module, step: RewrittenStep, stored: dict[str, torch.Ten
 
 
 def value_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
-    """A tensor's numbers as text: written out where they are few or all the same, else stored under its name."""
+    """A tensor's values as text where they are few or all equal, else stored under its name."""
     if tensor.is_contiguous() and tensor.numel():
-        rows = tensor.detach().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)  # as bytes: 0.0 and -0.0 are two numbers
+        rows = tensor.detach().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)  # as bytes: 0.0 and -0.0 differ
         if bool((rows == rows[0]).all()):
             return literal(tensor.flatten()[0].item(), device)
         if tensor.numel() <= _MOST_NUMBERS:
@@ -189,7 +189,7 @@ def value_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor],
 
 
 def constant_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
-    """An expression that makes the tensor."""
+    """An expression that evaluates to the tensor."""
     value = value_text(name, tensor, stored, device)
     if name in stored:
         return value
@@ -200,7 +200,7 @@ def constant_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tenso
 
 
 def folded(rows: Sequence[HeldRow], free: str = "ijklmn") -> Iterator[str]:
-    """`yield` statements for the rows; rows that differ by a counted module's number alone become a loop."""
+    """`yield` statements for the rows; rows that differ only in a module's number become a loop."""
     done = 0
     while done < len(rows):
         loop = _loop(rows[done:], free[0]) if free else None
@@ -208,29 +208,29 @@ def folded(rows: Sequence[HeldRow], free: str = "ijklmn") -> Iterator[str]:
             yield f"yield {rows[done][1]}"
             done += 1
             continue
-        first, turns, body = loop
-        yield f"for {free[0]} in range({first}, {first + turns}):" if first else f"for {free[0]} in range({turns}):"
+        first, count, body = loop
+        yield f"for {free[0]} in range({first}, {first + count}):" if first else f"for {free[0]} in range({count}):"
         yield from (f"    {line}" for line in folded(body, free[1:]))
-        done += turns * len(body)
+        done += count * len(body)
 
 
 def _loop(rows: Sequence[HeldRow], variable: str) -> tuple[int, int, list[HeldRow]] | None:
-    """First number, number of turns and rows of one turn of the outermost loop that begins with the first row."""
+    """(First number, number of iterations, rows of one iteration) of the outermost loop that begins with the first row."""
     for match in re.finditer(r"(?<![^.])(\d+)\.", rows[0][0]):
         first, start = int(match[1]), rows[0][0][: match.start()]
-        turns: list[list[HeldRow]] = []
+        iterations: list[list[HeldRow]] = []
         rest = list(rows)
         while True:
-            path = f"{start}{first + len(turns)}."
+            path = f"{start}{first + len(iterations)}."
             size = next((n for n, (name, _) in enumerate(rest) if not name.startswith(path)), len(rest))
             marked = f"{start}{{{variable}}}."
-            turn = [(name.replace(path, marked, 1), _counted(text, path, marked)) for name, text in rest[:size]]
-            if not turn or (turns and turn != turns[0]):
+            rows_here = [(name.replace(path, marked, 1), _counted(text, path, marked)) for name, text in rest[:size]]
+            if not rows_here or (iterations and rows_here != iterations[0]):
                 break
-            turns.append(turn)
+            iterations.append(rows_here)
             rest = rest[size:]
-        if len(turns) > 1:
-            return first, len(turns), turns[0]
+        if len(iterations) > 1:
+            return first, len(iterations), iterations[0]
     return None
 
 
@@ -240,12 +240,12 @@ def _counted(text: str, path: str, marked: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OutputText:
-    """How forward makes the model's output of the step's results.
+    """The model's output as an expression of the step's results.
 
     Attributes:
         expression: the output.
         definitions: statements that the expression needs, at the top of the file.
-        replaced: names of the classes that an Output stands in for.
+        replaced: names of the classes that an Output replaces.
     """
 
     expression: str
@@ -265,7 +265,7 @@ def output_text(step: RewrittenStep, results: Sequence[str], paths: Sequence[str
 
     Args:
         step: the rewritten step.
-        results: variables that hold the results.
+        results: names of the variables that hold the results.
         paths: per tensor leaf of the call, the expression that finds it.
 
     Raises:
@@ -327,7 +327,7 @@ def held_constants(model: nn.Module, step: RewrittenStep) -> dict[str, torch.Ten
 
 
 def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
-    """Statements that put results where the forward leaves them: in buffers that it assigns anew.
+    """Statements that store results in the buffers that the forward assigns.
 
     Raises:
         ExportError: it leaves something elsewhere, or something else.
@@ -348,7 +348,7 @@ def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
 
 
 def result_names(step: RewrittenStep, taken: set[str]) -> list[str]:
-    """Variables for the step's results, named as the user reaches them."""
+    """Names of variables for the step's results, taken from the model's output."""
     names: dict[int, str] = {}
     for out in (*step.joint.outputs, *step.joint.left):
         if out.result is not None and out.result not in names:

@@ -32,10 +32,10 @@ _TAKEN = frozenset(
     | {"DEVICE", "STEP", "STORED", "forward", "backward", "held", "read"}
     | {one.__name__ for one in standalone.EMBEDDED}
 )
-"""Names that mean something in every exported file."""
+"""Names that have a meaning in every exported file."""
 
 _CONSTANTS = ".constants.pt"
-"""Takes the place of .py where constants have to lie next to the file; .pt alone may be the user's own checkpoint."""
+"""Suffix of the file of constants; .pt alone may be the user's own checkpoint."""
 
 _LOADED = "map_location=DEVICE, weights_only=True"
 
@@ -45,7 +45,7 @@ their own, with the module's name in `at`. Comments name the module and the line
   w[...]           parameters, buffers and arguments, by name
   kept[...]        an activation that the forward keeps for the backward; `kept.pop` is its last use
   # recomputed     this kernel runs again, because its result was not kept
-  del x            here x is freed; f(x := [x]) hands x over, and f frees it. The plan's peak depends on both.
+  del x            here x is freed; f(x := [x]) passes x to f, and f frees it. The plan's peak depends on both.
 The file holds this step alone: another shape, eval() or no_grad() is an error that says what differs."""
 
 
@@ -54,8 +54,8 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
 
     The file holds the forward and the backward kernel by kernel, with what is kept and recomputed; repeated blocks are one
     function each. Its class takes a `state_dict` of the original model, is called as the original, and trains bit for bit
-    like it within the plan's budget. Gradients are returned when the backward is complete (a planned module returns them
-    out in stages). Constants of the model too large to be written out go next to it, into a file ending in .constants.pt.
+    like it within the plan's budget. Gradients are returned when the backward is complete (a planned module returns
+    them in stages). Constants too large for source code are saved next to it in a file ending in .constants.pt.
 
     Args:
         planned: from `plan` or `apply`.
@@ -102,10 +102,10 @@ class _Function:
 
 
 class _Source:
-    """One exported file in the making.
+    """Writes one exported file.
 
     Attributes:
-        stored: tensors too large to be written out, by name; known once the text is.
+        stored: tensors too large for source code, by name; filled by `text()`.
     """
 
     def __init__(self, planned: CheckpointedModule, stem: str) -> None:
@@ -121,7 +121,7 @@ class _Source:
         graphs = [self._partitioned.forward, self._partitioned.backward, *([self._joint.guards] if self._joint.guards else [])]
         called = [n.target for g in graphs for n in g.nodes if n.op == "call_function" and n.target is not operator.getitem]
         names = kernel_names(called, {*_TAKEN, self._class, "w", "kept", "grads", "at"})
-        self._forward, self._backward, values = self._written_halves()
+        self._forward, self._backward, values = self._written_passes()
         self._words = Words(values, names, self._joint.device)
 
     def text(self) -> str:
@@ -142,7 +142,7 @@ class _Source:
         ]
         return "\n\n\n".join(parts) + "\n"
 
-    def _written_halves(self) -> tuple[WrittenPass, WrittenPass, ValueNames]:
+    def _written_passes(self) -> tuple[WrittenPass, WrittenPass, ValueNames]:
         joint, partitioned = self._joint, self._partitioned
         ops = {op.name for op in self._planned.plan.graph.ops}
         inputs = {given.node: given for given in joint.inputs}
@@ -160,20 +160,20 @@ class _Source:
 
         places = [("kept", key) for key in keys]
         places += [("w", self._key(inputs[name])) for name in partitioned.saved_inputs]
-        places += [("tangent", f"d_{self._results[i]}") for i in partitioned.output_gradients]
+        places += [("output gradient", f"d_{self._results[i]}") for i in partitioned.output_gradients]
         taken = dict(zip(_placeholders(partitioned.backward), places, strict=True))
         backward = write_pass(partitioned.backward, ops, sources, ran, taken, ())
         owners = [("grads", self._key(given)) for given, _ in joint.gradients]
         return forward.storing(kept), backward.storing(dict(zip(results(partitioned.backward), owners, strict=True))), values
 
     def _key(self, given: Input) -> str:
-        """What a tensor is called in `w`."""
+        """The name of a tensor in `w`."""
         if given.node in self._constants:
             return given.node
         return self._arguments.tensors[int(given.key)].name if given.kind is Kind.INPUT else str(given.key)
 
     def _functions(self, written: WrittenPass, direction: str) -> list[_Function]:
-        """The functions of a write_pass: its repeated blocks, then itself."""
+        """The functions of a pass: its repeated blocks, then itself."""
         is_backward = direction == "backward"
         groups = repeated(written, self._words)
         stems = [f"{snake(type(self._model.get_submodule(blocks[0].prefix)).__name__)}_{direction}" for blocks in groups]
@@ -193,8 +193,8 @@ class _Source:
             for block in function.blocks
         ]
         whole = Body(written, self._words, 0, len(written.lines), calls=calls)
-        tangents = [name for kind, name in written.outside.values() if kind == "tangent"]
-        parameters = ["w", "kept", *(["grads", *tangents] if is_backward else [])]
+        output_gradients = [name for kind, name in written.outside.values() if kind == "output gradient"]
+        parameters = ["w", "kept", *(["grads", *output_gradients] if is_backward else [])]
         docs = {
             "forward": "The forward: returns the results, and fills `kept`.",
             "backward": "The backward: empties `kept`, and fills `grads`.",

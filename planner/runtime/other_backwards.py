@@ -1,4 +1,7 @@
-"""OtherBackwards for keys that the plan was not made for: captured again when they first come, remembered, run in one stage."""
+"""OtherBackwards: backwards for gradients that the plan was not made for, captured when such gradients first come.
+
+The forward that has run, and what it saved, stay as they are. The other backward runs in one stage, within the plan's budget.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from planner.tracer.storage import Storages
 from planner.units import format_bytes
 
 MOST_KEYS = 8
-"""Maximum number of backwards remembered; then the oldest is dropped."""
+"""Maximum number of backwards that are remembered; then the oldest is dropped."""
 _CURE = (
     "Make the loss part of the plan: plan(..., criterion=your loss, criterion_args=(targets,)), or loss= naming the outputs "
     "that your loss is made of"
@@ -45,25 +48,23 @@ _CURE = (
 
 
 class OtherBackwards:
-    """The backwards of one planned module by key.
-
-    A key that is new is captured again (seconds): the forward that has run, and what it saved, stay as they are.
-    """
+    """The other backwards of one planned module, by key. A new key is captured, which takes seconds."""
 
     def __init__(self, model: nn.Module, step: RewrittenStep, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
-        """`compiled`: makes code of a backward graph."""
+        """`compiled`: turns a backward graph into code."""
         self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
         self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward] = {}
 
     def find(
         self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...] = ()
     ) -> OtherBackward | None:
-        """The backward for the gradients that came; None where the planned one is right for them.
+        """The backward for these gradients; None where the planned one is right for them.
 
-        `written`: positions of the saved activations that the caller has written into, which are to be recomputed.
+        Args:
+            written: positions of the saved activations that the caller has written into, which have to be recomputed.
 
         Raises:
-            BackwardError: none is exact, or none fits the budget.
+            BackwardError: there is no exact one, or none fits the budget.
         """
         known = self._known.get((key, written))
         if known is None:
@@ -73,7 +74,7 @@ class OtherBackwards:
             known = self._known.get((key, written))
         if known is None:
             try:
-                known = self._made(gradients, written)
+                known = self._capture(gradients, written)
             except BackwardError:
                 raise
             except PlannerError as error:
@@ -84,10 +85,10 @@ class OtherBackwards:
         return known
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
-        """The name of the first tensor that is no longer of the version it had; "" if there is none.
+        """The name of the first tensor whose version has changed; "" if there is none.
 
         Args:
-            read: name, version when it was saved, and the tensor, where it is not one that the model holds.
+            read: (name, version when it was saved, the tensor), or None instead of a tensor that the model holds.
         """
         held = dict((*self._model.named_parameters(), *self._model.named_buffers()))
         for name, version, tensor in read:
@@ -96,7 +97,7 @@ class OtherBackwards:
                 return name
         return ""
 
-    def _made(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
+    def _capture(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
         begun = time.monotonic()
         step, plan = self._step, self._plan
         strides = tuple(None if gradient is None else gradient.stride() for gradient in gradients)
@@ -116,8 +117,8 @@ class OtherBackwards:
         if candidate.peak_bytes > limits[-1]:
             raise self._over(candidate, what)
         self._check_owners(joint, what)
-        other = self._written(joint, graph, candidate)
-        # with fractional budgets alone: the plain step of this backward peaks higher, and the fraction is of that
+        other = self._compile(joint, graph, candidate)
+        # possible with a fractional budget only: it is the fraction of this backward's plain step, which peaks higher
         over = candidate.peak_bytes > plan.budget_bytes
         RUNTIME.log(
             logging.WARNING if over else logging.INFO,
@@ -130,7 +131,7 @@ class OtherBackwards:
         )
         return other
 
-    def _written(self, joint: Joint, graph: Graph, candidate: Candidate) -> OtherBackward:
+    def _compile(self, joint: Joint, graph: Graph, candidate: Candidate) -> OtherBackward:
         planned, partitioned = self._step.partitioned, partition(joint, graph, candidate.schedule)
         there = [*planned.saved, *planned.saved_inputs, *planned.spare]
         try:
@@ -148,12 +149,12 @@ class OtherBackwards:
         )
 
     def _check_owners(self, joint: Joint, what: str) -> None:
-        """Raise BackwardError where a gradient would arrive at a tensor that the planned step hands no gradient to."""
+        """Raise BackwardError where it computes a gradient of a tensor that has none in the planned step."""
         known = {(given.kind, given.key) for given, _ in self._step.joint.gradients}
         lost = [str(given.key) for given, _ in joint.gradients if (given.kind, given.key) not in known]
         if lost:
             raise BackwardError(
-                f"{what}: it reaches {', '.join(lost[:5])}, which the planned outputs' gradients do not reach. {_CURE}"
+                f"{what}: it reaches {', '.join(lost[:5])}, which the gradients of the planned outputs do not reach. {_CURE}"
             )
 
     def _missing(self, value: str, joint: Joint, what: str) -> BackwardError:
@@ -174,7 +175,7 @@ class OtherBackwards:
         )
 
     def _described(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> str:
-        """What came otherwise than planned, for messages."""
+        """The gradients beside the planned ones, for messages."""
         step = self._step
         outputs = (*step.joint.outputs, *step.joint.left)
         name = {out.result: out.name for out in reversed(outputs) if out.result is not None}
@@ -189,8 +190,8 @@ class OtherBackwards:
 def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]:
     """Bounds on the peak, to be tried in this order: the plan's; then the same fraction of this plain step's peak.
 
-    A gradient in another layout may make the plain step itself need more (a copy that eager makes too). A budget that is a
-    fraction means a fraction of that step.
+    A gradient with other strides may make the plain step itself need more (a copy that eager makes, too). A budget given as a
+    fraction is then the fraction of that step.
     """
     limit = plan.budget_bytes - plan.margin_bytes
     if fraction is None:
@@ -199,10 +200,10 @@ def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]
 
 
 def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey) -> Joint:
-    """The planned call captured again for other gradients; the call's tensors are stand-ins.
+    """Capture the planned call again for other gradients; fake tensors stand for the call's.
 
     Raises:
-        InputError, CaptureError: the model is no longer one that can be captured.
+        InputError, CaptureError: the model can no longer be captured.
     """
     call = step.joint.call
     with fake_mode():
@@ -221,10 +222,10 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey) -> J
 
 
 def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
-    """The grafted step's graph: what the plan knows of the forward, and costs of the other backward's kernels.
+    """The other step's graph, with the plan's costs of the forward and new costs of the other backward.
 
     Raises:
-        BackwardError: its forward is not the plan's.
+        BackwardError: its forward differs from the plan's.
     """
     planned = plan.graph
     graph = lower(joint, _costs(joint, plan))
@@ -232,9 +233,9 @@ def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
     ours, theirs = planned.ops[:num_forward], graph.ops[: graph.num_forward_ops]
     for one, other in zip(ours, theirs, strict=False):
         if not _is_same_op(one, other):
-            raise BackwardError(f"the forward traced again has {other.name} ({other.source}) where the plan has {one.name}")
+            raise BackwardError(f"captured again, the forward has {other.name} ({other.source}) where the plan has {one.name}")
     if len(ours) != len(theirs):
-        raise BackwardError(f"the forward traced again has {len(theirs)} ops, and {len(ours)} in the plan")
+        raise BackwardError(f"captured again, the forward has {len(theirs)} ops where the plan has {len(ours)}")
     outside = {op_name for op in planned.ops[num_forward:] for op_name in op.writes}
     values = tuple(
         planned.value[v.name] if v.name in planned.value and v.name not in outside and v.kind is not Kind.TANGENT else v
@@ -254,7 +255,10 @@ def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
 
 
 def _is_same_op(planned: Op, other: Op) -> bool:
-    """A result that nothing in the plan reads has no node there, and is named by its position; it may have one here."""
+    """Whether two forward ops are the same.
+
+    A result that nothing in the plan reads has no node there and is named by its position; here it may have one.
+    """
     if (planned.name, planned.reads, len(planned.writes)) != (other.name, other.reads, len(other.writes)):
         return False
     pairs = zip(planned.writes, other.writes, strict=True)
@@ -262,10 +266,10 @@ def _is_same_op(planned: Op, other: Op) -> bool:
 
 
 def _costs(joint: Joint, plan: Plan) -> Profile:
-    """Costs of the backward's custom, estimated or measured as the plan's were.
+    """Costs of the other backward's kernels, estimated or measured as the plan's were.
 
-    On CUDA they are always estimated: the interrupted step occupies the device's memory. Each non-contiguous input counts as a
-    copy in the workspace.
+    On CUDA they are always estimated, because the interrupted step occupies the device's memory; each non-contiguous input then
+    counts as a copy in the workspace.
     """
     forward = {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]}
     nodes = [node for node in kernel_nodes(joint) if node.name not in forward]

@@ -1,7 +1,7 @@
-"""A planned step beside one of the model's own, from the same state: outputs, state and gradients bit for bit.
+"""One planned step compared bit for bit with one of the model's own from the same state: outputs, state and gradients.
 
-The audit (planner/runtime/audit.py) compares forwards in the training loop; this also shows what only the backward does,
-such as a derivative that torch computes otherwise while it traces.
+The audit (planner/runtime/audit.py) compares forwards in the training loop; this finds differences of the backward, too, such
+as a derivative that torch computes in another way while it traces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from planner.verification.step_copy import CallArguments, aligned, autocast_of, 
 def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple[str, ...]:
     """Names of what a planned step and the model's own leave different; empty where one of them does not repeat itself.
 
-    For a process of its own: steps run on the model itself. State is put back after each, gradients are not.
+    Runs steps on the model itself, so call it in a process of its own. State is restored after each, gradients are not.
     """
     model = planned.original
     uninstall(model)
@@ -39,7 +39,7 @@ def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple
 
 
 def _step(planned: CheckpointedModule, call: CallArguments, forward: Callable[[], Any]) -> Digest:
-    """One step; what it leaves behind."""
+    """Run one step; the fingerprints of what it leaves behind."""
     model = planned.original
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):

@@ -1,4 +1,4 @@
-"""What a step leaves behind in a model and in the process, as a flat dictionary, and whether two of them are equal."""
+"""The state that a step leaves in a model and in the process as a flat dictionary, and comparisons of two such states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from planner.tracer.host.restorers import same_bits
 
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}
-"""Attributes in which nn.Module keeps tensors, submodules and hooks."""
+"""Attributes in which nn.Module stores tensors, submodules and hooks."""
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 _OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
 _SEQUENCES = (list, tuple, deque)
@@ -26,7 +26,11 @@ _SEQUENCES = (list, tuple, deque)
 
 @dataclass(frozen=True, slots=True)
 class StateEntry:
-    """A tensor or value that a step leaves behind. `name`: its place among those of its kind, for people."""
+    """Names a tensor or value that a step leaves behind.
+
+    Attributes:
+        name: its place among those of its kind, in messages.
+    """
 
     kind: Literal["output", "gradient", "input", "input gradient", "parameter", "buffer", "attribute", "generator"]
     name: str
@@ -36,9 +40,9 @@ class StateEntry:
 
 
 def state_of(model: nn.Module) -> dict[StateEntry, Any]:
-    """Parameters, buffers and plain attributes of every module, containers and objects taken apart.
+    """Parameters, buffers and plain attributes of every module; containers and objects are flattened.
 
-    Leaves are tensors (not copied), plain values, and texts that say of which type a container is.
+    Values are tensors (not copied), plain values, and texts that name a container's type.
     """
     return dict(_of_module("", model, {}))
 
@@ -56,7 +60,11 @@ def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[
 
 
 def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[StateEntry, Any]]:
-    """Everything that an attribute's value holds; `seen` numbers the containers met before."""
+    """Everything that an attribute's value holds.
+
+    Args:
+        seen: numbers of the containers met before, by id.
+    """
     leaf = _as_leaf(value)
     if leaf is not None or value is None:
         yield StateEntry("attribute", path), leaf
@@ -64,7 +72,7 @@ def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[StateEn
     if isinstance(value, _OPAQUE):
         return
     if id(value) in seen:
-        yield StateEntry("attribute", path), f"what was met as number {seen[id(value)]}"
+        yield StateEntry("attribute", path), f"the same object as number {seen[id(value)]}"
         return
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, (*_SEQUENCES, set, frozenset, Mapping)):
@@ -90,7 +98,7 @@ def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[StateEn
 
 
 def _as_leaf(value: Any) -> Any:
-    """What stands for a value that is compared as a whole; None where it has to be taken apart."""
+    """The value to compare, for values that are compared as a whole; None for values that have to be flattened."""
     if isinstance(value, (torch.Tensor, *_SCALARS)):
         return value
     if type(value) in (list, tuple) and len(value) > 0 and all(type(item) in _SCALARS for item in value):
@@ -113,7 +121,7 @@ def _as_leaf(value: Any) -> Any:
 
 
 def _plain_numpy(state: Any) -> Any:
-    """A bit generator's state with arrays as bytes: their text leaves entries out."""
+    """A bit generator's state with arrays as bytes, because the repr of an array omits entries."""
     if isinstance(state, Mapping):
         return {name: _plain_numpy(item) for name, item in state.items()}
     return state.tobytes() if hasattr(state, "tobytes") else state
@@ -143,7 +151,7 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Put back what `generators` returned."""
+    """Restore the states that `generators` returned."""
     for name, state in states.items():
         if name == "torch":
             torch.set_rng_state(state)
@@ -156,12 +164,12 @@ def set_generators(states: Mapping[str, Any]) -> None:
 
 
 def generators_as_leaves(states: Mapping[str, Any]) -> dict[StateEntry, Any]:
-    """What `generators` returned, as `same` compares it."""
+    """The states that `generators` returned, in a form that `same` compares."""
     return {StateEntry("generator", name): repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
 
 
 def same(expected: Any, found: Any) -> bool:
-    """Bit-equal tensors: same dtype, shape, bytes (NaNs included) and requires_grad; values of the same type that are equal."""
+    """Whether tensors are bit-equal (dtype, shape, bytes including NaNs, requires_grad), or values of one type are equal."""
     if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
         if _metadata(expected) != _metadata(found):
             return False
@@ -180,7 +188,7 @@ def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def strides_that_matter(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides of the dimensions along which one steps; empty for a tensor without elements."""
+    """Strides of the dimensions with more than one entry; empty for a tensor without elements."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return ()
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
@@ -192,7 +200,7 @@ def largest_difference(expected: Mapping[StateEntry, Any], found: Mapping[StateE
     for leaf, one in expected.items():
         other, kind = found.get(leaf), leaf.kind
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape and one.numel():
-            wide = one.detach().to(torch.complex128)  # which holds every dtype's values
+            wide = one.detach().to(torch.complex128)  # exact for every dtype
             gap = float((wide - other.detach().to(torch.complex128)).abs().max())
             off[kind] = max(off.get(kind, 0.0), math.inf if math.isnan(gap) else gap)
             scale[kind] = max(scale.get(kind, 0.0), float(wide.abs().max()))

@@ -1,4 +1,4 @@
-"""verify: plain and planned steps side by side, on copies of the model."""
+"""verify: planned and plain steps compared on copies of the model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from planner.verification.state import (
 from planner.verification.step_copy import CallArguments, StepCopy, check_call, copy_of
 
 FEWEST_PAIRS = 5
-"""Pairs of steps that are timed at least: a median of fewer says little."""
+"""Minimum number of timed pairs of steps: a median of fewer says little."""
 _NUM_STEPS = 2
-"""State that the forward carries from call to call shows in the second."""
+"""Two, because state that the forward carries from call to call shows in the second step."""
 _SHORT_S = 2.0
-"""A plain step below this is timed twice a pair, against itself."""
+"""A shorter plain step is timed twice per pair, to compare it with itself."""
 
 
 def verify(
@@ -68,14 +68,14 @@ def verify(
     before = generators()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlanMissWarning)  # which steps ran unplanned is in the report
+            warnings.simplefilter("ignore", PlanMissWarning)  # the report says which steps ran unplanned
             return _verify(planned, call, rounds)
     finally:
         set_generators(before)
 
 
 def _verify(planned: CheckpointedModule, call: CallArguments, rounds: int) -> VerifyReport:
-    ours, is_settled = _planned_side(planned, call)
+    ours, is_settled = _planned_copy(planned, call)
     compared, plain_peak, times = _Compared(), None, _Times()
     try:
         plain = StepCopy(copy_of(planned.original), planned, call)
@@ -87,9 +87,9 @@ def _verify(planned: CheckpointedModule, call: CallArguments, rounds: int) -> Ve
             times = _time(ours, plain, rounds, planned.device)
     except torch.OutOfMemoryError:
         compared = _Compared()
-    plain = None  # type: ignore[assignment]  # what it holds is not there while the planned step is measured
-    if compared.unplanned:  # measured is the step that was planned for, from the state that it was planned in
-        ours, _ = _planned_side(planned, call)
+    plain = None  # type: ignore[assignment]  # frees it before the planned step is measured
+    if compared.unplanned:  # measure the planned step from the state it was planned in
+        ours, _ = _planned_copy(planned, call)
     else:
         ours.prepare()
         ours.step()
@@ -111,11 +111,11 @@ def _verify(planned: CheckpointedModule, call: CallArguments, rounds: int) -> Ve
     )
 
 
-def _planned_side(planned: CheckpointedModule, call: CallArguments) -> tuple[StepCopy, bool]:
+def _planned_copy(planned: CheckpointedModule, call: CallArguments) -> tuple[StepCopy, bool]:
     """A copy of the planned module that runs planned, and whether a forward had to fill its Python state first.
 
     Raises:
-        InputError: the copy takes the call for another.
+        InputError: the call is not the planned one for the copy.
     """
     module = copy_of(planned)
     module.strict = False
@@ -143,7 +143,7 @@ class _Compared(NamedTuple):
 
 
 def _compare(plain: StepCopy, ours: StepCopy) -> _Compared:
-    """Steps of both, each from what its own step before left."""
+    """Compare successive steps; each starts from what the previous one of the same copy left."""
     differences: list[str] = []
     unplanned: list[str] = []
     num_compared, largest = 0, 0.0
@@ -192,13 +192,13 @@ class _Times(NamedTuple):
 
 
 def _time(ours: StepCopy, plain: StepCopy, rounds: int, device: torch.device) -> _Times:
-    """Ratios of interleaved pairs, which begin in turn with the one and the other. Both sides have run before."""
+    """Time ratios of pairs of steps, which start with the plain and the planned step alternately. Both have run before."""
     if rounds <= 0:
         return _Times()
     ratios, noise = [], []
     num_pairs = max(FEWEST_PAIRS, rounds)
-    for turn in range(num_pairs):
-        order = (plain, ours) if turn % 2 == 0 else (ours, plain)
+    for pair in range(num_pairs):
+        order = (plain, ours) if pair % 2 == 0 else (ours, plain)
         spent = {id(step_copy): seconds_of(step_copy, device) for step_copy in order}
         ratios.append(spent[id(ours)] / spent[id(plain)])
         if spent[id(plain)] < _SHORT_S:
