@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from examples import gpt2, resnet50, vit
-from planner._compat.internals import fake_mode
+from planner._compat.fake_tensors import fake_mode
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PlotMissingError,
         RanksDifferError,
         SolverMissingError,
+        UnsupportedTorchError,
     )
     from planner.export.source import export_source
     from planner.profiler.devices import devices, register_device
@@ -64,6 +65,7 @@ _HOMES = {
         "PlotMissingError",
         "RanksDifferError",
         "SolverMissingError",
+        "UnsupportedTorchError",
     ),
     "planner.runtime.install": ("install", "uninstall"),
     "planner.results.plan": ("Plan",),
@@ -107,6 +109,7 @@ __all__ = [
     "Report",
     "SolverMissingError",
     "Sweep",
+    "UnsupportedTorchError",
     "VerifyReport",
     "apply",
     "devices",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from planner import arguments, units
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.api import Budget
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
 from planner.levels import LEVELS, plans_by_level

@@ -50,6 +50,20 @@ class SolverMissingError(PlannerError):
     """HiGHS (highspy) cannot be run."""
 
 
+class UnsupportedTorchError(PlannerError, ImportError):
+    """The installed torch does not have a private name that this package uses.
+
+    Attributes:
+        missing: dotted names.
+        found: the installed release.
+        supported: the releases that have them all, as a version specifier.
+    """
+
+    def __init__(self, message: str, *, missing: tuple[str, ...] = (), found: str = "", supported: str = "") -> None:
+        super().__init__(message)
+        self.missing, self.found, self.supported = missing, found, supported
+
+
 class GraphError(PlannerError):
     """A Graph is malformed (an op reads a value nobody wrote, a name occurs twice, ...)."""
 

@@ -13,6 +13,7 @@ from planner.results import plan_file
 from tests import graphs
 from tests.pictures import is_png, is_svg
 from tests.support.sweeps import sweep_of
+from tests.support.text import unwrapped
 
 MODEL = """
 import torch
@@ -37,7 +38,7 @@ def blocks(tmp_path):
 def test_solves_a_graph_file_and_saves_the_plan(blocks, tmp_path, capsys):
     out = tmp_path / "plan.json"
     assert main(["solve", blocks, "--budget", "0.7", "--save", str(out)]) == 0
-    text = capsys.readouterr().out
+    text = unwrapped(capsys.readouterr().out)
     assert "optimality" in text and "for this backward order at these costs" in text
     saved = Plan.load(out)
     assert saved.peak_bytes <= 0.7 * saved.plain.peak_bytes
@@ -194,7 +195,7 @@ def test_sweep_errors_are_one_line_and_exit_1(target, options, message, capsys):
 def test_shows_a_plan_with_timeline_and_trace(plan_path, tmp_path, capsys):
     picture, trace = tmp_path / "step.png", tmp_path / "step.json"
     assert main(["show", plan_path, "--timeline", str(picture), "--trace", str(trace)]) == 0
-    text = capsys.readouterr().out
+    text = unwrapped(capsys.readouterr().out)
     assert "optimality" in text and "picture written to" in text and "trace written to" in text
     assert is_png(picture) and json.loads(trace.read_text())["traceEvents"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import corpus
-from planner._compat.internals import FakeTensor
+from planner._compat.fake_tensors import FakeTensor
 from planner.graph.graph import Graph
 from planner.results.plan_file import load_graph
 

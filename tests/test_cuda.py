@@ -17,7 +17,7 @@ from torch import nn
 
 from examples import gpt2, llama, resnet50, unet
 from planner import InfeasibleBudgetError, PlanMissWarning, apply, max_batch, plan, sweep, verify
-from planner._compat.internals import OpOverload
+from planner._compat.dispatch import OpOverload
 from planner.export.source import export_source
 from planner.graph.floor import floor
 from planner.priced import Options, price

@@ -1,17 +1,21 @@
 import gc
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from planner.profiler.cache import DEFAULT_CACHE_DIR, KernelCache
+from planner.profiler import cache as cache_module
+from planner.profiler.cache import KernelCache
 from planner.profiler.forked import Failed, run_forked
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost
-from planner.profiler.timing import cpu_workspace_bytes
+from planner.profiler.timing import cpu_workspace_bytes, free_bytes
 from tests.test_profiler_estimate import meta, node
 from tests.test_profiler_kernel import aten
 
@@ -138,14 +142,14 @@ def test_cache_hit_runs_nothing_and_a_corrupt_file_is_replaced(tmp_path):
     assert num_runs > 0
     assert measure([made], CPU, cache_dir=cache) == first
     assert len(list(runs.iterdir())) == num_runs
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.json")
     for junk in ("", "{", "[]", '{"conditions": 1}', file.read_text()[:-9], file.read_text().replace("[", "[-", 1)):
         file.write_text(junk)
         num_runs = len(list(runs.iterdir()))
         assert all_measured(measure([made], CPU, cache_dir=cache))
         assert len(list(runs.iterdir())) > num_runs
         assert json.loads(file.read_text())["kernels"]
-    assert [path.name for path in cache.iterdir()] == [file.name]
+    assert {path.suffix for path in cache.iterdir()} <= {".json", ".lock"}
 
 
 def test_cache_merges_and_keeps_conditions_apart(tmp_path):
@@ -156,11 +160,53 @@ def test_cache_merges_and_keeps_conditions_apart(tmp_path):
     assert KernelCache(tmp_path, {"threads": 2}).load() == {}
 
 
+WRITER = """
+import sys
+from pathlib import Path
+from planner.profiler.cache import KernelCache
+from planner.profiler.profile import KernelCost
+
+cache = KernelCache(Path(sys.argv[1]), {})
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(100):
+    cache.add({f"{sys.argv[2]}{i}": KernelCost(i, 0)})
+"""
+
+
+def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in "ab"]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    assert set(KernelCache(tmp_path, {}).load()) == {f"{name}{i}" for name in "ab" for i in range(100)}
+
+
+def test_a_file_that_another_process_holds_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_LOCK_TIMEOUT_S", 0.05)
+    held = KernelCache(tmp_path, {})
+    with FileLock(held.path.with_suffix(".lock")):
+        held.add({"a": KernelCost(1, 2)})
+    assert held.load() == {}
+    held.add({"a": KernelCost(1, 2)})
+    assert held.load() == {"a": KernelCost(1, 2)}
+
+
 def test_cache_folder_from_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
-    assert KernelCache(DEFAULT_CACHE_DIR, {}).path.parent == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path / "named"))
+    assert KernelCache("default", {}).path.parent == tmp_path / "named"
     monkeypatch.delenv("CHECKPOINT_PLANNER_CACHE")
-    assert KernelCache(DEFAULT_CACHE_DIR, {}).path.parent == Path.home() / ".cache/checkpoint-planner"
+    if sys.platform == "linux":
+        assert KernelCache("default", {}).path.parent == tmp_path / "xdg" / "checkpoint-planner"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert KernelCache("default", {}).path.parent == Path.home() / ".cache/checkpoint-planner"
     assert KernelCache(None, {}).path is None
 
 
@@ -175,12 +221,26 @@ def test_crash_and_exception_fall_back_and_the_rest_is_measured(tmp_path):
     profile = measure([before, on_function(crash), on_function(refuse), after], CPU, cache_dir=tmp_path)
     assert (profile.model, profile.num_kernels, profile.num_estimated) == ("", 4, 2)
     assert all(profile.costs[name].time_ns > 0 for name in ("mm_default", "crash", "refuse", "after"))
-    assert "crash" not in next(tmp_path.iterdir()).read_text()
+    assert "crash" not in next(tmp_path.glob("*.json")).read_text()
 
 
 def test_a_kernel_too_big_for_the_machine_falls_back():
     huge = node(aten.neg.default, torch.empty(1).expand(2**45), out=meta(2**45))
     assert profile_of(huge).model == "generic CPU"
+
+
+@pytest.mark.parametrize("content", [None, "MemTotal: 8 kB\n"])
+def test_free_memory_is_unknown_where_the_system_does_not_say(monkeypatch, tmp_path, content):
+    if content is not None:
+        (tmp_path / "meminfo").write_text(content)
+    monkeypatch.setattr("planner.profiler.timing._MEMINFO", tmp_path / "meminfo")
+    assert free_bytes() is None
+
+
+def test_free_memory_is_what_can_be_allocated(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemFree: 1 kB\nMemAvailable: 5 kB\n")
+    monkeypatch.setattr("planner.profiler.timing._MEMINFO", tmp_path / "meminfo")
+    assert free_bytes() == 5 * 1024
 
 
 def test_unknown_device_is_estimated():

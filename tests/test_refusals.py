@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from planner import CaptureError, PlannerError, max_batch, plan, plan_children, verify
 from planner.graph.source import Source
+from tests.support.text import unwrapped
 
 QUICK = {"costs": "estimate", "progress": False, "effort": 1.0}
 INTERNALS = re.compile(r"eval_frame|AOT|FakeTensor|FunctionalTensor|_ops\.py|functools|importlib|object at 0x|Traceback|torch/")
@@ -244,7 +245,7 @@ def test_the_largest_batch_with_batch_norm_begins_where_eager_can_run():
     found = max_batch(lambda n: ((torch.randn(n, 4),), {}), Normed(), "20kB", **QUICK)
     assert found.tried[0].batch == 2 and found.batch > 2
     assert "Expected more than 1 value per channel" in found.smaller and found.summary()["smallest"] == 2
-    assert re.search(r"smallest +2; below it: .*body\.1.*Expected more than 1 value per channel", str(found))
+    assert re.search(r"smallest +2; below it: .*body\.1.*Expected more than 1 value per channel", unwrapped(found))
     assert found.verify(1).largest.measured.peak_bytes > 0
     with pytest.raises(PlannerError, match="the smallest batch that the model can run, 2, does not fit: budget 1kB"):
         max_batch(lambda n: ((torch.randn(n, 4),), {}), Normed(), "1kB", **QUICK)

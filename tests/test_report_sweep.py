@@ -20,6 +20,7 @@ from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
 from planner.limits import Limits
+from planner.report.tables import WIDTH
 from planner.results import plan_file
 from tests import graphs
 from tests.models import Attention, Wrapped
@@ -126,7 +127,7 @@ def test_the_table_tells_misses_knee_and_what_people_do_today(swept: Sweep) -> N
     for part in ("InfeasibleBudgetError", "<- knee", "floor", "sqrt(n)", "per block", "100.0%", "for this backward order"):
         assert part in text
     assert "whole modules" not in text, "a graph without module paths"
-    assert max(map(len, text.splitlines())) <= 160
+    assert max(map(len, text.splitlines())) <= WIDTH
 
 
 def test_the_file_is_the_identity_sorted_and_checked(swept: Sweep, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Torch's names for communication between processes; probed by feature, as in `planner._compat.internals`."""
+"""Torch's names for communication between processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._meta_registrations
-import torch.fx.traceback
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The one home of inductor's private names: a graph of ATen kernels becomes compiled code that frees its inputs."""
+"""Inductor: a graph of ATen kernels becomes compiled code that frees its inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import fake_mode, results
+from planner._compat.fake_tensors import fake_mode
+from planner._compat.fx_graphs import results
+from planner._compat.private_names import INDUCTOR, check
 
 _SETTINGS = {"layout_optimization": False}
 """Other memory layouts for convolutions take copies that no plan counts (9 % of the plain peak on a UNet, torch 2.13)."""
@@ -24,6 +26,9 @@ def compile_boxed(graph: fx.Graph, examples: Sequence[torch.Tensor]) -> Callable
 
     Returns:
         a function that takes a list of tensors, and empties it.
+
+    Raises:
+        UnsupportedTorchError: the installed inductor does not have a name that is used here.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's words about torch's own code
@@ -31,7 +36,8 @@ def compile_boxed(graph: fx.Graph, examples: Sequence[torch.Tensor]) -> Callable
 
 
 def _compile_boxed(graph: fx.Graph, examples: Sequence[torch.Tensor]) -> Callable[[list[Any]], Sequence[torch.Tensor]]:
-    from torch._inductor import config  # seconds to import: only where somebody compiles
+    check(INDUCTOR)  # here, as inductor takes seconds to import
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -1,4 +1,4 @@
-"""Kernels that a trace runs in place of torch's decompositions; probed by feature, as in `planner._compat.internals`."""
+"""Kernels that a trace runs in place of torch's decompositions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch._meta_registrations
-import torch.fx.traceback
 from torch._ops import OpOverload
 
 # Kernels for which torch registers a Python decomposition that differs from what eager runs. Left out on

@@ -1,13 +1,12 @@
-"""Torch's global switches, some of which have no public name; probed by feature, as in `planner._compat.internals`."""
+"""Torch's global switches, some of which have no public name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._meta_registrations
-import torch.fx.traceback
+
+from planner._compat.private_names import MODULE_HOOKS
 
 
 def global_switches() -> tuple[tuple[str, Any], ...]:
@@ -53,6 +52,5 @@ def _device_modes() -> int:
 
 def _num_global_hooks() -> int:
     module = torch.nn.modules.module
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
-    hooks = [hook for name in names for hook in getattr(module, name, {}).values()]
+    hooks = [hook for kind in MODULE_HOOKS for hook in getattr(module, f"_global{kind}").values()]
     return sum(not str(getattr(hook, "__module__", "")).startswith("planner.") for hook in hooks)  # another thread may capture

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import OpOverload
+from planner._compat.dispatch import OpOverload
 from planner.export.lines import Line, WrittenPass
 from planner.export.names import ValueNames, identifier, is_below, key_text, literal, unique
 from planner.graph.source import Source

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import OpOverload
+from planner._compat.dispatch import OpOverload
 from planner.errors import ExportError
 from planner.export.lines import Line, WrittenPass, origin
 from planner.kernels import custom

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import ExportError
 from planner.export.names import literal, quoted, unique
 from planner.export.standalone import Expected

@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 from planner import arguments
-from planner._compat.internals import KEEPS_GRAPH_IMPORT, OpOverload, results
+from planner._compat.backward_state import KEEPS_GRAPH_IMPORT
+from planner._compat.dispatch import OpOverload
+from planner._compat.fx_graphs import results
 from planner.errors import ExportError, InputError
 from planner.export import skeleton, standalone
 from planner.export.body import BlockCall, Body, Words, wrapped

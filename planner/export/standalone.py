@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import keeps_graph, release_saved
+from planner._compat.backward_state import keeps_graph, release_saved
 from planner.kernels.custom import rng_put_back_on_error, rng_state, swap_rng_state
 from planner.runtime.backward_checks import check_backward
 

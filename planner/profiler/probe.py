@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from planner._compat import pytree
 from planner._compat.collectives import collectives_forbidden
-from planner._compat.internals import pytree
 from planner.errors import first_line
 from planner.kernels.calls import make_inputs
 from planner.kernels.observed import Look, Observation, dtype_name, is_foreign

@@ -18,7 +18,7 @@ class Plan(PlannedGraph):
     """A graph, a budget and the schedule that fits it. Prints as a table; attributes as in `PlannedGraph`."""
 
     def __str__(self) -> str:
-        return plan_table.table(self)
+        return plan_table.text(self)
 
     def explain(self, *, prices: bool = True, effort: float = 6.0, time_limit_s: float | None = None) -> Explanation:
         """Why it keeps what it keeps, by module, and what a little more or less memory would be worth.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.report.tables import facts, render
 from planner.units import format_bytes
 
 
@@ -59,16 +60,21 @@ class VerifyReport:
         unequal = f"compiled, different {off}" if self.compiled else f"DIFFERENT {off}: {names}"
         same = "bit-equal" if self.exact else unequal
         plain = "did not fit" if self.plain_peak_bytes is None else format_bytes(self.plain_peak_bytes)
-        lines = [
-            f"results   {same} ({self.num_compared} values in {self.num_steps} successive steps: "
-            "outputs, gradients, inputs, parameters, buffers, attributes, random generators)",
-            *(f"          unplanned: {which}" for which in self.unplanned),
-            f"peak      measured {format_bytes(self.measured_peak_bytes)}, "
-            f"predicted {format_bytes(self.predicted_peak_bytes)}, budget {format_bytes(self.budget_bytes)} "
-            f"({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}",
-            f"step time {self._time()}",
+        rows = [
+            (
+                "results",
+                f"{same} ({self.num_compared} values in {self.num_steps} successive steps: "
+                "outputs, gradients, inputs, parameters, buffers, attributes, random generators)",
+            ),
+            *(("", f"unplanned: {which}") for which in self.unplanned),
+            (
+                "peak",
+                f"measured {format_bytes(self.measured_peak_bytes)}, predicted {format_bytes(self.predicted_peak_bytes)}, "
+                f"budget {format_bytes(self.budget_bytes)} ({'kept' if self.within_budget else 'EXCEEDED'}); plain {plain}",
+            ),
+            ("step time", self._time()),
         ]
-        return "\n".join(lines)
+        return render(facts(rows))
 
     def _time(self) -> str:
         if self.time_ratio is None or self.time_spread is None:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from planner._compat import pytree
+from planner._compat.dispatch import OpOverload
+from planner._compat.fx_graphs import box, results
 from planner._compat.inductor import compile_boxed
-from planner._compat.internals import OpOverload, box, pytree, results
 from planner.errors import CompileError
 from planner.kernels import custom
 from planner.kernels.facts import is_random

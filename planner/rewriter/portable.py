@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import OpOverload, fake_mode, pytree
+from planner._compat import pytree
+from planner._compat.dispatch import OpOverload
+from planner._compat.fake_tensors import fake_mode
 from planner.rewriter.partition import ORIGIN
 
 NodeRow = tuple[str, str, Any, Any, Any, str | None, Any]

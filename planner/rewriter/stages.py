@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from planner._compat.internals import OpOverload, results
+from planner._compat.dispatch import OpOverload
+from planner._compat.fx_graphs import results
 
 aten = torch.ops.aten
 _UNDECLARED_VIEWS = frozenset({aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default})

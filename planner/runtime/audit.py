@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.private_names import MODULE_HOOKS
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -26,7 +27,6 @@ from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
-from planner.tracer.host.observe import HOOKS
 from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import HostKey, remembered
 from planner.tracer.outputs import without_caches
@@ -147,7 +147,7 @@ def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: t
     found |= {f"buffer {name}": prints.of(tensor) for name, tensor in model.named_buffers()}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in _NOT_STATE and attribute not in HOOKS:
+            if attribute not in _NOT_STATE and attribute not in MODULE_HOOKS:
                 found[f"{name}.{attribute}".lstrip(".")] = prints.of(value)
     generators = Generators(device)
     found["random state"] = (_bytes_of_state(), *map(_bytes_of_state, generators.devices()), repr(generators.host()))

@@ -17,8 +17,8 @@ from planner.runtime.guards.mismatch import Mismatch
 
 _TWICE = (
     "enter torch.autocast anew for each call, or plan and train with torch.autocast(..., cache_enabled=False): a weight is "
-    "used by a planned call and by another call within one torch.autocast region. In eager the calls share its cast and sum their "
-    "gradients in {} before these are cast back; planned calls do not"
+    "used by a planned call and by another call within one torch.autocast region. In eager the calls share its cast and sum "
+    "their gradients in {} before these are cast back; planned calls do not"
 )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from planner._compat.internals import keeps_graph, release_saved
+from planner._compat.backward_state import keeps_graph, release_saved
 from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_checks import (

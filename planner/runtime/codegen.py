@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._compat.internals import box, keeps_graph
+from planner._compat.backward_state import keeps_graph
+from planner._compat.fx_graphs import box
 from planner.graph.graph import Kind
 from planner.kernels import custom
 from planner.rewriter.compiled import CompiledGraph

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import InputError, PlanAuditError, warn
 from planner.graph.graph import Kind
 from planner.results.plan import Plan

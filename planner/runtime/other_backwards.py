@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from planner._compat.internals import fake_mode, pytree
+from planner._compat import pytree
+from planner._compat.fake_tensors import fake_mode
 from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.schedule import keep_all

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.tracer.host.state import written
 from planner.tracer.joint import Joint
 

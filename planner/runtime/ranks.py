@@ -36,8 +36,8 @@ def communicates(joint: Joint) -> bool:
 def compare_plans(step: RewrittenStep, plan: Plan) -> None:
     """Publish this rank's plan in each process group that the step communicates in, and read the other ranks' plans.
 
-    To be called before a module's first planned step. It uses the process group's key-value store, not a collective, so it does not
-    hang where another rank runs unplanned. It waits up to 10 s; a rank that comes later reads this rank's entry.
+    To be called before a module's first planned step. It uses the process group's key-value store, not a collective, so it
+    does not hang where another rank runs unplanned. It waits up to 10 s; a rank that comes later reads this rank's entry.
 
     Raises:
         RanksDifferError: another rank runs another plan of the same graph.
@@ -60,9 +60,9 @@ def compare_plans(step: RewrittenStep, plan: Plan) -> None:
             theirs = store.get(keys[rank]).decode() if store.check([keys[rank]]) else mine
             if theirs != mine:
                 raise RanksDifferError(
-                    f"ranks {own} and {rank} run different plans ({mine} and {theirs}) of a step that communicates: their costs "
-                    "were measured separately, or their budgets differ. Plan on rank 0, planned.plan.save(path), and on every "
-                    "rank apply(planner.Plan.load(path), model, args)"
+                    f"ranks {own} and {rank} run different plans ({mine} and {theirs}) of a step that communicates: their "
+                    "costs were measured separately, or their budgets differ. Plan on rank 0, planned.plan.save(path), and on "
+                    "every rank apply(planner.Plan.load(path), model, args)"
                 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.fake_tensors import InPlaceCollectiveError
+from planner._compat.joint_export import ExportedJoint
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
@@ -221,7 +222,7 @@ _IN_PLACE = (
 )
 
 
-def _export(step: Step, tensors: Sequence[torch.Tensor]) -> internals.ExportedJoint:
+def _export(step: Step, tensors: Sequence[torch.Tensor]) -> ExportedJoint:
     """Learn what Python does in real forwards, then trace."""
     try:
         if step.can_run(tensors):
@@ -230,7 +231,7 @@ def _export(step: Step, tensors: Sequence[torch.Tensor]) -> internals.ExportedJo
         return step.export([*tensors, *step.state_inputs()])
     except PlannerError:
         raise
-    except internals.InPlaceCollectiveError as error:
+    except InPlaceCollectiveError as error:
         raise InputError(_IN_PLACE.format(error, step.where)) from error
     except Exception as error:
         if not concerns_model(error):

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from planner._compat.internals import results
+from planner._compat.fx_graphs import results
 from planner.errors import CaptureError
 
 aten = torch.ops.aten

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import InPlaceCollectiveError, TorchDispatchMode, fake_mode, pytree
+from planner._compat import pytree
+from planner._compat.dispatch import TorchDispatchMode
+from planner._compat.fake_tensors import InPlaceCollectiveError, fake_mode
 from planner.errors import InputError
 from planner.kernels.facts import COLLECTIVE_NAMESPACES
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import OpOverload, pytree, untraced
+from planner._compat import pytree
+from planner._compat.dispatch import OpOverload, untraced
 
 
 class Constants:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import OpOverload
+from planner._compat.dispatch import OpOverload
 from planner.kernels.calls import nested_text
 from planner.tracer.storage import Storages
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planner._compat.internals import ExportedJoint, OpOverload
+from planner._compat.dispatch import OpOverload
+from planner._compat.joint_export import ExportedJoint
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)

@@ -16,7 +16,7 @@ import torch
 import torch.fx.traceback
 from torch import nn
 
-from planner._compat.internals import TorchDispatchMode, keep_layout, written
+from planner._compat.dispatch import TorchDispatchMode, keep_layout, written
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
 from planner.tracer.casts import Casts

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import FakeTensor, fake_inputs
+from planner._compat.fake_tensors import FakeTensor, fake_inputs
 from planner.errors import BackwardError
 from planner.graph.graph import Kind
 from planner.kernels.facts import is_random

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import InputError
 from planner.tracer.faults import calls_users_code, concerns_model
 from planner.units import kind, shown

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat.internals import ExportedJoint, HigherOrderOperator, pytree, results
+from planner._compat import pytree
+from planner._compat.dispatch import HigherOrderOperator
+from planner._compat.fx_graphs import results
+from planner._compat.joint_export import ExportedJoint
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.graph.source import NOWHERE, Source

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from planner._compat.internals import pytree, storage_id
+from planner._compat import pytree
+from planner._compat.tensors import storage_id
 from planner.errors import BackwardError, PartError
 from planner.profiler.profile import KernelCost
 from planner.tracer.call import CallSpec

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.module_calls import calls_intercepted
+from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError, InputError
 from planner.graph.source import Source
 from planner.kernels import custom
 from planner.tracer import fidelity
 from planner.tracer.casts import MARK
 from planner.tracer.fidelity import SOURCE
-from planner.tracer.host.observe import HOOKS
 from planner.tracer.part import PartCall, TensorSpec
 from planner.tracer.storage import items
 
@@ -65,7 +65,7 @@ def _runs_as_it_is(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
         return True
-    hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values()]
+    hooks = [hook for kind in MODULE_HOOKS for hook in vars(module)[kind].values()]
     return any(map(fidelity.is_foreign, hooks))  # a trace would call them once and never again
 
 
@@ -113,7 +113,7 @@ def tracing(model: nn.Module, calls: Mapping[str, PartCall]) -> Iterator[None]:
             raise CaptureError(f"{name} is called more often while traced than in a real run", module=name)
         return _traced(module, spec, args, kwargs)
 
-    with internals.calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
+    with calls_intercepted({model.get_submodule(spec.module): spec.module for spec in calls.values()}, trace):
         yield
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from planner._compat import internals
-from planner._compat.internals import OpOverload
+from planner._compat.backward_state import in_backward
+from planner._compat.dispatch import OpOverload
 
 aten = torch.ops.aten
 _LIBRARY = torch.library.Library("checkpoint_planner", "FRAGMENT")  # dropping it would undo the definition
@@ -51,7 +51,7 @@ def stand_ins() -> Mapping[OpOverload, Callable[..., Any]]:
 
 
 def _note(kernel: OpOverload, read: torch.Tensor, text: str = "", flag: bool = False) -> None:
-    _STAND_IN(read.detach(), str(kernel), text, flag, internals.in_backward())
+    _STAND_IN(read.detach(), str(kernel), text, flag, in_backward())
 
 
 def in_forward(graph: fx.Graph) -> list[fx.Node]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree, storage_id
+from planner._compat import pytree
+from planner._compat.module_calls import calls_intercepted
+from planner._compat.private_names import MODULE_HOOKS
+from planner._compat.tensors import storage_id
 from planner.errors import CaptureError, InputError
 from planner.kernels import custom
 from planner.profiler.memory import allocations_of
@@ -23,7 +25,7 @@ from planner.tracer.call import CallSpec
 from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
-from planner.tracer.host.observe import HOOKS, Observation, Observer
+from planner.tracer.host.observe import Observation, Observer
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.host.restorers import same_bits
 from planner.tracer.host.scopes import global_names
@@ -88,7 +90,7 @@ def record(
         return call()
 
     try:
-        with internals.calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
+        with calls_intercepted({model.get_submodule(name): name for name in parts}, run_part):
             return observer.observe(run_model, inputs), calls
     except BaseException:
         observer.preserved.restore()
@@ -340,4 +342,4 @@ def _generators(device: torch.device) -> list[bytes]:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for m in module.modules() for kind in HOOKS for hook in vars(m)[kind].values()]
+    return [hook for m in module.modules() for kind in MODULE_HOOKS for hook in vars(m)[kind].values()]

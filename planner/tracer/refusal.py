@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from planner._compat.internals import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
+from planner._compat.fake_tensors import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
 from planner.tracer.fidelity import is_users

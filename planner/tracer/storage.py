@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx
 
-from planner._compat.internals import OpOverload, pytree, storage_id
+from planner._compat import pytree
+from planner._compat.dispatch import OpOverload
+from planner._compat.tensors import storage_id
 
 
 class Storages:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import internals
-from planner._compat.internals import pytree
+from planner._compat import pytree
+from planner._compat.fake_tensors import FakeTensor, fake_inputs, stand_ins
+from planner._compat.joint_export import ExportedJoint, export_joint
+from planner._compat.kernels import kernels_replaced
 from planner.errors import CaptureError, PlannerError
 from planner.graph.source import NOWHERE
 from planner.tracer import fidelity, parts, raising
@@ -103,7 +105,7 @@ class Step(nn.Module):
 
         Not on the meta device; and fake tensors run like real ones here, but not for a device that is not here.
         """
-        absent = internals.FakeTensor if self._elsewhere is not None else ()
+        absent = FakeTensor if self._elsewhere is not None else ()
         held = (*self.model.parameters(), *self.model.buffers(), *tensors)
         return self.replay is None and not any(t.is_meta or isinstance(t, absent) for t in held)
 
@@ -136,17 +138,17 @@ class Step(nn.Module):
         if self.preserved is not None:
             self.preserved.restore()
 
-    def export(self, tensors: Sequence[torch.Tensor]) -> internals.ExportedJoint:
+    def export(self, tensors: Sequence[torch.Tensor]) -> ExportedJoint:
         """Trace forward and backward."""
-        with parts.known(self.calls), internals.kernels_replaced(raising.stand_ins()):
+        with parts.known(self.calls), kernels_replaced(raising.stand_ins()):
             if self._elsewhere is None:
-                return internals.export_joint(self, internals.fake_inputs(tensors))
-            return self._elsewhere.as_there(internals.export_joint(self, self._stand_ins(tensors), self._elsewhere.choices))
+                return export_joint(self, fake_inputs(tensors))
+            return self._elsewhere.as_there(export_joint(self, self._stand_ins(tensors), self._elsewhere.choices))
 
     def _stand_ins(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Hold tensors without data from now on, and return the inputs as such."""
         held = (*self.named_parameters(), *self.named_buffers())
-        made = internals.stand_ins([*(tensor for _, tensor in held), *tensors])
+        made = stand_ins([*(tensor for _, tensor in held), *tensors])
         for (name, _), stand_in in zip(held, made, strict=False):
             if name in self._parameters:
                 self._parameters[name] = nn.Parameter(stand_in, stand_in.requires_grad)

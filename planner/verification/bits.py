@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall

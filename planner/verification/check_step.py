@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import InputError, PlanCheckError, PlannerError, first_line
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
 from planner.log import VERIFICATION
@@ -189,7 +189,9 @@ def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
     {"not compared": ...} where the model's own step cannot run.
     """
     free = free_bytes()
-    if free is not None and planned.plan.plain.peak_bytes - resident_bytes(planned) > free:
+    if free is None:  # a plain step may need many times the budget
+        return {"not compared": "this system does not say how much memory is free"}
+    if planned.plan.plain.peak_bytes - resident_bytes(planned) > free:
         return {"not compared": "the machine has too little memory for a plain step"}
     try:
         different = different_results(planned, call)

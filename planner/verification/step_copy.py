@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner.errors import InputError, first_line
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import pytree
+from planner._compat import pytree
 from planner._compat.switches import global_switches
 from planner.graph.graph import Kind
 from planner.log import RUNTIME

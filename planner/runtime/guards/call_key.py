@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from planner._compat.internals import storage_id
 from planner._compat.switches import global_switches
+from planner._compat.tensors import storage_id
 from planner.graph.graph import Kind
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, tensor_key
 from planner.tracer.joint import Joint

@@ -20,20 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.private_names import MODULE_STATE
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
-from planner.tracer.host.values import (
-    ABSENT,
-    MODULE_STATE,
-    attributes,
-    is_array,
-    is_object,
-    items_of,
-    own_class,
-    own_dict,
-    parts,
-)
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of, own_class, own_dict, parts
 
 Reader = Callable[[], Sequence[Any]]
 """Returns items that are compared by identity."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import tensors_alike
+from planner._compat.private_names import MODULE_HOOKS
+from planner._compat.tensors import tensors_alike
 from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.fidelity import is_foreign
-from planner.tracer.host.observe import HOOKS, named
+from planner.tracer.host.observe import named
 from planner.tracer.host.state import HostKey, find_in_class
 
 
@@ -44,7 +45,7 @@ class ModelStateGuard:
         self._ties = [(n, _place(model, n), first[id(tensor)]) for n, tensor in every if n not in known and id(tensor) in first]
         self._parents = [module._modules for module in self.modules]  # empty ones, too: something may be appended
         self._children = self._submodules()
-        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in HOOKS]
+        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in MODULE_HOOKS]
         self._without_hooks = [held for held in hooks if not held]
         self._alike: Any = None
         self._host = HostStateGuard(model, key, lambda: named(model))

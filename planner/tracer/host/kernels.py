@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat import pytree
 from planner._compat.collectives import collectives_forbidden
-from planner._compat.internals import OpOverload, TorchDispatchMode, pytree, storage_id, untraced, written
+from planner._compat.dispatch import OpOverload, TorchDispatchMode, untraced, written
+from planner._compat.tensors import storage_id
 from planner.errors import InputError
 from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import untraced
+from planner._compat.dispatch import untraced
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, is_used_up

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.internals import FakeTensor, untraced
+from planner._compat.dispatch import untraced
+from planner._compat.fake_tensors import FakeTensor
+from planner._compat.private_names import MODULE_STATE
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, own_dict
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of, own_class, own_dict
 
 _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""

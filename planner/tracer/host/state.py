@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.private_names import MODULE_STATE
 from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
-from planner.tracer.host.values import ABSENT, MODULE_STATE, Step, part, parts, put, rebuilt, text_of
+from planner.tracer.host.values import ABSENT, Step, part, parts, put, rebuilt, text_of
 
 
 @dataclass(frozen=True, slots=True)

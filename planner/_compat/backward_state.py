@@ -1,0 +1,30 @@
+"""What autograd's engine says about the backward that runs now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C._autograd import _get_current_graph_task_keep_graph
+
+
+def in_backward() -> bool:
+    """Autograd's engine is running a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+KEEPS_GRAPH_IMPORT = "from torch._C._autograd import _get_current_graph_task_keep_graph"
+"""What `keeps_graph` needs where its source is written into an exported file."""
+
+
+def keeps_graph() -> bool:
+    """The backward that runs now was told to keep its graph (retain_graph=True)."""
+    return bool(_get_current_graph_task_keep_graph())
+
+
+def release_saved(ctx: Any) -> list[torch.Tensor]:
+    """Take the saved tensors off an autograd context; unless the graph is retained, it forgets them."""
+    saved = list(ctx.saved_tensors)
+    if not keeps_graph():
+        ctx.maybe_clear_saved_tensors()
+    return saved
