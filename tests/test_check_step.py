@@ -438,7 +438,7 @@ def test_in_this_process_as_for_an_accelerator_it_says_the_same(monkeypatch, fau
     rng = torch.get_rng_state()
     if fault == "memory":
         with pytest.warns(UserWarning, match="the device has too little memory for the step's"):
-            assert plan(model, 0.9, (x,), **QUICK).plan.check.startswith("not run: the device has not")
+            assert plan(model, 0.9, (x,), **QUICK).plan.check.startswith("not run: the device has too little")
     elif fault:
         with pytest.raises(PlanCheckError, match="sizes do not match" if fault == "raises" else "has dtype torch.float64"):
             plan(model, 0.9, (x,), **QUICK)
