@@ -99,13 +99,15 @@ class _Forward(torch.autograd.Function):
             for out, aliased, alone in zip(results[: executable.num_outputs], executable.aliased, executable.alone, strict=True)
         )
         saved = list(results[executable.num_outputs :])
-        ctx.apart = {i: saved.pop(i) for i in reversed(executable.apart)}
+        ctx.kept_on_ctx = {i: saved.pop(i) for i in reversed(executable.kept_on_ctx)}
         for i in executable.exposed:
-            ctx.apart[i] = ctx.apart[i].detach()  # the output itself on ctx would be a cycle: output -> grad_fn -> ctx
+            ctx.kept_on_ctx[i] = ctx.kept_on_ctx[
+                i
+            ].detach()  # the output itself on ctx would be a cycle: output -> grad_fn -> ctx
         ctx.spare = spare
         # detach() shares the output's version counter; other tensors in its storage, such as `out.data`, have their own
-        ctx.watched = [outputs[i].detach() for i, _ in executable.watched]
-        ctx.watched_versions = [tensor._version for tensor in ctx.watched]
+        ctx.version_checked = [outputs[i].detach() for i, _ in executable.version_checked]
+        ctx.checked_versions = [tensor._version for tensor in ctx.version_checked]
         ctx.views = [(i, weakref.ref(outputs[i]), outputs[i]._version) for i in executable.views]
         ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
@@ -128,15 +130,15 @@ class _Forward(torch.autograd.Function):
             check_spare_inputs(ctx, executable, other)
         held = _saved(ctx, executable, this.backwards)
         checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
-        for i in executable.apart:
-            alive.insert(i, ctx.apart[i])
+        for i in executable.kept_on_ctx:
+            alive.insert(i, ctx.kept_on_ctx[i])
         unchecked = ctx.unchecked
         alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in executable.saved_inputs]
         if other is not None:
             alive += ctx.spare
             alive = [alive[i] for i in other.takes]
         if not keeps_graph():
-            ctx.apart, ctx.watched, ctx.spare = {}, [], []
+            ctx.kept_on_ctx, ctx.version_checked, ctx.spare = {}, [], []
         taken = executable.output_gradients if other is None else other.output_gradients
         alive += [gradient for gradient in (gradients[i] for i in taken) if gradient is not None]
         del held, checked, gradients

@@ -64,7 +64,9 @@ def written_activations(ctx: Any, executable: Executable) -> tuple[int, ...]:
         BackwardError: the caller wrote into another output, which the backward (eager's, too) reads.
     """
     written = []
-    for (output, position), tensor, version in zip(executable.watched, ctx.watched, ctx.watched_versions, strict=False):
+    for (output, position), tensor, version in zip(
+        executable.version_checked, ctx.version_checked, ctx.checked_versions, strict=False
+    ):
         if tensor._version != version:
             if position is None:
                 raise BackwardError(modified_in_place(f"output {executable.names[output]!r}"))

@@ -82,9 +82,9 @@ def _saved_fields(step: RewrittenStep, inputs: Sequence[Input], position: Mappin
             (name in checked, (checked if name in checked else unchecked).index(name)) for name in partitioned.saved_inputs
         ),
         "call_inputs": tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
-        "apart": tuple(i for i, name in enumerate(saved) if name in joint.tickets or name in exposed),
+        "kept_on_ctx": tuple(i for i, name in enumerate(saved) if name in joint.tickets or name in exposed),
         "exposed": frozenset(i for i, name in enumerate(saved) if name in exposed),
-        "watched": tuple(
+        "version_checked": tuple(
             (i, saved.index(root) if root in exposed else None)
             for i, root in enumerate(roots)
             if root in saved or root in checked

@@ -25,8 +25,8 @@ class Executable:
         num_saved: number of saved activations.
         aliased: per result: it shares its storage with an input or an earlier result, and is returned detached.
         alone: per result: no input and no other result shares its storage. If it is a view, `result.data` is returned: autograd
-            forbids in-place writes into views that a custom Function returns, and does not regard `.data` as one. `watched`
-            detects the writes.
+            forbids in-place writes into views that a custom Function returns, and does not regard `.data` as one. Writes
+            are detected by `version_checked`.
         differentiable: per result: eager's tensor requires grad.
         output_gradients: positions of the results whose gradients the backward takes, in its order.
         checked_inputs: positions of the inputs that the backward reads; writing into one before the backward is an error.
@@ -40,12 +40,12 @@ class Executable:
         inputs: names of the inputs in errors.
         call_inputs: positions of the checked inputs that belong to the call instead of the model.
         key: the gradients that the stages are right for.
-        apart: positions of the saved activations that are kept on ctx instead of by `save_for_backward`: saved handles of
+        kept_on_ctx: positions of the saved activations that are kept on ctx instead of by `save_for_backward`: saved handles of
             opaque modules, which are not tensors, and the `exposed` ones.
         exposed: saved activations that are also results and that the backward reads only to recompute. Eager does not save
             them, so the caller may write into them.
-        watched: (position of a result, position of the exposed saved activation in its storage) for each result whose storage
-            the backward reads; the second is None where that storage is not exposed.
+        version_checked: (position of a result, position of the exposed saved activation in its storage) for each result whose
+            storage the backward reads; the second is None where that storage is not exposed.
         spare: positions of inputs that the planned backward does not read but another backward may recompute from.
         views: positions of the results that are views in eager.
         cast: positions of the trained weights that autocast casts.
@@ -70,9 +70,9 @@ class Executable:
     inputs: tuple[str, ...]
     call_inputs: tuple[int, ...]
     key: BackwardKey
-    apart: tuple[int, ...] = ()
+    kept_on_ctx: tuple[int, ...] = ()
     exposed: frozenset[int] = frozenset()
-    watched: tuple[tuple[int, int | None], ...] = ()
+    version_checked: tuple[tuple[int, int | None], ...] = ()
     spare: tuple[int, ...] = ()
     views: tuple[int, ...] = ()
     cast: tuple[int, ...] = ()
