@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from planner.errors import InputError
+from planner.errors import InputError, first_line
 from planner.units import kind, shown
 
 _MOST = 2**31
@@ -43,13 +43,21 @@ def check_call(args: Any, kwargs: Any) -> None:
         raise InputError("args is None: give the example call's positional arguments as a tuple such as (x,), or ()")
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
         raise InputError(f"args is {kind(args)}: give the example call's positional arguments as a tuple, args=(x,)")
+    _items(args, "args")
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping):
         raise InputError(f"kwargs is {kind(kwargs)}: give the example call's keyword arguments, kwargs={{'labels': y}}")
-    for name in kwargs:
+    for name in _items(kwargs, "kwargs"):
         if not isinstance(name, str):
             raise InputError(f"kwargs has the key {shown(name)}, {kind(name)}: keyword arguments are named by strings")
+
+
+def _items(value: Iterable[Any], what: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except Exception as error:  # a class of the user's may raise anything
+        raise InputError(f"{what} is {kind(value)} whose iteration fails, {first_line(error)}: give a tuple or dict") from error
 
 
 def _as_number(value: Any) -> Any:

@@ -28,7 +28,7 @@ from planner.report.progress import stage
 from planner.results.plan import Plan
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.step import DEFAULT_STAGES, Step, make_step
+from planner.runtime.step import DEFAULT_STAGES, RewrittenStep, make_step
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved
@@ -228,7 +228,7 @@ class _Trial:
         for tensor, grad in grads:
             tensor.grad = grad
 
-    def peak(self, steps: Mapping[str, tuple[Step, Plan]]) -> int | None:
+    def peak(self, steps: Mapping[str, tuple[RewrittenStep, Plan]]) -> int | None:
         """The measured peak of a step with these submodules planned, everything resident included; None: out of memory."""
         modules = [CheckpointedModule(self.model.get_submodule(name), *made) for name, made in steps.items()]
         for module in modules:
@@ -365,7 +365,7 @@ def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch
 
 def _steps(
     found: Mapping[str, _Child], plans: Mapping[str, Sequence[Plan]], trial: _Trial, num_stages: int, level: int
-) -> dict[str, tuple[Step, Plan]]:
+) -> dict[str, tuple[RewrittenStep, Plan]]:
     steps = {}
     for name, child in found.items():
         module, made = trial.original.get_submodule(name), plans[name][level]

@@ -96,7 +96,7 @@ class PlanMissError(PlannerError, RuntimeError):
     """A training call is not the one that was planned for; names what differs.
 
     With strict=True; and always where the model's own forward would not give eager's results either, as an earlier planned call
-    has cast its weights (planner/runtime/shared_casts.py).
+    has cast its weights (planner/runtime/autocast_regions.py).
     """
 
 

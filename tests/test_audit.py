@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from planner import CaptureError, PlanAuditError, PlanMissWarning, plan
-from planner.runtime import guard
 from planner.runtime.audit import is_due
-from planner.runtime.host_guard import HostGuard
+from planner.runtime.guards import call
+from planner.runtime.guards.host_state import HostStateGuard
+from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.watch import Watched
 from planner.tracer.host.fingerprint import Fingerprints
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
@@ -56,20 +56,20 @@ def set_global(_model):
 
 
 CASES = {
-    "host: attribute": ([(HostGuard, "difference", lambda self, **_: None)], lambda m: setattr(m, "scale", 3.0), {}),
+    "host: attribute": ([(HostStateGuard, "mismatch", lambda self, **_: None)], lambda m: setattr(m, "scale", 3.0), {}),
     "host: container": (
-        [(HostGuard, "difference", lambda self, **_: None)],
+        [(HostStateGuard, "mismatch", lambda self, **_: None)],
         lambda m: m.settings["shift"].append(m.settings["shift"].pop() + 1),
         {},
     ),
-    "host: global": ([(HostGuard, "difference", lambda self, **_: None)], set_global, {}),
-    "host: training": ([(HostGuard, "difference", lambda self, **_: None)], lambda m: m.drop.eval(), {}),
-    "submodules": ([(Watched, "_submodules", lambda self: self._children)], replace_second, {}),
-    "hooks": ([(Watched, "changed", lambda self, **_: None)], double, {}),
-    "class": ([(Watched, "changed", lambda self, **_: None)], become_identity, {}),
-    "ties": ([(Watched, "untied", lambda self, held: "")], untie, {}),
-    "arguments": ([(guard, "alike", lambda expected, now: True)], None, {"power": 3}),
-    "values": ([(guard, "reads_difference", lambda joint, run_guards, inputs: None)], None, {"mask": torch.ones(2) > 0}),
+    "host: global": ([(HostStateGuard, "mismatch", lambda self, **_: None)], set_global, {}),
+    "host: training": ([(HostStateGuard, "mismatch", lambda self, **_: None)], lambda m: m.drop.eval(), {}),
+    "submodules": ([(ModelStateGuard, "_submodules", lambda self: self._children)], replace_second, {}),
+    "hooks": ([(ModelStateGuard, "mismatch", lambda self, **_: None)], double, {}),
+    "class": ([(ModelStateGuard, "mismatch", lambda self, **_: None)], become_identity, {}),
+    "ties": ([(ModelStateGuard, "untied", lambda self, held: "")], untie, {}),
+    "arguments": ([(call, "alike", lambda expected, now: True)], None, {"power": 3}),
+    "values": ([(call, "reads_difference", lambda joint, run_guards, inputs: None)], None, {"mask": torch.ones(2) > 0}),
 }
 
 
@@ -110,14 +110,14 @@ def test_the_next_audit_finds_what_a_guard_that_is_switched_off_does_not(planned
 
 
 def test_strict_makes_it_an_error(planned, monkeypatch):
-    monkeypatch.setattr(HostGuard, "difference", lambda self, **_: None)
+    monkeypatch.setattr(HostStateGuard, "mismatch", lambda self, **_: None)
     planned.strict, planned.original.scale = True, 3.0
     with pytest.raises(PlanAuditError, match="output 0"):
         called(planned, 2)
 
 
 def test_a_mode_that_no_guard_reads_is_found(planned, monkeypatch):
-    monkeypatch.setattr(guard, "autocast_key", lambda device: planned.step.key.autocast)
+    monkeypatch.setattr(call, "autocast_key", lambda device: planned.step.key.autocast)
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(PlanMissWarning, match="audit"):
         called(planned, 2)
 
@@ -192,8 +192,8 @@ def test_what_is_never_the_same_is_no_accusation(planned, monkeypatch):
     draws = iter(range(100))
     honest = Fingerprints.of
     monkeypatch.setattr(Fingerprints, "of", lambda self, value: (honest(self, value), next(draws)))
-    monkeypatch.setattr(HostGuard, "difference", lambda self, **_: None)
-    monkeypatch.setattr(guard, "alike", lambda expected, now: True)
+    monkeypatch.setattr(HostStateGuard, "mismatch", lambda self, **_: None)
+    monkeypatch.setattr(call, "alike", lambda expected, now: True)
     planned.__dict__["_num_runs"] = 1
     planned(X, power=2, mask=torch.zeros(2) > 0)  # digests differ from run to run: nothing can be said
     assert planned.num_planned_calls == 1

@@ -13,7 +13,7 @@ from planner import BackwardError, plan
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.rewriter.reschedule import reschedule
-from planner.runtime import backwards
+from planner.runtime import other_backwards
 from tests.training import assert_same
 
 
@@ -254,7 +254,7 @@ def test_backward_through_some_outputs_equals_eager(part):
 
 def test_bytes_that_are_set_aside_count_in_every_backward(monkeypatch):
     seen = []
-    monkeypatch.setattr(backwards, "reschedule", lambda graph, *rest: seen.append(graph) or reschedule(graph, *rest))
+    monkeypatch.setattr(other_backwards, "reschedule", lambda graph, *rest: seen.append(graph) or reschedule(graph, *rest))
     module, _, x = tasks(reserve=12345)
     module(x)[0].sum().backward()
     aside = [value for value in module.plan.graph.values if value.kind is Kind.RESERVED]

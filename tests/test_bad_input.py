@@ -1,12 +1,24 @@
 """Bad input: a clear error that says what and what to do, and a model left exactly as it was."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from planner import BudgetError, CaptureError, InfeasibleBudgetError, InputError, Plan, PlanFileError, apply, plan, verify
+from planner import (
+    BudgetError,
+    CaptureError,
+    InfeasibleBudgetError,
+    InputError,
+    Plan,
+    PlanFileError,
+    PlanMissWarning,
+    apply,
+    plan,
+    verify,
+)
 from tests import models
 
 
@@ -204,3 +216,78 @@ def test_apply_takes_a_plan_whose_kernels_were_measured_to_hold_more_than_they_s
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded == made
     assert verify(apply(loaded, model, args, kwargs), args, kwargs, rounds=1).exact
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, x, more=None):
+        return self.head(x)
+
+
+def test_a_lazy_module_has_to_run_once_before_it_is_planned():
+    model, x = Lazy(), torch.randn(4, 5)
+    with pytest.raises(InputError, match=r"run one forward first, .* head.weight of a LazyLinear is uninitialized"):
+        plan(model, 1.0, (x,), costs="estimate", progress=False)
+    model(x)
+    plan(model, 1.0, (x,), costs="estimate", progress=False, check=False)(x).sum().backward()
+    assert model.head.weight.grad.shape == (3, 5)
+
+
+class Unreadable(NamedTuple):
+    x: int = 1
+
+    def __iter__(self):
+        raise RuntimeError("no iteration")
+
+
+class Closed:
+    def __getattribute__(self, name):
+        raise RuntimeError("no attributes")
+
+
+class Row(tuple):
+    def __iter__(self):
+        raise RuntimeError("no iteration")
+
+
+class Options(dict):
+    def __iter__(self):
+        raise RuntimeError("no iteration")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "match"),
+    [
+        ((torch.randn(4, 5), Unreadable()), {}, "in plain tuples, lists and dicts: .*: no iteration"),
+        ((torch.randn(4, 5), [Closed()]), {}, "in plain tuples, lists and dicts: .*: no attributes"),
+        (Row((torch.randn(4, 5),)), {}, "args is a Row whose iteration fails"),
+        (
+            (),
+            Options(x=torch.randn(4, 5)),
+            "kwargs is an Options whose iteration fails",
+        ),
+        (({torch.randn(4, 5)},), {}, "no example inputs: .* those in sets and other objects are not seen"),
+    ],
+)
+def test_arguments_that_cannot_be_searched_for_tensors_are_refused(args, kwargs, match):
+    model = Lazy()
+    model(torch.randn(4, 5))
+    refused(InputError, match, model, 1.0, args, kwargs)
+
+
+class Incomparable:
+    def __eq__(self, other):
+        raise RuntimeError("no comparison")
+
+    __hash__ = None
+
+
+def test_an_argument_that_cannot_be_compared_runs_the_original_forward():
+    model, x = Lazy(), torch.randn(4, 5)
+    model(x)
+    planned = plan(model, 1.0, (x, 1), costs="estimate", progress=False, check=False)
+    with pytest.warns(PlanMissWarning, match="argument leaf 1"):
+        assert torch.equal(planned(x, Incomparable()), model(x))

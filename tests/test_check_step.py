@@ -23,7 +23,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.tracer import fidelity
 from planner.tracer.capture import capture, one_at_a_time
 from planner.units import format_bytes
-from planner.verification import measured, step
+from planner.verification import check_step, measured
 from tests import models
 from tests.support.text import unwrapped
 
@@ -39,13 +39,13 @@ def with_results(monkeypatch, changed):
     """Every planned forward from now on runs `changed(run, inputs)` instead of the captured kernels' `run`."""
     from planner.runtime import module as home
 
-    compile_step = home.compiled_program
+    compile_step = home.make_executable
 
     def compiled(*args):
         program = compile_step(*args)
         return replace(program, forward=lambda inputs: changed(program.forward, inputs))
 
-    monkeypatch.setattr(home, "compiled_program", compiled)
+    monkeypatch.setattr(home, "make_executable", compiled)
 
 
 @pytest.mark.parametrize("name", ["attention", "convolution", "tied", "skips"])
@@ -109,7 +109,7 @@ def test_a_step_leaves_everything_as_it_was(tmp_path, monkeypatch, capfd):
         rng, drawn, numbers = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
         calls, descriptors = model.noisy.calls, set(os.listdir("/proc/self/fd"))
         capfd.readouterr()
-        assert step.run_step(planned, ((x, counter), {})) > 0
+        assert check_step.run_step(planned, ((x, counter), {})) > 0
         assert capfd.readouterr() == ("", "")
         assert set(os.listdir("/proc/self/fd")) == descriptors
     assert (tmp_path / "log").read_text() == "before "
@@ -134,7 +134,7 @@ def test_a_step_planned_within_autocast_runs_in_it():
         planned = plan(model, 1.0, (x,), **QUICK)
     assert planned.plan.check == "run"
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        assert step.run_step(planned, ((x,), {})) == planned.plan.measured_bytes
+        assert check_step.run_step(planned, ((x,), {})) == planned.plan.measured_bytes
 
 
 def test_a_step_that_raises_is_a_planners_fault_with_the_place_and_the_cure(monkeypatch):
@@ -158,7 +158,7 @@ def test_the_kernel_that_fails_is_named(monkeypatch):
     last.target, last.args = torch.ops.aten.view.default, (last.args[0], [7])
     planned.recompile()
     with pytest.raises(PlanCheckError, match=r"fails in 3\.1 \(GELU\).*opaque=\['3\.1'\]"):
-        step.run_step(planned, ((x,), {}))
+        check_step.run_step(planned, ((x,), {}))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def left(run, inputs):
     [(killed, "was killed by signal 9"), (endless, "did not answer in time"), (left, "ended without an answer")],
 )
 def test_a_child_that_does_not_answer_says_nothing_about_the_plan(monkeypatch, fault, reason):
-    monkeypatch.setattr(step, "_PATIENCE_S", 0.5 if fault is endless else 60.0)
+    monkeypatch.setattr(check_step, "_TIMEOUT_S", 0.5 if fault is endless else 60.0)
     model, x = blocks()
     with_results(monkeypatch, fault)
     with pytest.warns(UserWarning, match=f"was not measured: its process {reason}") as seen:
@@ -282,9 +282,9 @@ def test_where_no_step_can_be_run_the_plan_says_why(monkeypatch, reason):
 
     model, x = blocks()
     if reason == "fork":
-        monkeypatch.setattr(step, "CAN_FORK", False)
+        monkeypatch.setattr(check_step, "CAN_FORK", False)
     elif reason == "memory":
-        monkeypatch.setattr(step, "free_bytes", lambda: 10)
+        monkeypatch.setattr(check_step, "free_bytes", lambda: 10)
     else:
         monkeypatch.setattr(os, "fork", no_more)
     expected = reason == "fork"  # a property of the system, of which to warn at every plan helps nobody
@@ -296,7 +296,7 @@ def test_where_no_step_can_be_run_the_plan_says_why(monkeypatch, reason):
 
 def test_no_plain_step_is_run_where_the_free_memory_is_unknown(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr("planner.profiler.timing._MEMINFO", tmp_path / "none")
-    monkeypatch.setattr(step, "different_results", lambda *_: (tmp_path / "ran").touch())
+    monkeypatch.setattr(check_step, "different_results", lambda *_: (tmp_path / "ran").touch())
     caplog.set_level("INFO", "planner")
     model, x = blocks()
     assert plan(model, 1.0, (x,), **QUICK).plan.check == "run"
@@ -414,7 +414,7 @@ def test_a_step_that_does_not_repeat_itself_is_not_accused():
 
 
 def test_planned_modules_made_without_plan_are_not_run(monkeypatch):
-    monkeypatch.setattr(step, "Child", lambda work: pytest.fail("a step was run"))
+    monkeypatch.setattr(check_step, "Child", lambda work: pytest.fail("a step was run"))
     model, x = blocks()
     planned = plan(model, 1.0, (x,), check=False, **QUICK)
     assert CheckpointedModule(model, planned.step, planned.plan).plan.measured_bytes is None
@@ -422,7 +422,7 @@ def test_planned_modules_made_without_plan_are_not_run(monkeypatch):
 
 @pytest.mark.parametrize("fault", ["", "raises", "metadata", "memory"])
 def test_in_this_process_as_for_an_accelerator_it_says_the_same(monkeypatch, fault):
-    monkeypatch.setattr(step, "_in_child", step._in_process)
+    monkeypatch.setattr(check_step, "_in_child", check_step._in_process)
 
     def changed(run, inputs):
         if fault == "raises":
@@ -437,8 +437,8 @@ def test_in_this_process_as_for_an_accelerator_it_says_the_same(monkeypatch, fau
     with_results(monkeypatch, changed)
     rng = torch.get_rng_state()
     if fault == "memory":
-        with pytest.warns(UserWarning, match="the device has not the memory for the step's"):
-            assert plan(model, 0.9, (x,), **QUICK).plan.check.startswith("not run: the device has not")
+        with pytest.warns(UserWarning, match="the device has too little memory for the step's"):
+            assert plan(model, 0.9, (x,), **QUICK).plan.check.startswith("not run: the device has too little")
     elif fault:
         with pytest.raises(PlanCheckError, match="sizes do not match" if fault == "raises" else "has dtype torch.float64"):
             plan(model, 0.9, (x,), **QUICK)

@@ -51,7 +51,7 @@ def test_pieces_run_as_the_whole_does_bit_for_bit_and_within_its_peak(uncompiled
     report, whole = verify(pieced, args, kwargs, rounds=1), verify(planned, args, kwargs, rounds=1)
     assert report.exact and report.largest_difference == 0
     assert report.measured_peak_bytes <= whole.measured_peak_bytes
-    assert pieced._program.forward.num_compiled > 0
+    assert pieced._executable.forward.num_compiled > 0
 
 
 def test_opaque_parts_and_draws_run_as_they_are(uncompiled):
@@ -59,7 +59,7 @@ def test_opaque_parts_and_draws_run_as_they_are(uncompiled):
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
     pieced = CheckpointedModule(model, replace(planned.step, is_compiled=True), planned.plan)
     assert_same(trajectory(copy.deepcopy(planned), (x,), {}), trajectory(copy.deepcopy(pieced), (x,), {}))
-    assert pieced._program.forward.num_compiled == 3  # before the draws, up to the GRU, after it
+    assert pieced._executable.forward.num_compiled == 3  # before the draws, up to the GRU, after it
 
 
 def test_a_copy_shares_the_compiled_code(uncompiled, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_copy_shares_the_compiled_code(uncompiled, monkeypatch):
     twin = copy.deepcopy(planned)
     assert_same(trajectory(copy.deepcopy(planned), args, kwargs), trajectory(twin, args, kwargs))
     owner = copy.deepcopy(planned).original
-    install(owner, CheckpointedModule(owner, planned.step, planned.plan, program=planned.program), strict=True)
+    install(owner, CheckpointedModule(owner, planned.step, planned.plan, executable=planned.executable), strict=True)
     assert_same(trajectory(copy.deepcopy(planned), args, kwargs), trajectory(copy.deepcopy(owner), args, kwargs))
     monkeypatch.setattr(compiled, "compile_boxed", as_eager)
     again = pickle.loads(pickle.dumps(planned))
@@ -163,10 +163,10 @@ def test_what_a_compiled_step_writes_into_must_be_laid_out_as_planned(uncompiled
     added = graph.call_function(torch.ops.aten.add_.Tensor, (total, x))
     added.meta["val"] = torch.zeros(2, 3)
     graph.output((added,))
-    run = compiled.Compiled(graph)
+    run = compiled.CompiledGraph(graph)
     total, x = torch.zeros(2, 3), torch.ones(3, 2).t()
     assert torch.equal(run([total, x])[0], torch.ones(2, 3)) and torch.equal(total, torch.ones(2, 3))
-    with pytest.raises(CompileError, match="total was laid out otherwise"):
+    with pytest.raises(CompileError, match=r"total has strides \(1, 2\), and the step was compiled for \(3, 1\). Plan again"):
         run([torch.zeros(3, 2).t(), x])
 
 

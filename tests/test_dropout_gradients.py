@@ -13,9 +13,9 @@ from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.runtime.guard import call_key
+from planner.runtime.guards.call import call_key
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.solver.solve import Solver
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower
@@ -109,5 +109,5 @@ def test_gradients_equal_central_differences_where_every_mask_is_drawn_again(mod
         assert sum(read.startswith("rng_state") for op in again for read in op.reads) >= 8
         key = call_key([X], joint)
         kept = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
-        module = CheckpointedModule(model, Step(joint, partition(joint, graph, schedule), key), kept)
+        module = CheckpointedModule(model, RewrittenStep(joint, partition(joint, graph, schedule), key), kept)
         assert_gradients_are_differences(model, module)

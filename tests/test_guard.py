@@ -60,10 +60,10 @@ X = torch.linspace(-1, 1, 32).reshape(4, 8)
 )
 def test_a_change_that_steers_is_a_miss_that_names_it(change, named):
     model, module = made()
-    assert not module.difference((X,), {})
+    assert not module.mismatch((X,), {})
     try:
         change(model.body)
-        assert named in str(module.difference((X,), {}))
+        assert named in str(module.mismatch((X,), {}))
     finally:
         if hasattr(Steered, "scale"):
             del Steered.scale
@@ -76,7 +76,7 @@ def test_a_miss_runs_what_the_model_has_become():
     with pytest.warns(PlanMissWarning, match="scale"):
         assert_same(trajectory(twin, (X,), {}), trajectory(module, (X,), {}))
     model.body.scale = 2.0
-    assert not module.difference((X,), {})
+    assert not module.mismatch((X,), {})
 
 
 def test_what_no_code_of_the_model_names_may_change():
@@ -84,15 +84,15 @@ def test_what_no_code_of_the_model_names_may_change():
     model.body.unused, model.body.note = 8, "text"
     model.body.config.later = object()
     model.register_forward_hook(lambda *_: None)
-    assert not module.difference((X,), {})
+    assert not module.mismatch((X,), {})
 
 
 def test_keywords_may_come_in_any_order():
     model, _ = made()
     labels = torch.randn(4, 8)
     module = plan(model, 1.0, kwargs={"x": X, "labels": labels}, costs="estimate", progress=False)
-    assert not module.difference((), {"labels": labels, "x": X})
-    assert "structure" in str(module.difference((), {"x": X}))
+    assert not module.mismatch((), {"labels": labels, "x": X})
+    assert "structure" in str(module.mismatch((), {"x": X}))
 
 
 class Counting(nn.Module):
@@ -140,13 +140,13 @@ def test_saving_a_transformers_model_is_no_miss_and_another_attention_is(tmp_pat
     model, args, kwargs = gpt2.build(layers=1, width=16, heads=2, length=8, vocabulary=16)
     module = plan(model, 1.0, args, kwargs, costs="estimate", progress=False)
     model.save_pretrained(tmp_path)
-    assert not module.difference(args, kwargs)
+    assert not module.mismatch(args, kwargs)
     model.config.output_hidden_states = True
-    assert "config.output_hidden_states (True, planned for False)" in str(module.difference(args, kwargs))
+    assert "config.output_hidden_states (True, planned for False)" in str(module.mismatch(args, kwargs))
     model.config.output_hidden_states = False
-    assert not module.difference(args, kwargs)
+    assert not module.mismatch(args, kwargs)
     model.transformer.gradient_checkpointing = True
-    assert "gradient_checkpointing" in str(module.difference(args, kwargs))
+    assert "gradient_checkpointing" in str(module.mismatch(args, kwargs))
 
 
 def test_a_call_in_evaluation_that_installs_a_librarys_hooks_is_no_miss():
@@ -156,7 +156,7 @@ def test_a_call_in_evaluation_that_installs_a_librarys_hooks_is_no_miss():
     with torch.no_grad():
         model(**kwargs, output_hidden_states=True)
     model.train()
-    assert not module.difference(args, kwargs)
+    assert not module.mismatch(args, kwargs)
 
 
 class Compares(nn.Module):

@@ -89,5 +89,5 @@ def test_a_write_into_a_tensor_of_any_layout(write: str, layout: str) -> None:
             plan(model, 1.0, (x,), costs="estimate", progress=False)
         return
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
-    assert planned.difference((x,), {}) is None
+    assert planned.mismatch((x,), {}) is None
     assert_same(expected, trajectory(planned, (x,), {}))

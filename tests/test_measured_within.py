@@ -13,7 +13,7 @@ from torch import nn
 from planner import CheckpointedModule, MeasuredPeakError, NoScheduleFoundError, plan
 from planner.graph.provenance import Provenance
 from planner.verification.measured import measured_within, step_peak, time_step
-from planner.verification.side import copy_of
+from planner.verification.step_copy import copy_of
 from tests import models
 from tests.training import assert_same
 
@@ -51,7 +51,7 @@ def within_of(planned, asked):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """The peak strays as that of CUDA's allocator does."""
-    monkeypatch.setattr("planner.verification.measured.can_stray", lambda planned: True)
+    monkeypatch.setattr("planner.verification.measured.may_exceed", lambda planned: True)
 
 
 def test_as_much_again_as_half_of_what_it_strays_is_left_free(monkeypatch, as_on_cuda):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from planner import PlanMissWarning, plan
-from planner.runtime.mismatch import Mismatch, MismatchKind
+from planner.runtime.guards.mismatch import Mismatch, MismatchKind
 from planner.tracer.host.fingerprint import Fingerprints, first_difference
 from planner.tracer.host.values import ABSENT
 
@@ -57,10 +57,10 @@ def made():
 )
 def test_every_mismatch_has_its_kind(kind, change, args):
     model, planned = made()
-    assert planned.difference((X,), {}) is None
+    assert planned.mismatch((X,), {}) is None
     if change is not None:
         change(model)
-    found = planned.difference(args, {})
+    found = planned.mismatch(args, {})
     assert isinstance(found, Mismatch) and found.kind == kind and kind in get_args(MismatchKind), found
 
 
@@ -107,5 +107,5 @@ def test_a_mismatch_is_printed_with_what_is_known(miss, text):
 def test_autocast_is_named_by_its_dtype():
     _, planned = made()
     with torch.autocast("cpu", torch.bfloat16):
-        found = planned.difference((X,), {})
+        found = planned.mismatch((X,), {})
     assert (found.kind, found.where, found.now, found.planned) == ("mode", "autocast", "to bfloat16", "off")

@@ -91,7 +91,7 @@ def test_returns_to_the_plan_after_eval(made):
     with torch.no_grad():
         module(*args, **kwargs), twin(*args, **kwargs)
     module.train(), twin.train()
-    assert model.training and not module.difference(args, kwargs)
+    assert model.training and not module.mismatch(args, kwargs)
     assert_same(trajectory(twin, args, kwargs), trajectory(module, args, kwargs))
 
 
@@ -99,7 +99,7 @@ def test_deepcopy_owns_its_parameters(made):
     module, model, args, kwargs = made
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     twin = copy.deepcopy(module)
-    assert isinstance(twin, Module) and not twin.difference(args, kwargs)
+    assert isinstance(twin, Module) and not twin.mismatch(args, kwargs)
     expected = trajectory(copy.deepcopy(model), args, kwargs)
     assert_same(expected, trajectory(twin, args, kwargs))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -109,7 +109,7 @@ def test_deepcopy_owns_its_parameters(made):
 def test_pickle_round_trip_trains_the_same(made):
     module, model, args, kwargs = made
     twin = pickle.loads(pickle.dumps(module))
-    assert not twin.difference(args, kwargs) and twin.plan == module.plan
+    assert not twin.mismatch(args, kwargs) and twin.plan == module.plan
     assert twin.code == module.code
     assert_same(trajectory(copy.deepcopy(model), args, kwargs), trajectory(twin, args, kwargs))
 
@@ -367,3 +367,33 @@ def test_verify_runs_under_the_autocast_of_the_plan(inside):
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
         report = verify(module, (x,))
     assert report.exact and report.within_budget
+
+
+def test_buffers_of_a_planned_model_can_be_swapped():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()), torch.randn(4, 8)
+    plain = copy.deepcopy(model)
+    module = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    for own, step in ((plain, plain), (model, module)):
+        step(x).sum().backward()  # its gradient has other strides than planned: another backward is captured
+        torch.utils.swap_tensors(own[1].running_mean, torch.full((8,), 2.0))
+        step(x).sum().backward()
+    assert_same([*plain.state_dict().values()], [*model.state_dict().values()])
+    assert_same([p.grad for p in plain.parameters()], [p.grad for p in model.parameters()])
+    assert module.num_planned_calls == 2 and module.num_unplanned_calls == 0
+
+
+def test_former_names_warn_and_work():
+    module, _, args, kwargs = planned("attention", check=False)
+    with pytest.warns(DeprecationWarning, match="CheckpointedModule.program is now called executable") as said:
+        assert module.program is module.executable
+    assert said[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="CheckpointedModule.difference is now called mismatch"):
+        assert module.difference(args, kwargs) is None
+
+
+def test_each_new_size_is_warned_of_once():
+    module = plan(nn.Linear(4, 4), 1.0, (torch.randn(3, 4),), costs="estimate", progress=False, check=False)
+    with pytest.warns(PlanMissWarning) as said:
+        for size in (1, 2, 1, 2):
+            module(torch.randn(size, 4))
+    assert len(said) == 2

@@ -19,9 +19,9 @@ from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.runtime.guard import call_key
+from planner.runtime.guards.call import call_key
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import capture
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from tests import models
@@ -42,7 +42,7 @@ def rewritten(name: str, schedule: Schedule, num_stages: int = 4) -> Checkpointe
     own = copy.deepcopy(model)
     key = call_key(joint.call.tensor_leaves(args, kwargs), joint)
     plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
-    return CheckpointedModule(own, Step(joint, partition(joint, graph, schedule), key, num_stages), plan)
+    return CheckpointedModule(own, RewrittenStep(joint, partition(joint, graph, schedule), key, num_stages), plan)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -85,7 +85,7 @@ def test_measured_peak_of_a_random_schedule_is_the_simulated_one(name, seed):
     assert schedule.recomputes()
     key = call_key(list(args), joint)
     plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
-    planned = CheckpointedModule(model, Step(joint, partition(joint, graph, schedule), key), plan)
+    planned = CheckpointedModule(model, RewrittenStep(joint, partition(joint, graph, schedule), key), plan)
 
     def step():
         model.zero_grad(set_to_none=True)
@@ -134,7 +134,7 @@ def test_a_backward_that_draws_random_numbers_keeps_its_order():
     own = copy.deepcopy(model)
     key = call_key(list(args), joint)
     kept = Plan(graph, 2**40, 0, Solution("feasible", keep_all(graph), 0, 0.0, "test"))
-    planned = CheckpointedModule(own, Step(joint, partition(joint, graph, keep_all(graph)), key), kept)
+    planned = CheckpointedModule(own, RewrittenStep(joint, partition(joint, graph, keep_all(graph)), key), kept)
     assert_same(expected, trajectory(planned, args, {}))
 
     first, second = (i for i in graph.backward_ops if "rand_like" in graph.ops[i].name)

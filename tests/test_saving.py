@@ -17,7 +17,7 @@ from tests.training import trajectory
 torch.set_num_threads(int(sys.argv[3]))
 found = {}
 for name, (planned, args, kwargs) in torch.load(sys.argv[1], weights_only=False).items():
-    assert not planned.difference(args, kwargs)
+    assert not planned.mismatch(args, kwargs)
     found[name] = planned.code, trajectory(planned, args, kwargs)
 torch.save(found, sys.argv[2])
 """

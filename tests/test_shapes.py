@@ -47,7 +47,7 @@ def test_smaller_calls_run_planned_exactly_and_within_the_budget(made, batch, le
 def test_a_shape_is_captured_once(made, monkeypatch):
     module, kwargs = copy.deepcopy(made[0]), smaller(made[1], 2, 7)
     module(**kwargs)
-    monkeypatch.setattr("planner.runtime.shapes.capture", lambda *_, **__: pytest.fail("captured again"))
+    monkeypatch.setattr("planner.runtime.other_sizes.capture", lambda *_, **__: pytest.fail("captured again"))
     module(**kwargs).loss.backward()
 
 

@@ -53,7 +53,7 @@ def test_a_list_in_several_places_is_appended_to_once_and_a_guarded_dict_is_put_
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert model.log == [] and model.last == {"total": None}
     assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
-    assert planned.difference((x,), {}) is None and len(model.log) == len(twin.log) == 6
+    assert planned.mismatch((x,), {}) is None and len(model.log) == len(twin.log) == 6
     assert_same(twin.log, model.log)
     assert torch.equal(twin.last["total"], model.last["total"])
 
@@ -102,7 +102,7 @@ def test_a_list_in_several_places_does_not_grow():
     twin = copy.deepcopy(model)
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
-    assert planned.num_unplanned_calls == 0 and planned.difference((x,), {}) is None
+    assert planned.num_unplanned_calls == 0 and planned.mismatch((x,), {}) is None
     assert model.names == ["default"] and model.one.names is model.three.names is model.names
     assert len(model.heads) == 1 and model.first.heads is model.heads and torch.equal(model.heads[0], twin.heads[0])
 

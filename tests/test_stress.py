@@ -82,7 +82,9 @@ class FailingAt(TorchDispatchMode):
 def test_out_of_memory_anywhere_in_a_step_leaves_the_module_usable(name, monkeypatch):
     module, args, kwargs, expected = recomputing(name)
     planned_under = module.step.key.switches
-    monkeypatch.setattr("planner.runtime.guard.global_switches", lambda: planned_under)  # to which a dispatch mode is another
+    monkeypatch.setattr(
+        "planner.runtime.guards.call.global_switches", lambda: planned_under
+    )  # to which a dispatch mode is another
     counter = FailingAt(10**9)
     twin = copy.deepcopy(module)
     with counter:

@@ -17,9 +17,9 @@ from torch import nn
 
 import planner
 from planner import InputError, VerifyReport, install, plan, verify
-from planner.runtime.host_guard import HostGuard
+from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.module import CheckpointedModule
-from planner.verification.state import Leaf, generators, largest_difference, same, set_generators, state_of
+from planner.verification.state import StateEntry, generators, largest_difference, same, set_generators, state_of
 from tests.support.text import unwrapped
 
 QUICK = {"costs": "estimate", "progress": False, "check": False}
@@ -47,7 +47,7 @@ def nothing(model, y):
 @pytest.fixture
 def unguarded(monkeypatch):
     """Changes of Python state are no mismatch: what verify finds is not found before."""
-    monkeypatch.setattr(HostGuard, "difference", lambda self, **_: None)
+    monkeypatch.setattr(HostStateGuard, "mismatch", lambda self, **_: None)
 
 
 def beside(change, **attributes):
@@ -254,7 +254,7 @@ def test_the_former_name_of_the_report_still_works():
     assert planner.Report is VerifyReport
 
 
-OUTPUT = Leaf("output", "0")
+OUTPUT = StateEntry("output", "0")
 
 
 def test_values_are_equal_by_type_and_tensors_by_bits():
@@ -272,15 +272,15 @@ def test_values_are_equal_by_type_and_tensors_by_bits():
 
 def test_differences_of_inputs_and_of_their_gradients_are_shares_of_their_own_kinds():
     far, near = torch.tensor([100.0]), torch.tensor([1.0])
-    expected = {Leaf("input", "0"): far, Leaf("input gradient", "0"): near}
-    assert largest_difference(expected, expected | {Leaf("input gradient", "0"): near / 2}) == 0.5
+    expected = {StateEntry("input", "0"): far, StateEntry("input gradient", "0"): near}
+    assert largest_difference(expected, expected | {StateEntry("input gradient", "0"): near / 2}) == 0.5
 
 
 def test_a_model_that_holds_itself_is_taken_apart_once():
     model = Stateful(nothing)
     model.around = [model]
     model.around.append(model.around)
-    assert Leaf("attribute", "around[0]") in state_of(model)
+    assert StateEntry("attribute", "around[0]") in state_of(model)
 
 
 def test_generators_are_put_back():

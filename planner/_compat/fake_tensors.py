@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "fake_inputs",
     "fake_mode",
+    "forget_real_tensors",
     "stand_ins",
 ]
 
@@ -69,6 +70,15 @@ def fake_mode() -> FakeTensorMode:
 
     mode.dispatch = dispatch  # type: ignore[method-assign]  # not a subclass: higher-order operators look for this very type
     return mode
+
+
+def forget_real_tensors(fakes: Iterable[Any]) -> None:
+    """Drop the weak references that the modes of fake tensors hold to the real tensors they stand for.
+
+    torch.utils.swap_tensors, which `Module.to` and `load_state_dict` may use, refuses tensors with weak references.
+    """
+    for mode in {id(fake.fake_mode): fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)}.values():
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def fake_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -66,6 +66,12 @@ def _joint_fields() -> SimpleNamespace:
     return SimpleNamespace(**JointWithDescriptors.__dataclass_fields__)
 
 
+def _converter() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode().fake_tensor_converter
+
+
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of every module that hold its hooks by number."""
 MODULE_STATE = ("_parameters", "_buffers", "_modules")
@@ -147,6 +153,13 @@ ATTRIBUTES = (
     Names("torch.library.Library", ("_destroy",)),
     Names("torch._functorch.aot_autograd.JointWithDescriptors", ("_aot_graph_capture",), _joint_fields),
     Names("torch._subclasses.fake_tensor.FakeTensorMode", ("dispatch", "from_tensor")),
+    Names("torch._subclasses.fake_tensor.FakeTensorMode().fake_tensor_converter", ("meta_converter",), _converter),
+    Names("torch._subclasses.meta_utils.MetaConverter", ("describer",), lambda: _converter().meta_converter),
+    Names(
+        "torch._subclasses.meta_utils.MetaTensorDescriber",
+        ("lookup_tensor",),
+        lambda: _converter().meta_converter.describer,
+    ),
 )
 """Attributes, which no import would miss."""
 

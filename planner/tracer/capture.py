@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import pytree
 from planner._compat.fake_tensors import InPlaceCollectiveError
 from planner._compat.joint_export import ExportedJoint
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
 from planner.tracer import parts
-from planner.tracer.call import CallSpec
+from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_elsewhere, check_trainable, one_device
 from planner.tracer.elsewhere import Elsewhere
 from planner.tracer.faults import concerns_model, note, noting
@@ -125,7 +124,7 @@ def _capture(
     elsewhere: Elsewhere | None,
     replay: Replay | None = None,
 ) -> Joint:
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    leaves, in_spec = flatten_example(args, kwargs)
     tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     check_trainable(model, len(tensors))
     if elsewhere is None:

@@ -1,4 +1,4 @@
-"""Why a call does not run planned."""
+"""Mismatch: why a call does not run planned."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MismatchKind = Literal["input", "argument", "weight", "host", "mode", "module", 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A call, or the state it is made in, is not the one that was planned for.
+    """The first difference between a call, with the state it is made in, and the planned one.
 
     Attributes:
         kind: "input", "argument", "weight", "host" (Python's state), "mode" (training, grad mode, autocast, switches), "module"
             (submodules, hooks), "value" (a tensor's value that Python read), "device" or "audit" (the plan's results).
-        where: what differs, as the user writes it: "body.scale", "input 0", "autocast".
-        now, planned: what it is, and what it was planned for, for people; "" where that says nothing more.
-        is_absent: Python's state holds nothing at a place where it held something when the plan was made.
+        where: what differs, as the user would write it: "body.scale", "input 0", "autocast".
+        now, planned: its present and its planned value as short texts; "" where `where` says all.
+        is_absent: the place is empty now and held something when the plan was made.
     """
 
     kind: MismatchKind

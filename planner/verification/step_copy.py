@@ -1,4 +1,4 @@
-"""A copy of a model, planned or plain, whose training step can be run without touching the model."""
+"""StepCopy: a copy of a planned or plain model on which training steps can run without touching the model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from planner._compat import pytree
 from planner.errors import InputError, first_line
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
-from planner.runtime import guard
 from planner.runtime.audit import run_original
+from planner.runtime.guards import call_key
+from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import uninstall
-from planner.runtime.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule, unplanned_forward
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
 from planner.verification.state import generators, set_generators, state_of
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class CopyError(InputError):
-    """The model cannot be copied, and what is to be measured would change it."""
+    """The model cannot be copied, and running a step on the model itself would change it."""
 
 
 def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
-    """A deep copy. Tensors that a forward left on a module are taken along without the graph that made them.
+    """A deep copy. Tensors that a forward left on a module are copied without their autograd graph.
 
     Args:
         module: a model or a planned module.
-        sharing: its parameters share the memory of the module's; what hangs on the module's (hooks, optimizers) does not see
-            them.
+        sharing: the copy's parameters share the memory of the module's; hooks and optimizers of the module's do not see them.
 
     Raises:
         CopyError: it cannot be copied.
@@ -54,12 +53,12 @@ def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
         raise CopyError(f"the model cannot be copied, so no step of it can be run beside it: {first_line(error)}") from error
 
 
-def own_call(planned: CheckpointedModule, call: Call) -> Call:
-    """The call on tensors of its own: leaves of autograd, without hooks; a copy where the step writes into one."""
+def own_call(planned: CheckpointedModule, call: CallArguments) -> CallArguments:
+    """The call with new tensors: autograd leaves without hooks, in the same memory unless the step writes into them."""
     leaves, spec = pytree.tree_flatten(call)
     joint = planned.step.joint
     mutated = [int(given.key) for given in joint.inputs if given.kind is Kind.INPUT and given.mutated]
-    places = joint.call.tensors  # behind them come tensors of Python state, which are no part of the call
+    places = joint.call.tensors  # further inputs are tensors of Python state
     written = {id(leaves[places[i]]) for i in mutated if i < len(places)}
     own: dict[int, torch.Tensor] = {}
     for leaf in leaves:
@@ -77,44 +76,47 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def autocast_of(planned: CheckpointedModule) -> Any:
-    """The autocast context that the module was planned under, with casts of its own: also in a region of the caller's."""
+    """The autocast context that the module was planned under; its casts are not shared with the caller's region."""
     torch.clear_autocast_cache()
-    return guard.autocast_of(planned.step.key, planned.device)
+    return call_key.autocast_of(planned.step.key, planned.device)
 
 
-def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> Call:
-    """The call, which is the one that was planned for.
+def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> CallArguments:
+    """The call as (args, kwargs).
+
+    Args:
+        what: begins the error message.
 
     Raises:
-        InputError: it is not; `what` says who needs it.
+        InputError: it is not the call that was planned for.
     """
     call = (tuple(args), dict(kwargs or {}))
     with autocast_of(planned), torch.enable_grad():
-        miss = planned.difference(*call)
-    if miss is not None and miss.kind != "host":  # a copy whose Python state is not yet what it becomes can be settled
-        raise InputError(f"{what} the call that was planned for: {miss} differs")
+        mismatch = planned.mismatch(*call)
+    if mismatch is not None and mismatch.kind != "host":  # Python state that a first forward fills in: see `StepCopy.settle`
+        raise InputError(f"{what} the call that was planned for: {mismatch} differs")
     return call
 
 
 def resident_bytes(planned: CheckpointedModule) -> int:
-    """Bytes that are there before the step: parameters, buffers, inputs, and reserved bytes."""
+    """Bytes in use before the step: parameters, buffers, inputs, and reserved bytes."""
     return planned.plan.graph.resident_bytes
 
 
-class Side:
-    """A copy of a module and of a call: running steps on it changes nothing else but the random generators.
+class StepCopy:
+    """A copy of a module and of a call: steps that run on it change nothing else but the random generators.
 
     Attributes:
-        module: planned or plain.
+        module: the copy, planned or plain.
         call: see `own_call`.
     """
 
-    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: Call) -> None:
+    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: CallArguments) -> None:
         self.module, self.call, self._planned, self._given = module, own_call(planned, call), planned, call
         self._device = planned.device
         self._model: nn.Module = module.original if isinstance(module, CheckpointedModule) else module
         if isinstance(module, CheckpointedModule):
-            module.__dict__["audits"] = False  # an audit is no part of a step
+            module.__dict__["audits"] = False  # an audit would count as part of the step
         else:
             uninstall(module)
 
@@ -124,7 +126,7 @@ class Side:
         return [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
 
     def prepare(self) -> None:
-        """Gradients at None, inputs as they were given."""
+        """Reset gradients to None and inputs to their first values."""
         self.module.zero_grad(set_to_none=True)
         given = [leaf for leaf in pytree.tree_leaves(self._given) if isinstance(leaf, torch.Tensor)]
         for own, original in zip(self.inputs, given, strict=True):
@@ -134,7 +136,7 @@ class Side:
                     own.detach().copy_(original)
 
     def settle(self) -> None:
-        """Run the model's own forward once, which fills caches and first states; the generators stay as they are."""
+        """Run the model's own forward once, which fills caches and first states; the random generators are restored."""
         self.prepare()
         before = generators()
         with autocast_of(self._planned):
@@ -142,10 +144,10 @@ class Side:
         set_generators(before)
 
     def mismatch(self) -> Mismatch | None:
-        """What keeps a planned module from running this side's call planned."""
+        """Why the copy would not run its call planned; None if it would."""
         self.prepare()
         with autocast_of(self._planned), torch.enable_grad():
-            return self.module.difference(*self.call)  # type: ignore[no-any-return, operator]
+            return self.module.mismatch(*self.call)  # type: ignore[no-any-return, operator]
 
     def step(self) -> list[Any]:
         """Forward and backward; the output's leaves. `prepare` comes first."""
@@ -157,11 +159,11 @@ class Side:
         return leaves
 
     def peak(self) -> int:
-        """Measured peak of a step, with everything that is resident. A step has run before: what a first call allocates for
-        good is no part of one."""
+        """Measured peak of a step in bytes, resident bytes included. A step has to run before: what a first call allocates
+        for good is not part of a step."""
         self.prepare()
         above = logical_peak(self.step, self._device)
-        if self._device.type == "cuda":  # its peak depends on the cached blocks: measure again without any
+        if self._device.type == "cuda":  # the peak depends on cached blocks: measure again without any
             self.prepare()
             torch.cuda.empty_cache()
             above = max(above, logical_peak(self.step, self._device))
@@ -169,7 +171,7 @@ class Side:
 
 
 def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
-    """An output's leaves as the plan numbers them; None for a cache that a planned output leaves out."""
+    """An output's leaves at their positions in the plan; None for a cache, which a planned output leaves out."""
     outputs = planned.step.joint.outputs
     if not any(out.left_out for out in outputs):
         return list(leaves)
@@ -181,7 +183,7 @@ def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
 
 
 def backward_of_ones(starts: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Backward from these outputs, each with a gradient of ones."""
+    """Run backward from these tensors, each with a gradient of ones."""
     is_on = torch.is_autocast_enabled(device.type)
     with torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
         torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])

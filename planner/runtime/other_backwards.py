@@ -1,4 +1,7 @@
-"""Backwards for keys that the plan was not made for: captured again when they first come, remembered, run in one stage."""
+"""OtherBackwards: backwards for gradients that the plan was not made for, captured when such gradients first come.
+
+The forward that has run, and what it saved, stay as they are. The other backward runs in one stage, within the plan's budget.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from planner._compat import pytree
-from planner._compat.fake_tensors import fake_mode
+from planner._compat.fake_tensors import fake_mode, forget_real_tensors
 from planner.errors import BackwardError, PlannerError
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.schedule import keep_all
@@ -24,11 +27,11 @@ from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost, Profile
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.rewriter.reschedule import Choice, MissingValueError, reschedule
+from planner.rewriter.reschedule import Candidate, MissingValueError, reschedule
 from planner.runtime.backward_key import BackwardKey, normal
-from planner.runtime.functions import Boxed, OtherBackward
-from planner.runtime.guard import autocast_of
-from planner.runtime.step import Step
+from planner.runtime.executable import Boxed, OtherBackward
+from planner.runtime.guards.call_key import autocast_of
+from planner.runtime.step import RewrittenStep
 from planner.tracer.graft import graft
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
@@ -38,33 +41,31 @@ from planner.tracer.storage import Storages
 from planner.units import format_bytes
 
 MOST_KEYS = 8
-"""Maximum number of backwards remembered; then the oldest is dropped."""
+"""Maximum number of backwards that are remembered; then the oldest is dropped."""
 _CURE = (
     "Make the loss part of the plan: plan(..., criterion=your loss, criterion_args=(targets,)), or loss= naming the outputs "
     "that your loss is made of"
 )
 
 
-class Backwards:
-    """The backwards of one planned module by key.
+class OtherBackwards:
+    """The other backwards of one planned module, by key. A new key is captured, which takes seconds."""
 
-    A key that is new is captured again (seconds): the forward that has run, and what it saved, stay as they are.
-    """
-
-    def __init__(self, model: nn.Module, step: Step, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
-        """`compiled`: makes code of a backward graph."""
+    def __init__(self, model: nn.Module, step: RewrittenStep, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
+        """`compiled`: turns a backward graph into code."""
         self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
         self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward] = {}
 
     def find(
         self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...] = ()
     ) -> OtherBackward | None:
-        """The backward for the gradients that came; None where the planned one is right for them.
+        """The backward for these gradients; None where the planned one is right for them.
 
-        `written`: positions of the saved activations that the caller has written into, which are to be recomputed.
+        Args:
+            written: positions of the saved activations that the caller has written into, which have to be recomputed.
 
         Raises:
-            BackwardError: none is exact, or none fits the budget.
+            BackwardError: there is no exact one, or none fits the budget.
         """
         known = self._known.get((key, written))
         if known is None:
@@ -74,7 +75,7 @@ class Backwards:
             known = self._known.get((key, written))
         if known is None:
             try:
-                known = self._made(gradients, written)
+                known = self._capture(gradients, written)
             except BackwardError:
                 raise
             except PlannerError as error:
@@ -85,10 +86,10 @@ class Backwards:
         return known
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
-        """The name of the first tensor that is no longer of the version it had; "" if there is none.
+        """The name of the first tensor whose version has changed; "" if there is none.
 
         Args:
-            read: name, version when it was saved, and the tensor, where it is not one that the model holds.
+            read: (name, version when it was saved, the tensor), or None instead of a tensor that the model holds.
         """
         held = dict((*self._model.named_parameters(), *self._model.named_buffers()))
         for name, version, tensor in read:
@@ -97,7 +98,7 @@ class Backwards:
                 return name
         return ""
 
-    def _made(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
+    def _capture(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
         begun = time.monotonic()
         step, plan = self._step, self._plan
         strides = tuple(None if gradient is None else gradient.stride() for gradient in gradients)
@@ -106,55 +107,55 @@ class Backwards:
         limits = _limits(graph, plan, step.fraction)
         storages = Storages(joint.graph)
         given = {given.node for given in joint.inputs if given.kind is Kind.TANGENT}
-        given |= {*step.halves.saved_inputs, *step.halves.spare}
+        given |= {*step.partitioned.saved_inputs, *step.partitioned.spare}
         kept = {storages.root[node] for node in joint.graph.find_nodes(op="placeholder") if node.name in given}
-        kept |= {name for i, name in enumerate(step.halves.saved) if i not in written}
+        kept |= {name for i, name in enumerate(step.partitioned.saved) if i not in written}
         try:
-            choice = reschedule(graph, plan.graph, plan.solution.schedule, kept, limits, backward_is_fixed(joint))
+            candidate = reschedule(graph, plan.graph, plan.solution.schedule, kept, limits, backward_is_fixed(joint))
         except MissingValueError as error:
             raise self._missing(error.value, joint, self._described(gradients, written)) from None
         what = self._described(gradients, written)
-        if choice.peak_bytes > limits[-1]:
-            raise self._over(choice, what)
+        if candidate.peak_bytes > limits[-1]:
+            raise self._over(candidate, what)
         self._check_owners(joint, what)
-        other = self._written(joint, graph, choice)
-        # with fractional budgets alone: the plain step of this backward peaks higher, and the fraction is of that
-        over = choice.peak_bytes > plan.budget_bytes
+        other = self._compile(joint, graph, candidate)
+        # possible with a fractional budget only: it is the fraction of this backward's plain step, which peaks higher
+        over = candidate.peak_bytes > plan.budget_bytes
         RUNTIME.log(
             logging.WARNING if over else logging.INFO,
             "%s: captured in %.1f s; its step peaks at %s (planned for %s), simulated time %+.1f %% against the planned step",
             what,
             time.monotonic() - begun,
-            format_bytes(choice.peak_bytes),
+            format_bytes(candidate.peak_bytes),
             format_bytes(plan.budget_bytes),
-            100 * (choice.time_ns / max(1, plan.timeline.time_ns) - 1),
+            100 * (candidate.time_ns / max(1, plan.timeline.time_ns) - 1),
         )
         return other
 
-    def _written(self, joint: Joint, graph: Graph, choice: Choice) -> OtherBackward:
-        planned, halves = self._step.halves, partition(joint, graph, choice.schedule)
+    def _compile(self, joint: Joint, graph: Graph, candidate: Candidate) -> OtherBackward:
+        planned, partitioned = self._step.partitioned, partition(joint, graph, candidate.schedule)
         there = [*planned.saved, *planned.saved_inputs, *planned.spare]
         try:
-            takes = tuple(there.index(name) for name in (*halves.saved, *halves.saved_inputs))
+            takes = tuple(there.index(name) for name in (*partitioned.saved, *partitioned.saved_inputs))
         except ValueError as error:
             raise BackwardError(f"internal error: {error}; please report it with the model") from error
         position = {(given.kind, given.key): i for i, (given, _) in enumerate(joint.gradients)}
         return OtherBackward(
-            run=self._compiled(halves.backward),
+            run=self._compiled(partitioned.backward),
             takes=takes,
-            tangents=halves.tangents,
+            output_gradients=partitioned.output_gradients,
             gradients=tuple(position.get((given.kind, given.key)) for given, _ in self._step.joint.gradients),
-            swaps=any(node.target is custom.swap_rng_state for node in halves.backward.nodes),
-            peak_bytes=choice.peak_bytes,
+            swaps=any(node.target is custom.swap_rng_state for node in partitioned.backward.nodes),
+            peak_bytes=candidate.peak_bytes,
         )
 
     def _check_owners(self, joint: Joint, what: str) -> None:
-        """Raise BackwardError where a gradient would arrive at a tensor that the planned step hands no gradient to."""
+        """Raise BackwardError where it computes a gradient of a tensor that has none in the planned step."""
         known = {(given.kind, given.key) for given, _ in self._step.joint.gradients}
         lost = [str(given.key) for given, _ in joint.gradients if (given.kind, given.key) not in known]
         if lost:
             raise BackwardError(
-                f"{what}: it reaches {', '.join(lost[:5])}, which the planned outputs' gradients do not reach. {_CURE}"
+                f"{what}: it reaches {', '.join(lost[:5])}, which the gradients of the planned outputs do not reach. {_CURE}"
             )
 
     def _missing(self, value: str, joint: Joint, what: str) -> BackwardError:
@@ -165,24 +166,24 @@ class Backwards:
             f"recompute, as its own backward does not read it. {_CURE}"
         )
 
-    def _over(self, choice: Choice, what: str) -> BackwardError:
+    def _over(self, candidate: Candidate, what: str) -> BackwardError:
         plan = self._plan
-        would_do = choice.peak_bytes + max(plan.margin_bytes, choice.peak_bytes // 100)
+        would_do = candidate.peak_bytes + max(plan.margin_bytes, candidate.peak_bytes // 100)
         return BackwardError(
-            f"{what}: with it this step needs {format_bytes(choice.peak_bytes)}, more than the budget of "
+            f"{what}: with it this step needs {format_bytes(candidate.peak_bytes)}, more than the budget of "
             f"{format_bytes(plan.budget_bytes)} ({plan.margin_bytes} bytes of it kept free); budget={would_do} would do. "
             f"{_CURE}"
         )
 
     def _described(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> str:
-        """What came otherwise than planned, for messages."""
+        """The gradients beside the planned ones, for messages."""
         step = self._step
         outputs = (*step.joint.outputs, *step.joint.left)
         name = {out.result: out.name for out in reversed(outputs) if out.result is not None}
         came = [f"{name[i]!r} with strides {tuple(g.stride())}" for i, g in enumerate(gradients) if g is not None]
         planned = [f"{name[i]!r} with strides {strides}" for i, strides in enumerate(step.backward_key) if strides is not None]
-        roots = {step.halves.saved[i] for i in written}
-        modified = [repr(name[i]) for i, root in enumerate(step.halves.roots) if root in roots]
+        roots = {step.partitioned.saved[i] for i in written}
+        modified = [repr(name[i]) for i, root in enumerate(step.partitioned.roots) if root in roots]
         also = f", after {', '.join(modified)} {'was' if len(modified) == 1 else 'were'} modified in place" if modified else ""
         return f"backward through {', '.join(came) or 'no output'}{also} (planned for {', '.join(planned)})"
 
@@ -190,8 +191,8 @@ class Backwards:
 def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]:
     """Bounds on the peak, to be tried in this order: the plan's; then the same fraction of this plain step's peak.
 
-    A gradient in another layout may make the plain step itself need more (a copy that eager makes too). A budget that is a
-    fraction means a fraction of that step.
+    A gradient with other strides may make the plain step itself need more (a copy that eager makes, too). A budget given as a
+    fraction is then the fraction of that step.
     """
     limit = plan.budget_bytes - plan.margin_bytes
     if fraction is None:
@@ -199,11 +200,11 @@ def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]
     return limit, max(limit, int(fraction * simulate(graph, keep_all(graph)).peak_bytes) - plan.margin_bytes)
 
 
-def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
-    """The planned call captured again for other gradients; the call's tensors are stand-ins.
+def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey) -> Joint:
+    """Capture the planned call again for other gradients; fake tensors stand for the call's.
 
     Raises:
-        InputError, CaptureError: the model is no longer one that can be captured.
+        InputError, CaptureError: the model can no longer be captured.
     """
     call = step.joint.call
     with fake_mode():
@@ -218,14 +219,16 @@ def recaptured(step: Step, model: nn.Module, strides: BackwardKey) -> Joint:
     opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.parts.values()))
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
         known = Replay(strides, step.joint.recorded, step.joint.parts, step.joint.host)
-        return capture_again(model, args, kwargs, known, opaque)
+        joint = capture_again(model, args, kwargs, known, opaque)
+    forget_real_tensors(node.meta.get("val") for node in joint.graph.nodes)
+    return joint
 
 
-def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
-    """The grafted step's graph: what the plan knows of the forward, and costs of the other backward's kernels.
+def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
+    """The other step's graph, with the plan's costs of the forward and new costs of the other backward.
 
     Raises:
-        BackwardError: its forward is not the plan's.
+        BackwardError: its forward differs from the plan's.
     """
     planned = plan.graph
     graph = lower(joint, _costs(joint, plan))
@@ -233,9 +236,9 @@ def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
     ours, theirs = planned.ops[:num_forward], graph.ops[: graph.num_forward_ops]
     for one, other in zip(ours, theirs, strict=False):
         if not _is_same_op(one, other):
-            raise BackwardError(f"the forward traced again has {other.name} ({other.source}) where the plan has {one.name}")
+            raise BackwardError(f"captured again, the forward has {other.name} ({other.source}) where the plan has {one.name}")
     if len(ours) != len(theirs):
-        raise BackwardError(f"the forward traced again has {len(theirs)} ops, and {len(ours)} in the plan")
+        raise BackwardError(f"captured again, the forward has {len(theirs)} ops where the plan has {len(ours)}")
     outside = {op_name for op in planned.ops[num_forward:] for op_name in op.writes}
     values = tuple(
         planned.value[v.name] if v.name in planned.value and v.name not in outside and v.kind is not Kind.TANGENT else v
@@ -255,7 +258,10 @@ def _lowered(joint: Joint, plan: Plan, step: Step) -> Graph:
 
 
 def _is_same_op(planned: Op, other: Op) -> bool:
-    """A result that nothing in the plan reads has no node there, and is named by its position; it may have one here."""
+    """Whether two forward ops are the same.
+
+    A result that nothing in the plan reads has no node there and is named by its position; here it may have one.
+    """
     if (planned.name, planned.reads, len(planned.writes)) != (other.name, other.reads, len(other.writes)):
         return False
     pairs = zip(planned.writes, other.writes, strict=True)
@@ -263,10 +269,10 @@ def _is_same_op(planned: Op, other: Op) -> bool:
 
 
 def _costs(joint: Joint, plan: Plan) -> Profile:
-    """Costs of the backward's custom, estimated or measured as the plan's were.
+    """Costs of the other backward's kernels, estimated or measured as the plan's were.
 
-    On CUDA they are always estimated: the interrupted step occupies the device's memory. Each non-contiguous input counts as a
-    copy in the workspace.
+    On CUDA they are always estimated, because the interrupted step occupies the device's memory; each non-contiguous input then
+    counts as a copy in the workspace.
     """
     forward = {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]}
     nodes = [node for node in kernel_nodes(joint) if node.name not in forward]

@@ -1,6 +1,7 @@
-"""What capture froze of the model itself: its modules, their hooks, its tensors. Looked at anew at every call.
+"""ModelStateGuard: whether the model's modules, hooks and tensors are those that were captured.
 
-A look costs microseconds, so it is prepared: dictionaries and getters are found once, and compared as a whole.
+It runs at every call and has to take microseconds. So dictionaries and getters are looked up once, when the guard is made, and
+compared as a whole.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from torch import nn
 
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import tensors_alike
-from planner.runtime.host_guard import HostGuard
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.host_state import HostStateGuard
+from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.fidelity import is_foreign
 from planner.tracer.host.observe import named
 from planner.tracer.host.state import HostKey, find_in_class
 
 
-class Watched:
-    """A model's modules, parameters and buffers, as they are at each call."""
+class ModelStateGuard:
+    """Compares a model's modules, hooks, parameters and buffers with the captured ones; asks `HostStateGuard` about the rest.
+
+    Args:
+        model: the model, or a copy of the one that was planned.
+        names: qualified names of the parameters and buffers that the graph reads.
+        key: the Python state that the capture read.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str], key: HostKey) -> None:
         self._model, self._reads = model, key.reads.attributes
@@ -31,7 +38,7 @@ class Watched:
         self._names = [name or "the model" for name, _ in model.named_modules()]
         self._places = [_place(model, name) for name in names]
         self.now = _reader(self._places)
-        """The tensors that the model holds at this moment."""
+        """Returns the tensors that the model holds now, in the order of `names`."""
         first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.held(()) or ())))}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         known = set(names)
@@ -41,13 +48,13 @@ class Watched:
         hooks = [vars(module)[kind] for module in self.modules[1:] for kind in MODULE_HOOKS]
         self._without_hooks = [held for held in hooks if not held]
         self._alike: Any = None
-        self._host = HostGuard(model, key, lambda: named(model))
+        self._host = HostStateGuard(model, key, lambda: named(model))
 
     def _submodules(self) -> tuple[list[int], list[nn.Module | None]]:
         return list(map(len, self._parents)), list(chain.from_iterable(held.values() for held in self._parents))
 
     def held(self, default: Any = None) -> tuple[torch.Tensor, ...] | None:
-        """The tensors that the model holds; `default` where one is missing, or is none."""
+        """The tensors that the model holds; `default` where one is missing or is not a tensor."""
         try:
             found = self.now()
         except KeyError:
@@ -55,14 +62,16 @@ class Watched:
         return found if all(isinstance(tensor, torch.Tensor) for tensor in found) else default
 
     def missing(self) -> Mismatch:
-        """Which tensor `held` did not find."""
+        """The tensor that `held` did not find."""
         for holder, name in self._places:
             if not isinstance(holder.get(name), torch.Tensor):
-                return Mismatch("weight", name, str(holder.get(name, "absent"))[:80], "a tensor")
+                return Mismatch(
+                    "weight", name, "absent" if name not in holder else f"a {type(holder[name]).__name__}", "a tensor"
+                )
         return Mismatch("weight", "the model's tensors")
 
-    def changed(self, *, through_forward: bool = False) -> Mismatch | None:
-        """What of the modules and of Python's state is not as it was planned for; see `HostGuard.difference`."""
+    def mismatch(self, *, through_forward: bool = False) -> Mismatch | None:
+        """The first module, hook or piece of Python state that is not as planned; see `HostStateGuard.mismatch`."""
         if list(map(type, self.modules)) != self._kinds:
             for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
                 if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class
@@ -74,28 +83,28 @@ class Watched:
             if any(is_foreign(hook) for hooks in self._without_hooks for hook in hooks.values()):
                 return Mismatch("module", "a submodule's hooks", "one was added, which a plan would not call")
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
-        return self._host.difference(through_forward=through_forward)
+        return self._host.mismatch(through_forward=through_forward)
 
     def _overrides(self, derived: type, kind: type) -> bool:
-        """A derived class has something else in place of what the forward reads."""
+        """Whether a derived class overrides an attribute that the forward reads."""
         names = (*self._reads.get(kind, ()), "forward", "__call__")
         return any(find_in_class(derived, name) is not find_in_class(kind, name) for name in names)
 
     def untied(self, held: Sequence[torch.Tensor]) -> str:
-        """Name of a tensor that was the same as another when this was made and no longer is; '' if none."""
+        """Name of a tensor that was tied to another when the guard was made and no longer is; "" if none."""
         return next((name for name, (holder, key), i in self._ties if holder.get(key) is not held[i]), "")
 
     def alike(self, held: Sequence[torch.Tensor]) -> bool:
-        """The tensors have the metadata they had when `approve` was called; False says nothing."""
+        """Whether the tensors have the metadata of those last given to `approve`; False says nothing."""
         return self._alike is not None and self._alike(held)
 
     def approve(self, held: Sequence[torch.Tensor]) -> None:
-        """These tensors were found to be as planned: `alike` compares with them."""
+        """Note that these tensors are as planned: `alike` compares with them."""
         self._alike = tensors_alike(held)
 
 
 def _reader(places: Sequence[tuple[dict[str, Any], str]]) -> Callable[[], tuple[Any, ...]]:
-    """A function that looks up every (dictionary, key). It is generated: a loop over them takes twice as long."""
+    """A function that looks up every (dictionary, key). Generated code: a loop takes twice as long."""
     holders = list({id(holder): holder for holder, _ in places}.values())
     position = {id(holder): i for i, holder in enumerate(holders)}
     given = ", ".join(f"d{i}" for i in range(len(holders)))

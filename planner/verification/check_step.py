@@ -1,7 +1,7 @@
-"""One planned step at the end of `plan`: it has to run, to return what the captured graph says, and to keep its budget.
+"""One planned step at the end of `plan`: it has to run, return what was captured, and keep its budget.
 
-On a CPU it runs in a forked child, on the model itself, which costs the parent nothing; on an accelerator, and where inductor
-compiles the step, on a copy of the model that shares its parameters' memory.
+On a CPU it runs in a forked child process on the model itself, which leaves the parent's model as it is; on an accelerator, and
+where inductor compiles the step, on a copy of the model that shares its parameters' memory.
 """
 
 from __future__ import annotations
@@ -26,23 +26,32 @@ from planner.rewriter.partition import ORIGIN
 from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 from planner.verification.bits import different_results
-from planner.verification.side import Call, Side, aligned, autocast_of, backward_of_ones, copy_of, own_call, resident_bytes
 from planner.verification.state import strides_that_matter
+from planner.verification.step_copy import (
+    CallArguments,
+    StepCopy,
+    aligned,
+    autocast_of,
+    backward_of_ones,
+    copy_of,
+    own_call,
+    resident_bytes,
+)
 
-_PATIENCE_S, _PATIENCE_STEPS = 60.0, 50.0
-"""How long a child may take: so many seconds, and so many predicted steps."""
+_TIMEOUT_S, _TIMEOUT_STEPS = 60.0, 50.0
+"""Time limit of a child process: so many seconds plus so many times the predicted step."""
 
 
 class NotRunError(InputError):
     """No step could be run, for a reason that says nothing about the plan.
 
     Attributes:
-        expected: such a model or device is known not to run here; there is nothing to warn of.
+        expected: models or devices of this kind are known not to run here, so there is nothing to warn about.
     """
 
     def __init__(self, message: str, *, expected: bool = False) -> None:
@@ -50,39 +59,39 @@ class NotRunError(InputError):
         self.expected = expected
 
 
-def run_step(planned: CheckpointedModule, call: Call) -> int:
-    """Measured peak in bytes, everything resident included, of one planned step that was run and checked.
+def run_step(planned: CheckpointedModule, call: CallArguments) -> int:
+    """Run and check one planned step; its measured peak in bytes, resident bytes included.
 
     Model, gradients, inputs and generators stay as they are. Hooks of the model and of its parameters do not run.
 
     Raises:
-        NotRunError: it could not be run; nothing is known about it.
+        NotRunError: it could not be run, for a reason that says nothing about the plan.
         CopyError: likewise, because the model cannot be copied.
-        PlanCheckError: it fails, or returns tensors of another shape, dtype, layout or requires_grad than were captured.
+        PlanCheckError: it fails, or returns tensors whose shape, dtype, strides or requires_grad are not as captured.
     """
     if planned.device.type == "cpu" and not planned.step.is_compiled:
         return _in_child(planned, call)
     return _in_process(planned, call)
 
 
-def _in_process(planned: CheckpointedModule, call: Call) -> int:
+def _in_process(planned: CheckpointedModule, call: CallArguments) -> int:
     cuda = planned.device.type == "cuda"
     try:
-        side = Side(copy_of(planned, sharing=True), planned, call)
+        step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
     except torch.OutOfMemoryError as error:
         raise _no_memory(planned) from error
     with torch.random.fork_rng(devices=[planned.device] if cuda else []):
         try:
-            side.prepare()
-            _settle(side.module, side.call)  # type: ignore[arg-type]
-            wrong = _check(side.module, side.call)
+            step_copy.prepare()
+            _settle(step_copy.module, step_copy.call)  # type: ignore[arg-type]
+            wrong = _check(step_copy.module, step_copy.call)
             if not wrong:
-                return side.peak()
+                return step_copy.peak()
         except PlannerError:
             raise
         except Exception as error:
             if not is_out_of_memory(error):
-                raise _fault(planned, *_described(error, planned.step)) from error
+                raise _fault(planned, *_error_and_source(error, planned.step)) from error
             raise _no_memory(planned) from error
     raise _fault(planned, wrong, NOWHERE)
 
@@ -90,10 +99,10 @@ def _in_process(planned: CheckpointedModule, call: Call) -> int:
 def _no_memory(planned: CheckpointedModule) -> NotRunError:
     cuda = planned.device.type == "cuda"
     free = f", {format_bytes(torch.cuda.mem_get_info(planned.device)[0])} are free" if cuda else ""
-    return NotRunError(f"the device has not the memory for the step's {format_bytes(planned.plan.peak_bytes)}{free}")
+    return NotRunError(f"the device has too little memory for the step's {format_bytes(planned.plan.peak_bytes)}{free}")
 
 
-def _in_child(planned: CheckpointedModule, call: Call) -> int:
+def _in_child(planned: CheckpointedModule, call: CallArguments) -> int:
     if not CAN_FORK:
         raise NotRunError("this system cannot fork a process", expected=True)
     reason = _communicates(planned.step.joint)
@@ -103,33 +112,33 @@ def _in_child(planned: CheckpointedModule, call: Call) -> int:
     needed, free = timeline.peak_bytes - resident_bytes(planned), free_bytes()
     if free is not None and needed > free:
         raise NotRunError(f"the step needs {format_bytes(needed)} beside the model, {format_bytes(free)} are free")
-    patience_s = _PATIENCE_S + _PATIENCE_STEPS * timeline.time_ns / 1e9
+    timeout_s = _TIMEOUT_S + _TIMEOUT_STEPS * timeline.time_ns / 1e9
     try:
         child = Child(lambda: _answers(planned, call))
     except OSError as error:
         raise NotRunError(f"no process can be forked: {error}") from error
     try:
-        told: dict[str, Any] = {}
-        while not told.get("last"):
-            line = child.read(patience_s)
-            if line is None and told:
-                break  # the child ended after an answer: what the model's own step does is not known
+        answer: dict[str, Any] = {}
+        while not answer.get("last"):
+            line = child.read(timeout_s)
+            if line is None and answer:
+                break  # the child ended after a first answer: nothing is known about the model's own step
             if line is None:
                 raise NotRunError(f"its process {child.fate}")
-            told |= json.loads(line)
+            answer |= json.loads(line)
     finally:
         child.end()
-    if "not run" in told:
-        raise NotRunError(told["not run"])
-    if "not compared" in told:
-        VERIFICATION.info("the planned step's bits were not compared with the model's own: %s", told["not compared"])
-    if "wrong" in told:
-        raise _fault(planned, told["wrong"], source_from_json(told["where"], "where the step failed"))
-    return int(told["peak_bytes"])
+    if "not run" in answer:
+        raise NotRunError(answer["not run"])
+    if "not compared" in answer:
+        VERIFICATION.info("the planned step's bits were not compared with the model's own: %s", answer["not compared"])
+    if "wrong" in answer:
+        raise _fault(planned, answer["wrong"], source_from_json(answer["where"], "where the step failed"))
+    return int(answer["peak_bytes"])
 
 
 def _communicates(joint: Joint) -> str:
-    """Why a step must not be run by one process alone; '' if it may."""
+    """Why the step must not run in one process alone; "" if it may."""
     names = {getattr(node.target, "namespace", "") for node in joint.graph.nodes}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if any("c10d" in name for name in names):
@@ -139,8 +148,8 @@ def _communicates(joint: Joint) -> str:
     return ""
 
 
-def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]]:
-    """What the child finds out; each answer adds to the one before."""
+def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[str, Any]]:
+    """Run in the child: what it finds; each answer adds to the one before."""
     try:
         torch.ones(1, requires_grad=True).sum().backward()
     except RuntimeError:
@@ -148,13 +157,13 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
         return
     _detach_from_parent(planned)
     own = own_call(planned, call)
-    planned.__dict__["audits"] = False  # an audit is no part of a step
+    planned.__dict__["audits"] = False  # an audit would count as part of the step
     try:
         _settle(planned, own)
         wrong: list[str] = []
         above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
         if not wrong[0] and resident_bytes(planned) + above > planned.plan.budget_bytes:
-            _clear(planned, own)  # what a first call allocates for good is no part of a step
+            _clear(planned, own)  # what a first call allocates for good is not part of a step
             above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
         if any(wrong):
             yield {"wrong": next(filter(None, wrong)), "where": [], "last": True}
@@ -167,23 +176,23 @@ def _answers(planned: CheckpointedModule, call: Call) -> Iterator[dict[str, Any]
         return
     except Exception as error:
         if is_out_of_memory(error):
-            yield {"not run": "the machine has not the memory for it", "last": True}
+            yield {"not run": "the machine has too little memory for it", "last": True}
             return
-        text, where = _described(error, planned.step)
+        text, where = _error_and_source(error, planned.step)
         yield {"wrong": text, "where": source_to_json(where)}
     yield {"last": True} | _plain_fails(planned, own)
 
 
-def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
-    """{"wrong": ...} where the planned step gives other bits than the model's own; {"not compared": ...} where none can tell.
+def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
+    """{"wrong": ...} where the planned step gives other bits than the model's own, {} where they agree.
 
-    {} where they agree.
+    {"not compared": ...} where the model's own step cannot run.
     """
     free = free_bytes()
     if free is None:  # a plain step may need many times the budget
         return {"not compared": "this system does not say how much memory is free"}
     if planned.plan.plain.peak_bytes - resident_bytes(planned) > free:
-        return {"not compared": "the machine has not the memory for a plain step"}
+        return {"not compared": "the machine has too little memory for a plain step"}
     try:
         different = different_results(planned, call)
     except Exception as error:  # the planned step has run: it is the model's own that does not run in a forked process
@@ -194,16 +203,16 @@ def _bits_differ(planned: CheckpointedModule, call: Call) -> dict[str, str]:
     return {"wrong": f"another {', '.join(different[:5])}{more} than the model's own step gives"}
 
 
-def _settle(planned: CheckpointedModule, call: Call) -> None:
-    """Run the model's own forward where the first call fills Python state (a cache, a state that is None before)."""
+def _settle(planned: CheckpointedModule, call: CallArguments) -> None:
+    """Run the model's own forward once if Python state is not as planned yet: a first call fills a cache, or a None."""
     with autocast_of(planned), torch.enable_grad():
-        miss = planned.difference(*call)
-        if miss is not None and miss.kind == "host":
+        mismatch = planned.mismatch(*call)
+        if mismatch is not None and mismatch.kind == "host":
             run_original(unplanned_forward(planned.original), *call)
 
 
-def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
-    """{"not run": ...} where the model's own step fails in a forked process too; else {}."""
+def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
+    """{"not run": ...} where the model's own step fails in a forked process, too; else {}."""
     _clear(planned, call)
     try:
         uninstall(planned.original)
@@ -218,7 +227,7 @@ def _plain_fails(planned: CheckpointedModule, call: Call) -> dict[str, str]:
 
 
 def _detach_from_parent(planned: CheckpointedModule) -> None:
-    """In a forked child: parameters without hooks and gradients, and buffers that no other process sees."""
+    """In a forked child: give the model new parameters without hooks and gradients, and buffers that are not shared."""
     model = planned.original
     own: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
@@ -238,24 +247,24 @@ def _detach_from_parent(planned: CheckpointedModule) -> None:
             path.set(model, own[id(held)][1])
 
 
-def _clear(planned: CheckpointedModule, call: Call) -> None:
+def _clear(planned: CheckpointedModule, call: CallArguments) -> None:
     planned.zero_grad(set_to_none=True)
     for leaf in pytree.tree_leaves(call):
         if isinstance(leaf, torch.Tensor):
             leaf.grad = None
 
 
-def _check(planned: Any, call: Call) -> str:
-    """Run a step; what of its outputs and gradients is not as captured, or ''.
+def _check(planned: Any, call: CallArguments) -> str:
+    """Run a step; the first output or gradient that is not as captured, or "".
 
     Raises:
         NotRunError: the call is not the planned one.
     """
     with torch.enable_grad():
         with autocast_of(planned):
-            out, miss = planned.attempt(*call)
-        if miss:
-            raise NotRunError(f"the planned module does not recognize its own example call: {miss} differs")
+            out, mismatch = planned.attempt(*call)
+        if mismatch:
+            raise NotRunError(f"the planned module does not recognize its own example call: {mismatch} differs")
         leaves = aligned(planned, pytree.tree_leaves(out))
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:
@@ -272,19 +281,19 @@ def _outputs_differ(joint: Joint, leaves: list[Any]) -> str:
             continue
         if not isinstance(leaf, torch.Tensor):
             return f"output {output.name} is a {type(leaf).__name__}, captured as a tensor"
-        found, expected = _looks(leaf, leaf.requires_grad), _looks(fake, output.requires_grad)
+        found, expected = _metadata(leaf, leaf.requires_grad), _metadata(fake, output.requires_grad)
         for what, now, then in zip(("shape", "dtype", "device", "strides", "requires_grad"), found, expected, strict=True):
             if now != then:
                 return f"output {output.name} has {what} {now}, captured with {then}"
     return ""
 
 
-def _looks(tensor: torch.Tensor, requires_grad: bool) -> tuple[Any, ...]:
+def _metadata(tensor: torch.Tensor, requires_grad: bool) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, tensor.device.type, strides_that_matter(tensor), requires_grad
 
 
-def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
-    if planned.step.joint.parts:  # what runs as it is may leave a parameter without: an expert to which no row was sent
+def _gradients_missing(planned: CheckpointedModule, call: CallArguments) -> str:
+    if planned.step.joint.parts:  # an opaque module may leave a parameter without one: an expert that received no row
         return ""
     owners: dict[Any, Any] = {**dict(planned.original.named_parameters()), **dict(planned.original.named_buffers())}
     owners |= dict(enumerate(planned.step.joint.call.tensor_leaves(*call)))
@@ -295,9 +304,9 @@ def _gradients_missing(planned: CheckpointedModule, call: Call) -> str:
     return ""
 
 
-def _described(error: BaseException, step: Step) -> tuple[str, Source]:
-    """The error's first line, and where in the user's code the kernel comes from that raised it."""
-    graphs = (step.halves.backward, step.halves.forward)
+def _error_and_source(error: BaseException, step: RewrittenStep) -> tuple[str, Source]:
+    """The error's first line, and the user's line that the failing kernel comes from."""
+    graphs = (step.partitioned.backward, step.partitioned.forward)
     origins = {node.name: node.meta.get(ORIGIN, node.name) for graph in graphs for node in graph.nodes}
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
         if frame.f_code.co_filename.startswith("<eval_with_key>"):

@@ -1,7 +1,7 @@
-"""Calls within one autocast region, which share the casts of their weights.
+"""Autocast regions: several calls within one region share the casts of their weights in eager, and planned calls do not.
 
-Eager casts a float32 weight once per region: the gradients of several calls are added up in the narrow dtype and cast back
-once. A planned call casts for itself. So a weight that is cast a second time in a region, by a plan or beside one, is noticed.
+Eager casts a float32 weight once per region; gradients of several calls are summed in the narrow dtype and cast back once. A
+planned call casts its weights itself. So a weight that is cast twice in a region, once by a planned call, is an error.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from typing import Any
 import torch
 
 from planner.errors import PlanMissError
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch
 
 _TWICE = (
-    "a weight is used by a planned call and by another call within one torch.autocast region. Eager's calls share its cast "
-    "there, and add up their gradients in {} before these are cast back; planned calls do not. Enter torch.autocast anew for "
-    "each call, or plan and train with torch.autocast(..., cache_enabled=False)"
+    "enter torch.autocast anew for each call, or plan and train with torch.autocast(..., cache_enabled=False): a weight is "
+    "used by a planned call and by another call within one torch.autocast region. In eager the calls share its cast and sum "
+    "their gradients in {} before these are cast back; planned calls do not"
 )
 
 
 class _Region:
-    """The present autocast region of one thread on one device, and whose weights were cast in it, by identity."""
+    """The current autocast region of one thread on one device.
+
+    Attributes:
+        planned, unplanned: ids of the weights that planned and other calls have cast in it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._probe = torch.ones((0, 0), device=device, requires_grad=True)
@@ -32,7 +36,7 @@ class _Region:
         self.unplanned: set[int] = set()
 
     def begin(self) -> None:
-        """Forget the last region's weights, if this is another one: there the probe, which has no elements, is cast anew."""
+        """Forget the weights if this is a new region: then the probe, a tensor without elements, is cast anew."""
         with torch.enable_grad():
             product = torch.mm(self._probe, self._probe)
         node: Any = product.grad_fn
@@ -42,7 +46,7 @@ class _Region:
 
 
 class _Regions(threading.local):
-    """Autocast and its cache belong to a thread."""
+    """Per thread, as autocast and its cache are."""
 
     def __init__(self) -> None:
         self.of_device: dict[torch.device, _Region] = {}
@@ -52,10 +56,10 @@ _REGIONS = _Regions()
 
 
 def enter_planned(weights: Collection[torch.Tensor], device: torch.device) -> Mismatch | None:
-    """Note a planned call that casts these weights; a Mismatch where an unplanned call in this region has cast one of them.
+    """Note a planned call that casts these weights; a Mismatch if an unplanned call in this region has cast one of them.
 
     Raises:
-        PlanMissError: a planned call has.
+        PlanMissError: a planned call in this region has cast one of them.
     """
     region = _present(device)
     if region is None:
@@ -84,7 +88,7 @@ def note_unplanned(weights: Collection[torch.Tensor], device: torch.device) -> N
 
 
 def _present(device: torch.device) -> _Region | None:
-    """The region that this thread is in; None where autocast is off, or keeps no casts."""
+    """The region that this thread is in; None where autocast or its cache is off."""
     if not (torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()):
         return None
     if device not in _REGIONS.of_device:
