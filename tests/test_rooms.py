@@ -10,7 +10,8 @@ from pathlib import Path
 import networkx
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 FILES = sorted((ROOT / "planner").rglob("*.py"))
 
 ROOMS = (

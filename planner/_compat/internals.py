@@ -1,6 +1,6 @@
 """The one home of torch's private names. Everything here is probed by feature, never by version.
 
-When a torch release moves something, `selfcheck()` and tests/test_torch_private.py name what moved.
+When a torch release moves something, `selfcheck()` and tests/unit/compat/test_internals.py name what moved.
 """
 
 from __future__ import annotations
