@@ -4,6 +4,8 @@ import pytest
 
 from tests.fuzz.generate import case_of
 from tests.fuzz.runner import Result, result_of, run_case
+from tests.support.harness import outcome
+from tests.support.itself import itself
 
 FIRST, COUNT, EACH = 0, 200, 20
 MANY = 2_000
@@ -43,3 +45,13 @@ def test_a_plain_model_is_planned():
     """The fuzzer itself finds nothing where there is nothing."""
     plain = [case for case in map(case_of, range(400)) if case.benign and all(unit.group == "layer" for unit in case.units[:2])]
     assert run_case(plain[0]).verdict == "same"
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_cases_show_nothing_against_themselves(first):
+    raised = 0
+    for seed in range(first, first + 100):
+        found = outcome(case_of(seed).program(), make=itself)
+        assert found.verdict == "same", seed
+        raised += any(found.raised)
+    assert raised <= 25  # a case that raises early tests little

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.itself import check_against_itself
 from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member
 from tests.support.source import Step
 
@@ -306,3 +307,7 @@ def test_what_is_no_tensor_is_refused_by_name(of):
 @pytest.mark.parametrize("of", NUMBERS, ids=ids(NUMBERS))
 def test_what_is_no_tensor_runs_as_it_is_in_a_submodule(of):
     check(inside(type(of)(of.program, ANY, None, word=of.word)))
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*TENSORS, *LATE, *ELSEWHERE, *NUMBERS])

@@ -13,6 +13,7 @@ from torch import nn
 from planner import CaptureError, PlanMissWarning, PlannerError, install, plan, uninstall
 from tests.support import observe, world
 from tests.support.harness import planned_near
+from tests.support.itself import check_against_itself
 from tests.support.members import ANY, GUARDED, check, ids, inside, member
 from tests.support.source import Program, Step
 from tests.support.training import assert_same, trajectory
@@ -348,3 +349,7 @@ def test_an_object_that_answers_to_every_name_is_compared_by_what_it_holds(how):
     assert "5.0, planned for 3.0" in str(planned.difference((x,), {}))
     with pytest.warns(PlanMissWarning, match=r"more\[0\]\.value"):
         assert torch.equal(planned(x), twin(x))
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*unexpected(), *arguments()])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.itself import check_against_itself
 from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member
 from tests.support.source import Step
 
@@ -150,3 +151,7 @@ def test_ways_to_call_backward(kind, name):
     of = member(f"{name}, {kind}", steps=steps, allowed=allowed, planned_to=1, **MODELS[name])
     if not (kind == "input_gradients" and name == "language model"):  # integers have none
         check(of)
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*upstream(), *weights(), *written()])

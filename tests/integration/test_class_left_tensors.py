@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.itself import check_against_itself
 from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member
 from tests.support.source import Step
 
@@ -257,3 +258,7 @@ def test_an_empty_cache_fills_as_in_eager(of):
 @pytest.mark.parametrize("of", CACHES, ids=ids(CACHES))
 def test_an_empty_cache_of_a_submodule_fills_as_in_eager(of):
     check(inside(type(of)(of.program.within(steps=(Step(),) * 4), GUARDED, 2)))
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*LEFT, *ELSEWHERE, *CACHES, *OUTER_CACHES])

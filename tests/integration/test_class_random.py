@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.itself import check_against_itself
 from tests.support.members import REFUSABLE, check, ids, inside, member
 from tests.support.source import Step
 
@@ -156,3 +157,7 @@ def test_planning_in_a_loop_moves_nothing():
     for _ in range(3):
         plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*TORCH, *OTHERS])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.itself import check_against_itself
 from tests.support.kinds import FOR_TENSORS, HARD, SETTINGS, TENSORS, USES, named
 from tests.support.members import ANY, GUARDED, check, ids, inside, member
 from tests.support.source import Step
@@ -141,3 +142,7 @@ def test_a_changed_module_is_noticed(of):
 @pytest.mark.parametrize("of", changed_modules()[::2], ids=ids(changed_modules()[::2]))
 def test_a_changed_module_in_a_submodule_is_noticed(of):
     check(inside(of))
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*SCALED, *TYPED, *USED, *REFUSABLE_PLACES, *changed_modules()])

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from planner import PlanMissWarning, PlannerError
 from tests.support import world
 from tests.support.harness import planned_near
+from tests.support.itself import check_against_itself
 from tests.support.members import ANY, GUARDED, check, ids, inside, member
 from tests.support.source import Program, Step
 
@@ -221,3 +222,7 @@ def test_evaluation_is_not_worth_a_warning():
     with torch.no_grad():
         assert torch.equal(planned(x), model(x))  # a warning would be an error here
     assert issubclass(PlanMissWarning, UserWarning)
+
+
+def test_eager_shows_nothing_against_itself():
+    check_against_itself([*switched(), *planned_under()])

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from planner import plan
 from planner.rewriter.stages import cut_stages
 from tests.support import models
+from tests.support.planned import captured, rewritten
 from tests.support.strategies import scatter
 from tests.support.training import assert_same, loss_of, trajectory
-from tests.unit.rewriter.test_reschedule import captured, rewritten
 
 NUM_SCHEDULES = 10_000
 

@@ -177,5 +177,20 @@ def blocks(count: int) -> Graph:
     return graph({"x": 1, "t": 1, "loss": 1, **inside}, forward, backward, "loss", "g0")
 
 
+def in_modules() -> Graph:
+    """Four blocks of two ops in modules h.0 .. h.3, then a loss outside of them."""
+    forward, backward = [], []
+    for i in range(4):
+        before = f"c_{i - 1}" if i else "x"
+        forward.append(op(f"fa{i}", before, f"a_{i}", 3, source=Source(f"h.{i}.up", "model.py", 1)))
+        forward.append(op(f"fc{i}", f"a_{i}", f"c_{i}", 4, source=Source(f"h.{i}.down", "model.py", 2)))
+    forward.append(op("floss", "c_3", "loss", 1, source=Source(file="model.py", line=9)))
+    for i in reversed(range(4)):
+        after = f"g_{i + 1}" if i < 3 else "t"
+        backward.append(op(f"b{i}", f"a_{i} c_{i} {after}", f"g_{i}", 9))
+    sizes = {f"{kind}_{i}": nbytes for i in range(4) for kind, nbytes in (("a", 8), ("c", 4), ("g", 4))}
+    return graph({"x": 1, "t": 1, "loss": 1, **sizes}, forward, backward, "loss", "g_0")
+
+
 SMALL = {make.__name__: make for make in (chain, diamond, skip, two_outputs, statistics, dropout)}
 """All of the above by name."""

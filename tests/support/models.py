@@ -86,6 +86,35 @@ class Tied(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), "logits": logits, "step": 3}
 
 
+def rows_of_data(x):
+    """Gives tensors whose shape depends on the data, which no trace can follow."""
+    rows = torch.nonzero(x[:, 0] > 0).flatten()
+    return x.index_add(0, rows, x[rows])
+
+
+class Block(nn.Module):
+    """Runs `act` on its input first."""
+
+    def __init__(self, act=lambda x: x) -> None:
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 4), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.act(x)).tanh()
+
+
+class Ragged(nn.Module):
+    """Its own forward cannot be captured, its submodules' can."""
+
+    def __init__(self, act=lambda x: x) -> None:
+        super().__init__()
+        self.first, self.second = Block(act), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        return self.second(hidden[hidden[:, 0] > 0]).sum()
+
+
 def mlp() -> Built:
     """Five layers with dropout, p such that the fused kernel is exact (.1) and such that it is not (.15)."""
     layers = [nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.15), nn.Linear(16, 4)]
@@ -127,3 +156,28 @@ def build(name: str) -> Built:
         torch.manual_seed(0)
         model, args, kwargs = MODELS[name]()
     return model.train(), args, kwargs
+
+
+def tanh_blocks(num: int = 4, width: int = 32) -> nn.Module:
+    """Linear layers, each with a tanh, and a head."""
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(num)], nn.Linear(width, 1))
+
+
+def rows(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of `tanh_blocks` with 16 rows for each sample."""
+    return (torch.zeros(16 * batch, 32),), {}
+
+
+MODEL_FILE = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)]), (torch.randn(512, 64),), {}
+
+def wrong():
+    return 3
+"""
+"""A file for the command line."""

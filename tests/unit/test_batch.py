@@ -19,19 +19,11 @@ from planner.graph.simulate import simulate
 from planner.results.max_batch import MaxBatch, Measured, Tried
 from planner.solver.solve import solve
 from tests.support import graphs
+from tests.support.models import rows, tanh_blocks
 
 GRAPH = graphs.blocks(4)
 NO_RECOMPUTE = Plan(GRAPH, 10**9, 0, solve(GRAPH, 10**9))
 RECOMPUTE = Plan(GRAPH, 10**9, 0, solve(GRAPH, NO_RECOMPUTE.peak_bytes * 3 // 4))
-
-
-def blocks(num=4, width=32):
-    torch.manual_seed(0)
-    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(num)], nn.Linear(width, 1))
-
-
-def rows(batch):
-    return (torch.zeros(16 * batch, 32),), {}
 
 
 def plain_bytes(model, batch):
@@ -46,7 +38,7 @@ def fits(model, batch, budget):
 
 
 def test_the_batch_found_is_the_largest_that_plan_accepts():
-    model = blocks()
+    model = tanh_blocks()
     budget = plain_bytes(model, 6)
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     found = max_batch(rows, model, budget, costs="estimate", progress=False, effort=1.0)
@@ -62,7 +54,7 @@ def test_the_batch_found_is_the_largest_that_plan_accepts():
 
 
 def test_steps_are_run_and_timed_where_the_device_is_here():
-    model = blocks()
+    model = tanh_blocks()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     found = max_batch(rows, model, plain_bytes(model, 6), costs="estimate", progress=False, effort=1.0)
@@ -93,7 +85,7 @@ def test_a_device_that_is_not_here_with_its_optimizer():
 
 def test_one_sample_that_does_not_fit_is_an_error_with_its_floor():
     with pytest.raises(InfeasibleBudgetError, match="one sample does not fit: budget") as caught:
-        max_batch(rows, blocks(), "20KiB", costs="estimate", progress=False)
+        max_batch(rows, tanh_blocks(), "20KiB", costs="estimate", progress=False)
     assert caught.value.floor_bytes > 20 * 2**10
 
 
@@ -108,7 +100,7 @@ def test_one_sample_that_does_not_fit_is_an_error_with_its_floor():
 )
 def test_what_makes_no_sense_is_refused(make, budget, kind, message):
     with pytest.raises(kind, match=message):
-        max_batch(make, blocks(), budget, costs="estimate", progress=False)
+        max_batch(make, tanh_blocks(), budget, costs="estimate", progress=False)
 
 
 def attempts(plain_each, floor_each, lowest_each, budget, seen):
@@ -151,12 +143,12 @@ def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more,
 
 
 def test_a_larger_batch_is_foreseen_from_two():
-    model = blocks()
+    model = tanh_blocks()
     one, two, nine = (plan(model, 1.0, *rows(b), costs="estimate", progress=False).plan.graph for b in (1, 2, 9))
     ahead = grown(one, two, 8)
     assert ahead.values == nine.values
     assert simulate(ahead, keep_all(ahead)).time_ns == pytest.approx(simulate(nine, keep_all(nine)).time_ns, rel=0.02)
-    assert grown(one, plan(blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
+    assert grown(one, plan(tanh_blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
 
 
 def curve(*figures):
@@ -185,8 +177,8 @@ def test_the_verdict_says_which_is_faster(found, fastest, verdict):
 
 def test_command_line_prints_a_table_or_json(tmp_path, capsys):
     (tmp_path / "rows_model.py").write_text(
-        "import torch\nfrom tests.unit.test_batch import blocks, rows\n\n\n"
-        "def build(batch=2):\n    return blocks(), *rows(batch)\n"
+        "import torch\nfrom tests.support.models import rows, tanh_blocks\n\n\n"
+        "def build(batch=2):\n    return tanh_blocks(), *rows(batch)\n"
     )
     target = f"{tmp_path / 'rows_model.py'}:build"
     options = ["--costs", "estimate", "--budget", "70KiB", "--effort", "1"]

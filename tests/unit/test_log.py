@@ -15,11 +15,9 @@ from planner.profiler.cache import KernelCache
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost
 from planner.verification.measured import measured_within
-from tests.support.models import Wrapped
-from tests.unit.cli.test_cli import MODEL
-from tests.unit.profiler.test_measure import crash, mm, on_function, refuse
-from tests.unit.tracer.test_faults import Block, Ragged, rows_of_data
-from tests.unit.verification.test_measured import planned_attention, within_of
+from tests.support.models import MODEL_FILE, Block, Ragged, Wrapped, rows_of_data
+from tests.support.nodes import crash, mm, on_function, refuse
+from tests.support.planned import planned_attention, within_of
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -65,8 +63,8 @@ def test_the_steps_of_planning_are_info(logged):
     assert [line.split()[0] for line in logged("", "INFO")] == [line.split()[0] for line in logged("")]
     assert any("the plain step peaks at" in line for line in logged("", "INFO"))
     assert any(line.startswith("planned for") for line in logged("", "INFO"))
-    assert any("one planned step was run" in line for line in logged("analysis", "DEBUG"))
-    assert not [line for room in ("", "tracer", "profiler", "analysis", "runtime") for line in logged(room, "WARNING")]
+    assert any("one planned step was run" in line for line in logged("verification", "DEBUG"))
+    assert not [line for room in ("", "tracer", "profiler", "verification", "runtime") for line in logged(room, "WARNING")]
 
 
 def test_kernels_that_cannot_be_measured_are_named_with_the_reason(logged):
@@ -114,7 +112,7 @@ def test_planning_again_for_less_is_info(logged, monkeypatch):
     monkeypatch.setattr("planner.verification.measured.step_peak", lambda *_: next(peaks))
     measured_within(peak + 100, within_of(made, asked), args, kwargs)
     assert len(asked) == 2
-    (again,) = [line for line in logged("analysis", "INFO") if "plan again, for" in line]
+    (again,) = [line for line in logged("verification", "INFO") if "plan again, for" in line]
     assert again.startswith("planned for ")
 
 
@@ -144,10 +142,10 @@ def test_a_planned_step_logs_nothing(logged):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     module = planned(model)
     module(X).sum().backward()  # a sum's gradient may be of other strides: captured once
-    before = [logged(room) for room in ("", "tracer", "profiler", "analysis", "runtime")]
+    before = [logged(room) for room in ("", "tracer", "profiler", "verification", "runtime")]
     for _ in range(3):
         module(X).sum().backward()
-    assert before == [logged(room) for room in ("", "tracer", "profiler", "analysis", "runtime")]
+    assert before == [logged(room) for room in ("", "tracer", "profiler", "verification", "runtime")]
 
 
 def test_a_backward_above_the_bytes_planned_for_within_the_fraction_is_a_warning(logged):
@@ -172,7 +170,7 @@ def test_batches_and_children_are_logged(logged):
 
 
 def test_the_command_line_shows_the_log_where_it_is_asked_to(tmp_path, capsys):
-    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "model.py").write_text(MODEL_FILE)
     command = ["plan", f"{tmp_path / 'model.py'}:build", "--budget", "1.0", "--costs", "estimate", "--no-check"]
     assert main(command) == 0
     quiet = capsys.readouterr()

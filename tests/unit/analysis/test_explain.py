@@ -16,8 +16,7 @@ from planner.graph.simulate import simulate
 from planner.graph.source import Source
 from planner.solver.solve import Solver
 from tests.support import graphs
-from tests.unit.analysis.test_sweep import in_modules
-from tests.unit.report.test_timeline import made
+from tests.support.sweeps import plan_of
 
 
 def test_module_paths() -> None:
@@ -55,7 +54,7 @@ def test_rows_that_differ_in_a_number_are_folded(rows: dict[str, int], expected:
 
 
 def test_nothing_is_counted_twice_or_lost() -> None:
-    plan = made(in_modules(), 0.7)
+    plan = plan_of(graphs.in_modules(), 0.7)
     rows = explain(plan, prices=False).rows
     outputs = set(plan.graph.forward_outputs)
     saved, wanted = set(plan.timeline.saved) - outputs, set(plan.plain.saved) - outputs
@@ -65,7 +64,7 @@ def test_nothing_is_counted_twice_or_lost() -> None:
 
 
 def test_a_row_says_why() -> None:
-    plan = made(in_modules(), 0.75)
+    plan = plan_of(graphs.in_modules(), 0.75)
     explained = plan.explain(prices=False)
     up = [row for row in explained.rows if row.label.endswith(".up")]
     down = [row for row in explained.rows if row.label.endswith(".down")]
@@ -81,7 +80,7 @@ def test_a_row_says_why() -> None:
 
 def test_prices_are_those_of_the_neighbouring_budgets() -> None:
     graph = graphs.blocks(8)
-    plan = made(graph, 0.7)
+    plan = plan_of(graph, 0.7)
     explained = plan.explain(effort=5.0)
     more, less = explained.more, explained.less
     assert more is not None and less is not None
@@ -95,7 +94,7 @@ def test_prices_are_those_of_the_neighbouring_budgets() -> None:
 
 def test_prices_at_the_ends() -> None:
     graph = graphs.blocks(6)
-    full = made(graph, 1.0).explain()
+    full = plan_of(graph, 1.0).explain()
     assert full.more is None and "more memory buys nothing" in str(full)
     lowest = Solver(graph).lowest_peak()
     tight = Plan(graph, lowest, 0, Solver(graph).solve(lowest)).explain()
@@ -104,18 +103,18 @@ def test_prices_at_the_ends() -> None:
 
 
 def test_a_plan_without_modules_is_explained_too() -> None:
-    plan = made(graphs.dropout(), 0.95)
+    plan = plan_of(graphs.dropout(), 0.95)
     assert "(top)" in str(plan.explain())
 
 
 def test_the_plain_plan_recomputes_nothing() -> None:
-    plan = made(graphs.blocks(4), 1.0)
+    plan = plan_of(graphs.blocks(4), 1.0)
     assert plan.solution.schedule == keep_all(plan.graph)
     assert all(row.recomputed_ns == 0 and row.freed_bytes == 0 for row in plan.explain(prices=False).rows)
 
 
 def test_explaining_needs_no_torch(tmp_path: Path) -> None:
-    made(in_modules()).save(tmp_path / "plan.json")
+    plan_of(graphs.in_modules()).save(tmp_path / "plan.json")
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from planner import Plan, Sweep\n"

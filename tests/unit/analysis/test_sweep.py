@@ -18,7 +18,6 @@ from planner.analysis.references import module_checkpoints, references
 from planner.graph.floor import floor
 from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
-from planner.graph.source import Source
 from planner.limits import Limits
 from planner.results import plan_file
 from tests.support import graphs
@@ -188,23 +187,8 @@ def test_a_missing_matplotlib_names_the_extra(swept: Sweep, tmp_path: Path, monk
         swept.plot(tmp_path / "sweep.png")
 
 
-def in_modules() -> graphs.Graph:
-    """Four blocks of two ops in modules h.0 .. h.3, then a loss outside of them."""
-    forward, backward = [], []
-    for i in range(4):
-        before = f"c_{i - 1}" if i else "x"
-        forward.append(graphs.op(f"fa{i}", before, f"a_{i}", 3, source=Source(f"h.{i}.up", "model.py", 1)))
-        forward.append(graphs.op(f"fc{i}", f"a_{i}", f"c_{i}", 4, source=Source(f"h.{i}.down", "model.py", 2)))
-    forward.append(graphs.op("floss", "c_3", "loss", 1, source=Source(file="model.py", line=9)))
-    for i in reversed(range(4)):
-        after = f"g_{i + 1}" if i < 3 else "t"
-        backward.append(graphs.op(f"b{i}", f"a_{i} c_{i} {after}", f"g_{i}", 9))
-    sizes = {f"{kind}_{i}": nbytes for i in range(4) for kind, nbytes in (("a", 8), ("c", 4), ("g", 4))}
-    return graphs.graph({"x": 1, "t": 1, "loss": 1, **sizes}, forward, backward, "loss", "g_0")
-
-
 def test_whole_modules_run_again_up_to_what_is_needed() -> None:
-    graph = in_modules()
+    graph = graphs.in_modules()
     schedule = module_checkpoints(graph)
     assert schedule is not None
     check(graph, schedule)

@@ -10,21 +10,10 @@ from planner import Plan, Sweep
 from planner.cli import main
 from planner.results import plan_file
 from tests.support import graphs
+from tests.support.models import MODEL_FILE
 from tests.support.paths import ROOT
 from tests.support.pictures import is_png, is_svg
 from tests.support.sweeps import sweep_of
-
-MODEL = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)]), (torch.randn(512, 64),), {}
-
-def wrong():
-    return 3
-"""
 
 
 @pytest.fixture
@@ -75,7 +64,7 @@ def test_solve_needs_no_torch(blocks, arguments):
 
 @pytest.fixture
 def target(tmp_path):
-    (tmp_path / "my_model.py").write_text(MODEL)
+    (tmp_path / "my_model.py").write_text(MODEL_FILE)
     return f"{tmp_path / 'my_model.py'}:build"
 
 

@@ -4,31 +4,10 @@ import sys
 
 import pytest
 import torch
-from torch import fx
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from planner.kernels.calls import footprint_bytes, kernel_key, make_inputs
+from tests.support.nodes import aten, call, different_calls
 from tests.support.paths import ROOT
-
-aten = torch.ops.aten
-
-
-def call(target, *args, **kwargs):
-    """A node calling `target`; tensors among the arguments become placeholders, an equal tensor the same one."""
-    graph, made = fx.Graph(), {}
-
-    def node_of(arg):
-        if not isinstance(arg, torch.Tensor):
-            return arg
-        if id(arg) not in made:
-            made[id(arg)] = graph.placeholder(f"arg_{len(made)}")
-            with FakeTensorMode() as mode:
-                made[id(arg)].meta["val"] = mode.from_tensor(arg)
-        return made[id(arg)]
-
-    args, kwargs = tree_map(node_of, (args, kwargs))
-    return graph.call_function(target, args, kwargs)
 
 
 def test_key_ignores_names_and_values():
@@ -36,27 +15,6 @@ def test_key_ignores_names_and_values():
     two = call(aten.mm.default, torch.zeros(4, 8), torch.ones(8, 3))
     two.name = "another"
     assert kernel_key(one) == kernel_key(two)
-
-
-def different_calls():
-    x = torch.rand(4, 8)
-    return [
-        call(aten.add.Tensor, x, x),
-        call(aten.add.Tensor, x, torch.rand(4, 8)),
-        call(aten.add.Tensor, x, torch.rand(4, 1)),
-        call(aten.add.Tensor, x, torch.rand(4, 1).expand(4, 8)),
-        call(aten.add.Tensor, x, torch.rand(8, 4).t()),
-        call(aten.add.Tensor, x, torch.rand(4, 8, dtype=torch.float64)),
-        call(aten.add.Tensor, x, torch.rand(4, 8), alpha=2),
-        call(aten.add.Tensor, x, torch.rand(4, 8), alpha=2.0),
-        call(aten.add.Tensor, x, 1.5),
-        call(aten.mul.Tensor, x, torch.rand(4, 8)),
-        call(aten.add.Tensor, x, torch.rand(36)[1:33].view(4, 8)),
-        call(aten.cat.default, [x, torch.rand(4, 8)]),
-        call(aten.cat.default, [x, x]),
-        call(aten.cat.default, [x, torch.rand(4, 8)], 1),
-        call(different_calls, x),
-    ]
 
 
 def test_key_tells_apart_what_costs_differently():
@@ -70,7 +28,11 @@ def test_aligned_offset_is_the_same_kernel():
 
 
 def test_key_is_stable_across_processes():
-    code = "from tests.unit.kernels.test_calls import *; print(*map(kernel_key, different_calls()), sep='\\n')"
+    code = (
+        "from planner.kernels.calls import kernel_key\n"
+        "from tests.support.nodes import different_calls\n"
+        "print(*map(kernel_key, different_calls()), sep='\\n')"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert other.stdout.splitlines() == [kernel_key(node) for node in different_calls()]
 

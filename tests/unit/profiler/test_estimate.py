@@ -3,23 +3,9 @@ import torch
 
 from planner.kernels import custom
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, DeviceModel, estimate, estimate_node
-from tests.unit.kernels.test_calls import aten, call
+from tests.support.nodes import aten, meta, mm, node
 
 FLAT = DeviceModel("flat", flops_per_s=1e12, bytes_per_s=1e9, launch_ns=0)
-
-
-def node(target, *args, out, **kwargs):
-    made = call(target, *args, **kwargs)
-    made.meta["val"] = out
-    return made
-
-
-def meta(*size, dtype=torch.float32, device="meta"):
-    return torch.empty(size, dtype=dtype, device=device)
-
-
-def mm(n, dtype=torch.float32):
-    return node(aten.mm.default, torch.rand(n, n).to(dtype), torch.rand(n, n).to(dtype), out=meta(n, n, dtype=dtype))
 
 
 def test_matrix_product_costs_its_flops():

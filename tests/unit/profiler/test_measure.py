@@ -12,15 +12,10 @@ from planner.profiler.forked import Failed, run_forked
 from planner.profiler.measure import measure
 from planner.profiler.profile import KernelCost
 from planner.profiler.timing import cpu_workspace_bytes
-from tests.unit.kernels.test_calls import aten
-from tests.unit.profiler.test_estimate import meta, node
+from tests.support.nodes import aten, crash, meta, mm, node, on_function, refuse
 
 CPU = torch.device("cpu")
 MIB = 2**20
-
-
-def mm(n):
-    return node(aten.mm.default, torch.rand(n, n), torch.rand(n, n), out=meta(n, n))
 
 
 def all_measured(profile):
@@ -31,10 +26,6 @@ def profile_of(made, **kwargs):
     return measure([made], CPU, cache_dir=None, **kwargs)
 
 
-def on_function(function, *tensors):
-    return node(function, *(tensors or (torch.rand(4),)), out=meta(4))
-
-
 def counting(folder):
     """A kernel that leaves a file in `folder` each time it runs: the child's memory cannot be looked into."""
 
@@ -43,14 +34,6 @@ def counting(folder):
         return x + 1
 
     return kernel
-
-
-def crash(x):
-    os.abort()
-
-
-def refuse(x):
-    raise RuntimeError("not today")
 
 
 @pytest.fixture

@@ -15,20 +15,13 @@ from planner import InputError, Plan
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
-from planner.limits import Limits
 from planner.report import perfetto, timeline
 from planner.report.timeline import Part, largest, live_parts
 from planner.solver.baselines import all_baselines
-from planner.solver.solve import Solver
 from tests.support import graphs
 from tests.support.pictures import is_png, is_svg
 from tests.support.strategies import schedules, training_graphs
-from tests.unit.analysis.test_sweep import in_modules
-
-
-def made(graph: graphs.Graph, share: float = 0.7) -> Plan:
-    budget = int(simulate(graph, keep_all(graph)).peak_bytes * share)
-    return Plan(graph, budget, 0, Solver(graph).solve(budget, Limits(5.0)))
+from tests.support.sweeps import plan_of
 
 
 def agrees(graph: graphs.Graph, schedule: Schedule) -> None:
@@ -36,7 +29,7 @@ def agrees(graph: graphs.Graph, schedule: Schedule) -> None:
     assert total.tolist() == list(simulate(graph, schedule).live_bytes)
 
 
-@pytest.mark.parametrize("graph", [*(make() for make in graphs.SMALL.values()), graphs.blocks(5), in_modules()])
+@pytest.mark.parametrize("graph", [*(make() for make in graphs.SMALL.values()), graphs.blocks(5), graphs.in_modules()])
 def test_parts_sum_to_the_simulated_bytes(graph: graphs.Graph) -> None:
     for _, schedule in all_baselines(graph, 1):
         agrees(graph, schedule)
@@ -64,14 +57,14 @@ def test_each_part_of_a_chain() -> None:
 
 
 def test_recomputed_values_are_a_part_of_their_own() -> None:
-    plan = made(graphs.blocks(6))
+    plan = plan_of(graphs.blocks(6))
     parts = live_parts(plan.graph, plan.solution.schedule)
     boundary = plan.timeline.boundary
     assert parts[Part.RECOMPUTED][boundary:].any() and not parts[Part.RECOMPUTED][:boundary].any()
 
 
 def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() -> None:
-    graph = in_modules()
+    graph = graphs.in_modules()
     plain = simulate(graph, keep_all(graph))
     groups = largest(graph, keep_all(graph), plain.peak_step)
     a = next(group for group in groups if group.place == "h.0-3.up")
@@ -80,9 +73,11 @@ def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() 
     assert sum(group.count * group.nbytes for group in everything) == plain.peak_bytes
 
 
-@pytest.mark.parametrize("graph", [graphs.blocks(6), in_modules(), graphs.statistics()], ids=["blocks", "modules", "workspace"])
+@pytest.mark.parametrize(
+    "graph", [graphs.blocks(6), graphs.in_modules(), graphs.statistics()], ids=["blocks", "modules", "workspace"]
+)
 def test_pictures(graph: graphs.Graph, tmp_path: Path) -> None:
-    plan = made(graph, 0.9)
+    plan = plan_of(graph, 0.9)
     plan.plot(tmp_path / "step.png")
     timeline.plot(plan, tmp_path / "step.svg")
     assert is_png(tmp_path / "step.png") and is_svg(tmp_path / "step.svg")
@@ -98,7 +93,7 @@ def test_a_step_of_no_time_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_the_trace_has_an_event_an_op_and_counters_that_sum(tmp_path: Path) -> None:
-    plan = made(in_modules())
+    plan = plan_of(graphs.in_modules())
     plan.trace(tmp_path / "step.json")
     text = (tmp_path / "step.json").read_text()
     document = json.loads(text)

@@ -1,7 +1,6 @@
 """The strongest property: any random valid schedule of a real model trains bit-exactly. No solver involved."""
 
 import copy
-import functools
 import random
 
 import pytest
@@ -25,24 +24,9 @@ from planner.runtime.step import Step
 from planner.tracer.capture import capture
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from tests.support import models
+from tests.support.planned import captured, rewritten
 from tests.support.strategies import scatter, schedules
 from tests.support.training import assert_same, loss_of, trajectory
-
-
-@functools.cache
-def captured(name):
-    """The model, its call, its joint graph, its Graph and what plain eager training gives."""
-    model, args, kwargs = models.build(name)
-    joint = capture(model, args, kwargs)
-    return model, args, kwargs, joint, lower(joint), trajectory(copy.deepcopy(model), args, kwargs)
-
-
-def rewritten(name: str, schedule: Schedule, num_stages: int = 4) -> CheckpointedModule:
-    model, args, kwargs, joint, graph, _ = captured(name)
-    own = copy.deepcopy(model)
-    key = call_key(joint.call.tensor_leaves(args, kwargs), joint)
-    plan = Plan(graph, 2**40, 0, Solution("feasible", schedule, 0, 0.0, "test"))
-    return CheckpointedModule(own, Step(joint, partition(joint, graph, schedule), key, num_stages), plan)
 
 
 @pytest.mark.parametrize("name", models.MODELS)

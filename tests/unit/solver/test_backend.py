@@ -8,7 +8,6 @@ import time
 from copy import deepcopy
 from typing import Any
 
-import pulp
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from planner.errors import SolverMissingError
 from planner.solver import backend
 from planner.solver.backend import Model, Program
 from planner.solver.work import Meter, Work
+from tests.support.solvers import without_highs
 
 
 def knapsack(prices: list[int], weights: list[int], least: int) -> Program:
@@ -46,11 +46,6 @@ def hard(columns: int = 30, rows: int = 5) -> Program:
         weights = [chance.randint(20, 99) for _ in range(columns)]
         program.row([(i, -float(weight)) for i, weight in enumerate(weights)], -sum(weights) / 2)
     return program
-
-
-def without_highs(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend.require_highs.cache_clear()
-    monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
 
 
 items = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=7)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -22,13 +21,8 @@ from planner.solver.search import Archive, Search
 from planner.solver.solve import solve
 from planner.solver.work import Meter, Work
 from tests.support import graphs
+from tests.support.solvers import optimum
 from tests.support.strategies import budgets, training_graphs
-
-
-def optimum(graph: Graph, budget_bytes: int) -> float:
-    """Over every valid schedule in the captured order of first runs."""
-    best = exhaustive(graph, budget_bytes)
-    return math.inf if best is None else simulate(graph, best).time_ns
 
 
 class Witness(Search):

@@ -28,8 +28,8 @@ from planner.solver.search import Archive
 from planner.solver.solve import Solver, floor, lowest_peak, solve
 from planner.solver.work import Work
 from tests.support import graphs
+from tests.support.solvers import without_highs
 from tests.support.strategies import budgets, training_graphs
-from tests.unit.solver.test_backend import without_highs
 
 EXACT = 1e-6
 TINY_OPS = 10

@@ -14,8 +14,8 @@ from planner.solver.solve import solve
 from planner.solver.watch_points import RelaxationWithWatchPoints, WatchPoints
 from planner.solver.work import Work
 from tests.support import graphs
+from tests.support.solvers import optimum
 from tests.support.strategies import budgets, training_graphs
-from tests.unit.solver.test_certificate import optimum
 
 
 def shared(count: int) -> Graph:

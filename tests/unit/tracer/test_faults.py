@@ -13,20 +13,9 @@ from torch import nn
 from planner import CaptureError, InputError, max_batch, plan, plan_children
 from planner.errors import GraphError, ScheduleError
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
-from tests.support.models import Wrapped
+from tests.support.models import Block, Ragged, Wrapped, rows_of_data
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-
-
-class Block(nn.Module):
-    """Runs `act` on its input first."""
-
-    def __init__(self, act=lambda x: x) -> None:
-        super().__init__()
-        self.layer, self.act = nn.Linear(4, 4), act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(self.act(x)).tanh()
 
 
 def planned(act=lambda x: x, **options):
@@ -38,12 +27,6 @@ def raising(error):
         raise error
 
     return act
-
-
-def rows_of_data(x):
-    """Gives tensors whose shape depends on the data, which no trace can follow."""
-    rows = torch.nonzero(x[:, 0] > 0).flatten()
-    return x.index_add(0, rows, x[rows])
 
 
 FAULTS = {
@@ -163,18 +146,6 @@ def test_make_inputs_may_run_out_of_memory():
         max_batch(raising(MemoryError()), nn.Linear(4, 4), "1GiB", progress=False)
     with pytest.raises(InputError, match="raises TypeError"):
         max_batch(lambda: None, nn.Linear(4, 4), "1GiB", progress=False)
-
-
-class Ragged(nn.Module):
-    """Its own forward cannot be captured, its submodules' can."""
-
-    def __init__(self, act=lambda x: x) -> None:
-        super().__init__()
-        self.first, self.second = Block(act), Block()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.first(x)
-        return self.second(hidden[hidden[:, 0] > 0]).sum()
 
 
 @pytest.mark.parametrize("kind", [GraphError, ScheduleError])

@@ -14,13 +14,8 @@ from planner import CheckpointedModule, MeasuredPeakError, NoScheduleFoundError,
 from planner.graph.provenance import Provenance
 from planner.verification.measured import measured_within, step_peak, time_step
 from planner.verification.side import copy_of
-from tests.support import models
+from tests.support.planned import planned_attention, within_of
 from tests.support.training import assert_same
-
-
-def planned_attention(share=1.0, **options):
-    model, args, kwargs = models.build("attention")
-    return model, plan(model, share, args, kwargs, costs="estimate", progress=False, **options), args, kwargs
 
 
 def test_a_measured_step_changes_nothing_that_hangs_on_the_parameters():
@@ -36,16 +31,6 @@ def test_a_measured_step_changes_nothing_that_hangs_on_the_parameters():
     assert not fired and torch.equal(torch.get_rng_state(), rng)
     assert_same(list(before.values()), list(model.state_dict().values()))
     assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in model.parameters())
-
-
-def within_of(planned, asked):
-    """Plans again as `plan` does, and notes the budgets it was asked for."""
-
-    def within(aim_bytes):
-        asked.append(aim_bytes)
-        return planned if len(asked) == 1 else CheckpointedModule(planned.original, planned.step, replace(planned.plan), True)
-
-    return within
 
 
 @pytest.fixture
