@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from planner import PlanMissWarning, PlannerError
+from planner import InputError, PlanMissWarning
 from tests.support import world
 from tests.support.harness import planned_near
 from tests.support.itself import check_against_itself
@@ -190,7 +190,6 @@ TRANSFORMS = (
     functional,
     checkpointed,
     traced,
-    exported,
     made_fx,
 )
 
@@ -200,14 +199,18 @@ def test_function_transforms_see_what_eager_shows(transform):
     with world.kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, planned, x = loaded()
-        expected = transform(model, x)
-        try:
-            found = transform(planned, x)
-        except PlannerError as error:
-            assert str(error)
-            return
+        expected, found = transform(model, x), transform(planned, x)
         assert (found is None) == (expected is None)
         assert expected is None or torch.equal(found, expected)
+
+
+def test_torch_export_of_a_planned_module_is_refused():
+    with world.kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, planned, x = loaded()
+        exported(model, x)
+        with pytest.raises(InputError, match="export"):
+            exported(planned, x)
 
 
 def test_strict_makes_a_switch_an_error():

@@ -10,3 +10,6 @@ REFUSED: dict[str, str] = {
     "wavlm": _SHAPE,
     "user_checkpoint_reentrant": "When use_reentrant=True",
 }
+
+MAY_LACK_A_KERNEL = {("lstm", "bf16"), ("lstm_bidirectional_dropout", "bf16")}
+"""Models that the plain step of some processors has no kernel for, so that there is nothing to compare with."""

@@ -59,6 +59,7 @@ def test_highs_finds_the_optimum_or_proves_there_is_none(pairs: list[tuple[int, 
     expected = by_hand(prices, weights, least)
     assert answer.status == ("infeasible" if math.isinf(expected) else "optimal")
     assert answer.bound == pytest.approx(expected, abs=1e-5)
+    assert bool(answer.values) == math.isfinite(expected)
     if answer.values:
         assert sum(p * round(v) for p, v in zip(prices, answer.values, strict=True)) == expected
 
@@ -71,6 +72,7 @@ def test_relaxing_and_fixing_is_within_the_gap_and_leaves_the_program_as_it_was(
     answer, expected = model.relax_and_fix(Work(), gap=gap), by_hand(prices, weights, least)
     assert answer.status == ("infeasible" if math.isinf(expected) else "optimal")
     assert answer.bound <= expected + 1e-5
+    assert bool(answer.values) == math.isfinite(expected)
     if answer.values:
         assert sum(p * round(v) for p, v in zip(prices, answer.values, strict=True)) <= expected + gap + 1e-5
     again = model.solve(Work())
@@ -159,6 +161,7 @@ def test_a_program_that_grew_and_changed_in_place_is_the_same_as_one_built_anew(
         statuses.append(here.status)
         assert here.status == anew.status
         assert here.bound == pytest.approx(anew.bound, abs=1e-5)
+        assert bool(here.values) == (here.status == "optimal")
         if here.values:
             cost = sum(cost * value for cost, value in zip(program.costs, here.values, strict=True))
             assert cost == pytest.approx(here.bound + here.gap, abs=1e-5) and cost == pytest.approx(anew.bound, abs=1e-5)
@@ -181,6 +184,7 @@ def test_an_integer_program_cut_short_has_a_valid_bound_and_goes_on_to_the_optim
             assert answer.bound + answer.gap >= exact.bound - 1e-5
         units *= 2
     assert len(bounds) >= 4, "it was never cut short"
+    assert answer.values and answer.gap <= 1e-5
     assert bounds[-1] == pytest.approx(exact.bound, abs=1e-5)
 
 

@@ -18,6 +18,7 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.graph.solution import Solution
+from planner.limits import Limits
 from planner.solver import pipeline
 from planner.solver.baselines import all_baselines
 from planner.solver.exhaustive import Rules, exhaustive
@@ -217,9 +218,9 @@ def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
 @given(st.data())
 def test_cost_never_rises_with_the_budget(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
-    least, plain = floor(graph)[0], simulate(graph, keep_all(graph)).peak_bytes
+    least, plain = floor(graph)[0], simulate(graph, keep_all(graph))
     previous = None
-    for budget_bytes in range(max(1, least), plain + 1, max(1, (plain - least) // 5)):
+    for budget_bytes in [*range(max(1, least), plain.peak_bytes, max(1, (plain.peak_bytes - least) // 5)), plain.peak_bytes]:
         solution = attempt(graph, budget_bytes)
         if solution is None:
             assert previous is None, "a plan was found at a smaller budget"
@@ -227,18 +228,21 @@ def test_cost_never_rises_with_the_budget(data: st.DataObject) -> None:
         time_ns = simulate(graph, solution.schedule).time_ns
         assert previous is None or time_ns <= previous
         previous = time_ns
+    assert previous == plain.time_ns
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_no_baseline_is_cheaper_than_the_plan_or_the_bound(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
-    budget_bytes = data.draw(budgets(graph))
+    name, schedule = data.draw(st.sampled_from([*all_baselines(graph, data.draw(budgets(graph)))]))
+    budget_bytes = simulate(graph, schedule).peak_bytes
+    event(name)
     solution = attempt(graph, budget_bytes)
-    for name, schedule in all_baselines(graph, budget_bytes):
-        timeline = simulate(graph, schedule)
-        if timeline.peak_bytes <= budget_bytes:
-            assert solution is not None, f"{name} fits and no plan was found"
+    assert solution is not None, f"{name} fits and no plan was found"
+    timelines = [simulate(graph, other) for _, other in (("drawn", schedule), *all_baselines(graph, budget_bytes))]
+    for timeline in timelines:
+        if timeline.peak_bytes <= budget_bytes:  # as that of the one that was drawn
             assert timeline.time_ns >= simulate(graph, solution.schedule).time_ns >= solution.bound_ns
 
 
@@ -295,22 +299,21 @@ def test_scores_of_attention_at_the_floor_call_for_a_fused_kernel() -> None:
         solve(replace(graph, ops=ops), 1)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.data())
-def test_not_found_names_a_budget_that_works(data: st.DataObject) -> None:
-    graph = data.draw(training_graphs(max_forward=6))
-    budget_bytes = data.draw(budgets(graph))
-    try:
-        solve(graph, budget_bytes)
-    except NoScheduleFoundError as error:
-        event("nothing found")
-        text = str(error)
-        assert "not proven" in text
-        lowest = int(text.split("(")[-1].split(" bytes)")[0])
-        assert lowest > budget_bytes
-        assert simulate(graph, solve(graph, lowest).schedule).peak_bytes <= lowest
-    except InfeasibleBudgetError:
-        event("infeasible")
+def names_a_budget_that_works(graph: Graph, budget_bytes: int, limits: Limits) -> None:
+    with pytest.raises(NoScheduleFoundError, match="not proven") as raised:
+        solve(graph, budget_bytes, limits, reorder=False)
+    lowest = raised.value.lowest_bytes
+    assert lowest is not None and lowest > budget_bytes and f"({lowest} bytes)" in str(raised.value)
+    assert simulate(graph, solve(graph, lowest, limits, reorder=False).schedule).peak_bytes <= lowest
+
+
+@pytest.mark.parametrize("graph", SMALL)
+def test_not_found_without_any_effort_names_a_budget_that_works(graph: Graph) -> None:
+    names_a_budget_that_works(graph, floor(graph)[0], Limits(effort=0.0))
+
+
+def test_not_found_after_a_whole_search_names_a_budget_that_works() -> None:
+    names_a_budget_that_works(graphs.dropout(), 26, Limits())
 
 
 @settings(deadline=None, max_examples=30)

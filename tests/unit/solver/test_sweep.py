@@ -24,7 +24,8 @@ from tests.support.sweeps import sweep_of
 @given(st.data())
 def test_a_larger_budget_never_has_a_dearer_plan(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=7))
-    asked = data.draw(st.lists(budgets(graph), min_size=2, max_size=6))
+    plain = simulate(graph, keep_all(graph)).peak_bytes
+    asked = [*data.draw(st.lists(budgets(graph), min_size=2, max_size=6)), plain]
     found = sweep(graph, asked, Limits(effort=5.0))
     assert set(found) == set(asked)
     times = []
@@ -38,6 +39,7 @@ def test_a_larger_budget_never_has_a_dearer_plan(data: st.DataObject) -> None:
             assert not times, "a smaller budget has a plan"
             assert not isinstance(solution, InfeasibleBudgetError) or floor(graph)[0] > budget_bytes
     event(f"plans: {len(times)}")
+    assert isinstance(found[plain], Solution)
     assert times == sorted(times, reverse=True)
 
 
