@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from planner import InputError, PlanMissWarning, PlannerError, api, priced
 from planner.graph.graph import Kind
+from planner.limits import Limits
 from planner.profiler.memory import logical_peak
 from planner.solver.solve import Solver
 from planner.tracer.capture import capture
@@ -90,7 +91,7 @@ def planned_halfway(model: nn.Module, args: Any, kwargs: Any, precision: str) ->
         joint = capture(model, args, kwargs)
         with mock.patch.object(priced, "capture", return_value=joint):
             full = api.plan(model, 1.0, args, kwargs, progress=False).plan
-            lowest = Solver(full.graph).lowest_peak(effort=2)
+            lowest = Solver(full.graph).lowest_peak(Limits(effort=2.0))
             # what the allocator's margin takes from a budget comes on top
             budget = min(full.plain.peak_bytes, (lowest + full.plain.peak_bytes) // 2 + lowest // 100)
             return api.plan(model, budget, args, kwargs, effort=5, progress=False)

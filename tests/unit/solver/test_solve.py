@@ -217,7 +217,7 @@ def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_cost_never_rises_with_the_budget(data: st.DataObject) -> None:
-    graph = data.draw(training_graphs(max_forward=6))
+    graph = data.draw(training_graphs(max_forward=5))
     least, plain = floor(graph)[0], simulate(graph, keep_all(graph))
     previous = None
     for budget_bytes in [*range(max(1, least), plain.peak_bytes, max(1, (plain.peak_bytes - least) // 5)), plain.peak_bytes]:
@@ -319,7 +319,7 @@ def test_not_found_after_a_whole_search_names_a_budget_that_works() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_the_lowest_peak_can_be_met(data: st.DataObject) -> None:
-    graph = data.draw(training_graphs(max_forward=6))
+    graph = data.draw(training_graphs(max_forward=5))
     lowest = Solver(graph, reorder=False).lowest_peak()
     assert lowest >= floor(graph)[0]
     assert attempt(graph, lowest) is not None
