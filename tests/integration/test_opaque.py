@@ -180,7 +180,7 @@ def test_a_part_is_recomputed_where_that_pays_and_keeps_its_draws():
     names = [f"body.{i}.core" for i in range(4)]
     x = torch.randn(512, 16)
     full = planned_of(model, x, opaque=names).plan
-    module = planned_of(model, x, int(full.plain.peak_bytes * 0.6), opaque=names, effort=1.0)
+    module = planned_of(model, x, int(full.plain.peak_bytes * 0.6), opaque=names)
     again = {
         module.plan.graph.ops[module.plan.solution.schedule.steps[t]].name for t in module.plan.solution.schedule.recomputes()
     }
