@@ -24,12 +24,17 @@ def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tenso
         results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
         for out in joint.outputs
     ]
+    write_state(joint, model, results, tensors)
+    return pytree.tree_unflatten(leaves, joint.call.out_spec)
+
+
+def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    """Leave in Python state what the model's own forward leaves there; arguments as in `rebuild_output`."""
     if joint.host.effects:
         weights = dict((*model.named_parameters(), *model.named_buffers()))
         sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
         for effect in joint.host.effects:
             effect.write(model, lambda ref: sources[ref.source][ref.key])
-    return pytree.tree_unflatten(leaves, joint.call.out_spec)
 
 
 def backward_starts(joint: Joint, model: nn.Module, leaves: Sequence[Any]) -> list[torch.Tensor]:
