@@ -13,7 +13,7 @@ from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.runtime.guards.call import call_key
+from planner.runtime.guards.call_key import call_key
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
 from planner.solver.solve import Solver

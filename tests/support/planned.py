@@ -11,7 +11,7 @@ from planner.graph.schedule import Schedule
 from planner.graph.solution import Solution
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.runtime.guards.call import call_key
+from planner.runtime.guards.call_key import call_key
 from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import capture
 from planner.tracer.lower import lower

@@ -18,7 +18,7 @@ from planner.profiler.measure import measure
 from planner.profiler.memory import logical_peak
 from planner.results.plan import Plan
 from planner.rewriter.partition import partition
-from planner.runtime.guards.call import call_key
+from planner.runtime.guards.call_key import call_key
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import capture
