@@ -19,7 +19,6 @@ import torch
 
 import planner
 from planner import cli
-from tests.test_rooms import ROOMS, THIRD_PARTY
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -208,15 +207,6 @@ def test_what_is_wrong_is_found() -> None:
 
 
 # CONTRIBUTING
-
-
-def test_contributing_lists_the_rooms_in_their_order() -> None:
-    rows = table(text_of(ROOT / "CONTRIBUTING.md"), "room")
-    assert [row[0].strip("`") for row in rows] == list(ROOMS)
-    allowed = {row[0].strip("`"): row[2] for row in rows if row[2] != "any"}
-    assert {room: set(filter(None, names.split(", "))) for room, names in allowed.items()} == {
-        room: set(names) for room, names in THIRD_PARTY.items()
-    }
 
 
 def test_contributing_says_where_things_are() -> None:
