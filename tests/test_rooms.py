@@ -180,3 +180,19 @@ def test_a_breach_is_seen(name: str, source: str, complaint: str) -> None:
 )
 def test_private_names_are_seen(source: str, seen: list[str]) -> None:
     assert private_torch_names(ast.parse(source)) == seen
+
+
+def table_of_rooms() -> list[list[str]]:
+    """The rows of CONTRIBUTING's table: room, what it contains, third-party packages."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text[text.index("| room |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    assert [name for name, _, _ in table_of_rooms()] == list(ROOMS)
+
+
+def test_contributing_lists_the_third_party_packages() -> None:
+    listed = {name: {*packages.split(", ")} - {""} for name, _, packages in table_of_rooms() if packages != "any"}
+    assert listed == {name: set(packages) for name, packages in THIRD_PARTY.items()}

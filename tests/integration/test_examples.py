@@ -54,11 +54,6 @@ def run_code_of(page):
     return names
 
 
-def test_readme_example_runs():
-    names = run_code_of("README.md")
-    assert names["report"].exact and names["report"].within_budget
-
-
 def test_tutorial_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = run_code_of("docs/tutorial.md")
