@@ -48,7 +48,7 @@ def test_signatures_have_the_names_and_defaults_of_the_options(function):
         assert shown[name] == OPTIONS[name].default
 
 
-@pytest.mark.parametrize("keywords", set(TAKEN.values()), ids=lambda keywords: keywords.__name__)
+@pytest.mark.parametrize("keywords", dict.fromkeys(TAKEN.values()), ids=lambda keywords: keywords.__name__)
 def test_keywords_have_the_types_of_the_options(keywords):
     for name, annotation in keywords.__annotations__.items():
         assert annotation.__forward_arg__ == OPTIONS[name].type, name
