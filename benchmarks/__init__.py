@@ -1,1 +1,1 @@
-"""Measurements that the README quotes."""
+"""Measurements that README and docs/results.md quote."""

@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from planner import api, priced
+from planner import api, captured, profiled
 from planner.profiler.measure import device_name
 
-STAGES = ("capture", "measure", "solve")  # the names under which planner.priced calls them
+STAGES = {"capture": captured, "measure": profiled, "solve": profiled}  # by name, where each is called
 MIB = 2**20
 
 Record = dict[str, Any]
@@ -86,8 +86,8 @@ def timed_plan(
         return run
 
     with ExitStack() as patches:
-        for name in STAGES:
-            patches.enter_context(mock.patch.object(priced, name, clocked(name, getattr(priced, name))))
+        for name, module in STAGES.items():
+            patches.enter_context(mock.patch.object(module, name, clocked(name, getattr(module, name))))
         planned = clocked("total", api.plan)(model, budget, args=args, kwargs=kwargs, compile=compile)
     return planned, seconds
 

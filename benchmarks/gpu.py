@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from benchmarks import cases
 from benchmarks.rivals import RIVALS, Forward, NotApplicable
 from examples import gpt2, llama, resnet50, unet, vit
-from planner import PlannerError, max_batch
-from planner.priced import Options, Priced, price
+from planner import PlannerError, ProfiledStep, max_batch, profile
+from planner.limits import Limits
 from planner.profiler.memory import logical_peak
 from planner.results.plan import Plan
 from planner.runtime.module import CheckpointedModule
@@ -176,21 +176,20 @@ def cases_of(bench: Bench, rounds: int, plans: Path | None) -> Iterator[Case]:
     def prepare() -> dict[str, Any]:
         start = time.perf_counter()
         with bench.cast():
-            known["priced"] = price(bench.model, bench.args, bench.kwargs, Options())
-        priced: Priced = known["priced"]
-        return {"seconds": time.perf_counter() - start, "num_ops": len(priced.graph.ops)}
+            step = known["step"] = profile(bench.model, bench.args, bench.kwargs)
+        return {"seconds": time.perf_counter() - start, "num_ops": len(step.graph.ops)}
 
     def planned(share: float) -> dict[str, Any]:
-        priced: Priced = known["priced"]
+        profiled: ProfiledStep = known["step"]
         budget = bench.resident_bytes + int(share * known["eager"]["allocated_bytes"])
         solved: list[tuple[Plan, float]] = []
 
         def within(aim_bytes: int) -> CheckpointedModule:
             start = time.perf_counter()
-            made = replace(priced.plan(aim_bytes, PLAN_LIMIT_S), budget_bytes=budget)
+            made = replace(profiled.solved(aim_bytes, Limits(PLAN_LIMIT_S)), budget_bytes=budget)
             solved.append((made, time.perf_counter() - start))
             with bench.cast():
-                step = make_step(made, priced.joint, bench.model, bench.args, bench.kwargs, DEFAULT_STAGES)
+                step = make_step(made, profiled.joint, bench.model, bench.args, bench.kwargs, DEFAULT_STAGES)
             return CheckpointedModule(bench.model, step, made, strict=True)
 
         module = measured_within(budget, within, bench.args, bench.kwargs)

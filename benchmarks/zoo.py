@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from planner.units import format_bytes
-from tests.zoo.check import MODELS, PRECISIONS, Outcome, check
-from tests.zoo.hand_written import MODELS as HAND_WRITTEN
+from tests.support.zoo.check import MODELS, PRECISIONS, Outcome, check
+from tests.support.zoo.hand_written import MODELS as HAND_WRITTEN
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

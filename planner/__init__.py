@@ -1,135 +1,109 @@
 """Plan which activations to recompute so that a training step fits a byte budget, bit for bit.
 
-Names are imported when they are asked for: `planner solve` and `import planner.solver` work where torch is missing.
+Names are imported when they are first used: `import planner` imports no torch, and `planner solve` works where it is missing.
 """
 
+# ruff: noqa: I001 (ruff would give each `name as name` a statement of its own)
+
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# `name as name` is how type checkers are told that a name is public
+from planner.errors import (
+    BackwardError as BackwardError,
+    BudgetError as BudgetError,
+    CaptureError as CaptureError,
+    CompileError as CompileError,
+    ExportError as ExportError,
+    GraphError as GraphError,
+    InfeasibleBudgetError as InfeasibleBudgetError,
+    InputError as InputError,
+    MeasuredPeakError as MeasuredPeakError,
+    NoScheduleFoundError as NoScheduleFoundError,
+    PartError as PartError,
+    PlanAuditError as PlanAuditError,
+    PlanCheckError as PlanCheckError,
+    PlanFileError as PlanFileError,
+    PlanMissError as PlanMissError,
+    PlannerError as PlannerError,
+    PlotMissingError as PlotMissingError,
+    RanksDifferError as RanksDifferError,
+    ScheduleError as ScheduleError,
+    SolverMissingError as SolverMissingError,
+    UnsupportedTorchError as UnsupportedTorchError,
+)
+
 if TYPE_CHECKING:
-    from planner.api import apply, plan, sweep
-    from planner.batch import max_batch
-    from planner.children import Children, plan_children
-    from planner.errors import (
-        BackwardError,
-        BudgetError,
-        CaptureError,
-        CompileError,
-        ExportError,
-        InfeasibleBudgetError,
-        InputError,
-        MeasuredPeakError,
-        NoScheduleFoundError,
-        PlanAuditError,
-        PlanCheckError,
-        PlanFileError,
-        PlanMissError,
-        PlannerError,
-        PlotMissingError,
-        RanksDifferError,
-        SolverMissingError,
-    )
-    from planner.export.source import export_source
-    from planner.profiler.devices import devices, register_device
-    from planner.profiler.estimate import DeviceModel
-    from planner.results.max_batch import MaxBatch
-    from planner.results.plan import Plan
-    from planner.results.sweep import Sweep
-    from planner.results.verify_report import VerifyReport
-    from planner.results.verify_report import VerifyReport as Report
-    from planner.runtime.install import install, uninstall
-    from planner.runtime.module import CheckpointedModule
-    from planner.runtime.reporting import PlanMissWarning
-    from planner.verification.verify import verify
+    from planner.api import apply as apply, plan as plan, profile as profile, sweep as sweep
+    from planner.batch import max_batch as max_batch
+    from planner.children import Children as Children, plan_children as plan_children
+    from planner.export.source import export_source as export_source
+    from planner.options import PlanOptions as PlanOptions
+    from planner.profiled import ProfiledStep as ProfiledStep
+    from planner.profiler.devices import devices as devices, register_device as register_device
+    from planner.profiler.estimate import DeviceModel as DeviceModel
+    from planner.results.explanation import Explanation as Explanation
+    from planner.results.max_batch import MaxBatch as MaxBatch
+    from planner.results.plan import Plan as Plan
+    from planner.results.sweep import Sweep as Sweep
+    from planner.results.verify_report import VerifyReport as VerifyReport
+    from planner.runtime.install import install as install, uninstall as uninstall
+    from planner.runtime.module import CheckpointedModule as CheckpointedModule
+    from planner.runtime.reporting import PlanMissWarning as PlanMissWarning
+    from planner.verification.verify import verify as verify
+
+    __version__: str
 
 _HOMES = {
-    "planner.api": ("apply", "plan", "sweep"),
+    "planner.api": ("apply", "plan", "profile", "sweep"),
     "planner.batch": ("max_batch",),
     "planner.children": ("Children", "plan_children"),
-    "planner.errors": (
-        "BackwardError",
-        "BudgetError",
-        "CaptureError",
-        "CompileError",
-        "ExportError",
-        "InfeasibleBudgetError",
-        "InputError",
-        "MeasuredPeakError",
-        "NoScheduleFoundError",
-        "PlanAuditError",
-        "PlanCheckError",
-        "PlanFileError",
-        "PlanMissError",
-        "PlannerError",
-        "PlotMissingError",
-        "RanksDifferError",
-        "SolverMissingError",
-    ),
-    "planner.runtime.install": ("install", "uninstall"),
-    "planner.results.plan": ("Plan",),
+    "planner.export.source": ("export_source",),
+    "planner.options": ("PlanOptions",),
+    "planner.profiled": ("ProfiledStep",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
+    "planner.results.explanation": ("Explanation",),
     "planner.results.max_batch": ("MaxBatch",),
+    "planner.results.plan": ("Plan",),
     "planner.results.sweep": ("Sweep",),
+    "planner.results.verify_report": ("VerifyReport",),
+    "planner.runtime.install": ("install", "uninstall"),
     "planner.runtime.module": ("CheckpointedModule",),
     "planner.runtime.reporting": ("PlanMissWarning",),
-    "planner.export.source": ("export_source",),
     "planner.verification.verify": ("verify",),
-    "planner.results.verify_report": ("VerifyReport",),
 }
+"""Where public names live, errors aside."""
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _FORMER = {"Report": "VerifyReport"}
-"""Names in earlier development versions."""
+"""Names of the last release, and what they are called now."""
 
-__all__ = [
-    "BackwardError",
-    "BudgetError",
-    "CaptureError",
-    "CheckpointedModule",
-    "Children",
-    "CompileError",
-    "DeviceModel",
-    "ExportError",
-    "InfeasibleBudgetError",
-    "InputError",
-    "MaxBatch",
-    "MeasuredPeakError",
-    "NoScheduleFoundError",
-    "Plan",
-    "PlanAuditError",
-    "PlanCheckError",
-    "PlanFileError",
-    "PlanMissError",
-    "PlanMissWarning",
-    "PlannerError",
-    "PlotMissingError",
-    "RanksDifferError",
-    "Report",
-    "SolverMissingError",
-    "Sweep",
-    "VerifyReport",
-    "apply",
-    "devices",
-    "export_source",
-    "install",
-    "max_batch",
-    "plan",
-    "plan_children",
-    "register_device",
-    "sweep",
-    "uninstall",
-    "verify",
-]
+__all__ = sorted([*_HOME, *(name for name, it in globals().items() if isinstance(it, type) and issubclass(it, PlannerError))])
 
 
 def __getattr__(name: str) -> Any:
-    here = _FORMER.get(name, name)
-    if here not in _HOME:
+    if name == "__version__":
+        return _version()
+    if name in _FORMER:
+        warnings.warn(f"planner.{name} is now planner.{_FORMER[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module("planner"), _FORMER[name])
+    if name not in _HOME:
         raise AttributeError(f"module 'planner' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[here]), here)
+    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
 
+def _version() -> str:
+    """The version of the installed package; "0+unknown" for a source tree that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("checkpoint-planner")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

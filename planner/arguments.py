@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from planner.errors import InputError
-from planner.limits import Limits
+from planner.errors import InputError, first_line
 from planner.units import kind, shown
 
 _MOST = 2**31
@@ -44,13 +43,21 @@ def check_call(args: Any, kwargs: Any) -> None:
         raise InputError("args is None: give the example call's positional arguments as a tuple such as (x,), or ()")
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
         raise InputError(f"args is {kind(args)}: give the example call's positional arguments as a tuple, args=(x,)")
+    _items(args, "args")
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping):
         raise InputError(f"kwargs is {kind(kwargs)}: give the example call's keyword arguments, kwargs={{'labels': y}}")
-    for name in kwargs:
+    for name in _items(kwargs, "kwargs"):
         if not isinstance(name, str):
             raise InputError(f"kwargs has the key {shown(name)}, {kind(name)}: keyword arguments are named by strings")
+
+
+def _items(value: Iterable[Any], what: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except Exception as error:  # a class of the user's may raise anything
+        raise InputError(f"{what} is {kind(value)} whose iteration fails, {first_line(error)}: give a tuple or dict") from error
 
 
 def _as_number(value: Any) -> Any:
@@ -75,16 +82,16 @@ def seconds(value: Any, what: str = "time_limit_s") -> float:
     return float(min(number, _MOST))
 
 
-def limits(effort: Any, time_limit_s: Any = None, what: str = "effort") -> Limits:
-    """What the solver may spend.
+def effort(value: Any, what: str = "effort") -> float:
+    """Work for the solver.
 
     Raises:
-        InputError: no positive, finite numbers.
+        InputError: no positive, finite number.
     """
-    number = _as_number(effort)
+    number = _as_number(value)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
-        raise InputError(f"{what}={shown(effort)}: give a positive number, about the solver's seconds, such as 10.0")
-    return Limits(float(min(number, _MOST)), None if time_limit_s is None else seconds(time_limit_s))
+        raise InputError(f"{what}={shown(value)}: give a positive number, about the solver's seconds, such as 10.0")
+    return float(min(number, _MOST))
 
 
 def count(value: Any, what: str, *, least: int = 1) -> int:
@@ -98,11 +105,37 @@ def count(value: Any, what: str, *, least: int = 1) -> int:
     return int(value)
 
 
+def flag(value: Any, what: str) -> bool:
+    """True or False.
+
+    Raises:
+        InputError: neither.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{what}={shown(value)}: give True or False")
+    return value
+
+
 def check_flags(**flags: Any) -> None:
     """Raise InputError unless these are True or False."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise InputError(f"{name}={shown(value)}: give True or False")
+        flag(value, name)
+
+
+def calls(value: Any, what: str) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]:
+    """Calls of a model, as (args, kwargs).
+
+    Raises:
+        InputError: something else.
+    """
+    example = f"give calls as (args, kwargs), {what}=[((x,), {{'labels': y}})]"
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise InputError(f"{what} is {kind(value)}: {example}")
+    for call in value:
+        if not isinstance(call, (tuple, list)) or len(call) != 2:
+            raise InputError(f"{what} holds {kind(call)}: {example}")
+        check_call(*call)
+    return tuple((tuple(args), dict(kwargs or {})) for args, kwargs in value)
 
 
 def names(opaque: Any, what: str = "opaque") -> tuple[str, ...]:
@@ -121,7 +154,7 @@ def names(opaque: Any, what: str = "opaque") -> tuple[str, ...]:
     return tuple(opaque)
 
 
-def loss_choice(loss: Any) -> Any:
+def loss_choice(loss: Any, what: str = "loss") -> Any:
     """Which output backward starts from: a name, a position (of any integer type), a function or None.
 
     Raises:
@@ -132,17 +165,21 @@ def loss_choice(loss: Any) -> Any:
     if isinstance(loss, Integral) and not isinstance(loss, bool):
         return int(loss)
     raise InputError(
-        f"loss is {kind(loss)}: give the output's name (loss='loss'), its position (loss=1), or a function of the output "
+        f"{what} is {kind(loss)}: give the output's name (loss='loss'), its position (loss=1), or a function of the output "
         "that returns the tensors backward starts from"
     )
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raise InputError unless this is an optimizer's name or what makes one."""
+def optimizer_choice(optimizer: Any, what: str = "optimizer") -> Any:
+    """An optimizer's name, what makes one of a list of parameters, or None.
+
+    Raises:
+        InputError: something else.
+    """
     if optimizer is None or isinstance(optimizer, str) or callable(optimizer):
-        return
+        return optimizer
     raise InputError(
-        f"optimizer is {kind(optimizer)}: give a name of torch.optim such as 'adamw', or what makes an optimizer of a list of "
+        f"{what} is {kind(optimizer)}: give a name of torch.optim such as 'adamw', or what makes an optimizer of a list of "
         "parameters, functools.partial(torch.optim.AdamW, lr=1e-3)"
     )
 

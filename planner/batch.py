@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from planner import arguments
-from planner.api import captured_for
+from planner.captured import captured
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.structure import renamed, wiring
-from planner.limits import Limits
 from planner.log import PLANNER
-from planner.priced import Options, Priced, price
-from planner.profiler.estimate import DeviceModel
-from planner.profiler.optimizer import Optimizer
+from planner.options import MaxBatchKeywords, PlanOptions, read_options, with_options
+from planner.profiled import ProfiledStep, budget_bytes, profiled
 from planner.report.progress import stage
 from planner.results.max_batch import MaxBatch, Measured, Tried
 from planner.results.plan import Plan
-from planner.runtime.module import CheckpointedModule
-from planner.runtime.step import DEFAULT_STAGES, make_step
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import calls_users_code, concerns_model
-from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
 from planner.units import is_fraction, kind, shown
 from planner.verification.measured import time_step
@@ -34,37 +29,23 @@ from planner.verification.measured import time_step
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 """A batch's call: `args, kwargs = make_inputs(batch)`."""
 
-_SMALLEST = 4
+_LARGEST_FIRST = 4
 """The largest batch that a search may begin with, where the model cannot run smaller ones."""
 _MOST = 2**40
 
 
-def max_batch(
-    make_inputs: MakeInputs,
-    model: nn.Module,
-    budget: int | str,
-    *,
-    loss: Loss = None,
-    reserve: int | str = 0,
-    costs: str = "measure",
-    effort: float = 4.0,
-    time_limit_s: float | None = None,
-    progress: bool = True,
-    opaque: Collection[str] = (),
-    device: str | DeviceModel | None = None,
-    optimizer: Optimizer | None = None,
-    master_weights: bool = False,
-) -> MaxBatch:
-    """The largest batch that fits a budget, its plan, and the throughput of the batches looked at on the way.
+@with_options(MaxBatchKeywords)
+def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **options: Unpack[MaxBatchKeywords]) -> MaxBatch:
+    """The largest batch that fits a budget, its plan, and the throughput of the batches tried on the way.
 
     Each batch tried is captured anew, without running the step; bytes grow evenly with the batch, so few are tried. The batch
     above the one returned was tried too and has no plan: proven, or none was found with the effort given; `print` says which.
 
     Args:
         make_inputs: `args, kwargs = make_inputs(batch)`, a training call of so many samples.
-        model, loss, reserve, costs, progress, opaque, device, optimizer, master_weights: as for `planner.plan`.
+        model: as for `planner.plan`.
         budget: bytes, or text such as "6GiB".
-        effort, time_limit_s: for the solver, at each batch; see `planner.plan`.
+        options: see below; `effort` and `time_limit_s` are for each batch.
 
     Returns:
         a MaxBatch, which unpacks as `batch, plan`, prints as a table, and measures with `verify`.
@@ -72,36 +53,34 @@ def max_batch(
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
         InfeasibleBudgetError: not even the smallest batch that the model can run fits; carries its floor.
-        NoScheduleFoundError: for that batch none was found with the effort given.
+        NoScheduleFoundError: for that batch none was found with the effort given; carries the lowest peak that was found.
     """
+    checked = read_options(options, MaxBatchKeywords, "max_batch")
     arguments.check_function(make_inputs, "make_inputs", "args, kwargs = make_inputs(batch)")
     arguments.check_model(model)
-    limits = arguments.limits(effort, time_limit_s)
     if is_fraction(budget):
         raise BudgetError(f"budget {shown(budget)}: a fraction of which batch's peak? Give bytes, or text such as '6GiB'")
-    options = Options(loss, reserve, costs, opaque, progress, device, optimizer, master_weights)
-    trials = _Trials(make_inputs, model, options, options.budget_bytes(budget, 0), limits)
+    batches = _Batches(make_inputs, model, checked, budget_bytes(budget, 0, checked))
     with one_at_a_time():
-        first, smaller = trials.first()
+        first, smaller = batches.first()
         try:
-            tried = search(trials.attempt, trials.plain_ahead, trials.plan_ahead, trials.budget_bytes, first)
+            tried = search(batches.attempt, batches.plain_probably_fits, batches.probably_has_plan, batches.budget_bytes, first)
         except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-            refusal = trials.step(first).refusal(error, budget, trials.budget_bytes, limits)
+            refusal = batches.step(first).refusal(error, budget, batches.budget_bytes)
             refusal.args = (_smallest_does_not_fit(first, refusal),)
             raise refusal from None
-    return MaxBatch(trials.budget_bytes, tried, trials.measure if options.target is None else None, smaller)
+    return MaxBatch(batches.budget_bytes, tried, batches.measure if checked.device is None else None, smaller)
 
 
 @dataclass(frozen=True, slots=True)
-class _Trials:
-    """What `search` asks of a model."""
+class _Batches:
+    """A model's training steps by batch, as `search` needs them."""
 
     make_inputs: MakeInputs
     model: nn.Module
-    options: Options
+    options: PlanOptions
     budget_bytes: int
-    limits: Limits
-    steps: dict[int, Priced] = field(default_factory=dict)
+    steps: dict[int, ProfiledStep] = field(default_factory=dict)
     """The steps of small batches, from which those of larger ones are extrapolated."""
 
     def first(self) -> tuple[int, str]:
@@ -111,7 +90,7 @@ class _Trials:
             CaptureError: none of the first few can be captured; the error of a single sample.
         """
         errors: list[CaptureError] = []
-        for batch in range(1, _SMALLEST + 1):
+        for batch in range(1, _LARGEST_FIRST + 1):
             try:
                 self.step(batch)
             except CaptureError as error:
@@ -122,12 +101,12 @@ class _Trials:
                 return batch, str(errors[-1]) if errors else ""
         raise errors[0]
 
-    def step(self, batch: int) -> Priced:
-        """Capture and price a batch; small ones are kept."""
+    def step(self, batch: int) -> ProfiledStep:
+        """Capture and profile a batch; small ones are kept."""
         if batch in self.steps:
             return self.steps[batch]
-        step = price(self.model, *self._call(batch), self.options)
-        if batch <= _SMALLEST + 1:
+        step = profiled(self.model, *self._call(batch), self.options)
+        if batch <= _LARGEST_FIRST + 1:
             self.steps[batch] = step
         return step
 
@@ -135,43 +114,41 @@ class _Trials:
         """Capture and plan a batch."""
         step = self.step(batch)
         plan: Plan | None = None
-        error: InfeasibleBudgetError | NoScheduleFoundError | None = None
+        refusal: InfeasibleBudgetError | NoScheduleFoundError | None = None
         with stage(f"solve for batch {batch}", self.options.progress):
             try:
-                plan = step.plan(self.budget_bytes, self.limits)
-            except (InfeasibleBudgetError, NoScheduleFoundError) as missed:
-                error = missed
-        PLANNER.info("batch %d: %s", batch, error or "planned")
-        return Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, error)
+                plan = step.solved(self.budget_bytes, self.options.limits)
+            except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+                refusal = error
+        PLANNER.info("batch %d: %s", batch, refusal or "planned")
+        return Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, refusal)
 
-    def plain_ahead(self, batch: int) -> bool:
-        """Whether a batch's plain step is likely to fit."""
-        step = self._ahead(batch)
+    def plain_probably_fits(self, batch: int) -> bool:
+        """Whether the extrapolated plain step of a batch is within the budget."""
+        step = self._extrapolated(batch)
         return step is not None and step.plain_bytes <= self.budget_bytes
 
-    def plan_ahead(self, batch: int) -> bool:
-        """Whether a batch is likely to have a plan."""
-        step = self._ahead(batch)
-        with stage(f"look ahead to batch {batch}", self.options.progress):
+    def probably_has_plan(self, batch: int) -> bool:
+        """Whether the extrapolated step of a batch has a plan."""
+        step = self._extrapolated(batch)
+        with stage(f"predict batch {batch}", self.options.progress):
             try:
-                return step is not None and bool(step.plan(self.budget_bytes, self.limits.share(1 / 2)))
+                return step is not None and bool(step.solved(self.budget_bytes, self.options.limits.share(1 / 2)))
             except (InfeasibleBudgetError, NoScheduleFoundError):
                 return False
 
     def measure(self, tried: Tried, rounds: int) -> Measured:
         """Run a batch's planned step, even where its peak turns out to be above the budget."""
         assert tried.plan is not None
-        args, kwargs = self._call(tried.batch)
-        plan, joint = captured_for(tried.plan, self.model, args, kwargs, self.options.loss, self.options.opaque)
-        step = make_step(plan, joint, self.model, args, kwargs, DEFAULT_STAGES)
-        planned = CheckpointedModule(self.model, step, plan)
-        return Measured(*time_step(planned, args, kwargs, rounds=rounds))
+        step = captured(self.model, *self._call(tried.batch), self.options)
+        planned = step.rewritten(step.recognized(tried.plan))
+        return Measured(*time_step(planned, step.args, step.kwargs, rounds=rounds))
 
-    def _ahead(self, batch: int) -> Priced | None:
-        # the first may be a special case: sizes of 1 are
+    def _extrapolated(self, batch: int) -> ProfiledStep | None:
+        # sizes of 1 broadcast: the step of one sample may be a special case
         size = max(2, min(self.steps))
         smaller, larger = self.steps[size], self.steps[size + 1]
-        graph = grown(smaller.graph, larger.graph, batch - size)
+        graph = extrapolated(smaller.graph, larger.graph, batch - size)
         return None if graph is None else replace(larger, graph=graph)
 
     @calls_users_code
@@ -192,19 +169,19 @@ class _Trials:
 
 def search(
     attempt: Callable[[int], Tried],
-    plain_ahead: Callable[[int], bool],
-    plan_ahead: Callable[[int], bool],
+    plain_probably_fits: Callable[[int], bool],
+    probably_has_plan: Callable[[int], bool],
     budget_bytes: int,
     first: int = 1,
 ) -> tuple[Tried, ...]:
     """Find the largest batch that has a plan, and the largest that needs no recomputing, by few attempts.
 
-    Where to look is extrapolated; what is found was planned: the batch above the largest has no plan.
+    Predictions say which batches to try. The answer does not depend on them: the batch above the largest was tried, too.
 
     Args:
         attempt: captures and plans a batch.
-        plain_ahead: whether a batch's plain step is likely to fit, told without capturing it, once the first three were tried.
-        plan_ahead: whether it is likely to have a plan, likewise.
+        plain_probably_fits: predicts whether a batch's plain step fits, without capturing it; called once three were tried.
+        probably_has_plan: predicts whether it has a plan, likewise.
         budget_bytes: what plain peaks are compared with.
         first: the smallest batch.
 
@@ -227,10 +204,10 @@ def search(
     if at(second).plan is not None and at(third).plan is not None:
         plain = max((batch for batch in (first, second, third) if at(batch).plain_bytes <= budget_bytes), default=0)
         if plain == third:
-            likely = _boundary(plain_ahead, third, third + 1)
+            likely = _boundary(plain_probably_fits, third, third + 1)
             plain = _boundary(lambda batch: at(batch).plain_bytes <= budget_bytes, third, likely)
         known = max(third, plain)
-        likely = _boundary(plan_ahead, known, known + 1)
+        likely = _boundary(probably_has_plan, known, known + 1)
         largest = _boundary(lambda batch: at(batch).plan is not None, known, likely)
         if largest - plain > 2:
             at((plain + largest) // 2)  # throughput may be best between the two
@@ -264,7 +241,7 @@ def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:
     return low
 
 
-def grown(smaller: Graph, larger: Graph, times: int) -> Graph | None:
+def extrapolated(smaller: Graph, larger: Graph, times: int) -> Graph | None:
     """`smaller` plus so many times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
     if wiring(smaller) != wiring(larger):
         return None

@@ -6,26 +6,29 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from planner import arguments, units
 from planner._compat import pytree
-from planner.api import Budget
+from planner.analysis.budgets import Budget
+from planner.captured import CapturedStep
 from planner.errors import CaptureError, InputError, NoScheduleFoundError, PlannerError
 from planner.levels import LEVELS, plans_by_level
+from planner.limits import DEFAULT_EFFORT
 from planner.log import PLANNER
-from planner.priced import Options, Priced, price_joint
+from planner.options import PlanOptions
+from planner.profiled import ProfiledStep, with_costs
 from planner.profiler.memory import logical_peak
 from planner.report.progress import stage
 from planner.results.plan import Plan
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.step import DEFAULT_STAGES, Step, make_step
+from planner.runtime.step import DEFAULT_STAGES, RewrittenStep, make_step
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from planner.tracer.host.preserve import model_preserved
@@ -92,8 +95,8 @@ def plan_children(
     kwargs: Mapping[str, Any] | None = None,
     *,
     loss: Loss = None,
-    costs: str = "measure",
-    effort: float = 10.0,
+    costs: Literal["measure", "estimate"] | None = None,
+    effort: float = DEFAULT_EFFORT,
     time_limit_s: float | None = None,
     num_stages: int = DEFAULT_STAGES,
     progress: bool = True,
@@ -120,17 +123,17 @@ def plan_children(
     """
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
-    limits, num_stages = arguments.limits(effort, time_limit_s), arguments.count(num_stages, "num_stages")
+    options = PlanOptions(
+        loss=loss, costs=costs, effort=effort, time_limit_s=time_limit_s, num_stages=num_stages, progress=progress
+    )
     units.check_budget(budget)
-    options = Options(loss=loss, costs=costs, progress=progress)
-    loss = options.loss
-    trial = _Trial(model, tuple(args), dict(kwargs or {}), loss)
+    trial = _Trial(model, tuple(args), dict(kwargs or {}), options.loss)
     with one_at_a_time():
         with stage("capture", progress):
             found, left = _capturable(trial, options)
         with stage("solve", progress):
-            plans = plans_by_level({name: child.priced for name, child in found.items()}, limits)
-        steps = partial(_steps, found, plans, trial, num_stages)
+            plans = plans_by_level({name: child.step for name, child in found.items()}, options.limits)
+        steps = partial(_steps, found, plans, trial, options.num_stages)
         with stage("measure steps", progress):
             plain = trial.peak({})
             if plain is None and units.is_fraction(budget):
@@ -225,7 +228,7 @@ class _Trial:
         for tensor, grad in grads:
             tensor.grad = grad
 
-    def peak(self, steps: Mapping[str, tuple[Step, Plan]]) -> int | None:
+    def peak(self, steps: Mapping[str, tuple[RewrittenStep, Plan]]) -> int | None:
         """The measured peak of a step with these submodules planned, everything resident included; None: out of memory."""
         modules = [CheckpointedModule(self.model.get_submodule(name), *made) for name, made in steps.items()]
         for module in modules:
@@ -298,10 +301,10 @@ class _Child:
     """A captured submodule."""
 
     call: _Call
-    priced: Priced
+    step: ProfiledStep
 
 
-def _capturable(trial: _Trial, options: Options) -> tuple[dict[str, _Child], dict[str, str]]:
+def _capturable(trial: _Trial, options: PlanOptions) -> tuple[dict[str, _Child], dict[str, str]]:
     """The largest submodules that can be captured, and why others are left."""
     found: dict[str, _Child] = {}
     left: dict[str, str] = {}
@@ -346,7 +349,7 @@ def _check_alone(trial: _Trial, name: str, module: nn.Module) -> None:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
 
 
-def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch.device, options: Options) -> _Child:
+def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch.device, options: PlanOptions) -> _Child:
     if not used:
         raise CaptureError("nothing it returns gets a gradient")
     enabled, dtype = call.autocast
@@ -357,15 +360,15 @@ def _captured(module: nn.Module, call: _Call, used: Sequence[int], device: torch
 
     with torch.autocast(device.type, dtype, enabled=enabled):
         joint = capture(module, call.args, call.kwargs, loss=loss)
-    return _Child(call, price_joint(joint, options))
+    return _Child(call, with_costs(CapturedStep(module, call.args, call.kwargs, replace(options, loss=loss), joint)))
 
 
 def _steps(
     found: Mapping[str, _Child], plans: Mapping[str, Sequence[Plan]], trial: _Trial, num_stages: int, level: int
-) -> dict[str, tuple[Step, Plan]]:
+) -> dict[str, tuple[RewrittenStep, Plan]]:
     steps = {}
     for name, child in found.items():
         module, made = trial.original.get_submodule(name), plans[name][level]
         with torch.autocast(trial.device.type, child.call.autocast[1], enabled=child.call.autocast[0]):
-            steps[name] = make_step(made, child.priced.joint, module, child.call.args, child.call.kwargs, num_stages), made
+            steps[name] = make_step(made, child.step.joint, module, child.call.args, child.call.kwargs, num_stages), made
     return steps

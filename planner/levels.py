@@ -9,7 +9,7 @@ from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.graph.structure import fingerprint
 from planner.limits import Limits
-from planner.priced import Priced, allocator_margin
+from planner.profiled import ProfiledStep, allocator_margin
 from planner.results.plan import Plan
 from planner.solver.solve import Solver
 
@@ -17,11 +17,11 @@ LEVELS = 8
 """How many steps there are between every submodule at its lowest peak and every submodule plain."""
 
 
-def plans_by_level(found: Mapping[str, Priced], limits: Limits) -> dict[str, list[Plan]]:
+def plans_by_level(found: Mapping[str, ProfiledStep], limits: Limits) -> dict[str, list[Plan]]:
     """Per submodule, a plan for each level, the lowest peak first. Equal submodules are solved once."""
     groups: dict[str, list[str]] = {}
-    for name, priced in found.items():
-        groups.setdefault(fingerprint(priced.graph), []).append(name)
+    for name, step in found.items():
+        groups.setdefault(fingerprint(step.graph), []).append(name)
     plans: dict[str, list[Plan]] = {}
     for names in groups.values():
         budgets, solutions = _solutions(found[names[0]], limits.share(1 / len(groups)))
@@ -33,9 +33,9 @@ def plans_by_level(found: Mapping[str, Priced], limits: Limits) -> dict[str, lis
     return plans
 
 
-def _solutions(priced: Priced, limits: Limits) -> tuple[list[int], list[Solution]]:
+def _solutions(step: ProfiledStep, limits: Limits) -> tuple[list[int], list[Solution]]:
     """Budgets from the lowest peak found to the plain one, evenly spaced, and the solutions; the plain one always fits."""
-    graph = priced.graph
+    graph = step.graph
     solver = Solver(graph)
     high = simulate(graph, keep_all(graph)).peak_bytes
     low = solver.lowest_peak(limits.share(1 / 3))

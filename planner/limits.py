@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DEFAULT_EFFORT = 10.0
+"""Units of work that a call of the solver may take where nobody says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -14,7 +17,7 @@ class Limits:
         time_limit_s: wall seconds after which the search ends whatever it has; None: thirty for each unit, and thirty more.
     """
 
-    effort: float = 10.0
+    effort: float = DEFAULT_EFFORT
     time_limit_s: float | None = None
 
     def share(self, fraction: float) -> Limits:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import networkx
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.imports import imports, module_name
+from tests.support.paths import ROOT
+
 FILES = sorted((ROOT / "planner").rglob("*.py"))
 
 ROOMS = (
@@ -32,12 +34,13 @@ ROOMS = (
     "runtime",
     "export",
     "verification",
-    "priced",
+    "options",
+    "captured",
+    "profiled",
     "levels",
     "api",
     "batch",
     "children",
-    "command_line",
     "cli",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""
@@ -55,24 +58,6 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "results": _PLAIN | {"rich"},
 }
 """What the rooms without torch may import beside the standard library and this package."""
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Every dotted name that a file imports, in functions too: modules, and names taken from modules."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute in this package"
-            assert node.module is not None
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
-            yield ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else f"<{ast.unparse(node.args[0])}>"
 
 
 def room(name: str) -> str | None:
@@ -195,3 +180,19 @@ def test_a_breach_is_seen(name: str, source: str, complaint: str) -> None:
 )
 def test_private_names_are_seen(source: str, seen: list[str]) -> None:
     assert private_torch_names(ast.parse(source)) == seen
+
+
+def table_of_rooms() -> list[list[str]]:
+    """The rows of CONTRIBUTING's table: room, what it contains, third-party packages."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = text[text.index("| room |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    assert [name for name, _, _ in table_of_rooms()] == list(ROOMS)
+
+
+def test_contributing_lists_the_third_party_packages() -> None:
+    listed = {name: {*packages.split(", ")} - {""} for name, _, packages in table_of_rooms() if packages != "any"}
+    assert listed == {name: set(packages) for name, packages in THIRD_PARTY.items()}

@@ -110,7 +110,7 @@ def _why_unplanned(planned: Any, precision: str) -> Callable[[Batch], str]:
 
     def why(batch: Batch) -> str:
         with cast(precision):
-            miss = planned.difference(batch.args, batch.kwargs)
+            miss = planned.mismatch(batch.args, batch.kwargs)
         return "" if miss is None else str(miss)
 
     return why

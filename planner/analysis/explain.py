@@ -102,7 +102,7 @@ def explain(plan: PlannedGraph, *, prices: bool = True, limits: Limits | None = 
         prices: also solve for a little more and a little less memory: 1 GiB, or a tenth of a budget below 10 GiB.
         limits: what the solver may spend on that.
     """
-    more, less = _prices(plan, limits or Limits(6.0)) if prices else (None, None)
+    more, less = _prices(plan, limits or Limits()) if prices else (None, None)
     return Explained(plan, _rows(plan), more, less)
 
 

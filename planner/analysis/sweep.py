@@ -150,7 +150,7 @@ def sweep_graph(
         graph: the joint graph.
         budgets, points, low, high: which budgets; see `planner.sweep`.
         margin: bytes of a budget to leave free for the allocator; grows with the budget up to the plain peak, where it ends.
-        limits: for all budgets together (default: an effort of 4.0).
+        limits: for all budgets together (default: `Limits()`).
         provenance: kept in the sweep.
 
     Raises:
@@ -160,7 +160,7 @@ def sweep_graph(
     start = time.monotonic()
     plain_bytes = simulate(graph, keep_all(graph)).peak_bytes
     asked = asked_budgets(budgets, points, low, high, plain_bytes)
-    solver, limits = Solver(graph), limits or Limits(4.0)
+    solver, limits = Solver(graph), limits or Limits()
     if asked is None:
         lowest = solver.lowest_peak(limits.share(_LOWEST_SHARE)) + margin(plain_bytes - 1)
         highest = plain_bytes if high is None else parse_budget(high, plain_bytes)

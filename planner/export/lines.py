@@ -1,7 +1,7 @@
-"""A rewritten graph as statements: one per kernel, with the views around it nested inside.
+"""A rewritten graph as statements: one per kernel, with the views of its arguments and of its result nested inside.
 
-A view takes no memory, so that it may stand anywhere between the kernel that made its storage and its use: a view that is
-the only reader of a kernel's result is taken at once, a view with one reader where it is read.
+A view takes no memory, so it may be written anywhere between the kernel that makes its storage and its use. A view that is the
+only reader of a kernel's result is written around the kernel, a view with one reader inside the reader.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Line:
     Attributes:
         root: the node whose value it makes; kernel and views may be nested inside.
         kernel: the kernel among them; a view's own node where there is none.
-        results: what the value is taken apart into, by position, None where nobody wants it; (root,) where it is one tensor.
+        results: the tensors of a tuple result, by position, None where one is not read; (root,) for a single tensor.
         reads: the values it needs, in order of appearance, as often as they appear.
         module: path of the module it comes from.
         source: where in the user's code its kernel comes from.
-        again: it ran before.
+        again: a recompute.
     """
 
     root: fx.Node
@@ -40,20 +40,20 @@ class Line:
 
     @property
     def made(self) -> tuple[fx.Node, ...]:
-        """The results somebody wants."""
+        """The results that are read or returned."""
         return tuple(node for node in self.results if node is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
-    """A forward or a backward as statements, and what its values are to the outside.
+class WrittenPass:
+    """A forward or backward pass as statements, with the values it takes and returns.
 
     Attributes:
         lines: in order of execution.
-        outside: placeholder -> ("w", tensor's name), ("kept", key) or ("tangent", name).
-        stored: value -> ("kept", key) or ("grads", name): put there as soon as it is made.
+        outside: placeholder -> ("w", tensor's name), ("kept", key) or ("output gradient", name).
+        stored: value -> ("kept", key) or ("grads", name), where it is stored as soon as it is computed.
         returned: the values returned at the end.
-        same: item -> the item that stands for it, where a result is taken apart twice.
+        same: getitem -> the first getitem of the same result.
         last_read: value -> the last line that reads it; `len(lines)` where it is returned.
         made_at: value -> the line that makes it.
     """
@@ -78,8 +78,8 @@ class Half:
         line = self.lines[self.made_at[node]]
         return line, line.results.index(node)
 
-    def storing(self, stored: Mapping[fx.Node, tuple[str, str]]) -> Half:
-        """The same, with values to store."""
+    def storing(self, stored: Mapping[fx.Node, tuple[str, str]]) -> WrittenPass:
+        """The same pass with `stored` set."""
         return replace(self, stored={self.same.get(node, node): place for node, place in stored.items()})
 
 
@@ -88,22 +88,22 @@ def origin(node: fx.Node) -> str:
     return str(node.meta.get(ORIGIN, node.name))
 
 
-def half(
+def write_pass(
     graph: fx.Graph,
     kernels: Collection[str],
     sources: Mapping[str, Source],
     ran: set[str],
     outside: Mapping[fx.Node, tuple[str, str]],
     returned: Sequence[fx.Node],
-) -> Half:
+) -> WrittenPass:
     """The statements of a rewritten graph.
 
     Args:
-        graph: a half's.
+        graph: of the pass.
         kernels: names of the joint graph's nodes that make storages; the others are views.
         sources: by joint node.
-        ran: joint nodes that have run; those of this half are added.
-        outside, returned: see Half.
+        ran: names of joint nodes that have run; this pass's are added.
+        outside, returned: see WrittenPass.
     """
     nested, carried = _nest(graph, kernels, {node for node, (kind, _) in outside.items() if kind == "w"})
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -118,7 +118,7 @@ def half(
     for root in sorted(roots, key=lambda node: order[carried.get(node, node)]):
         kernel = carried.get(root, root)
         source = sources.get(origin(kernel), NOWHERE)
-        if source:  # a sum of gradients has none: it belongs to what was before
+        if source:  # a sum of gradients has none: it gets the module of the line before
             module = source.module
         taken = items.get(root, {})
         results = tuple(taken.get(i) for i in range(max(taken) + 1)) if taken else (root,)
@@ -127,13 +127,13 @@ def half(
         if root in carried:
             ran.add(origin(kernel))
         lines.append(Line(root, kernel, results, reads, module, source, again))
-    return Half(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
+    return WrittenPass(tuple(lines), outside, tuple(same.get(node, node) for node in returned), same)
 
 
 def _nest(graph: fx.Graph, kernels: Collection[str], resident: set[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
-    """Nodes to write inside their readers; and per node the kernel that its statement runs, which a mere view has none of.
+    """(Nodes to write inside their readers, node -> the kernel that its statement runs; a view alone runs none).
 
-    A view of a `resident` tensor is written wherever it is read: it keeps nothing alive.
+    A view of a `resident` tensor is written wherever it is read, because it keeps nothing alive.
     """
     nested: set[fx.Node] = set()
     carried: dict[fx.Node, fx.Node] = {}

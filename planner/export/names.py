@@ -1,4 +1,4 @@
-"""What custom, values and constants are called in an exported file."""
+"""Names of kernels, values and constants in an exported file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 from planner._compat.dispatch import OpOverload
 from planner.errors import ExportError
-from planner.export.lines import Half, Line, origin
+from planner.export.lines import Line, WrittenPass, origin
 from planner.kernels import custom
 
 _WRITTEN_OUT = (custom.bernoulli, custom.noise, custom.laid_out, custom.rng_state, custom.swap_rng_state)
 _NAMESPACES = ("aten", "prims")
 _LETTERS = [*string.ascii_lowercase, *(f"x{i}" for i in range(26, 1000))]
 _MOST_PARTS = 3
-"""So many of a module path's last parts go into a name."""
+"""Number of a module path's last parts that go into a name."""
 
 
 def kernel_names(targets: Iterable[Any], taken: Collection[str]) -> dict[Any, str]:
@@ -29,7 +29,7 @@ def kernel_names(targets: Iterable[Any], taken: Collection[str]) -> dict[Any, st
 
     Args:
         targets: what the graphs call.
-        taken: names that mean something else in the file.
+        taken: names that already have a meaning in the file.
 
     Raises:
         ExportError: a kernel that torch alone does not have.
@@ -96,7 +96,7 @@ def key_text(key: str, prefix: str) -> str:
 
 
 def is_below(key: str, prefix: str) -> bool:
-    """The qualified name lies below the module of this name; below "" lies nothing."""
+    """Whether the qualified name lies below the module `prefix`; nothing lies below ""."""
     return bool(prefix) and key.startswith(f"{prefix}.")
 
 
@@ -108,7 +108,7 @@ class ValueNames:
     `nodes`: names of the joint graph's nodes that are the forward.
     """
 
-    def __init__(self, forward: Half, nodes: Collection[str]) -> None:
+    def __init__(self, forward: WrittenPass, nodes: Collection[str]) -> None:
         self._nodes = nodes
         counts: dict[tuple[str, str], int] = {}
         self._stems: dict[str, tuple[str, str]] = {}

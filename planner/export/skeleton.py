@@ -1,4 +1,4 @@
-"""What an exported file says of its model to the caller: parameters and buffers, arguments, outputs; as Python text."""
+"""The interface of an exported model as Python text: parameters and buffers, arguments, outputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from planner.errors import ExportError
 from planner.export.names import literal, quoted, unique
 from planner.export.standalone import Expected
 from planner.graph.graph import Kind
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.host.state import Ref
 
 _MOST_NUMBERS = 64
 """Larger constants are stored in a file of their own."""
 
-Row = tuple[str, str]
+HeldRow = tuple[str, str]
 """A parameter's or buffer's name, and the expression that describes it."""
 
 
@@ -46,14 +46,14 @@ class Arguments:
 
 
 @dataclass(frozen=True, slots=True)
-class _Leaf:
+class _TensorLeaf:
     """Stands for a tensor leaf of the call."""
 
     position: int
 
 
-def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
-    """How the planned call reads as arguments of the model's forward.
+def arguments(forward: Callable[..., Any], step: RewrittenStep) -> Arguments:
+    """The planned call as arguments of the model's forward.
 
     Raises:
         ExportError: an argument is neither a tensor, a plain value, nor a list, tuple or dict of these.
@@ -61,7 +61,7 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     call = step.joint.call
     leaves: list[Any] = list(call.leaves)
     for n, position in enumerate(call.tensors):
-        leaves[position] = _Leaf(n)
+        leaves[position] = _TensorLeaf(n)
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
     signature = _signature(forward)
     bound = signature.bind(*args, **kwargs)
@@ -71,7 +71,7 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     found: dict[int, tuple[Expected, str]] = {}
 
     def named(path: str, value: Any) -> Any:
-        if isinstance(value, _Leaf):
+        if isinstance(value, _TensorLeaf):
             name = f"argument {path}" if path in held else path
             key = step.key.inputs[value.position]
             expected = _expected(name, key, key[1], flags[value.position])
@@ -92,10 +92,10 @@ def arguments(forward: Callable[..., Any], step: Step) -> Arguments:
     return Arguments(signature, values, tensors, paths)
 
 
-def _flags(step: Step) -> dict[str | int, dict[str, bool]]:
-    """By a tensor's key in the joint graph, the attributes of its Expected that the step decides."""
+def _flags(step: RewrittenStep) -> dict[str | int, dict[str, bool]]:
+    """Key of a tensor in the joint graph -> the attributes of its Expected that depend on the step."""
     given = [i for i in step.joint.inputs if i.kind is not Kind.TANGENT]
-    return {i.key: {"backward": i.node in step.halves.saved_inputs, "written": i.mutated} for i in given}
+    return {i.key: {"backward": i.node in step.partitioned.saved_inputs, "written": i.mutated} for i in given}
 
 
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
@@ -107,7 +107,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
             try:
                 literal(default)
             except ExportError:
-                default = None  # and None is then all that may be passed
+                default = None  # then only None may be passed
         kept.append(parameter.replace(annotation=parameter.empty, default=default))
     return inspect.Signature(kept)
 
@@ -141,7 +141,7 @@ def _options(expected: Expected, device: torch.device) -> list[str]:
     return options
 
 
-def held_rows(model: nn.Module, step: Step, stored: dict[str, torch.Tensor]) -> Iterator[Row]:
+def held_rows(model: nn.Module, step: RewrittenStep, stored: dict[str, torch.Tensor]) -> Iterator[HeldRow]:
     """The model's parameters and buffers in its own order; values too large to be written out are added to `stored`.
 
     Raises:
@@ -177,9 +177,9 @@ def held_rows(model: nn.Module, step: Step, stored: dict[str, torch.Tensor]) -> 
 
 
 def value_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
-    """A tensor's numbers as text: written out where they are few or all the same, else stored under its name."""
+    """A tensor's values as text where they are few or all equal, else stored under its name."""
     if tensor.is_contiguous() and tensor.numel():
-        rows = tensor.detach().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)  # as bytes: 0.0 and -0.0 are two numbers
+        rows = tensor.detach().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)  # as bytes: 0.0 and -0.0 differ
         if bool((rows == rows[0]).all()):
             return literal(tensor.flatten()[0].item(), device)
         if tensor.numel() <= _MOST_NUMBERS:
@@ -189,7 +189,7 @@ def value_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor],
 
 
 def constant_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tensor], device: torch.device) -> str:
-    """An expression that makes the tensor."""
+    """An expression that evaluates to the tensor."""
     value = value_text(name, tensor, stored, device)
     if name in stored:
         return value
@@ -199,8 +199,8 @@ def constant_text(name: str, tensor: torch.Tensor, stored: dict[str, torch.Tenso
     return f"torch.full({literal(tuple(tensor.shape))}, {value}, {options})"
 
 
-def folded(rows: Sequence[Row], free: str = "ijklmn") -> Iterator[str]:
-    """`yield` statements for the rows; rows that differ by a counted module's number alone become a loop."""
+def folded(rows: Sequence[HeldRow], free: str = "ijklmn") -> Iterator[str]:
+    """`yield` statements for the rows; rows that differ only in a module's number become a loop."""
     done = 0
     while done < len(rows):
         loop = _loop(rows[done:], free[0]) if free else None
@@ -208,29 +208,29 @@ def folded(rows: Sequence[Row], free: str = "ijklmn") -> Iterator[str]:
             yield f"yield {rows[done][1]}"
             done += 1
             continue
-        first, turns, body = loop
-        yield f"for {free[0]} in range({first}, {first + turns}):" if first else f"for {free[0]} in range({turns}):"
+        first, count, body = loop
+        yield f"for {free[0]} in range({first}, {first + count}):" if first else f"for {free[0]} in range({count}):"
         yield from (f"    {line}" for line in folded(body, free[1:]))
-        done += turns * len(body)
+        done += count * len(body)
 
 
-def _loop(rows: Sequence[Row], variable: str) -> tuple[int, int, list[Row]] | None:
-    """First number, number of turns and rows of one turn of the outermost loop that begins with the first row."""
+def _loop(rows: Sequence[HeldRow], variable: str) -> tuple[int, int, list[HeldRow]] | None:
+    """(First number, number of iterations, rows of one iteration) of the outermost loop that begins with the first row."""
     for match in re.finditer(r"(?<![^.])(\d+)\.", rows[0][0]):
         first, start = int(match[1]), rows[0][0][: match.start()]
-        turns: list[list[Row]] = []
+        iterations: list[list[HeldRow]] = []
         rest = list(rows)
         while True:
-            path = f"{start}{first + len(turns)}."
+            path = f"{start}{first + len(iterations)}."
             size = next((n for n, (name, _) in enumerate(rest) if not name.startswith(path)), len(rest))
             marked = f"{start}{{{variable}}}."
-            turn = [(name.replace(path, marked, 1), _counted(text, path, marked)) for name, text in rest[:size]]
-            if not turn or (turns and turn != turns[0]):
+            rows_here = [(name.replace(path, marked, 1), _counted(text, path, marked)) for name, text in rest[:size]]
+            if not rows_here or (iterations and rows_here != iterations[0]):
                 break
-            turns.append(turn)
+            iterations.append(rows_here)
             rest = rest[size:]
-        if len(turns) > 1:
-            return first, len(turns), turns[0]
+        if len(iterations) > 1:
+            return first, len(iterations), iterations[0]
     return None
 
 
@@ -240,12 +240,12 @@ def _counted(text: str, path: str, marked: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OutputText:
-    """How forward makes the model's output of the step's results.
+    """The model's output as an expression of the step's results.
 
     Attributes:
         expression: the output.
         definitions: statements that the expression needs, at the top of the file.
-        replaced: names of the classes that an Output stands in for.
+        replaced: names of the classes that an Output replaces.
     """
 
     expression: str
@@ -260,12 +260,12 @@ class _Text:
     text: str
 
 
-def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> OutputText:
+def output_text(step: RewrittenStep, results: Sequence[str], paths: Sequence[str]) -> OutputText:
     """The model's output as Python text.
 
     Args:
         step: the rewritten step.
-        results: variables that hold the results.
+        results: names of the variables that hold the results.
         paths: per tensor leaf of the call, the expression that finds it.
 
     Raises:
@@ -303,7 +303,7 @@ def output_text(step: Step, results: Sequence[str], paths: Sequence[str]) -> Out
     return OutputText(expression, tuple(definitions), tuple(replaced))
 
 
-def held_constants(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
+def held_constants(model: nn.Module, step: RewrittenStep) -> dict[str, torch.Tensor]:
     """Tensors that the model holds as plain attributes, as they are now, by placeholder name.
 
     Raises:
@@ -326,8 +326,8 @@ def held_constants(model: nn.Module, step: Step) -> dict[str, torch.Tensor]:
     return found
 
 
-def reassigned_lines(step: Step, results: Sequence[str]) -> list[str]:
-    """Statements that put results where the forward leaves them: in buffers that it assigns anew.
+def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
+    """Statements that store results in the buffers that the forward assigns.
 
     Raises:
         ExportError: it leaves something elsewhere, or something else.
@@ -347,8 +347,8 @@ def reassigned_lines(step: Step, results: Sequence[str]) -> list[str]:
     return lines
 
 
-def result_names(step: Step, taken: set[str]) -> list[str]:
-    """Variables for the step's results, named as the user reaches them."""
+def result_names(step: RewrittenStep, taken: set[str]) -> list[str]:
+    """Names of variables for the step's results, taken from the model's output."""
     names: dict[int, str] = {}
     for out in (*step.joint.outputs, *step.joint.left):
         if out.result is not None and out.result not in names:

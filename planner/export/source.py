@@ -20,9 +20,9 @@ from planner._compat.dispatch import OpOverload
 from planner._compat.fx_graphs import results
 from planner.errors import ExportError, InputError
 from planner.export import skeleton, standalone
-from planner.export.body import Body, Call, Words, wrapped
+from planner.export.body import BlockCall, Body, Words, wrapped
 from planner.export.fold import Block, repeated
-from planner.export.lines import Half, half
+from planner.export.lines import WrittenPass, write_pass
 from planner.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.graph.graph import Kind
 from planner.kernels import custom
@@ -34,10 +34,10 @@ _TAKEN = frozenset(
     | {"DEVICE", "STEP", "STORED", "forward", "backward", "held", "read"}
     | {one.__name__ for one in standalone.EMBEDDED}
 )
-"""Names that mean something in every exported file."""
+"""Names that have a meaning in every exported file."""
 
 _CONSTANTS = ".constants.pt"
-"""Takes the place of .py where constants have to lie next to the file; .pt alone may be the user's own checkpoint."""
+"""Suffix of the file of constants; .pt alone may be the user's own checkpoint."""
 
 _LOADED = "map_location=DEVICE, weights_only=True"
 
@@ -47,7 +47,7 @@ their own, with the module's name in `at`. Comments name the module and the line
   w[...]           parameters, buffers and arguments, by name
   kept[...]        an activation that the forward keeps for the backward; `kept.pop` is its last use
   # recomputed     this kernel runs again, because its result was not kept
-  del x            here x is freed; f(x := [x]) hands x over, and f frees it. The plan's peak depends on both.
+  del x            here x is freed; f(x := [x]) passes x to f, and f frees it. The plan's peak depends on both.
 The file holds this step alone: another shape, eval() or no_grad() is an error that says what differs."""
 
 
@@ -56,8 +56,8 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
 
     The file holds the forward and the backward kernel by kernel, with what is kept and recomputed; repeated blocks are one
     function each. Its class takes a `state_dict` of the original model, is called as the original, and trains bit for bit
-    like it within the plan's budget. Gradients are returned when the backward is complete (a planned module returns them
-    out in stages). Constants of the model too large to be written out go next to it, into a file ending in .constants.pt.
+    like it within the plan's budget. Gradients are returned when the backward is complete (a planned module returns
+    them in stages). Constants too large for source code are saved next to it in a file ending in .constants.pt.
 
     Args:
         planned: from `plan` or `apply`.
@@ -104,15 +104,15 @@ class _Function:
 
 
 class _Source:
-    """One exported file in the making.
+    """Writes one exported file.
 
     Attributes:
-        stored: tensors too large to be written out, by name; known once the text is.
+        stored: tensors too large for source code, by name; filled by `text()`.
     """
 
     def __init__(self, planned: CheckpointedModule, stem: str) -> None:
         self._planned, self._stem, self._step, self._model = planned, stem, planned.step, planned.original
-        self._joint, self._halves = self._step.joint, self._step.halves
+        self._joint, self._partitioned = self._step.joint, self._step.partitioned
         _check_exportable(planned)
         self._constants = self._joint.constants | skeleton.held_constants(self._model, self._step)
         self.stored: dict[str, torch.Tensor] = {}
@@ -120,10 +120,10 @@ class _Source:
         self._arguments = skeleton.arguments(unplanned_forward(self._model), self._step)
         self._results = skeleton.result_names(self._step, {"self", *self._arguments.values})
         self._output = skeleton.output_text(self._step, self._results, self._arguments.paths)
-        graphs = [self._halves.forward, self._halves.backward, *([self._joint.guards] if self._joint.guards else [])]
+        graphs = [self._partitioned.forward, self._partitioned.backward, *([self._joint.guards] if self._joint.guards else [])]
         called = [n.target for g in graphs for n in g.nodes if n.op == "call_function" and n.target is not operator.getitem]
         names = kernel_names(called, {*_TAKEN, self._class, "w", "kept", "grads", "at"})
-        self._forward, self._backward, values = self._written_halves()
+        self._forward, self._backward, values = self._written_passes()
         self._words = Words(values, names, self._joint.device)
 
     def text(self) -> str:
@@ -144,16 +144,16 @@ class _Source:
         ]
         return "\n\n\n".join(parts) + "\n"
 
-    def _written_halves(self) -> tuple[Half, Half, ValueNames]:
-        joint, halves = self._joint, self._halves
+    def _written_passes(self) -> tuple[WrittenPass, WrittenPass, ValueNames]:
+        joint, partitioned = self._joint, self._partitioned
         ops = {op.name for op in self._planned.plan.graph.ops}
         inputs = {given.node: given for given in joint.inputs}
         before = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
         ran: set[str] = set()
         sources = joint.sources | {state: joint.sources[kernel] for kernel, state in joint.rng_states.items()}
-        handed, num_results = results(halves.forward), len(joint.results)
-        outside = {node: ("w", self._key(i)) for node, i in zip(_placeholders(halves.forward), before, strict=True)}
-        forward = half(halves.forward, ops, sources, ran, outside, handed[:num_results])
+        handed, num_results = results(partitioned.forward), len(joint.results)
+        outside = {node: ("w", self._key(i)) for node, i in zip(_placeholders(partitioned.forward), before, strict=True)}
+        forward = write_pass(partitioned.forward, ops, sources, ran, outside, handed[:num_results])
         values = ValueNames(forward, {node.name for node in list(joint.graph.nodes)[: joint.num_forward_nodes]})
         keys: dict[str, None] = {}
         for node in handed[num_results:]:
@@ -161,21 +161,21 @@ class _Source:
         kept = {node: ("kept", key) for node, key in zip(handed[num_results:], keys, strict=True)}
 
         places = [("kept", key) for key in keys]
-        places += [("w", self._key(inputs[name])) for name in halves.saved_inputs]
-        places += [("tangent", f"d_{self._results[i]}") for i in halves.tangents]
-        taken = dict(zip(_placeholders(halves.backward), places, strict=True))
-        backward = half(halves.backward, ops, sources, ran, taken, ())
+        places += [("w", self._key(inputs[name])) for name in partitioned.saved_inputs]
+        places += [("output gradient", f"d_{self._results[i]}") for i in partitioned.output_gradients]
+        taken = dict(zip(_placeholders(partitioned.backward), places, strict=True))
+        backward = write_pass(partitioned.backward, ops, sources, ran, taken, ())
         owners = [("grads", self._key(given)) for given, _ in joint.gradients]
-        return forward.storing(kept), backward.storing(dict(zip(results(halves.backward), owners, strict=True))), values
+        return forward.storing(kept), backward.storing(dict(zip(results(partitioned.backward), owners, strict=True))), values
 
     def _key(self, given: Input) -> str:
-        """What a tensor is called in `w`."""
+        """The name of a tensor in `w`."""
         if given.node in self._constants:
             return given.node
         return self._arguments.tensors[int(given.key)].name if given.kind is Kind.INPUT else str(given.key)
 
-    def _functions(self, written: Half, direction: str) -> list[_Function]:
-        """The functions of a half: its repeated blocks, then itself."""
+    def _functions(self, written: WrittenPass, direction: str) -> list[_Function]:
+        """The functions of a pass: its repeated blocks, then itself."""
         is_backward = direction == "backward"
         groups = repeated(written, self._words)
         stems = [f"{snake(type(self._model.get_submodule(blocks[0].prefix)).__name__)}_{direction}" for blocks in groups]
@@ -190,13 +190,13 @@ class _Source:
             doc = f"{what} of {counted([block.prefix for block in blocks])}."
             functions.append(_Function(name, _function(name, ", ".join(parameters), doc, body.text), tuple(blocks)))
         calls = [
-            Call(block.start, block.stop, block.prefix, function.name, block.body.arguments, block.body.results)
+            BlockCall(block.start, block.stop, block.prefix, function.name, block.body.arguments, block.body.results)
             for function in functions
             for block in function.blocks
         ]
         whole = Body(written, self._words, 0, len(written.lines), calls=calls)
-        tangents = [name for kind, name in written.outside.values() if kind == "tangent"]
-        parameters = ["w", "kept", *(["grads", *tangents] if is_backward else [])]
+        output_gradients = [name for kind, name in written.outside.values() if kind == "output gradient"]
+        parameters = ["w", "kept", *(["grads", *output_gradients] if is_backward else [])]
         docs = {
             "forward": "The forward: returns the results, and fills `kept`.",
             "backward": "The backward: empties `kept`, and fills `grads`.",
@@ -209,7 +209,7 @@ class _Source:
         nodes = {node.name for node in guards.nodes}
         inputs = {given.node: given for given in self._joint.inputs}
         outside = {node: ("w", self._key(inputs[node.name])) for node in _placeholders(guards)}
-        written = half(guards, nodes, self._joint.sources, set(), outside, results(guards))
+        written = write_pass(guards, nodes, self._joint.sources, set(), outside, results(guards))
         body = Body(written, self._words, 0, len(written.lines))
         return _function("read", "w", "The tensors whose values decided how the model ran when it was captured.", body.text)
 
@@ -292,18 +292,18 @@ It trains bit for bit like the original within this plan:
             "held": "tuple(held())",
             "call": f"{{\n{arguments}    }}",
             "results": literal(tuple(leaf[i].name for i in order)),
-            "differentiated": literal(self._halves.tangents),
+            "differentiated": literal(self._partitioned.output_gradients),
             "requires_grad": literal(tuple(leaf[i].requires_grad for i in order)),
-            "aliased": literal(self._halves.aliased),
+            "aliased": literal(self._partitioned.aliased),
             "autocast": literal((False, "") if autocast is None else (True, str(autocast))),
             "device": "DEVICE",
-            "swaps": literal(any(node.target is custom.swap_rng_state for node in self._halves.backward.nodes)),
+            "swaps": literal(any(node.target is custom.swap_rng_state for node in self._partitioned.backward.nodes)),
             "constants": f"{{{made}\n    }}" if made else "{}",
             "read": "read" if joint.guards is not None else "None",
             "values": literal(tuple((read.value, str(read.source)) for read in joint.host_reads)),
             "without_gradient": literal(tuple(name for name in asking if name not in trained)),
         }
-        return "STEP = Step(\n" + "".join(f"    {name}={text},\n" for name, text in facts.items()) + ")"
+        return "STEP = ExportedStep(\n" + "".join(f"    {name}={text},\n" for name, text in facts.items()) + ")"
 
 
 def _check_exportable(planned: CheckpointedModule) -> None:

@@ -1,6 +1,6 @@
-"""What every exported file holds besides its model: `planner.export.source` writes the sources of `EMBEDDED` into it.
+"""Code that `planner.export.source` copies into every exported file: the sources of `EMBEDDED`.
 
-So this code is checked and tested here, and knows torch alone. In an exported file `backward` runs as one stage.
+So it is checked and tested here, and uses torch alone. In an exported file the backward runs in one stage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from planner._compat.backward_state import keeps_graph, release_saved
 from planner.kernels.custom import rng_put_back_on_error, rng_state, swap_rng_state
-from planner.runtime.functions import check_backward
+from planner.runtime.backward_checks import check_backward
 
 Named = dict[str, torch.Tensor]
 
@@ -25,7 +25,7 @@ class CallError(RuntimeError):
 
 
 class BackwardError(RuntimeError):
-    """Backward was asked for something that this file does not hold."""
+    """This file has no backward for this: a second derivative, autocast, or gradients of other outputs."""
 
 
 class Output(dict[str, Any]):
@@ -42,14 +42,14 @@ class Output(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A tensor as the step expects it.
+    """The properties that the step expects of a tensor.
 
     Attributes:
-        name: of a parameter or buffer, as in state_dict; of an argument, as in the code below.
+        name: of a parameter or buffer as in state_dict; of an argument as in the code below.
         stride: None where it is contiguous.
-        device: None where it is the step's.
-        backward: the backward reads it again; nobody may write into it in between. Not said of parameters, for whom it always
-            holds.
+        device: None for the step's device.
+        backward: the backward reads it again, so that writing into it in between is an error. False for parameters, for which
+            this always holds.
         written: the forward itself writes into it.
     """
 
@@ -63,7 +63,7 @@ class Expected:
     written: bool = False
 
     def difference(self, tensor: Any, device: torch.device, with_stride: bool) -> str:
-        """What of a tensor is not as expected; '' if nothing is."""
+        """What is not as expected of a tensor; "" if nothing."""
         if not isinstance(tensor, torch.Tensor):
             return f"is a {type(tensor).__name__}, and was a tensor when planned"
         expected = (self.dtype, list(self.shape), self.device or device, self.requires_grad)
@@ -81,10 +81,10 @@ class Held:
     """A parameter or buffer of the model.
 
     Attributes:
-        tensor: what it is.
+        tensor: its properties.
         kind: "parameter", "buffer", or "unsaved" for a buffer that is not in state_dict.
         same_as: the earlier name of the same tensor; "" if this is the first.
-        value: of an unsaved buffer; numbers, or a tensor.
+        value: of an unsaved buffer: numbers or a tensor.
     """
 
     tensor: Expected
@@ -94,7 +94,7 @@ class Held:
 
 
 def parameter(name: str, *shape: int, requires_grad: bool = True, **more: Any) -> Held:
-    """A parameter. Until a state_dict is loaded it holds no numbers."""
+    """A parameter; NaN or 0 until a state_dict is loaded."""
     return Held(Expected(name, shape, requires_grad=requires_grad, **more), "parameter")
 
 
@@ -114,22 +114,22 @@ def tied(name: str, same_as: str) -> Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What the code below is right for.
+class ExportedStep:
+    """The step and the call that it is right for.
 
     Attributes:
-        forward: (tensors by name, dict to put kept activations in) -> results.
-        backward: (tensors by name, kept activations, dict to put gradients in, gradients of `differentiated` results).
+        forward: (tensors by name, dict that receives kept activations) -> results.
+        backward: (tensors by name, kept activations, dict that receives gradients, gradients of the `differentiated` results).
         held: the model's parameters and buffers, in its order.
         call: the arguments planned for, by name.
-        constants: tensors that the model holds otherwise.
+        constants: tensors that the model holds outside of parameters and buffers.
         results: names of the results.
         differentiated: positions of the results that backward starts from.
-        requires_grad, aliased: per result: it requires grad; it lies in the storage of an argument or of another result.
+        requires_grad, aliased: per result: it requires grad; it shares its storage with an argument or another result.
         autocast: (enabled, dtype) around the call.
         device: where it runs.
-        swaps: the backward runs something again under an earlier state of the random generator.
-        read: tensors whose values decided how the model ran, from tensors by name; with the values and where they are read.
+        swaps: the backward recomputes under an earlier state of the random generator.
+        read, values: computes the tensors whose values decided how the model ran when it was captured; (value, where) of each.
         without_gradient: parameters and arguments that the backward does not reach.
     """
 
@@ -151,7 +151,7 @@ class Step:
 
 
 def build(model: nn.Module, held: Iterable[Held], device: torch.device) -> None:
-    """Give the model its parameters and buffers, in the submodules that their names say."""
+    """Register the parameters and buffers in the model, in submodules by their qualified names."""
     made: Named = {}
     for one in held:
         name, expected = one.tensor.name, one.tensor
@@ -176,11 +176,11 @@ def build(model: nn.Module, held: Iterable[Held], device: torch.device) -> None:
             place.register_buffer(attribute, tensor, persistent=one.kind != "unsaved")
 
 
-def run_step(model: nn.Module, step: Step, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    """The step's results, wired for backward.
+def run_step(model: nn.Module, step: ExportedStep, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The step's results, with the backward attached.
 
     Raises:
-        CallError: this is not the call that the file was made for; says what differs.
+        CallError: this is not the planned call; says what differs.
     """
     arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
     given = {expected.name: (expected, tensor) for expected, tensor in _tensors("", step.call, arguments, step.device)}
@@ -222,8 +222,8 @@ def _short(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
 
 
-def _check(model: nn.Module, step: Step, weights: Named) -> None:
-    """Raise CallError where the model or the surroundings are not as planned."""
+def _check(model: nn.Module, step: ExportedStep, weights: Named) -> None:
+    """Raise CallError where the model or the modes (grad, autocast) are not as planned."""
     if not (model.training and torch.is_grad_enabled()):
         raise CallError("this file holds a training step: for eval() or no_grad() load the state_dict into the original model")
     expected = {one.tensor.name: one.tensor for one in step.held if not one.same_as}
@@ -239,8 +239,8 @@ def _check(model: nn.Module, step: Step, weights: Named) -> None:
         raise CallError(f"autocast is {autocast}, and was {step.autocast} when planned")
 
 
-def _check_values(step: Step, w: Named) -> None:
-    """Raise CallError where a value that decided how the model ran is another one now."""
+def _check_values(step: ExportedStep, w: Named) -> None:
+    """Raise CallError where a value that decided how the model ran has changed."""
     if step.read is None:
         return
     with torch.no_grad(), torch.autocast(step.device.type, enabled=False):
@@ -252,11 +252,11 @@ def _check_values(step: Step, w: Named) -> None:
 
 
 class TrainingStep(torch.autograd.Function):
-    """The whole step as one node of autograd's graph."""
+    """The whole step as one node of the autograd graph."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, w: Named, names: tuple[list[str], ...], *_trained: torch.Tensor) -> Any:
-        """Run the forward, and leave with autograd what the backward needs."""
+    def forward(ctx: Any, step: ExportedStep, w: Named, names: tuple[list[str], ...], *_trained: torch.Tensor) -> Any:
+        """Run the forward, and save what the backward needs."""
         kept: Named = {}
         results = step.forward(w, kept)
         ctx.step, (ctx.checked, unchecked, ctx.trained), ctx.kept = step, names, list(kept)
@@ -268,17 +268,17 @@ class TrainingStep(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *tangents: torch.Tensor | None) -> Any:
-        """Run the backward on what was kept, which goes as it is used."""
-        step: Step = ctx.step
-        check_backward(tangents, step.differentiated, step.results, step.device)
+    def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> Any:
+        """Run the backward on the kept activations, each of which is freed after its last use."""
+        step: ExportedStep = ctx.step
+        check_backward(output_gradients, step.differentiated, step.results, step.device)
         saved = release_saved(ctx)
         w = step.constants | dict(zip(ctx.checked, saved, strict=False)) | ctx.unchecked
         kept = dict(zip(ctx.kept, saved[len(ctx.checked) :], strict=True))
         del saved
         gradients: Named = {}
         with rng_put_back_on_error(step.device) if step.swaps else contextlib.nullcontext():
-            step.backward(w, kept, gradients, *(tangents[i] for i in step.differentiated))
+            step.backward(w, kept, gradients, *(output_gradients[i] for i in step.differentiated))
         return (None, None, None, *(gradients.pop(name) for name in ctx.trained))
 
 
@@ -292,7 +292,7 @@ EMBEDDED = (
     buffer,
     unsaved,
     tied,
-    Step,
+    ExportedStep,
     build,
     run_step,
     _tensors,

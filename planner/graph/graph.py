@@ -83,6 +83,8 @@ class Graph:
         backward_outputs: gradients handed to the caller, at full size; never freed.
         num_forward_ops: ops[:num_forward_ops] are the forward.
         backward_is_fixed: backward ops run in this order alone (they draw random numbers, communicate, ...).
+        in_flight: forwards that have run when the first backward begins, as in the stages of a pipeline. What each of them
+            saves counts: the others hold it during the whole step.
 
     Raises:
         GraphError: from the constructor, naming the op or value.
@@ -95,6 +97,7 @@ class Graph:
     backward_outputs: tuple[str, ...]
     num_forward_ops: int
     backward_is_fixed: bool = False
+    in_flight: int = 1
     value: dict[str, Value] = field(init=False, repr=False, compare=False)
     """Value by name."""
     producer: dict[str, int] = field(init=False, repr=False, compare=False)
@@ -133,6 +136,8 @@ def _check_values(graph: Graph) -> None:
         raise GraphError(f"op names occur twice: {_twice(op.name for op in graph.ops)}")
     if not 0 <= graph.num_forward_ops <= len(graph.ops):
         raise GraphError(f"num_forward_ops is {graph.num_forward_ops}, but there are {len(graph.ops)} ops")
+    if graph.in_flight < 1:
+        raise GraphError(f"in_flight is {graph.in_flight}: at least one forward has run when a backward begins")
     inputs = set(graph.inputs)
     for value in graph.values:
         if not 0 <= value.hidden_bytes <= value.nbytes:

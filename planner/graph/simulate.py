@@ -41,7 +41,8 @@ def simulate(graph: Graph, schedule: Schedule, simulator: Simulator | None = Non
 
     Every read uses the latest instance of a value; an instance dies after its last read; the first
     instance of an output, and everything resident, never dies. Tangents come to life with the
-    backward. A step holds what is live, what it writes and its workspace. `simulator`: the graph's, where it is at hand.
+    backward. A step holds what is live, what it writes and its workspace, and, of n forwards in flight, what the n - 1 others
+    saved. `simulator`: the graph's, where it is at hand.
 
     Raises:
         ScheduleError: the schedule is not a valid way to run the graph.
@@ -94,7 +95,7 @@ class Simulator:
         names, nbytes: per value.
         reads, writes, workspace: per op; resident values are left out.
         outputs: per value, whether its first instance never dies.
-        resident_bytes, tangent_bytes: alive from the start, and from the turn to the backward on.
+        resident_bytes, tangent_bytes: alive from the start, and from the end of the forward on.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -107,6 +108,7 @@ class Simulator:
         self.tangent_bytes, self.resident_bytes = graph.tangent_bytes, graph.resident_bytes
         self.workspace = np.array([op.workspace_bytes for op in graph.ops], dtype=np.int64)
         self._last_forward = graph.num_forward_ops - 1
+        self._others = graph.in_flight - 1
         self.outputs = np.zeros(len(self.names), dtype=bool)
         self.outputs[[number[name] for name in (*graph.forward_outputs, *graph.backward_outputs)]] = True
         # Per op, its slice of one long list: reads first, then writes.
@@ -137,7 +139,9 @@ class Simulator:
         np.add.at(change, born, self.nbytes[owner])
         np.subtract.at(change, dies + 1, self.nbytes[owner])
         ends_forward = np.flatnonzero(ops == self._last_forward)
-        turn = int(ends_forward[0]) + 1 if self._last_forward >= 0 and len(ends_forward) else 0
-        change[turn] += self.tangent_bytes
+        boundary = int(ends_forward[0]) + 1 if self._last_forward >= 0 and len(ends_forward) else 0
+        change[boundary] += self.tangent_bytes
         live = np.cumsum(change[:end]) + self.resident_bytes + self.workspace[ops]
+        if self._others:
+            live += self._others * int(self.nbytes[owner[(born < boundary) & (dies >= boundary)]].sum())
         return Run(live, value, step, write, owner, born, dies)

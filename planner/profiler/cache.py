@@ -5,43 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from filelock import FileLock
+from platformdirs import user_cache_path
 
 from planner.errors import first_line
 from planner.graph.fields import parse, read_all
 from planner.log import PROFILER
 from planner.profiler.profile import KernelCost
 
-DEFAULT_CACHE_DIR = Path("~/.cache/checkpoint-planner")
-"""Where measured costs are kept, unless the environment variable CHECKPOINT_PLANNER_CACHE names another folder."""
-
 _RULE = 4  # raise it when kernels are timed in another way: old files are then no longer read
-
+_LOCK_TIMEOUT_S = 10.0
+"""How long to wait for another process that writes the same file; writing takes milliseconds."""
 
 _MOST = 2**50
 """No kernel takes so many nanoseconds (13 days) or bytes (a PiB)."""
+
+
+def default_cache_dir() -> Path:
+    """The folder in CHECKPOINT_PLANNER_CACHE; else this user's cache folder, on Linux below XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("CHECKPOINT_PLANNER_CACHE")
+    return Path(named) if named else user_cache_path("checkpoint-planner", appauthor=False)
 
 
 class KernelCache:
     """Costs by kernel key, for one description of everything else that times depend on.
 
     A file that is missing, unreadable or corrupt counts as empty, and a folder that cannot be written to is left
-    alone: a cache may cost time but never an error.
+    alone: a cache may cost time but never an error. Processes that write one file at once take turns.
 
     Attributes:
         path: the JSON file, or None where nothing is kept.
     """
 
-    def __init__(self, folder: Path | None, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | Literal["default"] | None, conditions: Mapping[str, Any]) -> None:
+        """`folder`: "default" is `default_cache_dir()`; None keeps nothing."""
         self.conditions = {"rule": _RULE, **conditions}
         self.path: Path | None = None
         if folder is not None:
-            if folder == DEFAULT_CACHE_DIR:
-                folder = Path(os.environ.get("CHECKPOINT_PLANNER_CACHE") or DEFAULT_CACHE_DIR)
+            folder = default_cache_dir() if folder == "default" else folder
             digest = hashlib.sha256(json.dumps(self.conditions, sort_keys=True).encode()).hexdigest()[:16]
             with suppress(RuntimeError):  # expanduser raises it where there is no home
                 self.path = folder.expanduser() / f"kernels-{digest}.json"
@@ -66,23 +72,19 @@ class KernelCache:
         """Merge `costs` into the file: readers see the old file or the new one, never half of one."""
         if self.path is None or not costs:
             return
-        merged = {**self.load(), **costs}
-        content = {
-            "conditions": self.conditions,
-            "kernels": {key: [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes] for key, cost in sorted(merged.items())},
-        }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.stem}-", suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(content, file, indent=0)
-                os.replace(scratch, self.path)
-            except BaseException:
-                os.unlink(scratch)
-                raise
-        except OSError as error:
+            with FileLock(self.path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+                self._write({**self.load(), **costs})
+        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
             PROFILER.info("%s cannot be written, and kernels are measured again next time: %s", self.path, first_line(error))
+
+    def _write(self, costs: Mapping[str, KernelCost]) -> None:
+        assert self.path is not None
+        rows = {key: [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes] for key, cost in sorted(costs.items())}
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"conditions": self.conditions, "kernels": rows}, indent=0), encoding="utf-8")
+        os.replace(scratch, self.path)
 
 
 def _cost(row: Any) -> KernelCost:

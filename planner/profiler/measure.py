@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -20,7 +20,7 @@ from planner.errors import first_line
 from planner.kernels.calls import kernel_key
 from planner.kernels.facts import is_collective
 from planner.log import PROFILER
-from planner.profiler.cache import DEFAULT_CACHE_DIR, KernelCache
+from planner.profiler.cache import KernelCache
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
 from planner.profiler.profile import KernelCost, Profile
@@ -28,7 +28,11 @@ from planner.profiler.timing import cost_on_cpu, cost_on_cuda
 
 
 def measure(
-    nodes: Sequence[Node], device: torch.device, *, cache_dir: Path | None = DEFAULT_CACHE_DIR, progress: bool = True
+    nodes: Sequence[Node],
+    device: torch.device,
+    *,
+    cache_dir: Path | Literal["default"] | None = "default",
+    progress: bool = True,
 ) -> Profile:
     """Time every distinct kernel among `nodes` on `device`.
 
@@ -40,8 +44,7 @@ def measure(
     Args:
         nodes: call_function nodes with fake tensors in `meta["val"]`; their inputs too.
         device: where to run.
-        cache_dir: folder of measured costs; None keeps none. The default is DEFAULT_CACHE_DIR, or the folder in the
-            environment variable CHECKPOINT_PLANNER_CACHE.
+        cache_dir: folder of measured costs; None keeps none; "default" is `planner.profiler.cache.default_cache_dir()`.
         progress: show a bar on stderr, if that is a terminal, when it takes more than a second.
     """
     keys = {node.name: kernel_key(node) for node in nodes}

@@ -6,7 +6,6 @@ flushing the cache before every call is too dear. Both are measured, in pairs, a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -33,6 +32,8 @@ _LONG_NS = 20_000_000
 
 _TURN_NS = 2_000_000
 """Shorter than any turn of the system's scheduler: a call this fast was not held up."""
+
+_MEMINFO = Path("/proc/meminfo")
 
 _MIN_PAIRS, _MAX_PAIRS = 3, 30
 _COLD_SHARE = 0.5
@@ -152,13 +153,10 @@ def _last_level_cache_bytes() -> int:
 
 
 def free_bytes() -> int | None:
-    """Bytes of main memory that are free; None where the system does not say."""
-    with suppress(OSError, ValueError, StopIteration):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("MemAvailable:"))
+    """Bytes of main memory that can be allocated without swapping; None (unknown) on systems other than Linux."""
+    with suppress(OSError, ValueError, StopIteration), _MEMINFO.open(encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from planner.analysis.explain import Explained
+from planner.analysis.explain import Explained, ModuleRow
+from planner.report.tables import number, render, table, words
 from planner.units import format_bytes, format_ns
 
 
 def text(explained: Explained) -> str:
     """What `print(plan.explain())` shows."""
     plan, rows = explained.plan, explained.rows
-    labels = [f"{row.label} ({row.count}x)" if row.count > 1 else row.label for row in rows]
-    width = max(map(len, (*labels, "module")))
-    head = f"{'module':<{width}} {'kept':>11} {'recomputed':>11} {'time again':>10} {'freed per ms':>13} {'rank':>5}  why"
-    lines = [head, "-" * (len(head) + 20)]
-    for label, row in zip(labels, rows, strict=True):
-        rate = format_bytes(round(row.rate * 1e6)) if row.rank else "-"
-        figures = (
-            f"{format_bytes(row.kept_bytes):>11} {format_bytes(row.recomputed_bytes):>11} {format_ns(row.recomputed_ns):>10}"
-        )
-        lines.append(f"{label:<{width}} {figures} {rate:>13} {row.rank or '-':>5}  {row.why}")
+    columns = [words("module"), *map(number, ("kept", "recomputed", "time again", "freed\nper ms", "rank"))]
+    columns.append(words("why", at_least=len("frees this much")))
     peaks = f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.plain.peak_bytes)} plain"
     title = [
         f"budget {format_bytes(plan.budget_bytes)}, {peaks}, {plan.overhead:+.2%} time",
         "kept, recomputed: activations for the backward, summed over the modules of a row; rank: by bytes freed per ms",
     ]
-    return "\n".join([*title, "", *lines, "", *_price_lines(explained)])
+    return render(*title, "", table(columns, map(_row, rows), gap=1), "", *_price_lines(explained))
+
+
+def _row(row: ModuleRow) -> tuple[str, ...]:
+    return (
+        f"{row.label} ({row.count}x)" if row.count > 1 else row.label,
+        format_bytes(row.kept_bytes),
+        format_bytes(row.recomputed_bytes),
+        format_ns(row.recomputed_ns),
+        format_bytes(round(row.rate * 1e6)) if row.rank else "-",
+        str(row.rank or "-"),
+        row.why,
+    )
 
 
 def _price_lines(explained: Explained) -> list[str]:

@@ -6,9 +6,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+from rich.table import Table
+
 from planner.graph.graph import Graph, Kind
 from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import Timeline
+from planner.report.tables import facts, number, render, table, words
 from planner.units import format_bytes, format_ns
 
 MODULE_ROWS = 12
@@ -16,7 +19,7 @@ ASSUMING = "for this backward order at these costs"
 STOPPED = "by the limit of wall-clock time: another run may give another plan"
 
 
-def table(plan: PlannedGraph) -> str:
+def text(plan: PlannedGraph) -> str:
     """The table that `print(plan)` shows."""
     timeline, plain = plan.timeline, plan.plain
     known = "; estimated, not measured" if plan.is_estimated else ""
@@ -38,8 +41,7 @@ def table(plan: PlannedGraph) -> str:
         ("stopped", STOPPED if plan.solution.limit == "time" else ""),
         ("costs", str(plan.provenance or "")),
     ]
-    lines = [f"{name:<11} {text}" for name, text in rows if text]
-    return "\n".join([*lines, "", *_parts(plan.graph, timeline), "", *_modules(plan, timeline)])
+    return render(facts(rows), "", _parts(plan.graph, timeline), "", _modules(plan, timeline))
 
 
 def _work(plan: PlannedGraph) -> str:
@@ -63,7 +65,7 @@ def _where(plan: PlannedGraph) -> str:
     return f"{op.name} ({op.source})" if op.source else op.name
 
 
-def _parts(graph: Graph, timeline: Timeline) -> list[str]:
+def _parts(graph: Graph, timeline: Timeline) -> Table:
     """Bytes by kind: what is resident, what the backward returns, what is saved for it."""
     resident: Counter[str] = Counter()
     given = [graph.value[name] for name in graph.inputs]
@@ -76,14 +78,14 @@ def _parts(graph: Graph, timeline: Timeline) -> list[str]:
         ("gradients", _total(graph, graph.backward_outputs)),
         ("saved for backward", _total(graph, (name for name in timeline.saved if name not in kept))),
     ]
-    return [f"  {name:<20} {format_bytes(nbytes):>12}" for name, nbytes in rows]
+    return table([words("memory"), number("bytes")], [(name, format_bytes(nbytes)) for name, nbytes in rows])
 
 
 def _total(graph: Graph, names: Iterable[str]) -> int:
     return sum(graph.value[name].nbytes for name in names)
 
 
-def _modules(plan: PlannedGraph, timeline: Timeline) -> list[str]:
+def _modules(plan: PlannedGraph, timeline: Timeline) -> Table:
     """Kept and recomputed bytes per module; numbered siblings (layers.0, layers.1, ...) share a row."""
     graph, saved = plan.graph, set(timeline.saved) - set(plan.graph.forward_outputs)
     again = Counter(plan.solution.schedule.steps[t] for t in plan.solution.schedule.recomputes())
@@ -102,20 +104,16 @@ def _modules(plan: PlannedGraph, timeline: Timeline) -> list[str]:
     shown = sorted(
         (row for row in numbers if kept_bytes[row] or again_ns[row]), key=lambda row: -kept_bytes[row] - again_bytes[row]
     )
-    width = max([len(_label(row, numbers[row])) for row in shown[:MODULE_ROWS]], default=6)
-    lines = [f"  {'module':<{width}} {'kept':>12} {'recomputed':>12} {'time again':>11}"]
-    for row in shown[:MODULE_ROWS]:
-        label = _label(row, numbers[row])
-        lines.append(_row(label, width, kept_bytes[row], again_bytes[row], again_ns[row]))
+    rows = [_row(_label(row, numbers[row]), kept_bytes[row], again_bytes[row], again_ns[row]) for row in shown[:MODULE_ROWS]]
     if len(shown) > MODULE_ROWS:
         rest = shown[MODULE_ROWS:]
         totals = [sum(column[row] for row in rest) for column in (kept_bytes, again_bytes, again_ns)]
-        lines.append(_row(f"({len(rest)} more)", width, totals[0], totals[1], totals[2]))
-    return lines
+        rows.append(_row(f"({len(rest)} more)", totals[0], totals[1], totals[2]))
+    return table([words("module"), number("kept"), number("recomputed"), number("time again")], rows)
 
 
-def _row(label: str, width: int, kept_bytes: int, again_bytes: int, again_ns: int) -> str:
-    return f"  {label:<{width}} {format_bytes(kept_bytes):>12} {format_bytes(again_bytes):>12} {format_ns(again_ns):>11}"
+def _row(label: str, kept_bytes: int, again_bytes: int, again_ns: int) -> tuple[str, ...]:
+    return label, format_bytes(kept_bytes), format_bytes(again_bytes), format_ns(again_ns)
 
 
 def _label(row: str, paths: set[str]) -> str:

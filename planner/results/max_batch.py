@@ -6,18 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from planner.arguments import count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
+from planner.report.tables import Part, facts, number, render, table, words
 from planner.results.plan import Plan
 from planner.results.plan_file import provenance_fields
 from planner.units import format_bytes, format_ns
 
 SCHEMA = 2
-_WIDTH = 160
 _NOTICEABLE = 0.02
 """A gain in throughput below this is within what predictions and measurements are good for."""
 
@@ -180,24 +176,20 @@ class MaxBatch:
         }
 
     def __str__(self) -> str:
-        table = Table(box=box.SIMPLE, caption="samples/s of forward and backward alone", caption_justify="left")
-        seen = any(tried.measured for tried in self.tried)
-        columns = ["batch", "plain peak", "peak", "step time", "overhead", "samples/s"]
-        for column in (*columns, *(["measured peak", "measured time", "measured samples/s"] if seen else []), ""):
-            table.add_column(column, justify="right", no_wrap=True)
-        for tried in self.tried:
-            table.add_row(*_row(tried, seen), "<- largest" if tried is self.largest else "")
-        console = Console(width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(table)
         head = [
             ("batch", f"{self.batch} is the largest within {format_bytes(self.budget_bytes)}; {self.proof}"),
-            *([("smallest", f"{self.tried[0].batch}; below it: {self.smaller}")] if self.smaller else []),
+            ("smallest", f"{self.tried[0].batch}; below it: {self.smaller}" if self.smaller else ""),
             ("throughput", self.verdict),
             ("costs", str(self.plan.provenance or "unknown")),
         ]
-        lines = [f"{name:<11} {text}" for name, text in head]
-        return "\n".join([*lines, *(line.rstrip() for line in capture.get().rstrip().splitlines())])
+        columns = [*map(number, ("batch", "plain peak", "peak", "step time", "overhead", "samples/s")), words("")]
+        rows = [_row(tried, "<- largest" if tried is self.largest else "") for tried in self.tried]
+        parts: list[Part] = [facts(head), "", table(columns, rows), "samples/s of forward and backward alone"]
+        measured = [tried for tried in self.tried if tried.measured is not None]
+        if measured:
+            columns = [*map(number, ("batch", "measured peak", "measured time", "measured samples/s"))]
+            parts += ["", table(columns, map(_measured_row, measured))]
+        return render(*parts)
 
 
 def _rate(tried: Tried) -> str:
@@ -208,18 +200,19 @@ def _number(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
 
 
-def _row(tried: Tried, seen: bool) -> list[str]:
-    cells = [str(tried.batch), format_bytes(tried.plain_bytes)]
+def _row(tried: Tried, mark: str) -> tuple[str, ...]:
+    head = (str(tried.batch), format_bytes(tried.plain_bytes))
     if tried.plan is None:
-        return [*cells, type(tried.error).__name__.removesuffix("Error")]
-    time_ns = tried.plan.timeline.time_ns
-    cells += [format_bytes(tried.plan.peak_bytes), format_ns(time_ns), f"{tried.plan.overhead:.2%}"]
-    cells.append(_number(replace(tried, measured=None).samples_per_s))
-    if seen:
-        found = tried.measured
-        figures = [format_bytes(found.peak_bytes), format_ns(found.step_s * 1e9), _number(tried.samples_per_s)] if found else []
-        cells += figures or [""] * 3
-    return cells
+        return (*head, "", "", "", "", type(tried.error).__name__.removesuffix("Error"))
+    rate = replace(tried, measured=None).samples_per_s
+    step = (format_bytes(tried.plan.peak_bytes), format_ns(tried.plan.timeline.time_ns), f"{tried.plan.overhead:.2%}")
+    return (*head, *step, _number(rate), mark)
+
+
+def _measured_row(tried: Tried) -> tuple[str, ...]:
+    assert tried.measured is not None
+    step = (format_bytes(tried.measured.peak_bytes), format_ns(tried.measured.step_s * 1e9))
+    return (str(tried.batch), *step, _number(tried.samples_per_s))
 
 
 def _figures(tried: Tried) -> dict[str, Any]:

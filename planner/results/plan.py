@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from planner import arguments
 from planner.analysis.explain import explain
-from planner.arguments import check_flags, check_path, limits
 from planner.graph.planned import PlannedGraph
+from planner.limits import DEFAULT_EFFORT, Limits
 from planner.report import perfetto, plan_table, timeline
 from planner.results import plan_file
 from planner.results.explanation import Explanation
@@ -18,16 +19,17 @@ class Plan(PlannedGraph):
     """A graph, a budget and the schedule that fits it. Prints as a table; attributes as in `PlannedGraph`."""
 
     def __str__(self) -> str:
-        return plan_table.table(self)
+        return plan_table.text(self)
 
-    def explain(self, *, prices: bool = True, effort: float = 6.0, time_limit_s: float | None = None) -> Explanation:
+    def explain(self, *, prices: bool = True, effort: float = DEFAULT_EFFORT, time_limit_s: float | None = None) -> Explanation:
         """Why it keeps what it keeps, by module, and what a little more or less memory would be worth.
 
         Returns:
             the Explanation, which prints as a table.
         """
-        check_flags(prices=prices)
-        found = explain(self, prices=prices, limits=limits(effort, time_limit_s))
+        arguments.check_flags(prices=prices)
+        limits = Limits(arguments.effort(effort), None if time_limit_s is None else arguments.seconds(time_limit_s))
+        found = explain(self, prices=prices, limits=limits)
         return Explanation(found.plan, found.rows, found.more, found.less)
 
     def plot(self, path: str | Path) -> None:
@@ -37,7 +39,7 @@ class Plan(PlannedGraph):
             PlotMissingError: matplotlib (the extra `plot`) is not installed.
             InputError: another suffix, or the file cannot be written.
         """
-        check_path(path)
+        arguments.check_path(path)
         timeline.plot(self, path)
 
     def trace(self, path: str | Path) -> None:
@@ -46,7 +48,7 @@ class Plan(PlannedGraph):
         Raises:
             InputError: the file cannot be written.
         """
-        check_path(path)
+        arguments.check_path(path)
         perfetto.trace(self, path)
 
     def save(self, path: str | Path) -> None:

@@ -153,6 +153,7 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
         "backward_outputs": graph.backward_outputs,
         "num_forward_ops": graph.num_forward_ops,
         "backward_is_fixed": graph.backward_is_fixed,
+        "in_flight": graph.in_flight,
     }
 
 
@@ -293,6 +294,7 @@ def read_graph(document: dict[str, Any], where: str) -> Graph:
             backward_outputs=strings(fields["backward_outputs"], "backward_outputs"),
             num_forward_ops=integer(fields["num_forward_ops"], "num_forward_ops"),
             backward_is_fixed=boolean(fields["backward_is_fixed"], "backward_is_fixed"),
+            in_flight=integer(fields.get("in_flight", 1), "in_flight", 1),
         )
         if sum(value.nbytes for value in values) + sum(op.workspace_bytes for op in ops) > MOST_BYTES:
             raise ValueError("its sizes add up to more than 64 bits hold")

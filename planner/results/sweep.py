@@ -89,7 +89,9 @@ class Sweep(SweptGraph):
         raise NoScheduleFoundError(
             f"the smallest budget of this sweep that has a plan is {enough_text(smallest)} ({smallest} bytes), above "
             f"{format_bytes(budget_bytes)} (the proven floor is {format_bytes(self.floor_bytes)}). "
-            "Raise the budget to that, or plan for it alone."
+            "Raise the budget to that, or plan for it alone.",
+            lowest_bytes=min(point.peak_bytes for point in self.points),
+            floor_bytes=self.floor_bytes,
         )
 
     def verify(self, n: int = 5, *, rounds: int = 3) -> Sweep:

@@ -1,9 +1,9 @@
-"""A half of a planned step compiled by inductor, in pieces.
+"""A forward or backward graph compiled by inductor, in subgraphs.
 
-Between two kernels that have to run as they are (random draws, which take their numbers in eager's order from torch's own
-generator; opaque parts; what returns no tensors) lies a piece that is compiled. What is kept and what is recomputed stays as
-planned: no piece reaches from the forward into the backward. Inside a piece, fused kernels leave out values that the plan
-counts, and round differently from eager's kernels.
+Some kernels run as they are: random draws, which take their numbers from torch's generator in eager's order; opaque modules;
+what returns no tensors. Each subgraph between two of them is compiled. What is kept and what is recomputed stays as planned:
+no subgraph reaches from the forward into the backward. Inside a subgraph, fused kernels do not materialize all values that
+the plan counts, and round differently from eager's kernels.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from planner.tracer.storage import mutates
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
 _OF_TENSORS = (custom.laid_out, custom.noise)
-"""Functions of ours that are nothing but ATen kernels."""
+"""This package's functions that consist of ATen kernels only."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Subgraph:
     """Consecutive nodes of a graph that run as one call.
 
     Attributes:
-        is_compiled: whether it is to be compiled; else it is one node, and those that take its results apart.
+        is_compiled: inductor compiles it; else it is one node, with the getitems of its results.
     """
 
     is_compiled: bool
@@ -45,20 +45,20 @@ class _Piece:
 
     @property
     def reads(self) -> list[fx.Node]:
-        """What it takes from before, each once."""
+        """Nodes before it whose values it reads, each once."""
         mine = set(self.nodes)
         return list(dict.fromkeys(arg for node in self.nodes for arg in node.all_input_nodes if arg not in mine))
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """A piece ready to run.
+class _SubgraphCall:
+    """A subgraph ready to run.
 
     Attributes:
-        run: boxed; what the piece reads -> what it writes.
+        run: values of `reads` -> values of `writes`; empties its list of arguments.
         reads: nodes whose values it takes.
         dead: those of them that nothing reads later.
-        writes: nodes whose values it makes for later.
+        writes: nodes whose values are read later.
     """
 
     run: Boxed
@@ -67,33 +67,34 @@ class _Call:
     writes: list[fx.Node]
 
 
-class Compiled:
+class CompiledGraph:
     """A graph as inductor runs it: call it with a list of the inputs, which it empties to free each after its last use.
 
     Args:
-        graph: every node carries its fake value in `meta["val"]`; one that does not runs as it is, with what reads it.
+        graph: with fake values in `meta["val"]`; a node without one runs as it is, and so do its readers.
 
     Raises:
-        CompileError: inductor, or the compiler behind it, cannot; says what it said.
+        CompileError: inductor or its C++ compiler failed; quotes the first line.
 
     Attributes:
-        num_compiled: how many pieces inductor compiled.
+        num_compiled: how many subgraphs inductor compiled.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        pieces = _pieces(graph)
+        subgraphs = _subgraphs(graph)
         self._inputs = list(graph.find_nodes(op="placeholder"))
         self._results = results(graph)
-        last_read = {node: k for k, piece in enumerate(pieces) for node in piece.reads}
-        last_read |= dict.fromkeys(self._results, len(pieces))
+        last_read = {node: k for k, subgraph in enumerate(subgraphs) for node in subgraph.reads}
+        last_read |= dict.fromkeys(self._results, len(subgraphs))
         self._unread = [node for node in self._inputs if node not in last_read]
         self._written = set(_written(graph))
         self._calls = []
-        for k, piece in enumerate(pieces):
-            writes = [node for node in piece.nodes if last_read.get(node, -1) > k]
-            run = _compile(piece, writes) if piece.is_compiled else _as_is(piece, writes)
-            self._calls.append(_Call(run, piece.reads, [node for node in piece.reads if last_read[node] == k], writes))
-        self.num_compiled = sum(piece.is_compiled for piece in pieces)
+        for k, subgraph in enumerate(subgraphs):
+            writes = [node for node in subgraph.nodes if last_read.get(node, -1) > k]
+            dead = [node for node in subgraph.reads if last_read[node] == k]
+            run = _compile(subgraph, writes) if subgraph.is_compiled else _as_is(subgraph, writes)
+            self._calls.append(_SubgraphCall(run, subgraph.reads, dead, writes))
+        self.num_compiled = sum(subgraph.is_compiled for subgraph in subgraphs)
 
     def __call__(self, given: list[Any]) -> tuple[Any, ...]:
         """The graph's results."""
@@ -109,12 +110,14 @@ class Compiled:
         return tuple(None if node is None else now[node] for node in self._results)
 
     def _as_compiled(self, node: fx.Node, value: Any) -> Any:
-        """An input with the strides that the code was made for: a gradient from outside may have any."""
+        """An input with the strides that the code was compiled for: a gradient from outside may have others."""
         like = node.meta.get("val")
         if not isinstance(like, torch.Tensor) or not isinstance(value, torch.Tensor) or _same_layout(value, like):
             return value
         if node in self._written:
-            raise CompileError(f"{node.name} was laid out otherwise when the step was compiled: {like.stride()}. Plan again")
+            raise CompileError(
+                f"{node.name} has strides {value.stride()}, and the step was compiled for {like.stride()}. Plan again"
+            )
         return custom.laid_out(value, like.shape, like.stride())
 
 
@@ -135,39 +138,39 @@ def _written(graph: fx.Graph) -> Iterator[fx.Node]:
                     yield arg
 
 
-def _compile(piece: _Piece, writes: Sequence[fx.Node]) -> Boxed:
+def _compile(subgraph: _Subgraph, writes: Sequence[fx.Node]) -> Boxed:
     try:
-        return compile_boxed(_graph_of(piece, writes), [node.meta["val"] for node in piece.reads])
+        return compile_boxed(_graph_of(subgraph, writes), [node.meta["val"] for node in subgraph.reads])
     except Exception as error:  # of any kind: what inductor and a C++ compiler raise has no common base
         if is_out_of_memory(error):
             raise
         said = str(error).strip().partition("\n")[0]
         raise CompileError(
-            f"inductor cannot compile the planned step between {piece.nodes[0].name} and {piece.nodes[-1].name}: "
+            f"inductor cannot compile the planned step between {subgraph.nodes[0].name} and {subgraph.nodes[-1].name}: "
             f"{type(error).__name__}: {said}. Plan without compile=True: the step then runs kernel by kernel"
         ) from error
 
 
-def _as_is(piece: _Piece, writes: Sequence[fx.Node]) -> Boxed:
+def _as_is(subgraph: _Subgraph, writes: Sequence[fx.Node]) -> Boxed:
     """Run kernel by kernel, as fx's own code does."""
-    graph = _graph_of(piece, writes)
+    graph = _graph_of(subgraph, writes)
     box(graph)
     return fx.GraphModule({}, graph).forward  # type: ignore[no-any-return]
 
 
-def _graph_of(piece: _Piece, writes: Iterable[fx.Node]) -> fx.Graph:
+def _graph_of(subgraph: _Subgraph, writes: Iterable[fx.Node]) -> fx.Graph:
     graph = fx.Graph()
-    now = {node: graph.placeholder(node.name) for node in piece.reads}
-    for node in piece.nodes:
+    now = {node: graph.placeholder(node.name) for node in subgraph.reads}
+    for node in subgraph.nodes:
         now[node] = graph.node_copy(node, now.__getitem__)
     graph.output(tuple(now[node] for node in writes))
     return graph
 
 
-def _pieces(graph: fx.Graph) -> list[_Piece]:
-    """The graph's calls in pieces, in their order; a kernel's results are taken apart in its own piece."""
-    pieces: list[_Piece] = []
-    home: dict[fx.Node, _Piece] = {}
+def _subgraphs(graph: fx.Graph) -> list[_Subgraph]:
+    """The graph's calls as subgraphs, in order; the getitems of a kernel's results belong to its subgraph."""
+    subgraphs: list[_Subgraph] = []
+    home: dict[fx.Node, _Subgraph] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -176,15 +179,15 @@ def _pieces(graph: fx.Graph) -> list[_Piece]:
             home[node].nodes.append(node)
             continue
         compiled = _can_be_compiled(node)
-        if not (compiled and pieces and pieces[-1].is_compiled):
-            pieces.append(_Piece(compiled, []))
-        home[node] = pieces[-1]
-        pieces[-1].nodes.append(node)
-    return pieces
+        if not (compiled and subgraphs and subgraphs[-1].is_compiled):
+            subgraphs.append(_Subgraph(compiled, []))
+        home[node] = subgraphs[-1]
+        subgraphs[-1].nodes.append(node)
+    return subgraphs
 
 
 def _can_be_compiled(node: fx.Node) -> bool:
-    """A kernel of tensors only, that draws no random numbers."""
+    """Whether a kernel takes and returns tensors only, and draws no random numbers."""
     if is_random(node) or not (isinstance(node.target, OpOverload) or node.target in _OF_TENSORS):
         return False
     return all(

@@ -1,7 +1,7 @@
-"""Joint + Schedule -> a forward and a backward fx graph in which every recompute is an explicit node.
+"""Joint + Schedule -> a forward graph and a backward graph (fx), in which every recompute is an explicit node.
 
-The schedule's steps are written down one after the other; views are made where they are needed. The
-code fx makes of a graph drops every name after its last use, which is what frees the tensors.
+Kernels are written in the schedule's order; views are made where they are read. The code that fx generates deletes every name
+after its last use, which frees the tensors.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from planner.tracer.storage import Storages, items
 
 _CLONE = torch.ops.aten.clone.default
 ORIGIN = "planner_origin"
-"""Metadata of every node of a half: name of the joint graph's node that it was written for."""
+"""Metadata of every node of both graphs: name of the joint graph's node that it was written for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Halves:
-    """The rewritten step.
+class PartitionedStep:
+    """A training step as a forward graph and a backward graph.
 
     Attributes:
-        forward: placeholders are the joint's inputs (no tangents) in order; results are the joint's
+        forward: placeholders are the joint graph's inputs in order, without gradients of outputs; results are the joint graph's
             results, then the saved activations.
-        backward: placeholders are the saved activations, then the inputs in `saved_inputs`, then the
-            tangents; results are the gradients in the joint's order.
+        backward: placeholders are the saved activations, then the inputs in `saved_inputs`, then the gradients of outputs;
+            results are the gradients in the joint graph's order.
         saved: names of the saved activations (storages).
         saved_inputs: names of the inputs that the backward reads.
-        tangents: positions of the results whose tangents the backward takes, in its order.
-        aliased: per result: it lies in the storage of an input or of an earlier result.
+        output_gradients: positions of the results whose gradients the backward takes, in its order.
+        aliased: per result: it shares its storage with an input or an earlier result.
         roots: per result, the name of its storage.
-        exposed: those of the saved activations that are outputs and only read to recompute: eager does not read them, and does
-            not notice when the caller writes into them.
-        spare: names of further inputs, from which a backward that was not planned may recompute more.
+        exposed: saved activations that are also results and that the backward reads only to recompute. Eager does not save
+            them, so the caller may write into them.
+        spare: names of further inputs, from which another backward may recompute more.
     """
 
     forward: fx.Graph
     backward: fx.Graph
     saved: tuple[str, ...]
     saved_inputs: tuple[str, ...]
-    tangents: tuple[int, ...]
+    output_gradients: tuple[int, ...]
     aliased: tuple[bool, ...]
     roots: tuple[str, ...] = ()
     exposed: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
 
 
-def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
-    """Write `schedule` down as two graphs.
+def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep:
+    """Write a schedule as two graphs.
 
     Args:
         joint: the captured step.
@@ -95,8 +95,8 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
         after.take(nodes[name], f"saved_{name}")
     for name in saved_inputs:
         after.take(nodes[name], name)
-    tangents = [given for given in joint.inputs if given.kind is Kind.TANGENT]
-    for given in tangents:
+    output_gradients = [given for given in joint.inputs if given.kind is Kind.TANGENT]
+    for given in output_gradients:
         after.take(nodes[given.node], given.node)
     for i in schedule.steps[boundary:]:
         after.run(nodes[graph.ops[i].name], again=i in ran)
@@ -108,8 +108,8 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> Halves:
     reread = {name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.reads}
     mutated = {given.node for given in joint.inputs if given.mutated}
     spare = tuple(n for n in given_before if storages.root[nodes[n]] in reread and n not in {*saved_inputs, *mutated})
-    handed = tuple(int(given.key) for given in tangents)
-    return Halves(before.out, after.out, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare)
+    handed = tuple(int(given.key) for given in output_gradients)
+    return PartitionedStep(before.out, after.out, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare)
 
 
 def _exposed(graph: Graph, saved: Sequence[str], results: Collection[str]) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def _check_captured_order(graph: Graph, schedule: Schedule) -> None:
 
 
 def _crossing(graph: Graph, schedule: Schedule, boundary: int, results: list[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Activations alive at the boundary that the backward reads (or returns); everything it reads from before."""
+    """(Activations of the forward that the backward reads or returns, everything of the forward that it reads or returns)."""
     read: dict[str, None] = {}
     written: set[str] = set()
     for i in schedule.steps[boundary:]:
@@ -144,7 +144,7 @@ def _crossing(graph: Graph, schedule: Schedule, boundary: int, results: list[str
 
 
 class _Writer:
-    """Writes one half: keeps, per node of the joint graph, the node that now holds its value."""
+    """Writes one of the two graphs; maps each node of the joint graph to the node that now holds its value."""
 
     def __init__(self, joint: Joint, graph: Graph, storages: Storages, rerun: frozenset[int]) -> None:
         self.out = fx.Graph()
@@ -158,7 +158,7 @@ class _Writer:
             self._gradients.setdefault(storages.root[self._nodes[name]], []).append(self._nodes[name])
 
     def take(self, node: fx.Node, name: str) -> None:
-        """Make `node`'s value an input of this half."""
+        """Make `node`'s value an input of this graph."""
         self._now[node] = self.out.placeholder(name.replace(".", "_"))
         self._now[node].meta = {**node.meta, ORIGIN: node.name}
 
@@ -167,20 +167,26 @@ class _Writer:
         return self._now[node]
 
     def get(self, node: fx.Node) -> fx.Node:
-        """The node that holds `node`'s value, its view being taken now if need be."""
+        """The node that holds `node`'s value; a view is made here if there is none."""
         if node not in self._now:
             if not self._storages.is_view(node):
-                raise PlannerError(f"internal error: {node.name} is read but not there; please report it with the model")
+                raise PlannerError(
+                    f"internal error: {node.name} is read before it is computed; please report it with the model"
+                )
             self._now[node] = self._copy(node, node.name)
             if node in self._storages.root:
                 self._views.setdefault(self._storages.root[node], []).append(node)
-            else:  # a view with several results: forget it with its base
+            else:  # a view with several results: dropped with its base
                 base = next(self._storages.root[arg] for arg in node.all_input_nodes if arg in self._storages.root)
                 self._views.setdefault(base, []).append(node)
         return self._now[node]
 
     def run(self, node: fx.Node, *, again: bool = False) -> None:
-        """Write down one execution of the kernel `node`; `again`: it ran before, in this half or the other."""
+        """Write one execution of the kernel `node`.
+
+        Args:
+            again: a recompute: it ran before, in this graph or in the forward graph.
+        """
         if node.target is custom.rng_state and not self._is_replayed(node):
             return
         previous = self._set_rng(node) if again and node.name in self._joint.rng_states else None
@@ -199,12 +205,12 @@ class _Writer:
                 self._now[item] = self._copy(item, item.name + suffix)
         for name, _ in self._storages.writes[node]:
             for gradient in self._gradients.get(name, ()):
-                self.get(gradient)  # at once, so that it can be returned with its stage
+                self.get(gradient)  # made here, so that it is returned with its stage
         if previous is not None:
             self._call(custom.swap_rng_state, (previous, self._joint.device), node)
 
     def finish(self, results: list[fx.Node]) -> None:
-        """End the half with its results; getitems nobody uses would only hold their tensors longer."""
+        """End the graph with its results; unused getitems are removed, which would hold their tensors longer."""
         self.out.output(tuple(results))
         for node in reversed(list(self.out.nodes)):
             if node.op == "call_function" and not node.users and _is_getitem(node):
@@ -219,7 +225,7 @@ class _Writer:
         return copy
 
     def _call(self, target: Callable[..., Any], args: tuple[Any, ...], kernel: fx.Node) -> fx.Node:
-        """A call that the joint graph does not have, for `kernel`'s sake."""
+        """A call that is not in the joint graph, needed by `kernel`."""
         call = self.out.call_function(target, args)
         call.meta[ORIGIN] = kernel.name
         return call

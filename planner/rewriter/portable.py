@@ -1,4 +1,4 @@
-"""fx graphs as plain rows, for pickling: kernels and nodes by name; of the metadata, what a planned step needs."""
+"""fx graphs as plain rows that can be pickled: kernels and nodes by name, and the metadata that a planned step needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from planner._compat.dispatch import OpOverload
 from planner._compat.fake_tensors import fake_mode
 from planner.rewriter.partition import ORIGIN
 
-Row = tuple[str, str, Any, Any, Any, str | None, Any]
+NodeRow = tuple[str, str, Any, Any, Any, str | None, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class TorchName:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Stands for a fake tensor: all there is to it but the sharing of storages."""
+class FakeTensorSpec:
+    """Stands for a fake tensor; which tensors share a storage is not recorded."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -40,23 +40,27 @@ class Look:
     device: torch.device
 
 
-def to_rows(graph: fx.Graph, *, looks: bool) -> list[Row]:
-    """(op, name, target, args, kwargs, origin, what its value looks like) per node, picklable; the last if `looks`."""
+def to_rows(graph: fx.Graph, *, with_specs: bool) -> list[NodeRow]:
+    """Per node (op, name, target, args, kwargs, origin, FakeTensorSpecs of its value), picklable.
+
+    Args:
+        with_specs: whether to include the FakeTensorSpecs, which inductor needs; else None.
+    """
     rows = []
     for node in graph.nodes:
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _named)
         target = str(node.target) if isinstance(node.target, OpOverload) else node.target
-        look = pytree.tree_map(_look, node.meta.get("val")) if looks else None
-        rows.append((node.op, node.name, target, args, kwargs, node.meta.get(ORIGIN), look))
+        spec = pytree.tree_map(_spec, node.meta.get("val")) if with_specs else None
+        rows.append((node.op, node.name, target, args, kwargs, node.meta.get(ORIGIN), spec))
     return rows
 
 
-def from_rows(rows: list[Row]) -> fx.Graph:
+def from_rows(rows: list[NodeRow]) -> fx.Graph:
     """The graph that `to_rows` was given, node names included."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     mode = fake_mode()
-    for op, name, target, args, kwargs, origin, look in rows:
+    for op, name, target, args, kwargs, origin, spec in rows:
         if op == "output":
             graph.output(_resolve(args[0], nodes))
             continue
@@ -64,18 +68,18 @@ def from_rows(rows: list[Row]) -> fx.Graph:
         nodes[name] = graph.create_node(op, kernel, _resolve(args, nodes), _resolve(kwargs, nodes), name=name)
         if origin is not None:
             nodes[name].meta[ORIGIN] = origin
-        if look is not None:
+        if spec is not None:
             with mode:
-                nodes[name].meta["val"] = pytree.tree_map(_tensor, look)
+                nodes[name].meta["val"] = pytree.tree_map(_tensor, spec)
     return graph
 
 
-def _look(leaf: Any) -> Any:
-    return Look(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+def _spec(leaf: Any) -> Any:
+    return FakeTensorSpec(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _tensor(leaf: Any) -> Any:
-    if not isinstance(leaf, Look):
+    if not isinstance(leaf, FakeTensorSpec):
         return leaf
     return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=leaf.device)
 

@@ -1,4 +1,4 @@
-"""Another backward after a forward that has run: schedules that use only what that forward saved."""
+"""Schedules of another backward after a forward that has run: they read only what that forward saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from planner.graph.source import Source
 
 
 class MissingValueError(ScheduleError):
-    """A backward reads something that the forward neither saved nor can be recomputed from what it saved.
+    """A backward reads a value that was not saved and cannot be recomputed from what was saved.
 
     Attributes:
         value: its name.
@@ -25,7 +25,7 @@ class MissingValueError(ScheduleError):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Candidate:
     """A schedule with its simulated peak and time."""
 
     schedule: Schedule
@@ -35,47 +35,47 @@ class Choice:
 
 def reschedule(
     graph: Graph, planned: Graph, schedule: Schedule, kept: Collection[str], limits: Sequence[int], is_fixed: bool
-) -> Choice:
-    """The fastest schedule found for `graph` within the first limit that one fits; else the one with the lowest peak.
+) -> Candidate:
+    """The fastest candidate for `graph` within the lowest limit that one fits; else the candidate with the lowest peak.
 
-    Tried are the planned backward, carried over to the ops of this one; the captured order, with what is missing recomputed
-    right before it is read; and, where these hold too much, that order with values let go and recomputed again.
+    Candidates: the planned backward, mapped to the ops of this one; the captured order, with missing values recomputed right
+    before they are read; and, where these exceed the limit, the captured order with values evicted and recomputed again.
 
     Args:
         graph: its forward is that of `planned`, op for op.
-        planned: what was planned.
-        schedule: of `planned`; its forward has run.
+        planned: the plan's graph.
+        schedule: the plan's; its forward has run.
         kept: values that the backward can read: saved activations, saved inputs, gradients of outputs.
-        limits: bounds on the peak, from the lowest; a higher one is used where none fits a lower one.
+        limits: bounds on the peak, ascending; a higher one is used where no candidate fits a lower one.
         is_fixed: backward ops must run in captured order.
 
     Raises:
-        MissingValueError: there is no such schedule at all.
+        MissingValueError: no schedule exists.
     """
     forward = schedule.steps[: schedule.boundary(planned)]
     captured = list(graph.backward_ops)
-    wanted = [_complete(graph, kept, captured)]
+    orders = [_complete(graph, kept, captured)]
     if not is_fixed:
-        carried = _carried_over(graph, planned, schedule)
-        wanted.append(_complete(graph, kept, carried))
-    choices = [_choice(graph, forward, steps) for steps in wanted]
+        mapped = _mapped(graph, planned, schedule)
+        orders.append(_complete(graph, kept, mapped))
+    candidates = [_candidate(graph, forward, steps) for steps in orders]
     for limit in limits:
-        if min(choice.peak_bytes for choice in choices) > limit:
-            choices.append(_choice(graph, forward, _Evicting(graph, kept, captured, limit).steps()))
-        fitting = [choice for choice in choices if choice.peak_bytes <= limit]
+        if min(candidate.peak_bytes for candidate in candidates) > limit:
+            candidates.append(_candidate(graph, forward, _Eviction(graph, kept, captured, limit).steps()))
+        fitting = [candidate for candidate in candidates if candidate.peak_bytes <= limit]
         if fitting:
-            return min(fitting, key=lambda choice: choice.time_ns)
-    return min(choices, key=lambda choice: choice.peak_bytes)
+            return min(fitting, key=lambda candidate: candidate.time_ns)
+    return min(candidates, key=lambda candidate: candidate.peak_bytes)
 
 
-def _choice(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> Choice:
+def _candidate(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> Candidate:
     schedule = Schedule((*forward, *_pruned(graph, forward, backward)))
     timeline = simulate(graph, schedule)
-    return Choice(schedule, timeline.peak_bytes, timeline.time_ns)
+    return Candidate(schedule, timeline.peak_bytes, timeline.time_ns)
 
 
 def _pruned(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> list[int]:
-    """Without recomputes whose results nobody reads."""
+    """The steps without recomputes whose results are not read."""
     awaited: set[str] = set()
     first = {i: t for t, i in reversed([*enumerate(backward)])}
     kept = []
@@ -90,7 +90,7 @@ def _pruned(graph: Graph, forward: Sequence[int], backward: Sequence[int]) -> li
 
 
 def _complete(graph: Graph, kept: Collection[str], steps: Iterable[int]) -> list[int]:
-    """The steps, each preceded by recomputes of what it reads and is not there."""
+    """The steps, each preceded by recomputes of the values it reads that are not in memory."""
     there = set(kept)
     out: list[int] = []
     for i in steps:
@@ -102,14 +102,14 @@ def _complete(graph: Graph, kept: Collection[str], steps: Iterable[int]) -> list
 
 
 def _recomputes(graph: Graph, there: set[str], name: str) -> Iterator[int]:
-    """Steps that make a value, in order; `there` is brought up to date."""
+    """Ops to run, in order, to have a value in memory; updates `there`, the values in memory."""
     if name in there:
         return
     producer = graph.producer.get(name)
     if producer is None or producer >= graph.num_forward_ops or not graph.ops[producer].recomputable:
         raise MissingValueError(name)
     todo = [(producer, iter(graph.ops[producer].reads))]
-    while todo:  # without recursion: chains are as long as the model is deep
+    while todo:  # no recursion: chains are as long as the model is deep
         op, reads = todo[-1]
         for read in reads:
             if read in there:
@@ -126,13 +126,13 @@ def _recomputes(graph: Graph, there: set[str], name: str) -> Iterator[int]:
                 yield op
 
 
-def _carried_over(graph: Graph, planned: Graph, schedule: Schedule) -> list[int]:
-    """The planned backward's steps, as ops of `graph`; its own ops stand before the op that follows them as captured."""
-    twin = dict(zip(_told_apart(planned), planned.backward_ops, strict=True))
+def _mapped(graph: Graph, planned: Graph, schedule: Schedule) -> list[int]:
+    """The planned backward's steps as ops of `graph`; ops that the plan lacks run before the next captured op that it has."""
+    counterpart = dict(zip(_identities(planned), planned.backward_ops, strict=True))
     here = {}
-    for token, i in zip(_told_apart(graph), graph.backward_ops, strict=True):
-        if token in twin:
-            here[twin[token]] = i
+    for token, i in zip(_identities(graph), graph.backward_ops, strict=True):
+        if token in counterpart:
+            here[counterpart[token]] = i
     matched = set(here.values())
     before: dict[int, list[int]] = {}
     waiting: list[int] = []
@@ -151,7 +151,7 @@ def _carried_over(graph: Graph, planned: Graph, schedule: Schedule) -> list[int]
 
 
 def _in_order(graph: Graph, steps: list[int]) -> list[int]:
-    """The steps; where a backward op would read another one's result before it is there, that one runs before."""
+    """The steps, reordered so that each backward op runs after the backward ops whose results it reads."""
     done: set[int] = set()
     out: list[int] = []
 
@@ -176,8 +176,8 @@ def _in_order(graph: Graph, steps: list[int]) -> list[int]:
     return out
 
 
-def _told_apart(graph: Graph) -> list[tuple[str, Source, int]]:
-    """Per backward op, its kernel and source, and how many such ops came before."""
+def _identities(graph: Graph) -> list[tuple[str, Source, int]]:
+    """Per backward op (kernel, source, how many equal ones up to here): identifies it in another capture."""
     seen: dict[tuple[str, Source], int] = {}
     out = []
     for i in graph.backward_ops:
@@ -188,10 +188,10 @@ def _told_apart(graph: Graph) -> list[tuple[str, Source, int]]:
     return out
 
 
-class _Evicting:
-    """Backward ops in captured order; where a step would exceed the limit, values are let go that can be made again.
+class _Eviction:
+    """Backward ops in captured order; where a step would exceed the limit, values are evicted that can be recomputed.
 
-    Let go first is what the backward reads latest. Nothing is let go that could not be recomputed from what stays.
+    The value with the latest next read is evicted first. Nothing is evicted that could not be recomputed from what stays.
     """
 
     def __init__(self, graph: Graph, kept: Collection[str], order: Sequence[int], limit_bytes: int) -> None:
@@ -229,11 +229,11 @@ class _Evicting:
                     raise MissingValueError(missing)
                 todo.append(producer)
                 continue
-            self._make_room(todo[-1], {name for waiting in todo for name in self.graph.ops[waiting].reads})
+            self._evict(todo[-1], {name for waiting in todo for name in self.graph.ops[waiting].reads})
             self.out.append(todo.pop())
             self.there.update(op.writes)
 
-    def _make_room(self, step: int, locked: set[str]) -> None:
+    def _evict(self, step: int, locked: set[str]) -> None:
         op = self.graph.ops[step]
         need = op.workspace_bytes + sum(self._bytes(name) for name in op.writes if name not in self.there)
         over = self._live() + need - self.limit
@@ -244,7 +244,7 @@ class _Evicting:
         for name in sorted(self.there - locked, key=self._next_read, reverse=True):
             if over <= 0:
                 return
-            if self._bytes(name) and self._can_be_made_without(name):
+            if self._bytes(name) and self._can_be_evicted(name):
                 self.there.discard(name)
                 over -= self._bytes(name)
 
@@ -257,7 +257,7 @@ class _Evicting:
     def _bytes(self, name: str) -> int:
         return 0 if name in self.fixed_names else self.graph.value[name].nbytes
 
-    def _can_be_made_without(self, name: str) -> bool:
+    def _can_be_evicted(self, name: str) -> bool:
         there = {*self.there, *self.inputs} - {name}
         try:
             for _ in _recomputes(self.graph, there, name):
@@ -267,7 +267,7 @@ class _Evicting:
         return self.graph.value[name].kind is Kind.ACTIVATION
 
     def _free_dead(self, locked: Collection[str] = ()) -> None:
-        """Let go of what no later op needs, be it to recompute something."""
+        """Drop values that no later op needs, not even for a recompute."""
         if self._live() + max(self.graph.ops[i].workspace_bytes for i in self.order) < self.limit // 2:
             return
         needed: set[str] = {*locked, *self.outputs}

@@ -14,8 +14,8 @@ from planner._compat.dispatch import OpOverload
 from planner._compat.fx_graphs import results
 
 aten = torch.ops.aten
-_QUIET_VIEWS = frozenset({aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default})
-"""Kernels that may return their argument's storage and do not say so."""
+_UNDECLARED_VIEWS = frozenset({aten._unsafe_view.default, aten.reshape.default, aten.contiguous.default})
+"""Kernels that may return a view of their argument although their schema does not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class Stage:
 def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) -> tuple[Stage, ...]:
     """Cut after gradients, about as many in every stage; order and count of the nodes stay as they are.
 
-    A gradient is returned once nothing reads its parameter any more: an optimizer may step inside the backward.
+    A gradient is returned after the last read of its parameter: an optimizer may step inside the backward.
 
     Args:
         backward: with one output node of a tuple of gradients.
         num_stages: at most this many.
-        owners: per gradient, the placeholder of the parameter that it is of (which the backward may have none of).
+        owners: per gradient, the name of its parameter's placeholder; the backward need not have one.
     """
     gradients: Sequence[fx.Node] = results(backward)
     order = {node: i for i, node in enumerate(backward.nodes)}
@@ -49,11 +49,10 @@ def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) 
     cuts = [completed[(k + 1) * len(completed) // num_stages - 1] for k in range(num_stages - 1)]
     stage_of = {node: sum(position > cut for cut in cuts) for node, position in order.items()}
     for node in backward.find_nodes(op="call_function", target=operator.getitem):
-        stage_of[node] = stage_of[node.args[0]]  # a kernel's results part at once: no tuple travels between stages
+        stage_of[node] = stage_of[node.args[0]]  # with its kernel: no tuple is passed between stages
 
-    kept = sorted({*_stages_of_gradients(backward, stage_of, owners)}) or [
-        0
-    ]  # autograd never visits a stage that returns nothing
+    # autograd never visits a stage that returns nothing
+    kept = sorted({*_stages_of_gradients(backward, stage_of, owners)}) or [0]
     stage_of = {node: min(bisect_left(kept, stage), len(kept) - 1) for node, stage in stage_of.items()}
     num_stages = len(kept)
     last_use, returned_in = _last_use(stage_of), _stages_of_gradients(backward, stage_of, owners)
@@ -99,15 +98,15 @@ def _read_until(backward: fx.Graph, last_use: Mapping[fx.Node, int]) -> dict[str
     base = {node: node.name for node in backward.find_nodes(op="placeholder")}
     until = {name: last_use.get(node, 0) for node, name in base.items()}
     for node in (node for node in backward.nodes if node.op == "call_function"):
-        looked_at = next((base[arg] for arg in node.all_input_nodes if arg in base), None)
-        if looked_at is not None and _may_look_at(node):
-            base[node] = looked_at
-            until[looked_at] = max(until[looked_at], last_use.get(node, 0))
+        viewed = next((base[arg] for arg in node.all_input_nodes if arg in base), None)
+        if viewed is not None and _may_be_view(node):
+            base[node] = viewed
+            until[viewed] = max(until[viewed], last_use.get(node, 0))
     return until
 
 
-def _may_look_at(node: fx.Node) -> bool:
-    """The kernel's result may share its argument's storage."""
+def _may_be_view(node: fx.Node) -> bool:
+    """Whether the kernel's result may share its argument's storage."""
     if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem
-    return node.target in _QUIET_VIEWS or any(argument.alias_info for argument in node.target._schema.arguments)
+    return node.target in _UNDECLARED_VIEWS or any(argument.alias_info for argument in node.target._schema.arguments)

@@ -1,6 +1,6 @@
-"""The audit: now and then the model's own forward runs beside the planned one, from the same state, and both are compared.
+"""The audit: at some calls the model's own forward runs beside the planned one, from the same state, and both are compared.
 
-No list of what a forward may depend on is complete; this finds what the guards do not know of. It sees forwards only.
+No list of what a forward may depend on is complete; the audit finds what the guards do not know. It compares forwards only.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -15,21 +17,22 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner._compat.private_names import MODULE_HOOKS
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.results.plan import Plan
 from planner.runtime.ranks import communicates
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
-from planner.tracer.host.observe import HOOKS
 from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import HostKey, remembered
 from planner.tracer.outputs import without_caches
 
 Digest = dict[str, Fingerprint]
+"""What a forward returned and left behind: a fingerprint per name. Equal exactly where every bit is."""
 
 _NOT_STATE = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 
@@ -39,20 +42,21 @@ def is_due(num_calls: int) -> bool:
     return num_calls == 2 or (num_calls >= 10 and set(str(num_calls)[1:]) == {"0"} and str(num_calls)[0] == "1")
 
 
-_SMALL_BYTES = 4096
-"""Copies of written tensors (running statistics) up to this size are not counted: the margin of the budget covers them."""
+_UNCOUNTED_BYTES = 4096
+"""Copies of written tensors (running statistics) up to this size are not counted: the budget's margin covers them."""
 
 
-def can_audit(step: Step) -> bool:
-    """Whether the original forward may run beside the planned one: it has no effects outside, and bits are to be the same."""
+def can_audit(step: RewrittenStep) -> bool:
+    """Whether the original forward may run a second time, and has to give the same bits: it has no effects outside."""
     hooked = any(not spec.repeatable for spec in step.joint.opaque_calls.values())
     return not step.is_compiled and not step.joint.absent_device and not hooked and not communicates(step.joint)
 
 
 def audit_fits(plan: Plan, written_bytes: int) -> bool:
-    """Whether an audit fits the budget.
+    """Whether an audit fits the budget: the higher peak of the original and the planned forward, and copies of what they write.
 
-    It needs the higher peak of the original and the planned forward, plus copies of what is written.
+    Args:
+        written_bytes: of the tensors that the forward writes into.
     """
     graph = plan.graph
     made = {name for op in graph.ops[: graph.num_forward_ops] for name in op.writes}
@@ -67,12 +71,12 @@ def audit_fits(plan: Plan, written_bytes: int) -> bool:
     original = simulate(forward, keep_all(forward)).peak_bytes
     boundary = plan.solution.schedule.boundary(graph)
     planned = max(plan.timeline.live_bytes[: boundary + 1], default=0)
-    return max(original, planned) + max(0, written_bytes - _SMALL_BYTES) <= plan.budget_bytes
+    return max(original, planned) + max(0, written_bytes - _UNCOUNTED_BYTES) <= plan.budget_bytes
 
 
 @contextlib.contextmanager
 def rewound(model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """Put back, at the end, the state that a forward starts from; after an error, too.
+    """A context that restores, at its end, the state that a forward starts from; after an error, too.
 
     Args:
         written: the tensors that the forward writes into.
@@ -89,6 +93,25 @@ def rewound(model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], dev
                 put_back()
 
 
+def repeatable_difference(
+    original: Callable[[], Digest], planned: Callable[[], Digest], restoring: Callable[[], AbstractContextManager[None]]
+) -> tuple[str, ...]:
+    """Names of what two forwards leave different; empty where they agree, or where one of them does not repeat itself.
+
+    Args:
+        original, planned: run a forward and return its digest.
+        restoring: makes a context that restores what the forwards start from.
+    """
+
+    def run(forward: Callable[[], Digest]) -> Digest:
+        with restoring():
+            return copy_context().run(forward)  # a forward may set context variables
+
+    expected, found = run(original), run(planned)
+    different = difference(expected, found)
+    return different if different and not difference(expected, run(original)) and not difference(found, run(planned)) else ()
+
+
 def _generator_states(device: torch.device) -> list[Callable[[], Any]]:
     generators = Generators(device)
     restored: list[Callable[[], Any]] = [partial(_set_state, _bytes_of_state(), None), generators.remembered()]
@@ -97,7 +120,7 @@ def _generator_states(device: torch.device) -> list[Callable[[], Any]]:
 
 
 def _bytes_of_state(index: int | None = None) -> bytes:
-    """State of the host's generator, or of a CUDA device's; as bytes, because a tensor would be memory of the step."""
+    """State of the CPU generator or of a CUDA device's, as bytes: a tensor would count as memory of the step."""
     state = torch.get_rng_state() if index is None else torch.cuda.get_rng_state(index)
     return state.numpy().tobytes()
 
@@ -111,20 +134,20 @@ def _set_state(content: bytes, index: int | None) -> None:
 
 
 def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The model's own forward with gradients enabled, so that it runs training's kernels; nothing is kept for a backward."""
+    """Run the model's own forward with gradients enabled (for training's kernels); nothing is saved for a backward."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
         return forward(*args, **kwargs)
 
 
 def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device) -> Digest:
-    """What a forward returned (but for caches, which plans leave out) and left behind: equal exactly where every bit is."""
+    """What a forward returned (without caches, which plans leave out) and left behind."""
     prints = _Contents({id(module): name or "itself" for name, module in model.named_modules()})
     found: Digest = {f"output {i}": prints.of(leaf) for i, leaf in enumerate(without_caches(pytree.tree_leaves(out)))}
     found |= {f"input {i}": prints.of(tensor) for i, tensor in enumerate(inputs)}
     found |= {f"buffer {name}": prints.of(tensor) for name, tensor in model.named_buffers()}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute not in _NOT_STATE and attribute not in HOOKS:
+            if attribute not in _NOT_STATE and attribute not in MODULE_HOOKS:
                 found[f"{name}.{attribute}".lstrip(".")] = prints.of(value)
     generators = Generators(device)
     found["random state"] = (_bytes_of_state(), *map(_bytes_of_state, generators.devices()), repr(generators.host()))
@@ -132,13 +155,13 @@ def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: t
 
 
 def digest_of(values: Mapping[str, Any]) -> Digest:
-    """Likewise of single values, none of which holds a module."""
+    """Fingerprints of single values, none of which holds a module."""
     prints = _Contents({})
     return {name: prints.of(value) for name, value in values.items()}
 
 
 class _Contents(Fingerprints):
-    """Fingerprints in which tensors count with every bit."""
+    """Fingerprints that include every bit of a tensor."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__(names, lambda _, name: not name.startswith("__"))
@@ -153,6 +176,6 @@ class _Contents(Fingerprints):
 
 
 def difference(expected: Digest, found: Digest) -> tuple[str, ...]:
-    """Names of what is not equal."""
+    """Names of unequal entries."""
     names = dict.fromkeys((*expected, *found))
     return tuple(n for n in names if n not in expected or n not in found or not alike(expected[n], found[n], copied=True))

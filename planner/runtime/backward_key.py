@@ -1,8 +1,8 @@
-"""What a backward is right for: the outputs that gradients come through, and the layouts of these gradients.
+"""BackwardKey: the gradients that a backward graph is right for: which outputs have one, with which strides.
 
-Kernels, and their bits, depend on the layout of what they read: a gradient that arrives in another layout than the captured one
-must not be copied to it (the bias gradient of a Linear, broadcast additions and batch norm then get other bits), and views
-that were captured may not exist for it. So a backward holds for one key.
+Kernels, and their bits, depend on the strides of what they read. A gradient with other strides than the captured one must not
+be copied into the captured layout: the bias gradient of a Linear, broadcast additions and batch norm would get other bits, and
+captured views may not exist for it. So each backward graph holds for one key.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from planner.tracer.joint import Joint
 from planner.tracer.replay import Strides
 
 BackwardKey = tuple[Strides | None, ...]
-"""Per result of the graph, the strides of its gradient; None where none comes. Sizes are those of the results."""
+"""Per result of the forward graph, the strides of its gradient; None where it has none. Its sizes are the result's."""
 
 _ANY = -1
 _MOST_DIMS_WITHOUT_MEMORY_FORMAT = 3
 
 
 def backward_key(gradients: Sequence[torch.Tensor | None]) -> BackwardKey:
-    """The key of the gradients that came, as they are."""
+    """The key of these gradients."""
     return tuple([None if gradient is None else gradient.stride() for gradient in gradients])
 
 
 def normal(key: BackwardKey, gradients: Sequence[torch.Tensor | None]) -> BackwardKey:
-    """The key without strides that no kernel reads: those of dimensions of size 1, and of tensors of at most one entry.
+    """The key without strides that no kernel reads: of dimensions of size 1, and of tensors with at most one element.
 
-    From four dimensions on, kernels read them to tell channels-last tensors from contiguous ones.
+    From four dimensions on they stay: kernels read them to tell channels-last tensors from contiguous ones.
     """
     return tuple(
         strides if gradient is None or strides is None else _normal(strides, gradient.shape)

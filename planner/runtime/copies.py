@@ -1,4 +1,4 @@
-"""Copies of a model that a forward has left tensors on."""
+"""Deep copies of models on which a forward has left tensors with an autograd graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 
 def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """A deep copy's memo in which tensors that a forward left on modules are copied without their autograd graphs."""
+    """Extend a deep copy's memo: tensors that a forward left on modules are copied without their autograd graphs.
+
+    copy.deepcopy refuses tensors that are not leaves of autograd.
+    """
     todo = [value for module in model.modules() for value in vars(module).values()]
     seen: set[int] = set()
     while todo:

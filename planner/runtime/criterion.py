@@ -1,4 +1,4 @@
-"""A loss that is computed outside of the model, made part of what is planned: plan(..., criterion=fn, criterion_args=(y,))."""
+"""WithCriterion: a loss computed outside of the model made part of the plan: plan(..., criterion=fn, criterion_args=(y,))."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WithCriterion(nn.Module):
 
     @calls_users_code
     def forward(self, *args: Any, criterion_args: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """(loss, output), or the output where there is nothing to compare it with."""
+        """(loss, output), or the output alone without criterion_args."""
         output = self.model(*args, **kwargs)
         return output if criterion_args is None else (self.criterion(output, *criterion_args), output)
 
@@ -67,7 +67,7 @@ class WithCriterion(nn.Module):
 
 
 def planned_model(module: nn.Module) -> nn.Module:
-    """The user's model: without the loss, where one was planned with it."""
+    """The user's model, without the criterion."""
     return module.model if isinstance(module, WithCriterion) else module
 
 
@@ -79,15 +79,15 @@ def with_criterion(
     criterion: Criterion | None,
     criterion_args: Sequence[Any] | None,
 ) -> tuple[nn.Module, dict[str, Any], Any, tuple[str, ...]]:
-    """What is planned instead of the model: (module, kwargs, loss, opaque); unchanged where there is no criterion.
+    """What to plan: (module, kwargs, loss, opaque), with the criterion in the module; unchanged where there is none.
 
     Raises:
-        InputError: criterion and criterion_args do not go together, or with the model.
+        InputError: criterion and criterion_args do not fit together, or do not fit the model.
     """
     given = dict(kwargs or {})
     if criterion is None:
         if criterion_args is not None:
-            raise InputError("criterion_args was given without criterion: pass criterion=your loss function")
+            raise InputError("criterion_args was given without criterion: pass criterion=your loss function, too")
         return model, given, loss, tuple(opaque)
     if not callable(criterion) or isinstance(criterion, type):
         raise InputError(
@@ -102,7 +102,7 @@ def with_criterion(
     if loss is not None:
         raise InputError("loss= names an output of the model; with criterion= the loss is what the criterion returns")
     if not isinstance(model, nn.Module):
-        return model, given, loss, tuple(opaque)  # the capture says what is wrong
+        return model, given, loss, tuple(opaque)  # the capture's error says what is wrong
     if CRITERION_ARGS in given or CRITERION_ARGS in inspect.signature(model.forward).parameters:
         raise InputError(f"the model's own forward takes {CRITERION_ARGS}: leave criterion= out, and name the loss by loss=")
     module = WithCriterion(model, criterion)

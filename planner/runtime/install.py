@@ -1,4 +1,4 @@
-"""install, uninstall: the user's own model trains planned, and everything else about it stays as it is."""
+"""install, uninstall: `model.forward` runs planned; everything else about the user's model stays as it is."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from torch import nn
 from planner import arguments
 from planner.errors import InputError
 from planner.results.plan import Plan
+from planner.runtime.autocast_regions import note_unplanned
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
-from planner.runtime.functions import Program
+from planner.runtime.executable import Executable
 from planner.runtime.module import CheckpointedModule, runs_as_planned
-from planner.runtime.reporting import report_miss
-from planner.runtime.shared_casts import note_unplanned
-from planner.runtime.step import Step
+from planner.runtime.reporting import report_mismatch
+from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import IS_CAPTURING
 
 
 class PlannedForward:
-    """What stands in `model.forward` while plans are installed. It belongs to one model: a copy of the model gets its own.
+    """Replaces `model.forward` while plans are installed. It belongs to one model; a copy of the model gets its own.
 
     Args:
-        planned: the modules whose plans are installed. A copy of the model makes its own from `plans` at its first call: while
-            it is being copied or unpickled, it is not whole.
+        plans: (step, plan, code that copies can share, audits) of each planned module.
+        before: the instance's `forward` attribute that it replaces; None if there was none.
+        strict: a training call that no plan was made for is an error.
+        planned: the planned modules. A copy of the model makes its own from `plans` at its first call, because it is not yet
+            complete while it is copied or unpickled.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        plans: Sequence[tuple[Step, Plan, Program | None, bool]],
+        plans: Sequence[tuple[RewrittenStep, Plan, Executable | None, bool]],
         before: Callable[..., Any] | None,
         strict: bool,
         planned: Sequence[CheckpointedModule] = (),
@@ -44,7 +47,7 @@ class PlannedForward:
 
     @property
     def unplanned(self) -> Callable[..., Any]:
-        """The forward that stood there before, and that runs every call that no plan was made for."""
+        """The forward that it replaces, which runs every call that no plan was made for."""
         before = self._before
         return before if before is not None else type(self._model).forward.__get__(self._model)
 
@@ -54,32 +57,32 @@ class PlannedForward:
 
     @property
     def planned(self) -> list[CheckpointedModule]:
-        """The planned modules, in the order in which they are asked."""
+        """The planned modules, in the order in which they are tried."""
         if not self._planned:
             strict = self._strict
             self._planned = [
-                CheckpointedModule(self._model, step, plan, strict, program=program, audits=audits)
-                for step, plan, program, audits in self._plans
+                CheckpointedModule(self._model, step, plan, strict, executable=executable, audits=audits)
+                for step, plan, executable, audits in self._plans
             ]
         return self._planned
 
     @runs_as_planned
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One step by the first plan that was made for this call, else by the model's own forward."""
+        """Run the first plan that was made for this call, else the model's own forward."""
         if IS_CAPTURING.get():
             return self.unplanned(*args, **kwargs)
-        misses = []
+        mismatches = []
         for module in self.planned:
-            planned, miss = module.attempt(args, kwargs, unplanned=self.unplanned)
-            if miss is None:
+            planned, mismatch = module.attempt(args, kwargs, unplanned=self.unplanned)
+            if mismatch is None:
                 return planned
-            misses.append(miss)
-        report_miss(self._model, misses[0], self._warned, self._strict, num_plans=len(misses))
+            mismatches.append(mismatch)
+        report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches))
         note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)
 
     def restore(self) -> None:
-        """Put back what stood there before."""
+        """Put back the forward that it replaces."""
         if self._before is not None:
             vars(self._model)["forward"] = self._before
         else:
@@ -90,15 +93,17 @@ class PlannedForward:
         return PlannedForward(model, self._plans, before, self._strict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        plans = [(step, plan, None, audits) for step, plan, _, audits in self._plans]  # code is made again where it is loaded
+        plans = [
+            (step, plan, None, audits) for step, plan, _, audits in self._plans
+        ]  # code is generated again where it is loaded
         return PlannedForward, (self._model, plans, self._before, self._strict)
 
 
 def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False) -> None:
-    """Let `model` itself train as planned: its forward is replaced, on this instance, until `uninstall(model)`.
+    """Make `model` itself train planned: replaces `model.forward`, on this instance, until `uninstall(model)`.
 
     state_dict, parameters, submodules, hooks on the model, `functional_call`, eval and `generate` stay as they are: calls
-    that no plan was made for run the forward that stood there before. A deep copy or an unpickled model trains planned too.
+    that no plan was made for run the replaced forward. A deep copy or an unpickled model trains planned, too.
 
     Args:
         model: what `plan` was called with.
@@ -121,11 +126,14 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
                 "module, loss, output = planned(*args, criterion_args=(y,))"
             )
         if module.original is not model:
-            raise InputError(f"a plan was made from another {type(module.original).__name__} object than the model given")
+            raise InputError(
+                f"install(model, planned) needs the model that was planned: this plan was made from another "
+                f"{type(module.original).__name__} object"
+            )
     uninstall(model)
     before = vars(model).get("forward")
     every = [one for module in planned for one in (module, *module.alternatives)]
-    plans = [(module.step, module.plan, module.program, module.audits) for module in every]
+    plans = [(module.step, module.plan, module.executable, module.audits) for module in every]
     vars(model)["forward"] = PlannedForward(model, plans, before, strict, planned)
 
 

@@ -1,7 +1,7 @@
-"""Ranks that communicate inside a planned step must run the same plan: they compare before the first one.
+"""Ranks of a distributed job that communicate inside a planned step must run the same plan: they compare before the first step.
 
-A planned step runs its collectives in the captured order, each once, so that planned and unplanned ranks match. Their order
-relative to other collectives, such as DistributedDataParallel's, depends on the plan.
+A planned step runs its collectives once each in the captured order, so planned and unplanned ranks match. Their order relative
+to other collectives, such as DistributedDataParallel's, depends on the plan.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from planner.errors import RanksDifferError
 from planner.graph.structure import fingerprint
 from planner.kernels.facts import is_collective
 from planner.results.plan import Plan
-from planner.runtime.step import Step
+from planner.runtime.step import RewrittenStep
 from planner.tracer.joint import Joint
 
-_PATIENCE = timedelta(seconds=10)
+_TIMEOUT = timedelta(seconds=10)
 _counts: Counter[str] = Counter()
-"""Per group and graph: how many planned modules have been compared."""
+"""Per process group and graph: how many planned modules have been compared."""
 
 
 def communicates(joint: Joint) -> bool:
-    """The captured step holds collectives."""
+    """Whether the captured step holds collectives."""
     return any(is_collective(node) for node in joint.graph.nodes if node.op == "call_function")
 
 
-def compare_plans(step: Step, plan: Plan) -> None:
-    """Tell the other ranks of the process groups that the step communicates in which plan runs here, and read theirs.
+def compare_plans(step: RewrittenStep, plan: Plan) -> None:
+    """Publish this rank's plan in each process group that the step communicates in, and read the other ranks' plans.
 
-    Call it before a module's first planned step. It uses the process group's key-value store, not a collective, so it does not
-    hang where another rank runs unplanned. It waits up to 10 s; a rank that comes later reads this rank's entry.
+    To be called before a module's first planned step. It uses the process group's key-value store, not a collective, so it
+    does not hang where another rank runs unplanned. It waits up to 10 s; a rank that comes later reads this rank's entry.
 
     Raises:
-        RanksDifferError: they run different plans of the same graph.
+        RanksDifferError: another rank runs another plan of the same graph.
     """
     store = key_value_store()
     if store is None:
@@ -54,20 +54,20 @@ def compare_plans(step: Step, plan: Plan) -> None:
         _counts[place] += 1
         keys = {rank: f"{place}/{_counts[place]}/{rank}" for rank in ranks}
         store.set(keys[own], mine)
-        with suppress(RuntimeError):  # DistStoreError: some did not come yet
-            store.wait([*keys.values()], _PATIENCE)
+        with suppress(RuntimeError):  # DistStoreError: a rank has not published yet
+            store.wait([*keys.values()], _TIMEOUT)
         for rank in ranks:
             theirs = store.get(keys[rank]).decode() if store.check([keys[rank]]) else mine
             if theirs != mine:
                 raise RanksDifferError(
-                    f"ranks {own} and {rank} run different plans ({mine} and {theirs}) of a step that communicates: costs were "
-                    "measured on each, or their budgets differ. Plan on rank 0, planned.plan.save(path), and on every rank "
-                    "apply(planner.Plan.load(path), model, args)"
+                    f"ranks {own} and {rank} run different plans ({mine} and {theirs}) of a step that communicates: their "
+                    "costs were measured separately, or their budgets differ. Plan on rank 0, planned.plan.save(path), and on "
+                    "every rank apply(planner.Plan.load(path), model, args)"
                 )
 
 
 def _groups(joint: Joint) -> list[str]:
-    """Names of the process groups; '' for the default one, where an operator does not say."""
+    """Names of the process groups; "" for the default group, where an operator names none."""
     nodes = [node for node in joint.graph.nodes if node.op == "call_function" and is_collective(node)]
     return sorted({name for node in nodes if (name := _group(node)) is not None})
 

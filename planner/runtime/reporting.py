@@ -1,4 +1,4 @@
-"""How a call that does not run planned is said."""
+"""Warnings and errors for calls that do not run planned."""
 
 from __future__ import annotations
 
@@ -6,38 +6,43 @@ import torch
 from torch import nn
 
 from planner.errors import PlanAuditError, PlanMissError, warn
-from planner.runtime.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch
 
 
 class PlanMissWarning(UserWarning):
     """A call was not the one planned for; the original forward ran instead."""
 
 
-def report_miss(model: nn.Module, miss: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
-    """Warn, once per reason, that a call runs unplanned. Where that is not allowed, it is an error in training.
+def report_mismatch(model: nn.Module, mismatch: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
+    """Warn that a training call runs unplanned, once per reason and input size; evaluation (eval, no_grad) is not warned about.
+
+    Args:
+        warned: what was warned about before; extended here.
+        num_plans: number of plans that the call was compared with.
 
     Raises:
-        PlanMissError, PlanAuditError: `strict`, and the call was to train.
+        PlanMissError, PlanAuditError: `strict`, and the call trains.
     """
+    if not (model.training and torch.is_grad_enabled()):
+        return
     which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
-    if strict and model.training and torch.is_grad_enabled():
-        if miss.kind == "audit":
-            raise PlanAuditError(f"{type(model).__name__}: {miss}. Train unplanned")
+    if strict:
+        if mismatch.kind == "audit":
+            raise PlanAuditError(f"{type(model).__name__}: {mismatch}. Train unplanned")
         raise PlanMissError(
-            f"{type(model).__name__}: not {which}, {miss} differs. Plan for this call too, or let it run unplanned"
+            f"{type(model).__name__}: not {which}, {mismatch} differs. Plan for this call too, or let it run unplanned"
         )
-    reason = miss.where
-    is_evaluating = not (model.training and torch.is_grad_enabled())
-    if reason not in warned and not is_evaluating:
+    reason = str(mismatch) if mismatch.kind == "input" else mismatch.where
+    if reason not in warned:
         warned.add(reason)
-        differs = str(miss) if miss.kind == "audit" else f"not {which}, {miss} differs{_cure(miss)}"
+        differs = str(mismatch) if mismatch.kind == "audit" else f"not {which}, {mismatch} differs{_cure(mismatch)}"
         warn(f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning)
 
 
-def _cure(miss: Mismatch) -> str:
-    """How to have both calls planned."""
-    if miss.kind in ("input", "argument"):
+def _cure(mismatch: Mismatch) -> str:
+    """How to have both calls planned; "" where it depends."""
+    if mismatch.kind in ("input", "argument"):
         return " (plan both: plan(..., also=[(args, kwargs)]))"
-    if miss.kind == "host" and miss.is_absent:
+    if mismatch.kind == "host" and mismatch.is_absent:
         return " (the first call fills it; run the model once before planning to plan that call, too)"
     return ""

@@ -1,4 +1,4 @@
-"""Step: a rewritten training step without the model, as it travels in copies and pickles."""
+"""RewrittenStep: a planned training step without the model's tensors; copies and pickles of planned modules hold it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from planner._compat.fake_tensors import forget_real_tensors
 from planner.results.plan import Plan
 from planner.rewriter import portable
-from planner.rewriter.partition import Halves, partition
-from planner.runtime import guard
+from planner.rewriter.partition import PartitionedStep, partition
 from planner.runtime.backward_key import BackwardKey, captured_key
+from planner.runtime.guards.call_key import CallKey, call_key
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8
@@ -20,31 +21,31 @@ DEFAULT_STAGES = 8
 
 @dataclass(frozen=True, slots=True)
 class Recapture:
-    """How to capture the step again, for inputs of other sizes: the options of `planner.tracer.capture`."""
+    """Options of `planner.tracer.real_layouts.capture`, with which the step is captured again for inputs of other sizes."""
 
     loss: Any = None
     opaque: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Everything a planned call needs besides the model: no parameter, no buffer.
+class RewrittenStep:
+    """Everything that a planned call needs besides the model; holds no parameter and no buffer.
 
     Attributes:
-        joint: how calls map onto the graphs.
-        halves: the rewritten forward and backward.
-        key: what they are right for.
-        num_stages: in how many parts the backward returns gradients, at most.
-        recapture: set where the plan is to hold for smaller inputs too.
-        is_compiled: inductor compiles the halves wherever they are to run.
-        backward_key: what the backward is right for; by default, what the joint graph was captured for.
-        same_inputs: per tensor leaf of the call, the first leaf that was the same tensor; by default, each is its own.
-        fraction: the budget, where it was given as a fraction of the plain step's peak.
+        joint: the captured step; says how a call's tensors map onto the graphs' inputs.
+        partitioned: the forward and the backward graph.
+        key: the calls that the graphs are right for.
+        num_stages: the backward returns gradients in at most this many stages.
+        recapture: not None where the plan holds for smaller inputs, too (`dynamic=True`).
+        is_compiled: inductor compiles the graphs (`compile=True`).
+        backward_key: the gradients that the backward graph is right for; by default those of the capture.
+        same_inputs: per tensor leaf of the call, the first leaf that was the same tensor; by default its own position.
+        fraction: the budget as a fraction of the plain step's peak, where it was given as one.
     """
 
     joint: Joint
-    halves: Halves
-    key: guard.CallKey
+    partitioned: PartitionedStep
+    key: CallKey
     num_stages: int = DEFAULT_STAGES
     recapture: Recapture | None = None
     is_compiled: bool = False
@@ -59,24 +60,24 @@ class Step:
             object.__setattr__(self, "same_inputs", tuple(range(len(self.key.inputs))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        joint, halves = self.joint, self.halves
-        graphs = (joint.graph, joint.guards, halves.forward, halves.backward)
-        rows = tuple(None if graph is None else portable.to_rows(graph, looks=self.is_compiled) for graph in graphs)
-        bare = (replace(joint, graph=None, guards=None), replace(halves, forward=None, backward=None))  # type: ignore[arg-type]
+        joint, partitioned = self.joint, self.partitioned
+        graphs = (joint.graph, joint.guards, partitioned.forward, partitioned.backward)
+        rows = tuple(None if graph is None else portable.to_rows(graph, with_specs=self.is_compiled) for graph in graphs)
+        bare = (replace(joint, graph=None, guards=None), replace(partitioned, forward=None, backward=None))  # type: ignore[arg-type]
         plain = (self.key, self.num_stages, self.recapture, self.is_compiled)
         return _restore_step, (*bare, rows, *plain, self.backward_key, self.same_inputs, self.fraction)
 
 
 def _restore_step(
     joint: Joint,
-    halves: Halves,
+    partitioned: PartitionedStep,
     rows: Sequence[Any],
     *plain: Any,
-) -> Step:
+) -> RewrittenStep:
     graph, guards, forward, backward = (None if row is None else portable.from_rows(row) for row in rows)
-    return Step(
+    return RewrittenStep(
         replace(joint, graph=graph, guards=guards),  # type: ignore[arg-type]
-        replace(halves, forward=forward, backward=backward),  # type: ignore[arg-type]
+        replace(partitioned, forward=forward, backward=backward),  # type: ignore[arg-type]
         *plain,
     )
 
@@ -91,10 +92,11 @@ def make_step(
     recapture: Recapture | None = None,
     is_compiled: bool = False,
     fraction: float | None = None,
-) -> Step:
+) -> RewrittenStep:
     """The captured step, rewritten by a plan whose graph is its own."""
-    halves = partition(joint, plan.graph, plan.solution.schedule)
+    forget_real_tensors(node.meta.get("val") for node in joint.graph.nodes)
+    partitioned = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
-    key = guard.call_key(tensors, joint)
+    key = call_key(tensors, joint)
     same = tuple(next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors)
-    return Step(joint, halves, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)
+    return RewrittenStep(joint, partitioned, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)

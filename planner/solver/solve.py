@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
@@ -11,7 +11,7 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.solver import stages
+from planner.solver import in_flight, stages
 from planner.solver.baselines import fixed_baselines, greedy
 from planner.solver.pipeline import BudgetSearch, search_all
 from planner.solver.problem import Models, Problem
@@ -105,6 +105,8 @@ class Solver:
             limits: for all budgets together.
             gap: how far from the optimum to stop, as a fraction of the plain step's time.
         """
+        if self._captured.in_flight > 1:
+            return self._several_in_flight(sorted(set(budgets_bytes)), limits or Limits(), gap)
         work = begin(limits or Limits())
         outcomes: dict[int, Outcome] = {}
         runs: dict[int, tuple[Solver, BudgetSearch]] = {}
@@ -121,8 +123,38 @@ class Solver:
                 self.archive.offer(self._renumbered(outcome.schedule), outcome.solver)
         return outcomes
 
+    def _several_in_flight(self, budgets_bytes: Sequence[int], limits: Limits, gap: float) -> dict[int, Outcome]:
+        """`sweep` where several forwards come before the first backward."""
+        outcomes: dict[int, Outcome] = {}
+        for budget in budgets_bytes:
+            if self.floor_bytes > budget:
+                outcomes[budget] = infeasible(self._captured, budget)
+                continue
+            found = in_flight.find(self._captured, budget, limits.share(1 / len(budgets_bytes)), gap, Solver)
+            if found.schedule is not None:
+                self.archive.offer(self._renumbered(found.schedule), found.source)
+            best = self.archive.cheapest(budget)
+            if best is None:
+                lowest = self.archive.lowest.timeline.peak_bytes
+                outcomes[budget] = not_found(budget, lowest, self.floor_bytes, found.solve_s)
+                continue
+            time_ns = best.timeline.time_ns
+            bound_ns = min(time_ns, self.graph.plain_ns if found.bound_ns is None else found.bound_ns)
+            status = "optimal" if time_ns - bound_ns <= gap * self.graph.plain_ns else "feasible"
+            steps = Schedule(tuple(self._order[i] for i in best.schedule.steps))
+            outcomes[budget] = Solution(status, steps, bound_ns, found.solve_s, best.source, found.work, found.limit)
+        return outcomes
+
+    def lowest(self, limits: Limits | None = None) -> Schedule:
+        """The schedule with the lowest peak that is found."""
+        self.lowest_peak(limits)
+        return Schedule(tuple(self._order[i] for i in self.archive.lowest.schedule.steps))
+
     def lowest_peak(self, limits: Limits | None = None) -> int:
         """As the function `lowest_peak`."""
+        if self._captured.in_flight > 1:
+            self.archive.offer(self._renumbered(in_flight.lowest(self._captured, limits or Limits(), Solver)), "lowest peak")
+            return self.archive.lowest.timeline.peak_bytes
         work = begin(limits or Limits())
         lowest = self._lowest(work.share(work.left / 2) if self._is_moved else work)
         if self._is_moved and floor(self._captured)[0] < lowest:

@@ -8,6 +8,25 @@ from typing import Any
 import torch
 
 from planner._compat import pytree
+from planner.errors import InputError, first_line
+
+
+def flatten_example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """(Leaves, pytree spec) of an example call.
+
+    Raises:
+        InputError: a container or object among the arguments raises an error when it is read.
+    """
+    try:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        for leaf in leaves:
+            isinstance(leaf, torch.Tensor)  # reads `__class__` of objects
+    except Exception as error:
+        raise InputError(
+            "pass the example call's tensors in plain tuples, lists and dicts: an argument cannot be searched for tensors, "
+            f"{first_line(error)}"
+        ) from error
+    return leaves, spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import pytree
 from planner._compat.fake_tensors import InPlaceCollectiveError
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
-from planner.tracer.call import CallSpec
+from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
@@ -128,7 +127,7 @@ def _capture(
     replay: Replay | None = None,
 ) -> Joint:
     """One capture with these opaque modules: check, record, trace, bring into normal form, check."""
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    leaves, in_spec = flatten_example(args, kwargs)
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))

@@ -21,9 +21,13 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
     Args:
         num_tensors: tensors among the call's arguments.
     """
+    _refuse_uninitialized(model)
     refuse_wrappers(model)
     if not num_tensors:
-        raise InputError("no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y})")
+        raise InputError(
+            "no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y}), with its "
+            "tensors in tuples, lists or dicts; those in sets and other objects are not seen"
+        )
     if not model.training:
         raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -36,6 +40,16 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
         )
     if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
         raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
+
+
+def _refuse_uninitialized(model: nn.Module) -> None:
+    """Raise InputError for a lazy module (nn.LazyLinear) whose parameters have no shape before its first forward."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise InputError(
+                f"run one forward first, model(*args, **kwargs): {name} of a {kind} is uninitialized and gets its shape there"
+            )
 
 
 def refuse_wrappers(model: nn.Module) -> None:

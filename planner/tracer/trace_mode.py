@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.fx.traceback
 
-from planner._compat.dispatch import TorchDispatchMode
-from planner._compat.dispatch import keep_layout, written
+from planner._compat.dispatch import TorchDispatchMode, keep_layout, written
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
 from planner.tracer.casts import AutocastCasts

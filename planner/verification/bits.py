@@ -1,7 +1,7 @@
-"""A planned step beside one of the model's own, from the same state: outputs, state and gradients bit for bit.
+"""One planned step compared bit for bit with one of the model's own from the same state: outputs, state and gradients.
 
-The audit (planner/runtime/audit.py) compares forwards in the training loop; this also shows what only the backward does,
-such as a derivative that torch computes otherwise while it traces.
+The audit (planner/runtime/audit.py) compares forwards in the training loop; this finds differences of the backward, too, such
+as a derivative that torch computes in another way while it traces.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule, unplanned_forward
-from planner.verification.side import Call, aligned, autocast_of, backward_of_ones
+from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones
 
 
-def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...]:
+def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple[str, ...]:
     """Names of what a planned step and the model's own leave different; empty where one of them does not repeat itself.
 
-    For a process of its own: steps run on the model itself. State is put back after each, gradients are not.
+    Runs steps on the model itself, so call it in a process of its own. State is restored after each, gradients are not.
     """
     model = planned.original
     uninstall(model)
@@ -38,8 +38,8 @@ def different_results(planned: CheckpointedModule, call: Call) -> tuple[str, ...
     return different if different and not difference(expected, plain()) and not difference(found, ours()) else ()
 
 
-def _step(planned: CheckpointedModule, call: Call, forward: Callable[[], Any]) -> Digest:
-    """One step; what it leaves behind."""
+def _step(planned: CheckpointedModule, call: CallArguments, forward: Callable[[], Any]) -> Digest:
+    """Run one step; the fingerprints of what it leaves behind."""
     model = planned.original
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):

@@ -1,4 +1,4 @@
-"""Peaks and times of planned steps by themselves, and plans that are made again for less where the step needs more."""
+"""Measured peaks and times of planned steps; plans are made again for less where the step needs more than the budget."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.capture import one_at_a_time
 from planner.units import enough_text, format_bytes
-from planner.verification.side import CopyError, Side, check_call, copy_of
-from planner.verification.step import NotRunError, run_step
+from planner.verification.check_step import NotRunError, run_step
+from planner.verification.step_copy import CopyError, StepCopy, check_call, copy_of
 
 
 def time_step(
     planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, rounds: int = 3
 ) -> tuple[float, int]:
-    """Seconds of a planned step by the wall clock, the median of `rounds`, and its measured peak in bytes.
+    """(seconds of a planned step by the wall clock, median of `rounds`; its measured peak in bytes).
 
-    It runs on a copy that shares the parameters' memory, so that it fits where the plan fits; gradients, hooks, buffers and the
-    generator are not the model's, or are put back.
+    It runs on a copy that shares the parameters' memory, so that it fits where the plan fits. The model's gradients, hooks and
+    buffers are not touched; the random generator is restored.
 
     Raises:
         InputError: the call is not the one planned for, or the model cannot be copied.
     """
     call = check_call(planned, args, kwargs, "a step can be measured for")
-    side = Side(copy_of(planned, sharing=True), planned, call)
+    step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
     with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
-        side.prepare()
-        side.step()
-        peak_bytes = side.peak()
-        seconds = [seconds_of(side, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
+        step_copy.prepare()
+        step_copy.step()
+        peak_bytes = step_copy.peak()
+        seconds = [seconds_of(step_copy, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
     return statistics.median(seconds), peak_bytes
 
 
-def seconds_of(side: Side, device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:
-    """Time of one step: on a CPU by the given clock, on CUDA by the wall clock between two synchronizations."""
-    side.prepare()
+def seconds_of(step_copy: StepCopy, device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of one step: on a CPU by the given clock, on CUDA by the wall clock between two synchronizations."""
+    step_copy.prepare()
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else cpu_clock
     if cuda:
         torch.cuda.synchronize(device)
     start = clock()
-    side.step()
+    step_copy.step()
     if cuda:
         torch.cuda.synchronize(device)
     return clock() - start
@@ -75,25 +75,25 @@ def measured_within(
     tries: int = 3,
     progress: bool = False,
 ) -> CheckpointedModule:
-    """A planned module whose step is measured to fit a budget; its plan says what was measured.
-
-    Args:
-        plan: makes the module for a budget; called again with the budget lowered by the excess.
-        args, kwargs: the call planned for.
-        tries: how often it is asked at most.
-        progress: show a bar on stderr where the step takes more than a second.
+    """A planned module whose measured peak is within a budget; `plan.measured_bytes` holds it.
 
     Warns where no step could be run for an unexpected reason.
 
+    Args:
+        plan: plans for a budget; called again with the budget lowered by the excess.
+        args, kwargs: the call planned for.
+        tries: maximum number of plans.
+        progress: show a bar on stderr where the step takes more than a second.
+
     Raises:
         PlanCheckError: the step fails.
-        CompileError, MeasuredPeakError: it needs more than the budget each time; compiled, or not.
+        CompileError, MeasuredPeakError: every plan's step needs more than the budget; CompileError where it is compiled.
         InfeasibleBudgetError, NoScheduleFoundError: there is no plan for the budget itself.
     """
-    aim_bytes, fitting, peak_bytes = budget_bytes, None, None
+    target_bytes, fitting, peak_bytes = budget_bytes, None, None
     for attempt in range(tries):
         try:
-            planned = plan(aim_bytes)
+            planned = plan(target_bytes)
         except (InfeasibleBudgetError, NoScheduleFoundError):
             if attempt == 0:
                 raise
@@ -103,14 +103,14 @@ def measured_within(
         if peak_bytes is None:
             return planned
         # CUDA: the measured peak varies with the allocator's cached blocks; keep half of (measured - planned) free as well
-        strayed = max(0, peak_bytes - planned.plan.peak_bytes) // 2 if can_stray(planned) else 0
-        if peak_bytes + strayed <= budget_bytes:
+        excess = max(0, peak_bytes - planned.plan.peak_bytes) // 2 if may_exceed(planned) else 0
+        if peak_bytes + excess <= budget_bytes:
             return planned
         fitting = planned if peak_bytes <= budget_bytes else fitting
-        aim_bytes = planned.plan.peak_bytes - (peak_bytes + strayed - budget_bytes)
-        sizes = (*map(format_bytes, (planned.plan.peak_bytes, peak_bytes, strayed, budget_bytes, aim_bytes)),)
-        text = "planned for %s, measured %s (and %s that it may stray), of a budget of %s: %s"
-        again = "plan again, for %s" if attempt + 1 < tries else "given up, it would have to be planned for %s"
+        target_bytes = planned.plan.peak_bytes - (peak_bytes + excess - budget_bytes)
+        sizes = (*map(format_bytes, (planned.plan.peak_bytes, peak_bytes, excess, budget_bytes, target_bytes)),)
+        text = "planned for %s, measured %s (and up to %s more), of a budget of %s: %s"
+        again = "plan again, for %s" if attempt + 1 < tries else "given up; the next plan would be for %s"
         VERIFICATION.info(text, *sizes[:-1], again % sizes[-1])
     if fitting is not None:
         return fitting
@@ -125,7 +125,7 @@ def measured(
     *,
     progress: bool = False,
 ) -> CheckpointedModule:
-    """The module, one step of which was run, even above the budget; its plan says what it needed, or why none was run.
+    """Run one step, even above the budget; the module's plan then says what it needed, or why none was run.
 
     Raises:
         PlanCheckError: the step fails.
@@ -144,27 +144,27 @@ def measured(
 
 
 def noted(planned: CheckpointedModule, check: str, measured_bytes: int | None = None) -> CheckpointedModule:
-    """The module, whose plan now says whether a step was run and what it needed."""
+    """The module, with the result of the check noted in its plan."""
     planned.plan = replace(planned.plan, check=check, measured_bytes=measured_bytes)
     return planned
 
 
-def can_stray(planned: CheckpointedModule) -> bool:
+def may_exceed(planned: CheckpointedModule) -> bool:
     """Whether the measured peak may exceed the planned one: CUDA's allocator returns larger blocks than requested."""
     return planned.device.type == "cuda" and not planned.step.is_compiled
 
 
 def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> CompileError | MeasuredPeakError:
-    """What to raise where a step was measured to need more than the budget."""
+    """The error for a step that was measured to need more than the budget."""
     needs = f"the step peaks at {format_bytes(peak_bytes)}, more than the budget of {format_bytes(budget_bytes)} "
     needs += f"(its plan: {format_bytes(planned.plan.peak_bytes)})"
     if planned.step.is_compiled:
         return CompileError(f"compiled, {needs}. Plan without compile=True, which keeps the budget")
-    # a plan for a larger budget is measured again, and how far the allocator strays changes from step to step
+    # a plan for a larger budget is measured again, and what the allocator adds changes from step to step
     enough = peak_bytes + max(0, peak_bytes - planned.plan.peak_bytes) // 2
     cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes)"
     if planned.plan.is_estimated:
         cure += ", or plan with costs='measure': what kernels need for themselves cannot be estimated"
-    elif can_stray(planned):
+    elif may_exceed(planned):
         cure += ", or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where CUDA's allocator cuts every block to size"
     return MeasuredPeakError(f"measured, {needs}. {cure}", budget_bytes=budget_bytes, peak_bytes=peak_bytes)

@@ -1,4 +1,4 @@
-"""What a step leaves behind in a model and in the process, as a flat dictionary, and whether two of them are equal."""
+"""The state that a step leaves in a model and in the process as a flat dictionary, and comparisons of two such states."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from torch import nn
 from planner.tracer.host.restorers import same_bits
 
 _MACHINERY = frozenset(vars(nn.Module())) - {"training"}
-"""Attributes in which nn.Module keeps tensors, submodules and hooks."""
+"""Attributes in which nn.Module stores tensors, submodules and hooks."""
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 _OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
 _SEQUENCES = (list, tuple, deque)
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
-    """A tensor or value that a step leaves behind. `name`: its place among those of its kind, for people."""
+class StateEntry:
+    """Names a tensor or value that a step leaves behind.
+
+    Attributes:
+        name: its place among those of its kind, in messages.
+    """
 
     kind: Literal["output", "gradient", "input", "input gradient", "parameter", "buffer", "attribute", "generator"]
     name: str
@@ -35,41 +39,45 @@ class Leaf:
         return f"{self.kind} {self.name}"
 
 
-def state_of(model: nn.Module) -> dict[Leaf, Any]:
-    """Parameters, buffers and plain attributes of every module, containers and objects taken apart.
+def state_of(model: nn.Module) -> dict[StateEntry, Any]:
+    """Parameters, buffers and plain attributes of every module; containers and objects are flattened.
 
-    Leaves are tensors (not copied), plain values, and texts that say of which type a container is.
+    Values are tensors (not copied), plain values, and texts that name a container's type.
     """
     return dict(_of_module("", model, {}))
 
 
-def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[tuple[Leaf, Any]]:
+def _of_module(prefix: str, model: nn.Module, seen: dict[int, int]) -> Iterator[tuple[StateEntry, Any]]:
     modules = [(f"{prefix}{path}{path and '.'}", module) for path, module in model.named_modules() if id(module) not in seen]
     for _, module in modules:
         seen[id(module)] = len(seen)
     for path, module in modules:
-        yield from ((Leaf("parameter", f"{path}{name}"), tensor) for name, tensor in module._parameters.items())
-        yield from ((Leaf("buffer", f"{path}{name}"), tensor) for name, tensor in module._buffers.items())
+        yield from ((StateEntry("parameter", f"{path}{name}"), tensor) for name, tensor in module._parameters.items())
+        yield from ((StateEntry("buffer", f"{path}{name}"), tensor) for name, tensor in module._buffers.items())
         for name, value in vars(module).items():
             if name not in _MACHINERY and name != "forward":
                 yield from _flat(f"{path}{name}", value, seen)
 
 
-def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[Leaf, Any]]:
-    """Everything that an attribute's value holds; `seen` numbers the containers met before."""
+def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[StateEntry, Any]]:
+    """Everything that an attribute's value holds.
+
+    Args:
+        seen: numbers of the containers met before, by id.
+    """
     leaf = _as_leaf(value)
     if leaf is not None or value is None:
-        yield Leaf("attribute", path), leaf
+        yield StateEntry("attribute", path), leaf
         return
     if isinstance(value, _OPAQUE):
         return
     if id(value) in seen:
-        yield Leaf("attribute", path), f"what was met as number {seen[id(value)]}"
+        yield StateEntry("attribute", path), f"the same object as number {seen[id(value)]}"
         return
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, (*_SEQUENCES, set, frozenset, Mapping)):
         seen[id(value)] = len(seen)
-        yield Leaf("attribute", path), f"{kind} of {len(value)}"
+        yield StateEntry("attribute", path), f"{kind} of {len(value)}"
         if isinstance(value, Mapping):
             for key, item in value.items():
                 yield from _flat(f"{path}[{_named(key)}]", item, seen)
@@ -77,20 +85,20 @@ def _flat(path: str, value: Any, seen: dict[int, int]) -> Iterator[tuple[Leaf, A
             for i, item in enumerate(value):
                 yield from _flat(f"{path}[{i}]", item, seen)
         else:
-            yield Leaf("attribute", f"{path}{{}}"), sorted(map(_named, value))
+            yield StateEntry("attribute", f"{path}{{}}"), sorted(map(_named, value))
     elif isinstance(value, nn.Module):
         yield from _of_module(f"{path}.", value, seen)
     elif kind.startswith(("torch.", "collections.", "threading.", "_thread.")):
         return
     else:
         seen[id(value)] = len(seen)
-        yield Leaf("attribute", path), kind
+        yield StateEntry("attribute", path), kind
         for name, item in _fields(value):
             yield from _flat(f"{path}.{name}", item, seen)
 
 
 def _as_leaf(value: Any) -> Any:
-    """What stands for a value that is compared as a whole; None where it has to be taken apart."""
+    """The value to compare, for values that are compared as a whole; None for values that have to be flattened."""
     if isinstance(value, (torch.Tensor, *_SCALARS)):
         return value
     if type(value) in (list, tuple) and len(value) > 0 and all(type(item) in _SCALARS for item in value):
@@ -113,7 +121,7 @@ def _as_leaf(value: Any) -> Any:
 
 
 def _plain_numpy(state: Any) -> Any:
-    """A bit generator's state with arrays as bytes: their text leaves entries out."""
+    """A bit generator's state with arrays as bytes, because the repr of an array omits entries."""
     if isinstance(state, Mapping):
         return {name: _plain_numpy(item) for name, item in state.items()}
     return state.tobytes() if hasattr(state, "tobytes") else state
@@ -143,7 +151,7 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(states: Mapping[str, Any]) -> None:
-    """Put back what `generators` returned."""
+    """Restore the states that `generators` returned."""
     for name, state in states.items():
         if name == "torch":
             torch.set_rng_state(state)
@@ -155,13 +163,13 @@ def set_generators(states: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(state, name)
 
 
-def generators_as_leaves(states: Mapping[str, Any]) -> dict[Leaf, Any]:
-    """What `generators` returned, as `same` compares it."""
-    return {Leaf("generator", name): repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
+def generators_as_leaves(states: Mapping[str, Any]) -> dict[StateEntry, Any]:
+    """The states that `generators` returned, in a form that `same` compares."""
+    return {StateEntry("generator", name): repr(_plain_numpy(s)) if isinstance(s, dict) else s for name, s in states.items()}
 
 
 def same(expected: Any, found: Any) -> bool:
-    """Bit-equal tensors: same dtype, shape, bytes (NaNs included) and requires_grad; values of the same type that are equal."""
+    """Whether tensors are bit-equal (dtype, shape, bytes including NaNs, requires_grad), or values of one type are equal."""
     if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
         if _metadata(expected) != _metadata(found):
             return False
@@ -180,19 +188,19 @@ def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def strides_that_matter(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides of the dimensions along which one steps; empty for a tensor without elements."""
+    """Strides of the dimensions with more than one entry; empty for a tensor without elements."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return ()
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
 
 
-def largest_difference(expected: Mapping[Leaf, Any], found: Mapping[Leaf, Any]) -> float:
+def largest_difference(expected: Mapping[StateEntry, Any], found: Mapping[StateEntry, Any]) -> float:
     """See `VerifyReport`."""
     off, scale = dict[str, float](), dict[str, float]()
     for leaf, one in expected.items():
         other, kind = found.get(leaf), leaf.kind
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape and one.numel():
-            wide = one.detach().to(torch.complex128)  # which holds every dtype's values
+            wide = one.detach().to(torch.complex128)  # exact for every dtype
             gap = float((wide - other.detach().to(torch.complex128)).abs().max())
             off[kind] = max(off.get(kind, 0.0), math.inf if math.isnan(gap) else gap)
             scale[kind] = max(scale.get(kind, 0.0), float(wide.abs().max()))

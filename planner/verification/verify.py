@@ -1,4 +1,4 @@
-"""verify: plain and planned steps side by side, on copies of the model."""
+"""verify: planned and plain steps compared on copies of the model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from planner.runtime.criterion import planned_model
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.reporting import PlanMissWarning
 from planner.verification.measured import seconds_of
-from planner.verification.side import Call, Side, check_call, copy_of
 from planner.verification.state import (
-    Leaf,
+    StateEntry,
     generators,
     generators_as_leaves,
     largest_difference,
@@ -27,13 +26,14 @@ from planner.verification.state import (
     state_of,
     strides_that_matter,
 )
+from planner.verification.step_copy import CallArguments, StepCopy, check_call, copy_of
 
 FEWEST_PAIRS = 5
-"""Pairs of steps that are timed at least: a median of fewer says little."""
+"""Minimum number of timed pairs of steps: a median of fewer says little."""
 _NUM_STEPS = 2
-"""State that the forward carries from call to call shows in the second."""
+"""Two, because state that the forward carries from call to call shows in the second step."""
 _SHORT_S = 2.0
-"""A plain step below this is timed twice a pair, against itself."""
+"""A shorter plain step is timed twice per pair, to compare it with itself."""
 
 
 def verify(
@@ -68,17 +68,17 @@ def verify(
     before = generators()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlanMissWarning)  # which steps ran unplanned is in the report
+            warnings.simplefilter("ignore", PlanMissWarning)  # the report says which steps ran unplanned
             return _verify(planned, call, rounds)
     finally:
         set_generators(before)
 
 
-def _verify(planned: CheckpointedModule, call: Call, rounds: int) -> VerifyReport:
-    ours, is_settled = _planned_side(planned, call)
+def _verify(planned: CheckpointedModule, call: CallArguments, rounds: int) -> VerifyReport:
+    ours, is_settled = _planned_copy(planned, call)
     compared, plain_peak, times = _Compared(), None, _Times()
     try:
-        plain = Side(copy_of(planned.original), planned, call)
+        plain = StepCopy(copy_of(planned.original), planned, call)
         if is_settled:
             plain.settle()
         compared = _compare(plain, ours)
@@ -87,9 +87,9 @@ def _verify(planned: CheckpointedModule, call: Call, rounds: int) -> VerifyRepor
             times = _time(ours, plain, rounds, planned.device)
     except torch.OutOfMemoryError:
         compared = _Compared()
-    plain = None  # type: ignore[assignment]  # what it holds is not there while the planned step is measured
-    if compared.unplanned:  # measured is the step that was planned for, from the state that it was planned in
-        ours, _ = _planned_side(planned, call)
+    plain = None  # type: ignore[assignment]  # frees it before the planned step is measured
+    if compared.unplanned:  # measure the planned step from the state it was planned in
+        ours, _ = _planned_copy(planned, call)
     else:
         ours.prepare()
         ours.step()
@@ -111,26 +111,26 @@ def _verify(planned: CheckpointedModule, call: Call, rounds: int) -> VerifyRepor
     )
 
 
-def _planned_side(planned: CheckpointedModule, call: Call) -> tuple[Side, bool]:
+def _planned_copy(planned: CheckpointedModule, call: CallArguments) -> tuple[StepCopy, bool]:
     """A copy of the planned module that runs planned, and whether a forward had to fill its Python state first.
 
     Raises:
-        InputError: the copy takes the call for another.
+        InputError: the call is not the planned one for the copy.
     """
     module = copy_of(planned)
     module.strict = False
-    side = Side(module, planned, call)
-    miss = side.mismatch()
-    is_settled = miss is not None and miss.kind == "host"
+    step_copy = StepCopy(module, planned, call)
+    mismatch = step_copy.mismatch()
+    is_settled = mismatch is not None and mismatch.kind == "host"
     if is_settled:
-        side.settle()
-        miss = side.mismatch()
-    if miss is not None:
+        step_copy.settle()
+        mismatch = step_copy.mismatch()
+    if mismatch is not None:
         raise InputError(
-            f"verify compares on copies, and a deep copy of this model does not run planned: {miss} differs. "
+            f"verify compares on copies, and a deep copy of this model does not run planned: {mismatch} differs. "
             "Compare a few steps of the model itself with steps of a model built anew"
         )
-    return side, is_settled
+    return step_copy, is_settled
 
 
 class _Compared(NamedTuple):
@@ -142,8 +142,8 @@ class _Compared(NamedTuple):
     unplanned: tuple[str, ...] = ()
 
 
-def _compare(plain: Side, ours: Side) -> _Compared:
-    """Steps of both, each from what its own step before left."""
+def _compare(plain: StepCopy, ours: StepCopy) -> _Compared:
+    """Compare successive steps; each starts from what the previous one of the same copy left."""
     differences: list[str] = []
     unplanned: list[str] = []
     num_compared, largest = 0, 0.0
@@ -151,10 +151,10 @@ def _compare(plain: Side, ours: Side) -> _Compared:
     for number in range(1, _NUM_STEPS + 1):
         suffix = "" if number == 1 else f" (step {number})"
         expected, states[0] = _result(plain, states[0])
-        before, miss = ours.module.num_planned_calls, ours.mismatch()
+        before, mismatch = ours.module.num_planned_calls, ours.mismatch()
         found, states[1] = _result(ours, states[1])
         if ours.module.num_planned_calls == before:
-            unplanned.append(f"step {number}, because {miss or 'something'} differs from the call planned for")
+            unplanned.append(f"step {number}, because {mismatch or 'something'} differs from the call planned for")
         leaves = dict.fromkeys([*expected, *found])
         wrong = [leaf for leaf in leaves if leaf not in expected or leaf not in found or not same(expected[leaf], found[leaf])]
         differences += [f"{leaf}{suffix}" for leaf in wrong]
@@ -164,21 +164,21 @@ def _compare(plain: Side, ours: Side) -> _Compared:
     return _Compared(tuple(differences), num_compared, largest, tuple(unplanned))
 
 
-def _result(side: Side, states: Mapping[str, Any]) -> tuple[dict[Leaf, Any], dict[str, Any]]:
+def _result(step_copy: StepCopy, states: Mapping[str, Any]) -> tuple[dict[StateEntry, Any], dict[str, Any]]:
     """Everything a step leaves behind, and the generators' states. Tensors are not copied."""
     set_generators(states)
-    side.prepare()
-    leaves = side.step()
+    step_copy.prepare()
+    leaves = step_copy.step()
     after = generators()
-    found: dict[Leaf, Any] = {}
+    found: dict[StateEntry, Any] = {}
     for i, leaf in enumerate(leaves):
-        found[Leaf("output", f"{i}")] = leaf
+        found[StateEntry("output", f"{i}")] = leaf
         if isinstance(leaf, torch.Tensor):
-            found[Leaf("output", f"{i} strides")] = strides_that_matter(leaf)
-    found |= {Leaf("gradient", name): p.grad for name, p in planned_model(side.module).named_parameters()}
-    found |= {Leaf("input", f"{i}"): tensor for i, tensor in enumerate(side.inputs)}
-    found |= {Leaf("input gradient", f"{i}"): tensor.grad for i, tensor in enumerate(side.inputs)}
-    module = side.module.original if isinstance(side.module, CheckpointedModule) else side.module
+            found[StateEntry("output", f"{i} strides")] = strides_that_matter(leaf)
+    found |= {StateEntry("gradient", name): p.grad for name, p in planned_model(step_copy.module).named_parameters()}
+    found |= {StateEntry("input", f"{i}"): tensor for i, tensor in enumerate(step_copy.inputs)}
+    found |= {StateEntry("input gradient", f"{i}"): tensor.grad for i, tensor in enumerate(step_copy.inputs)}
+    module = step_copy.module.original if isinstance(step_copy.module, CheckpointedModule) else step_copy.module
     return found | state_of(planned_model(module)) | generators_as_leaves(after), after
 
 
@@ -191,15 +191,15 @@ class _Times(NamedTuple):
     num_pairs: int = 0
 
 
-def _time(ours: Side, plain: Side, rounds: int, device: torch.device) -> _Times:
-    """Ratios of interleaved pairs, which begin in turn with the one and the other. Both sides have run before."""
+def _time(ours: StepCopy, plain: StepCopy, rounds: int, device: torch.device) -> _Times:
+    """Time ratios of pairs of steps, which start with the plain and the planned step alternately. Both have run before."""
     if rounds <= 0:
         return _Times()
     ratios, noise = [], []
     num_pairs = max(FEWEST_PAIRS, rounds)
-    for turn in range(num_pairs):
-        order = (plain, ours) if turn % 2 == 0 else (ours, plain)
-        spent = {id(side): seconds_of(side, device) for side in order}
+    for pair in range(num_pairs):
+        order = (plain, ours) if pair % 2 == 0 else (ours, plain)
+        spent = {id(step_copy): seconds_of(step_copy, device) for step_copy in order}
         ratios.append(spent[id(ours)] / spent[id(plain)])
         if spent[id(plain)] < _SHORT_S:
             noise.append(seconds_of(plain, device) / spent[id(plain)])

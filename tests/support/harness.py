@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from planner import BackwardError, InfeasibleBudgetError, NoScheduleFoundError, PlanMissWarning, PlannerError, plan
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
-from planner.verification.side import autocast_of
+from planner.verification.step_copy import autocast_of
 from tests.support import loops, observe, world
 from tests.support.source import Program, forget
 

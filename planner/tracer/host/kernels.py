@@ -12,8 +12,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.collectives import collectives_forbidden
-from planner._compat.dispatch import OpOverload, TorchDispatchMode, untraced
-from planner._compat.dispatch import written
+from planner._compat.dispatch import OpOverload, TorchDispatchMode, untraced, written
 from planner._compat.tensors import storage_id
 from planner.errors import InputError
 from planner.kernels.observed import is_foreign

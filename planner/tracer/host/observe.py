@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.changes import Changes, find_changes, frozen
@@ -31,9 +32,6 @@ from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps its hooks."""
 
 
 @calls_users_code
@@ -310,7 +308,7 @@ class Observer:
         places += [Path(name, "training") for name, _ in model.named_modules()]
         for name, module in model.named_modules():
             if name and not self._is_opaque(name):
-                places += [Path(name, kind) for kind in HOOKS if vars(module)[kind]]
+                places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
         expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
         return HostKey(reads, expected, self._opaque, left, environment)

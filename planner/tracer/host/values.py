@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.private_names import MODULE_STATE
 from planner.tracer.faults import calls_users_code
 
 PathStep = tuple[str, Any]
@@ -31,7 +32,6 @@ Wanted = Callable[[Any, str], bool]
 ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__reduce__": lambda self: "ABSENT"})()
 """Stands for an attribute or variable that does not exist."""
 
-MODULE_STATE = ("_parameters", "_buffers", "_modules")
 _TORCH = str(Path(torch.__file__).parent)
 _FOREIGN = (
     "random",

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import InputError
-from planner.tracer.host.observe import HOOKS
 from planner.tracer.libraries import is_users_hook
 
 
@@ -32,7 +32,7 @@ def _runs_as_it_is(module: nn.Module) -> bool:
         return True
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
         return True
-    hooks = [hook for kind in HOOKS for hook in vars(module)[kind].values()]
+    hooks = [hook for kind in MODULE_HOOKS for hook in vars(module)[kind].values()]
     return any(map(is_users_hook, hooks))  # a trace would call them once and never again
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import InputError
-from planner.tracer.host.observe import HOOKS
 from planner.tracer.host.scopes import global_names
 from planner.tracer.host.values import members
 from planner.tracer.libraries import is_users_hook
@@ -20,7 +20,7 @@ _MOST_VALUES = 10_000
 
 def users_hooks(module: nn.Module) -> list[Any]:
     """Hooks on a module and the modules in it that are not a library's."""
-    return [hook for m in module.modules() for kind in HOOKS for hook in vars(m)[kind].values() if is_users_hook(hook)]
+    return [hook for m in module.modules() for kind in MODULE_HOOKS for hook in vars(m)[kind].values() if is_users_hook(hook)]
 
 
 def refuse_collecting_hooks(module: nn.Module, name: str) -> None:

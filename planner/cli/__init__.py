@@ -1,0 +1,73 @@
+"""The command line: `planner COMMAND ...`, one file per command.
+
+A command's file imports what is heavy (torch, the solver) where it runs, after its arguments were checked: help and errors come
+at once, and commands on saved plans need no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from planner.cli import explain, export, max_batch, plan, show, solve, sweep
+from planner.errors import PlannerError
+from planner.log import PLANNER
+
+_COMMANDS = {
+    "plan": plan,
+    "sweep": sweep,
+    "max-batch": max_batch,
+    "export": export,
+    "show": show,
+    "explain": explain,
+    "solve": solve,
+}
+"""Each with HELP, add_arguments(parser), and run(arguments), which returns the exit code."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; exit code 0, or 1 after a one-line error on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with _log_shown(arguments.log_level):
+            code = int(arguments.run(arguments))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PlannerError as error:
+        print(f"planner: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="planner", description="Fit a training step into a memory budget, bit for bit.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        added = commands.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(added)
+        added.add_argument("--log-level", choices=("debug", "info", "warning"), help="show the planner's log on stderr")
+        added.set_defaults(run=command.run)
+    return parser
+
+
+@contextmanager
+def _log_shown(level: str | None) -> Iterator[None]:
+    """While entered, the log from this level on goes to stderr; None shows nothing."""
+    if level is None:
+        yield
+        return
+    handler, before = logging.StreamHandler(), PLANNER.level
+    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+    PLANNER.addHandler(handler)
+    PLANNER.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        PLANNER.removeHandler(handler)
+        PLANNER.setLevel(before)

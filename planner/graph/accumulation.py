@@ -1,0 +1,60 @@
+"""Steps that add to gradients which are there already, as from the second micro-step of an accumulation on.
+
+The gradients of earlier micro-steps are resident: G bytes. A new gradient is added to the one that is there when the stage of
+the backward that computes it ends, and dies then. So it is no output of the step; an op that takes no time at the end of each
+stage reads the stage's gradients. The first micro-step, which finds no gradients, needs no more than this one at any step: what
+it has made of the G bytes so far is at most G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from planner.graph.graph import Graph, Kind, Op, Value
+
+HELD = "(gradients of earlier micro-steps)"
+"""The reserved value that stands for them."""
+KERNEL = "(stage of the backward ends)"
+"""The kernel of the ops that end stages."""
+
+
+def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_stages: int) -> Graph:
+    """The graph of a step that adds its gradients to those of earlier micro-steps.
+
+    Args:
+        graph: of a step that returns all its gradients.
+        gradients: per gradient of a parameter, the value that holds it.
+        held_bytes: of the gradients that are there.
+        num_stages: into how many stages the backward is cut, at most; about as many gradients in each.
+    """
+    order = sorted(graph.producer[name] for name in gradients if name in graph.producer)
+    count = max(1, min(num_stages, len(order)))
+    ends = sorted({order[(k + 1) * len(order) // count - 1] for k in range(count)}) if order else []
+    ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
+    mine = dict.fromkeys(name for name in gradients if name in graph.producer)
+    for i in graph.backward_ops:
+        ops.append(graph.ops[i])
+        if i in ends:
+            before = ends[ends.index(i) - 1] if ends.index(i) else -1
+            returned = tuple(name for name in mine if before < graph.producer[name] <= i)
+            name = f"(stage {ends.index(i)})"
+            ops.append(Op(name, (), returned, (), 0, recomputable=False, kernel=KERNEL))
+    held = Value(HELD, held_bytes, Kind.RESERVED)
+    return replace(
+        graph,
+        ops=tuple(ops),
+        values=(*graph.values, held),
+        inputs=(*graph.inputs, held.name),
+        backward_outputs=tuple(name for name in graph.backward_outputs if name not in mine),
+    )
+
+
+def num_stages(graph: Graph) -> int:
+    """Stages that the graph of an accumulating step has; 0 for any other graph."""
+    return sum(op.kernel == KERNEL for op in graph.ops)
+
+
+def held_bytes(values: Mapping[str, Value]) -> int:
+    """Of the gradients of earlier micro-steps; 0 where the graph counts none."""
+    return values[HELD].nbytes if HELD in values else 0

@@ -1,0 +1,274 @@
+"""A training step that was captured and profiled: what `plan`, `sweep` and `max_batch` start from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner import arguments, units
+from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
+from planner.analysis.sweep import Measured, sweep_graph
+from planner.captured import CapturedStep, captured, criterion_inside
+from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError
+from planner.graph.graph import Graph
+from planner.graph.planned import NOT_RUN
+from planner.graph.provenance import Provenance
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.limits import Limits
+from planner.log import PLANNER
+from planner.options import PlanOptions
+from planner.profiler.devices import find_device
+from planner.profiler.estimate import DeviceModel, estimate
+from planner.profiler.measure import measure
+from planner.profiler.optimizer import master_bytes, state_bytes
+from planner.profiler.profile import Profile
+from planner.report.progress import stage
+from planner.results.explanation import Explanation
+from planner.results.plan import Plan
+from planner.results.sweep import Sweep
+from planner.runtime.module import CheckpointedModule
+from planner.solver.solve import Solver, solve
+from planner.tracer.capture import one_at_a_time
+from planner.tracer.faults import noting
+from planner.tracer.lower import kernel_nodes, lower
+from planner.tracer.target_device import TargetDevice
+from planner.verification.measured import measured, measured_within, noted
+from planner.verification.verify import verify
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledStep(CapturedStep):
+    """A training step with the bytes and the time of every kernel. It keeps the model and the call; nothing is captured twice.
+
+    Attributes:
+        model, args, kwargs, options, joint: as in `CapturedStep`.
+        graph: what solvers see.
+        provenance: as in `Plan`.
+    """
+
+    graph: Graph
+    provenance: Provenance
+
+    @property
+    def plain_bytes(self) -> int:
+        """Peak of the step that keeps everything."""
+        return simulate(self.graph, keep_all(self.graph)).peak_bytes
+
+    def plan(self, budget: Budget) -> CheckpointedModule:
+        """The model, with its training step checkpointed so that it fits a budget; see `planner.plan`."""
+        units.check_budget(budget)
+        with one_at_a_time():
+            planned = self._planned(budget)
+            for args, kwargs in self.options.also:
+                other = profiled(self.model, args, kwargs, self.options)
+                planned.alternatives.append(other._planned(planned.plan.budget_bytes))
+        return planned
+
+    def sweep(
+        self,
+        budgets: Sequence[Budget] | None = None,
+        *,
+        points: int = 20,
+        low: Budget | None = None,
+        high: Budget | None = None,
+    ) -> Sweep:
+        """What this step costs at many budgets; see `planner.sweep`. `apply(sweep.plan(point))` applies a point."""
+        check_budgets(budgets, points, low, high)
+        with one_at_a_time(), stage("solve", self.options.progress):
+            swept = sweep_graph(
+                self.graph,
+                budgets,
+                points=points,
+                low=low,
+                high=high,
+                margin=_margin_of(self.graph),
+                limits=self.options.limits,
+                provenance=self.provenance,
+            )
+        return Sweep.of(swept, None if self.joint.absent_device else self._measured)
+
+    def explain(self, budget: Budget) -> Explanation:
+        """Why the plan for a budget keeps what it keeps, and what more memory would be worth; see `Plan.explain`.
+
+        Raises:
+            BudgetError, InfeasibleBudgetError, NoScheduleFoundError: as `planner.plan`.
+        """
+        budget_bytes = self.budget_bytes(budget)
+        try:
+            made = self.solved(budget_bytes, self.options.limits)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            raise self.refusal(error, budget, budget_bytes) from None
+        return made.explain(effort=self.options.effort, time_limit_s=self.options.time_limit_s)
+
+    def budget_bytes(self, budget: Budget) -> int:
+        """Bytes of a budget; see `units.parse_budget`.
+
+        Raises:
+            BudgetError: unreadable, or bytes that the device does not have.
+        """
+        return budget_bytes(budget, self.plain_bytes, self.options)
+
+    def solved(self, budget_bytes: int, limits: Limits) -> Plan:
+        """The best plan found within a budget.
+
+        Raises:
+            InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
+        """
+        margin_bytes = allocator_margin(self.graph, budget_bytes)
+        solution = solve(self.graph, budget_bytes - margin_bytes, limits)
+        made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.provenance)
+        peak, budget = units.format_bytes(made.peak_bytes), units.format_bytes(budget_bytes)
+        text = "planned for %s: peak %s, %+.1f %% of simulated time, %s in %.1f s"
+        PLANNER.info(text, budget, peak, 100 * made.overhead, solution.status, solution.solve_s)
+        return made
+
+    def refusal(self, error: Refusal, budget: Budget, budget_bytes: int) -> Refusal:
+        """What `solved` raised for `budget_bytes`, with the budget as the user gave it and one for which there is a plan.
+
+        That one is searched for: the lowest peak found with half of the effort, where the proven floor is not reached.
+        """
+        lowest = Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2))
+        margin = _margin_of(self.graph)
+        return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest)
+
+    def _planned(self, budget: Budget) -> CheckpointedModule:
+        """The planned module for this call alone."""
+        budget_bytes = self.budget_bytes(budget)
+        fraction = float(budget) if units.is_fraction(budget) else None
+
+        def within(aim_bytes: int) -> CheckpointedModule:
+            with stage("solve", self.options.progress):
+                made = self.solved(aim_bytes, self.options.limits)
+            made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
+            return self.rewritten(made, fraction)
+
+        try:
+            return self._checked(budget_bytes, within, only_measured=fraction is not None)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            raise self.refusal(error, budget, budget_bytes) from None
+
+    def _checked(
+        self, budget_bytes: int, within: Callable[[int], CheckpointedModule], *, only_measured: bool
+    ) -> CheckpointedModule:
+        """A planned module whose step was run, if it may be. `only_measured`: a fraction of an estimate holds for estimates."""
+        if self.why_not_run:
+            return noted(within(budget_bytes), f"{NOT_RUN}: {self.why_not_run}")
+        is_on_cpu = self.joint.device.type == "cpu"
+        call, progress = (self.args, self.kwargs), self.options.progress
+        if only_measured and self.provenance.is_estimated and not self.options.compile and is_on_cpu:
+            return measured(within(budget_bytes), *call, progress=progress)
+        return measured_within(budget_bytes, within, *call, progress=progress)
+
+    def _measured(self, made: Plan, rounds: int) -> Measured:
+        """One of a sweep's plans, run on the side."""
+        report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
+        return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+
+
+def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
+    """Capture a training step and find the costs of its kernels: measured on the device, or estimated.
+
+    Raises:
+        InputError, CaptureError: what was given cannot be planned; says why.
+    """
+    arguments.check_model(model)
+    arguments.check_call(args, kwargs)
+    model, named, options = criterion_inside(model, kwargs, options)
+    target = target_device(options)
+    aside = _set_aside(model, options, target)
+    try:
+        step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
+    except CaptureError as error:
+        cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
+    with one_at_a_time():
+        return with_costs(step, aside)
+
+
+def with_costs(step: CapturedStep, aside: Mapping[str, int] | None = None) -> ProfiledStep:
+    """A captured step with its costs; `aside`: bytes that are resident beside it, by what they are for."""
+    profile = _profile(step)
+    with noting("lowering a captured step to the solver's graph"):
+        graph = lower(step.joint, profile, reserved=aside or {})
+    held = {each.name: getattr(step, each.name) for each in fields(CapturedStep)}
+    found = ProfiledStep(**held, graph=graph, provenance=_provenance(step, profile))
+    num_ops, plain = len(graph.ops), units.format_bytes(found.plain_bytes)
+    PLANNER.info("%d ops, the plain step peaks at %s; costs: %s", num_ops, plain, found.provenance)
+    return found
+
+
+def target_device(options: PlanOptions) -> DeviceModel | None:
+    """The device to plan for, where it is not here.
+
+    Raises:
+        InputError: it is not known.
+    """
+    return None if options.device is None else find_device(options.device)
+
+
+def budget_bytes(budget: Budget, plain_bytes: int, options: PlanOptions) -> int:
+    """Bytes of a budget; see `units.parse_budget`.
+
+    Raises:
+        BudgetError: unreadable, or bytes that the device does not have.
+    """
+    nbytes, target = units.parse_budget(budget, plain_bytes), target_device(options)
+    if target is not None and not units.is_fraction(budget) and nbytes > target.memory_bytes > 0:
+        has = units.format_bytes(target.memory_bytes)
+        raise BudgetError(f"budget {units.format_bytes(nbytes)} is more than the {has} that {target.name} has")
+    return nbytes
+
+
+def allocator_margin(graph: Graph, budget_bytes: int) -> int:
+    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
+
+    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
+    step itself fits, so that a full budget never forces a recompute.
+    """
+    return _margin_of(graph)(budget_bytes)
+
+
+def _margin_of(graph: Graph) -> Callable[[int], int]:
+    """The margin by budget; what is left of a budget never falls as it grows."""
+    plain = simulate(graph, keep_all(graph)).peak_bytes
+    resident = sum(graph.value[name].nbytes for name in graph.inputs)
+    return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
+
+
+def _set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
+    """Bytes that are resident beside the step, by what they are for."""
+    asked = {"reserved": options.reserve_bytes}
+    if options.optimizer is not None:
+        asked["optimizer state"] = state_bytes(model, options.optimizer, master_weights=options.master_weights)
+    if options.master_weights:
+        asked["float32 weights"] = master_bytes(model)
+    if target is not None:
+        asked["libraries"] = target.library_bytes
+    return {purpose: nbytes for purpose, nbytes in asked.items() if nbytes}
+
+
+def _profile(step: CapturedStep) -> Profile:
+    nodes, target = kernel_nodes(step.joint), target_device(step.options)
+    if target is not None or step.options.costs == "estimate":
+        return estimate(nodes, target)
+    return measure(nodes, step.joint.device, progress=step.options.progress)
+
+
+def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
+    return Provenance(
+        costs="estimated" if profile.model else "measured",
+        device=profile.device,
+        is_here=not step.joint.absent_device,
+        model=profile.model,
+        num_kernels=profile.num_kernels,
+        num_estimated=profile.num_estimated,
+        opaque=tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values())),
+        torch=str(torch.__version__),
+        date=time.strftime("%Y-%m-%d"),
+    )

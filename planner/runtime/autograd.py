@@ -1,0 +1,202 @@
+"""The autograd Functions that run a planned step: `_Forward` runs the forward, taps return gradients in stages.
+
+    token <- Tap(last stage's inputs) <- ... <- Tap(second stage's inputs)      forward order
+    outputs <- Forward(token, first stage's inputs)
+
+The backward visits them in reverse: Forward's backward runs the first stage, each tap the next one. Tensors that one stage
+passes to the next travel in the run's list `alive`, which each stage empties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from planner._compat.backward_state import keeps_graph, release_saved
+from planner.errors import BackwardError
+from planner.kernels.custom import rng_put_back_on_error
+from planner.runtime.backward_checks import (
+    check_backward,
+    check_spare_inputs,
+    check_unreached_inputs,
+    check_views,
+    modified_in_place,
+    written_activations,
+)
+from planner.runtime.backward_key import BackwardKey, backward_key
+from planner.runtime.executable import Executable, OtherBackward
+
+
+class BackwardFinder(Protocol):
+    """What a run asks its planned module for; see `planner.runtime.other_backwards`."""
+
+    def find(
+        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]
+    ) -> OtherBackward | None:
+        """The backward for these gradients, or after writes into saved activations; None: the planned one."""
+
+    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
+        """The name of the first tensor whose version has changed; "" if there is none."""
+
+
+@dataclass(slots=True)
+class StepRun:
+    """State of one forward and its backward, shared by `_Forward` and the taps.
+
+    Attributes:
+        inputs: of the forward graph; emptied once it has run.
+        backwards: finds backwards for gradients that are not as planned.
+        alive: tensors passed from one backward stage to the next.
+        complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
+            tuple instead of running its stage.
+    """
+
+    executable: Executable
+    inputs: list[torch.Tensor]
+    backwards: BackwardFinder
+    alive: list[torch.Tensor] = field(default_factory=list)
+    complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
+
+
+def run(executable: Executable, inputs: Sequence[torch.Tensor], backwards: BackwardFinder) -> tuple[torch.Tensor, ...]:
+    """Results of the forward on `inputs`, with the planned backward attached."""
+    this = StepRun(executable, list(inputs), backwards)
+    token: torch.Tensor | None = None
+    for k in range(len(executable.owners) - 1, 0, -1):
+        token = _Tap.apply(this, k, token, *(inputs[i] for i in executable.owners[k]))
+    return _Forward.apply(this, token, *(inputs[i] for i in executable.owners[0]))  # type: ignore[no-any-return]
+
+
+def run_without_backward(executable: Executable, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Results of the forward alone; nothing is saved for a backward."""
+    with torch.no_grad():
+        found = list(executable.forward([tensor.detach() for tensor in inputs])[: executable.num_outputs])
+    for i, can in enumerate(executable.differentiable):
+        found[i] = found[i].detach().requires_grad_(can)
+    return found
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, this: StepRun, token: torch.Tensor | None, *_owned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        executable, inputs = this.executable, this.inputs
+        ctx.run, ctx.has_token = this, token is not None
+        checked = [inputs[i] for i in executable.checked_inputs]
+        ctx.unchecked = [inputs[i] for i in executable.unchecked_inputs]
+        ctx.num_checked = len(checked)
+        ctx.versions = [tensor._version for tensor in checked]
+        spare = [inputs[i] for i in executable.spare]
+        ctx.given = {i: weakref.ref(inputs[i]) for i in executable.call_inputs}
+        this.inputs = []
+        results = executable.forward(inputs)
+        outputs = tuple(
+            out.data if alone and out._is_view() else out.detach() if aliased else out
+            for out, aliased, alone in zip(results[: executable.num_outputs], executable.aliased, executable.alone, strict=True)
+        )
+        saved = list(results[executable.num_outputs :])
+        ctx.kept_on_ctx = {i: saved.pop(i) for i in reversed(executable.kept_on_ctx)}
+        for i in executable.exposed:
+            ctx.kept_on_ctx[i] = ctx.kept_on_ctx[
+                i
+            ].detach()  # the output itself on ctx would be a cycle: output -> grad_fn -> ctx
+        ctx.spare = spare
+        # detach() shares the output's version counter; other tensors in its storage, such as `out.data`, have their own
+        ctx.version_checked = [outputs[i].detach() for i, _ in executable.version_checked]
+        ctx.checked_versions = [tensor._version for tensor in ctx.version_checked]
+        ctx.views = [(i, weakref.ref(outputs[i]), outputs[i]._version) for i in executable.views]
+        ctx.spare_versions = [tensor._version for tensor in spare]
+        ctx.save_for_backward(*checked, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(out for out, can in zip(outputs, executable.differentiable, strict=True) if not can))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        this: StepRun = ctx.run
+        executable = this.executable
+        differentiated = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        check_backward(gradients, differentiated, executable.names, executable.device)
+        check_views(ctx, executable, gradients)
+        key = backward_key(gradients)
+        written = written_activations(ctx, executable)
+        other = None if key == executable.key and not written else this.backwards.find(key, gradients, written)
+        if other is not None:
+            check_unreached_inputs(ctx, executable, other)
+            check_spare_inputs(ctx, executable, other)
+        held = _saved(ctx, executable, this.backwards)
+        checked, alive = held[: ctx.num_checked], held[ctx.num_checked :]
+        for i in executable.kept_on_ctx:
+            alive.insert(i, ctx.kept_on_ctx[i])
+        unchecked = ctx.unchecked
+        alive += [checked[i] if is_checked else unchecked[i] for is_checked, i in executable.saved_inputs]
+        if other is not None:
+            alive += ctx.spare
+            alive = [alive[i] for i in other.takes]
+        if not keeps_graph():
+            ctx.kept_on_ctx, ctx.version_checked, ctx.spare = {}, [], []
+        taken = executable.output_gradients if other is None else other.output_gradients
+        alive += [gradient for gradient in (gradients[i] for i in taken) if gradient is not None]
+        del held, checked, gradients
+        this.complete = []
+        grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
+        token = torch.empty(0, device=executable.device) if ctx.has_token else None
+        return (None, token, *grads)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, this: StepRun, stage: int, token: torch.Tensor | None, *_owned: torch.Tensor) -> torch.Tensor:
+        ctx.run, ctx.stage, ctx.has_token = this, stage, token is not None
+        return torch.empty(0, device=this.executable.device)
+
+    @staticmethod
+    def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
+        this: StepRun = ctx.run
+        alive, this.alive = this.alive, []
+        grads = this.complete.pop(0) if this.complete else _run_stage(this, ctx.stage, alive)
+        return (None, None, torch.empty(0, device=this.executable.device) if ctx.has_token else None, *grads)
+
+
+def _saved(ctx: Any, executable: Executable, backwards: BackwardFinder) -> list[torch.Tensor]:
+    """What the forward saved with autograd.
+
+    Raises:
+        BackwardError: one of these tensors has been modified in place since; names it.
+    """
+    try:
+        return release_saved(ctx)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    given = {i: ref() for i, ref in ctx.given.items()}
+    positions = executable.checked_inputs
+    read = [(executable.inputs[i], version, given.get(i)) for i, version in zip(positions, ctx.versions, strict=True)]
+    name = backwards.modified(read)
+    raise BackwardError(modified_in_place(name or f"an output ({', '.join(executable.names)})"))
+
+
+def _run_stage(this: StepRun, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    executable = this.executable
+    with rng_put_back_on_error(executable.device) if executable.swaps[stage] else contextlib.nullcontext():
+        results = executable.stages[stage](alive)
+    num_gradients = len(executable.owners[stage])
+    this.alive = list(results[num_gradients:])
+    return results[:num_gradients]
+
+
+def _run_other(this: StepRun, other: OtherBackward, alive: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """Run another backward as a whole; returns the gradients of the first stage's inputs, and leaves the rest to the taps."""
+    executable = this.executable
+    with rng_put_back_on_error(executable.device) if other.swaps else contextlib.nullcontext():
+        results = other.run(alive)
+    this.alive = []
+    this.complete = [
+        tuple(None if (at := other.gradients[i]) is None else results[at] for i in stage)
+        for stage in executable.stage_gradients
+    ]
+    return this.complete.pop(0)

@@ -1,0 +1,135 @@
+"""Refusals of a planned backward, before it changes anything: BackwardErrors that say what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from planner.errors import BackwardError
+from planner.runtime.executable import Executable, OtherBackward
+
+
+def check_backward(
+    gradients: Sequence[torch.Tensor | None], differentiated: Sequence[int], names: Sequence[str], device: torch.device
+) -> None:
+    """Refuse what a planned backward cannot do.
+
+    Args:
+        gradients: per output, its gradient; None where none came.
+        differentiated: positions of the outputs that the plan differentiates.
+        names: of the outputs.
+
+    Raises:
+        BackwardError: second derivatives, autocast, or gradients of other outputs; says what to do instead.
+    """
+    if torch.is_grad_enabled():
+        raise BackwardError(
+            "backward was called with create_graph=True, and a planned module has no second derivative. "
+            "Use the original model for this step."
+        )
+    if torch.is_autocast_enabled(device.type):
+        raise BackwardError(
+            "leave the autocast context before calling backward(): inside autocast eager casts the backward's kernels, and "
+            "a plan's are not cast."
+        )
+    for i, gradient in enumerate(gradients):
+        if gradient is not None and i not in differentiated:
+            raise BackwardError(
+                f"backward came through output {names[i]!r}, but the plan differentiates only "
+                f"{', '.join(names[j] for j in differentiated)}. Plan with loss={names[i]!r}, "
+                "or loss=a function of the output that returns all the tensors your loss is made of."
+            )
+    for i in differentiated:
+        if gradients[i] is None:
+            raise BackwardError(
+                f"no gradient came through output {names[i]!r}, which the plan differentiates. "
+                "Plan with loss= naming just the outputs your loss is made of."
+            )
+
+
+def modified_in_place(what: str) -> str:
+    """The message for a tensor that was written into too early."""
+    return (
+        f"{what} was modified by an inplace operation between a planned forward and its backward, which reads it again. "
+        "Modify it after backward, or a copy of it"
+    )
+
+
+def written_activations(ctx: Any, executable: Executable) -> tuple[int, ...]:
+    """Positions of the exposed saved activations that the caller has written into.
+
+    Raises:
+        BackwardError: the caller wrote into another output, which the backward (eager's, too) reads.
+    """
+    written = []
+    for (output, position), tensor, version in zip(
+        executable.version_checked, ctx.version_checked, ctx.checked_versions, strict=False
+    ):
+        if tensor._version != version:
+            if position is None:
+                raise BackwardError(modified_in_place(f"output {executable.names[output]!r}"))
+            written.append(position)
+    return tuple(written)
+
+
+def check_views(ctx: Any, executable: Executable, gradients: Sequence[torch.Tensor | None]) -> None:
+    """Refuse gradients of a written view where eager would compute other bits.
+
+    After a write into a view, autograd rebuilds its node. A gradient whose strides differ from the view's then reaches
+    eager's kernels with other strides than the planned ones.
+
+    Raises:
+        BackwardError: an output that is a view in eager was written into, and its gradient has other strides.
+    """
+    for i, reference, version in ctx.views:
+        output, gradient = reference(), gradients[i]
+        if output is None or gradient is None or output._version == version:
+            continue
+        if gradient.stride() in (output.stride(), torch.empty_like(output).stride()):
+            continue
+        raise BackwardError(
+            f"output {executable.names[i]!r} was modified in place, and its gradient has strides {tuple(gradient.stride())} "
+            f"where it has {tuple(output.stride())}: eager would differentiate it in another way than a plan. Write into a "
+            "copy of it"
+        )
+
+
+def check_spare_inputs(ctx: Any, executable: Executable, other: OtherBackward) -> None:
+    """Refuse another backward that reads an input which was modified since the forward.
+
+    Raises:
+        BackwardError: names the input.
+    """
+    first = executable.num_saved + len(executable.saved_inputs)
+    for i, (tensor, version) in enumerate(zip(ctx.spare, ctx.spare_versions, strict=False)):
+        if first + i in other.takes and tensor._version != version:
+            raise BackwardError(modified_in_place(executable.inputs[executable.spare[i]]))
+
+
+def check_unreached_inputs(ctx: Any, executable: Executable, other: OtherBackward) -> None:
+    """Refuse another backward where autograd would visibly visit an input that it computes no gradient for.
+
+    Eager's graph does not contain that input. Here it gets None: a parameter's `grad` stays unchanged, but its tensor hooks
+    would run, and so would the backward of the operation that produced an input.
+
+    Raises:
+        BackwardError: names the input.
+    """
+    if None not in other.gradients:
+        return
+    for owned, gradients in zip(executable.owners, executable.stage_gradients, strict=True):
+        edges = [edge for edge, _ in ctx.next_functions]
+        later = edges.pop(0) if ctx.has_token else None
+        for position, gradient, edge in zip(owned, gradients, edges, strict=True):
+            if other.gradients[gradient] is not None or edge is None:
+                continue
+            leaf = getattr(edge, "variable", None)
+            why = "was computed by an earlier step" if leaf is None else "has a tensor hook" if leaf._backward_hooks else ""
+            if why:
+                raise BackwardError(
+                    f"this backward does not reach {executable.inputs[position]}, which {why}: eager would leave it alone, a "
+                    "planned module cannot. Use the original model for this step"
+                )
+        ctx = later

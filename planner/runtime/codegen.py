@@ -1,0 +1,158 @@
+"""A planned step's graphs turned into code for one model: an `Executable`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from planner._compat.backward_state import keeps_graph
+from planner._compat.fx_graphs import box
+from planner.graph.graph import Kind
+from planner.kernels import custom
+from planner.rewriter.compiled import CompiledGraph
+from planner.rewriter.stages import cut_stages
+from planner.runtime.executable import Boxed, Executable
+from planner.runtime.step import RewrittenStep
+from planner.tracer.casts import is_cast
+from planner.tracer.joint import Input
+from planner.tracer.opaque.module import OpaqueModule
+
+
+def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, backward: fx.Graph) -> Executable:
+    """Code of the graphs, bound to this model's opaque modules.
+
+    Args:
+        forward, backward: `step.partitioned`'s graphs, which users may have edited.
+    """
+    joint, partitioned = step.joint, step.partitioned
+    opaque = _opaque_calls(step, model)
+    compiled_for = joint.device if step.is_compiled else None
+    inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
+    position = {given.node: i for i, given in enumerate(inputs)}
+    owned = [position[given.node] for given, _ in joint.gradients]
+    stages = cut_stages(backward, step.num_stages, [given.node.replace(".", "_") for given, _ in joint.gradients])
+    nodes = {node.name: node for node in joint.graph.nodes}
+    leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
+    return Executable(
+        forward=boxed(forward, opaque, compiled_for),
+        stages=tuple(boxed(stage.graph, opaque, compiled_for) for stage in stages),
+        num_outputs=len(joint.results),
+        num_saved=len(partitioned.saved),
+        differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
+        output_gradients=partitioned.output_gradients,
+        owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
+        names=tuple(leaf[i].name for i in range(len(joint.results))),
+        swaps=tuple(any(node.target is custom.swap_rng_state for node in stage.graph.nodes) for stage in stages),
+        device=joint.device,
+        stage_gradients=tuple(stage.gradients for stage in stages),
+        inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
+        key=step.backward_key,
+        spare=tuple(position[name] for name in partitioned.spare),
+        cast=tuple(
+            position[given.node]
+            for given, _ in joint.gradients
+            if given.kind is Kind.PARAM and is_cast(nodes[given.node], joint.opaque_calls)
+        ),
+        views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
+        **_saved_fields(step, inputs, position),
+    )
+
+
+def _saved_fields(step: RewrittenStep, inputs: Sequence[Input], position: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of an Executable that say what is saved for the backward, and which results share storage with it.
+
+    Args:
+        inputs: of the forward graph.
+        position: by node name, the position in `inputs`.
+    """
+    joint, partitioned = step.joint, step.partitioned
+    roots, saved, exposed = partitioned.roots, partitioned.saved, partitioned.exposed
+    checked = [name for name in partitioned.saved_inputs if not inputs[position[name]].mutated]
+    unchecked = [name for name in partitioned.saved_inputs if inputs[position[name]].mutated]
+    return {
+        "aliased": partitioned.aliased,
+        "alone": tuple(
+            not aliased and roots.count(root) == 1 for root, aliased in zip(roots, partitioned.aliased, strict=True)
+        ),
+        "checked_inputs": tuple(position[name] for name in checked),
+        "unchecked_inputs": tuple(position[name] for name in unchecked),
+        "saved_inputs": tuple(
+            (name in checked, (checked if name in checked else unchecked).index(name)) for name in partitioned.saved_inputs
+        ),
+        "call_inputs": tuple(position[name] for name in checked if inputs[position[name]].kind is Kind.INPUT),
+        "kept_on_ctx": tuple(i for i, name in enumerate(saved) if name in joint.saved_handles or name in exposed),
+        "exposed": frozenset(i for i, name in enumerate(saved) if name in exposed),
+        "version_checked": tuple(
+            (i, saved.index(root) if root in exposed else None)
+            for i, root in enumerate(roots)
+            if root in saved or root in checked
+        ),
+    }
+
+
+def backward_compiler(step: RewrittenStep, model: nn.Module) -> Callable[[fx.Graph], Boxed]:
+    """A function that turns another backward graph of this step into code."""
+    return lambda backward: boxed(backward, _opaque_calls(step, model), step.joint.device if step.is_compiled else None)
+
+
+def boxed(graph: fx.Graph, opaque: Mapping[str, OpaqueModule] | None = None, compiled_for: torch.device | None = None) -> Boxed:
+    """A graph's code.
+
+    Args:
+        opaque: calls of opaque modules, by their key in the graph; the code runs this model's modules.
+        compiled_for: the device, where inductor is to compile the code.
+    """
+    copy = fx.Graph()  # the graph that people print keeps its readable signature
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.target in (custom.opaque_forward, custom.opaque_backward):
+            key, *given = node.args
+            node.target, node.args = _bound((opaque or {})[str(key)], node.target is custom.opaque_forward), tuple(given)
+    if compiled_for is not None:
+        with torch.autocast(compiled_for.type, enabled=False):
+            return CompiledGraph(copy)
+    box(copy)
+    return fx.GraphModule({}, copy).forward  # type: ignore[no-any-return]
+
+
+def _bound(module: OpaqueModule, is_forward: bool) -> Callable[..., Any]:
+    """The forward or backward of one opaque module's call, as a function that fx's code can call by name."""
+
+    def opaque_forward(tensors: Any) -> Any:
+        return module.forward(tensors)
+
+    def opaque_backward(grads: Any, saved_handle: Any, read: Any, arrived: Any) -> Any:
+        return module.backward(grads, saved_handle, read, arrived, keeps_graph())
+
+    return opaque_forward if is_forward else opaque_backward
+
+
+def _opaque_calls(step: RewrittenStep, model: nn.Module) -> dict[str, OpaqueModule]:
+    return {key: OpaqueModule(model.get_submodule(spec.module), spec) for key, spec in step.joint.opaque_calls.items()}
+
+
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that selects these positions of a sequence; itemgetter is several times faster than a loop."""
+    return itemgetter(*positions) if len(positions) > 1 else lambda given: [given[i] for i in positions]
+
+
+def positions(step: RewrittenStep) -> list[int]:
+    """Per input of the forward graph, its position in (model's tensors, call's tensors, tensors of Python state, constants)."""
+    names = {name: i for i, (name, _) in enumerate(step.key.weights)}
+    constants = {node: i for i, node in enumerate(step.joint.constants)}
+    num_tensors = len(step.joint.call.tensors) + len(step.joint.host.state)
+    sources = []
+    for given in step.joint.inputs:
+        if given.kind is Kind.TANGENT:
+            continue
+        if given.node in constants:
+            sources.append(len(names) + num_tensors + constants[given.node])
+        elif given.kind is Kind.INPUT:
+            sources.append(len(names) + int(given.key))
+        else:
+            sources.append(names[str(given.key)])
+    return sources

@@ -1,0 +1,177 @@
+"""CallGuard: whether a call is the one that was planned for. Everything that the capture held fixed is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner._compat.switches import global_switches
+from planner.graph.graph import Kind
+from planner.log import RUNTIME
+from planner.runtime.codegen import boxed, picker, positions
+from planner.runtime.guards.call_key import Autocast, CallKey, argument_fingerprint, autocast_key, shared_storages
+from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.guards.model_state import ModelStateGuard
+from planner.runtime.step import RewrittenStep
+from planner.tracer.call import CallSpec
+from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
+from planner.tracer.joint import Joint
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedCall:
+    """A call that is the planned one.
+
+    Attributes:
+        tensors: the call's tensor leaves, then the tensors that Python state holds.
+        inputs: the forward graph's inputs, in order.
+    """
+
+    tensors: list[torch.Tensor]
+    inputs: Sequence[torch.Tensor]
+
+
+class CallGuard:
+    """Compares calls of one model with the call that its step was captured from."""
+
+    def __init__(self, model: nn.Module, step: RewrittenStep) -> None:
+        self._model, self._step = model, step
+        self._model_state = ModelStateGuard(model, [name for name, _ in step.key.weights], step.joint.host.key)
+        self._select_inputs = picker(positions(step))
+        self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
+
+    def match(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> MatchedCall | Mismatch:
+        """The graph's inputs for this call, or the first thing that is not as planned; see `HostStateGuard.mismatch`.
+
+        An error while comparing counts as a mismatch: planned objects compared without one.
+        """
+        try:
+            return self._match(args, kwargs, through_forward)
+        except Exception as error:
+            RUNTIME.debug("a call cannot be compared with the planned one", exc_info=True)
+            return Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
+
+    def _match(self, args: Any, kwargs: Any, through_forward: bool) -> MatchedCall | Mismatch:
+        joint, key = self._step.joint, self._step.key
+        if joint.absent_device:
+            cure = f"planned for {joint.absent_device}, which is not here: save the plan, and apply it there"
+            return Mismatch("device", "the device", cure)
+        tensors, mismatch = flatten_call(joint.call, args, kwargs, key.arguments)
+        if mismatch is not None:
+            return mismatch
+        held = self._model_state.held()
+        if held is None:
+            return self._model_state.missing()
+        mismatch = difference(key, self._model_state, held, tensors, joint.device, through_forward=through_forward)
+        if mismatch is not None:
+            return mismatch
+        state = [path.get(self._model) for path in joint.host.state]
+        for path, found in zip(joint.host.state, state, strict=True):
+            if not isinstance(found, torch.Tensor):
+                return Mismatch("host", str(path), type(found).__name__, "a tensor")
+        inputs = self._select_inputs((*held, *tensors, *state, *joint.constants.values()))
+        return reads_difference(joint, self._read_values, inputs) or MatchedCall([*tensors, *state], inputs)
+
+
+def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Fingerprint]) -> tuple[list[Any], Mismatch | None]:
+    """Tensor leaves of a call, or what differs from the planned call. Keywords may come in any order."""
+    keywords = tuple(kwargs)
+    if keywords != call.keywords and sorted(keywords) == sorted(call.keywords):
+        kwargs, keywords = {name: kwargs[name] for name in call.keywords}, call.keywords
+    if call.is_flat and keywords == call.keywords and len(args) + len(keywords) == len(call.leaves):
+        leaves = [*args, *kwargs.values()]
+    else:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != call.in_spec:
+            return [], Mismatch("argument", "the structure of the arguments")
+    for i in range(len(call.leaves)):
+        leaf = leaves[i]
+        if i in call.tensors:
+            if not isinstance(leaf, torch.Tensor):
+                return [], Mismatch("argument", f"argument leaf {i}", f"a {type(leaf).__name__}", "a tensor")
+        elif not _is_plain_equal(leaf, call.leaves[i]):
+            now = argument_fingerprint(leaf)
+            if not alike(prints[i], now):
+                found = first_difference(prints[i], now, f"argument leaf {i}")
+                return [], Mismatch("argument", found.where, found.now, found.planned)
+    return [leaves[i] for i in call.tensors], None
+
+
+def _is_plain_equal(leaf: Any, expected: Any) -> bool:
+    """A fast test: True means equal, False says nothing."""
+    return leaf is expected and (leaf is None or type(leaf) in (bool, int, str, float))
+
+
+def difference(
+    key: CallKey,
+    model_state: ModelStateGuard,
+    held: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    *,
+    through_forward: bool = False,
+) -> Mismatch | None:
+    """The first part of the key that does not hold for a call.
+
+    Args:
+        held: the model's tensors, in the order of `key.weights`.
+        tensors: the call's.
+        through_forward: see `HostStateGuard.mismatch`.
+    """
+    if not torch.is_grad_enabled():
+        return Mismatch("mode", "grad mode", "disabled")
+    switches = global_switches()
+    if switches != key.switches:
+        for (name, now), (_, planned) in zip(switches, key.switches, strict=True):
+            if now != planned:
+                return Mismatch("mode", name, str(now)[:80], str(planned)[:80])
+    changed = model_state.mismatch(through_forward=through_forward)
+    if changed is not None:
+        return changed
+    for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
+        if tensor_key(tensor) != expected:
+            return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))
+    if key.shared and shared_storages(tensors) != key.shared:
+        return Mismatch("argument", "which inputs share their memory, where the forward writes into one")
+    if not model_state.alike(held):
+        for (name, expected), tensor in zip(key.weights, held, strict=True):
+            if tensor_key(tensor) != expected:
+                return Mismatch("weight", name, describe_tensor(tensor_key(tensor)), describe_tensor(expected))
+        model_state.approve(held)
+    untied = model_state.untied(held)
+    if untied:
+        return Mismatch("weight", untied, "no longer the same tensor as the one it was tied to")
+    if autocast_key(device) != key.autocast:
+        return Mismatch("mode", "autocast", _autocast_text(autocast_key(device)), _autocast_text(key.autocast))
+    return None
+
+
+def _autocast_text(autocast: Autocast) -> str:
+    return "off" if autocast is None else f"to {str(autocast).removeprefix('torch.')}"
+
+
+def reads_difference(
+    joint: Joint, read_values: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] | None, inputs: Sequence[torch.Tensor]
+) -> Mismatch | None:
+    """The first tensor value that Python read during the capture (`if mask.any():`) and that is another one now.
+
+    Args:
+        joint: the captured step, with the values that were read.
+        read_values: computes these values; None where there are none.
+        inputs: the forward graph's.
+    """
+    if read_values is None or joint.guards is None:
+        return None
+    given = dict(zip((i.node for i in joint.inputs if i.kind is not Kind.TANGENT), inputs, strict=True))
+    with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
+        read = read_values([given[node.name] for node in joint.guards.find_nodes(op="placeholder")])
+    for tensor, expected in zip(read, joint.host_reads, strict=True):
+        value = tensor.item()
+        if value != expected.value and not (value != value and expected.value != expected.value):
+            return Mismatch("value", f"the value read at {expected.source}", str(value), str(expected.value))
+    return None

@@ -1,0 +1,84 @@
+"""CallKey: the properties of a call that a captured graph is right for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planner._compat.switches import global_switches
+from planner._compat.tensors import storage_id
+from planner.graph.graph import Kind
+from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, tensor_key
+from planner.tracer.joint import Joint
+
+Autocast = torch.dtype | None
+"""The dtype that autocast casts to on a device; None where it is off."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallKey:
+    """What a captured graph is right for, beside Python's state (`Joint.host`).
+
+    Attributes:
+        inputs: per tensor leaf of the call, (shape, strides, dtype, device, requires_grad).
+        weights: likewise per parameter and buffer, by qualified name.
+        shared: per input, the first input in the same storage; empty unless the forward writes into an input.
+        arguments: fingerprints of the call's other leaves; None for tensors.
+        autocast: on the plan's device.
+        switches: torch's global switches, by name.
+    """
+
+    inputs: tuple[TensorKey, ...]
+    weights: tuple[tuple[str, TensorKey], ...]
+    shared: tuple[int, ...]
+    arguments: tuple[Fingerprint | None, ...]
+    autocast: Autocast
+    switches: tuple[tuple[str, Any], ...]
+
+
+def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
+    """The key of a call with these tensor leaves, in the modes that are on now."""
+    return CallKey(
+        inputs=tuple(tensor_key(tensor) for tensor in tensors),
+        weights=joint.weights,
+        shared=shared_storages(tensors) if any(given.mutated for given in joint.inputs if given.kind is Kind.INPUT) else (),
+        arguments=tuple(argument_fingerprint(leaf) for leaf in joint.call.leaves),
+        autocast=autocast_key(joint.device),
+        switches=global_switches(),
+    )
+
+
+def autocast_key(device: torch.device) -> Autocast:
+    """The dtype that autocast casts to on this device now."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast is as in `key`, whatever the caller's own context is.
+
+    Enters nothing where autocast is off and has to be off: inside another context, the model's own autocast region would not be
+    the outermost one, and its cast cache would not be cleared at its end.
+    """
+    is_on = key.autocast is not None
+    if not is_on and not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, key.autocast, enabled=is_on, cache_enabled=dict(key.switches)["autocast cache"])
+
+
+_EVERYTHING = Fingerprints({}, lambda _, name: True)
+
+
+def argument_fingerprint(leaf: Any) -> Fingerprint:
+    """The fingerprint of a call's leaf that is no tensor, all attributes included."""
+    return _EVERYTHING.of(leaf)
+
+
+def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Per tensor, the position of the first one in the same storage."""
+    first: dict[int, int] = {}
+    storages = [storage_id(tensor) if tensor.layout is torch.strided else -1 - i for i, tensor in enumerate(tensors)]
+    return tuple(first.setdefault(storage, i) for i, storage in enumerate(storages))

@@ -1,0 +1,33 @@
+"""Mismatch: why a call does not run planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MismatchKind = Literal["input", "argument", "weight", "host", "mode", "module", "value", "device", "audit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The first difference between a call, with the state it is made in, and the planned one.
+
+    Attributes:
+        kind: "input", "argument", "weight", "host" (Python's state), "mode" (training, grad mode, autocast, switches), "module"
+            (submodules, hooks), "value" (a tensor's value that Python read), "device" or "audit" (the plan's results).
+        where: what differs, as the user would write it: "body.scale", "input 0", "autocast".
+        now, planned: its present and its planned value as short texts; "" where `where` says all.
+        is_absent: the place is empty now and held something when the plan was made.
+    """
+
+    kind: MismatchKind
+    where: str
+    now: str = ""
+    planned: str = ""
+    is_absent: bool = False
+
+    def __str__(self) -> str:
+        """'body.scale (3.0, planned for 2.0)'."""
+        if not self.now:
+            return self.where
+        return f"{self.where} ({self.now}, planned for {self.planned})" if self.planned else f"{self.where} ({self.now})"

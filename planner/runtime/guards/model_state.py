@@ -1,0 +1,121 @@
+"""ModelStateGuard: whether the model's modules, hooks and tensors are those that were captured.
+
+It runs at every call and has to take microseconds. So dictionaries and getters are looked up once, when the guard is made, and
+compared as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat.private_names import MODULE_HOOKS
+from planner._compat.tensors import tensors_alike
+from planner.runtime.guards.host_state import HostStateGuard
+from planner.runtime.guards.mismatch import Mismatch
+from planner.tracer.host.observe import named
+from planner.tracer.host.state import HostKey, find_in_class
+from planner.tracer.libraries import is_users_hook
+
+
+class ModelStateGuard:
+    """Compares a model's modules, hooks, parameters and buffers with the captured ones; asks `HostStateGuard` about the rest.
+
+    Args:
+        model: the model, or a copy of the one that was planned.
+        names: qualified names of the parameters and buffers that the graph reads.
+        key: the Python state that the capture read.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], key: HostKey) -> None:
+        self._model, self._reads = model, key.reads.attributes
+        self.modules = tuple(model.modules())
+        self._kinds = [type(module) for module in self.modules]
+        self._names = [name or "the model" for name, _ in model.named_modules()]
+        self._places = [_place(model, name) for name in names]
+        self.now = _reader(self._places)
+        """Returns the tensors that the model holds now, in the order of `names`."""
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.held(()) or ())))}
+        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        known = set(names)
+        self._ties = [(n, _place(model, n), first[id(tensor)]) for n, tensor in every if n not in known and id(tensor) in first]
+        self._parents = [module._modules for module in self.modules]  # empty ones, too: something may be appended
+        self._children = self._submodules()
+        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in MODULE_HOOKS]
+        self._without_hooks = [held for held in hooks if not held]
+        self._alike: Any = None
+        self._host = HostStateGuard(model, key, lambda: named(model))
+
+    def _submodules(self) -> tuple[list[int], list[nn.Module | None]]:
+        return list(map(len, self._parents)), list(chain.from_iterable(held.values() for held in self._parents))
+
+    def held(self, default: Any = None) -> tuple[torch.Tensor, ...] | None:
+        """The tensors that the model holds; `default` where one is missing or is not a tensor."""
+        try:
+            found = self.now()
+        except KeyError:
+            return default  # type: ignore[no-any-return]
+        return found if all(isinstance(tensor, torch.Tensor) for tensor in found) else default
+
+    def missing(self) -> Mismatch:
+        """The tensor that `held` did not find."""
+        for holder, name in self._places:
+            if not isinstance(holder.get(name), torch.Tensor):
+                return Mismatch(
+                    "weight", name, "absent" if name not in holder else f"a {type(holder[name]).__name__}", "a tensor"
+                )
+        return Mismatch("weight", "the model's tensors")
+
+    def mismatch(self, *, through_forward: bool = False) -> Mismatch | None:
+        """The first module, hook or piece of Python state that is not as planned; see `HostStateGuard.mismatch`."""
+        if list(map(type, self.modules)) != self._kinds:
+            for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
+                if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class
+                    return Mismatch("module", f"the class of {name}", type(module).__name__, kind.__name__)
+            self._kinds = [type(module) for module in self.modules]
+        if self._submodules() != self._children:
+            return Mismatch("module", "the model's submodules", "one was replaced, added or removed")
+        if any(self._without_hooks):
+            if any(is_users_hook(hook) for hooks in self._without_hooks for hook in hooks.values()):
+                return Mismatch("module", "a submodule's hooks", "one was added, which a plan would not call")
+            self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
+        return self._host.mismatch(through_forward=through_forward)
+
+    def _overrides(self, derived: type, kind: type) -> bool:
+        """Whether a derived class overrides an attribute that the forward reads."""
+        names = (*self._reads.get(kind, ()), "forward", "__call__")
+        return any(find_in_class(derived, name) is not find_in_class(kind, name) for name in names)
+
+    def untied(self, held: Sequence[torch.Tensor]) -> str:
+        """Name of a tensor that was tied to another when the guard was made and no longer is; "" if none."""
+        return next((name for name, (holder, key), i in self._ties if holder.get(key) is not held[i]), "")
+
+    def alike(self, held: Sequence[torch.Tensor]) -> bool:
+        """Whether the tensors have the metadata of those last given to `approve`; False says nothing."""
+        return self._alike is not None and self._alike(held)
+
+    def approve(self, held: Sequence[torch.Tensor]) -> None:
+        """Note that these tensors are as planned: `alike` compares with them."""
+        self._alike = tensors_alike(held)
+
+
+def _reader(places: Sequence[tuple[dict[str, Any], str]]) -> Callable[[], tuple[Any, ...]]:
+    """A function that looks up every (dictionary, key). Generated code: a loop takes twice as long."""
+    holders = list({id(holder): holder for holder, _ in places}.values())
+    position = {id(holder): i for i, holder in enumerate(holders)}
+    given = ", ".join(f"d{i}" for i in range(len(holders)))
+    looked_up = "".join(f"d{position[id(holder)]}[{name!r}], " for holder, name in places)
+    made: dict[str, Any] = {}
+    exec(f"def bind({given}):\n    def read():\n        return ({looked_up})\n    return read", made)
+    return made["bind"](*holders)  # type: ignore[no-any-return]
+
+
+def _place(model: nn.Module, qualified: str) -> tuple[dict[str, Any], str]:
+    path, _, name = qualified.rpartition(".")
+    module = model.get_submodule(path)
+    holder = module._parameters if name in module._parameters else module._buffers
+    return holder, name

@@ -1,0 +1,52 @@
+"""What a forward returns and leaves in Python state, made of the forward graph's results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.tracer.host.state import written
+from planner.tracer.joint import Joint
+
+
+def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+    """The model's output; Python state is left as the model's own forward leaves it.
+
+    Args:
+        results: of the forward graph.
+        tensors: the call's, then those of Python state.
+    """
+    leaves = [
+        results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
+        for out in joint.outputs
+    ]
+    write_state(joint, model, results, tensors)
+    return pytree.tree_unflatten(leaves, joint.call.out_spec)
+
+
+def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    """Leave in Python state what the model's own forward leaves there; arguments as in `rebuild_output`."""
+    if joint.host.effects:
+        weights = dict((*model.named_parameters(), *model.named_buffers()))
+        sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
+        for effect in joint.host.effects:
+            effect.write(model, lambda ref: sources[ref.source][ref.key])
+
+
+def backward_starts(joint: Joint, model: nn.Module, leaves: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors that the planned backward starts from, after a forward of `model`: outputs, and tensors left on modules.
+
+    Args:
+        leaves: of what the forward returned.
+    """
+    found = {out.result: leaves[i] for i, out in enumerate(joint.outputs) if out.differentiated}
+    wanted = {out.result for out in joint.left if out.differentiated}
+    for effect in joint.host.effects if wanted else ():
+        for ref, tensor in written(effect, model):
+            if ref.source == "result" and ref.key in wanted and isinstance(tensor, torch.Tensor):
+                found.setdefault(ref.key, tensor)
+    return list(found.values())

@@ -1,0 +1,189 @@
+"""StepCopy: a copy of a planned or plain model on which training steps can run without touching the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.errors import InputError, first_line
+from planner.graph.graph import Kind
+from planner.profiler.memory import logical_peak
+from planner.runtime.audit import run_original
+from planner.runtime.guards import call_key
+from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.install import uninstall
+from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.tracer.faults import is_out_of_memory
+from planner.tracer.outputs import without_caches
+from planner.verification.state import generators, set_generators, state_of
+
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CopyError(InputError):
+    """The model cannot be copied, and running a step on the model itself would change it."""
+
+
+def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
+    """A deep copy. Tensors that a forward left on a module are copied without their autograd graph.
+
+    Args:
+        module: a model or a planned module.
+        sharing: the copy's parameters share the memory of the module's; hooks and optimizers of the module's do not see them.
+
+    Raises:
+        CopyError: it cannot be copied.
+    """
+    model = module.original if isinstance(module, CheckpointedModule) else module
+    left = [t for t in state_of(model).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in left}
+    if sharing:
+        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    try:
+        return copy.deepcopy(module, memo)
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CopyError(f"the model cannot be copied, so no step of it can be run beside it: {first_line(error)}") from error
+
+
+def own_call(planned: CheckpointedModule, call: CallArguments) -> CallArguments:
+    """The call with new tensors: autograd leaves without hooks, in the same memory unless the step writes into them."""
+    leaves, spec = pytree.tree_flatten(call)
+    joint = planned.step.joint
+    mutated = [int(given.key) for given in joint.inputs if given.kind is Kind.INPUT and given.mutated]
+    places = joint.call.tensors  # further inputs are tensors of Python state
+    written = {id(leaves[places[i]]) for i in mutated if i < len(places)}
+    own: dict[int, torch.Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
+            fresh = _copied(leaf) if id(leaf) in written else leaf.detach()
+            own[id(leaf)] = fresh.requires_grad_(leaf.requires_grad)
+    args, kwargs = pytree.tree_unflatten([own.get(id(leaf), leaf) for leaf in leaves], spec)
+    return tuple(args), dict(kwargs)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor.detach())
+
+
+def autocast_of(planned: CheckpointedModule) -> Any:
+    """The autocast context that the module was planned under; its casts are not shared with the caller's region."""
+    torch.clear_autocast_cache()
+    return call_key.autocast_of(planned.step.key, planned.device)
+
+
+def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None, what: str) -> CallArguments:
+    """The call as (args, kwargs).
+
+    Args:
+        what: begins the error message.
+
+    Raises:
+        InputError: it is not the call that was planned for.
+    """
+    call = (tuple(args), dict(kwargs or {}))
+    with autocast_of(planned), torch.enable_grad():
+        mismatch = planned.mismatch(*call)
+    if mismatch is not None and mismatch.kind != "host":  # Python state that a first forward fills in: see `StepCopy.settle`
+        raise InputError(f"{what} the call that was planned for: {mismatch} differs")
+    return call
+
+
+def resident_bytes(planned: CheckpointedModule) -> int:
+    """Bytes in use before the step: parameters, buffers, inputs, and reserved bytes."""
+    return planned.plan.graph.resident_bytes
+
+
+class StepCopy:
+    """A copy of a module and of a call: steps that run on it change nothing else but the random generators.
+
+    Attributes:
+        module: the copy, planned or plain.
+        call: see `own_call`.
+    """
+
+    def __init__(self, module: nn.Module, planned: CheckpointedModule, call: CallArguments) -> None:
+        self.module, self.call, self._planned, self._given = module, own_call(planned, call), planned, call
+        self._device = planned.device
+        self._model: nn.Module = module.original if isinstance(module, CheckpointedModule) else module
+        if isinstance(module, CheckpointedModule):
+            module.__dict__["audits"] = False  # an audit would count as part of the step
+        else:
+            uninstall(module)
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """The call's tensors."""
+        return [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
+
+    def prepare(self) -> None:
+        """Reset gradients to None and inputs to their first values."""
+        self.module.zero_grad(set_to_none=True)
+        given = [leaf for leaf in pytree.tree_leaves(self._given) if isinstance(leaf, torch.Tensor)]
+        for own, original in zip(self.inputs, given, strict=True):
+            own.grad = None
+            if own.data_ptr() != original.data_ptr():
+                with torch.no_grad():
+                    own.detach().copy_(original)
+
+    def settle(self) -> None:
+        """Run the model's own forward once, which fills caches and first states; the random generators are restored."""
+        self.prepare()
+        before = generators()
+        with autocast_of(self._planned):
+            run_original(unplanned_forward(self._model), *self.call)
+        set_generators(before)
+
+    def mismatch(self) -> Mismatch | None:
+        """Why the copy would not run its call planned; None if it would."""
+        self.prepare()
+        with autocast_of(self._planned), torch.enable_grad():
+            return self.module.mismatch(*self.call)  # type: ignore[no-any-return, operator]
+
+    def step(self) -> list[Any]:
+        """Forward and backward; the output's leaves. `prepare` comes first."""
+        with torch.enable_grad():
+            with autocast_of(self._planned):
+                out = self.module(*self.call[0], **self.call[1])
+            leaves = aligned(self._planned, pytree.tree_leaves(out))
+            backward_of_ones(self._planned.starts(leaves, self._model), self._device)
+        return leaves
+
+    def peak(self) -> int:
+        """Measured peak of a step in bytes, resident bytes included. A step has to run before: what a first call allocates
+        for good is not part of a step."""
+        self.prepare()
+        above = logical_peak(self.step, self._device)
+        if self._device.type == "cuda":  # the peak depends on cached blocks: measure again without any
+            self.prepare()
+            torch.cuda.empty_cache()
+            above = max(above, logical_peak(self.step, self._device))
+        return resident_bytes(self._planned) + above
+
+
+def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
+    """An output's leaves at their positions in the plan; None for a cache, which a planned output leaves out."""
+    outputs = planned.step.joint.outputs
+    if not any(out.left_out for out in outputs):
+        return list(leaves)
+    there = [i for i, out in enumerate(outputs) if not out.left_out and (out.result, out.input, out.constant) != (None,) * 3]
+    found: list[Any] = [None] * len(outputs)
+    for i, leaf in zip(there, without_caches(leaves), strict=True):
+        found[i] = leaf
+    return found
+
+
+def backward_of_ones(starts: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Run backward from these tensors, each with a gradient of ones."""
+    is_on = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
+        torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])

@@ -1,0 +1,40 @@
+"""A planned module out of torch.save, in a process that knows nothing of this one, trains as its eager twin."""
+
+import copy
+import subprocess
+import sys
+
+import torch
+
+from planner import plan
+from tests.support import models
+from tests.support.paths import ROOT
+from tests.support.training import assert_same, trajectory
+
+LOAD = """
+import sys, torch
+from tests.support.training import trajectory
+torch.set_num_threads(int(sys.argv[3]))
+found = {}
+for name, (planned, args, kwargs) in torch.load(sys.argv[1], weights_only=False).items():
+    assert not planned.mismatch(args, kwargs)
+    found[name] = planned.code, trajectory(planned, args, kwargs)
+torch.save(found, sys.argv[2])
+"""
+
+
+def test_torch_save_and_load_in_a_fresh_process(tmp_path):
+    made = {}
+    for name in ("attention", "convolution"):
+        model, args, kwargs = models.build(name)
+        made[name] = plan(model, 0.9, args, kwargs, costs="estimate", progress=False), args, kwargs
+        assert made[name][0].plan.solution.schedule.recomputes()
+    saved, trained = tmp_path / "planned.pt", tmp_path / "trained.pt"
+    torch.save(made, saved)
+    run = [sys.executable, "-W", "error", "-c", LOAD, str(saved), str(trained), str(torch.get_num_threads())]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, (code, found) in torch.load(trained).items():
+        planned, args, kwargs = made[name]
+        assert code == planned.code
+        assert_same(trajectory(copy.deepcopy(planned.original), args, kwargs), found)

@@ -1,0 +1,198 @@
+"""The largest batch: it fits, the one above does not, and the table says what is faster."""
+
+import copy
+import json
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from planner import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError, Plan, max_batch, plan
+from planner.batch import extrapolated, search
+from planner.cli import main
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.results.max_batch import MaxBatch, Measured, Tried
+from planner.solver.solve import solve
+from tests.support import graphs
+from tests.support.models import rows, tanh_blocks
+from tests.support.text import unwrapped
+
+GRAPH = graphs.blocks(4)
+NO_RECOMPUTE = Plan(GRAPH, 10**9, 0, solve(GRAPH, 10**9))
+RECOMPUTE = Plan(GRAPH, 10**9, 0, solve(GRAPH, NO_RECOMPUTE.peak_bytes * 3 // 4))
+
+
+def plain_bytes(model, batch):
+    return plan(model, 1.0, *rows(batch), costs="estimate", progress=False).plan.plain.peak_bytes
+
+
+def fits(model, batch, budget):
+    try:
+        return plan(model, budget, *rows(batch), costs="estimate", progress=False, effort=1.0).plan.peak_bytes <= budget
+    except (InfeasibleBudgetError, NoScheduleFoundError):
+        return False
+
+
+def test_the_batch_found_is_the_largest_that_plan_accepts():
+    model = tanh_blocks()
+    budget = plain_bytes(model, 6)
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = max_batch(rows, model, budget, costs="estimate", progress=False, effort=1.0)
+    assert torch.equal(torch.get_rng_state(), rng) and model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    batch, made = found
+    assert batch > 6 == found.largest_plain.batch and found.largest.recomputes
+    assert made.peak_bytes <= budget == made.budget_bytes
+    assert [fits(model, b, budget) for b in range(1, batch + 3)] == [True] * batch + [False] * 2
+    by_batch = {tried.batch: tried for tried in found.tried}
+    assert by_batch[6].plan and not by_batch[6].recomputes and by_batch[7].recomputes and by_batch[batch + 1].error
+    assert list(by_batch) == sorted(by_batch)
+
+
+def test_steps_are_run_and_timed_where_the_device_is_here():
+    model = tanh_blocks()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    found = max_batch(rows, model, plain_bytes(model, 6), costs="estimate", progress=False, effort=1.0)
+    seen = found.verify(2, rounds=2)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    measured = [tried for tried in seen.tried if tried.measured]
+    assert [tried.batch for tried in measured] == [found.largest_plain.batch, found.batch]
+    for tried in measured:
+        assert tried.measured.step_s > 0 and tried.measured.peak_bytes <= found.budget_bytes
+        assert tried.measured.peak_bytes == pytest.approx(tried.plan.peak_bytes, rel=0.01)
+        assert tried.samples_per_s == tried.batch / tried.measured.step_s
+    assert "measured samples/s" in str(seen) and seen.verdict.endswith("(measured)")
+    assert not any(tried.measured for tried in found.tried)
+    with pytest.raises(InputError, match="at least 1"):
+        found.verify(0)
+
+
+def test_a_device_that_is_not_here_with_its_optimizer():
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(4)]).to(torch.bfloat16)
+    make = lambda batch: ((torch.empty(batch, 512, 256, dtype=torch.bfloat16, device="meta"),), {})
+    found = max_batch(make, model, "76MiB", device="H100", optimizer="adamw", progress=False, effort=0.5)
+    assert found.batch > 4 and {"(libraries)", "(optimizer state)"} <= found.plan.graph.value.keys()
+    assert found.verdict.endswith("(estimated)") and "estimated for H100-80GB" in unwrapped(found)
+    with pytest.raises(InputError, match="not here"):
+        found.verify()
+
+
+def test_one_sample_that_does_not_fit_is_an_error_with_its_floor():
+    with pytest.raises(InfeasibleBudgetError, match="one sample does not fit: budget") as caught:
+        max_batch(rows, tanh_blocks(), "20KiB", costs="estimate", progress=False)
+    assert caught.value.floor_bytes > 20 * 2**10
+
+
+@pytest.mark.parametrize(
+    ("make", "budget", "kind", "message"),
+    [
+        (rows, 0.5, BudgetError, "fraction of which batch"),
+        (rows, "much", BudgetError, "much"),
+        (lambda batch: rows(3), "1GiB", InputError, "must make inputs of `batch` samples"),
+        (lambda batch: rows(batch)[0], "1GiB", InputError, r"must return \(args, kwargs\)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, budget, kind, message):
+    with pytest.raises(kind, match=message):
+        max_batch(make, tanh_blocks(), budget, costs="estimate", progress=False)
+
+
+def attempts(plain_each, floor_each, lowest_each, budget, seen):
+    """A world in which bytes grow by so many a sample."""
+
+    def attempt(batch):
+        assert batch > 0 and batch not in seen, "tried twice"
+        seen.append(batch)
+        error = None
+        if floor_each * batch > budget:
+            error = InfeasibleBudgetError("too large", budget_bytes=budget, floor_bytes=floor_each * batch)
+        elif lowest_each * batch > budget:
+            error = NoScheduleFoundError("none found")
+        made = None if error else NO_RECOMPUTE if plain_each * batch <= budget else RECOMPUTE
+        return Tried(batch, floor_each * batch, plain_each * batch, made, error)
+
+    return attempt
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300), st.integers(1, 10**5), st.sampled_from([0.5, 1, 2, 100]))
+def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more, budget, foresight):
+    lowest_each, plain_each = floor_each + more, floor_each + more + still_more
+    seen = []
+    attempt = attempts(plain_each, floor_each, lowest_each, budget, seen)
+    ahead = [lambda batch, each=each: batch * each <= foresight * budget for each in (plain_each, lowest_each)]
+    if lowest_each > budget:
+        with pytest.raises((InfeasibleBudgetError, NoScheduleFoundError), match="one sample does not fit"):
+            search(attempt, *ahead, budget)
+        return
+    found = MaxBatch(budget, search(attempt, *ahead, budget))
+    assert found.batch == budget // lowest_each
+    above = floor_each * (found.batch + 1)
+    assert found.proof.startswith(
+        f"batch {found.batch + 1} cannot fit" if above > budget else f"for batch {found.batch + 1} no"
+    )
+    plain = budget // plain_each
+    assert (found.largest_plain.batch if found.largest_plain else 0) == plain
+    assert len(seen) <= (8 if foresight == 1 else 9 + 4 * math.log2(foresight * budget / lowest_each + 1))
+
+
+def test_a_larger_batch_is_foreseen_from_two():
+    model = tanh_blocks()
+    one, two, nine = (plan(model, 1.0, *rows(b), costs="estimate", progress=False).plan.graph for b in (1, 2, 9))
+    ahead = extrapolated(one, two, 8)
+    assert ahead.values == nine.values
+    assert simulate(ahead, keep_all(ahead)).time_ns == pytest.approx(simulate(nine, keep_all(nine)).time_ns, rel=0.02)
+    assert extrapolated(one, plan(tanh_blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
+
+
+def curve(*figures):
+    """MaxBatch of (batch, recomputes, seconds or None): the last one does not fit."""
+    tried = [Tried(b, 1, 1, RECOMPUTE if again else NO_RECOMPUTE, None, Measured(s, 1)) for b, again, s in figures]
+    error = NoScheduleFoundError("none found")
+    return MaxBatch(10, (*tried, Tried(figures[-1][0] + 1, 1, 1, None, error)))
+
+
+@pytest.mark.parametrize(
+    ("found", "fastest", "verdict"),
+    [
+        (curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.0)), 8, r"recomputing pays: batch 8 .* \+33.3% on batch 4"),
+        (curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.98)), 8, r"changes little: batch 8 .* \+0.5% on batch 4"),
+        (curve((1, False, 1.0), (4, False, 2.0), (8, True, 5.0)), 4, r"does not pay: batch 4 .*; batch 8 .*, -20.0%"),
+        (curve((1, False, 1.0), (4, False, 2.0)), 4, "the largest batch needs no recomputing: batch 4"),
+        (curve((1, True, 1.0), (2, True, 1.5)), 2, "every batch needs recomputing; the fastest is batch 2"),
+    ],
+)
+def test_the_verdict_says_which_is_faster(found, fastest, verdict):
+    assert RECOMPUTE.solution.schedule.recomputes() and NO_RECOMPUTE.solution.schedule == keep_all(GRAPH)
+    assert found.fastest.batch == fastest
+    assert re.search(verdict, found.verdict)
+    assert found.verdict in unwrapped(found) and "that none exists was not proven" in unwrapped(found)
+
+
+def test_command_line_prints_a_table_or_json(tmp_path, capsys):
+    (tmp_path / "rows_model.py").write_text(
+        "import torch\nfrom tests.support.models import rows, tanh_blocks\n\n\n"
+        "def build(batch=2):\n    return tanh_blocks(), *rows(batch)\n"
+    )
+    target = f"{tmp_path / 'rows_model.py'}:build"
+    options = ["--costs", "estimate", "--budget", "70KiB", "--effort", "1"]
+    assert main(["max-batch", target, *options, "--save", str(tmp_path / "plan.json")]) == 0
+    text = capsys.readouterr().out
+    assert "<- largest" in text and "samples/s" in text
+    assert main(["max-batch", target, *options, "--json", "--verify", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    by_batch = {tried["batch"]: tried for tried in figures["tried"]}
+    assert by_batch[figures["batch"]]["peak_bytes"] <= figures["budget_bytes"] == 70 * 2**10
+    assert by_batch[figures["batch"]]["measured"]["step_s"] > 0 and by_batch[figures["batch"] + 1]["error"]
+    assert Plan.load(tmp_path / "plan.json").peak_bytes == by_batch[figures["batch"]]["peak_bytes"]
+    assert main(["max-batch", target, *options, "--device", "H100", "--verify"]) == 1
+    assert "not here" in capsys.readouterr().err
+    assert main(["plan", target, "--budget", "0.9", "--device", "H900"]) == 1
+    assert "A100-80GB" in capsys.readouterr().err
