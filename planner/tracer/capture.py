@@ -21,7 +21,7 @@ from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
-from planner.tracer.host.state import weight_keys
+from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
@@ -152,13 +152,13 @@ def _capture(
             with _explained(model, modules):
                 options = TraceOptions(model, call, loss, recording, modules, target, replay, caches_casts)
                 traced = inside(trace, options, tensors)
-            weights = weight_keys(model)
+            weights, keys = weight_keys(model), module_keys(model)
         finally:
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     joint = _normalized(model, traced, recording, call, device)
     _check_weights(model, joint)
-    return replace(joint, weights=weights, absent_device="" if target is None else target.name)
+    return replace(joint, weights=weights, modules=keys, absent_device="" if target is None else target.name)
 
 
 def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device) -> Joint:

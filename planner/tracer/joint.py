@@ -14,7 +14,7 @@ from planner.graph.source import Source
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.host.kernels import RecordedRead
-from planner.tracer.host.state import HostState
+from planner.tracer.host.state import HostState, ModuleKey
 from planner.tracer.opaque.call import OpaqueCall
 
 
@@ -91,6 +91,7 @@ class Joint:
         sources: where in the user's code each node comes from, by name.
         device: where the step runs.
         weights: name and metadata of the model's parameters and buffers.
+        modules: the model's modules.
         left: one Output per result that the forward leaves in Python state.
         host: what Python does beside the kernels.
         opaque_calls: recorded calls of opaque modules, by key.
@@ -114,6 +115,7 @@ class Joint:
     sources: dict[str, Source]
     device: torch.device
     weights: tuple[tuple[str, TensorKey], ...] = ()
+    modules: tuple[ModuleKey, ...] = ()
     left: tuple[Output, ...] = ()
     host: HostState = field(default_factory=HostState)
     opaque_calls: Mapping[str, OpaqueCall] = field(default_factory=dict)

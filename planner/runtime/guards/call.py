@@ -41,7 +41,7 @@ class CallGuard:
 
     def __init__(self, model: nn.Module, step: RewrittenStep) -> None:
         self._model, self._step = model, step
-        self._model_state = ModelStateGuard(model, [name for name, _ in step.key.weights], step.joint.host.key)
+        self._model_state = ModelStateGuard(model, step.joint)
         self._select_inputs = picker(positions(step))
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 

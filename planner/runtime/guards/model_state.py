@@ -18,37 +18,45 @@ from planner._compat.tensors import tensors_alike
 from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.observe import named
-from planner.tracer.host.state import HostKey, find_in_class
+from planner.tracer.host.state import find_in_class
+from planner.tracer.joint import Joint
 from planner.tracer.libraries import is_users_hook
 
 
 class ModelStateGuard:
     """Compares a model's modules, hooks, parameters and buffers with the captured ones; asks `HostStateGuard` about the rest.
 
+    What is expected is what the capture found, not what this model is when the guard is made: it may be a copy that was made
+    after the planned model was changed.
+
     Args:
         model: the model, or a copy of the one that was planned.
-        names: qualified names of the parameters and buffers that the graph reads.
-        key: the Python state that the capture read.
+        joint: the captured step.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], key: HostKey) -> None:
-        self._model, self._reads = model, key.reads.attributes
+    def __init__(self, model: nn.Module, joint: Joint) -> None:
+        self._model, self._reads = model, joint.host.key.reads.attributes
         self.modules = tuple(model.modules())
-        self._kinds = [type(module) for module in self.modules]
+        self._kinds: list[type] = [key.kind for key in joint.modules]
         self._names = [name or "the model" for name, _ in model.named_modules()]
-        self._places = [_place(model, name) for name in names]
+        self._is_rebuilt = [name for name, _ in model.named_modules()] != [key.name for key in joint.modules]
+        names = [name for name, _ in joint.weights]
+        self._places = [] if self._is_rebuilt else [_place(model, name) for name in names]
         self.now = _reader(self._places)
         """Returns the tensors that the model holds now, in the order of `names`."""
-        first = {id(tensor): i for i, tensor in reversed(list(enumerate(self.held(()) or ())))}
-        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        known = set(names)
-        self._ties = [(n, _place(model, n), first[id(tensor)]) for n, tensor in every if n not in known and id(tensor) in first]
+        tied = [(f"{key.name}.{name}".lstrip("."), first) for key in joint.modules for name, first in key.tied]
+        self._ties = [] if self._is_rebuilt else [(name, _place(model, name), names.index(first)) for name, first in tied]
         self._parents = [module._modules for module in self.modules]  # empty ones, too: something may be appended
         self._children = self._submodules()
-        hooks = [vars(module)[kind] for module in self.modules[1:] for kind in MODULE_HOOKS]
-        self._without_hooks = [held for held in hooks if not held]
+        had = {key.name: key.hooks for key in joint.modules}
+        self._without_hooks = [
+            vars(module)[kind]
+            for name, module in model.named_modules()
+            for kind in MODULE_HOOKS
+            if name and kind not in had.get(name, ())
+        ]
         self._alike: Any = None
-        self._host = HostStateGuard(model, key, lambda: named(model))
+        self._host = HostStateGuard(model, joint.host.key, lambda: named(model))
 
     def _submodules(self) -> tuple[list[int], list[nn.Module | None]]:
         return list(map(len, self._parents)), list(chain.from_iterable(held.values() for held in self._parents))
@@ -72,6 +80,8 @@ class ModelStateGuard:
 
     def mismatch(self, *, through_forward: bool = False) -> Mismatch | None:
         """The first module, hook or piece of Python state that is not as planned; see `HostStateGuard.mismatch`."""
+        if self._is_rebuilt:
+            return Mismatch("module", "the model's submodules", "one was replaced, added or removed")
         if list(map(type, self.modules)) != self._kinds:
             for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
                 if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class
