@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from planner import InfeasibleBudgetError, NoScheduleFoundError, apply, plan
 from planner.kernels import observed
-from planner.results.plan_file import load, save
+from planner.results.plan import Plan
 from planner.tracer import real_layouts
 from planner.tracer.real_layouts import capture
 from tests.support.training import assert_same, trajectory
@@ -213,10 +213,10 @@ def test_a_saved_plan_is_applied_and_what_was_seen_is_not_needed(tmp_path, monke
     args = (torch.randn(model.given),)
     expected = trajectory(copy.deepcopy(model), args, {})
     made = plan(copy.deepcopy(model), 1.0, args, progress=False).plan  # measured
-    save(made, tmp_path / "plan.json")
+    made.save(tmp_path / "plan.json")
     monkeypatch.setattr(observed, "_SEEN", {})  # as in another process
     monkeypatch.setattr(observed, "_FOLLOWED", {})
-    planned = apply(load(tmp_path / "plan.json"), copy.deepcopy(model), args)
+    planned = apply(Plan.load(tmp_path / "plan.json"), copy.deepcopy(model), args)
     assert_same(expected, trajectory(planned, args, {}))
 
 
