@@ -23,7 +23,7 @@ from planner.runtime.ranks import communicates
 from planner.runtime.step import Recapture, make_step
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.joint import Joint
-from planner.tracer.lower import lower
+from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
 from planner.tracer.target_device import TargetDevice
 from planner.verification.measured import measured_within, noted
@@ -77,7 +77,7 @@ class CapturedStep:
         Raises:
             PlanFileError: it was made for another graph; names the first difference.
         """
-        graph = lower(self.joint)
+        graph = lower_like(self.joint, plan.graph)
         _check_same(plan, graph, arguments=not communicates(self.joint))
         return replace(plan, graph=renamed(plan.graph, graph))
 

@@ -103,6 +103,20 @@ class AccountingOptions:
         False, "set float32 copies of narrower trained parameters aside, and optimizer state for these", check=arguments.flag
     )
 
+    accumulate: bool = option(
+        False,
+        "gradients are accumulated over several micro-steps: count those that are there already",
+        "The first micro-step, which finds none, fits as well.",
+        arguments.flag,
+    )
+    in_flight: int = option(
+        1,
+        "forwards that have run before the first backward begins, as in a stage of a pipeline: count what each of them saves",
+        "The peak of a step is then (in_flight - 1) times what a forward saves plus the peak of one step alone. Inputs of the "
+        "other forwards are not counted: reserve them.",
+        arguments.count,
+    )
+
     @property
     def reserve_bytes(self) -> int:
         """`reserve` in bytes."""
@@ -243,6 +257,8 @@ class _SolveKeywords(TypedDict, total=False):
     reserve: int | str
     optimizer: Optimizer | None
     master_weights: bool
+    accumulate: bool
+    in_flight: int
     costs: Literal["measure", "estimate"] | None
     device: str | DeviceModel | None
     effort: float

@@ -195,7 +195,9 @@ def with_costs(step: CapturedStep, aside: Mapping[str, int] | None = None) -> Pr
     """A captured step with its costs; `aside`: bytes that are resident beside it, by what they are for."""
     profile = _profile(step)
     with noting("lowering a captured step to the solver's graph"):
-        graph = lower(step.joint, profile, reserved=aside or {})
+        options = step.options
+        accumulate = options.num_stages if options.accumulate else 0
+        graph = lower(step.joint, profile, reserved=aside or {}, accumulate=accumulate, in_flight=options.in_flight)
     held = {each.name: getattr(step, each.name) for each in fields(CapturedStep)}
     found = ProfiledStep(**held, graph=graph, provenance=_provenance(step, profile))
     num_ops, plain = len(graph.ops), units.format_bytes(found.plain_bytes)

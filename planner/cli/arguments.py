@@ -102,6 +102,7 @@ _READ: Mapping[str, Mapping[str, Any]] = {
     "costs": {"choices": ("measure", "estimate")},
     "effort": {"type": float, "metavar": "E"},
     "time_limit_s": {"type": float, "metavar": "S"},
+    "in_flight": {"type": int, "metavar": "N"},
 }
 """How options that are no flags are read, where it is not as text."""
 

@@ -15,7 +15,7 @@ from planner.graph.graph import Graph, Kind, Op, Value
 
 HELD = "(gradients of earlier micro-steps)"
 """The reserved value that stands for them."""
-KERNEL = "(stage of the backward ends)"
+STAGE_END = "(stage of the backward ends)"
 """The kernel of the ops that end stages."""
 
 
@@ -32,6 +32,8 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
     count = max(1, min(num_stages, len(order)))
     ends = sorted({order[(k + 1) * len(order) // count - 1] for k in range(count)}) if order else []
     ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
+    if ends:
+        ends[-1] = len(graph.ops) - 1  # what comes behind the last gradient belongs to its stage
     mine = dict.fromkeys(name for name in gradients if name in graph.producer)
     for i in graph.backward_ops:
         ops.append(graph.ops[i])
@@ -39,7 +41,7 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
             before = ends[ends.index(i) - 1] if ends.index(i) else -1
             returned = tuple(name for name in mine if before < graph.producer[name] <= i)
             name = f"(stage {ends.index(i)})"
-            ops.append(Op(name, (), returned, (), 0, recomputable=False, kernel=KERNEL))
+            ops.append(Op(name, (), returned, (), 0, recomputable=False, kernel=STAGE_END))
     held = Value(HELD, held_bytes, Kind.RESERVED)
     return replace(
         graph,
@@ -52,7 +54,7 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
 
 def num_stages(graph: Graph) -> int:
     """Stages that the graph of an accumulating step has; 0 for any other graph."""
-    return sum(op.kernel == KERNEL for op in graph.ops)
+    return sum(op.kernel == STAGE_END for op in graph.ops)
 
 
 def held_bytes(values: Mapping[str, Value]) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from planner.errors import PlannerError, ScheduleError
+from planner.graph.accumulation import STAGE_END
 from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
 from planner.kernels import custom
@@ -44,6 +45,8 @@ class PartitionedStep:
         exposed: saved activations that are also results and that the backward reads only to recompute. Eager does not save
             them, so the caller may write into them.
         spare: names of further inputs, from which another backward may recompute more.
+        stage_ends: where the schedule ends stages of the backward: numbers of leading nodes of `backward`; empty where it does
+            not say.
     """
 
     forward: fx.Graph
@@ -55,6 +58,7 @@ class PartitionedStep:
     roots: tuple[str, ...] = ()
     exposed: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
+    stage_ends: tuple[int, ...] = ()
 
 
 def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep:
@@ -99,6 +103,9 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep
     for given in output_gradients:
         after.take(nodes[given.node], given.node)
     for i in schedule.steps[boundary:]:
+        if graph.ops[i].kernel == STAGE_END:
+            after.end_stage()
+            continue
         after.run(nodes[graph.ops[i].name], again=i in ran)
         ran.add(i)
     after.finish([after.get(node) for node in gradients])
@@ -109,7 +116,8 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep
     mutated = {given.node for given in joint.inputs if given.mutated}
     spare = tuple(n for n in given_before if storages.root[nodes[n]] in reread and n not in {*saved_inputs, *mutated})
     handed = tuple(int(given.key) for given in output_gradients)
-    return PartitionedStep(before.out, after.out, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare)
+    graphs = before.out, after.out
+    return PartitionedStep(*graphs, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare, after.stage_ends)
 
 
 def _exposed(graph: Graph, saved: Sequence[str], results: Collection[str]) -> tuple[str, ...]:
@@ -154,6 +162,9 @@ class _Writer:
         self._views: dict[str, list[fx.Node]] = {}
         self._nodes = {node.name: node for node in joint.graph.nodes}
         self._gradients: dict[str, list[fx.Node]] = {}
+        self._ends: list[int] = []
+        self.stage_ends: tuple[int, ...] = ()
+        """The number of nodes up to the end of each stage; `finish` sets it."""
         for _, name in joint.gradients:
             self._gradients.setdefault(storages.root[self._nodes[name]], []).append(self._nodes[name])
 
@@ -209,12 +220,19 @@ class _Writer:
         if previous is not None:
             self._call(custom.swap_rng_state, (previous, self._joint.device), node)
 
+    def end_stage(self) -> None:
+        """What was written since the last stage ended is a stage of the backward."""
+        self._ends.append(len(self.out.nodes))
+
     def finish(self, results: list[fx.Node]) -> None:
         """End the graph with its results; unused getitems are removed, which would hold their tensors longer."""
+        written = list(self.out.nodes)
         self.out.output(tuple(results))
-        for node in reversed(list(self.out.nodes)):
+        for node in reversed(written):
             if node.op == "call_function" and not node.users and _is_getitem(node):
                 self.out.erase_node(node)
+        left = set(self.out.nodes)
+        self.stage_ends = tuple(sum(node in left for node in written[:end]) for end in self._ends)
         self.out.lint()
 
     def _copy(self, node: fx.Node, name: str, replaced: dict[fx.Node, fx.Node] | None = None) -> fx.Node:

@@ -32,7 +32,7 @@ class Stage:
     gradients: tuple[int, ...]
 
 
-def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) -> tuple[Stage, ...]:
+def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = (), ends: Sequence[int] = ()) -> tuple[Stage, ...]:
     """Cut after gradients, about as many in every stage; order and count of the nodes stay as they are.
 
     A gradient is returned after the last read of its parameter: an optimizer may step inside the backward.
@@ -41,12 +41,15 @@ def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = ()) 
         backward: with one output node of a tuple of gradients.
         num_stages: at most this many.
         owners: per gradient, the name of its parameter's placeholder; the backward need not have one.
+        ends: where to cut instead: numbers of leading nodes, one per stage.
     """
     gradients: Sequence[fx.Node] = results(backward)
     order = {node: i for i, node in enumerate(backward.nodes)}
     completed = sorted({order[node] for node in gradients})
     num_stages = max(1, min(num_stages, len(completed)))
     cuts = [completed[(k + 1) * len(completed) // num_stages - 1] for k in range(num_stages - 1)]
+    if ends:
+        cuts = [end - 1 for end in ends[:-1]]
     stage_of = {node: sum(position > cut for cut in cuts) for node, position in order.items()}
     for node in backward.find_nodes(op="call_function", target=operator.getitem):
         stage_of[node] = stage_of[node.args[0]]  # with its kernel: no tuple is passed between stages

@@ -34,7 +34,8 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     position = {given.node: i for i, given in enumerate(inputs)}
     owned = [position[given.node] for given, _ in joint.gradients]
-    stages = cut_stages(backward, step.num_stages, [given.node.replace(".", "_") for given, _ in joint.gradients])
+    owners = [given.node.replace(".", "_") for given, _ in joint.gradients]
+    stages = cut_stages(backward, step.num_stages, owners, partitioned.stage_ends)
     nodes = {node.name: node for node in joint.graph.nodes}
     leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Executable(

@@ -24,6 +24,7 @@ from planner.runtime.codegen import backward_compiler, make_executable
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.executable import Executable
+from planner.runtime.found_gradients import FoundGradients
 from planner.runtime.guards.call import CallGuard, MatchedCall
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
@@ -83,6 +84,7 @@ class CheckpointedModule(fx.GraphModule):
         self.__dict__.update(plan=plan, backward_graph=step.partitioned.backward, strict=strict, audits=audits)
         self.__dict__.update(alternatives=[], num_planned_calls=0, num_unplanned_calls=0)
         self.__dict__.update(_step=step, _given_executable=executable, _other_sizes=OtherSizes(), _warned=set())
+        self.__dict__["_found_gradients"] = FoundGradients(plan, type(model).__name__)
         self.__dict__.update(_refused=None, _num_runs=0, _compares_ranks=communicates(step.joint))
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
@@ -179,6 +181,7 @@ class CheckpointedModule(fx.GraphModule):
 
     def _run(self, call: MatchedCall) -> Any:
         """The planned forward, with the planned backward attached to its output."""
+        self._found_gradients.look(self._executable, call.inputs)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             results = run(self._executable, call.inputs, self._other_backwards)
         return rebuild_output(self._step.joint, self._original, results, call.tensors)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from planner._compat import pytree
 from planner._compat.fake_tensors import fake_mode, forget_real_tensors
 from planner.errors import BackwardError, PlannerError
+from planner.graph.accumulation import num_stages
 from planner.graph.graph import Graph, Kind, Op
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -231,7 +232,7 @@ def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
         BackwardError: its forward differs from the plan's.
     """
     planned = plan.graph
-    graph = lower(joint, _costs(joint, plan))
+    graph = lower(joint, _costs(joint, plan), accumulate=min(1, num_stages(planned)), in_flight=planned.in_flight)
     num_forward = planned.num_forward_ops
     ours, theirs = planned.ops[:num_forward], graph.ops[: graph.num_forward_ops]
     for one, other in zip(ours, theirs, strict=False):
@@ -244,7 +245,7 @@ def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
         planned.value[v.name] if v.name in planned.value and v.name not in outside and v.kind is not Kind.TANGENT else v
         for v in graph.values
     )
-    reserved = tuple(v for v in planned.values if v.kind is Kind.RESERVED)
+    reserved = tuple(v for v in planned.values if v.kind is Kind.RESERVED and v.name not in graph.value)
     ops = tuple(
         replace(other, cost_ns=one.cost_ns, workspace_bytes=one.workspace_bytes, recomputable=one.recomputable)
         for one, other in zip(ours, theirs, strict=True)

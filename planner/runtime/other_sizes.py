@@ -23,7 +23,7 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.step import RewrittenStep, make_step
 from planner.tracer.faults import is_fault
 from planner.tracer.host.fingerprint import tensor_key
-from planner.tracer.lower import lower
+from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
 from planner.units import format_bytes
 
@@ -90,7 +90,7 @@ def step_of_other_size(
     assert step.recapture is not None
     begun = time.monotonic()
     joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
-    graph = lower(joint)
+    graph = lower_like(joint, plan.graph)
     _check_smaller(plan.graph, graph)
     plan = replace(plan, graph=renamed(plan.graph, graph))
     made = make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx
 
+from planner.graph.accumulation import accumulating, num_stages
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.source import NOWHERE
 from planner.kernels import custom
@@ -28,15 +30,31 @@ def kernel_nodes(joint: Joint) -> list[fx.Node]:
     return [node for node in joint.graph.nodes if node in storages.writes and opaque_call_of(node, joint.opaque_calls) is None]
 
 
-def lower(joint: Joint, profile: Profile | None = None, *, reserved: Mapping[str, int] | None = None) -> Graph:
+def lower(
+    joint: Joint,
+    profile: Profile | None = None,
+    *,
+    reserved: Mapping[str, int] | None = None,
+    accumulate: int = 0,
+    in_flight: int = 1,
+) -> Graph:
     """The planner's Graph of a captured step.
 
     Args:
         joint: from `capture`.
         profile: costs by node name; without one every cost is 0 (enough to compare structures).
         reserved: bytes set aside, resident all the time, by what they are for ("optimizer state").
+        accumulate: not 0 for a step that adds to gradients that are there, with a backward of so many stages at most.
+        in_flight: forwards that have run when the first backward begins.
     """
-    return _Lowering(joint, profile).graph(reserved or {})
+    lowering = _Lowering(joint, profile)
+    graph = replace(lowering.graph(reserved or {}), in_flight=in_flight)
+    return accumulating(graph, *lowering.parameter_gradients(), accumulate) if accumulate else graph
+
+
+def lower_like(joint: Joint, planned: Graph) -> Graph:
+    """The Graph of a captured step, without costs, that counts what a plan's graph counts."""
+    return lower(joint, accumulate=num_stages(planned), in_flight=planned.in_flight)
 
 
 def backward_is_fixed(joint: Joint) -> bool:
@@ -96,6 +114,12 @@ class _Lowering:
             num_forward_ops=num_forward_ops,
             backward_is_fixed=backward_is_fixed(self.joint),
         )
+
+    def parameter_gradients(self) -> tuple[list[str], int]:
+        """The values that hold the gradients of parameters, and the bytes of these gradients."""
+        by_name = {node.name: node for node in self.nodes}
+        nodes = [by_name[name] for given, name in self.joint.gradients if given.kind is Kind.PARAM]
+        return [self.storages.root[node] for node in nodes], sum(self._bytes(node.meta["val"].nbytes) for node in nodes)
 
     def _resident(self) -> list[Value]:
         by_name = {node.name: node for node in self.nodes}

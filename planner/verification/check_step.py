@@ -17,6 +17,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.errors import InputError, PlanCheckError, PlannerError, first_line
+from planner.graph.accumulation import num_stages
 from planner.graph.source import NOWHERE, Source, source_from_json, source_to_json
 from planner.log import VERIFICATION
 from planner.profiler.child import CAN_FORK, Child
@@ -161,9 +162,13 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
     try:
         _settle(planned, own)
         wrong: list[str] = []
+        if num_stages(planned.plan.graph):  # what is measured finds the gradients of this one
+            wrong.append(_check(planned, own))
         above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
         if not wrong[0] and resident_bytes(planned) + above > planned.plan.budget_bytes:
-            _clear(planned, own)  # what a first call allocates for good is not part of a step
+            if not num_stages(planned.plan.graph):
+                _clear(planned, own)
+            # what a first call allocates for good is not part of a step
             above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
         if any(wrong):
             yield {"wrong": next(filter(None, wrong)), "where": [], "last": True}

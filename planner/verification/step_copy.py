@@ -12,6 +12,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.errors import InputError, first_line
+from planner.graph.accumulation import num_stages
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.runtime.audit import run_original
@@ -99,8 +100,12 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
 
 
 def resident_bytes(planned: CheckpointedModule) -> int:
-    """Bytes in use before the step: parameters, buffers, inputs, and reserved bytes."""
-    return planned.plan.graph.resident_bytes
+    """Bytes in use before the step: parameters, buffers, inputs, reserved bytes, and what other forwards in flight saved."""
+    graph = planned.plan.graph
+    if graph.in_flight == 1:
+        return graph.resident_bytes
+    saved = sum(graph.value[name].nbytes for name in planned.plan.timeline.saved)
+    return graph.resident_bytes + (graph.in_flight - 1) * saved
 
 
 class StepCopy:
@@ -161,13 +166,20 @@ class StepCopy:
     def peak(self) -> int:
         """Measured peak of a step in bytes, resident bytes included. A step has to run before: what a first call allocates
         for good is not part of a step."""
-        self.prepare()
+        self._prepare_to_measure()
         above = logical_peak(self.step, self._device)
         if self._device.type == "cuda":  # the peak depends on cached blocks: measure again without any
-            self.prepare()
+            self._prepare_to_measure()
             torch.cuda.empty_cache()
             above = max(above, logical_peak(self.step, self._device))
         return resident_bytes(self._planned) + above
+
+    def _prepare_to_measure(self) -> None:
+        """`prepare`; where the plan counts gradients of earlier micro-steps, the parameters have some."""
+        self.prepare()
+        if num_stages(self._planned.plan.graph):
+            for parameter in self.module.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
 def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:

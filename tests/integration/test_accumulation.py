@@ -1,0 +1,140 @@
+"""Accumulating gradients, and several forwards in flight: exact, and peaks as predicted, to the byte."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from planner import Plan, apply, plan, sweep, verify
+from planner.graph.graph import Kind
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.profiler.memory import logical_peak
+
+CPU = torch.device("cpu")
+QUICK = {"progress": False}
+
+
+def wide():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(6)]
+    return nn.Sequential(*blocks, nn.Linear(256, 1)), torch.randn(32, 256)
+
+
+def deep():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(8)]
+    return nn.Sequential(*blocks, nn.Linear(64, 1)), torch.randn(512, 64)
+
+
+MODELS = {"wide": wide, "deep": deep}
+
+
+def backward(module, x):
+    out = module(x)
+    out.backward(torch.ones_like(out))
+
+
+def resident(made):
+    return made.graph.resident_bytes
+
+
+def peak_above(module, x):
+    return logical_peak(lambda: backward(module, x), CPU)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 8, 64])
+@pytest.mark.parametrize(("name", "share"), [("wide", 1.0), ("deep", 1.0), ("deep", 0.7)])
+def test_both_micro_steps_fit_and_the_second_peaks_as_predicted(name, share, num_stages):
+    model, x = MODELS[name]()
+    planned = plan(model, share, (x,), accumulate=True, num_stages=num_stages, check=False, **QUICK)
+    made = planned.plan
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    backward(planned, x)  # what a first call allocates for good
+    planned.zero_grad(set_to_none=True)
+    first = resident(made) - held + peak_above(planned, x)
+    second = resident(made) + peak_above(planned, x)
+    assert second == made.peak_bytes
+    assert first <= second <= made.budget_bytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_accumulated_gradients_are_eagers(name):
+    model, x = MODELS[name]()
+    twin = copy.deepcopy(model)
+    planned = plan(model, {"wide": 1.0, "deep": 0.7}[name], (x,), accumulate=True, **QUICK)
+    for _ in range(3):
+        backward(planned, x)
+        backward(twin, x)
+    expected = dict(twin.named_parameters())
+    assert all(torch.equal(parameter.grad, expected[n].grad) for n, parameter in planned.named_parameters())
+    assert planned.num_planned_calls == 3
+    assert planned.plan.measured_bytes == planned.plan.peak_bytes
+    report = verify(planned, (x,), rounds=1)
+    assert report.exact and report.measured_peak_bytes == planned.plan.peak_bytes
+
+
+def test_a_plan_that_does_not_count_them_says_so_once():
+    model, x = wide()
+    planned = plan(model, 1.0, (x,), **QUICK)
+    backward(planned, x)
+    with pytest.warns(UserWarning, match=r"accumulate=True\): this step finds .* of gradients"):
+        backward(planned, x)
+    backward(planned, x)  # warnings are errors
+
+
+def test_gradients_that_fit_the_budget_are_no_matter():
+    model, x = wide()
+    least = plan(model, 1.0, (x,), **QUICK).plan.peak_bytes
+    planned = plan(model, least + sum(p.nbytes for p in model.parameters()), (x,), **QUICK)
+    for _ in range(2):
+        backward(planned, x)
+
+
+def test_a_plan_of_an_accumulating_step_is_saved_and_applied(tmp_path):
+    model, x = deep()
+    made = plan(model, 0.85, (x,), accumulate=True, num_stages=4, **QUICK).plan
+    made.save(tmp_path / "plan.json")
+    again = apply(Plan.load(tmp_path / "plan.json"), model, (x,), progress=False)
+    assert again.plan == made and again.plan.measured_bytes == made.peak_bytes
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_forwards_in_flight_peak_as_predicted(count, share):
+    model, x = deep()
+    planned = plan(model, share, (x,), in_flight=count, effort=4.0, **QUICK)
+    made = planned.plan
+
+    def step():
+        outs = [planned(x) for _ in range(count)]
+        while outs:
+            out = outs.pop(0)
+            out.backward(torch.ones_like(out))
+            del out
+
+    def one_by_one():
+        planned.zero_grad(set_to_none=True)
+        outs = [planned(x) for _ in range(count)]
+        first = outs.pop(0)
+        first.backward(torch.ones_like(first))
+        return outs
+
+    step()
+    planned.zero_grad(set_to_none=True)
+    measured = resident(made) + logical_peak(one_by_one, CPU)
+    assert measured == made.peak_bytes <= made.budget_bytes
+    plain = simulate(made.graph, keep_all(made.graph)).peak_bytes
+    assert made.plain.peak_bytes == plain and (share == 1.0 or made.peak_bytes < plain)
+
+
+def test_sweeps_count_what_is_in_flight_and_accumulated():
+    model, x = deep()
+    alone = sweep(model, args=(x,), points=3, effort=2.0, **QUICK)
+    several = sweep(model, args=(x,), points=3, effort=2.0, in_flight=3, accumulate=True, **QUICK)
+    assert several.plain.peak_bytes > 2 * alone.plain.peak_bytes
+    assert any(value.kind is Kind.RESERVED for value in several.graph.values)
+    assert all(point.peak_bytes <= point.budget_bytes for point in several.points)
