@@ -41,13 +41,26 @@ FOLLOWS_OBSERVED: ContextVar[bool] = ContextVar("fake tensors follow what was ob
 FOREIGN_CALLS: ContextVar[set[Any] | None] = ContextVar("operators from outside of torch that were traced", default=None)
 
 
+_OF_LIKE_STORAGE = frozenset(
+    {
+        torch.ops.aten.copy.default,
+        torch.ops.aten.slice_scatter.default,
+        torch.ops.aten.select_scatter.default,
+        torch.ops.aten.diagonal_scatter.default,
+        torch.ops.aten.as_strided_scatter.default,
+    }
+)
+"""Kernels whose result has a storage as large as their argument's, at its offset. The cache of fake tensors, which does not see
+storages, returns a smaller one the second time, so that a second capture would differ from the first."""
+
+
 def fake_mode() -> FakeTensorMode:
     """While entered, tensors are made without data; real ones, as a model's own constants, are let in.
 
     Fake tensors look as the real ones do, where a kernel was seen to return other strides than its fake (profiler/observed.py).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    own = mode.dispatch
+    own, caches = mode.dispatch, mode.cache_enabled
 
     def empty(look: observed.TensorLayout, device: torch.device) -> torch.Tensor:
         with mode:
@@ -59,7 +72,11 @@ def fake_mode() -> FakeTensorMode:
         kept = FOREIGN_CALLS.get()
         if kept is not None and observed.is_foreign(func):
             kept.add(func)
-        out = own(func, types, args, kwargs or {})
+        mode.cache_enabled = caches and func not in _OF_LIKE_STORAGE
+        try:
+            out = own(func, types, args, kwargs or {})
+        finally:
+            mode.cache_enabled = caches
         if func is torch.ops.aten.bernoulli.p:  # the real kernel draws into an empty_like; the fake one is contiguous
             with mode:
                 return torch.empty_like(args[0])

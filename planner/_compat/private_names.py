@@ -72,6 +72,12 @@ def _converter() -> Any:
     return FakeTensorMode().fake_tensor_converter
 
 
+def _fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of every module that hold its hooks by number."""
 MODULE_STATE = ("_parameters", "_buffers", "_modules")
@@ -84,6 +90,7 @@ IMPORTED = (
         (
             "DispatchKey",
             "_current_graph_task_id",
+            "_disabled_torch_function_impl",
             "_dispatch_get_all_op_names",
             "_get_mkldnn_enabled",
             "_get_sdp_priority_order",
@@ -91,7 +98,7 @@ IMPORTED = (
             "_len_torch_function_stack",
         ),
     ),
-    Names("torch._C._autograd", ("_get_current_graph_task_keep_graph",)),
+    Names("torch._C._autograd", ("_get_current_graph_task_keep_graph", "_top_saved_tensors_default_hooks")),
     Names("torch._C._functorch", ("maybe_current_level",)),
     Names("torch._functorch.config", ("backward_pass_autocast", "patch")),
     Names("torch._functorch.aot_autograd", ("JointWithDescriptors", "aot_export_joint_with_descriptors")),
@@ -119,6 +126,7 @@ IMPORTED = (
     ),
     Names("torch._subclasses.functional_tensor", ("FunctionalTensor",)),
     Names("torch.autograd.forward_ad", ("_current_level",)),
+    Names("torch.fx.experimental.proxy_tensor", ("get_proxy_mode",)),
     Names("torch.fx.graph", ("_BoxedCodeGen",)),
     Names("torch.fx.node", ("_side_effectful_functions",)),
     Names("torch.nn.modules.module", tuple(f"_global{kind}" for kind in MODULE_HOOKS)),
@@ -144,8 +152,11 @@ IMPORTED = (
 """Names that are imported."""
 
 ATTRIBUTES = (
-    Names("torch.Tensor", ("_backward_hooks", "_base", "_is_view", "_version"), lambda: torch.zeros(1)),
+    Names(
+        "torch.Tensor", ("_backward_hooks", "_base", "_is_view", "_make_wrapper_subclass", "_version"), lambda: torch.zeros(1)
+    ),
     Names("torch.UntypedStorage", ("_cdata",), lambda: torch.zeros(1).untyped_storage()),
+    Names("torch._subclasses.fake_tensor.FakeTensorMode", ("cache_enabled", "dispatch"), _fake_mode),
     Names("torch.autograd.Function", ("maybe_clear_saved_tensors",)),
     Names("torch.nn.Module", (*MODULE_STATE, *MODULE_HOOKS, "_non_persistent_buffers_set"), nn.Module),
     Names("torch.fx.GraphModule", ("_graph",), lambda: fx.GraphModule({}, fx.Graph())),

@@ -158,7 +158,9 @@ def _capture(
     warn_left_out(model, traced.forward.outputs)
     joint = _normalized(model, traced, recording, call, device)
     _check_weights(model, joint)
-    return replace(joint, weights=weights, modules=keys, absent_device="" if target is None else target.name)
+    return replace(
+        joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
+    )
 
 
 def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device) -> Joint:

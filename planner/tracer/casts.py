@@ -30,13 +30,16 @@ class AutocastCasts(TorchFunctionMode):
 
     Args:
         are_cached: autocast's cache is enabled where the model is called. Tracing itself disables it.
+
+    Attributes:
+        num_clears: how often autocast's cache was cleared so far.
     """
 
     def __init__(self, are_cached: bool) -> None:
         super().__init__()
         self._are_cached = are_cached
         self._converting = 0
-        self._num_clears = 0
+        self.num_clears = 0
         self._without_grad: set[tuple[int, int]] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,7 +58,7 @@ class AutocastCasts(TorchFunctionMode):
         clear, enabled, enable = (getattr(torch, name) for name in names)
 
         def counted() -> None:
-            self._num_clears += 1
+            self.num_clears += 1
             clear()
 
         def followed(now: bool) -> None:
@@ -80,7 +83,7 @@ class AutocastCasts(TorchFunctionMode):
             return None
         if args[0].dtype is not torch.float32 or not self._are_cached:
             return None
-        key = (id(args[0]), self._num_clears)
+        key = (id(args[0]), self.num_clears)
         if not torch.is_grad_enabled():
             self._without_grad.add(key)
         elif key in self._without_grad and args[0].requires_grad:
@@ -88,7 +91,7 @@ class AutocastCasts(TorchFunctionMode):
                 "a weight is used under autocast first without gradient (torch.no_grad), then with it, in one context: eager "
                 "reuses the first cast and loses the gradient. Use autocast(..., cache_enabled=False), or two contexts"
             )
-        return self._num_clears
+        return self.num_clears
 
 
 def is_cast(weight: fx.Node, calls: Mapping[str, OpaqueCall]) -> bool:

@@ -99,6 +99,7 @@ class Joint:
         absent_device: name of the device whose kernels these are, where it is not here; "" where they are this machine's.
         recorded: (kernel, value) of every host read, to capture the call again without running it; None if no forward was run.
         refused: the first error of captures that failed, after which submodules became opaque; "" where none failed.
+        repeats: kind of equal blocks that were captured once -> names of these submodules (planner/tracer/units).
     """
 
     graph: fx.Graph
@@ -123,3 +124,4 @@ class Joint:
     absent_device: str = ""
     recorded: tuple[RecordedRead, ...] | None = None
     refused: str = ""
+    repeats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

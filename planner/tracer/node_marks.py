@@ -6,6 +6,8 @@ known where a backward kernel comes from. The marks are removed from the nodes a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -23,6 +25,22 @@ def marks(source: Source, cast_context: int | None) -> dict[str, Any]:
         cast_context: for a cast by autocast, the number of the context in which eager would cache it.
     """
     return {_SOURCE: source} if cast_context is None else {_SOURCE: source, _CAST: cast_context}
+
+
+def marks_of_copy(custom: Mapping[str, Any], module: str, copied_for: str, later_context: int) -> dict[str, Any]:
+    """What a copy of a node has in `meta["custom"]`.
+
+    Args:
+        module, copied_for: the submodule whose node it is, and the one that it is copied for.
+        later_context: number of the context of the copy's casts, beyond that of the node's.
+    """
+    found = dict(custom)
+    source = found.get(_SOURCE)
+    if source is not None and f"{source.module}.".startswith(f"{module}."):
+        found[_SOURCE] = replace(source, module=copied_for + source.module[len(module) :])
+    if _CAST in found:
+        found[_CAST] += later_context
+    return found
 
 
 def take_marks(graph: fx.Graph) -> tuple[dict[fx.Node, Source], dict[fx.Node, int]]:

@@ -29,6 +29,8 @@ from planner.tracer.replay import Replay
 from planner.tracer.results import Results, add_left, add_outputs, reassigned_buffers
 from planner.tracer.target_device import TargetDevice
 from planner.tracer.trace_mode import TracedRead, TraceMode
+from planner.tracer.units import once
+from planner.tracer.units.trace import Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,13 @@ class Trace:
         exported: the joint graph as torch made it.
         names: the model's parameter and buffer names by the names in `exported`.
         forward: what the traced forward found.
+        repeats: kind of equal blocks that were traced once -> their names.
     """
 
     exported: ExportedJoint
     names: Mapping[str, str]
     forward: TracedForward
+    repeats: Mapping[str, tuple[str, ...]]
 
 
 def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
@@ -102,16 +106,22 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
         CaptureError: the model cannot be traced.
         Exception: whatever the model or torch raises; `options.modules.last_kernel` says where.
     """
+    apart = {call.module for call in options.recording.calls.values()}
+    (module, exported), repeats = once.trace(options.model, apart, lambda units: _trace(options, tensors, units))
+    assert module.found is not None
+    return Trace(exported, module.names, module.found, repeats)
+
+
+def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units) -> tuple[_TracedModule, ExportedJoint]:
     recording, target = options.recording, options.target
-    module = _TracedModule(options)
+    module = _TracedModule(options, units)
     given = [*tensors, *_state_inputs(options)]
-    with opaque_traced.known(recording.calls), kernels_replaced(raising.substitutes()):
+    with opaque_traced.known(recording.calls), units.known(), kernels_replaced(raising.substitutes()):
         if target is None:
             exported = export_joint(module, fake_inputs(given))
-        else:
-            exported = target.corrected(export_joint(module, module.hold_fakes(given), target.choices))
-    assert module.found is not None
-    return Trace(exported, module.names, module.found)
+            return module, units.spliced(exported, module.names)
+        exported = export_joint(module, module.hold_fakes(given), target.choices)
+        return module, target.corrected(units.spliced(exported, module.names))
 
 
 def _state_inputs(options: TraceOptions) -> list[torch.Tensor]:
@@ -128,8 +138,9 @@ class _TracedModule(nn.Module):
         found: by the last forward; torch runs more than one.
     """
 
-    def __init__(self, options: TraceOptions) -> None:
+    def __init__(self, options: TraceOptions, units: Units) -> None:
         super().__init__()
+        self._units = units
         self._options = options  # a dataclass hides the model, which is no submodule: its parameters are not listed twice
         self.names: dict[str, str] = {}
         self.found: TracedForward | None = None
@@ -154,16 +165,17 @@ class _TracedModule(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Results, then tensors that Python read."""
         weights = {name: getattr(self, here) for here, name in self.names.items()}
-        self.found, returned = _traced_forward(self._options, tensors, weights)
+        self.found, returned = _traced_forward(self._options, self._units, tensors, weights)
         return returned
 
 
 def _traced_forward(
-    options: TraceOptions, tensors: Sequence[torch.Tensor], given: Mapping[str, torch.Tensor]
+    options: TraceOptions, units: Units, tensors: Sequence[torch.Tensor], given: Mapping[str, torch.Tensor]
 ) -> tuple[TracedForward, tuple[torch.Tensor, ...]]:
     """Run the model's forward on traced tensors.
 
     Args:
+        units: its equal blocks.
         tensors: the call's, then those of Python state.
         given: the model's parameters and buffers by name.
     """
@@ -178,6 +190,7 @@ def _traced_forward(
         kept,
         contents_preserved(recording.written),  # a trace writes for real into tensors that it does not know of
         opaque_traced.tracing(model, recording.calls),
+        units.tracing(lambda: casts.num_clears),
         modules.following(),
         casts.counting(),
         mode,

@@ -143,7 +143,9 @@ class Observer:
         outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
         given = {id(tensor) for tensor in inputs}
         after = self._inside(self._snapshot)
-        changes = find_changes(self._model, snapshots[-2], after, outside, known, given, self._is_only_written)
+        touched = self.reads.reads()
+        only_written = lambda path: self._is_only_written(path, touched)
+        changes = find_changes(self._model, snapshots[-2], after, outside, known, given, only_written)
         state = self._state(snapshots[-2], outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
@@ -290,11 +292,11 @@ class Observer:
                 )
         return tuple(found.values())
 
-    def _is_only_written(self, path: Path) -> bool:
+    def _is_only_written(self, path: Path, touched: Reads) -> bool:
         if path.steps or path.scope is not None:
             return False
         kind = type(self._model.get_submodule(path.module))
-        reads = self.reads.reads().attributes.get(kind, frozenset())
+        reads = touched.attributes.get(kind, frozenset())
         return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
 
     def _key(self, reads: Reads, changes: Changes, left: Sequence[Path]) -> HostKey:

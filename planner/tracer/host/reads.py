@@ -31,6 +31,8 @@ _CONTROL = frozenset(
 """Methods of torch.Generator that control it, instead of drawing from it."""
 
 
+_NEITHER = frozenset({types.ModuleType, types.NoneType, type, dict, list, tuple, set, str})
+"""Classes whose built-in methods neither hand a tensor to numpy nor draw random numbers."""
 _SMALL = 64
 """Items of a container that is looked through at every read."""
 
@@ -63,7 +65,7 @@ class ReadRecorder:
         self._first: dict[tuple[int, str], str] = {}
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
-        self._known: set[types.CodeType] = set()
+        self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash anew each time
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
@@ -177,17 +179,20 @@ class ReadRecorder:
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             code = frame.f_code
-            if code in self._known or (self.paused and code in self._opaque_codes):
+            if id(code) in self._known or (self.paused and code in self._opaque_codes):
                 return
-            if not self.paused:
-                self._known.add(code)
-            if not is_library_code(code):
+            is_library = is_library_code(code)
+            if is_library or not self.paused:
+                self._known[id(code)] = code
+            if not is_library:
                 (self._opaque_codes if self.paused else self._codes)[code] = (frame.f_globals, self._where())
                 is_opaque = self.paused
                 with self._not_noting():
                     self._see_variables(code, frame, is_opaque)
         elif event == "c_call":
             owner = getattr(arg, "__self__", None)
+            if type(owner) in _NEITHER:
+                return
             if isinstance(owner, torch.Tensor) and arg.__name__ == "numpy":
                 self._share(owner)
             elif owner is not None and not self.paused and is_generator(owner):
