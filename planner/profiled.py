@@ -271,6 +271,7 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         num_kernels=profile.num_kernels,
         num_estimated=profile.num_estimated,
         opaque=tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values())),
+        repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
     )

@@ -20,6 +20,7 @@ class Provenance:
         model: the `DeviceModel` that all costs were estimated with; "" where they were measured.
         num_kernels, num_estimated: distinct kernels of a measured step, and how many of them could not be run.
         opaque: submodules that run as they are, by qualified name.
+        repeats: (class, number) of equal blocks that were captured once.
         torch: its version.
         date: year-month-day.
     """
@@ -31,6 +32,7 @@ class Provenance:
     num_kernels: int = 0
     num_estimated: int = 0
     opaque: tuple[str, ...] = ()
+    repeats: tuple[tuple[str, int], ...] = ()
     torch: str = ""
     date: str = ""
 
@@ -50,6 +52,7 @@ class Provenance:
             how,
             f"torch {self.torch}" if self.torch else "",
             f"as they are: {', '.join(self.opaque)}" if self.opaque else "",
+            *(f"{count} {kind} captured once" for kind, count in self.repeats),
             self.date,
         ]
         return "; ".join(part for part in parts if part)

@@ -244,9 +244,18 @@ def read_provenance(value: Any) -> Provenance | None:
         num_kernels=kernels,
         num_estimated=integer(fields["num_estimated"], "num_estimated", 0, kernels),
         opaque=strings(fields["opaque"], "opaque"),
+        repeats=tuple(map(_repeat, rows(fields.get("repeats", []), "repeats"))),
         torch=string(fields["torch"], "torch"),
         date=string(fields["date"], "date"),
     )
+
+
+def _repeat(row: Any) -> tuple[str, int]:
+    fields = rows(row, "a repeat")
+    if len(fields) != 2:
+        raise ValueError(f"a repeat has {len(fields)} fields, not 2")
+    kind, count = fields
+    return string(kind, "a repeated block"), integer(count, "its number", 0, _MOST_KERNELS)
 
 
 def read_document(text: str, where: str) -> dict[str, Any]:

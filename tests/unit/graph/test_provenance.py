@@ -36,6 +36,10 @@ def a_plan(limit: str = "", provenance: Provenance | None = None) -> Plan:
             "cpu, 4 threads; costs measured, 2 of 51 kernels estimated; as they are: body, head.1",
         ),
         (ABSENT, "H100-80GB (not here); costs estimated for H100-80GB"),
+        (
+            replace(MEASURED, repeats=(("Block", 12), ("Layer", 2)), torch="", date=""),
+            "cpu, 4 threads; costs measured; 12 Block captured once; 2 Layer captured once",
+        ),
     ],
 )
 def test_it_prints_as_a_line(provenance: Provenance, text: str) -> None:

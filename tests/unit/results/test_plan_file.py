@@ -30,7 +30,15 @@ def a_plan() -> Plan:
 
 
 PROVENANCES = (
-    Provenance("measured", "cpu, 4 threads", num_kernels=51, num_estimated=2, torch="2.13.0", date="2026-11-25"),
+    Provenance(
+        "measured",
+        "cpu, 4 threads",
+        num_kernels=51,
+        num_estimated=2,
+        repeats=(("Block", 12),),
+        torch="2.13.0",
+        date="2026-11-25",
+    ),
     Provenance("estimated", "H100-80GB", is_here=False, model="H100-80GB", opaque=("body", "head.1"), torch="2.13.0"),
 )
 

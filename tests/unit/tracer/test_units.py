@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from examples import gpt2, llama, vit
-from planner import plan
+from planner import Plan, plan
 from planner.tracer.capture import capture
 from planner.tracer.target_device import TargetDevice
 from tests.support import unit_traps_tensors  # noqa: F401  # adds its traps
 from tests.support.joints import difference, units_off
+from tests.support.text import unwrapped
 from tests.support.unit_traps import TRAPS, plain_blocks
 from tests.support.zoo.check import build
 
@@ -181,3 +182,12 @@ def test_a_second_capture_of_the_zoo_is_the_first(name: str) -> None:
     model, args, kwargs = build(name)
     with units_off():
         assert difference(capture(model, args, kwargs), capture(model, args, kwargs)) == ""
+
+
+def test_a_plan_says_what_was_captured_once(tmp_path):
+    model, args, kwargs = gpt2.build(layers=4, width=32, heads=2, length=16, batch=2, vocabulary=32)
+    made = plan(model, 1.0, args, kwargs, costs="estimate", check=False, progress=False).plan
+    assert made.provenance.repeats == (("GPT2Block", 4),)
+    assert "4 GPT2Block captured once" in unwrapped(str(made))
+    made.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == made
