@@ -91,7 +91,7 @@ def apply(
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: the step needs more than the plan's budget here.
-        PlanCheckError: the planned step fails. This is a fault of the planner.
+        PlanCheckError: the planned step fails, or gives other bits. This is a fault of the planner.
     """
     checked = read_options(options, ApplyKeywords, "apply")
     arguments.check_plan(plan, Plan)

@@ -129,7 +129,7 @@ class CostOptions:
 
     costs: Literal["measure", "estimate"] | None = option(
         None,
-        "'measure' runs every distinct kernel once on this device (cached on disk); 'estimate' computes times",
+        "'measure' times every distinct kernel on this device (cached on disk); 'estimate' computes times",
         "Default: measure, or estimate for a `device` that is not here.",
         _costs,
     )

@@ -16,10 +16,11 @@ from planner.errors import PlanMissError
 from planner.runtime.guards.mismatch import Mismatch
 
 _TWICE = (
-    "enter torch.autocast anew for each call, or plan and train with torch.autocast(..., cache_enabled=False): a weight is "
+    "enter torch.autocast for each call alone, or plan and train with torch.autocast(..., cache_enabled=False): a weight is "
     "used by a planned call and by another call within one torch.autocast region. In eager the calls share its cast and sum "
     "their gradients in {} before these are cast back; planned calls do not"
 )
+_CAST_BEFORE = "a weight was already cast in this autocast region by an unplanned call"
 
 
 class _Region:
@@ -36,7 +37,7 @@ class _Region:
         self.unplanned: set[int] = set()
 
     def begin(self) -> None:
-        """Forget the weights if this is a new region: then the probe, a tensor without elements, is cast anew."""
+        """Forget the weights if this is a new region: then the probe, a tensor without elements, is cast again."""
         with torch.enable_grad():
             product = torch.mm(self._probe, self._probe)
         node: Any = product.grad_fn
@@ -68,7 +69,7 @@ def enter_planned(weights: Collection[torch.Tensor], device: torch.device) -> Mi
     if cast & region.planned:
         raise PlanMissError(_twice(device))
     if cast & region.unplanned:
-        return Mismatch("mode", "the autocast region", "its weights were cast in it before", "one call")
+        return Mismatch("mode", "the autocast region", text=_CAST_BEFORE)
     region.planned |= cast
     return None
 

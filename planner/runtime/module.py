@@ -176,7 +176,7 @@ class CheckpointedModule(fx.GraphModule):
         what = f"the planned forward gave another {names} than the model's own, at planned call {self._num_runs}"
         if self.strict:
             raise PlanAuditError(f"{type(model).__name__}: {what}. Train unplanned, and please report the model")
-        self.__dict__["_refused"] = Mismatch("audit", f"the audit: {what}; please report it with the model")
+        self.__dict__["_refused"] = Mismatch("audit", "the audit", text=f"the audit: {what}; please report it with the model")
         return self._refused  # type: ignore[no-any-return]
 
     def _run(self, call: MatchedCall) -> Any:

@@ -25,24 +25,25 @@ def report_mismatch(model: nn.Module, mismatch: Mismatch, warned: set[str], stri
     """
     if not (model.training and torch.is_grad_enabled()):
         return
-    which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
+    name, text = type(model).__name__, f"{mismatch}{_cure(mismatch)}"
+    if num_plans > 1:
+        text = f"none of its {num_plans} plans is for this call: {text}"
     if strict:
         if mismatch.kind == "audit":
-            raise PlanAuditError(f"{type(model).__name__}: {mismatch}. Train unplanned")
-        raise PlanMissError(
-            f"{type(model).__name__}: not {which}, {mismatch} differs. Plan for this call too, or let it run unplanned"
-        )
+            raise PlanAuditError(f"{name}: {mismatch}. Train unplanned")
+        raise PlanMissError(f"{name} would run unplanned, and strict=True: {text}")
     reason = str(mismatch) if mismatch.kind == "input" else mismatch.where
     if reason not in warned:
         warned.add(reason)
-        differs = str(mismatch) if mismatch.kind == "audit" else f"not {which}, {mismatch} differs{_cure(mismatch)}"
-        warn(f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning)
+        warn(f"{name} runs unplanned: {text}", PlanMissWarning)
 
 
 def _cure(mismatch: Mismatch) -> str:
-    """How to have both calls planned; "" where it depends."""
+    """What to do, as a further sentence; "" where it depends."""
+    if mismatch.cure:
+        return f". {mismatch.cure}"
     if mismatch.kind in ("input", "argument"):
-        return " (plan both: plan(..., also=[(args, kwargs)]))"
+        return ". To plan both: plan(..., also=[(args, kwargs)])"
     if mismatch.kind == "host" and mismatch.is_absent:
-        return " (the first call fills it; run the model once before planning to plan that call, too)"
+        return ". The first call fills it: run the model once before planning"
     return ""

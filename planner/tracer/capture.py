@@ -71,10 +71,7 @@ def capture(
         return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, replay)
     opaque, first = opaque_from_start(model, opaque), None
     if target is not None and opaque:
-        raise CaptureError(
-            f"{', '.join(opaque)} cannot be captured and would run as it is, and what that takes is measured on the device: "
-            f"plan where {target.name} is"
-        )
+        raise CaptureError(f"plan on {target.name}: opaque modules ({', '.join(opaque)}) must be measured there")
     while True:
         try:
             joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target)

@@ -127,8 +127,8 @@ def _planned_copy(planned: CheckpointedModule, call: CallArguments) -> tuple[Ste
         mismatch = step_copy.mismatch()
     if mismatch is not None:
         raise InputError(
-            f"verify compares on copies, and a deep copy of this model does not run planned: {mismatch} differs. "
-            "Compare a few steps of the model itself with steps of a model built anew"
+            f"verify compares on copies, and a deep copy of this model does not run planned: {mismatch}. "
+            "Compare a few steps of the model itself with steps of another one that is built alike"
         )
     return step_copy, is_settled
 
@@ -154,7 +154,7 @@ def _compare(plain: StepCopy, ours: StepCopy) -> _Compared:
         before, mismatch = ours.module.num_planned_calls, ours.mismatch()
         found, states[1] = _result(ours, states[1])
         if ours.module.num_planned_calls == before:
-            unplanned.append(f"step {number}, because {mismatch or 'something'} differs from the call planned for")
+            unplanned.append(f"step {number}, because {mismatch or 'the call is not the planned one'}")
         leaves = dict.fromkeys([*expected, *found])
         wrong = [leaf for leaf in leaves if leaf not in expected or leaf not in found or not same(expected[leaf], found[leaf])]
         differences += [f"{leaf}{suffix}" for leaf in wrong]

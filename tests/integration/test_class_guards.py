@@ -363,7 +363,7 @@ def test_an_object_that_answers_to_every_name_is_compared_by_what_it_holds(how):
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
     model.more[0].value = twin.more[0].value = 5.0
-    assert "5.0, planned for 3.0" in str(planned.mismatch((x,), {}))
+    assert "is 5.0, planned for 3.0" in str(planned.mismatch((x,), {}))
     with pytest.warns(PlanMissWarning, match=r"more\[0\]\.value"):
         assert torch.equal(planned(x), twin(x))
 

@@ -56,7 +56,7 @@ def test_larger_calls_run_unplanned_and_say_so(made):
     with pytest.warns(PlanMissWarning, match=r"shape"):
         module(**kwargs).loss.backward()
     module.strict = True
-    with pytest.raises(PlanMissError, match=r"input \d is \[8, 24\], the plan holds up to \[4, 24\]"):
+    with pytest.raises(PlanMissError, match=r"input \d is \[8, 24\]; this dynamic plan covers up to \[4, 24\]"):
         module(**kwargs)
 
 
