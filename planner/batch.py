@@ -18,7 +18,7 @@ from planner.log import PLANNER
 from planner.options import MaxBatchKeywords, PlanOptions, read_options, with_options
 from planner.profiled import ProfiledStep, budget_bytes, profiled
 from planner.report.progress import stage
-from planner.results.max_batch import MaxBatch, Measured, Tried
+from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
 from planner.results.plan import Plan
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import calls_users_code, concerns_model
@@ -137,12 +137,12 @@ class _Batches:
             except (InfeasibleBudgetError, NoScheduleFoundError):
                 return False
 
-    def measure(self, tried: Tried, rounds: int) -> Measured:
+    def measure(self, tried: Tried, rounds: int) -> MeasuredBatch:
         """Run a batch's planned step, even where its peak turns out to be above the budget."""
         assert tried.plan is not None
         step = captured(self.model, *self._call(tried.batch), self.options)
         planned = step.rewritten(step.recognized(tried.plan))
-        return Measured(*time_step(planned, step.args, step.kwargs, rounds=rounds))
+        return MeasuredBatch(*time_step(planned, step.args, step.kwargs, rounds=rounds))
 
     def _extrapolated(self, batch: int) -> ProfiledStep | None:
         # sizes of 1 broadcast: the step of one sample may be a special case

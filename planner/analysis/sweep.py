@@ -69,7 +69,7 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredPoint:
     """A plain and a planned step that were run.
 
     Attributes:
@@ -107,7 +107,7 @@ class SweptGraph:
     floor_op: str
     solve_s: float
     provenance: Provenance | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[MeasuredPoint, ...] = ()
 
     @property
     def plain(self) -> Timeline:
@@ -185,8 +185,9 @@ def sweep_graph(
 
 def _floor(graph: Graph, solver: Solver) -> tuple[int, str]:
     """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it."""
-    least, i, judged = min(((*floor(judged), judged) for judged in (graph, solver.graph)), key=lambda entry: entry[0])
+    floors = ((*floor(each), each) for each in (graph, solver.graph))
+    least, i, lower = min(floors, key=lambda entry: entry[0])
     if i < 0:
         return least, ""
-    op = judged.ops[i]
+    op = lower.ops[i]
     return least, f"{op.name} ({op.source})" if op.source else op.name

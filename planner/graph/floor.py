@@ -35,7 +35,8 @@ def least_bytes(graph: Graph) -> NDArray[np.int64]:
     """Per op, the bytes that are live while it runs for the first time, in every schedule.
 
     These are: everything resident (in the backward, gradients of outputs too), outputs written so far and those of other
-    forwards in flight, what it reads and writes, its workspace, and what was written by an op that cannot run again and is read later.
+    forwards in flight, what it reads and writes, its workspace, and what was written by an op that cannot run again and is
+    read later.
     """
     need = np.full(len(graph.ops), graph.resident_bytes, dtype=np.int64)
     need += (graph.in_flight - 1) * sum(graph.value[name].nbytes for name in set(graph.forward_outputs) - set(graph.inputs))

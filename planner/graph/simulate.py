@@ -1,4 +1,4 @@
-"""The only judge of a schedule: live bytes at every step, what is freed when, the peak and the time."""
+"""The only function that computes a schedule's peak and time: live bytes at every step, and what is freed when."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def simulate(graph: Graph, schedule: Schedule, simulator: Simulator | None = Non
     Every read uses the latest instance of a value; an instance dies after its last read; the first
     instance of an output, and everything resident, never dies. Tangents come to life with the
     backward. A step holds what is live, what it writes and its workspace, and, of n forwards in flight, what the n - 1 others
-    saved. `simulator`: the graph's, where it is at hand.
+    saved. `simulator`: the graph's, if it was made before.
 
     Raises:
         ScheduleError: the schedule is not a valid way to run the graph.

@@ -10,14 +10,14 @@ from planner.analysis.references import Reference
 from planner.analysis.sweep import Point, SweptGraph
 from planner.graph.simulate import simulate
 from planner.report.plan_table import ASSUMING, STOPPED
-from planner.report.tables import Part, facts, number, render, table, words
+from planner.report.tables import Block, facts, number, render, table, words
 from planner.units import format_bytes, format_ns
 
 
 def text(sweep: SweptGraph, references: Iterable[Reference]) -> str:
     """What `print(sweep)` shows."""
     caption = f"gap: at most so far from the best, {ASSUMING}"
-    parts: list[Part] = [facts(_head(sweep)), "", _points(sweep), caption, "", _changes(sweep)]
+    parts: list[Block] = [facts(_head(sweep)), "", _points(sweep), caption, "", _changes(sweep)]
     if sweep.graph.num_forward_ops:
         parts += ["", "without a solver:", _references(sweep, references)]
     return render(*parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planner.analysis.budgets import Budget
 from planner.analysis.references import references
-from planner.analysis.sweep import Measured, Point, SweptGraph
+from planner.analysis.sweep import MeasuredPoint, Point, SweptGraph
 from planner.arguments import check_path, count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.report import sweep_plot, sweep_table
@@ -16,7 +16,7 @@ from planner.results import sweep_file
 from planner.results.plan import Plan
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
-Measure = Callable[[Plan, int], Measured]
+Measure = Callable[[Plan, int], MeasuredPoint]
 """Runs a plan, so many pairs of steps."""
 
 

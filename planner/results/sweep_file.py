@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.analysis.references import references
-from planner.analysis.sweep import Measured, Miss, Point, SweptGraph, make_point
+from planner.analysis.sweep import MeasuredPoint, Miss, Point, SweptGraph, make_point
 from planner.errors import InputError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, number, reason, rows, string, table
 from planner.graph.graph import Graph
@@ -90,9 +90,9 @@ def _miss(row: Any) -> Miss:
     return Miss(nbytes, string(error, "an error"), string(why, "a reason"))
 
 
-def _measured(row: Any) -> Measured:
+def _measured(row: Any) -> MeasuredPoint:
     budget_bytes, peak_bytes, ratio, exact = _columns(row, 4, "a measurement")
-    return Measured(
+    return MeasuredPoint(
         integer(budget_bytes, "a measured budget", 0, MOST_BYTES),
         integer(peak_bytes, "a measured peak", 0, MOST_BYTES),
         None if ratio is None else number(ratio, "a measured time"),

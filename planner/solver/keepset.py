@@ -54,7 +54,7 @@ class KeepSet:
             graph: forward and backward.
             pinned: droppable values that are kept for every budget (too small to be worth a decision).
             lowest: minimise the peak instead of the time.
-            simulator: the graph's, where it is at hand.
+            simulator: the graph's, if it was made before.
         """
         self.data = data = Instance(graph, pinned, lowest=lowest)
         self.graph, self.life = graph, data.life
@@ -66,7 +66,7 @@ class KeepSet:
         self._write(is_whole=False, less=0)
 
     def _write(self, *, is_whole: bool, less: int) -> None:
-        """The program anew."""
+        """Build the program again."""
         self._rows, self._less = Rows(self.data, is_whole=is_whole, less=less), less
         for t in self._plain:
             self._rows.plain(t)

@@ -52,7 +52,7 @@ class Models:
 
     @cached_property
     def baselines(self) -> list[tuple[str, Schedule]]:
-        """What people do today, but for `greedy`: those that do not look at a budget."""
+        """The reference schedules that do not depend on a budget: all but `greedy`."""
         return list(fixed_baselines(self.graph))
 
     @cached_property
