@@ -56,7 +56,7 @@ def plan(
 
     On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
     where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator allocates
-    depends on the blocks it has at hand). Hooks of parameters do not run in it.
+    depends on the blocks it has cached). Hooks of parameters do not run in it.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.

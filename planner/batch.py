@@ -38,11 +38,11 @@ _MOST = 2**40
 def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **options: Unpack[MaxBatchKeywords]) -> MaxBatch:
     """The largest batch that fits a budget, its plan, and the throughput of the batches tried on the way.
 
-    Each batch tried is captured anew, without running the step; bytes grow evenly with the batch, so few are tried. The batch
+    Each batch tried is captured again, without running the step; bytes grow evenly with the batch, so few are tried. The batch
     above the one returned was tried too and has no plan: proven, or none was found with the effort given; `print` says which.
 
     Args:
-        make_inputs: `args, kwargs = make_inputs(batch)`, a training call of so many samples.
+        make_inputs: `args, kwargs = make_inputs(batch)`, a training call with this many samples.
         model: as for `planner.plan`.
         budget: bytes, or text such as "6GiB".
         options: see below; `effort` and `time_limit_s` are for each batch.
@@ -242,7 +242,7 @@ def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:
 
 
 def extrapolated(smaller: Graph, larger: Graph, times: int) -> Graph | None:
-    """`smaller` plus so many times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
+    """`smaller` plus `times` times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
     if wiring(smaller) != wiring(larger):
         return None
     smaller = renamed(smaller, larger)

@@ -55,7 +55,7 @@ _COLORS = {
     MemoryKind.TEMPORARY: "#a6cee3",
 }
 _TOP, _WIDE = 7, 44
-"""Groups of tensors that are named at the peak, in so many characters."""
+"""Number of groups of tensors that are named at the peak, and characters for each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class Tried:
 
 
 Measure = Callable[[Tried, int], MeasuredBatch]
-"""Runs a batch's plan, so many steps."""
+"""Runs a batch's plan for this many steps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from planner.results.plan import Plan
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
 Measure = Callable[[Plan, int], MeasuredPoint]
-"""Runs a plan, so many pairs of steps."""
+"""Runs a plan for this many pairs of steps."""
 
 
 @dataclass(frozen=True, slots=True)

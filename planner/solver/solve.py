@@ -13,6 +13,7 @@ from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import in_flight, stages
 from planner.solver.baselines import fixed_baselines, greedy
+from planner.solver.in_flight import Outcome
 from planner.solver.pipeline import BudgetSearch, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered

@@ -45,7 +45,7 @@ def verify(
 ) -> VerifyReport:
     """Run plain and planned steps from the same state and compare them bit for bit.
 
-    Two successive steps each, so that what the first leaves behind shows in the second. Compared after each: outputs,
+    Two successive steps each, so that what the first changes shows in the second. Compared after each: outputs,
     gradients, inputs and their gradients, parameters, buffers, plain attributes of every module, and the random generators of
     torch, Python and numpy. Tensors that the forward leaves on modules take no part in the backward. Both run on deep copies,
     so that the model, its gradients and the generators stay as they are, and under the autocast of the plan. State outside of
@@ -165,7 +165,7 @@ def _compare(plain: StepCopy, ours: StepCopy) -> _Compared:
 
 
 def _result(step_copy: StepCopy, states: Mapping[str, Any]) -> tuple[dict[StateEntry, Any], dict[str, Any]]:
-    """Everything a step leaves behind, and the generators' states. Tensors are not copied."""
+    """Everything a step changes or returns, and the generators' states. Tensors are not copied."""
     set_generators(states)
     step_copy.prepare()
     leaves = step_copy.step()

@@ -56,7 +56,7 @@ class OpaqueModule:
         handle, results, saved = run_under_autograd(self.module, spec, arguments, weights | buffers, self._results)
         if len(foreign_leaves(handle)) > spec.own_leaves:
             raise PartError(
-                f"{spec.module}, which runs as it is, reads a tensor that requires grad and that an earlier call left behind: "
+                f"{spec.module}, which runs as it is, reads a tensor that requires grad and that an earlier call left: "
                 "eager would differentiate that call once more, a plan cannot. Keep it detached, or train this model unplanned"
             )
         release_slots(saved, [*tensors[:num_arguments], *results], spec)
