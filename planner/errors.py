@@ -92,7 +92,7 @@ class InputError(PlannerError, ValueError):
     """An argument is invalid, or the model cannot be planned as given (mode, device, no gradients, ...)."""
 
 
-class PlanMissError(PlannerError, RuntimeError):
+class MismatchError(PlannerError, RuntimeError):
     """A training call is not the one that was planned for; names what differs.
 
     With strict=True; and always where the model's own forward would not give eager's results either, as an earlier planned call
@@ -108,8 +108,8 @@ class BackwardError(PlannerError, RuntimeError):
     """Backward was called for something the plan does not cover (another output, a second derivative)."""
 
 
-class PartError(PlannerError, RuntimeError):
-    """An opaque part of a planned model returned something else than when it was planned."""
+class OpaqueModuleError(PlannerError, RuntimeError):
+    """An opaque module of a planned model returned something else than when it was planned."""
 
 
 class RanksDifferError(PlannerError, RuntimeError):

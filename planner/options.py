@@ -174,7 +174,7 @@ class RuntimeOptions:
     num_stages: int = option(8, "maximum number of backward stages; gradients are returned after each", check=arguments.count)
     strict: bool = option(
         False,
-        "a training call that is not the one planned for raises PlanMissError, instead of running unplanned",
+        "a training call that is not the one planned for raises MismatchError, instead of running unplanned",
         check=arguments.flag,
     )
     dynamic: bool = option(

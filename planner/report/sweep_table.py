@@ -37,10 +37,10 @@ def _head(sweep: SweptGraph) -> list[tuple[str, str]]:
         ("plain step", f"{format_bytes(plain.peak_bytes)}, {format_ns(plain.time_ns)}"),
         ("floor", f"{format_bytes(sweep.floor_bytes)}, below which no schedule peaks{held}"),
         ("suggested", f"{suggestion(sweep)}: the knee, below it less memory costs ever more time"),
-        ("solved", f"{len(sweep.points) + len(sweep.misses)} budgets in {sweep.solve_s:.2f} s; {len(sweep.graph.ops)} ops"),
+        ("solved", f"{len(sweep.points) + len(sweep.infeasible)} budgets in {sweep.solve_s:.2f} s; {len(sweep.graph.ops)} ops"),
         ("stopped", f"{stopped} of {len(sweep.points)} plans {STOPPED}" if stopped else ""),
         ("costs", str(sweep.provenance or "")),
-        *(("no plan", f"{_budget(sweep, miss.budget_bytes)}: {miss.error}") for miss in sweep.misses),
+        *(("no plan", f"{_budget(sweep, point.budget_bytes)}: {point.error}") for point in sweep.infeasible),
     ]
 
 

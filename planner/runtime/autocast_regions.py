@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from planner.errors import PlanMissError
+from planner.errors import MismatchError
 from planner.runtime.guards.mismatch import Mismatch
 
 _TWICE = (
@@ -60,14 +60,14 @@ def enter_planned(weights: Collection[torch.Tensor], device: torch.device) -> Mi
     """Note a planned call that casts these weights; a Mismatch if an unplanned call in this region has cast one of them.
 
     Raises:
-        PlanMissError: a planned call in this region has cast one of them.
+        MismatchError: a planned call in this region has cast one of them.
     """
     region = _present(device)
     if region is None:
         return None
     cast = set(map(id, weights))
     if cast & region.planned:
-        raise PlanMissError(_twice(device))
+        raise MismatchError(_twice(device))
     if cast & region.unplanned:
         return Mismatch("mode", "the autocast region", text=_CAST_BEFORE)
     region.planned |= cast
@@ -78,13 +78,13 @@ def note_unplanned(weights: Collection[torch.Tensor], device: torch.device) -> N
     """Note a call of a model's own forward.
 
     Raises:
-        PlanMissError: gradients are enabled, and a planned call in this region has cast one of its weights.
+        MismatchError: gradients are enabled, and a planned call in this region has cast one of its weights.
     """
     region = _present(device)
     if region is not None:
         cast = set(map(id, weights))
         if torch.is_grad_enabled() and cast & region.planned:
-            raise PlanMissError(_twice(device))
+            raise MismatchError(_twice(device))
         region.unplanned |= cast
 
 

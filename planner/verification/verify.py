@@ -14,7 +14,7 @@ from planner.errors import InputError
 from planner.results.verify_report import VerifyReport
 from planner.runtime.criterion import planned_model
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.reporting import PlanMissWarning
+from planner.runtime.reporting import MismatchWarning
 from planner.verification.measured import seconds_of
 from planner.verification.state import (
     StateEntry,
@@ -68,7 +68,7 @@ def verify(
     before = generators()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlanMissWarning)  # the report says which steps ran unplanned
+            warnings.simplefilter("ignore", MismatchWarning)  # the report says which steps ran unplanned
             return _verify(planned, call, rounds)
     finally:
         set_generators(before)

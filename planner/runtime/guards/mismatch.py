@@ -35,3 +35,8 @@ class Mismatch:
         if self.text or not self.now:
             return self.text or f"{self.where} differs"
         return f"{self.where} is {self.now}, planned for {self.planned}" if self.planned else f"{self.where} is {self.now}"
+
+    @property
+    def explained(self) -> str:
+        """The text, and the cure as a further sentence."""
+        return f"{self}. {self.cure}" if self.cure else str(self)

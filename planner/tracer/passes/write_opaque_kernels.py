@@ -27,8 +27,8 @@ def write_opaque_kernels(traced: TracedGraph) -> None:
     for key, spec in calls.items():
         if key not in found:
             raise CaptureError(
-                f"the results of the opaque module {spec.module} are not used, so its call is not in the graph: use them, or do "
-                "not call it",
+                f"the results of the opaque module {spec.module} are not used, so its call is not in the graph: use them, "
+                "or do not call it",
                 module=spec.module,
             )
     for key, node in found.items():

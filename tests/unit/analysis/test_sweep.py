@@ -52,7 +52,7 @@ def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> No
 @given(training_graphs(max_forward=6), st.integers(1, 5))
 def test_a_range_always_has_plans(graph: graphs.Graph, points: int) -> None:
     swept = sweep_of(graph, points=points, limits=Limits(5.0))
-    assert 1 <= len(swept.points) <= points and not swept.misses
+    assert 1 <= len(swept.points) <= points and not swept.infeasible
     assert swept.points[-1].overhead == 0
     assert swept.knee_point in swept.points
     assert str(swept)

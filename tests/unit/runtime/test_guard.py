@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from examples import gpt2
-from planner import CaptureError, PlanMissWarning, plan
+from planner import CaptureError, MismatchWarning, plan
 from planner.tracer.capture import capture
 from tests.support.models import Wrapped
 from tests.support.training import assert_same, trajectory
@@ -73,7 +73,7 @@ def test_a_miss_runs_what_the_model_has_become():
     model, module = made()
     model.body.scale = 3.0
     twin = copy.deepcopy(model)
-    with pytest.warns(PlanMissWarning, match="scale"):
+    with pytest.warns(MismatchWarning, match="scale"):
         assert_same(trajectory(twin, (X,), {}), trajectory(module, (X,), {}))
     model.body.scale = 2.0
     assert not module.mismatch((X,), {})
@@ -181,7 +181,7 @@ def test_comparisons_of_tensors_are_read_anew_in_every_call():
     twin = copy.deepcopy(model)
     planned = plan(model, 1.0, (X, equal), costs="estimate", progress=False)
     assert_same(trajectory(twin, (X, equal), {}), trajectory(planned, (X, equal), {}))
-    with pytest.warns(PlanMissWarning, match=r"the value read at test_guard.py:\d+ is False, planned for True") as said:
+    with pytest.warns(MismatchWarning, match=r"the value read at test_guard.py:\d+ is False, planned for True") as said:
         found = planned(X, equal + 1)
     assert [warning.filename for warning in said] == [__file__]
     assert torch.equal(found, twin(X, equal + 1)) and torch.equal(planned(X, equal), twin(X, equal))
@@ -189,6 +189,6 @@ def test_comparisons_of_tensors_are_read_anew_in_every_call():
 
 def test_a_warning_points_at_the_line_that_calls_the_model():
     _, planned = made()
-    with pytest.warns(PlanMissWarning) as said:
+    with pytest.warns(MismatchWarning) as said:
         nn.Sequential(nn.Identity(), planned)(X[:2])  # through torch's own modules
     assert [warning.filename for warning in said] == [__file__]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import PlanMissWarning, plan
+from planner import MismatchWarning, plan
 from planner.runtime.guards.mismatch import Mismatch, MismatchKind
 from planner.tracer.host.fingerprint import Fingerprints, first_difference
 from planner.tracer.host.values import ABSENT
@@ -71,7 +71,7 @@ def warned(change):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         planned(X)
-    (one,) = (str(warning.message) for warning in caught if warning.category is PlanMissWarning)
+    (one,) = (str(warning.message) for warning in caught if warning.category is MismatchWarning)
     return one
 
 

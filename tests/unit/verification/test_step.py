@@ -389,7 +389,7 @@ class Varying(nn.Module):
 def test_a_gradient_of_other_bits_is_found(monkeypatch, how, cure):
     torch.manual_seed(0)
     model, x = Varying(how), torch.randn(33, 8)
-    with pytest.raises(CaptureError, match=rf"the backward of aten.\S+ at test_check_step\.py:\d+ .*{cure}"):
+    with pytest.raises(CaptureError, match=rf"the backward of aten.\S+ at test_step\.py:\d+ .*{cure}"):
         plan(model, 1.0, (x,), **QUICK)
     monkeypatch.setattr(trace_mode, "_BACKWARDS_OF_VARYING_SHAPES", {})  # as for a kernel of which nobody knows
     with pytest.raises(PlanCheckError, match=r"results differ from the model's in: .*gradient of "):
