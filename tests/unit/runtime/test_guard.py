@@ -1,4 +1,4 @@
-"""What capture froze is checked at each call: a change that would change results is a miss, named; other changes are none."""
+"""What capture froze is checked at each call: a change that would change results is a mismatch, named; other changes are none."""
 
 import copy
 from types import SimpleNamespace
