@@ -45,7 +45,7 @@ def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[Progres
 
 
 def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Linear programs of the best single cuts; then rounds in integers with more and more cuts. Each hints at a schedule."""
+    """Linear programs of the best single cuts; then rounds in integers with more and more cuts. Each gives a candidate schedule."""
     bounds, budget, level = problem.models.certificate, problem.budget_bytes, problem.models.fine
     best, best_ns = -1, -1
     for cut in bounds.cuts.ranked(budget)[:FEW]:
@@ -84,7 +84,7 @@ def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[Progress]
 def _rounds(
     program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, gap: float, *, relax: bool
 ) -> Iterator[Progress]:
-    """Offer what a program says; what only exact copies can mend, or rounding broke, is made to fit."""
+    """Offer the schedules of a program; one that needs exact copies, or that rounding broke, is made to fit."""
 
     def evaluate(schedule: Schedule) -> Timeline:
         return search.offer(schedule.steps, level, "keep set", work)

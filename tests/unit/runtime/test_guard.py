@@ -1,4 +1,4 @@
-"""What capture froze is checked at each call: a change that would change results is a mismatch, named; other changes are none."""
+"""What the capture held fixed is compared at each call: a change that may change results is a mismatch, which is named."""
 
 import copy
 from types import SimpleNamespace
