@@ -39,10 +39,10 @@ class Timeline:
 def simulate(graph: Graph, schedule: Schedule, simulator: Simulator | None = None) -> Timeline:
     """Simulate `schedule`.
 
-    Every read uses the latest instance of a value; an instance dies after its last read; the first
-    instance of an output, and everything resident, never dies. Gradients of outputs are live from the
-    end of the forward. A step holds what is live, what it writes and its workspace, and, of n forwards in flight, what the n - 1 others
-    saved. `simulator`: the graph's, if it was made before.
+    Every read uses the latest instance of a value; an instance dies after its last read; the first instance of an output, and
+    everything resident, never dies. Gradients of outputs are live from the end of the forward. A step holds what is live, what
+    it writes and its workspace, and, of n forwards in flight, what the n - 1 others saved. `simulator`: the graph's, if it was
+    made before.
 
     Raises:
         ScheduleError: the schedule is not a valid way to run the graph.

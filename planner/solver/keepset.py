@@ -32,7 +32,7 @@ class Round:
     Attributes:
         schedule: what it means, within the budget or not; None where the program had no solution.
         is_last: another round would say nothing new.
-        grew: only exact copies could say what was wrong, and the program has more of them now.
+        grew: only exact copies could express what was wrong, and the program has more of them now.
         fits: the schedule is within the budget; where this is the last round, it is the optimum within the gap.
     """
 

@@ -43,7 +43,7 @@ class Models:
 
     @cached_property
     def lowest(self) -> list[tuple[KeepSet, Coarse]]:
-        """The same for the lowest peak; those that have nothing more to say are taken out."""
+        """The same for the lowest peak; those that are finished are removed."""
         return [(KeepSet(level.graph, level.tiny, lowest=True, simulator=level.simulator), level) for level in self._levels]
 
     @property

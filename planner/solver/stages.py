@@ -45,7 +45,7 @@ def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[Progres
 
 
 def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Linear programs of the best single cuts; then rounds in integers with more and more cuts. Each gives a candidate schedule."""
+    """Linear programs of the best single cuts; then integer programs with more and more cuts. Each gives a candidate."""
     bounds, budget, level = problem.models.certificate, problem.budget_bytes, problem.models.fine
     best, best_ns = -1, -1
     for cut in bounds.cuts.ranked(budget)[:FEW]:
