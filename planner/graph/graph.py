@@ -16,7 +16,7 @@ class Kind(StrEnum):
     PARAM = "param"
     BUFFER = "buffer"
     TANGENT = "tangent"
-    """Gradient of a forward output, handed in by the caller: lives from the start of the backward."""
+    """Gradient of a forward output, given by the caller; live from the end of the forward."""
     RESERVED = "reserved"
     """Bytes the user sets aside (optimizer state, ...): read by nobody, resident all the time."""
     ACTIVATION = "activation"

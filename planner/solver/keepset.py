@@ -120,7 +120,7 @@ class KeepSet:
                 return
 
     def _learn(self, schedule: Schedule, kept: set[str], limit: int, peak: int) -> tuple[bool, bool]:
-        """Say in the program what a schedule broke: whether there is nothing to say, and whether copies were needed for it."""
+        """Add to the program what a schedule broke: (whether nothing was left to add, whether copies were needed)."""
         if self._add_rows(kept, limit):
             return False, False
         if self._add_copies(schedule, limit):
