@@ -16,9 +16,9 @@ EVENT_UNITS = 1e-7
 GAP = 0.001
 """How far from the optimum to stop, as a fraction of the plain step's time: a thousandth is within the noise of a step."""
 PATIENCE = 32.0
-"""Work after which a gap of 1 % of the plain step is accepted; it grows with the square of the gap (0.5 %: a quarter).
+"""A gap of g percent of the plain step is accepted after PATIENCE * g**2 units of work, for g up to 500 * GAP.
 
-Holds for gaps up to 5 * GAP; a search with a wider gap goes on until its work is spent."""
+A search with a wider gap goes on until its work is spent."""
 FIRST_SLICE = 0.1
 """Work of each stage's first slice, about one linear program; each further slice is twice as large as the last."""
 BACKSTOP = 30.0
