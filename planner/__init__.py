@@ -20,12 +20,12 @@ from planner.errors import (
     InfeasibleBudgetError as InfeasibleBudgetError,
     InputError as InputError,
     MeasuredPeakError as MeasuredPeakError,
+    MismatchError as MismatchError,
     NoScheduleFoundError as NoScheduleFoundError,
-    PartError as PartError,
+    OpaqueModuleError as OpaqueModuleError,
     PlanAuditError as PlanAuditError,
     PlanCheckError as PlanCheckError,
     PlanFileError as PlanFileError,
-    PlanMissError as PlanMissError,
     PlannerError as PlannerError,
     PlotMissingError as PlotMissingError,
     RanksDifferError as RanksDifferError,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from planner.results.verify_report import VerifyReport as VerifyReport
     from planner.runtime.install import install as install, uninstall as uninstall
     from planner.runtime.module import CheckpointedModule as CheckpointedModule
-    from planner.runtime.reporting import PlanMissWarning as PlanMissWarning
+    from planner.runtime.reporting import MismatchWarning as MismatchWarning
     from planner.verification.verify import verify as verify
 
     __version__: str
@@ -71,12 +71,17 @@ _HOMES = {
     "planner.results.verify_report": ("VerifyReport",),
     "planner.runtime.install": ("install", "uninstall"),
     "planner.runtime.module": ("CheckpointedModule",),
-    "planner.runtime.reporting": ("PlanMissWarning",),
+    "planner.runtime.reporting": ("MismatchWarning",),
     "planner.verification.verify": ("verify",),
 }
 """Where public names live, errors aside."""
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_FORMER = {"Report": "VerifyReport"}
+_FORMER = {
+    "PartError": "OpaqueModuleError",
+    "PlanMissError": "MismatchError",
+    "PlanMissWarning": "MismatchWarning",
+    "Report": "VerifyReport",
+}
 """Names of the last release, and what they are called now."""
 
 __all__ = sorted([*_HOME, *(name for name, it in globals().items() if isinstance(it, type) and issubclass(it, PlannerError))])

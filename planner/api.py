@@ -56,7 +56,7 @@ def plan(
 
     On a CPU the step of the check runs in a forked child process, and nothing of it reaches this one. On a CUDA device, and
     where inductor compiles it, it runs thrice on a copy that shares the parameters' memory (what CUDA's allocator allocates
-    depends on the blocks it has at hand). Hooks of parameters do not run in it.
+    depends on the blocks it has cached). Hooks of parameters do not run in it.
 
     Raises:
         BudgetError, InputError, CaptureError: what was given cannot be planned; says why.
@@ -91,7 +91,7 @@ def apply(
         PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: the step needs more than the plan's budget here.
-        PlanCheckError: the planned step fails. This is a fault of the planner.
+        PlanCheckError: the planned step fails, or gives other bits. This is a fault of the planner.
     """
     checked = read_options(options, ApplyKeywords, "apply")
     arguments.check_plan(plan, Plan)

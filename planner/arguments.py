@@ -1,6 +1,6 @@
 """Checks of what users pass in: every public function calls these first, so that a wrong type is one clear InputError.
 
-Budgets are read by `planner.units`. Nothing here imports torch before a model is at hand.
+Budgets are read by `planner.units`. Nothing here imports torch before there is a model.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from planner.log import PLANNER
 from planner.options import MaxBatchKeywords, PlanOptions, read_options, with_options
 from planner.profiled import ProfiledStep, budget_bytes, profiled
 from planner.report.progress import stage
-from planner.results.max_batch import MaxBatch, Measured, Tried
+from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
 from planner.results.plan import Plan
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import calls_users_code, concerns_model
@@ -38,11 +38,11 @@ _MOST = 2**40
 def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **options: Unpack[MaxBatchKeywords]) -> MaxBatch:
     """The largest batch that fits a budget, its plan, and the throughput of the batches tried on the way.
 
-    Each batch tried is captured anew, without running the step; bytes grow evenly with the batch, so few are tried. The batch
+    Each batch tried is captured again, without running the step; bytes grow evenly with the batch, so few are tried. The batch
     above the one returned was tried too and has no plan: proven, or none was found with the effort given; `print` says which.
 
     Args:
-        make_inputs: `args, kwargs = make_inputs(batch)`, a training call of so many samples.
+        make_inputs: `args, kwargs = make_inputs(batch)`, a training call with this many samples.
         model: as for `planner.plan`.
         budget: bytes, or text such as "6GiB".
         options: see below; `effort` and `time_limit_s` are for each batch.
@@ -137,12 +137,12 @@ class _Batches:
             except (InfeasibleBudgetError, NoScheduleFoundError):
                 return False
 
-    def measure(self, tried: Tried, rounds: int) -> Measured:
+    def measure(self, tried: Tried, rounds: int) -> MeasuredBatch:
         """Run a batch's planned step, even where its peak turns out to be above the budget."""
         assert tried.plan is not None
         step = captured(self.model, *self._call(tried.batch), self.options)
         planned = step.rewritten(step.recognized(tried.plan))
-        return Measured(*time_step(planned, step.args, step.kwargs, rounds=rounds))
+        return MeasuredBatch(*time_step(planned, step.args, step.kwargs, rounds=rounds))
 
     def _extrapolated(self, batch: int) -> ProfiledStep | None:
         # sizes of 1 broadcast: the step of one sample may be a special case
@@ -242,7 +242,7 @@ def _boundary(holds: Callable[[int], bool], low: int, guess: int) -> int:
 
 
 def extrapolated(smaller: Graph, larger: Graph, times: int) -> Graph | None:
-    """`smaller` plus so many times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
+    """`smaller` plus `times` times its difference to `larger`: the graph of a larger batch. None where they have other ops."""
     if wiring(smaller) != wiring(larger):
         return None
     smaller = renamed(smaller, larger)

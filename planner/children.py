@@ -317,7 +317,7 @@ def _capturable(trial: _Trial, options: PlanOptions) -> tuple[dict[str, _Child],
             try:
                 _check_alone(trial, name, module)
                 if name not in calls:
-                    raise CaptureError("a second forward did not call it: what runs is drawn anew each time")
+                    raise CaptureError("a second forward did not call it: what runs is drawn at random in each forward")
                 with noting(f"capturing the submodule {name}"):
                     found[name] = _captured(module, calls.pop(name), trial.used[name], trial.device, options)
                 PLANNER.info("%s: captured by itself", name)

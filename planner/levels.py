@@ -43,7 +43,7 @@ def _solutions(step: ProfiledStep, limits: Limits) -> tuple[list[int], list[Solu
     budgets = [low + (high - low) * k // LEVELS for k in range(LEVELS + 1)]
     free = [budget - allocator_margin(graph, budget) for budget in budgets]
     answers = solver.sweep(free, limits.share(2 / 3))
-    rows = [(budget, answers[room]) for budget, room in zip(budgets, free, strict=True)]
+    rows = [(budget, answers[capacity]) for budget, capacity in zip(budgets, free, strict=True)]
     solved = [(budget, answer) for budget, answer in rows if isinstance(answer, Solution)]
     padded = [solved[0]] * (len(rows) - len(solved)) + solved  # a level that has no plan takes the next one's
     return [budget for budget, _ in padded], [solution for _, solution in padded]

@@ -16,7 +16,7 @@ TRACER = logging.getLogger("planner.tracer")
 PROFILER = logging.getLogger("planner.profiler")
 """Kernels: measured, found in the cache, or not to be measured and why."""
 SOLVER = logging.getLogger("planner.solver")
-"""Stages of the solver, each turn with its work and what it gained."""
+"""Stages of the solver, each slice with its work and what it gained."""
 VERIFICATION = logging.getLogger("planner.verification")
 """Steps that were run and measured, and plans that were made again for less."""
 RUNTIME = logging.getLogger("planner.runtime")

@@ -95,18 +95,18 @@ class AccountingOptions:
     reserve: int | str = option(0, "bytes of the budget to leave free: '1GiB'", check=_reserve)
     optimizer: Optimizer | None = option(
         None,
-        "set the bytes of its state aside: a name of torch.optim, such as 'adamw'",
+        "reserve the bytes of its state: a name of torch.optim, such as 'adamw'",
         "Or what makes an optimizer of a list of parameters: functools.partial(torch.optim.SGD, momentum=0.9).",
         arguments.optimizer_choice,
     )
     master_weights: bool = option(
-        False, "set float32 copies of narrower trained parameters aside, and optimizer state for these", check=arguments.flag
+        False, "reserve float32 copies of narrower trained parameters, and optimizer state for these", check=arguments.flag
     )
 
     accumulate: bool = option(
         False,
-        "gradients are accumulated over several micro-steps: count those that are there already",
-        "The first micro-step, which finds none, fits as well.",
+        "gradients are accumulated over several micro-steps: count those of earlier micro-steps",
+        "The first micro-step fits as well.",
         arguments.flag,
     )
     in_flight: int = option(
@@ -129,7 +129,7 @@ class CostOptions:
 
     costs: Literal["measure", "estimate"] | None = option(
         None,
-        "'measure' runs every distinct kernel once on this device (cached on disk); 'estimate' computes times",
+        "'measure' times every distinct kernel on this device (cached on disk); 'estimate' computes times",
         "Default: measure, or estimate for a `device` that is not here.",
         _costs,
     )
@@ -149,14 +149,14 @@ class SolverOptions:
     effort: float = option(
         DEFAULT_EFFORT,
         "work for the solver, about its seconds on an idle core",
-        "Counted and not timed: the same call gives the same plan on a busy machine and on every rank. The best plan found by "
-        "then is taken. `sweep` spends it on all budgets together, `max_batch` on each batch.",
+        "Counted and not timed: the same call gives the same plan on a busy machine and on every rank. The best plan found "
+        "by then is returned. `sweep` spends it on all budgets together, `max_batch` on each batch.",
         arguments.effort,
     )
     time_limit_s: float | None = option(
         None,
         "wall seconds for the solver (default: many times the effort)",
-        "A plan that the clock ended says so.",
+        "The plan records if the time limit stopped the search.",
         _time_limit,
     )
     progress: bool = option(True, "show a bar on stderr for stages that take more than a second", check=arguments.flag)
@@ -171,22 +171,22 @@ class SolverOptions:
 class RuntimeOptions:
     """How the planned module trains."""
 
-    num_stages: int = option(8, "in how many parts the backward returns gradients, at most", check=arguments.count)
+    num_stages: int = option(8, "maximum number of backward stages; gradients are returned after each", check=arguments.count)
     strict: bool = option(
         False,
-        "a training call that is not the one planned for raises PlanMissError, instead of running unplanned",
+        "a training call that is not the one planned for raises MismatchError, instead of running unplanned",
         check=arguments.flag,
     )
     dynamic: bool = option(
         False,
-        "hold for inputs of every size up to the planned one, too: plan for the largest batch and length",
+        "also run inputs of every size up to the planned one as planned: plan for the largest batch and length",
         "A step of a new size is captured when it first comes (seconds), and runs unplanned where its graph is another one.",
         arguments.flag,
     )
     compile: bool = option(
         False,
         "let inductor compile the planned step (minutes)",
-        "Results then equal eager's but for rounding. That fused kernels keep the budget is only measured, by the check.",
+        "Results then equal eager's except for rounding. That fused kernels keep the budget is measured by the check alone.",
         arguments.flag,
     )
     also: Sequence[Call] = option(
@@ -198,7 +198,7 @@ class RuntimeOptions:
     )
     check: bool = option(
         True,
-        "run one planned step at the end: that it runs, gives the model's own bits, and fits the budget",
+        "run one planned step at the end: check that it runs, matches eager bit for bit, and fits the budget",
         "Bits are compared on a CPU with memory for a plain step. Where the step needs more than the budget, it is planned "
         "again for less. The plan says what was measured, or why no step was run. On a CPU, a budget that is a fraction of an "
         "estimate holds for estimates; the plan then says what it needs.",

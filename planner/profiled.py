@@ -12,7 +12,7 @@ from torch import nn
 
 from planner import arguments, units
 from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
-from planner.analysis.sweep import Measured, sweep_graph
+from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
@@ -165,10 +165,10 @@ class ProfiledStep(CapturedStep):
             return measured(within(budget_bytes), *call, progress=progress)
         return measured_within(budget_bytes, within, *call, progress=progress)
 
-    def _measured(self, made: Plan, rounds: int) -> Measured:
+    def _measured(self, made: Plan, rounds: int) -> MeasuredPoint:
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
-        return Measured(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+        return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
 
 def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:

@@ -63,8 +63,8 @@ def train(setup: Setup, module: nn.Module, precision: str, why_unplanned: Callab
         except Exception as error:  # whatever a model raises is what this benchmark is about
             run.error = error
             return run
-        misses = [text for name, text in caught if name == "PlanMissWarning"]
-        run.warned += [f"{name}: {text}" for name, text in caught if name != "PlanMissWarning"]
+        misses = [text for name, text in caught if name == "MismatchWarning"]
+        run.warned += [f"{name}: {text}" for name, text in caught if name != "MismatchWarning"]
         run.misses.append(misses[0] if misses else foreseen)
     return run
 

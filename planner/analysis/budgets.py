@@ -66,7 +66,7 @@ def restated(
 
 
 def check_budgets(budgets: Sequence[Budget] | None, points: int, low: Budget | None, high: Budget | None) -> None:
-    """Raise BudgetError for what no model could give a meaning to, before one is captured."""
+    """Raise BudgetError for arguments that are invalid for every model, before one is captured."""
     if budgets is not None and (low is not None or high is not None):
         raise BudgetError("give either the budgets, or low and high")
     if budgets is not None and (not isinstance(budgets, Sequence) or isinstance(budgets, (str, bytes))):
@@ -110,6 +110,6 @@ def asked_budgets(
 
 
 def spread(low_bytes: int, high_bytes: int, points: int) -> tuple[int, ...]:
-    """So many budgets at equal distances, the largest first chosen: one point is `high_bytes`."""
+    """`points` budgets at equal distances, the largest chosen first: one point is `high_bytes`."""
     steps = max(1, points - 1)
     return tuple(sorted({high_bytes - (high_bytes - low_bytes) * k // steps for k in range(points)}))

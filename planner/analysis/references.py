@@ -1,4 +1,4 @@
-"""What people do today, as points to compare a sweep with."""
+"""Reference schedules: points to compare a sweep with."""
 
 from __future__ import annotations
 
@@ -63,28 +63,30 @@ def module_checkpoints(graph: Graph) -> Schedule | None:
     This is what `gradient_checkpointing_enable()` of transformers does. Between the modules everything is kept. When the
     backward first needs something from inside a module, the module runs again as a whole, up to the last op that is needed.
     """
-    turn = graph.num_forward_ops
+    forward_end = graph.num_forward_ops
     block = _blocks(graph)
     if not any(block):
         return None
     kept = set(graph.pinned)
-    for i, op in enumerate(graph.ops[:turn]):
+    for i, op in enumerate(graph.ops[:forward_end]):
         if not block[i] or not op.recomputable:
             kept.update(op.writes)
         kept.update(name for name in op.reads if name not in graph.pinned and block[graph.producer[name]] != block[i])
-    needed = {name for op in graph.ops[turn:] for name in op.reads} - kept
-    lanes: defaultdict[int, list[int]] = defaultdict(list)
+    needed = {name for op in graph.ops[forward_end:] for name in op.reads} - kept
+    recompute_sets: defaultdict[int, list[int]] = defaultdict(list)
     last: dict[int, int] = {}
-    for i, op in enumerate(graph.ops[:turn]):
+    for i, op in enumerate(graph.ops[:forward_end]):
         if block[i] and op.recomputable:
-            lanes[block[i]].append(i)
+            recompute_sets[block[i]].append(i)
             if needed.intersection(op.writes):
                 last[block[i]] = i
-    steps, ran = list(range(turn)), set[int]()
+    steps, ran = list(range(forward_end)), set[int]()
     for p in graph.backward_ops:
-        wanted = {block[graph.producer[name]] for name in graph.ops[p].reads if name in needed and graph.producer[name] < turn}
+        wanted = {
+            block[graph.producer[name]] for name in graph.ops[p].reads if name in needed and graph.producer[name] < forward_end
+        }
         for own in sorted(wanted - ran):
-            steps += [i for i in lanes[own] if i <= last[own]]
+            steps += [i for i in recompute_sets[own] if i <= last[own]]
         ran |= wanted
         steps.append(p)
     return Schedule(tuple(steps))

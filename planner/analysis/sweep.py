@@ -60,7 +60,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Miss:
+class InfeasiblePoint:
     """A budget without a plan. `error`: the name of the error that planning for it alone would raise; `reason`: its text."""
 
     budget_bytes: int
@@ -69,7 +69,7 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredPoint:
     """A plain and a planned step that were run.
 
     Attributes:
@@ -92,7 +92,7 @@ class SweptGraph:
     Attributes:
         graph: what was planned, with the costs that were used.
         points: budgets that have a plan, smallest first.
-        misses: budgets that have none.
+        infeasible: budgets that have none.
         floor_bytes: no schedule has a lower peak.
         floor_op: the op that holds it, with its module; "" for a graph without ops.
         solve_s: wall seconds for all budgets together.
@@ -102,12 +102,12 @@ class SweptGraph:
 
     graph: Graph
     points: tuple[Point, ...]
-    misses: tuple[Miss, ...]
+    infeasible: tuple[InfeasiblePoint, ...]
     floor_bytes: int
     floor_op: str
     solve_s: float
     provenance: Provenance | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[MeasuredPoint, ...] = ()
 
     @property
     def plain(self) -> Timeline:
@@ -166,7 +166,7 @@ def sweep_graph(
         highest = plain_bytes if high is None else parse_budget(high, plain_bytes)
         asked = spread(min(lowest, highest), highest, points)
     found = solver.sweep([budget - margin(budget) for budget in asked], limits.share(1 - _LOWEST_SHARE))
-    made, misses = [], []
+    made, infeasible = [], []
     for budget in asked:
         answer = found[budget - margin(budget)]
         if isinstance(answer, Solution):
@@ -175,18 +175,19 @@ def sweep_graph(
             lowest = solver.archive.lowest.timeline.peak_bytes
             error = answer
             said = restated(error, format_bytes(budget), budget, margin, lowest)
-            misses.append(Miss(budget, type(error).__name__, str(said)))
+            infeasible.append(InfeasiblePoint(budget, type(error).__name__, str(said)))
     if not made:
         lowest = solver.lowest_peak(limits)
         raise restated(error, format_bytes(budget), budget, margin, lowest)
     floor_bytes, floor_op = _floor(graph, solver)
-    return SweptGraph(graph, tuple(made), tuple(misses), floor_bytes, floor_op, time.monotonic() - start, provenance)
+    return SweptGraph(graph, tuple(made), tuple(infeasible), floor_bytes, floor_op, time.monotonic() - start, provenance)
 
 
 def _floor(graph: Graph, solver: Solver) -> tuple[int, str]:
     """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it."""
-    least, i, judged = min(((*floor(judged), judged) for judged in (graph, solver.graph)), key=lambda entry: entry[0])
+    floors = ((*floor(each), each) for each in (graph, solver.graph))
+    least, i, lower = min(floors, key=lambda entry: entry[0])
     if i < 0:
         return least, ""
-    op = judged.ops[i]
+    op = lower.ops[i]
     return least, f"{op.name} ({op.source})" if op.source else op.name

@@ -1,9 +1,8 @@
-"""Steps that add to gradients which are there already, as from the second micro-step of an accumulation on.
+"""Gradient accumulation (second and later micro-steps).
 
-The gradients of earlier micro-steps are resident: G bytes. A new gradient is added to the one that is there when the stage of
-the backward that computes it ends, and dies then. So it is no output of the step; an op that takes no time at the end of each
-stage reads the stage's gradients. The first micro-step, which finds no gradients, needs no more than this one at any step: what
-it has made of the G bytes so far is at most G.
+G bytes of gradients are resident; each new gradient is added to its buffer at the end of its backward stage, then freed. So it
+is not an output of the step: an op that takes no time, at the end of each stage, reads the stage's gradients. The first
+micro-step needs no more, because its gradients so far are at most G bytes.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
     Args:
         graph: of a step that returns all its gradients.
         gradients: per gradient of a parameter, the value that holds it.
-        held_bytes: of the gradients that are there.
-        num_stages: into how many stages the backward is cut, at most; about as many gradients in each.
+        held_bytes: bytes of the gradients of earlier micro-steps.
+        num_stages: maximum number of backward stages, each with about the same number of gradients.
     """
     order = sorted(graph.producer[name] for name in gradients if name in graph.producer)
     count = max(1, min(num_stages, len(order)))
     ends = sorted({order[(k + 1) * len(order) // count - 1] for k in range(count)}) if order else []
     ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
     if ends:
-        ends[-1] = len(graph.ops) - 1  # what comes behind the last gradient belongs to its stage
+        ends[-1] = len(graph.ops) - 1  # what comes after the last gradient belongs to its stage
     mine = dict.fromkeys(name for name in gradients if name in graph.producer)
     for i in graph.backward_ops:
         ops.append(graph.ops[i])
@@ -58,5 +57,5 @@ def num_stages(graph: Graph) -> int:
 
 
 def held_bytes(values: Mapping[str, Value]) -> int:
-    """Of the gradients of earlier micro-steps; 0 where the graph counts none."""
+    """Bytes of the gradients of earlier micro-steps; 0 where the graph counts none."""
     return values[HELD].nbytes if HELD in values else 0

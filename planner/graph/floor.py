@@ -34,8 +34,9 @@ def floor(graph: Graph) -> tuple[int, int]:
 def least_bytes(graph: Graph) -> NDArray[np.int64]:
     """Per op, the bytes that are live while it runs for the first time, in every schedule.
 
-    These are: everything resident (tangents in the backward), outputs written so far and those of other forwards in flight,
-    what it reads and writes, its workspace, and what was written by an op that cannot run again and is read later.
+    These are: everything resident (in the backward, gradients of outputs too), outputs written so far and those of other
+    forwards in flight, what it reads and writes, its workspace, and what was written by an op that cannot run again and is
+    read later.
     """
     need = np.full(len(graph.ops), graph.resident_bytes, dtype=np.int64)
     need += (graph.in_flight - 1) * sum(graph.value[name].nbytes for name in set(graph.forward_outputs) - set(graph.inputs))
@@ -60,7 +61,7 @@ def least_bytes(graph: Graph) -> NDArray[np.int64]:
 def infeasible(graph: Graph, budget_bytes: int) -> InfeasibleBudgetError:
     """The error for a budget below the floor: which op needs how much, for which values, and what would lower it most."""
     least, i = floor(graph)
-    culprit = f" ({_culprit(graph, i, least)})" if i >= 0 else ""
+    culprit = _culprit(graph, i, least) if i >= 0 else ""
     advice, cure = _advice(graph, i, least), f"Raise the budget to {enough_text(least)}"
     return InfeasibleBudgetError(
         infeasible_text(f"budget {format_bytes(budget_bytes)}", least, culprit, cure, advice),
@@ -80,7 +81,9 @@ def infeasible_text(budget: str, least: int, culprit: str, cure: str, advice: st
         culprit, advice: as in the error.
         cure: what to do first.
     """
-    return f"{budget} is below {enough_text(least)}, the least any schedule of this graph can reach{culprit}. {cure}{advice}."
+    held = f" ({culprit})" if culprit else ""
+    more = f", or {advice}" if advice else ""
+    return f"{budget} is below {enough_text(least)}, the least any schedule of this graph can reach{held}. {cure}{more}."
 
 
 def _own(graph: Graph, op: Op) -> dict[str, int]:
@@ -106,11 +109,11 @@ def _culprit(graph: Graph, i: int, least: int) -> str:
 def _advice(graph: Graph, i: int, least: int) -> str:
     """What would lower the floor: the batch, another kernel for the op that holds it, or what is resident."""
     if i < 0:
-        return ", or reserve less"
+        return "reserve less"
     op = graph.ops[i]
     own = sum(_own(graph, op).values())
     # Activations grow with the batch; parameters, gradients and what is reserved do not.
-    advice = f", or reduce the batch (half of it needs about {format_bytes(least - own // 2)})"
+    advice = f"reduce the batch (half of it needs about {format_bytes(least - own // 2)})"
     remedy = next((text for parts, text in _REMEDIES if any(part in op.name for part in parts)), None)
     if remedy and own > least // 4:
         needs = least_bytes(graph)

@@ -1,4 +1,4 @@
-"""The language every room speaks: a training step as values (storages) and ops that read and write them."""
+"""A training step as values (storages) and ops that read and write them; all subpackages use it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Kind(StrEnum):
     PARAM = "param"
     BUFFER = "buffer"
     TANGENT = "tangent"
-    """Gradient of a forward output, handed in by the caller: lives from the start of the backward."""
+    """Gradient of a forward output, given by the caller; live from the end of the forward."""
     RESERVED = "reserved"
     """Bytes the user sets aside (optimizer state, ...): read by nobody, resident all the time."""
     ACTIVATION = "activation"
@@ -33,7 +33,7 @@ class Value:
 
     Attributes:
         nbytes: all that it takes.
-        hidden_bytes: those of them that were only seen when the kernel ran; its result does not need them.
+        hidden_bytes: bytes of the real storage beyond the fake tensor's; included in nbytes.
     """
 
     name: str
@@ -107,9 +107,9 @@ class Graph:
     plain_ns: int = field(init=False, repr=False, compare=False)
     """Time of the plain step: every op once."""
     tangent_bytes: int = field(init=False, repr=False, compare=False)
-    """Of the gradients that the caller gives, alive from the turn to the backward on."""
+    """Bytes of the output gradients; live from the end of the forward."""
     resident_bytes: int = field(init=False, repr=False, compare=False)
-    """Of the other inputs, alive from the start to the end."""
+    """Bytes of the other inputs; live from the start to the end."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pinned", frozenset((*self.inputs, *self.forward_outputs, *self.backward_outputs)))
@@ -167,7 +167,7 @@ def _check_ops(graph: Graph) -> None:
             if name not in written:
                 raise GraphError(f"op {op.name} reads {name}, which is not written before it")
             if i < graph.num_forward_ops and name in tangents:
-                raise GraphError(f"forward op {op.name} reads the tangent {name}")
+                raise GraphError(f"forward op {op.name} reads {name}, the gradient of an output")
         for name in op.writes:
             if name not in graph.value:
                 raise GraphError(f"op {op.name} writes {name}, which is not a value of the graph")

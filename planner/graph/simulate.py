@@ -1,4 +1,4 @@
-"""The only judge of a schedule: live bytes at every step, what is freed when, the peak and the time."""
+"""The only function that computes a schedule's peak and time: live bytes at every step, and what is freed when."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Timeline:
 
 
 def simulate(graph: Graph, schedule: Schedule, simulator: Simulator | None = None) -> Timeline:
-    """Run `schedule` on paper.
+    """Simulate `schedule`.
 
-    Every read uses the latest instance of a value; an instance dies after its last read; the first
-    instance of an output, and everything resident, never dies. Tangents come to life with the
-    backward. A step holds what is live, what it writes and its workspace, and, of n forwards in flight, what the n - 1 others
-    saved. `simulator`: the graph's, where it is at hand.
+    Every read uses the latest instance of a value; an instance dies after its last read; the first instance of an output, and
+    everything resident, never dies. Gradients of outputs are live from the end of the forward. A step holds what is live, what
+    it writes and its workspace, and, of n forwards in flight, what the n - 1 others saved. `simulator`: the graph's, if it was
+    made before.
 
     Raises:
         ScheduleError: the schedule is not a valid way to run the graph.

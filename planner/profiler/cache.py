@@ -23,7 +23,7 @@ _LOCK_TIMEOUT_S = 10.0
 """How long to wait for another process that writes the same file; writing takes milliseconds."""
 
 _MOST = 2**50
-"""No kernel takes so many nanoseconds (13 days) or bytes (a PiB)."""
+"""No kernel takes this many nanoseconds (13 days) or bytes (a PiB)."""
 
 
 def default_cache_dir() -> Path:
@@ -65,7 +65,7 @@ class KernelCache:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
-            PROFILER.info("%s cannot be read, and kernels are measured anew: %s", self.path, first_line(error))
+            PROFILER.info("%s cannot be read, and kernels are measured again: %s", self.path, first_line(error))
             return {}
 
     def add(self, costs: Mapping[str, KernelCost]) -> None:

@@ -113,7 +113,7 @@ def _inputs(node: Node) -> list[torch.Tensor]:
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of memory behind a tensor: a broadcast (stride 0) dimension is read from cache, not from memory."""
+    """Bytes of memory that a tensor takes: a broadcast (stride 0) dimension is read from cache, not from memory."""
     sizes = [1 if stride == 0 else int(size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return math.prod(sizes) * tensor.element_size()
 

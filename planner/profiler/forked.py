@@ -20,7 +20,7 @@ class Failed:
 
 
 _MAX_DEATHS = 8
-"""After so many children have died, the remaining jobs fail."""
+"""Number of children that may die before the remaining jobs fail."""
 
 
 def _row_of_cost(cost: KernelCost) -> Any:

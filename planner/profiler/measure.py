@@ -1,4 +1,4 @@
-"""Run every distinct kernel of a graph once on the target device: time and workspace."""
+"""Time every distinct kernel of a graph on this device, and measure its workspace; both are cached on disk."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def style() -> Any:
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches."""
+    """An empty figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -71,7 +71,7 @@ def save(drawn: Any, path: str | Path) -> None:
 
 
 def bytes_unit(nbytes: int) -> tuple[str, float]:
-    """The unit that suits an axis up to so many bytes, and its size."""
+    """The unit that suits an axis up to this many bytes, and its size."""
     for unit, size in (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)):
         if nbytes >= 4 * size:
             return unit, size
@@ -79,7 +79,7 @@ def bytes_unit(nbytes: int) -> tuple[str, float]:
 
 
 def time_unit(ns: int) -> tuple[str, float]:
-    """The unit that suits an axis up to so many nanoseconds, and its size."""
+    """The unit that suits an axis up to this many nanoseconds, and its size."""
     for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
         if ns >= 2 * size:
             return unit, size

@@ -65,12 +65,17 @@ def _where(plan: PlannedGraph) -> str:
     return f"{op.name} ({op.source})" if op.source else op.name
 
 
+_GIVEN = {Kind.TANGENT: "output gradients"}
+"""Rows of the table of resident bytes that are not called after their kind."""
+
+
 def _parts(graph: Graph, timeline: Timeline) -> Table:
     """Bytes by kind: what is resident, what the backward returns, what is saved for it."""
     resident: Counter[str] = Counter()
     given = [graph.value[name] for name in graph.inputs]
     for value in sorted(given, key=lambda value: value.kind):
-        resident[value.name.strip("()") if value.kind is Kind.RESERVED else f"{value.kind}s"] += value.nbytes
+        name = _GIVEN.get(value.kind, f"{value.kind}s")
+        resident[value.name.strip("()") if value.kind is Kind.RESERVED else name] += value.nbytes
     kept = set(graph.forward_outputs)
     rows = [(name, nbytes) for name, nbytes in resident.items() if nbytes]
     rows += [

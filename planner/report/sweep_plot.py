@@ -84,7 +84,7 @@ class _Axes:
         for family, members in families.items():
             marker, color = _MARKERS[family]
             xs, ys = ([self.x(member.peak_bytes) for member in members], [self.y(member.time_ns) for member in members])
-            label = "every k-th: so many segments" if family == EVERY else members[0].name
+            label = "every k-th: number of segments" if family == EVERY else members[0].name
             self.axes.plot(xs, ys, marker, color=color, markersize=6, label=label, zorder=3)
             for member, x, y in zip(members, xs, ys, strict=True):
                 if family == EVERY:

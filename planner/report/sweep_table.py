@@ -10,14 +10,14 @@ from planner.analysis.references import Reference
 from planner.analysis.sweep import Point, SweptGraph
 from planner.graph.simulate import simulate
 from planner.report.plan_table import ASSUMING, STOPPED
-from planner.report.tables import Part, facts, number, render, table, words
+from planner.report.tables import Block, facts, number, render, table, words
 from planner.units import format_bytes, format_ns
 
 
 def text(sweep: SweptGraph, references: Iterable[Reference]) -> str:
     """What `print(sweep)` shows."""
     caption = f"gap: at most so far from the best, {ASSUMING}"
-    parts: list[Part] = [facts(_head(sweep)), "", _points(sweep), caption, "", _changes(sweep)]
+    parts: list[Block] = [facts(_head(sweep)), "", _points(sweep), caption, "", _changes(sweep)]
     if sweep.graph.num_forward_ops:
         parts += ["", "without a solver:", _references(sweep, references)]
     return render(*parts)
@@ -37,10 +37,10 @@ def _head(sweep: SweptGraph) -> list[tuple[str, str]]:
         ("plain step", f"{format_bytes(plain.peak_bytes)}, {format_ns(plain.time_ns)}"),
         ("floor", f"{format_bytes(sweep.floor_bytes)}, below which no schedule peaks{held}"),
         ("suggested", f"{suggestion(sweep)}: the knee, below it less memory costs ever more time"),
-        ("solved", f"{len(sweep.points) + len(sweep.misses)} budgets in {sweep.solve_s:.2f} s; {len(sweep.graph.ops)} ops"),
+        ("solved", f"{len(sweep.points) + len(sweep.infeasible)} budgets in {sweep.solve_s:.2f} s; {len(sweep.graph.ops)} ops"),
         ("stopped", f"{stopped} of {len(sweep.points)} plans {STOPPED}" if stopped else ""),
         ("costs", str(sweep.provenance or "")),
-        *(("no plan", f"{_budget(sweep, miss.budget_bytes)}: {miss.error}") for miss in sweep.misses),
+        *(("no plan", f"{_budget(sweep, point.budget_bytes)}: {point.error}") for point in sweep.infeasible),
     ]
 
 

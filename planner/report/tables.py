@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-Part = str | Table
+Block = str | Table
 """Of a report: a line, or a table."""
 
 WIDTH = 80
@@ -52,7 +52,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return made
 
 
-def render(*parts: Part) -> str:
+def render(*parts: Block) -> str:
     """Tables and lines as text, one below the other, without colours or spaces at the ends of lines."""
     width = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout is not None and sys.stdout.isatty() else WIDTH
     console = Console(

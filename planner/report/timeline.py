@@ -22,7 +22,7 @@ from planner.report import picture
 from planner.units import format_bytes, format_ns
 
 
-class Part(StrEnum):
+class MemoryKind(StrEnum):
     """What live bytes are for; in the order in which they are stacked."""
 
     RESERVED = "reserved"
@@ -39,23 +39,23 @@ class Part(StrEnum):
 
 
 _RESIDENT = {
-    Kind.RESERVED: Part.RESERVED,
-    Kind.PARAM: Part.PARAMETERS,
-    Kind.BUFFER: Part.PARAMETERS,
-    Kind.INPUT: Part.INPUTS,
-    Kind.TANGENT: Part.INPUTS,
+    Kind.RESERVED: MemoryKind.RESERVED,
+    Kind.PARAM: MemoryKind.PARAMETERS,
+    Kind.BUFFER: MemoryKind.PARAMETERS,
+    Kind.INPUT: MemoryKind.INPUTS,
+    Kind.TANGENT: MemoryKind.INPUTS,
 }
 _COLORS = {
-    Part.RESERVED: "#999999",
-    Part.PARAMETERS: "#4d4d4d",
-    Part.INPUTS: "#f0e442",
-    Part.GRADIENTS: "#cc79a7",
-    Part.KEPT: "#0072b2",
-    Part.RECOMPUTED: "#d55e00",
-    Part.TEMPORARY: "#a6cee3",
+    MemoryKind.RESERVED: "#999999",
+    MemoryKind.PARAMETERS: "#4d4d4d",
+    MemoryKind.INPUTS: "#f0e442",
+    MemoryKind.GRADIENTS: "#cc79a7",
+    MemoryKind.KEPT: "#0072b2",
+    MemoryKind.RECOMPUTED: "#d55e00",
+    MemoryKind.TEMPORARY: "#a6cee3",
 }
 _TOP, _WIDE = 7, 44
-"""Groups of tensors that are named at the peak, in so many characters."""
+"""Number of groups of tensors that are named at the peak, and characters for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Span:
 
     name: str
     place: str
-    part: Part
+    part: MemoryKind
     nbytes: int
     start: int
     end: int
@@ -92,23 +92,23 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
     for v, start, end in zip(run.value.tolist(), run.start.tolist(), run.end.tolist(), strict=True):
         name = simulator.names[v]
         if end > last and name in forward_outputs:
-            part = Part.INPUTS
+            part = MemoryKind.INPUTS
         elif end > last and name in backward_outputs:
-            part = Part.GRADIENTS
+            part = MemoryKind.GRADIENTS
         elif start in again:
-            part = Part.RECOMPUTED
+            part = MemoryKind.RECOMPUTED
         else:
-            part = Part.KEPT if start < boundary <= end else Part.TEMPORARY
+            part = MemoryKind.KEPT if start < boundary <= end else MemoryKind.TEMPORARY
         yield Span(name, place_of(graph.ops[steps[start]]), part, graph.value[name].nbytes, start, min(end, last))
     for t, i in enumerate(steps):
         op = graph.ops[i]
         if op.workspace_bytes:
-            yield Span(f"workspace of {op.name}", place_of(op), Part.TEMPORARY, op.workspace_bytes, t, t)
+            yield Span(f"workspace of {op.name}", place_of(op), MemoryKind.TEMPORARY, op.workspace_bytes, t, t)
 
 
-def live_parts(graph: Graph, schedule: Schedule) -> dict[Part, Ints]:
+def live_parts(graph: Graph, schedule: Schedule) -> dict[MemoryKind, Ints]:
     """Bytes live while each step runs, by part."""
-    change = {part: np.zeros(len(schedule.steps) + 1, dtype=np.int64) for part in Part}
+    change = {part: np.zeros(len(schedule.steps) + 1, dtype=np.int64) for part in MemoryKind}
     for span in spans(graph, schedule):
         if span.start <= span.end:
             change[span.part][span.start] += span.nbytes
@@ -122,14 +122,14 @@ class Group:
 
     name: str
     place: str
-    part: Part
+    part: MemoryKind
     nbytes: int
     count: int
 
 
 def largest(graph: Graph, schedule: Schedule, step: int, count: int = _TOP) -> list[Group]:
     """What holds most at a step: values of equal blocks as one, the largest sum first."""
-    alike: defaultdict[tuple[str, Part, int], list[str]] = defaultdict(list)
+    alike: defaultdict[tuple[str, MemoryKind, int], list[str]] = defaultdict(list)
     for span in spans(graph, schedule):
         if span.start <= step <= span.end and span.nbytes:
             name = re.sub(r"_\d+$", "", span.name) if span.place else span.part.value

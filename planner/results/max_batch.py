@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.arguments import count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
-from planner.report.tables import Part, facts, number, render, table, words
+from planner.report.tables import Block, facts, number, render, table, words
 from planner.results.plan import Plan
 from planner.results.plan_file import provenance_fields
 from planner.units import format_bytes, format_ns
@@ -19,7 +19,7 @@ _NOTICEABLE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredBatch:
     """A planned step that was run: seconds by the wall clock, and the peak with everything resident."""
 
     step_s: float
@@ -44,7 +44,7 @@ class Tried:
     plain_bytes: int
     plan: Plan | None
     error: InfeasibleBudgetError | NoScheduleFoundError | None = None
-    measured: Measured | None = None
+    measured: MeasuredBatch | None = None
 
     @property
     def recomputes(self) -> bool:
@@ -64,8 +64,8 @@ class Tried:
         return self.batch / max(self.step_s, 1e-9)
 
 
-Measure = Callable[[Tried, int], Measured]
-"""Runs a batch's plan, so many steps."""
+Measure = Callable[[Tried, int], MeasuredBatch]
+"""Runs a batch's plan for this many steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class MaxBatch:
         ]
         columns = [*map(number, ("batch", "plain peak", "peak", "step time", "overhead", "samples/s")), words("")]
         rows = [_row(tried, "<- largest" if tried is self.largest else "") for tried in self.tried]
-        parts: list[Part] = [facts(head), "", table(columns, rows), "samples/s of forward and backward alone"]
+        parts: list[Block] = [facts(head), "", table(columns, rows), "samples/s of forward and backward alone"]
         measured = [tried for tried in self.tried if tried.measured is not None]
         if measured:
             columns = [*map(number, ("batch", "measured peak", "measured time", "measured samples/s"))]

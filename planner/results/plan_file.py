@@ -129,7 +129,7 @@ def load_graph(path: str | Path) -> Graph:
 
 
 def load_solvable(path: str | Path) -> tuple[Graph, PlannedGraph | None]:
-    """Read a graph to plan anew, and the plan that the file holds beside it, if any.
+    """Read a graph to plan again, and the plan that the file holds beside it, if any.
 
     Raises:
         PlanFileError: as for `load`.

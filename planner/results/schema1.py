@@ -29,7 +29,7 @@ def fingerprint(graph: Graph) -> str:
 
 
 def upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the fields of today's schema; its `schema` and `fingerprint` stay.
+    """The document with the fields of the present schema; its `schema` and `fingerprint` stay.
 
     Raises:
         ValueError: a field is of another kind.

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from planner.analysis.budgets import Budget
 from planner.analysis.references import references
-from planner.analysis.sweep import Measured, Point, SweptGraph
+from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptGraph
 from planner.arguments import check_path, count
-from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
+from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError, warn
 from planner.report import sweep_plot, sweep_table
 from planner.results import sweep_file
 from planner.results.plan import Plan
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
-Measure = Callable[[Plan, int], Measured]
-"""Runs a plan, so many pairs of steps."""
+Measure = Callable[[Plan, int], MeasuredPoint]
+"""Runs a plan for this many pairs of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,12 @@ class Sweep(SweptGraph):
     def plan(self, point: Point) -> Plan:
         """The plan of a point, to save, or to `planner.apply` to the model."""
         return Plan(self.graph, point.budget_bytes, point.margin_bytes, point.solution, self.provenance)
+
+    @property
+    def misses(self) -> tuple[InfeasiblePoint, ...]:
+        """Deprecated: the former name of `infeasible`."""
+        warn("Sweep.misses is now Sweep.infeasible", DeprecationWarning)
+        return self.infeasible
 
     @property
     def knee(self) -> Plan:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.analysis.references import references
-from planner.analysis.sweep import Measured, Miss, Point, SweptGraph, make_point
+from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptGraph, make_point
 from planner.errors import InputError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, number, reason, rows, string, table
 from planner.graph.graph import Graph
@@ -39,7 +39,7 @@ def dumps(sweep: SweptGraph) -> str:
         "floor_op": sweep.floor_op,
         "provenance": plan_file.provenance_fields(sweep.provenance),
         "measured": [[found.budget_bytes, found.peak_bytes, found.time_ratio, found.exact] for found in sweep.measured],
-        "misses": [[miss.budget_bytes, miss.error, miss.reason] for miss in sweep.misses],
+        "misses": [[point.budget_bytes, point.error, point.reason] for point in sweep.infeasible],
         "points": plan_file.Lines(_point_fields(point) for point in sweep.points),
         "solve_s": sweep.solve_s,
     }
@@ -68,7 +68,7 @@ def load(path: str | Path) -> SweptGraph:
         sweep = SweptGraph(
             graph=graph,
             points=tuple(_point(graph, table(entry, "a point")) for entry in rows(fields["points"], "points")),
-            misses=tuple(_miss(row) for row in rows(fields["misses"], "misses")),
+            infeasible=tuple(_infeasible(row) for row in rows(fields["misses"], "misses")),
             floor_bytes=integer(fields["floor_bytes"], "floor_bytes", 0, MOST_BYTES),
             floor_op=string(fields["floor_op"], "floor_op"),
             solve_s=number(fields["solve_s"], "solve_s"),
@@ -84,15 +84,15 @@ def load(path: str | Path) -> SweptGraph:
     return sweep
 
 
-def _miss(row: Any) -> Miss:
-    budget_bytes, error, why = _columns(row, 3, "a miss")
-    nbytes = integer(budget_bytes, "the budget of a miss", 0, MOST_BYTES)
-    return Miss(nbytes, string(error, "an error"), string(why, "a reason"))
+def _infeasible(row: Any) -> InfeasiblePoint:
+    budget_bytes, error, why = _columns(row, 3, "an infeasible point")
+    nbytes = integer(budget_bytes, "the budget of an infeasible point", 0, MOST_BYTES)
+    return InfeasiblePoint(nbytes, string(error, "an error"), string(why, "a reason"))
 
 
-def _measured(row: Any) -> Measured:
+def _measured(row: Any) -> MeasuredPoint:
     budget_bytes, peak_bytes, ratio, exact = _columns(row, 4, "a measurement")
-    return Measured(
+    return MeasuredPoint(
         integer(budget_bytes, "a measured budget", 0, MOST_BYTES),
         integer(peak_bytes, "a measured peak", 0, MOST_BYTES),
         None if ratio is None else number(ratio, "a measured time"),
@@ -146,7 +146,7 @@ def summary(sweep: SweptGraph) -> dict[str, Any]:
             }
             for point in sweep.points
         ],
-        "misses": [{"budget_bytes": miss.budget_bytes, "error": miss.error} for miss in sweep.misses],
+        "misses": [{"budget_bytes": point.budget_bytes, "error": point.error} for point in sweep.infeasible],
         "measured": [
             {
                 "budget_bytes": found.budget_bytes,

@@ -32,7 +32,7 @@ from planner.tracer.host.state import HostKey, remembered
 from planner.tracer.outputs import without_caches
 
 Digest = dict[str, Fingerprint]
-"""What a forward returned and left behind: a fingerprint per name. Equal exactly where every bit is."""
+"""What a forward returned and changed: a fingerprint per name. Equal exactly where every bit is."""
 
 _NOT_STATE = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
 
@@ -140,7 +140,7 @@ def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device) -> Digest:
-    """What a forward returned (without caches, which plans leave out) and left behind."""
+    """What a forward returned (without caches, which plans leave out) and changed."""
     prints = _Contents({id(module): name or "itself" for name, module in model.named_modules()})
     found: Digest = {f"output {i}": prints.of(leaf) for i, leaf in enumerate(without_caches(pytree.tree_leaves(out)))}
     found |= {f"input {i}": prints.of(tensor) for i, tensor in enumerate(inputs)}

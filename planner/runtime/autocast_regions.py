@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from planner.errors import PlanMissError
+from planner.errors import MismatchError
 from planner.runtime.guards.mismatch import Mismatch
 
 _TWICE = (
-    "enter torch.autocast anew for each call, or plan and train with torch.autocast(..., cache_enabled=False): a weight is "
+    "enter torch.autocast for each call alone, or plan and train with torch.autocast(..., cache_enabled=False): a weight is "
     "used by a planned call and by another call within one torch.autocast region. In eager the calls share its cast and sum "
     "their gradients in {} before these are cast back; planned calls do not"
 )
+_CAST_BEFORE = "a weight was already cast in this autocast region by an unplanned call"
 
 
 class _Region:
@@ -36,7 +37,7 @@ class _Region:
         self.unplanned: set[int] = set()
 
     def begin(self) -> None:
-        """Forget the weights if this is a new region: then the probe, a tensor without elements, is cast anew."""
+        """Forget the weights if this is a new region: then the probe, a tensor without elements, is cast again."""
         with torch.enable_grad():
             product = torch.mm(self._probe, self._probe)
         node: Any = product.grad_fn
@@ -59,16 +60,16 @@ def enter_planned(weights: Collection[torch.Tensor], device: torch.device) -> Mi
     """Note a planned call that casts these weights; a Mismatch if an unplanned call in this region has cast one of them.
 
     Raises:
-        PlanMissError: a planned call in this region has cast one of them.
+        MismatchError: a planned call in this region has cast one of them.
     """
     region = _present(device)
     if region is None:
         return None
     cast = set(map(id, weights))
     if cast & region.planned:
-        raise PlanMissError(_twice(device))
+        raise MismatchError(_twice(device))
     if cast & region.unplanned:
-        return Mismatch("mode", "the autocast region", "its weights were cast in it before", "one call")
+        return Mismatch("mode", "the autocast region", text=_CAST_BEFORE)
     region.planned |= cast
     return None
 
@@ -77,13 +78,13 @@ def note_unplanned(weights: Collection[torch.Tensor], device: torch.device) -> N
     """Note a call of a model's own forward.
 
     Raises:
-        PlanMissError: gradients are enabled, and a planned call in this region has cast one of its weights.
+        MismatchError: gradients are enabled, and a planned call in this region has cast one of its weights.
     """
     region = _present(device)
     if region is not None:
         cast = set(map(id, weights))
         if torch.is_grad_enabled() and cast & region.planned:
-            raise PlanMissError(_twice(device))
+            raise MismatchError(_twice(device))
         region.unplanned |= cast
 
 

@@ -109,7 +109,7 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
         model: what `plan` was called with.
         planned: modules that `plan` or `apply` returned for it, one per kind of call (several batch shapes, for example);
             the first that was made for a call runs it.
-        strict: a training call that no plan was made for is a PlanMissError instead of a warning.
+        strict: a training call that no plan was made for is a MismatchError instead of a warning.
 
     Raises:
         InputError: a planned module was made from another model, or none was given.

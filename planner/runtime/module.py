@@ -56,7 +56,7 @@ class CheckpointedModule(fx.GraphModule):
     Attributes:
         plan: the Plan.
         backward_graph: fx graph of the backward, before it is cut into stages.
-        strict: a training call that was not planned for is a PlanMissError instead of a warning.
+        strict: a training call that was not planned for is a MismatchError instead of a warning.
         audits: at some calls the original forward runs beside the planned one, and both are compared.
         alternatives: planned modules of the same model for other calls, tried in order.
         num_planned_calls, num_unplanned_calls: how many calls ran planned, and how many were not the planned one.
@@ -176,7 +176,7 @@ class CheckpointedModule(fx.GraphModule):
         what = f"the planned forward gave another {names} than the model's own, at planned call {self._num_runs}"
         if self.strict:
             raise PlanAuditError(f"{type(model).__name__}: {what}. Train unplanned, and please report the model")
-        self.__dict__["_refused"] = Mismatch("audit", f"the audit: {what}; please report it with the model")
+        self.__dict__["_refused"] = Mismatch("audit", "the audit", text=f"the audit: {what}; please report it with the model")
         return self._refused  # type: ignore[no-any-return]
 
     def _run(self, call: MatchedCall) -> Any:

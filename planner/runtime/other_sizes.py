@@ -63,7 +63,7 @@ class OtherSizes(Generic[Planned]):
                 if is_fault(error):
                     raise
                 RUNTIME.warning("inputs of another size, which run unplanned: %s", error)
-                self.known[size] = Mismatch("input", "the inputs' shape", str(error))
+                self.known[size] = Mismatch("input", "the inputs' shape", text=str(error))
         return self.known[size]
 
 
@@ -86,7 +86,7 @@ def step_of_other_size(
         if kind != expected:
             raise CaptureError(f"input {i} is of another dtype, device or requires_grad")
         if len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
-            raise CaptureError(f"input {i} is {list(shape)}, the plan holds up to {list(most)}")
+            raise CaptureError(f"input {i} is {list(shape)}; this dynamic plan covers up to {list(most)}")
     assert step.recapture is not None
     begun = time.monotonic()
     joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
@@ -102,7 +102,7 @@ def step_of_other_size(
 def _check_smaller(planned: Graph, graph: Graph) -> None:
     """Raise CaptureError unless the graph has the planned wiring, and no value is larger and no op less recomputable."""
     if wiring(planned) != wiring(graph):
-        raise CaptureError(f"its graph is another one: {first_difference(planned, graph)}")
+        raise CaptureError(f"at these inputs' shapes its graph is another one: {first_difference(planned, graph)}")
     for ours, theirs in zip(planned.ops, graph.ops, strict=True):
         if ours.recomputable > theirs.recomputable:
             raise CaptureError(f"{theirs.name} cannot be recomputed at this size ({theirs.source})")

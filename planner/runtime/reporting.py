@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from planner.errors import PlanAuditError, PlanMissError, warn
+from planner.errors import MismatchError, PlanAuditError, warn
 from planner.runtime.guards.mismatch import Mismatch
 
 
-class PlanMissWarning(UserWarning):
+class MismatchWarning(UserWarning):
     """A call was not the one planned for; the original forward ran instead."""
 
 
@@ -21,28 +21,27 @@ def report_mismatch(model: nn.Module, mismatch: Mismatch, warned: set[str], stri
         num_plans: number of plans that the call was compared with.
 
     Raises:
-        PlanMissError, PlanAuditError: `strict`, and the call trains.
+        MismatchError, PlanAuditError: `strict`, and the call trains.
     """
     if not (model.training and torch.is_grad_enabled()):
         return
-    which = "the planned step" if num_plans == 1 else f"one of the {num_plans} planned steps"
+    name, text = type(model).__name__, f"{mismatch.explained}{_cure(mismatch)}"
+    if num_plans > 1:
+        text = f"none of its {num_plans} plans is for this call: {text}"
     if strict:
         if mismatch.kind == "audit":
-            raise PlanAuditError(f"{type(model).__name__}: {mismatch}. Train unplanned")
-        raise PlanMissError(
-            f"{type(model).__name__}: not {which}, {mismatch} differs. Plan for this call too, or let it run unplanned"
-        )
+            raise PlanAuditError(f"{name}: {mismatch}. Train unplanned")
+        raise MismatchError(f"{name} would run unplanned, and strict=True: {text}")
     reason = str(mismatch) if mismatch.kind == "input" else mismatch.where
     if reason not in warned:
         warned.add(reason)
-        differs = str(mismatch) if mismatch.kind == "audit" else f"not {which}, {mismatch} differs{_cure(mismatch)}"
-        warn(f"{type(model).__name__}: {differs}; the original forward runs, unplanned", PlanMissWarning)
+        warn(f"{name} runs unplanned: {text}", MismatchWarning)
 
 
 def _cure(mismatch: Mismatch) -> str:
-    """How to have both calls planned; "" where it depends."""
+    """What to do about a mismatch of this kind, as a further sentence; "" where it depends."""
     if mismatch.kind in ("input", "argument"):
-        return " (plan both: plan(..., also=[(args, kwargs)]))"
+        return ". To plan both: plan(..., also=[(args, kwargs)])"
     if mismatch.kind == "host" and mismatch.is_absent:
-        return " (the first call fills it; run the model once before planning to plan that call, too)"
+        return ". The first call fills it: run the model once before planning"
     return ""

@@ -1,8 +1,8 @@
-"""Names and integers in, a schedule out: everything that decides. Never imports torch.
+"""Choice of the schedule, from names and integers alone. Never imports torch.
 
 A `Problem` (`problem`) is a graph, its programs and a budget. Stages (`stages`) report to a `Search` (`search`): schedules,
-which `simulate` judges on the original graph, and lower bounds. `pipeline` is the order of the stages and the loop that gives
-them their turns, in counted `Work` (`work`); `solve` is what others call. What the stages stand on:
+which `simulate` evaluates on the original graph, and lower bounds. `pipeline` is the order of the stages and the loop that
+gives them their turns, in counted `Work` (`work`); `solve` is what others call. What the stages use:
 
 - `reorder`: beforehand, backward ops move a few places where that lowers the plain step's peak.
 - `certificate` (`relaxation`, `watch_points`, `cuts`): where an op runs first (a cut), what is alive fits; a linear program
@@ -11,6 +11,6 @@ them their turns, in counted `Work` (`work`); `solve` is what others call. What 
   the positions that break.
 - `segments` (`pieces`): dynamic programming over where to cut the forward, what to keep of each run and what to run again.
 - `local_search` (`incremental`): a schedule is made to fit by evictions, then freed of recomputes it does not need.
-- `baselines`: what people do today. `exhaustive`: every schedule of a graph of a few ops.
+- `baselines`: reference schedules. `exhaustive`: every schedule of a graph of a few ops.
 - `backend`: PuLP and HiGHS. `tuning`: the constants that were tuned.
 """

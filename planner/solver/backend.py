@@ -138,8 +138,8 @@ class Model:
         """Solve as the program is now.
 
         Args:
-            work: what may be spent; with a solution found by then the status is "feasible". An integer program begins anew each
-                time: who goes on with it must give it more than before.
+            work: what may be spent; with a solution found by then the status is "feasible". An integer program starts again in
+                each call: give it more work than in the last one.
             gap: absolute, in units of the objective.
             relax: drop integrality; then `bound` is the optimum of the linear program.
             prove: it is the bound that matters: no effort for HiGHS's heuristics.
@@ -173,7 +173,7 @@ class Model:
 
     def _run(self, options: Mapping[str, Any], work: Work) -> None:
         highs = self._highs
-        # The clock of linear programs runs on from solve to solve, that of integer ones starts anew.
+        # The clock of linear programs runs on from solve to solve, that of integer ones starts at 0.
         limit_s = max(0.05, work.seconds) + (highs.getRunTime() if options["solve_relaxation"] else 0.0)
         for name, value in {**options, "time_limit": limit_s}.items():
             highs.setOptionValue(name, value)

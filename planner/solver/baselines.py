@@ -1,4 +1,4 @@
-"""What people do today: keep everything, recompute segments, keep the expensive ops, drop the largest first."""
+"""Reference schedules: keep everything, recompute segments, keep the expensive ops, drop the largest first."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Cuts:
         return self._known[budget_bytes]
 
     def _estimate(self, p: int, excess: float) -> float:
-        """The least time, in ns, to recompute values of so many bytes that are alive at op p and not read by it."""
+        """The least time, in ns, to recompute values of this many bytes that are alive at op p and not read by it."""
         own = list(self._reads[p])
         self._held[own] = True
         there = np.flatnonzero((self._start < p) & (self._end > p) & ~self._held[self._value])

@@ -1,12 +1,13 @@
 """Several forwards before the first backward, as in the stages of a pipeline.
 
-With n in flight, what a schedule saves (s bytes) counts n - 1 times beside its own peak p: p + (n - 1) s <= budget. The stages
-of the solver know one bound alone, that of the peak. But an op at the end of the forward that takes no time and `room` bytes of
-workspace turns a peak of b into a bound of the saved bytes, too: s <= b - resident - room. So for each of a few rooms w,
+With n in flight, what a schedule saves (s bytes) counts n - 1 times beside its own peak p: p + (n - 1) s <= budget. The
+solver's strategies know one bound alone, that of the peak. But an op at the end of the forward that takes no time and has a
+workspace of w bytes makes a peak of b a bound of the saved bytes, too: s <= b - resident - w. So for each of a few
+workspaces w,
 
 - what keeps p <= b and s <= b - resident - w, with n b = budget + (n - 1) (resident + w), fits: p + (n - 1) s <= budget;
-- every schedule that fits and has p - resident - s between two rooms v < w has s <= (budget - resident - v) / n =: c and
-  p <= resident + c + w, which is a peak of resident + c + w with room w: its bound holds for these schedules.
+- every schedule that fits and has p - resident - s between two workspaces v < w has s <= (budget - resident - v) / n =: c and
+  p <= resident + c + w, which is a peak of resident + c + w with workspace w: its bound holds for these schedules.
 
 The least of these bounds holds for all schedules, and the best of these schedules is the plan.
 """
@@ -25,10 +26,11 @@ from planner.graph.simulate import Timeline, simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
 
-_NUM_ROOMS = 5
-"""Rooms that are tried between the least and the most that makes sense; each costs two searches."""
+_NUM_WORKSPACES = 5
+"""Workspaces that are tried between the least and the most that makes sense; each costs two searches."""
 
 Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
+"""Of the search for one budget: a schedule, or why there is none."""
 
 
 class OneSolver(Protocol):
@@ -53,26 +55,26 @@ class Found:
     limit: str
 
 
-def with_room(graph: Graph, room_bytes: int) -> Graph:
-    """The graph with one forward in flight, and at the end of its forward an op that takes no time and so much workspace."""
+def with_saved_limit(graph: Graph, workspace_bytes: int) -> Graph:
+    """The graph with one forward in flight, and at the end of its forward an op that takes no time and has this workspace."""
     end = graph.num_forward_ops
-    hold = Op("(saved)", (), (), (), 0, room_bytes, recomputable=False)
+    hold = Op("(saved)", (), (), (), 0, workspace_bytes, recomputable=False)
     return replace(graph, ops=(*graph.ops[:end], hold, *graph.ops[end:]), num_forward_ops=end + 1, in_flight=1)
 
 
-def without_room(schedule: Schedule, graph: Graph) -> Schedule:
-    """A schedule of `with_room(graph, ...)` as one of `graph`."""
+def without_saved_limit(schedule: Schedule, graph: Graph) -> Schedule:
+    """A schedule of `with_saved_limit(graph, ...)` as one of `graph`."""
     end = graph.num_forward_ops
     return Schedule(tuple(i - (i > end) for i in schedule.steps if i != end))
 
 
-def rooms(graph: Graph) -> tuple[int, ...]:
-    """Rooms to try, smallest first: from nothing to what the plain step takes above its resident bytes."""
+def workspaces(graph: Graph) -> tuple[int, ...]:
+    """Workspaces to try, in bytes, smallest first: from nothing to what the plain step takes above its resident bytes."""
     alone = replace(graph, in_flight=1)
     most = max(1, simulate(alone, keep_all(alone)).peak_bytes - graph.resident_bytes)
     least = max(1, (floor(alone)[0] - graph.resident_bytes) // 2)
-    ratio = max(1.0, most / least) ** (1 / _NUM_ROOMS)
-    return tuple(sorted({0, most, *(round(least * ratio**k) for k in range(_NUM_ROOMS))}))
+    ratio = max(1.0, most / least) ** (1 / _NUM_WORKSPACES)
+    return tuple(sorted({0, most, *(round(least * ratio**k) for k in range(_NUM_WORKSPACES))}))
 
 
 def find(graph: Graph, budget_bytes: int, limits: Limits, gap: float, solver_of: Callable[[Graph], OneSolver]) -> Found:
@@ -89,15 +91,15 @@ def find(graph: Graph, budget_bytes: int, limits: Limits, gap: float, solver_of:
     best: tuple[Timeline, Schedule, str] | None = None
     bounds: list[int] = []
     work, solve_s, limit = 0.0, 0.0, ""
-    for room, within, bounding in asked:
+    for workspace, within, bounding in asked:
         share = limits.share(1 / len(asked))
         budgets = [nbytes for nbytes in (within, bounding) if nbytes is not None]
-        found = solver_of(with_room(graph, room)).sweep(budgets, share, gap=gap)
+        found = solver_of(with_saved_limit(graph, workspace)).sweep(budgets, share, gap=gap)
         for outcome in found.values():
             if not isinstance(outcome, Solution):
                 continue
             work, solve_s, limit = work + outcome.work, solve_s + outcome.solve_s, limit or outcome.limit
-            schedule = without_room(outcome.schedule, graph)
+            schedule = without_saved_limit(outcome.schedule, graph)
             timeline = simulate(graph, schedule)
             if timeline.peak_bytes <= budget_bytes and (best is None or timeline.time_ns < best[0].time_ns):
                 best = timeline, schedule, outcome.solver
@@ -109,23 +111,26 @@ def find(graph: Graph, budget_bytes: int, limits: Limits, gap: float, solver_of:
 
 
 def _searches(graph: Graph, budget_bytes: int) -> Iterator[tuple[int, int | None, int | None]]:
-    """(room, peak within which a schedule fits the budget, peak whose bound holds between this room and the one before)."""
+    """(workspace, peak within which a schedule fits the budget, peak whose bound holds between this workspace and the last)."""
     n, resident = graph.in_flight, graph.resident_bytes
     before: int | None = None
-    for room in rooms(graph):
-        within = (budget_bytes + (n - 1) * (resident + room)) // n
+    for workspace in workspaces(graph):
+        within = (budget_bytes + (n - 1) * (resident + workspace)) // n
         saved = None if before is None else (budget_bytes - resident - before) // n
-        bounding = None if saved is None or saved < 0 else min(budget_bytes, resident + saved + room)
-        yield room, within if within >= resident + room else None, bounding
-        before = room
+        bounding = None if saved is None or saved < 0 else min(budget_bytes, resident + saved + workspace)
+        yield workspace, within if within >= resident + workspace else None, bounding
+        before = workspace
     assert before is not None
     saved = (budget_bytes - resident - before) // n
-    if saved >= 0:  # and beyond the last room
+    if saved >= 0:  # and beyond the largest workspace
         yield max(0, budget_bytes - resident - saved), None, budget_bytes
 
 
 def lowest(graph: Graph, limits: Limits, solver_of: Callable[[Graph], OneSolver]) -> Schedule:
-    """The schedule with the lowest p + (n - 1) s that is found: of those with the lowest peak for each room."""
-    tried = rooms(graph)
-    found = [without_room(solver_of(with_room(graph, room)).lowest(limits.share(1 / len(tried))), graph) for room in tried]
+    """The schedule with the lowest p + (n - 1) s that is found: of those with the lowest peak for each workspace."""
+    tried = workspaces(graph)
+    found = [
+        without_saved_limit(solver_of(with_saved_limit(graph, workspace)).lowest(limits.share(1 / len(tried))), graph)
+        for workspace in tried
+    ]
     return min(found, key=lambda schedule: simulate(graph, schedule).peak_bytes)

@@ -32,7 +32,7 @@ class Round:
     Attributes:
         schedule: what it means, within the budget or not; None where the program had no solution.
         is_last: another round would say nothing new.
-        grew: only exact copies could say what was wrong, and the program has more of them now.
+        grew: only exact copies could express what was wrong, and the program has more of them now.
         fits: the schedule is within the budget; where this is the last round, it is the optimum within the gap.
     """
 
@@ -54,7 +54,7 @@ class KeepSet:
             graph: forward and backward.
             pinned: droppable values that are kept for every budget (too small to be worth a decision).
             lowest: minimise the peak instead of the time.
-            simulator: the graph's, where it is at hand.
+            simulator: the graph's, if it was made before.
         """
         self.data = data = Instance(graph, pinned, lowest=lowest)
         self.graph, self.life = graph, data.life
@@ -66,7 +66,7 @@ class KeepSet:
         self._write(is_whole=False, less=0)
 
     def _write(self, *, is_whole: bool, less: int) -> None:
-        """The program anew."""
+        """Build the program again."""
         self._rows, self._less = Rows(self.data, is_whole=is_whole, less=less), less
         for t in self._plain:
             self._rows.plain(t)
@@ -120,7 +120,7 @@ class KeepSet:
                 return
 
     def _learn(self, schedule: Schedule, kept: set[str], limit: int, peak: int) -> tuple[bool, bool]:
-        """Say in the program what a schedule broke: whether there is nothing to say, and whether copies were needed for it."""
+        """Add to the program what a schedule broke: (whether nothing was left to add, whether copies were needed)."""
         if self._add_rows(kept, limit):
             return False, False
         if self._add_copies(schedule, limit):

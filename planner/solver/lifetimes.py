@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class OutputCopy:
-    """An output that its op makes anew when it runs again: never dropped, but one more instance while it is read.
+    """An output that its op makes again when it runs again: never dropped, but one more instance while it is read.
 
     Attributes:
         nbytes: of the second instance.
@@ -108,7 +108,7 @@ def lifetimes(graph: Graph) -> Lifetimes:
 
 
 def _base(graph: Graph, nbytes: Ints, last_forward: Ints, last_use: Ints) -> Ints:
-    """Live bytes of the plain step, less the droppable values that the forward at hand no longer reads."""
+    """Live bytes of the plain step, less the droppable values that this forward no longer reads."""
     live = np.array(simulate(graph, keep_all(graph)).live_bytes, dtype=np.int64)
     change = np.zeros(len(graph.ops) + 1, dtype=np.int64)
     used = last_use >= 0

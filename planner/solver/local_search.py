@@ -70,31 +70,31 @@ class LocalSearch:
 
     def shrink(self, steps: Steps, work: Work) -> Steps:
         """Delete recomputes, the dearest first, as long as the schedule fits without them."""
-        draft = IncrementalSchedule(self.simulator, steps)
+        schedule = IncrementalSchedule(self.simulator, steps)
         shorter = True
         while shorter:
             shorter = False
-            for t in sorted(draft.again(), key=lambda t: (-self.cost[draft.steps[t]], -t)):
+            for t in sorted(schedule.again(), key=lambda t: (-self.cost[schedule.steps[t]], -t)):
                 if work.is_over:
-                    return draft.done()
-                work.charge(EVENT_UNITS * len(draft.steps) / 16)  # no new simulation
-                if draft.steps[t] >= 0 and draft.delete(t, self.budget_bytes):
+                    return schedule.done()
+                work.charge(EVENT_UNITS * len(schedule.steps) / 16)  # no new simulation
+                if schedule.steps[t] >= 0 and schedule.delete(t, self.budget_bytes):
                     shorter = True
-        return draft.done()
+        return schedule.done()
 
     def improve(self, steps: Steps, work: Work) -> Iterator[Steps]:
         """Delete one recompute after the other although the schedule does not fit without it, and evict something else.
 
-        Yields the best schedule so far after every try, and ends when every recompute has been tried in vain. A try that was
-        cut short is made again, for there may be more to spend then.
+        Yields the best schedule so far after every try, and ends when every recompute has been tried without success. A try
+        that ran out of work is made again, because there may be more work then.
         """
         steps = self.shrink(steps, work)
         tried: set[tuple[int, int]] = set()
         while True:
-            draft = IncrementalSchedule(self.simulator, steps)
+            schedule = IncrementalSchedule(self.simulator, steps)
             seen: dict[int, int] = {}
             runs = []
-            for t in draft.again():
+            for t in schedule.again():
                 i = steps[t]
                 seen[i] = seen.get(i, 0) + 1
                 runs.append((-int(self.cost[i]), i, seen[i], t))
@@ -102,9 +102,9 @@ class LocalSearch:
             if untried is None:
                 return
             _, i, nth, t = untried
-            draft.delete(t)
+            schedule.delete(t)
             now_ns = self.time_ns(steps)
-            repaired = self.repair(draft.done(), work, spared=i, most_ns=1.05 * now_ns)
+            repaired = self.repair(schedule.done(), work, spared=i, most_ns=1.05 * now_ns)
             if repaired is not None or not work.is_over:
                 tried.add((i, nth))
             if repaired is not None:

@@ -82,7 +82,7 @@ class Pieces:
         return crosses
 
     def need(self, i: int, j: int) -> int:
-        """Bytes while the forward of the run goes on, and while its backward does with all of its values at hand."""
+        """Bytes while the forward of the run goes on, and while its backward does with all of its values live."""
         life, ops = self.life, self.backward(i, j)
         made = self._made(i, j)
         order = np.argsort(life.last_use[made], kind="stable")

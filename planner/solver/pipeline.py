@@ -1,8 +1,8 @@
 """The order of the stages, and the one loop that gives them their state.
 
-A turn gives every stage a slice of work, twice as much as in the turn before: a stage that needs little is done early, one that
-needs much gets it once the others had their chance. A search stops at its gap, at its work, or when what is left of the gap is
-not worth what was spent.
+A turn gives a slice of work to every stage that does not wait; each slice of a stage is twice as large as its last one. So a
+stage that needs little ends early, and one that needs much gets it after the others ran. A search stops at its gap, at its
+work, when no stage is left to run, or when the gap that is left is not worth the work spent so far.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stage:
         name: for the log.
         run: the strategy.
         min_gap: it waits while the gap, as a fraction of the plain step's time, is smaller.
-        first_turn: it waits for so many turns of the others, whose slices have doubled as often by then.
+        first_turn: the number of turns that it waits; the slices of the other stages double in each of them.
         applies: it waits where this is false.
     """
 
@@ -62,7 +62,7 @@ PIPELINE = (
     Stage("keep set", stages.keep_set),
     # Long chains, and budgets that take more than one recompute of a value.
     Stage("segments", stages.segments, min_gap=5 * GAP, first_turn=1),
-    # No plan is worse than what people do today.
+    # Where the gap is wide: a plan is then no slower than the reference schedules that fit.
     Stage("baselines", stages.baselines, min_gap=5 * GAP, first_turn=1),
     # Budgets near the lowest peak there is.
     Stage("descent", stages.descent, first_turn=1, applies=_not_found),
@@ -74,7 +74,7 @@ PIPELINE = (
 
 @dataclass(slots=True)
 class _StageState:
-    """A stage under way: its generator, what it may spend, its next slice, and the state after which it got nowhere."""
+    """A running stage: generator, work, next slice, slices without progress, and the search's state after the last of these."""
 
     generator: Iterator[stages.Progress]
     work: Work
@@ -119,7 +119,7 @@ class BudgetSearch:
             self._has_more = True
             if self.is_done or work.is_over:
                 return
-            self._go_on(stage, work)
+            self._run_slice(stage, work)
         self._num_turns += 1
 
     def _waits(self, stage: Stage) -> bool:
@@ -130,25 +130,25 @@ class BudgetSearch:
             early or stage.name in self._ended or stuck or search.gap < stage.min_gap or not stage.applies(self.problem, search)
         )
 
-    def _go_on(self, stage: Stage, work: Work) -> None:
-        """One slice; it doubles each time. A stage that got nowhere twice waits until others have changed something."""
+    def _run_slice(self, stage: Stage, work: Work) -> None:
+        """One slice; it doubles each time. A stage without progress in two slices waits until others change the search."""
         if stage.name not in self._states:
             own = Work(meter=work.meter)
             self._states[stage.name] = _StageState(stage.run(self.problem, self.search, own), own)
         state = self._states[stage.name]
         before, spent = self.search.state, work.meter.spent
         state.work.until = work.share(state.slice).until
-        got_on = False
+        progressed = False
         while not state.work.is_over and not self._is_good:
             state.work.charge(300 * EVENT_UNITS)  # so that a slice ends even if the stage charges nothing
             try:
-                got_on = next(state.generator) is not stages.Progress.NOTHING or got_on
+                progressed = next(state.generator) is not stages.Progress.UNCHANGED or progressed
             except StopIteration:
                 self._ended.add(stage.name)
                 break
         after = self.search.state
         state.slice *= 2
-        state.empty, state.stuck_at = (0, None) if got_on or after != before else (state.empty + 1, after)
+        state.empty, state.stuck_at = (0, None) if progressed or after != before else (state.empty + 1, after)
         self.spent += work.meter.spent - spent
         text = "%s within %d bytes: %.3f units of work; %s -> %s"
         SOLVER.debug(text, stage.name, self.problem.budget_bytes, work.meter.spent - spent, _shown(before), _shown(after))

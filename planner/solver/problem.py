@@ -43,7 +43,7 @@ class Models:
 
     @cached_property
     def lowest(self) -> list[tuple[KeepSet, Coarse]]:
-        """The same for the lowest peak; those that have nothing more to say are taken out."""
+        """The same for the lowest peak; those that are finished are removed."""
         return [(KeepSet(level.graph, level.tiny, lowest=True, simulator=level.simulator), level) for level in self._levels]
 
     @property
@@ -52,7 +52,7 @@ class Models:
 
     @cached_property
     def baselines(self) -> list[tuple[str, Schedule]]:
-        """What people do today, but for `greedy`: those that do not look at a budget."""
+        """The reference schedules that do not depend on a budget: all but `greedy`."""
         return list(fixed_baselines(self.graph))
 
     @cached_property

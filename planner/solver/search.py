@@ -1,6 +1,6 @@
 """All that was found: schedules that nothing beats, proven bounds, and how far these are apart.
 
-The only place that judges schedules, makes them fit and keeps them. A plan for a small budget is a plan for a larger one, a
+The only place that evaluates schedules, makes them fit and keeps them. A plan for a small budget is a plan for a larger one, a
 bound for a large budget holds for a smaller one.
 """
 
@@ -39,7 +39,7 @@ class Archive:
         self.offer(keep_all(graph), "keep all")
 
     def offer(self, schedule: Schedule, source: str) -> Timeline:
-        """Simulate a schedule, the only judgement that counts. Bounds that it contradicts are forgotten.
+        """Simulate a schedule, the only figures that count. Bounds that it contradicts are forgotten.
 
         They hold for one order of the backward, and a schedule may have another; or HiGHS was wrong.
         """
@@ -62,7 +62,7 @@ class Archive:
         return min(self._entries, key=lambda entry: entry.timeline.peak_bytes)
 
     def raise_bound(self, budget_bytes: int, time_ns: int) -> None:
-        """Nothing that fits takes less: was proven, and counts unless a schedule at hand contradicts it."""
+        """Record a proven bound: nothing that fits takes less. Dropped where a known schedule contradicts it."""
         best = self.cheapest(budget_bytes)
         if best is None or time_ns <= best.timeline.time_ns:
             self._bounds[budget_bytes] = max(time_ns, self._bounds.get(budget_bytes, 0))
@@ -132,7 +132,7 @@ class Search:
             steps, level: the schedule, and the level of the graph whose ops it names.
             source: who made it.
             work: what may be spent; None where it is over before the schedule fits.
-            near: a schedule over so many times the budget is not worth it.
+            near: a schedule whose peak is above this multiple of the budget is left as it is.
         """
         search = self.local(level)
         useful, run = search.useful(list(steps))

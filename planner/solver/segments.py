@@ -1,7 +1,7 @@
 """Dynamic programming over the forward as a chain of pieces: where to cut it, what to keep, what to run once more.
 
 Right after the forward little memory is free, so the runs of pieces whose backward comes first must be short; what they kept is
-gone when the earlier ones have their turn, and these may be longer (on a long recurrent net: 1, 1, 2, 4, 6, 12, 20 steps).
+gone when the earlier ones run, and these may be longer (on a long recurrent net: 1, 1, 2, 4, 6, 12, 20 steps).
 `best[i, j]` is the least time to recompute while the forward of pieces i..j - 1 and then their backward run, by the memory that
 is free when what enters i is there. Two transitions:
 - keep: run i..k - 1, keep what crosses into k and an option of the run (`planner.solver.pieces`); then k..j - 1; then
@@ -9,7 +9,7 @@ is free when what enters i is there. Two transitions:
 - again: run i..k - 1 and keep only what crosses into k; then k..j - 1; then i..k - 1 once more from its start.
 Without the second each value is recomputed at most once, and only j = end is needed. With it a piece is recomputed as often as
 that pays, which no set of kept values can do; runs are single pieces there (after Rotor, Beaumont et al. 2021). Memory is
-counted roughly and in steps; `simulate` judges the schedules that come out.
+counted roughly and in steps; `simulate` evaluates the schedules that come out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from planner.solver.work import Work
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21)
 """Of a run of pieces whose values are kept or recomputed once: every length up to 3, then about two thirds more each time."""
 
-Costs = NDArray[np.float32]  # tables are many, and `simulate` judges
+Costs = NDArray[np.float32]  # tables are many, and `simulate` evaluates them
 
 
 @dataclass(frozen=True, slots=True)

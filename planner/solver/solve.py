@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
+from planner.errors import NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
@@ -13,6 +13,7 @@ from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import in_flight, stages
 from planner.solver.baselines import fixed_baselines, greedy
+from planner.solver.in_flight import Outcome
 from planner.solver.pipeline import BudgetSearch, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
@@ -22,8 +23,6 @@ from planner.solver.work import Meter, Work, begin
 from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
-
-Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
 
 
 def solve(graph: Graph, budget_bytes: int, limits: Limits | None = None, *, gap: float = GAP, reorder: bool = True) -> Solution:
@@ -76,7 +75,7 @@ class Solver:
         return min(floor(self.graph)[0], floor(self._captured)[0])
 
     def offer_baselines(self, budget_bytes: int) -> None:
-        """Evaluate what people do today: on the moved graph, and on the captured one in the moved graph's numbers."""
+        """Evaluate the reference schedules: on the moved graph, and on the captured one in the moved graph's numbers."""
         for graph, renumbered in ((self.graph, False), *([(self._captured, True)] if self.graph is not self._captured else [])):
             for name, schedule in [
                 ("greedy", greedy(graph, budget_bytes)),
@@ -199,7 +198,7 @@ class Solver:
     def _outcome(self, one: BudgetSearch, meter: Meter) -> Solution | NoScheduleFoundError:
         search = one.search
         seconds = meter.elapsed_s * (one.spent / meter.spent if meter.spent else 1.0)
-        if search.gap > 5 * GAP:  # however little was spent, the plan is no worse than what people do today
+        if search.gap > 5 * GAP:  # however little was spent, the plan is no slower than the reference schedules
             self.offer_baselines(search.budget_bytes)
         best = search.best
         if best is None:

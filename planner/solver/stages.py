@@ -1,7 +1,7 @@
-"""The stages: ways to find schedules and bounds, all with one signature.
+"""The strategies of the stages: ways to find schedules and bounds, all with one signature.
 
-A stage is a generator that is given a problem, the search to report to, and what it may spend. It yields whenever it may be
-interrupted, and says what came of it; it ends when it has nothing more to say. What it may spend grows between two yields.
+A strategy is a generator that is given a problem, the search to report to, and what it may spend. It yields whenever it may be
+interrupted, and yields its progress; it ends when it can do nothing more. What it may spend grows between two yields.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from planner.solver.work import Work
 
 
 class Progress(enum.Enum):
-    """What came of a stage since it yielded before."""
+    """What a strategy has reached since it last yielded."""
 
-    CUT_SHORT = "with more work it may get on"
-    LEARNT = "it knows more than before"
-    NOTHING = "it tried in vain"
+    OUT_OF_WORK = "with more work it may progress"
+    IMPROVED = "a schedule, a bound or its own state is better than before"
+    UNCHANGED = "it tried something, which improved nothing"
 
 
 Strategy = Callable[[Problem, Search, Work], Iterator[Progress]]
@@ -41,23 +41,23 @@ def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[Progres
     best = exhaustive_search(problem.graph, problem.budget_bytes, Rules(backward_ops=False))
     if best is not None:
         search.archive.offer(best, "exhaustive search")
-    yield Progress.LEARNT
+    yield Progress.IMPROVED
 
 
 def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Linear programs of the best single cuts; then rounds in integers with more and more cuts. Each hints at a schedule."""
+    """Linear programs of the best single cuts; then integer programs with more and more cuts. Each gives a candidate."""
     bounds, budget, level = problem.models.certificate, problem.budget_bytes, problem.models.fine
     best, best_ns = -1, -1
     for cut in bounds.cuts.ranked(budget)[:FEW]:
         found = bounds.bound(budget, (cut,), work, relax=True)
         while not found.is_final:
-            yield Progress.CUT_SHORT
+            yield Progress.OUT_OF_WORK
             found = bounds.bound(budget, (cut,), work, relax=True)
         if found.time_ns > best_ns:
             best, best_ns = cut, found.time_ns
         if search.raise_bound(found.time_ns) and found.candidate is not None:
             yield from _fit(search, found.candidate.steps, level, "certificate", work)
-        yield Progress.LEARNT
+        yield Progress.IMPROVED
     cuts, candidate_before = bounds.first_cuts(budget, best) if best >= 0 else (), None
     while cuts:
         found = bounds.bound(budget, cuts, work, gap=problem.precision / 2, relax=False)
@@ -65,7 +65,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         if found.candidate is not None and found.candidate != candidate_before:
             candidate_before = found.candidate
             yield from _fit(search, found.candidate.steps, level, "certificate", work)
-        yield Progress.LEARNT if found.is_final else Progress.CUT_SHORT
+        yield Progress.IMPROVED if found.is_final else Progress.OUT_OF_WORK
         if found.is_final:
             more = bounds.next_cuts(budget, cuts, found.candidate)
             cuts = more if more != cuts else ()
@@ -84,7 +84,7 @@ def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[Progress]
 def _rounds(
     program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, gap: float, *, relax: bool
 ) -> Iterator[Progress]:
-    """Offer what a program says; what only exact copies can mend, or rounding broke, is made to fit."""
+    """Offer the schedules of a program; one that needs exact copies, or that rounding broke, is made to fit."""
 
     def evaluate(schedule: Schedule) -> Timeline:
         return search.offer(schedule.steps, level, "keep set", work)
@@ -92,7 +92,7 @@ def _rounds(
     for found in program.rounds(problem.budget_bytes, work, gap=gap, evaluate=evaluate, relax=relax):
         if found.schedule is not None and (found.grew or found.is_last):
             yield from _fit(search, found.schedule.steps, level, "keep set", work)
-        yield Progress.NOTHING if found.is_last else Progress.LEARNT
+        yield Progress.UNCHANGED if found.is_last else Progress.IMPROVED
 
 
 def segments(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
@@ -101,7 +101,7 @@ def segments(problem: Problem, search: Search, work: Work) -> Iterator[Progress]
     for again in (False, True):
         table = Segments(fewer if again else pieces, problem.budget_bytes, again=again)
         while not table.fill(work):
-            yield Progress.CUT_SHORT
+            yield Progress.OUT_OF_WORK
         best = yield from _best_factor(table, [n / 100 for n in range(97, 200)], problem, search, work)
         finer = sorted((best + n / 1000 for n in range(-9, 10)), key=lambda factor: (abs(factor - best), factor))
         yield from _best_factor(table, finer, problem, search, work)
@@ -128,7 +128,7 @@ def _best_factor(
         worse, best, least_ns = (0, factor, time_ns) if time_ns < least_ns else (worse + found_before, best, least_ns)
         if worse == FEW:
             break
-        yield Progress.NOTHING
+        yield Progress.UNCHANGED
     return best
 
 
@@ -140,22 +140,22 @@ def _fit(
         made = search.fit(steps, level, source, work, near=near)
         if made is not None or not work.is_over:
             return made
-        yield Progress.CUT_SHORT
+        yield Progress.OUT_OF_WORK
     return None
 
 
 def baselines(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """What people do today, made to fit where nothing else does."""
+    """Reference schedules, made to fit where nothing else does."""
     level, budget = problem.models.fine, problem.budget_bytes
     found = [("greedy", greedy(problem.graph, budget)), *problem.models.baselines]
     for name, schedule in found:
         search.offer(schedule.steps, level, name, work)
-        yield Progress.NOTHING
+        yield Progress.UNCHANGED
     for name, schedule in found:
         if search.best is not None:
             return
         yield from _fit(search, schedule.steps, level, name, work)
-        yield Progress.NOTHING
+        yield Progress.UNCHANGED
 
 
 def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
@@ -168,7 +168,7 @@ def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progre
             return search.offer(schedule.steps, level, "lowest peak", work)
 
         for found in program.rounds(None, work, gap=problem.precision, evaluate=evaluate):
-            yield Progress.LEARNT if found.schedule is not None else Progress.CUT_SHORT
+            yield Progress.IMPROVED if found.schedule is not None else Progress.OUT_OF_WORK
         models.lowest = [other for other in models.lowest if other[0] is not program]
 
 
@@ -184,14 +184,14 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
             if steps is not None:
                 search.offer(steps, level, "lowest peak, local search", work)
             asked = problem.budget_bytes if steps is not None else (asked + archive.lowest.timeline.peak_bytes) // 2
-            yield Progress.LEARNT
+            yield Progress.IMPROVED
         else:
             return
-        yield Progress.CUT_SHORT
+        yield Progress.OUT_OF_WORK
 
 
 def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """From the best schedule, one recompute after the other is taken back, and something else recomputed."""
+    """From the best schedule, delete one recompute after the other, and evict something else."""
     level = problem.models.fine
     local = search.local(level)
     for squeezed in (False, True):
@@ -199,9 +199,9 @@ def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progr
         steps = list(search.best.schedule.steps)
         if squeezed:
             steps = local.squeeze(steps, work)
-            yield Progress.NOTHING
+            yield Progress.UNCHANGED
         for better in local.improve(steps, work):
             if better != steps:
                 steps = better
                 search.offer(steps, level, "local search", work)
-            yield Progress.CUT_SHORT if work.is_over else Progress.NOTHING
+            yield Progress.OUT_OF_WORK if work.is_over else Progress.UNCHANGED

@@ -16,11 +16,13 @@ EVENT_UNITS = 1e-7
 GAP = 0.001
 """How far from the optimum to stop, as a fraction of the plain step's time: a thousandth is within the noise of a step."""
 PATIENCE = 32.0
-"""Work that a gap of one percent of the step would be worth, half a percent a quarter of it. Above that, all there is."""
+"""A gap of g percent of the plain step is accepted after PATIENCE * g**2 units of work, for g up to 500 * GAP.
+
+A search with a wider gap goes on until its work is spent."""
 FIRST_SLICE = 0.1
-"""Work that every stage gets in the first turn, about one linear program; a turn gives twice as much as the one before."""
+"""Work of each stage's first slice, about one linear program; each further slice is twice as large as the last."""
 BACKSTOP = 30.0
-"""Wall seconds for each unit of work after which the clock ends a search: that is no busy machine any more."""
+"""Wall seconds for each unit of work after which the clock ends a search: even a busy machine is not that slow."""
 
 # How closely to look.
 FEW = 3

@@ -64,7 +64,7 @@ class Work:
         return self.meter.stop_s - time.monotonic()
 
     def share(self, units: float) -> Work:
-        """At most so many of the units that are left."""
+        """At most this many of the units that are left."""
         return Work(min(self.until, self.meter.spent + units), self.meter)
 
 

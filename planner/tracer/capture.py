@@ -30,7 +30,7 @@ from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
 from planner.tracer.recording import Recording, has_data, record
-from planner.tracer.refusal import refusal
+from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay
 from planner.tracer.target_device import TargetDevice
 from planner.tracer.trace import Trace, TracedForward, TraceOptions, trace
@@ -49,9 +49,10 @@ def capture(
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
     The model is left as it was, and tracing itself allocates no tensor data. Unless a tensor has no data (meta, fake), the
-    model's real forward runs first (2 to 4 times, without saved activations), to learn what Python does: tensor values it
-    reads, state it changes. A submodule that cannot be captured becomes an opaque module, which runs unplanned inside the
-    step; it is run a few more times, with its backward, and measured.
+    model's real forward runs first, without saved activations and until two runs do the same, to learn what Python does:
+    tensor values it reads, state it changes. It runs again for every further set of opaque modules that is tried. A submodule
+    that cannot be captured becomes an opaque module, which runs unplanned inside the step; it is run a few more times, with
+    its backward, and measured.
 
     Args:
         model: in training mode, on the device it will train on.
@@ -71,10 +72,7 @@ def capture(
         return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, replay)
     opaque, first = opaque_from_start(model, opaque), None
     if target is not None and opaque:
-        raise CaptureError(
-            f"{', '.join(opaque)} cannot be captured and would run as it is, and what that takes is measured on the device: "
-            f"plan where {target.name} is"
-        )
+        raise CaptureError(f"plan on {target.name}: opaque modules ({', '.join(opaque)}) must be measured there")
     while True:
         try:
             joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target)
@@ -181,7 +179,7 @@ def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: Cal
 
 
 def _moving(recording: Recording, forward: TracedForward, num_tensors: int) -> frozenset[int]:
-    """Positions, behind the call's tensors, of the tensors of Python state that the forward replaces."""
+    """Positions, after the call's tensors, of the tensors of Python state that the forward replaces."""
     written = [effect.path for effect in forward.effects]
     places = enumerate(recording.host.state, start=num_tensors)
     return frozenset(i for i, path in places if any(path.is_inside(other) for other in written))
@@ -260,4 +258,4 @@ def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
         if not concerns_model(error):
             note(error, f"capturing {type(model).__name__}{f' (last at {where})' if where else ''}")
             raise
-        raise refusal(error, where) from error
+        raise capture_error(error, where) from error

@@ -33,8 +33,8 @@ def graft(planned: Joint, other: Joint) -> Joint:
     Raises:
         BackwardError: the other forward is not the planned one; names the first operation that differs.
     """
-    twins = _twins(planned, other)
-    _check_same_forward(planned, other, twins)
+    counterparts = _counterparts(planned, other)
+    _check_same_forward(planned, other, counterparts)
     out = fx.Graph()
     made: dict[str, fx.Node] = {}
     given_in_other = {_identity(other, given): node for given, node in _placeholders(other)}
@@ -44,12 +44,12 @@ def graft(planned: Joint, other: Joint) -> Joint:
             meta = _meta_of_input(planned, given, given_in_other, other)
             made[node.name] = _placed(out.placeholder(node.name), meta)
             inputs.append(given)
-    now = {node: made[name] for node, name in twins.items() if name in made}
+    now = {node: made[name] for node, name in counterparts.items() if name in made}
     for given, node in _placeholders(other):
         if given.kind is Kind.TANGENT:
             now[node] = _placed(out.placeholder(node.name), node.meta)
             inputs.append(replace(given, node=now[node].name))
-    seen = {name: node for node, name in twins.items()}
+    seen = {name: node for node, name in counterparts.items()}
     for node in _forward(planned):
         made[node.name] = _planned_node(out, node, made, seen.get(node.name))
         if node.name in seen:
@@ -95,23 +95,23 @@ def _identity(joint: Joint, given: Input) -> Any:
     return id(joint.constants[given.node]) if given.node in joint.constants else (given.kind, given.key)
 
 
-def _twins(planned: Joint, other: Joint) -> dict[fx.Node, str]:
+def _counterparts(planned: Joint, other: Joint) -> dict[fx.Node, str]:
     """Inputs and forward nodes of `other` -> names of the planned nodes that are the same call on the same tensors."""
     by_identity = {_identity(planned, given): node.name for given, node in _placeholders(planned)}
-    twins: dict[fx.Node, str] = {}
+    counterparts: dict[fx.Node, str] = {}
     for given, node in _placeholders(other):
         name = by_identity.get(_identity(other, given)) or _equal_constant(planned, other, given)
         if given.kind is not Kind.TANGENT and name is not None:
-            twins[node] = name
+            counterparts[node] = name
     calls: dict[str, deque[str]] = {}
     for node in _forward(planned):
         calls.setdefault(_call(node, {arg: arg.name for arg in node.all_input_nodes}), deque()).append(node.name)
     for node in _forward(other):
-        if all(arg in twins for arg in node.all_input_nodes):
-            same = calls.get(_call(node, twins))
+        if all(arg in counterparts for arg in node.all_input_nodes):
+            same = calls.get(_call(node, counterparts))
             if same:
-                twins[node] = same.popleft()
-    return twins
+                counterparts[node] = same.popleft()
+    return counterparts
 
 
 def _equal_constant(planned: Joint, other: Joint, given: Input) -> str | None:
@@ -130,16 +130,16 @@ def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     return f"{node.target} {args} {sorted(kwargs.items())}"
 
 
-def _check_same_forward(planned: Joint, other: Joint, twins: dict[fx.Node, str]) -> None:
+def _check_same_forward(planned: Joint, other: Joint, counterparts: dict[fx.Node, str]) -> None:
     """Results, writes and random draws are those of the plan, and so is all that they depend on."""
     nodes = {node.name: node for node in other.graph.nodes}
-    found = tuple(twins.get(nodes[name]) for name in other.results)
+    found = tuple(counterparts.get(nodes[name]) for name in other.results)
     acts = [node for node in _forward(other) if draws(node, other.opaque_calls) or mutates(node)]
     needed = ancestors([nodes[name] for name in other.results])
-    wrong = [node for node in _forward(other) if node not in twins and (node in acts or node in needed)]
+    wrong = [node for node in _forward(other) if node not in counterparts and (node in acts or node in needed)]
     if not wrong and found == planned.results:
-        twinned = {twins[node] for node in acts}
-        absent = [node.name for node in _forward(planned) if mutates(node) and node.name not in twinned]
+        matched = {counterparts[node] for node in acts}
+        absent = [node.name for node in _forward(planned) if mutates(node) and node.name not in matched]
         if not absent:
             return
         what = f"no longer writes ({absent[0]})"
@@ -160,19 +160,19 @@ def _placed(node: fx.Node, meta: dict[str, Any]) -> fx.Node:
 
 
 def _meta_of_input(planned: Joint, given: Input, in_other: dict[Any, fx.Node], other: Joint) -> dict[str, Any]:
-    twin = in_other.get(_identity(planned, given))
-    if twin is None:  # a constant that only the planned graph reads, or one out of a file
+    counterpart = in_other.get(_identity(planned, given))
+    if counterpart is None:  # a constant that only the planned graph reads, or one out of a file
         mode = next(node.meta["val"] for node in in_other.values()).fake_mode
         return {"val": mode.from_tensor(planned.constants[given.node], static_shapes=True)}
-    return twin.meta
+    return counterpart.meta
 
 
-def _planned_node(out: fx.Graph, node: fx.Node, made: dict[str, fx.Node], twin: fx.Node | None) -> fx.Node:
-    """A copy of a node of the planned forward, with the metadata of its twin; without one, of a run on fake tensors."""
+def _planned_node(out: fx.Graph, node: fx.Node, made: dict[str, fx.Node], counterpart: fx.Node | None) -> fx.Node:
+    """A copy of a node of the planned forward, with the metadata of its counterpart; without one, of a run on fake tensors."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: made[arg.name])
     copy = out.create_node("call_function", node.target, args, kwargs, name=node.name)
-    if twin is not None:
-        return _placed(copy, twin.meta)
+    if counterpart is not None:
+        return _placed(copy, counterpart.meta)
     vals = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
     mode = next((v.meta["val"].fake_mode for v in copy.all_input_nodes if isinstance(v.meta["val"], FakeTensor)), None)
     if mode is None:

@@ -25,8 +25,9 @@ class Input:
     Attributes:
         node: its name.
         kind: PARAM, BUFFER, INPUT or TANGENT.
-        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves and, behind these, the
-            tensors of `Joint.host.state`; for a tangent the position among the results; for a captured constant "constant:N".
+        key: the parameter's or buffer's qualified name; the position among the call's tensor leaves and, after these, the
+            tensors of `Joint.host.state`; for the gradient of an output the position among the results; for a captured
+            constant "constant:N".
         mutated: the forward writes into it (running statistics, in-place ops on inputs).
     """
 

@@ -110,7 +110,7 @@ def _default(out: Any, leaves: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _leaves_behind(outputs: Sequence[torch.Tensor]) -> set[Any]:
-    """The ends of the autograd graph behind these outputs: one per parameter and input."""
+    """The ends of the autograd graph of these outputs: one per parameter and input."""
     todo: list[Any] = [output.grad_fn for output in outputs]
     seen, found = set(), set()
     while todo:

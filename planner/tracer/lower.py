@@ -44,7 +44,7 @@ def lower(
         joint: from `capture`.
         profile: costs by node name; without one every cost is 0 (enough to compare structures).
         reserved: bytes set aside, resident all the time, by what they are for ("optimizer state").
-        accumulate: not 0 for a step that adds to gradients that are there, with a backward of so many stages at most.
+        accumulate: not 0 for a step that adds to gradients that are there, the maximum number of its backward stages.
         in_flight: forwards that have run when the first backward begins.
     """
     lowering = _Lowering(joint, profile)

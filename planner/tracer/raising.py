@@ -55,7 +55,7 @@ def _note(kernel: OpOverload, read: torch.Tensor, text: str = "", flag: bool = F
 
 
 def in_forward(graph: fx.Graph) -> list[fx.Node]:
-    """The substitutes that eager's forward ran: the forward ends behind them."""
+    """The substitutes that eager's forward ran: the forward ends after them."""
     return [node for node in graph.find_nodes(op="call_function", target=_SUBSTITUTE) if not node.args[4]]
 
 

@@ -50,7 +50,7 @@ _MEANINGS = (
 _LONGEST = 300
 
 
-def refusal(error: Exception, where: Source) -> CaptureError:
+def capture_error(error: Exception, where: Source) -> CaptureError:
     """The CaptureError for an exception that a trace ended with.
 
     Args:

@@ -1,7 +1,7 @@
 """Capture of a call that was captured before, for gradients of other outputs or in other layouts.
 
 The traced identity at each output (`planner.tracer.results`) passes its gradient through `incoming_gradient`, a kernel that
-exists in the trace only: its fake result has the given strides, so that everything behind it is traced for that layout. The
+exists in the trace only: its fake result has the given strides, so that everything after it is traced for that layout. The
 pass `set_gradient_layouts` replaces it by the gradient itself, which has that layout at run time: nothing is copied.
 """
 

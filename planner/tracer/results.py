@@ -19,7 +19,7 @@ from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
 
 
 class _OutputIdentity(torch.autograd.Function):
-    """Identity that makes an output a tensor of its own to the tracer, so that it gets its own tangent."""
+    """Identity that makes an output a tensor of its own to the tracer, so that it gets a gradient of its own."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, strides: Strides | None) -> torch.Tensor:

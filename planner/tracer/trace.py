@@ -65,7 +65,7 @@ class TracedForward:
     Attributes:
         outputs: one per leaf of the model's output.
         out_spec: the output's structure.
-        num_results: number of tensors that are outputs or left in Python state; behind them are those that Python read.
+        num_results: number of tensors that are outputs or left in Python state; after them come those that Python read.
         reads: what it read of each of those.
         left: one Output per tensor that the forward leaves in Python state.
         effects: how a planned call writes them there.

@@ -39,7 +39,7 @@ def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple
 
 
 def _step(planned: CheckpointedModule, call: CallArguments, forward: Callable[[], Any]) -> Digest:
-    """Run one step; the fingerprints of what it leaves behind."""
+    """Run one step; the fingerprints of what it changes or returns."""
     model = planned.original
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):

@@ -1,4 +1,4 @@
-"""One planned step at the end of `plan`: it has to run, return what was captured, and keep its budget.
+"""One planned step at the end of `plan`: it has to run, return what was captured, on a CPU bit for bit, and keep its budget.
 
 On a CPU it runs in a forked child process on the model itself, which leaves the parent's model as it is; on an accelerator, and
 where inductor compiles the step, on a copy of the model that shares its parameters' memory.
@@ -45,7 +45,7 @@ from planner.verification.step_copy import (
 )
 
 _TIMEOUT_S, _TIMEOUT_STEPS = 60.0, 50.0
-"""Time limit of a child process: so many seconds plus so many times the predicted step."""
+"""Time limit of a child process: seconds, plus a multiple of the predicted step."""
 
 
 class NotRunError(InputError):
@@ -68,7 +68,8 @@ def run_step(planned: CheckpointedModule, call: CallArguments) -> int:
     Raises:
         NotRunError: it could not be run, for a reason that says nothing about the plan.
         CopyError: likewise, because the model cannot be copied.
-        PlanCheckError: it fails, or returns tensors whose shape, dtype, strides or requires_grad are not as captured.
+        PlanCheckError: it fails, returns tensors whose shape, dtype, strides or requires_grad are not as captured, or
+            other bits than the model's own step.
     """
     if planned.device.type == "cpu" and not planned.step.is_compiled:
         return _in_child(planned, call)
@@ -189,7 +190,7 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
 
 
 def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
-    """{"wrong": ...} where the planned step gives other bits than the model's own, {} where they agree.
+    """{"wrong": ...} where the planned step's results differ from the model's in any bit, {} where they agree.
 
     {"not compared": ...} where the model's own step cannot run.
     """
@@ -205,7 +206,7 @@ def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
     if not different:
         return {}
     more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-    return {"wrong": f"another {', '.join(different[:5])}{more} than the model's own step gives"}
+    return {"wrong": f"the planned step's results differ from the model's in: {', '.join(different[:5])}{more}"}
 
 
 def _settle(planned: CheckpointedModule, call: CallArguments) -> None:
@@ -269,7 +270,7 @@ def _check(planned: Any, call: CallArguments) -> str:
         with autocast_of(planned):
             out, mismatch = planned.attempt(*call)
         if mismatch:
-            raise NotRunError(f"the planned module does not recognize its own example call: {mismatch} differs")
+            raise NotRunError(f"the planned module does not recognize its own example call: {mismatch}")
         leaves = aligned(planned, pytree.tree_leaves(out))
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:

@@ -26,7 +26,7 @@ _SEQUENCES = (list, tuple, deque)
 
 @dataclass(frozen=True, slots=True)
 class StateEntry:
-    """Names a tensor or value that a step leaves behind.
+    """Names a tensor or value that a step changes or returns.
 
     Attributes:
         name: its place among those of its kind, in messages.

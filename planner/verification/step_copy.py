@@ -95,7 +95,7 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(*call)
     if mismatch is not None and mismatch.kind != "host":  # Python state that a first forward fills in: see `StepCopy.settle`
-        raise InputError(f"{what} the call that was planned for: {mismatch} differs")
+        raise InputError(f"{what} the call that was planned for: {mismatch.explained}")
     return call
 
 

@@ -14,7 +14,7 @@ from planner.errors import InputError
 from planner.results.verify_report import VerifyReport
 from planner.runtime.criterion import planned_model
 from planner.runtime.module import CheckpointedModule
-from planner.runtime.reporting import PlanMissWarning
+from planner.runtime.reporting import MismatchWarning
 from planner.verification.measured import seconds_of
 from planner.verification.state import (
     StateEntry,
@@ -45,7 +45,7 @@ def verify(
 ) -> VerifyReport:
     """Run plain and planned steps from the same state and compare them bit for bit.
 
-    Two successive steps each, so that what the first leaves behind shows in the second. Compared after each: outputs,
+    Two successive steps each, so that what the first changes shows in the second. Compared after each: outputs,
     gradients, inputs and their gradients, parameters, buffers, plain attributes of every module, and the random generators of
     torch, Python and numpy. Tensors that the forward leaves on modules take no part in the backward. Both run on deep copies,
     so that the model, its gradients and the generators stay as they are, and under the autocast of the plan. State outside of
@@ -68,7 +68,7 @@ def verify(
     before = generators()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlanMissWarning)  # the report says which steps ran unplanned
+            warnings.simplefilter("ignore", MismatchWarning)  # the report says which steps ran unplanned
             return _verify(planned, call, rounds)
     finally:
         set_generators(before)
@@ -127,8 +127,8 @@ def _planned_copy(planned: CheckpointedModule, call: CallArguments) -> tuple[Ste
         mismatch = step_copy.mismatch()
     if mismatch is not None:
         raise InputError(
-            f"verify compares on copies, and a deep copy of this model does not run planned: {mismatch} differs. "
-            "Compare a few steps of the model itself with steps of a model built anew"
+            f"verify compares on copies, and a deep copy of this model does not run planned: {mismatch}. "
+            "Compare a few steps of the model itself with steps of another one that is built alike"
         )
     return step_copy, is_settled
 
@@ -154,7 +154,7 @@ def _compare(plain: StepCopy, ours: StepCopy) -> _Compared:
         before, mismatch = ours.module.num_planned_calls, ours.mismatch()
         found, states[1] = _result(ours, states[1])
         if ours.module.num_planned_calls == before:
-            unplanned.append(f"step {number}, because {mismatch or 'something'} differs from the call planned for")
+            unplanned.append(f"step {number}, because {mismatch or 'the call is not the planned one'}")
         leaves = dict.fromkeys([*expected, *found])
         wrong = [leaf for leaf in leaves if leaf not in expected or leaf not in found or not same(expected[leaf], found[leaf])]
         differences += [f"{leaf}{suffix}" for leaf in wrong]
@@ -165,7 +165,7 @@ def _compare(plain: StepCopy, ours: StepCopy) -> _Compared:
 
 
 def _result(step_copy: StepCopy, states: Mapping[str, Any]) -> tuple[dict[StateEntry, Any], dict[str, Any]]:
-    """Everything a step leaves behind, and the generators' states. Tensors are not copied."""
+    """Everything a step changes or returns, and the generators' states. Tensors are not copied."""
     set_generators(states)
     step_copy.prepare()
     leaves = step_copy.step()

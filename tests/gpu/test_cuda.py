@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from examples import gpt2, llama, resnet50, unet
-from planner import InfeasibleBudgetError, PlanMissWarning, apply, max_batch, plan, profile, sweep, verify
+from planner import InfeasibleBudgetError, MismatchWarning, apply, max_batch, plan, profile, sweep, verify
 from planner._compat.dispatch import OpOverload
 from planner.export.source import export_source
 from planner.graph.floor import floor
@@ -138,7 +138,7 @@ def test_a_budget_below_the_floor_and_a_call_on_another_device():
         plan(model, 1024, args, kwargs)
     planned = plan(model, 1.0, args, kwargs)
     moved = copy.deepcopy(planned).cpu()
-    with pytest.warns(PlanMissWarning, match="on cpu.*, planned for"):
+    with pytest.warns(MismatchWarning, match="on cpu.*, planned for"):
         moved(*(arg.cpu() for arg in args), **{key: arg.cpu() for key, arg in kwargs.items()})
 
 

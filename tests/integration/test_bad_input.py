@@ -12,9 +12,9 @@ from planner import (
     CaptureError,
     InfeasibleBudgetError,
     InputError,
+    MismatchWarning,
     Plan,
     PlanFileError,
-    PlanMissWarning,
     apply,
     plan,
     verify,
@@ -289,5 +289,5 @@ def test_an_argument_that_cannot_be_compared_runs_the_original_forward():
     model, x = Lazy(), torch.randn(4, 5)
     model(x)
     planned = plan(model, 1.0, (x, 1), costs="estimate", progress=False, check=False)
-    with pytest.warns(PlanMissWarning, match="argument leaf 1"):
+    with pytest.warns(MismatchWarning, match="argument leaf 1"):
         assert torch.equal(planned(x, Incomparable()), model(x))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, PlanMissWarning, install, plan, uninstall
+from planner import CaptureError, MismatchWarning, install, plan, uninstall
 from tests.support import observe, world
 from tests.support.harness import planned_near
 from tests.support.itself import check_against_itself
@@ -290,7 +290,7 @@ def test_a_change_before_the_first_installed_call_is_seen(change, when):
                 out = model(x)
                 out.square().mean().backward()
             results.append([out.detach(), *(p.grad for _, p in sorted(model.named_parameters()))])
-            told = [item for item in said if issubclass(item.category, PlanMissWarning)]
+            told = [item for item in said if issubclass(item.category, MismatchWarning)]
             assert bool(told) == installs or change == BETWEEN["tensor"]  # which a plan may read
             uninstall(model)
     for eager, found in zip(*results, strict=True):
@@ -316,7 +316,7 @@ def test_a_copy_trains_planned_and_sees_its_own_settings(how):
         owner = twin.original if how == "of the planned module" else twin
         owner.s = eager.s = 5.0
         world.seed(4)
-        with pytest.warns(PlanMissWarning):
+        with pytest.warns(MismatchWarning):
             found = twin(x)
         world.seed(4)
         assert torch.equal(found, eager(x))
@@ -363,8 +363,8 @@ def test_an_object_that_answers_to_every_name_is_compared_by_what_it_holds(how):
     planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
     assert_same(trajectory(twin, (x,), {}), trajectory(planned, (x,), {}))
     model.more[0].value = twin.more[0].value = 5.0
-    assert "5.0, planned for 3.0" in str(planned.mismatch((x,), {}))
-    with pytest.warns(PlanMissWarning, match=r"more\[0\]\.value"):
+    assert "is 5.0, planned for 3.0" in str(planned.mismatch((x,), {}))
+    with pytest.warns(MismatchWarning, match=r"more\[0\]\.value"):
         assert torch.equal(planned(x), twin(x))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import PlanMissWarning, PlannerError, plan
+from planner import MismatchWarning, PlannerError, plan
 from planner.tracer.host import reads
 from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.preserve import Preserved
@@ -183,7 +183,7 @@ def test_a_change_is_noticed(name):
     if name in FOLLOWED:
         assert torch.equal(planned(x), expected) and planned.num_unplanned_calls == 0
         return
-    with pytest.warns(PlanMissWarning):
+    with pytest.warns(MismatchWarning):
         found = planned(x)
     assert torch.equal(found, expected) and planned.num_unplanned_calls == 1
 

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from planner import InputError, PlanMissWarning
+from planner import InputError, MismatchWarning
 from tests.support import world
 from tests.support.harness import planned_near
 from tests.support.itself import check_against_itself
@@ -224,7 +224,7 @@ def test_evaluation_is_not_worth_a_warning():
     planned.eval()
     with torch.no_grad():
         assert torch.equal(planned(x), model(x))  # a warning would be an error here
-    assert issubclass(PlanMissWarning, UserWarning)
+    assert issubclass(MismatchWarning, UserWarning)
 
 
 def test_eager_shows_nothing_against_itself():

@@ -33,7 +33,7 @@ EXPECTED = {
     "aborts": ("crashed", r"ended with SIGABRT, while training\. .*faulty_field\.py"),
     "hangs": ("crashed", "no end within 15 s"),
     "refused": ("refused", "BudgetError: costs='made up' is not known"),
-    "unplanned": ("unplanned", r"step 1: .*not the planned step, .*\[65, 8\]"),
+    "unplanned": ("unplanned", r"step 1: .* runs unplanned: .*\[65, 8\]"),
     "eager_raises": ("broken", "eager: RuntimeError: mat1 and mat2"),
     "eager_varies": ("broken", "eager differs from itself: step 0: "),
 }

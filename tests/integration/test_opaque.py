@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planner import Plan, apply, plan
-from planner.errors import CaptureError, InputError, PartError
+from planner.errors import CaptureError, InputError, OpaqueModuleError
 from planner.graph.graph import Kind
 from planner.graph.source import Source
 from planner.profiler.memory import allocations_of, logical_peak
@@ -315,7 +315,7 @@ def test_a_result_of_another_shape_than_planned_is_a_clear_error():
 
     module = planned_of(Wrapped(Picks()))
     module(X)["loss"].backward()
-    with pytest.raises(PartError, match=r"body\.core returned float32\[.*when it was planned.*larger part opaque"):
+    with pytest.raises(OpaqueModuleError, match=r"body\.core returned float32\[.*when it was planned.*larger part opaque"):
         module(torch.ones(64, 16))
 
 

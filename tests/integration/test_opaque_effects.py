@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from planner import BackwardError, InputError, PlanMissWarning, plan
-from planner.errors import PartError
+from planner import BackwardError, InputError, MismatchWarning, plan
+from planner.errors import OpaqueModuleError
 from tests.support.observe import state_of
 
 GLOBAL = types.SimpleNamespace()
@@ -107,7 +107,7 @@ def trained(module: nn.Module, model: nn.Module, steps: int = 3) -> list[dict[st
     for i in range(steps):
         x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(i))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PlanMissWarning)
+            warnings.simplefilter("ignore", MismatchWarning)
             module(x).square().mean().backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -195,7 +195,7 @@ def test_graphs_that_a_part_carries_on_are_refused(called_before):
     model, x = nn.Sequential(nn.Linear(8, 8), Keeping(), nn.Linear(8, 8)), torch.randn(4, 8)
     if called_before:
         model(x)
-    with pytest.raises((PartError, InputError), match="1, which runs as it is, reads a tensor that requires grad"):
+    with pytest.raises((OpaqueModuleError, InputError), match="1, which runs as it is, reads a tensor that requires grad"):
         planned_quietly(model, x, opaque=("1",))
 
 
@@ -205,7 +205,7 @@ def test_a_graph_that_appears_on_a_part_later_is_refused():
     planned = planned_quietly(model, x, opaque=("1",))
     planned(x).sum().backward()
     model[1].kept = model[0](x).mean()
-    with pytest.raises(PartError, match="an earlier call left behind"):
+    with pytest.raises(OpaqueModuleError, match="an earlier call left:"):
         planned(x)
 
 
@@ -263,7 +263,7 @@ def test_attributes_of_a_part_that_others_read_are_guarded(core, change):
     assert torch.equal(planned(x), model(x))
     change(model.core)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PlanMissWarning)
+        warnings.simplefilter("ignore", MismatchWarning)
         assert torch.equal(planned(x), model(x))
 
 

@@ -204,7 +204,7 @@ def test_an_installed_plan_that_an_audit_refused_is_an_audits_error_where_it_is_
     model = block()
     planned = plan(model, 1.0, (X,), **QUICK)
     install(model, planned, strict=True)
-    planned.__dict__["_refused"] = Mismatch("audit", "the audit: the planned forward gave another output 0")
+    planned.__dict__["_refused"] = Mismatch("audit", "the audit", text="the audit: the planned forward gave another output 0")
     with pytest.raises(PlanAuditError, match="another output 0"):
         model(X)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from planner import BackwardError, InfeasibleBudgetError, NoScheduleFoundError, PlanMissWarning, PlannerError, plan
+from planner import BackwardError, InfeasibleBudgetError, MismatchWarning, NoScheduleFoundError, PlannerError, plan
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.verification.step_copy import autocast_of
@@ -50,7 +50,7 @@ class Outcome:
     """What came of a program; every one of these is allowed.
 
     Attributes:
-        verdict: "same" (eager's bits, no word), "mismatch" (eager's bits, with a PlanMissWarning), "refused" (a PlannerError).
+        verdict: "same" (eager's bits, no word), "mismatch" (eager's bits, with a MismatchWarning), "refused" (a PlannerError).
         messages: of the mismatches, or the refusal.
         at: where it was refused: "plan", or the number of the step.
         planned: per step, a call of it ran planned.
@@ -154,7 +154,7 @@ class Run:
                 getattr(loops, kind)(self)
             except Exception as error:
                 log.error = error
-        log.misses = [str(item.message) for item in said if issubclass(item.category, PlanMissWarning)]
+        log.misses = [str(item.message) for item in said if issubclass(item.category, MismatchWarning)]
         if any("audit" in item.category.__name__.lower() for item in said):
             log.misses.append("AUDIT")
         log.seen |= observe.state_of(self.model, "model", self._home.__name__)

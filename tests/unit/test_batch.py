@@ -16,7 +16,7 @@ from planner.batch import extrapolated, search
 from planner.cli import main
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.results.max_batch import MaxBatch, Measured, Tried
+from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
 from planner.solver.solve import solve
 from tests.support import graphs
 from tests.support.models import rows, tanh_blocks
@@ -154,7 +154,7 @@ def test_a_larger_batch_is_foreseen_from_two():
 
 def curve(*figures):
     """MaxBatch of (batch, recomputes, seconds or None): the last one does not fit."""
-    tried = [Tried(b, 1, 1, RECOMPUTE if again else NO_RECOMPUTE, None, Measured(s, 1)) for b, again, s in figures]
+    tried = [Tried(b, 1, 1, RECOMPUTE if again else NO_RECOMPUTE, None, MeasuredBatch(s, 1)) for b, again, s in figures]
     error = NoScheduleFoundError("none found")
     return MaxBatch(10, (*tried, Tried(figures[-1][0] + 1, 1, 1, None, error)))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import InfeasibleBudgetError, PlanMissWarning, log, max_batch, plan, plan_children
+from planner import InfeasibleBudgetError, MismatchWarning, log, max_batch, plan, plan_children
 from planner.cli import main
 from planner.profiler.cache import KernelCache
 from planner.profiler.measure import measure
@@ -132,7 +132,7 @@ def test_other_shapes_are_logged_when_they_are_captured_and_when_they_cannot_be(
     (captured,) = logged("runtime")
     assert captured.startswith("inputs of shapes [4, 4]: captured in")
     assert logged("runtime", "INFO") == [captured]
-    with pytest.warns(PlanMissWarning):
+    with pytest.warns(MismatchWarning):
         module(X[:2])
     (refused,) = logged("runtime", "WARNING")
     assert "run unplanned" in refused and "its graph is another one" in refused

@@ -93,3 +93,12 @@ def test_imports_that_bring_no_torch_and_no_solver(line):
     script = f"import sys; {line}; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=FILE.parent.parent)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_former_error_is_caught_by_its_former_name():
+    with pytest.warns(DeprecationWarning):
+        former = planner.PlanMissError
+    try:
+        raise planner.MismatchError("input 0")
+    except former as error:
+        assert str(error) == "input 0"

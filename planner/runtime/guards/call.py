@@ -11,6 +11,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.switches import global_switches
+from planner.errors import first_line
 from planner.graph.graph import Kind
 from planner.log import RUNTIME
 from planner.runtime.codegen import boxed, picker, positions
@@ -54,13 +55,14 @@ class CallGuard:
             return self._match(args, kwargs, through_forward)
         except Exception as error:
             RUNTIME.debug("a call cannot be compared with the planned one", exc_info=True)
-            return Mismatch("host", "what the call was compared with", f"{type(error).__name__}: {error}"[:80])
+            text = f"the call could not be compared: {first_line(error)}"
+            return Mismatch("host", "what the call was compared with", text=text)
 
     def _match(self, args: Any, kwargs: Any, through_forward: bool) -> MatchedCall | Mismatch:
         joint, key = self._step.joint, self._step.key
         if joint.absent_device:
-            cure = f"planned for {joint.absent_device}, which is not here: save the plan, and apply it there"
-            return Mismatch("device", "the device", cure)
+            text = f"planned for {joint.absent_device}, which is not here"
+            return Mismatch("device", "the device", text=text, cure="Save the plan, and apply it there")
         tensors, mismatch = flatten_call(joint.call, args, kwargs, key.arguments)
         if mismatch is not None:
             return mismatch
@@ -137,7 +139,8 @@ def difference(
         if tensor_key(tensor) != expected:
             return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))
     if key.shared and shared_storages(tensors) != key.shared:
-        return Mismatch("argument", "which inputs share their memory, where the forward writes into one")
+        text = "other inputs share their memory than in the planned call, and the forward writes into one"
+        return Mismatch("argument", "which inputs share their memory", text=text)
     if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:

@@ -81,17 +81,17 @@ class ModelStateGuard:
     def mismatch(self, *, through_forward: bool = False) -> Mismatch | None:
         """The first module, hook or piece of Python state that is not as planned; see `HostStateGuard.mismatch`."""
         if self._is_rebuilt:
-            return Mismatch("module", "the model's submodules", "one was replaced, added or removed")
+            return Mismatch("module", "the model's submodules", text="a submodule was replaced, added or removed")
         if list(map(type, self.modules)) != self._kinds:
             for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
                 if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class
                     return Mismatch("module", f"the class of {name}", type(module).__name__, kind.__name__)
             self._kinds = [type(module) for module in self.modules]
         if self._submodules() != self._children:
-            return Mismatch("module", "the model's submodules", "one was replaced, added or removed")
+            return Mismatch("module", "the model's submodules", text="a submodule was replaced, added or removed")
         if any(self._without_hooks):
             if any(is_users_hook(hook) for hooks in self._without_hooks for hook in hooks.values()):
-                return Mismatch("module", "a submodule's hooks", "one was added, which a plan would not call")
+                return Mismatch("module", "a submodule's hooks", text="a submodule has a new hook, which a plan would not call")
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
         return self._host.mismatch(through_forward=through_forward)
 

@@ -1,1 +1,1 @@
-"""What Python does beside the kernels: state that a forward reads, changes and leaves behind."""
+"""What Python does beside the kernels: state that a forward reads, changes and leaves."""

@@ -19,7 +19,7 @@ from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a steady forward leaves behind.
+    """What a steady forward changes.
 
     Attributes:
         effects: what is written; the templates hold the tensors of the last recording forward.
@@ -45,7 +45,7 @@ def find_changes(
         before, after: every place that the forward reads or writes, with its value.
         outside: identities of the tensors of Python state that kernels read.
         known: identities of weights and inputs.
-        inputs: identities of the call's tensors, which every call leaves anew.
+        inputs: identities of the call's tensors, which every call replaces.
         only_written: whether every forward writes an attribute before reading it; planned calls then write it even if its
             value is equal.
 

@@ -203,7 +203,7 @@ def graph_from_outside(name: str) -> InputError:
     """The refusal of an opaque module that reads a differentiable tensor which is not among its arguments."""
     return InputError(
         f"{name}, which runs as it is, reads a tensor that requires grad and is neither an argument nor one of its parameters "
-        "(one that an earlier call left behind, or another module's): a plan knows no gradient there. Hand it in as an "
+        "(one that an earlier call left, or another module's): a plan knows no gradient there. Hand it in as an "
         "argument, register it as a parameter, or keep it detached"
     )
 

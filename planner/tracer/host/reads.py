@@ -65,7 +65,7 @@ class ReadRecorder:
         self._first: dict[tuple[int, str], str] = {}
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
-        self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash anew each time
+        self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice

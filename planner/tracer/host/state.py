@@ -139,7 +139,7 @@ def roots(
 class Ref:
     """Stands for a tensor in a template.
 
-    ("result", i) of the graph; ("input", i) of the call and, behind these, of `HostState.state`; or ("weight", name).
+    ("result", i) of the graph; ("input", i) of the call and, after these, of `HostState.state`; or ("weight", name).
     """
 
     source: str
@@ -231,7 +231,7 @@ class HostState:
 
     Attributes:
         key: what of Python's state the graph is right for.
-        state: the places whose tensors are inputs of the graph, behind the call's tensors.
+        state: the places whose tensors are inputs of the graph, after the call's tensors.
         aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
         effects: what the forward leaves in Python state.
     """

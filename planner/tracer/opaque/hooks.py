@@ -15,7 +15,7 @@ from planner.tracer.host.values import members
 from planner.tracer.libraries import is_users_hook
 
 _MOST_VALUES = 10_000
-"""Values behind hooks that are examined."""
+"""Values held by hooks that are examined."""
 
 
 def users_hooks(module: nn.Module) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from planner._compat import pytree
-from planner.errors import BackwardError, PartError
+from planner.errors import BackwardError, OpaqueModuleError
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.saved import SavedHandle, SavedTensor, foreign_leaves, own_storages, release_slots, saving_hooks
 from planner.tracer.opaque.weight_attributes import weights_restored
@@ -45,7 +45,7 @@ class OpaqueModule:
         """Results, then the SavedHandle. `tensors`: arguments, parameters, buffers.
 
         Raises:
-            PartError: the output is not of the recorded kind.
+            OpaqueModuleError: the output is not of the recorded kind.
         """
         spec = self.spec
         num_arguments, num_weights = len(spec.arguments), len(spec.weights)
@@ -55,8 +55,8 @@ class OpaqueModule:
         buffers = dict(zip(spec.buffers, tensors[num_arguments + num_weights :], strict=True))
         handle, results, saved = run_under_autograd(self.module, spec, arguments, weights | buffers, self._results)
         if len(foreign_leaves(handle)) > spec.own_leaves:
-            raise PartError(
-                f"{spec.module}, which runs as it is, reads a tensor that requires grad and that an earlier call left behind: "
+            raise OpaqueModuleError(
+                f"{spec.module}, which runs as it is, reads a tensor that requires grad and that an earlier call left: "
                 "eager would differentiate that call once more, a plan cannot. Keep it detached, or train this model unplanned"
             )
         release_slots(saved, [*tensors[:num_arguments], *results], spec)
@@ -66,16 +66,16 @@ class OpaqueModule:
         leaves, out_spec = pytree.tree_flatten(out)
         spec = self.spec
         if out_spec != spec.call.out_spec:
-            raise PartError(f"{spec.module} returned another structure than when it was planned; {_ADVICE}")
+            raise OpaqueModuleError(f"{spec.module} returned another structure than when it was planned; {_ADVICE}")
         results = []
         for leaf, expected in zip(leaves, spec.outputs, strict=True):
             if isinstance(expected, TensorSpec):
                 if not isinstance(leaf, torch.Tensor) or TensorSpec.of(leaf) != expected:
                     found = str(TensorSpec.of(leaf)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
-                    raise PartError(f"{spec.module} returned {found}, and {expected} when it was planned; {_ADVICE}")
+                    raise OpaqueModuleError(f"{spec.module} returned {found}, and {expected} when it was planned; {_ADVICE}")
                 results.append(leaf)
             elif isinstance(expected, tuple) and leaf != expected[0]:
-                raise PartError(f"{spec.module} returned {leaf!r}, and {expected[0]!r} when it was planned; {_ADVICE}")
+                raise OpaqueModuleError(f"{spec.module} returned {leaf!r}, and {expected[0]!r} when it was planned; {_ADVICE}")
         return results
 
     def backward(

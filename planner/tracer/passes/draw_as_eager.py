@@ -1,4 +1,4 @@
-"""Random draws as eager makes them, with dropout's draws and its scaling in separate kernels."""
+"""Draw random numbers as eager does, with dropout's draws and its scaling in separate kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of what nothing overwrites go."""
+"""Remove copies of tensors that are never overwritten."""
 
 from __future__ import annotations
 

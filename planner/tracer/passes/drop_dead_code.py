@@ -1,4 +1,4 @@
-"""Kernels whose results are not read go, unless they do more than return results."""
+"""Remove kernels whose results are not read, unless they do more than return results."""
 
 from __future__ import annotations
 

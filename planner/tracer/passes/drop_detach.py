@@ -1,4 +1,4 @@
-"""detach and alias nodes go: planned graphs run without autograd, where they mean nothing."""
+"""Remove detach and alias nodes: planned graphs run without autograd, where these do nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that the graph holds as attributes become inputs."""
+"""Make the tensors that the graph holds as attributes inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Casts of one weight by autocast become one cast, and its gradient is summed as eager sums it."""
+"""Merge autocast's casts of one weight into one, and sum its gradient as eager does."""
 
 from __future__ import annotations
 

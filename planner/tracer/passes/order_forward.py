@@ -1,4 +1,4 @@
-"""The forward's kernels come first, the backward's behind them."""
+"""Order the kernels: the forward's first, then the backward's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from planner.tracer.storage import ancestors
 def order_forward(traced: TracedGraph) -> None:
     """Move what the forward's results need before the first kernel that reads an incoming gradient; note the last one.
 
-    Functionalization makes a view of what was written in place anew where it is next read: after the backward, perhaps.
+    Functionalization makes a new view of what was written in place where it is next read, possibly after the backward.
     """
     pairs = zip(traced.roles, traced.results, strict=True)
     forward_results = [*(node for role, node in pairs if role[0] != "gradient"), *traced.forward_checks]

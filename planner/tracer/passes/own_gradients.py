@@ -1,4 +1,4 @@
-"""Every gradient is a storage of its own, laid out as its input."""
+"""Give every gradient a storage of its own, laid out like its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch norm's backward is given the buffers instead of the updated running statistics, neither of which it reads."""
+"""Pass the buffers to batch norm's backward instead of the updated running statistics; it reads neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs that no schedule could run exactly are refused."""
+"""Refuse graphs that no schedule could run exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from planner.tracer.storage import ancestors, mutates
 
 
 def refuse_unplannable(traced: TracedGraph) -> None:
-    """Change nothing.
+    """Raise for a graph that cannot be planned; it is not changed.
 
     Raises:
         CaptureError: names the operation and the user's line.
@@ -34,7 +34,9 @@ def _refuse_node(traced: TracedGraph, node: fx.Node) -> None:
     source = traced.source(node)
     if node.op == "call_function" and mutates(node):
         raise CaptureError(
-            f"{node.target} at {source} writes into a tensor in a way functionalization left in", module=source.module
+            f"{node.target} at {source} writes into a tensor in place, and functionalization did not remove the write: "
+            "compute a new tensor instead",
+            module=source.module,
         )
     for tensor in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""Placeholders for kernels that may raise and return nothing become these kernels again."""
+"""Replace placeholders for kernels that may raise and return nothing by these kernels."""
 
 from __future__ import annotations
 

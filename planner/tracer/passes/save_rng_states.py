@@ -1,4 +1,4 @@
-"""The generator's state is saved before every random kernel of the forward, so that the backward can run it again exactly."""
+"""Save the generator's state before every random kernel of the forward, so that a recompute draws the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Incoming gradients whose strides were chosen take them over; the nodes that chose them go."""
+"""Let incoming gradients whose strides were chosen have these strides; remove the nodes that chose them."""
 
 from __future__ import annotations
 

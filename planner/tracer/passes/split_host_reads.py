@@ -1,4 +1,4 @@
-"""The tensors whose values Python read leave the results; a graph of their own computes them before a planned call."""
+"""Remove the tensors whose values Python read from the results; a separate graph computes them before a planned call."""
 
 from __future__ import annotations
 
@@ -63,9 +63,11 @@ def _check_computable(traced: TracedGraph, node: fx.Node, read: TracedRead) -> N
     for n in ancestors([node]):
         if n.op != "call_function" or not (traced.draws(n) or is_traced_call(n)):
             continue
-        why = "random numbers" if traced.draws(n) else "a part of it that runs as it is"
-        cure = "set validate_args=False in torch.distributions there: " if read.is_validation else ""
+        why = "random numbers" if traced.draws(n) else f"the opaque module {traced.calls[str(n.args[1])].module}"
+        cure = "put the branch into a submodule of its own, which then runs as it is"
+        if read.is_validation:
+            cure = "set validate_args=False in torch.distributions there"
         raise CaptureError(
-            f"{cure}the model's control flow at {read.source} depends on {why} ({n.target} at {traced.source(n)})",
+            f"{cure}: the model's control flow at {read.source} depends on {why} ({n.target} at {traced.source(n)})",
             module=read.source.module,
         )

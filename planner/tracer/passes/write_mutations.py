@@ -1,4 +1,4 @@
-"""Writes into buffers and inputs become `copy_` nodes, placed so that every read sees the value that eager reads."""
+"""Write into buffers and inputs by `copy_` nodes, placed so that every read sees the value that eager reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def write_mutations(traced: TracedGraph) -> None:
-    """Write every mutation behind the forward's last read of the old value, and take it from the results.
+    """Write every mutation after the forward's last read of the old value, and take it from the results.
 
     Backward kernels that read the old value get a copy of it, made before the write. Every input that is written into, by these
     nodes or inside of other kernels, is noted as mutated.
@@ -57,7 +57,7 @@ def _write(traced: TracedGraph, placeholder: fx.Node, new: fx.Node) -> None:
 def _copy_old_value(
     traced: TracedGraph, storages: Storages, placeholder: fx.Node, place: fx.Node, late: list[fx.Node]
 ) -> fx.Node:
-    """A copy of the old value behind `place`, which the `late` kernels read instead."""
+    """A copy of the old value after `place`, which the `late` kernels read instead."""
     graph = traced.graph
     with graph.inserting_after(place):
         old = graph.call_function(aten.clone.default, (placeholder,))

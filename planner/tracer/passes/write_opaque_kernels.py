@@ -1,4 +1,4 @@
-"""Traced calls of opaque modules become the kernels that run them."""
+"""Replace traced calls of opaque modules by the kernels that run them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def write_opaque_kernels(traced: TracedGraph) -> None:
     found = {node.args[1]: node for node in graph.find_nodes(op="call_function", target=FORWARD)}
     for key, spec in calls.items():
         if key not in found:
-            raise CaptureError(f"nothing is made of what {spec.module} returns, but it runs as it is", module=spec.module)
+            raise CaptureError(
+                f"the results of the opaque module {spec.module} are not used, so its call is not in the graph: use them, "
+                "or do not call it",
+                module=spec.module,
+            )
     for key, node in found.items():
         spec = calls[str(key)]
         node.target, node.args = custom.opaque_forward, (key, node.args[0])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from planner import InputError, PlanMissWarning, PlannerError, api, captured
+from planner import InputError, MismatchWarning, PlannerError, api, captured
 from planner.graph.graph import Kind
 from planner.limits import Limits
 from planner.profiler.memory import logical_peak
@@ -146,7 +146,7 @@ def trajectory(module: nn.Module, args: Any, kwargs: Any, precision: str) -> dic
 def seeded() -> Iterator[None]:
     """The same random numbers each time; a planned module that falls back is an error."""
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("error", PlanMissWarning)
+        warnings.simplefilter("error", MismatchWarning)
         torch.manual_seed(7)
         random.seed(7)
         yield

@@ -52,7 +52,7 @@ def test_points_go_up_to_the_plain_peak_and_never_get_dearer(swept: Sweep) -> No
 @given(training_graphs(max_forward=6), st.integers(1, 5))
 def test_a_range_always_has_plans(graph: graphs.Graph, points: int) -> None:
     swept = sweep_of(graph, points=points, limits=Limits(5.0))
-    assert 1 <= len(swept.points) <= points and not swept.misses
+    assert 1 <= len(swept.points) <= points and not swept.infeasible
     assert swept.points[-1].overhead == 0
     assert swept.knee_point in swept.points
     assert str(swept)
@@ -121,7 +121,13 @@ def test_no_plan_at_all_is_the_error_of_the_largest_budget() -> None:
         sweep_of(graphs.blocks(8), [1, 2])
 
 
-def test_the_table_tells_misses_knee_and_what_people_do_today(swept: Sweep) -> None:
+def test_the_former_name_of_the_infeasible_points_works(swept: Sweep) -> None:
+    with pytest.warns(DeprecationWarning, match=r"Sweep\.infeasible") as caught:
+        assert swept.misses is swept.infeasible
+    assert caught[0].filename == __file__
+
+
+def test_the_table_tells_infeasible_points_knee_and_reference_schedules(swept: Sweep) -> None:
     text = str(sweep_of(graphs.blocks(8), [1, 0.6, 0.8, 1.0]))
     for part in ("InfeasibleBudgetError", "<- knee", "floor", "sqrt(n)", "per block", "100.0%", "for this backward order"):
         assert part in text

@@ -16,7 +16,7 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.report import perfetto, timeline
-from planner.report.timeline import Part, largest, live_parts
+from planner.report.timeline import MemoryKind, largest, live_parts
 from planner.solver.baselines import all_baselines
 from tests.support import graphs
 from tests.support.pictures import is_png, is_svg
@@ -48,19 +48,19 @@ def test_each_part_of_a_chain() -> None:
     graph = graphs.chain()
     parts = live_parts(graph, keep_all(graph))
     # x 2, w 3; a 8 and c 8 kept; loss 1 an output, the tangent 1 from the backward on; gc, ga temporary; dw handed out
-    assert parts[Part.PARAMETERS].tolist() == [3] * 6
-    assert parts[Part.INPUTS].tolist() == [2, 2, 3, 4, 4, 4]
-    assert parts[Part.KEPT].tolist() == [8, 16, 16, 16, 8, 0]
-    assert parts[Part.TEMPORARY].tolist() == [0, 0, 0, 4, 8, 4]
-    assert parts[Part.GRADIENTS].tolist() == [0, 0, 0, 0, 0, 3]
-    assert not parts[Part.RECOMPUTED].any() and not parts[Part.RESERVED].any()
+    assert parts[MemoryKind.PARAMETERS].tolist() == [3] * 6
+    assert parts[MemoryKind.INPUTS].tolist() == [2, 2, 3, 4, 4, 4]
+    assert parts[MemoryKind.KEPT].tolist() == [8, 16, 16, 16, 8, 0]
+    assert parts[MemoryKind.TEMPORARY].tolist() == [0, 0, 0, 4, 8, 4]
+    assert parts[MemoryKind.GRADIENTS].tolist() == [0, 0, 0, 0, 0, 3]
+    assert not parts[MemoryKind.RECOMPUTED].any() and not parts[MemoryKind.RESERVED].any()
 
 
 def test_recomputed_values_are_a_part_of_their_own() -> None:
     plan = plan_of(graphs.blocks(6))
     parts = live_parts(plan.graph, plan.solution.schedule)
     boundary = plan.timeline.boundary
-    assert parts[Part.RECOMPUTED][boundary:].any() and not parts[Part.RECOMPUTED][:boundary].any()
+    assert parts[MemoryKind.RECOMPUTED][boundary:].any() and not parts[MemoryKind.RECOMPUTED][:boundary].any()
 
 
 def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() -> None:
@@ -68,7 +68,7 @@ def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() 
     plain = simulate(graph, keep_all(graph))
     groups = largest(graph, keep_all(graph), plain.peak_step)
     a = next(group for group in groups if group.place == "h.0-3.up")
-    assert (a.count, a.nbytes, a.part) == (4, 8, Part.KEPT)
+    assert (a.count, a.nbytes, a.part) == (4, 8, MemoryKind.KEPT)
     everything = largest(graph, keep_all(graph), plain.peak_step, count=100)
     assert sum(group.count * group.nbytes for group in everything) == plain.peak_bytes
 

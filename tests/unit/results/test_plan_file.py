@@ -178,7 +178,7 @@ def wrong(graph: Graph, **changes: object) -> Graph:
         ),
         ({"ops": graphs.chain().ops[:1] * 2 + graphs.chain().ops[2:]}, "op names occur twice: f0"),
         ({"ops": (graphs.op("f9", "c", "a"), *graphs.chain().ops[1:])}, "op f9 reads c, which is not written before it"),
-        ({"ops": (graphs.op("f9", "x t", "a"), *graphs.chain().ops[1:])}, "forward op f9 reads the tangent t"),
+        ({"ops": (graphs.op("f9", "x t", "a"), *graphs.chain().ops[1:])}, "forward op f9 reads t, the gradient of an output"),
         ({"ops": (*graphs.chain().ops, graphs.op("b9", "x", "ga"))}, "value ga is written twice"),
         ({"forward_outputs": ("nothing",)}, "nothing is not a value of the graph"),
         ({"forward_outputs": ("dw",)}, "forward output dw is written by backward op b0"),

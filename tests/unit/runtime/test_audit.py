@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, PlanAuditError, PlanMissWarning, plan
+from planner import CaptureError, MismatchWarning, PlanAuditError, plan
 from planner.runtime.audit import is_due
 from planner.runtime.guards import call
 from planner.runtime.guards.host_state import HostStateGuard
@@ -100,7 +100,7 @@ def test_the_next_audit_finds_what_a_guard_that_is_switched_off_does_not(planned
     state = torch.get_rng_state()
     expected = copy.deepcopy(planned.original)(X, **{"power": 2, "mask": torch.zeros(2) > 0, **kwargs})
     torch.set_rng_state(state)
-    with pytest.warns(PlanMissWarning, match="the audit: the planned forward gave another output"):
+    with pytest.warns(MismatchWarning, match="the audit: the planned forward gave another output"):
         found = called(planned, num_call, **kwargs)
     assert torch.equal(expected, found)  # the original's result
     with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def test_strict_makes_it_an_error(planned, monkeypatch):
 
 def test_a_mode_that_no_guard_reads_is_found(planned, monkeypatch):
     monkeypatch.setattr(call, "autocast_key", lambda device: planned.step.key.autocast)
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(PlanMissWarning, match="audit"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(MismatchWarning, match="audit"):
         called(planned, 2)
 
 
@@ -140,7 +140,7 @@ def test_state_that_a_plan_would_not_write_is_found(monkeypatch):
     module = plan(model, 1.0, (X,), costs="estimate", progress=False)
     monkeypatch.setattr("planner.runtime.outputs.write_state", lambda *_: None)
     module.__dict__["_num_runs"] = 1
-    with pytest.warns(PlanMissWarning, match="mean"):
+    with pytest.warns(MismatchWarning, match="mean"):
         module(X)
 
 

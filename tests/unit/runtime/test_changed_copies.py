@@ -63,7 +63,7 @@ def gradients(net):
     return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
 
 
-@pytest.mark.filterwarnings("ignore::planner.PlanMissWarning")
+@pytest.mark.filterwarnings("ignore::planner.MismatchWarning")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("installed", [False, True], ids=["planned", "installed"])
 def test_a_copy_of_a_changed_model_trains_as_the_changed_model(change, installed):

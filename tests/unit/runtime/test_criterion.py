@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import InputError, PlanMissWarning, apply, install, plan, verify
+from planner import InputError, MismatchWarning, apply, install, plan, verify
 from planner.profiler.memory import logical_peak
 from tests.support.training import assert_same
 
@@ -154,7 +154,7 @@ def test_changes_of_the_model_are_noticed():
     model, criterion, x, y = built("function")
     module = plan(model, 1.0, (x,), criterion=criterion, criterion_args=(y,), costs="estimate", progress=False, strict=False)
     model.factor = 2.0
-    with pytest.warns(PlanMissWarning, match="factor"):
+    with pytest.warns(MismatchWarning, match="factor"):
         module(x, criterion_args=(y,))
 
 

@@ -1,4 +1,4 @@
-"""What capture froze is checked at each call: a change that would change results is a miss, named; other changes are none."""
+"""What the capture held fixed is compared at each call: a change that may change results is a mismatch, which is named."""
 
 import copy
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from examples import gpt2
-from planner import CaptureError, PlanMissWarning, plan
+from planner import CaptureError, MismatchWarning, plan
 from planner.tracer.capture import capture
 from tests.support.models import Wrapped
 from tests.support.training import assert_same, trajectory
@@ -43,16 +43,16 @@ X = torch.linspace(-1, 1, 32).reshape(4, 8)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: setattr(m, "scale", 3.0), "body.scale (3.0, planned for 2.0)"),
+        (lambda m: setattr(m, "scale", 3.0), "body.scale is 3.0, planned for 2.0"),
         (lambda m: setattr(m, "twice", True), "body.twice"),
         (lambda m: setattr(m, "scale", torch.ones(8)), "body.scale"),
-        (lambda m: delattr(m, "scale") or setattr(type(m), "scale", 3.0), "body.scale (3.0"),
-        (lambda m: setattr(m.drop, "p", 0.5), "body.drop.p (0.5"),
-        (lambda m: setattr(m.config, "activation", "relu"), "body.config.activation ('relu'"),
-        (lambda m: setattr(m, "second", nn.Linear(8, 8)), "submodules"),
-        (lambda m: m.add_module("third", nn.Linear(8, 8)), "submodules"),
-        (lambda m: m.first.register_forward_hook(lambda *_: None), "hooks"),
-        (lambda m: m.first.register_full_backward_hook(lambda *_: None), "hooks"),
+        (lambda m: delattr(m, "scale") or setattr(type(m), "scale", 3.0), "body.scale is 3.0"),
+        (lambda m: setattr(m.drop, "p", 0.5), "body.drop.p is 0.5"),
+        (lambda m: setattr(m.config, "activation", "relu"), "body.config.activation is 'relu'"),
+        (lambda m: setattr(m, "second", nn.Linear(8, 8)), "a submodule was replaced"),
+        (lambda m: m.add_module("third", nn.Linear(8, 8)), "a submodule was replaced"),
+        (lambda m: m.first.register_forward_hook(lambda *_: None), "a submodule has a new hook"),
+        (lambda m: m.first.register_full_backward_hook(lambda *_: None), "a submodule has a new hook"),
         (lambda m: m.first.eval(), "training mode"),
         (lambda m: m.first.weight.requires_grad_(False), "body.first.weight"),
         (lambda m: m.first.double(), "body.first.weight"),
@@ -73,7 +73,7 @@ def test_a_miss_runs_what_the_model_has_become():
     model, module = made()
     model.body.scale = 3.0
     twin = copy.deepcopy(model)
-    with pytest.warns(PlanMissWarning, match="scale"):
+    with pytest.warns(MismatchWarning, match="scale"):
         assert_same(trajectory(twin, (X,), {}), trajectory(module, (X,), {}))
     model.body.scale = 2.0
     assert not module.mismatch((X,), {})
@@ -142,7 +142,7 @@ def test_saving_a_transformers_model_is_no_miss_and_another_attention_is(tmp_pat
     model.save_pretrained(tmp_path)
     assert not module.mismatch(args, kwargs)
     model.config.output_hidden_states = True
-    assert "config.output_hidden_states (True, planned for False)" in str(module.mismatch(args, kwargs))
+    assert "config.output_hidden_states is True, planned for False" in str(module.mismatch(args, kwargs))
     model.config.output_hidden_states = False
     assert not module.mismatch(args, kwargs)
     model.transformer.gradient_checkpointing = True
@@ -181,7 +181,7 @@ def test_comparisons_of_tensors_are_read_anew_in_every_call():
     twin = copy.deepcopy(model)
     planned = plan(model, 1.0, (X, equal), costs="estimate", progress=False)
     assert_same(trajectory(twin, (X, equal), {}), trajectory(planned, (X, equal), {}))
-    with pytest.warns(PlanMissWarning, match=r"the value read at test_guard.py:\d+ \(False, planned for True\)") as said:
+    with pytest.warns(MismatchWarning, match=r"the value read at test_guard.py:\d+ is False, planned for True") as said:
         found = planned(X, equal + 1)
     assert [warning.filename for warning in said] == [__file__]
     assert torch.equal(found, twin(X, equal + 1)) and torch.equal(planned(X, equal), twin(X, equal))
@@ -189,6 +189,6 @@ def test_comparisons_of_tensors_are_read_anew_in_every_call():
 
 def test_a_warning_points_at_the_line_that_calls_the_model():
     _, planned = made()
-    with pytest.warns(PlanMissWarning) as said:
+    with pytest.warns(MismatchWarning) as said:
         nn.Sequential(nn.Identity(), planned)(X[:2])  # through torch's own modules
     assert [warning.filename for warning in said] == [__file__]

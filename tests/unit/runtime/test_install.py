@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from planner import InputError, PlanMissError, PlanMissWarning, install, plan, uninstall
+from planner import InputError, MismatchError, MismatchWarning, install, plan, uninstall
 from planner.graph.schedule import keep_all
 from tests.support import models
 from tests.support.training import assert_same, trajectory
@@ -94,7 +94,7 @@ def test_functional_call_uses_the_tensors_it_is_given(attention):
     expected = torch.func.functional_call(model, weights, args, kwargs)["loss"]
     install(model, planned(model, args, kwargs))
     torch.manual_seed(1)
-    with pytest.warns(PlanMissWarning, match="planned for"):  # plain tensors require no grad: not what was planned
+    with pytest.warns(MismatchWarning, match="planned for"):  # plain tensors require no grad: not what was planned
         found = torch.func.functional_call(model, weights, args, kwargs)["loss"]
     assert torch.equal(expected, found)
 
@@ -107,7 +107,7 @@ def test_plans_of_several_shapes_live_side_by_side(attention):
     install(model, *modules, strict=True)
     for call in (args, other, args):
         assert_same(trajectory(copy.deepcopy(twin), call, kwargs), trajectory(copy.deepcopy(model), call, kwargs))
-    with pytest.raises(PlanMissError, match="one of the 2 planned steps"):
+    with pytest.raises(MismatchError, match="none of its 2 plans"):
         model(torch.randn(5, *args[0].shape[1:]))
 
 
@@ -123,7 +123,7 @@ def test_planning_an_installed_model_again_plans_the_model(attention):
 def test_strict_plan_refuses_other_training_calls_and_lets_evaluation_run(attention):
     model, args, kwargs = attention
     module = planned(model, args, kwargs, strict=True)
-    with pytest.raises(PlanMissError, match="input 0"):
+    with pytest.raises(MismatchError, match="input 0"):
         module(torch.randn(3, 5, 8))
     module.eval()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import PlanMissWarning, plan
+from planner import MismatchWarning, plan
 from planner.runtime.guards.mismatch import Mismatch, MismatchKind
 from planner.tracer.host.fingerprint import Fingerprints, first_difference
 from planner.tracer.host.values import ABSENT
@@ -71,7 +71,7 @@ def warned(change):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         planned(X)
-    (one,) = (str(warning.message) for warning in caught if warning.category is PlanMissWarning)
+    (one,) = (str(warning.message) for warning in caught if warning.category is MismatchWarning)
     return one
 
 
@@ -79,7 +79,7 @@ def test_state_that_the_first_call_makes_has_a_cure_and_a_function_called_absent
     cure = "run the model once before planning"
     assert cure in warned(lambda m: delattr(m, "mask"))
     message = warned(lambda m: setattr(m, "activation", absent))
-    assert "activation (absent, planned for " in message and cure not in message
+    assert "activation is absent, planned for " in message and cure not in message
 
 
 def test_a_difference_says_what_is_there_and_whether_anything_is():
@@ -95,9 +95,9 @@ def test_a_difference_says_what_is_there_and_whether_anything_is():
 @pytest.mark.parametrize(
     ("miss", "text"),
     [
-        (Mismatch("host", "body.scale", "3.0", "2.0"), "body.scale (3.0, planned for 2.0)"),
-        (Mismatch("mode", "grad mode", "disabled"), "grad mode (disabled)"),
-        (Mismatch("argument", "the structure of the arguments"), "the structure of the arguments"),
+        (Mismatch("host", "body.scale", "3.0", "2.0"), "body.scale is 3.0, planned for 2.0"),
+        (Mismatch("mode", "grad mode", "disabled"), "grad mode is disabled"),
+        (Mismatch("argument", "the structure of the arguments"), "the structure of the arguments differs"),
     ],
 )
 def test_a_mismatch_is_printed_with_what_is_known(miss, text):

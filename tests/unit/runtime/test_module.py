@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import BackwardError, CheckpointedModule, PlanMissWarning, plan, verify
+from planner import BackwardError, CheckpointedModule, MismatchWarning, plan, verify
 from planner.kernels import custom
 from planner.runtime.module import CheckpointedModule as Module
 from planner.tracer.passes.draw_as_eager import draw_as_eager
@@ -74,7 +74,7 @@ def test_other_calls_run_the_original_and_warn_once(mode):
     call = {"labels": torch.zeros_like(x)} if mode == "argument" else {}
     with context:
         is_evaluating = mode in ("eval", "no_grad")  # which is not worth a warning
-        with nullcontext() if is_evaluating else pytest.warns(PlanMissWarning, match=key):
+        with nullcontext() if is_evaluating else pytest.warns(MismatchWarning, match=key):
             torch.manual_seed(1)
             found = module(x, **call)
         torch.manual_seed(1)
@@ -124,7 +124,7 @@ def test_weights_are_looked_up_at_call_time(made):
     replaced = {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     model.load_state_dict({**model.state_dict(), **replaced}, assign=True)
     if model.__class__ is models.Tied:  # assign=True has torn the tied tensors apart
-        with pytest.warns(PlanMissWarning, match="head.weight"):
+        with pytest.warns(MismatchWarning, match="head.weight"):
             assert_same(trajectory(twin, args, kwargs)[:1], trajectory(module, args, kwargs)[:1])
     else:
         assert_same(trajectory(twin, args, kwargs), trajectory(module, args, kwargs))
@@ -255,7 +255,7 @@ def test_host_reads_are_guarded():
     module = plan(model, 1.0, (x, torch.ones(3, 4, dtype=torch.bool)), costs="estimate", progress=False)
     module(x, torch.ones(3, 4, dtype=torch.bool)).backward()
     mask = torch.tensor([True, False, True, True]).expand(3, 4).contiguous()
-    with pytest.warns(PlanMissWarning, match="value read at"):
+    with pytest.warns(MismatchWarning, match="value read at"):
         found = module(x, mask)
     assert torch.equal(found, copy.deepcopy(model)(x, mask))
 
@@ -394,7 +394,7 @@ def test_former_names_warn_and_work():
 
 def test_each_new_size_is_warned_of_once():
     module = plan(nn.Linear(4, 4), 1.0, (torch.randn(3, 4),), costs="estimate", progress=False, check=False)
-    with pytest.warns(PlanMissWarning) as said:
+    with pytest.warns(MismatchWarning) as said:
         for size in (1, 2, 1, 2):
             module(torch.randn(size, 4))
     assert len(said) == 2

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from examples import gpt2
-from planner import PlanMissError, PlanMissWarning, install, plan
+from planner import MismatchError, MismatchWarning, install, plan
 from planner.profiler.memory import logical_peak
 from tests.support import models
 from tests.support.training import assert_same, trajectory
@@ -33,7 +33,7 @@ def test_smaller_calls_run_planned_exactly_and_within_the_budget(made, batch, le
     module, kwargs = made
     kwargs = smaller(kwargs, batch, length)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", PlanMissWarning)
+        warnings.simplefilter("error", MismatchWarning)
         expected = trajectory(copy.deepcopy(module.original), (), kwargs, accumulate=2)
         assert_same(expected, trajectory(copy.deepcopy(module), (), kwargs, accumulate=2))
         module(**kwargs).loss.backward()  # the capture of a new shape is no part of a step
@@ -53,10 +53,10 @@ def test_a_shape_is_captured_once(made, monkeypatch):
 
 def test_larger_calls_run_unplanned_and_say_so(made):
     module, kwargs = copy.deepcopy(made[0]), {name: made[1]["input_ids"].repeat(2, 1) for name in made[1]}
-    with pytest.warns(PlanMissWarning, match=r"shape"):
+    with pytest.warns(MismatchWarning, match="this dynamic plan covers up to"):
         module(**kwargs).loss.backward()
     module.strict = True
-    with pytest.raises(PlanMissError, match=r"input \d is \[8, 24\], the plan holds up to \[4, 24\]"):
+    with pytest.raises(MismatchError, match=r"input \d is \[8, 24\]; this dynamic plan covers up to \[4, 24\]"):
         module(**kwargs)
 
 
@@ -74,7 +74,7 @@ class Alternates(nn.Module):
 def test_a_size_at_which_the_graph_is_another_one_runs_unplanned():
     module = plan(Alternates(), 1.0, (torch.randn(4, 8),), costs="estimate", progress=False, dynamic=True)
     x = torch.randn(2, 8)
-    with pytest.warns(PlanMissWarning, match="its graph is another one: op tanh .* where the model has aten.sum"):
+    with pytest.warns(MismatchWarning, match="its graph is another one: op tanh .* where the model has aten.sum"):
         out = module(x)
     assert torch.equal(out, module.original(x))
 
@@ -88,6 +88,6 @@ def test_copies_pickles_and_installed_models_hold_for_smaller_calls_too():
     install(installed, plan(installed, 1.0, args, kwargs, costs="estimate", progress=False, dynamic=True))
     expected = trajectory(copy.deepcopy(model), *less)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", PlanMissWarning)
+        warnings.simplefilter("error", MismatchWarning)
         for twin in (*twins, installed):
             assert_same(expected, trajectory(twin, *less))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import PlanMissError, PlanMissWarning, plan
+from planner import MismatchError, MismatchWarning, plan
 from planner.runtime.install import install
 
 
@@ -75,7 +75,7 @@ def gradients(loop: Callable, cached: bool, prepared: Callable | None = None) ->
         with region(cached):
             call = prepared(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PlanMissWarning)
+        warnings.simplefilter("ignore", MismatchWarning)
         loop(call, cached).float().backward()
     return [parameter.grad for parameter in model.parameters()]
 
@@ -96,7 +96,7 @@ def installed(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("prepared", [planned, installed])
 @pytest.mark.parametrize("loop", [in_one_region, before_an_unplanned_call])
 def test_a_call_after_a_planned_one_in_a_region_is_an_error(loop, prepared):
-    with pytest.raises(PlanMissError, match="by another call within one") as caught:
+    with pytest.raises(MismatchError, match="by another call within one") as caught:
         gradients(loop, True, prepared)
     assert "cache_enabled=False" in str(caught.value) and "bfloat16" in str(caught.value)
 
@@ -131,7 +131,7 @@ def test_a_region_after_an_error_is_a_new_one():
     with region():
         module = planned(model)
         module(x)
-        with pytest.raises(PlanMissError):
+        with pytest.raises(MismatchError):
             module(y)
     with region():
         loss = module(y).sum()
@@ -155,7 +155,7 @@ def test_two_planned_modules_in_a_region_are_an_error_where_they_share_a_weight_
         return [parameter.grad for module in modules for parameter in module.parameters()]
 
     if is_tied:
-        with pytest.raises(PlanMissError, match="a weight is used by a planned call and by another"):
+        with pytest.raises(MismatchError, match="a weight is used by a planned call and by another"):
             gradients_of(True)
     else:
         assert all(map(torch.equal, gradients_of(False), gradients_of(True)))

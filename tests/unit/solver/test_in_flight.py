@@ -16,7 +16,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.solver.in_flight import with_room, without_room
+from planner.solver.in_flight import with_saved_limit, without_saved_limit
 from planner.solver.solve import Solver, lowest_peak, solve
 from tests.support import graphs
 from tests.support.strategies import scatter, schedules, training_graphs
@@ -38,15 +38,15 @@ def test_the_others_hold_what_each_forward_saves(data: st.DataObject, count: int
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.integers(0, 30))
-def test_room_bounds_what_is_saved(data: st.DataObject, room: int) -> None:
+def test_the_workspace_bounds_what_is_saved(data: st.DataObject, workspace: int) -> None:
     graph = data.draw(training_graphs())
-    bounded = with_room(graph, room)
+    bounded = with_saved_limit(graph, workspace)
     schedule = data.draw(schedules(bounded))
     found = simulate(bounded, schedule)
-    alone = simulate(graph, without_room(schedule, graph))
+    alone = simulate(graph, without_saved_limit(schedule, graph))
     saved = sum(graph.value[name].nbytes for name in alone.saved)
     resident = sum(value.nbytes for value in graph.values if value.kind in RESIDENT_KINDS) - graph.tangent_bytes
-    assert found.peak_bytes == max(alone.peak_bytes, resident + saved + room)
+    assert found.peak_bytes == max(alone.peak_bytes, resident + saved + workspace)
     assert found.time_ns == alone.time_ns
 
 
@@ -69,7 +69,7 @@ def test_plans_fit_and_no_schedule_that_fits_beats_their_bound(data: st.DataObje
     assert isinstance(outcome, Solution) or not isinstance(outcome, InfeasibleBudgetError) or not fitting
 
 
-def test_a_chain_of_blocks_is_planned_to_the_optimum_for_its_rooms() -> None:
+def test_a_chain_of_blocks_is_planned_to_the_optimum_for_its_saved_limits() -> None:
     graph = replace(graphs.blocks(8), in_flight=4)
     plain = simulate(graph, keep_all(graph))
     solution = solve(graph, plain.peak_bytes * 6 // 10, Limits(6.0))
