@@ -88,7 +88,7 @@ def main(budget=0.6, batch=8, pixels=32, precision="32-true", **sizes):
         net = network(**sizes)
         data = TensorDataset(torch.randn(4 * batch, 3, pixels, pixels), torch.randint(10, (4 * batch,)))
     state = {"plain": fit(copy.deepcopy(net), data, [], batch, precision)}
-    callback = PlanCallback(budget)
+    callback = PlanCallback(budget, accumulate=True)
     state["planned"] = fit(net, data, [callback], batch, precision)
     same = all(torch.equal(a, b) for a, b in zip(state["plain"], state["planned"], strict=True))
     print(f"weights and statistics after training: {'bit-equal' if same else 'DIFFERENT'}")

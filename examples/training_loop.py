@@ -48,7 +48,7 @@ def main(steps=4, budget=0.7, **sizes):
     batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
     planned = copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16):
-        install(planned, plan(planned, budget, kwargs=batches[0], reserve=gradient_bytes(model)), strict=True)
+        install(planned, plan(planned, budget, kwargs=batches[0], accumulate=True), strict=True)
     found = {}
     for name, twin in (("plain", model), ("planned", planned)):
         with torch.random.fork_rng():
@@ -59,11 +59,6 @@ def main(steps=4, budget=0.7, **sizes):
         found[name] = (losses, state, peak)
         print(f"{name:8} losses {' '.join(f'{loss:.4f}' for loss in losses)}   peak of a step {format_bytes(peak)}")
     return found
-
-
-def gradient_bytes(model):
-    """Accumulation adds a second set of gradients to the first: their bytes are set aside."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 if __name__ == "__main__":

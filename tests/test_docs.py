@@ -261,6 +261,7 @@ def test_readme_shows_what_the_plan_prints(capsys: pytest.CaptureFixture[str]) -
 
 def _lines(text: str, figures: bool) -> list[str]:
     text = re.sub(r"[\u2500-\u257f]", " ", text)
+    text = re.sub(r"\n {6,}(?=\S)", " ", text)  # lines that were broken
     text = re.sub(r", ([\d.]+ \w+ measured|not measured \(.*\))$", "", text, flags=re.MULTILINE)
     text = re.sub(r"in [\d.]+ m?s,", "in ... s,", text)
     text = text if figures else re.sub(r"[\d.]+( [KMG]?i?B| [mun]?s)?|->.*", "", text)

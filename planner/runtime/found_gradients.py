@@ -12,6 +12,9 @@ from planner.results.plan import Plan
 from planner.runtime.executable import Executable
 from planner.units import format_bytes
 
+RESERVED = "(reserved)"
+"""The value of `reserve=`, which may be meant for them."""
+
 
 class FoundGradients:
     """Says once that a plan does not count the gradients that its step finds, where they may exceed the budget."""
@@ -29,7 +32,8 @@ class FoundGradients:
             return
         gradients = [inputs[i].grad for owned in executable.owners for i in owned if inputs[i].is_leaf]
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-        needed = self._plan.peak_bytes + nbytes
+        reserved = sum(value.nbytes for value in self._plan.graph.values if value.name == RESERVED)
+        needed = self._plan.peak_bytes + max(0, nbytes - reserved)
         if needed <= self._plan.budget_bytes:
             return
         self._looks = False

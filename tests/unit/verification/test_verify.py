@@ -251,7 +251,8 @@ def test_where_the_plain_step_does_not_fit_only_the_planned_one_is_measured(ungu
 
 
 def test_the_former_name_of_the_report_still_works():
-    assert planner.Report is VerifyReport
+    with pytest.warns(DeprecationWarning, match="VerifyReport"):
+        assert planner.Report is VerifyReport
 
 
 OUTPUT = StateEntry("output", "0")
