@@ -134,9 +134,17 @@ def _set_state(content: bytes, index: int | None) -> None:
 
 
 def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run the model's own forward with gradients enabled (for training's kernels); nothing is saved for a backward."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
-        return forward(*args, **kwargs)
+    """Run the model's own forward with gradients enabled (for training's kernels); nothing is saved for a backward.
+
+    Autocast keeps no casts of weights: they would stay for the rest of its region, beside what the budget holds.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+            return forward(*args, **kwargs)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device) -> Digest:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from planner import CaptureError, MismatchWarning, PlanAuditError, plan
+from planner.profiler.memory import logical_peak
 from planner.runtime.audit import is_due
 from planner.runtime.guards import call
 from planner.runtime.guards.host_state import HostStateGuard
@@ -197,3 +198,23 @@ def test_what_is_never_the_same_is_no_accusation(planned, monkeypatch):
     planned.__dict__["_num_runs"] = 1
     planned(X, power=2, mask=torch.zeros(2) > 0)  # digests differ from run to run: nothing can be said
     assert planned.num_planned_calls == 1
+
+
+def test_an_audited_call_under_autocast_keeps_the_budget():
+    """Autocast's cache holds a cast of every weight until its region ends."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.GELU())), nn.Linear(64, 1))
+    x = torch.randn(128, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        planned = plan(net, 0.85, (x,), progress=False)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = planned(x)
+        out.float().sum().backward()
+
+    step()
+    planned.zero_grad(set_to_none=True)
+    peak = planned.plan.graph.resident_bytes + logical_peak(step, torch.device("cpu"))
+    assert planned.num_planned_calls == 2, "the audited one"
+    assert peak <= planned.plan.budget_bytes
