@@ -1,33 +1,34 @@
 """Several forwards before the first backward, as in the stages of a pipeline.
 
 With n in flight, what a schedule saves (s bytes) counts n - 1 times beside its own peak p: p + (n - 1) s <= budget. The
-solver's strategies know one bound alone, that of the peak. But an op at the end of the forward that takes no time and has a
-workspace of w bytes makes a peak of b a bound of the saved bytes, too: s <= b - resident - w. So for each of a few
-workspaces w,
+solver's strategies bound the peak only. But an op at the end of the forward that takes no time and has a workspace of w bytes
+makes a peak of b a bound of the saved bytes, too: s <= b - resident - w. Let t = p - resident - s, what a schedule needs beyond
+what it saves. For each of a few t:
 
-- what keeps p <= b and s <= b - resident - w, with n b = budget + (n - 1) (resident + w), fits: p + (n - 1) s <= budget;
-- every schedule that fits and has p - resident - s between two workspaces v < w has s <= (budget - resident - v) / n =: c and
-  p <= resident + c + w, which is a peak of resident + c + w with workspace w: its bound holds for these schedules.
+- what keeps p <= b and s <= b - resident - t, with n b = budget + (n - 1) (resident + t), fits: p + (n - 1) s <= budget;
+- every schedule that fits and needs between t' and t has s <= c := (budget - resident - t') / n, and p <= min(budget,
+  resident + c + t): no schedule within these two bounds is faster than the bound that the solver proves for them.
 
-The least of these bounds holds for all schedules, and the best of these schedules is the plan.
+The least of these bounds holds for all schedules, and the best of the schedules that fit is the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import floor
 from planner.graph.graph import Graph, Op
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Timeline, simulate
+from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
 
-_NUM_WORKSPACES = 5
-"""Workspaces that are tried between the least and the most that makes sense; each costs two searches."""
+_NUM_NEEDS = 5
+"""Values of t that are tried between the least and the most that makes sense; each costs two searches."""
 
 Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
 """Of the search for one budget: a schedule, or why there is none."""
@@ -68,13 +69,13 @@ def without_saved_limit(schedule: Schedule, graph: Graph) -> Schedule:
     return Schedule(tuple(i - (i > end) for i in schedule.steps if i != end))
 
 
-def workspaces(graph: Graph) -> tuple[int, ...]:
-    """Workspaces to try, in bytes, smallest first: from nothing to what the plain step takes above its resident bytes."""
+def needs(graph: Graph) -> tuple[int, ...]:
+    """Values of t to try, in bytes, smallest first: from nothing to what the plain step takes above its resident bytes."""
     alone = replace(graph, in_flight=1)
     most = max(1, simulate(alone, keep_all(alone)).peak_bytes - graph.resident_bytes)
     least = max(1, (floor(alone)[0] - graph.resident_bytes) // 2)
-    ratio = max(1.0, most / least) ** (1 / _NUM_WORKSPACES)
-    return tuple(sorted({0, most, *(round(least * ratio**k) for k in range(_NUM_WORKSPACES))}))
+    ratio = max(1.0, most / least) ** (1 / _NUM_NEEDS)
+    return tuple(sorted({0, most, *(round(least * ratio**k) for k in range(_NUM_NEEDS))}))
 
 
 def find(graph: Graph, budget_bytes: int, limits: Limits, gap: float, solver_of: Callable[[Graph], OneSolver]) -> Found:
@@ -87,50 +88,52 @@ def find(graph: Graph, budget_bytes: int, limits: Limits, gap: float, solver_of:
         gap: of each search; see `planner.solver.solve.solve`.
         solver_of: makes the solver of a graph with one forward in flight.
     """
-    asked = list(_searches(graph, budget_bytes))
-    best: tuple[Timeline, Schedule, str] | None = None
+    tried = needs(graph)
+    fitting, bounding = fitting_limits(graph, budget_bytes, tried), bounding_limits(graph, budget_bytes, tried)
+    asked: dict[int, list[int]] = {}
+    for workspace, peak in (*fitting, *bounding):
+        asked.setdefault(workspace, []).append(peak)
+    best: tuple[int, Schedule, str] | None = None
     bounds: list[int] = []
     work, solve_s, limit = 0.0, 0.0, ""
-    for workspace, within, bounding in asked:
-        share = limits.share(1 / len(asked))
-        budgets = [nbytes for nbytes in (within, bounding) if nbytes is not None]
-        found = solver_of(with_saved_limit(graph, workspace)).sweep(budgets, share, gap=gap)
-        for outcome in found.values():
+    for workspace, peaks in asked.items():
+        found = solver_of(with_saved_limit(graph, workspace)).sweep(peaks, limits.share(1 / len(asked)), gap=gap)
+        for peak, outcome in found.items():
+            if (workspace, peak) in bounding and not isinstance(outcome, InfeasibleBudgetError):
+                bounds.append(outcome.bound_ns if isinstance(outcome, Solution) else graph.plain_ns)
             if not isinstance(outcome, Solution):
                 continue
             work, solve_s, limit = work + outcome.work, solve_s + outcome.solve_s, limit or outcome.limit
             schedule = without_saved_limit(outcome.schedule, graph)
             timeline = simulate(graph, schedule)
-            if timeline.peak_bytes <= budget_bytes and (best is None or timeline.time_ns < best[0].time_ns):
-                best = timeline, schedule, outcome.solver
-        if bounding is not None and not isinstance(found[bounding], InfeasibleBudgetError):
-            outcome = found[bounding]
-            bounds.append(outcome.bound_ns if isinstance(outcome, Solution) else graph.plain_ns)
-    bound = min(bounds, default=None)
-    return Found(None if best is None else best[1], "" if best is None else best[2], bound, work, solve_s, limit)
+            if timeline.peak_bytes <= budget_bytes and (best is None or timeline.time_ns < best[0]):
+                best = timeline.time_ns, schedule, outcome.solver
+    schedule_found, source = (None, "") if best is None else best[1:]
+    return Found(schedule_found, source, min(bounds, default=None), work, solve_s, limit)
 
 
-def _searches(graph: Graph, budget_bytes: int) -> Iterator[tuple[int, int | None, int | None]]:
-    """(workspace, peak within which a schedule fits the budget, peak whose bound holds between this workspace and the last)."""
+def fitting_limits(graph: Graph, budget_bytes: int, tried: Sequence[int]) -> list[tuple[int, int]]:
+    """(workspace, peak) for `with_saved_limit`: every schedule within one of these fits the budget."""
     n, resident = graph.in_flight, graph.resident_bytes
-    before: int | None = None
-    for workspace in workspaces(graph):
-        within = (budget_bytes + (n - 1) * (resident + workspace)) // n
-        saved = None if before is None else (budget_bytes - resident - before) // n
-        bounding = None if saved is None or saved < 0 else min(budget_bytes, resident + saved + workspace)
-        yield workspace, within if within >= resident + workspace else None, bounding
-        before = workspace
-    assert before is not None
-    saved = (budget_bytes - resident - before) // n
-    if saved >= 0:  # and beyond the largest workspace
-        yield max(0, budget_bytes - resident - saved), None, budget_bytes
+    peaks = [(t, (budget_bytes + (n - 1) * (resident + t)) // n) for t in tried]
+    return [(t, peak) for t, peak in peaks if peak >= resident + t]
+
+
+def bounding_limits(graph: Graph, budget_bytes: int, tried: Sequence[int]) -> list[tuple[int, int]]:
+    """(workspace, peak) for `with_saved_limit`: every schedule that fits the budget is within one of these."""
+    resident, limits = graph.resident_bytes, []
+    for low, high in pairwise((*tried, budget_bytes)):
+        saved = (budget_bytes - resident - low) // graph.in_flight
+        if saved >= 0:
+            peak = min(budget_bytes, resident + saved + high)
+            limits.append((peak - resident - saved, peak))
+    return limits
 
 
 def lowest(graph: Graph, limits: Limits, solver_of: Callable[[Graph], OneSolver]) -> Schedule:
-    """The schedule with the lowest p + (n - 1) s that is found: of those with the lowest peak for each workspace."""
-    tried = workspaces(graph)
+    """The schedule with the lowest p + (n - 1) s that is found: of those with the lowest peak for each value of t."""
+    tried = needs(graph)
     found = [
-        without_saved_limit(solver_of(with_saved_limit(graph, workspace)).lowest(limits.share(1 / len(tried))), graph)
-        for workspace in tried
+        without_saved_limit(solver_of(with_saved_limit(graph, t)).lowest(limits.share(1 / len(tried))), graph) for t in tried
     ]
     return min(found, key=lambda schedule: simulate(graph, schedule).peak_bytes)

@@ -132,6 +132,8 @@ class Solver:
             found = in_flight.find(self._captured, budget, limits.share(1 / len(budgets_bytes)), gap, Solver)
             if found.schedule is not None:
                 self.archive.offer(self._renumbered(found.schedule), found.source)
+            elif self.archive.cheapest(budget) is None:
+                self.lowest_peak(limits.share(1 / len(budgets_bytes)))
             best = self.archive.cheapest(budget)
             if best is None:
                 lowest = self.archive.lowest.timeline.peak_bytes

@@ -16,7 +16,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.solver.in_flight import with_saved_limit, without_saved_limit
+from planner.solver.in_flight import bounding_limits, fitting_limits, with_saved_limit, without_saved_limit
 from planner.solver.solve import Solver, lowest_peak, solve
 from tests.support import graphs
 from tests.support.strategies import scatter, schedules, training_graphs
@@ -48,6 +48,30 @@ def test_the_workspace_bounds_what_is_saved(data: st.DataObject, workspace: int)
     resident = sum(value.nbytes for value in graph.values if value.kind in RESIDENT_KINDS) - graph.tangent_bytes
     assert found.peak_bytes == max(alone.peak_bytes, resident + saved + workspace)
     assert found.time_ns == alone.time_ns
+
+
+SIZES = st.integers(0, 60)
+
+
+@settings(deadline=None, max_examples=500)
+@given(IN_FLIGHT, st.lists(SIZES, unique=True).map(sorted), SIZES, SIZES, SIZES)
+def test_limits_hold_all_schedules_that_fit_or_only_such(
+    count: int, more: list[int], saved: int, needed: int, budget: int
+) -> None:
+    """A schedule is three sizes here: resident bytes (of the graph), saved bytes, and what it needs beyond them."""
+    graph = replace(graphs.chain(), in_flight=count)
+    resident, tried = graph.resident_bytes, [0, *(t for t in more if t)]
+    fits = resident + count * saved + needed <= budget
+    event(f"fits: {fits}")
+
+    def is_within(limit: tuple[int, int]) -> bool:
+        workspace, peak = limit
+        return resident + saved + max(needed, workspace) <= peak
+
+    if fits:
+        assert any(map(is_within, bounding_limits(graph, budget, tried)))
+    else:
+        assert not any(map(is_within, fitting_limits(graph, budget, tried)))
 
 
 @settings(deadline=None, max_examples=20)
