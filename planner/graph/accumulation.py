@@ -7,12 +7,12 @@ micro-step needs no more, because its gradients so far are at most G bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.graph.graph import Graph, Kind, Op, Value
+from planner.graph.graph import Graph, Kind, Op, Value, reserved_name
 
-HELD = "(gradients of earlier micro-steps)"
+HELD = reserved_name("gradients of earlier micro-steps")
 """The reserved value that stands for them."""
 STAGE_END = "(stage of the backward ends)"
 """The kernel of the ops that end stages."""
@@ -54,8 +54,3 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
 def num_stages(graph: Graph) -> int:
     """Stages that the graph of an accumulating step has; 0 for any other graph."""
     return sum(op.kernel == STAGE_END for op in graph.ops)
-
-
-def held_bytes(values: Mapping[str, Value]) -> int:
-    """Bytes of the gradients of earlier micro-steps; 0 where the graph counts none."""
-    return values[HELD].nbytes if HELD in values else 0

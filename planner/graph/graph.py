@@ -71,6 +71,11 @@ class Op:
     arguments: str = ""
 
 
+def reserved_name(purpose: str) -> str:
+    """The name of the value of kind RESERVED that stands for bytes set aside for this purpose."""
+    return f"({purpose})"
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     """The joint forward + backward graph: ops in topological order, forward first. Checked when built.

@@ -57,6 +57,13 @@ class PlannedGraph:
         return self.timeline.peak_bytes
 
     @property
+    def in_flight_bytes(self) -> int:
+        """Bytes that the other forwards in flight saved: held during the whole step."""
+        if self.graph.in_flight == 1:
+            return 0
+        return (self.graph.in_flight - 1) * sum(self.graph.value[name].nbytes for name in self.timeline.saved)
+
+    @property
     def overhead(self) -> float:
         """Predicted extra time, as a fraction of the plain step."""
         return self.timeline.time_ns / max(1, self.plain.time_ns) - 1

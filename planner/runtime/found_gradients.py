@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
 from planner.errors import warn
 from planner.graph.accumulation import num_stages
+from planner.graph.graph import reserved_name
 from planner.results.plan import Plan
 from planner.runtime.executable import Executable
 from planner.units import format_bytes
-
-RESERVED = "(reserved)"
-"""The value of `reserve=`, which may be meant for them."""
 
 
 class FoundGradients:
@@ -23,20 +22,27 @@ class FoundGradients:
         self._plan, self._name = plan, name
         self._looks = not num_stages(plan.graph)
 
+    @cached_property
+    def _fitting_bytes(self) -> int:
+        """Gradients of so many bytes fit beside the planned step: in what the plan leaves free, and in `reserve=`."""
+        reserved = self._plan.graph.value.get(reserved_name("reserved"))
+        free = self._plan.budget_bytes - self._plan.peak_bytes
+        return free if reserved is None else free + reserved.nbytes
+
     def look(self, executable: Executable, inputs: Sequence[torch.Tensor]) -> None:
-        """Look at the parameters of a planned call; `inputs`: of the forward graph."""
+        """Look at the parameters of a planned call; sparse gradients, whose size says nothing of the next, are left out.
+
+        Args:
+            inputs: of the forward graph.
+        """
         if not self._looks:
             return
-        owners = [inputs[i] for i in executable.owners[-1] if inputs[i].is_leaf]
-        if not owners or owners[-1].grad is None:
-            return
         gradients = [inputs[i].grad for owned in executable.owners for i in owned if inputs[i].is_leaf]
-        nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-        reserved = sum(value.nbytes for value in self._plan.graph.values if value.name == RESERVED)
-        needed = self._plan.peak_bytes + max(0, nbytes - reserved)
-        if needed <= self._plan.budget_bytes:
+        nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None and gradient.layout is torch.strided)
+        if not nbytes or nbytes <= self._fitting_bytes:
             return
         self._looks = False
+        needed = self._plan.budget_bytes + nbytes - self._fitting_bytes
         warn(
             f"{self._name}: clear gradients by zero_grad(set_to_none=True) before each step, or plan(..., accumulate=True): "
             f"this step finds {format_bytes(nbytes)} of gradients, which its plan does not count. It may need up to "

@@ -143,6 +143,7 @@ class CheckpointedModule(fx.GraphModule):
     def _of_other_size(self, step: RewrittenStep) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, self.plan, self.strict, audits=self.audits)
         made.__dict__["_compares_ranks"] = False  # the ranks have compared this plan
+        made.__dict__["_found_gradients"] = self._found_gradients  # which speaks once, not once per size
         return made
 
     def _audit(self, original: Callable[..., Any], args: Any, kwargs: Any, call: MatchedCall) -> Mismatch | None:

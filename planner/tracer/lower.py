@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from planner.graph.accumulation import accumulating, num_stages
-from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
+from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value, reserved_name
 from planner.graph.source import NOWHERE
 from planner.kernels import custom
 from planner.kernels.batch_norm import new_statistics, unread_in_recompute, updates_statistics
@@ -86,7 +86,7 @@ class _Lowering:
 
     def graph(self, reserved: Mapping[str, int]) -> Graph:
         values = self._resident()
-        values += [Value(f"({purpose})", self._bytes(nbytes), Kind.RESERVED) for purpose, nbytes in reserved.items()]
+        values += [Value(reserved_name(purpose), self._bytes(nbytes), Kind.RESERVED) for purpose, nbytes in reserved.items()]
         resident = tuple(value.name for value in values if value.kind in RESIDENT_KINDS)
         ops: list[Op] = []
         num_forward_ops = 0

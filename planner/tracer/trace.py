@@ -104,7 +104,7 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
 
     Raises:
         CaptureError: the model cannot be traced.
-        Exception: whatever the model or torch raises; `options.modules.last_kernel` says where.
+        Exception: errors of the model and of torch, as they are; `options.modules.last_kernel` says where.
     """
     apart = {call.module for call in options.recording.calls.values()}
     (module, exported), repeats = once.trace(options.model, apart, lambda units: _trace(options, tensors, units))

@@ -101,11 +101,7 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
 
 def resident_bytes(planned: CheckpointedModule) -> int:
     """Bytes in use before the step: parameters, buffers, inputs, reserved bytes, and what other forwards in flight saved."""
-    graph = planned.plan.graph
-    if graph.in_flight == 1:
-        return graph.resident_bytes
-    saved = sum(graph.value[name].nbytes for name in planned.plan.timeline.saved)
-    return graph.resident_bytes + (graph.in_flight - 1) * saved
+    return planned.plan.graph.resident_bytes + planned.plan.in_flight_bytes
 
 
 class StepCopy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -138,3 +139,57 @@ def test_sweeps_count_what_is_in_flight_and_accumulated():
     assert several.plain.peak_bytes > 2 * alone.plain.peak_bytes
     assert any(value.kind is Kind.RESERVED for value in several.graph.values)
     assert all(point.peak_bytes <= point.budget_bytes for point in several.points)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sparse_gradients_that_are_there_are_no_error(sparse):
+    """Their bytes say nothing of the next step's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(64, 16, sparse=sparse), nn.Linear(16, 16), nn.Linear(16, 1))
+    twin, x = copy.deepcopy(model), torch.randint(64, (8,))
+    planned = plan(model, 10**9, (x,), **QUICK)
+    for _ in range(3):
+        backward(planned, x)
+        backward(twin, x)
+    expected = [parameter.grad.to_dense() for parameter in twin.parameters()]
+    assert all(torch.equal(one.grad.to_dense(), other) for one, other in zip(planned.parameters(), expected, strict=True))
+
+
+def test_gradients_are_found_wherever_they_are():
+    """Some parameters have none: those of another optimizer were cleared."""
+    model, x = wide()
+    planned = plan(model, 1.0, (x,), **QUICK)
+    backward(planned, x)
+    for parameter in model[0].parameters():
+        parameter.grad = None
+    with pytest.warns(UserWarning, match="this step finds .* of gradients"):
+        backward(planned, x)
+
+
+def test_other_sizes_do_not_say_it_again():
+    model, x = wide()
+    planned = plan(model, 1.0, (x,), dynamic=True, **QUICK)
+    backward(planned, x)
+    with pytest.warns(UserWarning, match="this step finds .* of gradients"):
+        backward(planned, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(planned, x[:8])
+        backward(planned, x[:8])
+    assert planned.num_planned_calls == 4
+
+
+def test_audited_calls_in_flight_keep_the_budget():
+    """The second call is audited, while the first holds what it saved."""
+    model, x = deep()
+    planned = plan(model, 0.6, (x,), in_flight=3, effort=4.0, **QUICK)
+    made = planned.plan
+
+    def step():
+        outs = [planned(x) for _ in range(3)]
+        out = outs.pop(0)
+        out.backward(torch.ones_like(out))
+        return outs
+
+    copy.deepcopy(planned)(x).sum().backward()  # what a first call allocates for good
+    assert resident(made) + logical_peak(step, CPU) <= made.budget_bytes

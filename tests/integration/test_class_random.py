@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from planner import CaptureError, plan
 from tests.support.itself import check_against_itself
 from tests.support.members import REFUSABLE, check, ids, inside, member
 from tests.support.source import Step
@@ -161,3 +164,17 @@ def test_planning_in_a_loop_moves_nothing():
 
 def test_eager_shows_nothing_against_itself():
     check_against_itself([*TORCH, *OTHERS])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_of_the_users_own_are_refused_by_name(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return checkpoint(self.body, self.stem(x), use_reentrant=reentrant).sum()
+
+    with pytest.raises(CaptureError, match="own activation checkpointing off"):
+        plan(Checkpointed(), 1.0, (torch.randn(4, 8),), costs="estimate", progress=False)

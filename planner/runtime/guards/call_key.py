@@ -58,7 +58,7 @@ def autocast_key(device: torch.device) -> Autocast:
 
 
 def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast is as in `key`, whatever the caller's own context is.
+    """A context in which autocast is as in `key`, and not as in the caller's own context.
 
     Enters nothing where autocast is off and has to be off: inside another context, the model's own autocast region would not be
     the outermost one, and its cast cache would not be cleared at its end.

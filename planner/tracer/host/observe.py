@@ -226,7 +226,13 @@ class Observer:
 
     def _refuse_other_generators(self) -> None:
         if self.reads.controlled is not None:
-            module, function = self.reads.controlled
+            module, function = self.reads.controlled.module, self.reads.controlled.function
+            if self.reads.controlled.is_checkpoint:
+                raise CaptureError(
+                    f"switch {module or 'the model'}'s own activation checkpointing off (torch.utils.checkpoint; "
+                    "model.gradient_checkpointing_disable() in transformers): a plan recomputes what the budget asks for",
+                    module=module,
+                )
             raise CaptureError(
                 f"the forward of {module or 'the model'} controls torch's random generator (Generator.{function}: manual_seed, "
                 "fork_rng, set_rng_state, ...), which a plan does not repeat. Do it outside of the forward",

@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from planner.tracer.host.scopes import PACKAGE, Reads, global_names, is_library_
 from planner.tracer.host.values import attributes, is_foreign_class, own_class
 
 _COMPILER = str(Path(torch.__file__).parent / "_dynamo")
+_CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
@@ -37,11 +39,26 @@ _SMALL = 64
 """Items of a container that is looked through at every read."""
 
 
+@dataclass(frozen=True, slots=True)
+class GeneratorCall:
+    """A call that controls torch's generator.
+
+    Attributes:
+        module: the submodule whose forward makes it, "" for the model's own.
+        function: the method of torch.Generator.
+        is_checkpoint: torch.utils.checkpoint makes it, to recompute in the backward with the same random numbers.
+    """
+
+    module: str
+    function: str
+    is_checkpoint: bool
+
+
 class ReadRecorder:
     """Notes, while entered, what Python state the running code reads and writes, and remembers it as it was before.
 
     Attributes:
-        controlled: (submodule, function) of the first call that controls torch's generator; None if there is none.
+        controlled: the first call that controls torch's generator; None if there is none.
         drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
@@ -70,7 +87,7 @@ class ReadRecorder:
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self._sizes: dict[int, int] = {}
-        self.controlled: tuple[str, str] | None = None
+        self.controlled: GeneratorCall | None = None
         self.drew: str | None = None
         self.paused = False
 
@@ -204,7 +221,8 @@ class ReadRecorder:
                 if self.drew is None and not _is_compilers(frame):
                     self.drew = self._where()
             elif function.__name__ in _CONTROL:
-                self.controlled = (self._where(), function.__name__)
+                is_checkpoint = _is_called_by(frame, _CHECKPOINT, 6)
+                self.controlled = GeneratorCall(self._where(), function.__name__, is_checkpoint)
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:
         """Remember the variables that code names; where it is an opaque module's, everything that these lead to, too."""

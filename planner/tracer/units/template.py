@@ -107,7 +107,8 @@ def cut(joint: SplicedGraph, kind: Kind) -> Template:
     if not (starts and ends and incoming and outgoing):
         raise Refused(f"{kind.template}: no gradient passes through it", kind.template)
     forward = [node for node in nodes[min(starts) : max(ends)] if node not in marked]
-    reached = {node for node in arguments.backward if node is not None}  # what outer code makes of gradients handed out early
+    # kernels of outer code that read the gradient of an argument before the block's backward has ended
+    reached = {node for node in arguments.backward if node is not None}
     backward = []
     for node in nodes[min(incoming) + 1 : max(outgoing)]:
         if not reached.isdisjoint(node.all_input_nodes):

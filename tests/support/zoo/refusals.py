@@ -8,8 +8,15 @@ REFUSED: dict[str, str] = {
     "lstm_packed": "takes arguments no plan can hold: PackedSequence",
     "wav2vec2": _SHAPE,
     "wavlm": _SHAPE,
-    "user_checkpoint_reentrant": "When use_reentrant=True",
+    "user_checkpoint_reentrant": "own activation checkpointing off",
 }
+
+FILLED_BY_THE_FIRST_CALL = {
+    *("convnext", "convnextv2", "dinov2", "efficientnet", "mobilenet_v1", "mobilenet_v2", "poolformer", "regnet", "resnet"),
+    *("segformer", "swin", "swinv2"),  # set config.problem_type
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),  # install hooks that record the router's outputs
+}
+"""Models whose first call changes what the forward reads: that call runs unplanned, with a warning."""
 
 MAY_LACK_A_KERNEL = {("lstm", "bf16"), ("lstm_bidirectional_dropout", "bf16")}
 """Models that the plain step of some processors has no kernel for, so that there is nothing to compare with."""
