@@ -59,7 +59,9 @@ def test_a_batch_of_a_tokenizer():
 
 def test_a_loader_in_place_of_a_batch():
     loader = torch.utils.data.DataLoader(X)
-    assert "args is a DataLoader" in begins_with("as a tuple, args=(x,)", InputError, net(), 1.0, loader)
+    assert "args is a DataLoader" in begins_with(
+        "give the example call's positional arguments as a tuple, args=(x,)", InputError, net(), 1.0, loader
+    )
 
 
 class Forwards(nn.Module):
@@ -148,13 +150,14 @@ def test_reserved_bytes_are_no_fraction():
 # The state of things
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_under_no_grad(mode):
+@pytest.mark.parametrize(
+    ("mode", "cure"),
+    [(torch.no_grad, "plan outside of torch.no_grad()"), (torch.inference_mode, "plan outside of torch.inference_mode()")],
+)
+def test_under_no_grad(mode, cure):
+    model = net()
     with mode():
-        begins_with(f"plan outside of torch.{mode.__name__}()", InputError, net() if mode is torch.no_grad else NET, 1.0, (X,))
-
-
-NET = net()
+        begins_with(cure, InputError, model, 1.0, (X,))
 
 
 def test_inference_tensors():
