@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from planner._compat.private_names import MODULE_HOOKS
-from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
+from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
 from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, rebuilt, text_of, with_member
@@ -226,6 +226,29 @@ def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class LazyValue:
+    """A place that a first call changes, and later calls leave as they find it.
+
+    Attributes:
+        path: where.
+        before: fingerprint of what a first call finds there.
+        after: the value that it sets; plain, so that copies of the model share it.
+    """
+
+    path: Path
+    before: Fingerprint
+    after: Any
+
+    def is_unset(self, model: nn.Module) -> bool:
+        """Whether no call has set it yet."""
+        return alike(self.before, bare_fingerprint(self.path.get(model)))
+
+    def set(self, model: nn.Module) -> None:
+        """Set it, as a first call does."""
+        self.path.set(model, self.after)
+
+
+@dataclass(frozen=True, slots=True)
 class HostState:
     """What Python does beside the kernels of a forward.
 
@@ -234,12 +257,19 @@ class HostState:
         state: the places whose tensors are inputs of the graph, after the call's tensors.
         aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
         effects: what the forward leaves in Python state.
+        lazy: what a first call sets besides; the key holds once it is set.
     """
 
     key: HostKey = HostKey(Reads({}, frozenset()))
     state: tuple[Path, ...] = ()
     aliases: tuple[tuple[Path, str], ...] = ()
     effects: tuple[Effect, ...] = ()
+    lazy: tuple[LazyValue, ...] = ()
+
+
+def bare_fingerprint(value: Any) -> Fingerprint:
+    """The fingerprint of a value without its attributes."""
+    return Fingerprints({}, lambda _, __: False).of(value)
 
 
 def remembered(model: nn.Module, key: HostKey) -> Preserved:
