@@ -61,7 +61,9 @@ class CallGuard:
                 return found
             with values_set(self._model, lazy):
                 again = self._match(args, kwargs, through_forward)
-            return again if isinstance(again, Mismatch) else replace(again, lazy=lazy)
+            if isinstance(again, Mismatch):
+                return replace(again, cure=again.cure or _FIRST_CALL) if again.kind == "host" else again
+            return replace(again, lazy=lazy)
         except Exception as error:
             RUNTIME.debug("a call cannot be compared with the planned one", exc_info=True)
             text = f"the call could not be compared: {first_line(error)}"
@@ -87,6 +89,9 @@ class CallGuard:
                 return Mismatch("host", str(path), type(found).__name__, "a tensor")
         inputs = self._select_inputs((*held, *tensors, *state, *joint.constants.values()))
         return reads_difference(joint, self._read_values, inputs) or MatchedCall([*tensors, *state], inputs)
+
+
+_FIRST_CALL = "The model's first call changes it: run a forward under torch.no_grad(), then plan"
 
 
 def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Fingerprint]) -> tuple[list[Any], Mismatch | None]:

@@ -319,7 +319,7 @@ class Observer:
         for name, module in model.named_modules():
             if name and not self._is_opaque(name):
                 places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
-        expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
+        expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
         return HostKey(reads, expected, self._opaque, left, environment)
 

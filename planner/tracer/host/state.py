@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.private_names import MODULE_HOOKS
+from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
@@ -58,6 +58,17 @@ class Path:
         if self.scope is not None:
             return self.scope.variables.get(self.name, ABSENT)
         return look_up(model.get_submodule(self.module), self.name)
+
+    def fingerprint(self, model: nn.Module, prints: Fingerprints) -> Fingerprint:
+        """The fingerprint of the value that the steps start from.
+
+        Hooks are compared in their order: the numbers that torch registers them under differ from one time to the next.
+        """
+        root = self.root(model)
+        if self.scope is None and self.name in MODULE_HOOKS and isinstance(root, dict):
+            flags = [vars(model.get_submodule(self.module)).get(kind, {}) for kind in HOOK_FLAGS.get(self.name, ())]
+            return prints.of([(hook, *(number in flag for flag in flags)) for number, hook in root.items()])
+        return prints.of(root)
 
     def get(self, model: nn.Module) -> Any:
         """The value at this place; ABSENT where there is none."""
