@@ -80,6 +80,11 @@ def _fake_mode() -> Any:
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of every module that hold its hooks by number."""
+HOOK_FLAGS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
+"""Attributes that hold, by the same numbers, how some of these hooks are called."""
 MODULE_STATE = ("_parameters", "_buffers", "_modules")
 """Attributes of every module that hold its tensors and children by name; a planned module shares these dictionaries."""
 

@@ -120,6 +120,8 @@ class CheckpointedModule(fx.GraphModule):
         if self._compares_ranks:
             self.__dict__["_compares_ranks"] = False
             compare_plans(self._step, self.plan)
+        for value in call.lazy:
+            value.set(self._original)
         self.__dict__["_num_runs"] += 1
         if self.audits and is_due(self._num_runs):
             refused = self._audit(unplanned or unplanned_forward(self._original), args, kwargs, call)

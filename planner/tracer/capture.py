@@ -21,6 +21,7 @@ from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
+from planner.tracer.host.lazy_values import lazy_values
 from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
@@ -175,7 +176,9 @@ def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: Cal
             calls=recording.calls,
         )
         joint = normalize(graph, replace(call, out_spec=forward.out_spec), forward.outputs)
-    host = replace(recording.host, effects=forward.effects)
+    written = [*recording.host.key.left, *(effect.path for effect in forward.effects)]
+    lazy = (*recording.host.lazy, *lazy_values(model, recording.settled, written))
+    host = replace(recording.host, effects=forward.effects, lazy=lazy)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 
 
