@@ -1,7 +1,7 @@
-"""For the API reference: functions that take `PlanOptions` show them as keyword arguments, as `help()` does.
+"""For the API reference: options are shown with `PlanOptions`, and as keyword arguments of the functions that take them.
 
-`planner.options.with_options` adds options to the docstring and the signature of a function when it is imported, which a
-reference made from source would not show.
+`planner.options` holds each option once, with its help, and adds it to docstrings and signatures when the package is imported,
+which a reference made from source would not show.
 """
 
 from __future__ import annotations
@@ -14,6 +14,21 @@ import griffe
 
 class Options(griffe.Extension):
     """Takes docstring and keyword arguments of functions decorated by `with_options` from the imported function."""
+
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Called for every class of the package."""
+        if cls.path != "planner.options.PlanOptions":
+            return
+        described = griffe.dynamic_import("planner.options.OPTIONS")
+        texts = {
+            name: " ".join(f"{field.metadata['help']}. {field.metadata['details']}".split())
+            for name, field in described.items()
+        }
+        rows = "\n".join(
+            f"    {name} ({described[name].type}): {text} Default: `{described[name].default!r}`."
+            for name, text in texts.items()
+        )
+        cls.docstring = griffe.Docstring(f"{inspect.cleandoc(cls.docstring.value)}\n\nAttributes:\n{rows}", parent=cls)
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Called for every function of the package."""

@@ -33,7 +33,7 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w/.-])(?:planner|benchmarks|examples|docs|tests)/[\w./-]*[\w/]")
 _DOTTED = re.compile(r"(?<![\w/.-])planner(?:\.[A-Za-z_]\w*)+")
 _OPTION = re.compile(r"^([a-z_]+)=")
-TORCHS_OPTIONS = {"cache_enabled", "create_graph", "drop_last", "set_to_none"}
+TORCHS_OPTIONS = {"cache_enabled", "create_graph", "drop_last", "preserve_rng_state", "set_to_none"}
 """Options of torch's functions, which documents speak of, too."""
 
 
