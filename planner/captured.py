@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,8 @@ class CapturedStep:
         with one_at_a_time():
             plan = self.recognized(plan)
             planned = self.rewritten(plan)
+            for args, kwargs in self.options.sizes:
+                planned.prepare(args, kwargs)
             if self.why_not_run:
                 return noted(planned, f"{NOT_RUN}: {self.why_not_run}")
             limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # it may be known to need more than its budget
@@ -90,11 +92,18 @@ class CapturedStep:
             fraction: the budget, where it was given as a fraction of the plain step's peak.
         """
         options = self.options
-        recapture = Recapture(options.loss, tuple(options.opaque)) if options.dynamic else None
+        recapture = None
+        if options.dynamic:
+            recapture = Recapture(options.loss, tuple(options.opaque), self.plan_anew, options.progress)
         step = make_step(
             plan, self.joint, self.model, self.args, self.kwargs, options.num_stages, recapture, options.compile, fraction
         )
         return CheckpointedModule(self.model, step, plan, options.strict, audits=options.audit)
+
+    @property
+    def plan_anew(self) -> Callable[..., CheckpointedModule] | None:
+        """What plans other calls of the model; None: nothing does."""
+        return None
 
     @property
     def why_not_run(self) -> str:

@@ -33,9 +33,11 @@ from planner.results.explanation import Explanation
 from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.ranks import communicates
 from planner.solver.solve import Solver, solve
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import noting
+from planner.tracer.joint import Joint
 from planner.tracer.lower import kernel_nodes, lower
 from planner.tracer.target_device import TargetDevice
 from planner.verification.measured import measured, measured_within, noted
@@ -68,7 +70,14 @@ class ProfiledStep(CapturedStep):
             for args, kwargs in self.options.also:
                 other = profiled(self.model, args, kwargs, self.options)
                 planned.alternatives.append(other._planned(planned.plan.budget_bytes))
+            for args, kwargs in self.options.sizes:
+                planned.prepare(args, kwargs)
         return planned
+
+    @property
+    def plan_anew(self) -> Callable[..., CheckpointedModule]:
+        """What plans calls of other sizes, as this one was planned."""
+        return PlanAnew(replace(self.options, also=(), sizes=(), check=False))
 
     def sweep(
         self,
@@ -169,6 +178,27 @@ class ProfiledStep(CapturedStep):
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
         return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanAnew:
+    """Plans a call that comes while the model trains; no step is run to check it."""
+
+    options: PlanOptions
+
+    def __call__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], joint: Joint, budget_bytes: int
+    ) -> CheckpointedModule:
+        """The planned module for a captured call.
+
+        Raises:
+            CaptureError: its graph communicates, and ranks would plan at different times.
+            InfeasibleBudgetError, NoScheduleFoundError: no schedule fits the budget, or none was found.
+        """
+        if communicates(joint):
+            raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
+        step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
+        return with_costs(step, _set_aside(model, self.options, None))._planned(budget_bytes)
 
 
 def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
