@@ -96,6 +96,7 @@ class AccountingOptions:
     optimizer: Optimizer | None = option(
         None,
         "reserve the bytes of its state: a name of torch.optim, such as 'adamw'",
+        "Or the optimizer itself (several in a tuple): state that it holds is counted as it is, the rest as after one step. "
         "Or what makes an optimizer of a list of parameters: functools.partial(torch.optim.SGD, momentum=0.9).",
         arguments.optimizer_choice,
     )

@@ -149,7 +149,7 @@ class ProfiledStep(CapturedStep):
     def _planned(self, budget: Budget) -> CheckpointedModule:
         """The planned module for this call alone."""
         budget_bytes = self.budget_bytes(budget)
-        fraction = float(budget) if units.is_fraction(budget) else None
+        fraction = units.fraction_of(budget)
 
         def within(aim_bytes: int) -> CheckpointedModule:
             with stage("solve", self.options.progress):
@@ -208,13 +208,15 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         InputError, CaptureError: what was given cannot be planned; says why.
     """
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     target = target_device(options)
     aside = _set_aside(model, options, target)
     try:
         step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
     except CaptureError as error:
+        if error.is_models_own:
+            raise
         cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
     with one_at_a_time():

@@ -141,7 +141,11 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo `install`; does nothing where nothing is installed."""
+    """Undo `install`; does nothing where nothing is installed.
+
+    Args:
+        model: what `install` was called with.
+    """
     arguments.check_model(model)
     forward = vars(model).get("forward")
     if isinstance(forward, PlannedForward):
