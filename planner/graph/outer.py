@@ -127,7 +127,7 @@ def _owners(graph: Graph, units: Collection[str]) -> list[str]:
 
 
 def _knows(known: Mapping[str, set[str]], unit: str, op: Op, is_forward: bool) -> bool:
-    return not is_forward and set(op.reads) <= known.get(unit, set())
+    return not is_forward and len(op.reads) > 1 and set(op.reads) <= known.get(unit, set())
 
 
 def from_measured(
