@@ -12,7 +12,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.captured import CapturedStep
 from planner.composite.trial import Call, Made, Trial
-from planner.errors import CaptureError, InputError, PlannerError
+from planner.errors import CaptureError, InputError, PlanFileError, PlannerError
 from planner.graph.graph import Graph
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
@@ -64,7 +64,7 @@ class UnitKind:
             solution = Solution("feasible", schedule, self.graph.plain_ns, 0.0, "plan_units")
             # its own peak as the budget: an audit, which runs the original forward as well, never takes more than the plan
             plan = Plan(self.graph, simulate(self.graph, schedule).peak_bytes, 0, solution, self.provenance)
-            with self.call.cast(device):
+            with self.call.autocast.on(device):
                 made = make_step(plan, step.joint, module, step.args, step.kwargs, step.options.num_stages)
             self._made[schedule] = made, plan, CheckpointedModule(module, made, plan).executable
         return self._made[schedule]
@@ -85,7 +85,7 @@ class UnitKind:
         if call.autocast != self.call.autocast or self.used != frozenset(used):
             return "autocast differs, or which of its outputs get a gradient"
         step, _, _ = self.made(keep_all(self.graph))
-        with call.cast(joint.device):
+        with call.autocast.on(joint.device):
             found = CallGuard(module, step).match(call.args, call.kwargs)
         return str(found) if isinstance(found, Mismatch) else ""
 
@@ -115,6 +115,7 @@ def kinds_of(
     Raises:
         CaptureError: none can be captured; says why, for each.
         InputError: a given unit cannot be a unit.
+        PlanFileError: from `costs`.
     """
     kinds: list[UnitKind] = []
     left: dict[str, str] = {}
@@ -132,6 +133,8 @@ def kinds_of(
                     _add(kinds, name, module, calls.pop(name), trial, options, costs)
             except PlannerError as error:
                 if is_fault(error):
+                    raise
+                if not descends and isinstance(error, PlanFileError):
                     raise
                 if not descends:
                     raise InputError(f"units: {name} cannot be a unit: {error}") from error
@@ -187,6 +190,6 @@ def _captured(
         leaves = pytree.tree_leaves(out)
         return [leaves[i] for i in sorted(used)]
 
-    with call.cast(device):
+    with call.autocast.on(device):
         joint = capture(module, call.args, call.kwargs, loss=loss)
     return CapturedStep(module, call.args, call.kwargs, replace(options, loss=loss), joint)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from planner import arguments
-from planner.composite.trial import Made
+from planner.composite.trial import Autocast, Made
 from planner.composite.verify import verify_units
 from planner.results.unit_plan import UnitPlan
 from planner.results.verify_report import VerifyReport
@@ -28,9 +28,10 @@ class PlannedUnits:
         plan: how each of them runs, and what the step takes.
     """
 
-    def __init__(self, model: nn.Module, plan: UnitPlan, made: Mapping[str, Made], loss: Loss = None) -> None:
-        """`loss`: the output that backward starts from, as it was planned."""
+    def __init__(self, model: nn.Module, plan: UnitPlan, made: Mapping[str, Made], loss: Loss, autocast: Autocast) -> None:
+        """`loss`, `autocast`: the output that backward starts from, and the autocast of the step, as it was planned."""
         self.model, self.plan, self._loss = model, plan, loss
+        self._cast = autocast
         self.planned: dict[str, CheckpointedModule] = {
             name: CheckpointedModule(model.get_submodule(name), step, own, executable=executable)
             for name, (step, own, executable) in made.items()
@@ -82,7 +83,7 @@ class PlannedUnits:
         """Run plain and planned steps on copies of the model, from the same state, and compare them bit for bit.
 
         Three successive steps each. Compared after each: outputs, gradients, parameters, buffers, attributes of modules and
-        the random generators. The model stays as it is.
+        the random generators. Steps run under the autocast of the plan; the model stays as it is.
 
         Args:
             args, kwargs: the call that the units were planned for.
@@ -91,7 +92,7 @@ class PlannedUnits:
             InputError: the model cannot be copied, or has no such call.
         """
         arguments.check_call(args, kwargs)
-        return verify_units(self, tuple(args), dict(kwargs or {}), self._loss)
+        return verify_units(self, tuple(args), dict(kwargs or {}), self._loss, self._cast)
 
     def __str__(self) -> str:
         return str(self.plan)

@@ -33,16 +33,29 @@ Made = tuple[RewrittenStep, Plan, Executable | None]
 
 
 @dataclass(frozen=True, slots=True)
+class Autocast:
+    """Whether autocast is on, and what it casts to."""
+
+    is_on: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: torch.device) -> Autocast:
+        """As it is now."""
+        return cls(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A context in which it is so."""
+        return torch.autocast(device.type, self.dtype, enabled=self.is_on)
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A submodule's one call in a step; tensors as they arrive, but leaves."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    autocast: tuple[bool, torch.dtype]
-
-    def cast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The autocast context that it ran in."""
-        return torch.autocast(device.type, self.autocast[1], enabled=self.autocast[0])
+    autocast: Autocast
 
 
 class Trial:
@@ -64,6 +77,7 @@ class Trial:
         self.device = tensors[0].device
         self._args, self._kwargs, self._loss = args, kwargs, loss
         self._inputs = tensors
+        self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
         try:
@@ -81,7 +95,8 @@ class Trial:
         return self._args, self._kwargs
 
     def step(self) -> None:
-        """Forward and backward from empty gradients."""
+        """Forward and backward from empty gradients, as if they were the first in their autocast region."""
+        torch.clear_autocast_cache()
         self.model.zero_grad(set_to_none=True)
         out = self.model(*self._args, **self._kwargs)
         starts = loss_leaves(out, pytree.tree_leaves(out), self._loss)
@@ -173,8 +188,7 @@ class Trial:
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
             bare = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
-            kind = self.device.type
-            found[name] = Call(bare[0], bare[1], (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+            found[name] = Call(bare[0], bare[1], Autocast.of(self.device))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):

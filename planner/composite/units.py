@@ -113,7 +113,8 @@ def planned_units(
                 raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
             budget_bytes = units.parse_budget(budget, plain or 0)
             found = search.within(budget_bytes)
-    return PlannedUnits(model, _plan(search, kinds, left, budget_bytes, plain, found), search.made(found.points), options.loss)
+    plan = _plan(search, kinds, left, budget_bytes, plain, found)
+    return PlannedUnits(model, plan, search.made(found.points), options.loss, trial.autocast)
 
 
 def _kinds(
@@ -213,6 +214,7 @@ def apply_units(
             peak_bytes=peak or 0,
         )
     fields = {name: getattr(plan, name) for name in ("kinds", "units", "outer", "budget_bytes", "plain_bytes")}
-    applied = PlannedUnits(model, UnitPlan(**fields, measured_bytes=peak, bound_ns=plan.bound_ns, left=plan.left), made, loss)
+    here = UnitPlan(**fields, measured_bytes=peak, bound_ns=plan.bound_ns, left=plan.left)
+    applied = PlannedUnits(model, here, made, loss, trial.autocast)
     applied.install()
     return applied

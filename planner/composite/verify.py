@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner.composite.trial import Autocast
 from planner.errors import InputError
 from planner.profiler.memory import logical_peak
 from planner.results.unit_plan import UnitPlan
@@ -39,11 +40,11 @@ class Planned(Protocol):
     plan: UnitPlan
 
 
-def verify_units(planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss) -> VerifyReport:
+def verify_units(planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, autocast: Autocast) -> VerifyReport:
     """See `PlannedUnits.verify`."""
     before = generators()
     try:
-        ours, plain = _Side(planned, args, kwargs, loss), _Side(planned, args, kwargs, loss, is_plain=True)
+        ours, plain = (_Side(planned, args, kwargs, loss, autocast, is_plain=is_plain) for is_plain in (False, True))
         differences: list[str] = []
         num_compared, largest = 0, 0.0
         states = [before, before]
@@ -77,7 +78,14 @@ class _Side:
     """A copy of the model, planned or plain, and of the call."""
 
     def __init__(
-        self, planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, *, is_plain: bool = False
+        self,
+        planned: Planned,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        loss: Loss,
+        autocast: Autocast,
+        *,
+        is_plain: bool,
     ) -> None:
         self.model = copy_of(planned.model)
         for module in self.model.modules():
@@ -87,10 +95,10 @@ class _Side:
         if not tensors:
             raise InputError("verify needs the call that the units were planned for, verify(args, kwargs), with its tensors")
         memo: dict[int, Any] = {}
-        own = [copy.deepcopy(leaf.detach(), memo).requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        own = [_copied(leaf, memo) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.inputs = [leaf for leaf in own if isinstance(leaf, torch.Tensor)]
         self.args, self.kwargs = pytree.tree_unflatten(own, spec)
-        self.device, self.loss = tensors[0].device, loss
+        self.device, self.loss, self.autocast = tensors[0].device, loss, autocast
         self.modules: dict[str, CheckpointedModule] = {}
         for name, module in () if is_plain else planned.planned.items():
             self.modules[name] = CheckpointedModule(
@@ -103,7 +111,9 @@ class _Side:
         self.model.zero_grad(set_to_none=True)
         for tensor in self.inputs:
             tensor.grad = None
-        out = self.model(*self.args, **self.kwargs)
+        torch.clear_autocast_cache()
+        with self.autocast.on(self.device):
+            out = self.model(*self.args, **self.kwargs)
         leaves = pytree.tree_leaves(out)
         starts = loss_leaves(out, leaves, self.loss)
         with torch.autocast(self.device.type, enabled=False):
@@ -129,3 +139,10 @@ class _Side:
         for tensor in self.inputs:
             tensor.grad = None
         return sum(resident.values()) + logical_peak(self.step, self.device)
+
+
+def _copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """A leaf of its own; one for all places that hold the tensor."""
+    if id(tensor) not in memo:
+        memo[id(tensor)] = copy.deepcopy(tensor.detach()).requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]  # type: ignore[no-any-return]
