@@ -180,9 +180,7 @@ def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
 
 
-def _captured(
-    module: nn.Module, call: Call, used: Collection[int], device: torch.device, options: PlanOptions
-) -> CapturedStep:
+def _captured(module: nn.Module, call: Call, used: Collection[int], device: torch.device, options: PlanOptions) -> CapturedStep:
     if not used:
         raise CaptureError("nothing it returns gets a gradient")
 

@@ -1,4 +1,4 @@
-"""A point of its front for each unit, so that a step fits the budget: chosen by the program, judged by simulation and by a step.
+"""A point of its front for each unit: chosen by the program, judged by simulation and by a measured step.
 
 What the outer code holds has two sources, and one use: the captured graph of the whole step, where that can be had, or a
 measured step.
@@ -70,7 +70,7 @@ class UnitSearch:
         sections = self.trial.sections(self.made(least))
         if sections is None:
             raise NoScheduleFoundError(
-                "a step with every unit at its lowest did not fit on the device, so nothing of it could be measured. Reduce the batch."
+                "a step with every unit at its lowest did not fit on the device, and could not be measured. Reduce the batch."
             )
         saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
         try:
@@ -134,7 +134,9 @@ class UnitSearch:
                 return Found(found.points, peak, bound_ns)
             predicted = self.predicted_bytes(found.points)
             PLANNER.info("planned for %s, measured %s: choose again", *_texts(predicted, peak))
-            aim = predicted - (peak - budget_bytes) if peak is not None else (predicted + self.predicted_bytes(self.lowest)) // 2
+            aim = (
+                predicted - (peak - budget_bytes) if peak is not None else (predicted + self.predicted_bytes(self.lowest)) // 2
+            )
         peak = self.trial.peak(self.made(self.lowest))
         if peak is None or peak > budget_bytes:
             raise _not_found(budget_bytes, peak)

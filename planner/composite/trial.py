@@ -1,11 +1,11 @@
-"""Real steps of a copy of the model, with units planned in it: how its units are called, its peak, what it holds between them."""
+"""Real steps of a copy of the model, with planned units: how units are called, its peak, what it holds between them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,9 @@ from planner.graph.outer import Section
 from planner.profiler.marks import Mark, Stretch, stretches
 from planner.profiler.memory import logical_peak
 from planner.results.plan import Plan
-from planner.runtime.executable import Boxed, Executable
+from planner.runtime.autograd import BackwardFinder
+from planner.runtime.backward_key import BackwardKey
+from planner.runtime.executable import Boxed, Executable, OtherBackward
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
@@ -221,7 +223,7 @@ _FORWARD, _BACKWARD = "forward of ", "backward of "
 
 
 def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
-    """Mark the forward and the stages of the backward of a trial's planned module."""
+    """Mark the forward and the backward of a trial's planned module."""
 
     def inside(what: str, code: Boxed) -> Boxed:
         def run(inputs: list[Any]) -> tuple[Any, ...]:
@@ -233,6 +235,25 @@ def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
     code: Executable = module.__dict__["_executable"]
     stages = tuple(inside(_BACKWARD, stage) for stage in code.stages)
     module.__dict__["_executable"] = replace(code, forward=inside(_FORWARD, code.forward), stages=stages)
+    others: BackwardFinder = module.__dict__["_other_backwards"]
+    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, _BACKWARD))
+
+
+@dataclass(frozen=True, slots=True)
+class _MarkedBackwards:
+    """Finds backwards for gradients that are not as planned, and marks them."""
+
+    others: BackwardFinder
+    marked: Callable[[Boxed], Boxed]
+
+    def find(self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...]) -> OtherBackward | None:
+        """See `BackwardFinder`."""
+        found = self.others.find(key, gradients, written)
+        return None if found is None else replace(found, run=self.marked(found.run))
+
+    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
+        """See `BackwardFinder`."""
+        return self.others.modified(read)
 
 
 def _sections(found: Sequence[Stretch]) -> list[Section]:

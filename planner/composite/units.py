@@ -15,7 +15,7 @@ from planner.composite.choose import Largest, Units
 from planner.composite.kinds import UnitKind, kinds_of
 from planner.composite.planned import PlannedUnits
 from planner.composite.search import Found, UnitSearch
-from planner.composite.trial import Trial
+from planner.composite.trial import Made, Trial
 from planner.errors import CaptureError, InputError, MeasuredPeakError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.planned_units import PlannedKind
@@ -51,16 +51,16 @@ def plan_units(
 ) -> PlannedUnits:
     """Plan each unit of a model on its own, and install the plans: the model trains with them, in place.
 
-    A unit is a submodule that the model's own Python code calls: a transformer block, a stage of a network. Nothing is recomputed
-    across units, and what lies around them runs as it is. Equal units are captured, profiled and solved once. A small program
-    then picks, for each unit, how much it saves. Where the whole step can be captured as well, what the outer code holds is known
-    from its graph; else it is measured, in a step of a copy of the model.
+    A unit is a submodule that the model's own Python code calls: a transformer block, a stage of a network. Nothing is
+    recomputed across units, and what lies around them runs as it is. Equal units are captured, profiled and solved once. A
+    small program then picks, for each unit, how much it saves. Where the whole step can be captured as well, what the outer
+    code holds is known from its graph; else it is measured, in a step of a copy of the model.
 
     Args:
         model, args, kwargs, loss, costs, num_stages, progress: as for `plan`.
         budget: bytes, text ("6GiB"), or a float in (0, 1]: fraction of the plain step's measured peak.
-        units: qualified names, or a class (or several), whose outermost instances are meant. Default: the repeated blocks; where
-            there are none, the largest submodules that can be captured.
+        units: qualified names, or a class (or several), whose outermost instances are meant. Default: the repeated blocks;
+            where there are none, the largest submodules that can be captured.
         effort, time_limit_s: for the solver, for all kinds of units together; see `plan`.
 
     Returns:
@@ -178,9 +178,7 @@ def apply_units(
         MeasuredPeakError: the step needs more than the plan's budget here.
     """
     if not isinstance(plan, UnitPlan):
-        raise InputError(
-            f"plan is {units.kind(plan)}, not a UnitPlan: apply_units(planned.plan, model, args, kwargs), or UnitPlan.load(path)"
-        )
+        raise InputError(f"plan is {units.kind(plan)}, not a UnitPlan: give planned.plan, or UnitPlan.load(path)")
     arguments.check_model(model)
     arguments.check_call(args, kwargs)
     options = PlanOptions(loss=loss, num_stages=num_stages, progress=progress)
@@ -189,7 +187,7 @@ def apply_units(
     if missing is not None:
         raise PlanFileError(f"the plan was made for another model: this one has no submodule {missing}. Make it again.")
     trial = Trial(model, tuple(args), dict(kwargs or {}), options.loss, "apply_units")
-    made = {}
+    made: dict[str, Made] = {}
     with one_at_a_time():
         for k, own in enumerate(plan.kinds):
             names = [name for name, (kind, _) in plan.units.items() if kind == k]
@@ -209,7 +207,7 @@ def apply_units(
     if peak is None or peak > plan.budget_bytes:
         needs = "does not fit on the device" if peak is None else f"peaks at {units.format_bytes(peak)} ({peak} bytes)"
         raise MeasuredPeakError(
-            f"measured, the step {needs}; the plan's budget is {units.format_bytes(plan.budget_bytes)}. Make the plan again here",
+            f"measured, the step {needs}; the budget is {units.format_bytes(plan.budget_bytes)}. Make the plan again here",
             budget_bytes=plan.budget_bytes,
             peak_bytes=peak or 0,
         )

@@ -40,14 +40,16 @@ class Planned(Protocol):
     plan: UnitPlan
 
 
-def verify_units(planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, autocast: Autocast) -> VerifyReport:
+def verify_units(
+    planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, autocast: Autocast
+) -> VerifyReport:
     """See `PlannedUnits.verify`."""
     before = generators()
     try:
         ours, plain = (_Side(planned, args, kwargs, loss, autocast, is_plain=is_plain) for is_plain in (False, True))
         differences: list[str] = []
         num_compared, largest = 0, 0.0
-        states = [before, before]
+        states: list[Mapping[str, Any]] = [before, before]
         for number in range(1, _NUM_STEPS + 1):
             expected, states[0] = plain.result(states[0])
             found, states[1] = ours.result(states[1])
@@ -67,7 +69,9 @@ def verify_units(planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any]
             largest_difference=largest,
             num_steps=_NUM_STEPS,
             unplanned=tuple(
-                f"{name}: {module.num_unplanned_calls} of its calls" for name, module in ours.modules.items() if module.num_unplanned_calls
+                f"{name}: {module.num_unplanned_calls} of its calls"
+                for name, module in ours.modules.items()
+                if module.num_unplanned_calls
             ),
         )
     finally:

@@ -34,7 +34,11 @@ class Composed:
         inside: dict[int, Sequence[int]] = {}
         for unit, graph in self.units.items():
             own = schedules.get(unit) or keep_all(graph)
-            place, boundary, (enter, leave, enter_again, leave_again) = self.places[unit], own.boundary(graph), self.bounds[unit]
+            place, boundary, (enter, leave, enter_again, leave_again) = (
+                self.places[unit],
+                own.boundary(graph),
+                self.bounds[unit],
+            )
             inside[enter] = [enter, *(place[i] for i in own.steps[:boundary]), leave]
             inside[enter_again] = [enter_again, *(place[i] for i in own.steps[boundary:]), leave_again]
         units = {i for steps in inside.values() for i in steps} | {i for place in self.places.values() for i in place}

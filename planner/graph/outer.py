@@ -58,48 +58,65 @@ def contracted(graph: Graph, units: Collection[str]) -> OuterGraph:
     Raises:
         GraphError: other ops run between a unit's, so that it cannot be told apart.
     """
-    owners = _owners(graph, units)
-    spans: dict[tuple[str, bool], list[int]] = {}
-    for i, unit in enumerate(owners):
-        if unit:
-            spans.setdefault((unit, i < graph.num_forward_ops), []).append(i)
-    for (unit, is_forward), own in spans.items():
-        apart = next((i for i in range(own[0], own[-1] + 1) if owners[i] != unit), None)
-        if apart is not None:
-            what = f"{graph.ops[apart].name} ({graph.ops[apart].source or 'of unknown source'})"
-            raise GraphError(f"in the {'forward' if is_forward else 'backward'} of {unit}, {what} runs, which is not its own")
-    for unit in units:
-        if not {(unit, True), (unit, False)} <= spans.keys():
-            raise GraphError(f"{unit} has no forward or no backward in the graph")
-    readers: dict[str, set[str]] = {}
-    for op, unit in zip(graph.ops, owners, strict=True):
-        for name in op.reads:
-            readers.setdefault(name, set()).add(unit)
-    ops: list[Op] = []
-    calls: dict[str, list[int]] = {unit: [] for unit in units}
-    given: dict[str, tuple[str, ...]] = {}
-    num_forward_ops = 0
-    for i, op in enumerate(graph.ops):
-        unit, is_forward = owners[i], i < graph.num_forward_ops
-        if unit and i != spans[unit, is_forward][0]:
-            continue
-        num_forward_ops += is_forward
-        if not unit:
-            ops.append(op)
-            continue
-        own = [graph.ops[j] for j in spans[unit, is_forward]]
-        wrote = {name for one in own for name in one.writes}
-        reads = dict.fromkeys(name for one in own for name in one.reads if name not in wrote)
-        writes = [n for one in own for n in one.writes if n in graph.pinned or readers.get(n, set()) - {unit}]
-        if is_forward:
-            given[unit] = tuple(reads)
-        else:  # of the forward's values, those that only the unit knows are its own; what it was given, it may need again
-            theirs = {name for j in spans[unit, True] for name in graph.ops[j].writes}
-            kept = {name for name in theirs if name in graph.pinned or readers.get(name, set()) - {unit}}
-            reads = dict.fromkeys((*(name for name in reads if name not in theirs or name in kept), *given[unit]))
-        calls[unit].append(len(ops))
-        ops.append(_unit_op(unit, is_forward, tuple(reads), tuple(writes)))
-    return OuterGraph(_with_ops(graph, ops, num_forward_ops), {unit: (at[0], at[1]) for unit, at in calls.items()})
+    return _Contraction(graph, units).outer()
+
+
+class _Contraction:
+    """The ops of each unit, forward and backward, and who reads which value."""
+
+    def __init__(self, graph: Graph, units: Collection[str]) -> None:
+        self.graph, self.units, self.owners = graph, units, _owners(graph, units)
+        self.spans: dict[tuple[str, bool], list[int]] = {}
+        self.readers: dict[str, set[str]] = {}
+        for i, (op, unit) in enumerate(zip(graph.ops, self.owners, strict=True)):
+            if unit:
+                self.spans.setdefault((unit, i < graph.num_forward_ops), []).append(i)
+            for name in op.reads:
+                self.readers.setdefault(name, set()).add(unit)
+        self._check()
+
+    def _check(self) -> None:
+        for (unit, is_forward), own in self.spans.items():
+            apart = next((self.graph.ops[i] for i in range(own[0], own[-1] + 1) if self.owners[i] != unit), None)
+            if apart is not None:
+                which, where = "forward" if is_forward else "backward", apart.source or "of unknown source"
+                raise GraphError(f"in the {which} of {unit}, {apart.name} ({where}) runs, which is not its own")
+        for unit in self.units:
+            if not {(unit, True), (unit, False)} <= self.spans.keys():
+                raise GraphError(f"{unit} has no forward or no backward in the graph")
+
+    def outer(self) -> OuterGraph:
+        ops: list[Op] = []
+        calls: dict[str, list[int]] = {unit: [] for unit in self.units}
+        num_forward_ops = 0
+        for i, op in enumerate(self.graph.ops):
+            unit, is_forward = self.owners[i], i < self.graph.num_forward_ops
+            if unit and i != self.spans[unit, is_forward][0]:
+                continue
+            num_forward_ops += is_forward
+            if unit:
+                calls[unit].append(len(ops))
+            ops.append(self._merged(unit, is_forward) if unit else op)
+        return OuterGraph(_with_ops(self.graph, ops, num_forward_ops), {unit: (at[0], at[1]) for unit, at in calls.items()})
+
+    def _merged(self, unit: str, is_forward: bool) -> Op:
+        """A unit's forward or backward as one op. Its backward reads what its forward was given, which it may need again."""
+        reads, wrote = self._interface(unit, is_forward)
+        if not is_forward:
+            given, theirs = self._interface(unit, True)
+            reads = [*(name for name in reads if name not in theirs or self._is_seen(name, unit)), *given]
+        writes = tuple(name for name in wrote if self._is_seen(name, unit))
+        return _unit_op(unit, is_forward, tuple(dict.fromkeys(reads)), writes)
+
+    def _interface(self, unit: str, is_forward: bool) -> tuple[list[str], dict[str, None]]:
+        """What a unit's ops read of others' values, and what they write."""
+        own = [self.graph.ops[i] for i in self.spans[unit, is_forward]]
+        wrote = dict.fromkeys(name for op in own for name in op.writes)
+        return [name for op in own for name in op.reads if name not in wrote], wrote
+
+    def _is_seen(self, name: str, unit: str) -> bool:
+        """A unit's value is an output, or others read it."""
+        return name in self.graph.pinned or bool(self.readers.get(name, set()) - {unit})
 
 
 def _owners(graph: Graph, units: Collection[str]) -> list[str]:
@@ -109,7 +126,9 @@ def _owners(graph: Graph, units: Collection[str]) -> list[str]:
     gradients of what it was given: its own, where it knows all terms.
     """
     prefixes = sorted(units, key=len, reverse=True)
-    found = [next((u for u in prefixes if op.source.module == u or op.source.module.startswith(f"{u}.")), "") for op in graph.ops]
+    found = [
+        next((u for u in prefixes if op.source.module == u or op.source.module.startswith(f"{u}.")), "") for op in graph.ops
+    ]
     last = {(unit, i < graph.num_forward_ops): i for i, unit in enumerate(found) if unit}
     known: dict[str, set[str]] = {}
     inside = ""
@@ -162,7 +181,9 @@ def from_measured(
         held += saved[section.unit] if section.is_forward else -saved[section.unit]
     wrong = next((unit for unit, at in calls.items() if len(at) != 2), None)
     if wrong is not None or num_forward_ops is None:
-        raise GraphError(f"in a measured step, {wrong or 'no unit'} ran forward and backward {len(calls.get(wrong or '', ()))} times")
+        raise GraphError(
+            f"in a measured step, {wrong or 'no unit'} ran forward and backward {len(calls.get(wrong or '', ()))} times"
+        )
     graph = Graph(tuple(ops), tuple(values), (_RESIDENT,), (), (), num_forward_ops, backward_is_fixed=True)
     return OuterGraph(graph, {unit: (at[0], at[1]) for unit, at in calls.items()}, is_measured=True)
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from planner.graph.modules import fold
 from planner.graph.planned_units import PlannedUnitGraphs
-from planner.report.tables import facts, number, render, table, words
+from planner.report.tables import Block, facts, number, render, table, words
 from planner.units import format_bytes, format_ns
 
 
@@ -28,13 +28,15 @@ def text(plan: PlannedUnitGraphs) -> str:
     return render(facts(rows), "", _kinds(plan), *_left(plan))
 
 
-def _kinds(plan: PlannedUnitGraphs) -> object:
+def _kinds(plan: PlannedUnitGraphs) -> Block:
     members: dict[tuple[int, int], list[str]] = {}
     for unit, treated in plan.units.items():
         members.setdefault(treated, []).append(unit)
     counts = Counter(kind for kind, _ in plan.units.values())
     rows = []
-    for (kind, at), units in sorted(members.items(), key=lambda row: (row[0][0], plan.kinds[row[0][0]].points[row[0][1]].time_ns)):
+    for (kind, at), units in sorted(
+        members.items(), key=lambda row: (row[0][0], plan.kinds[row[0][0]].points[row[0][1]].time_ns)
+    ):
         own = plan.kinds[kind]
         one = own.points[at]
         rows.append(
@@ -51,7 +53,7 @@ def _kinds(plan: PlannedUnitGraphs) -> object:
     return table(head, rows)
 
 
-def _left(plan: PlannedUnitGraphs) -> list[object]:
+def _left(plan: PlannedUnitGraphs) -> list[Block]:
     if not plan.left:
         return []
     return ["", table([words("left as it is"), words("because")], list(plan.left.items()))]

@@ -23,9 +23,7 @@ class UnitPlan(PlannedUnitGraphs):
     def whole(self) -> Plan:
         """The whole step as one Plan, for its pictures and explanations; recompute is confined to units."""
         made = self.planned
-        return Plan(
-            made.graph, made.budget_bytes, 0, made.solution, made.provenance, made.measured_bytes, made.check
-        )
+        return Plan(made.graph, made.budget_bytes, 0, made.solution, made.provenance, made.measured_bytes, made.check)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (docs/units.md).

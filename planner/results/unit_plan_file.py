@@ -87,7 +87,9 @@ def loads(text: str, kind: type[P], where: str = "plan") -> P:
         if schema != SCHEMA:
             raise ValueError(f"the section units has schema {schema}; this release reads schema {SCHEMA}")
         kinds = tuple(_kind(table(row, "a kind"), where) for row in rows(fields["kinds"], "kinds"))
-        calls = {unit: _pair(row, f"the ops of {unit}", len(graph.ops)) for unit, row in table(fields["calls"], "calls").items()}
+        calls = {
+            unit: _pair(row, f"the ops of {unit}", len(graph.ops)) for unit, row in table(fields["calls"], "calls").items()
+        }
         units = {unit: _pair(row, f"the plan of {unit}", MOST_BYTES) for unit, row in table(fields["units"], "units").items()}
         if units.keys() != calls.keys() or any(k >= len(kinds) or at >= len(kinds[k].schedules) for k, at in units.values()):
             raise ValueError("its units, their ops and their kinds do not go together")

@@ -101,7 +101,9 @@ class Chosen:
     bound_ns: int
 
 
-def choose(parts: Sequence[Moment], fronts: Fronts, budget_bytes: int, plain_ns: int, limits: Limits | None = None) -> Chosen | None:
+def choose(
+    parts: Sequence[Moment], fronts: Fronts, budget_bytes: int, plain_ns: int, limits: Limits | None = None
+) -> Chosen | None:
     """The choice with the least recompute within a budget; None where there is none.
 
     Args:
@@ -151,9 +153,7 @@ def _program(fronts: Fronts) -> tuple[Program, dict[str, list[int]]]:
     return program, columns
 
 
-def _row(
-    part: Moment, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int
-) -> list[tuple[int, float]]:
+def _row(part: Moment, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int) -> list[tuple[int, float]]:
     """Bytes of the units in a part of the step, SCALE for `scale` bytes."""
     row = [
         (column, SCALE * one.saved_bytes / max(1, scale))

@@ -1,8 +1,8 @@
 """The Pareto front of a unit: what it can save for its backward, what it needs beyond that, and what that costs.
 
 A step with units holds, during the backward of one, what all earlier ones saved: a unit's own peak does not limit that. So
-each point has both terms. They are found as in `planner.solver.in_flight`: an op at the end of the forward that takes no time and
-has a workspace of w bytes lets a budget of resident + saved + w bound the saved bytes, and the peak by saved + w.
+each point has both terms. They are found as in `planner.solver.in_flight`: an op at the end of the forward that takes no time
+and has a workspace of w bytes lets a budget of resident + saved + w bound the saved bytes, and the peak by saved + w.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tu
     return pareto(found)
 
 
-def _searched(
-    graph: Graph, plain: Point, found: Sequence[Point], limits: Limits, gap: float
-) -> Iterator[tuple[str, Schedule]]:
+def _searched(graph: Graph, plain: Point, found: Sequence[Point], limits: Limits, gap: float) -> Iterator[tuple[str, Schedule]]:
     """The cheapest schedules within limits of the saved bytes, for each of a few needs beyond them."""
     outputs = sum(graph.value[name].nbytes for name in dict.fromkeys(graph.forward_outputs))
     least = min(one.saved_bytes for one in found)

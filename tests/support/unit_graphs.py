@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.graph.graph import Graph, Kind, Op, Value
+from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.source import Source
 
 COSTS = (3, 9, 1, 4)
@@ -42,7 +42,9 @@ def _block(name: str, given: str, gradient: str) -> tuple[list[Op], list[Value]]
         before = given if i == 0 else f"{name}a{i - 1}"
         written = [f"{name}dx" if i == 0 else f"{name}d{i}", *([f"{name}dw"] if i == 1 else [])]
         reads = tuple(dict.fromkeys((flows, before, f"{name}a{i}")))
-        ops.append(Op(f"{name}b{i}", (), reads, tuple(written), 2 * COSTS[i], recomputable=False, source=source, kernel=f"b{i}"))
+        ops.append(
+            Op(f"{name}b{i}", (), reads, tuple(written), 2 * COSTS[i], recomputable=False, source=source, kernel=f"b{i}")
+        )
         values.append(Value(written[0], 2 if i == 0 else SIZES[i - 1], Kind.GRADIENT))
         values += [Value(f"{name}dw", 5, Kind.GRADIENT)] if i == 1 else []
         flows = written[0]
@@ -67,11 +69,10 @@ def whole(num_blocks: int) -> Graph:
     backward.append(Op("dembed", (), ("blocks.0dx",), ("dtable",), 2, recomputable=False, kernel="dembed"))
     values += [Value("logits", 9, Kind.ACTIVATION), Value("dloss", 1, Kind.TANGENT)]
     values += [Value("dlast", 2, Kind.GRADIENT), Value("dtable", 6, Kind.GRADIENT)]
-    weights = [f"blocks.{k}w" for k in range(num_blocks)]
     return Graph(
         ops=(*forward, *backward),
         values=tuple(values),
-        inputs=("tokens", "dloss", *weights),
+        inputs=tuple(value.name for value in values if value.kind in RESIDENT_KINDS),
         forward_outputs=("logits",),
         backward_outputs=("dtable", *(f"blocks.{k}dw" for k in range(num_blocks))),
         num_forward_ops=len(forward),

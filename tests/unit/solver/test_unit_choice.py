@@ -54,7 +54,9 @@ def test_no_schedule_that_is_known_beats_a_front(graph):
 
 def test_the_first_of_equal_points_stays():
     schedule = keep_all(block())
-    a, b, c = (Point(schedule, *figures, source) for figures, source in (((1, 1, 1, 1), "a"), ((1, 1, 1, 1), "b"), ((0, 2, 1, 1), "c")))
+    a, b, c = (
+        Point(schedule, *figures, source) for figures, source in (((1, 1, 1, 1), "a"), ((1, 1, 1, 1), "b"), ((0, 2, 1, 1), "c"))
+    )
     assert {one.source for one in pareto([a, b, c])} == {"a", "c"}
 
 
