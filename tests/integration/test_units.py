@@ -14,7 +14,7 @@ from planner import InputError, NoScheduleFoundError, PlanFileError, UnitPlan, a
 from planner.profiler.memory import logical_peak
 from tests.support.training import assert_same, trajectory
 
-QUICK = {"costs": "estimate", "effort": 1, "progress": False}
+QUICK = {"costs": "estimate", "effort": 0.3, "progress": False}
 
 
 class Block(nn.Module):
@@ -75,7 +75,7 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=3, n_head=2, n_embd=32, vocab_size=64, n_positions=32, use_cache=False)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64, n_positions=32, use_cache=False)
     tokens = torch.randint(64, (4, 32))
     return GPT2LMHeadModel(config).train(), (), {"input_ids": tokens, "labels": tokens}
 
@@ -97,7 +97,7 @@ CASES = {
     "blocks": (net, 4),
     "blocks of a model that cannot be captured": (lambda: net(picks=True), 4),
     "stages of convolutions": (stages, 2),
-    "gpt2": (gpt2, 3),
+    "gpt2": (gpt2, 2),
 }
 
 
@@ -113,8 +113,16 @@ class Cast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("blocks", "bf16"),
+        ("blocks of a model that cannot be captured", "fp32"),
+        ("blocks of a model that cannot be captured", "bf16"),
+        ("stages of convolutions", "bf16"),
+        ("gpt2", "fp32"),
+    ],
+)
 def test_bits_and_peak(name, precision):
     build, count = CASES[name]
     model, args, *rest = build()
