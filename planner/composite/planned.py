@@ -14,7 +14,7 @@ from planner.composite.verify import verify_units
 from planner.results.unit_plan import UnitPlan
 from planner.results.verify_report import VerifyReport
 from planner.runtime.found_gradients import FoundGradients
-from planner.runtime.install import install, uninstall
+from planner.runtime.install import install, uninstall, unplan
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.loss import Loss
 
@@ -61,8 +61,9 @@ class PlannedUnits:
         return self.plan.left
 
     def install(self, *, strict: bool = False) -> None:
-        """Let the model train with its planned units; see `planner.install`."""
+        """Let the model train with its planned units, in place of all plans installed in it before; see `planner.install`."""
         arguments.check_flags(strict=strict)
+        unplan(self.model)
         for module in self.planned.values():
             install(module.original, module, strict=strict)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import planner
 from planner import InputError, NoScheduleFoundError, PlanFileError, UnitPlan, apply_units, plan_units, uninstall, unplan
 from planner.profiler.memory import logical_peak
+from tests.support.paths import ROOT
 from tests.support.training import assert_same, trajectory
 
 QUICK = {"costs": "estimate", "effort": 0.3, "progress": False}
@@ -202,8 +203,8 @@ def test_names_and_classes():
     model, args = net()
     named = plan_units(model, 0.9, args, units=["blocks.0", "blocks.2"], **QUICK)
     assert set(named.planned) == {"blocks.0", "blocks.2"}
-    unplan(model)
-    assert len(plan_units(model, 0.9, args, units=Block, **QUICK).planned) == 4
+    assert len(plan_units(model, 0.9, args, units=Block, **QUICK).planned) == 4  # in place of what was installed
+    assert all("forward" in vars(block) for block in model.blocks)
 
 
 class Odd(nn.Module):
@@ -251,6 +252,15 @@ def test_a_budget_that_no_units_can_meet():
         plan_units(model, 0.1, args, **QUICK)
     found = plan_units(model, error.value.lowest_bytes, args, **QUICK)
     assert found.peak_bytes <= error.value.lowest_bytes
+
+
+def test_the_code_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "units.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    assert names["again"].peak_bytes <= names["units"].budget_bytes and "bit-equal" in capsys.readouterr().out
 
 
 def test_plan_children_is_the_former_name():
