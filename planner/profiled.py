@@ -217,7 +217,7 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     except CaptureError as error:
         if error.is_models_own:
             raise
-        cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        cure = "planner.plan_units plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
     with one_at_a_time():
         return with_costs(step, aside)
