@@ -50,6 +50,10 @@ def _costs(value: Any, name: str) -> Any:
     raise BudgetError(f"{name}={units.shown(value)} is not known; use 'measure' or 'estimate'")
 
 
+def _remeasure(value: Any, name: str) -> Any:
+    return None if value is None else arguments.flag(value, name)
+
+
 def _time_limit(value: Any, name: str) -> Any:
     return None if value is None else arguments.seconds(value, name)
 
@@ -132,6 +136,13 @@ class CostOptions:
         "'measure' times every distinct kernel on this device (cached on disk); 'estimate' computes times",
         "Default: measure, or estimate for a `device` that is not here.",
         _costs,
+    )
+    remeasure: bool | None = option(
+        None,
+        "measure every kernel anew, whatever is on file; no: time nothing again that is on file",
+        "Default: of the times on file, those that take most of the step are checked once per process, and replaced where they "
+        "were measured on a busy machine. `planner cache --info` says where the file is.",
+        _remeasure,
     )
     device: str | DeviceModel | None = option(
         None,
@@ -235,6 +246,8 @@ class PlanOptions(RuntimeOptions, SolverOptions, CostOptions, AccountingOptions,
                 f"costs='measure' runs kernels on this machine, and device={units.shown(self.device)} is not here: leave costs "
                 "out to estimate for that device, or leave device out to measure here"
             )
+        if self.remeasure and (self.device is not None or self.costs == "estimate"):
+            raise InputError("remeasure=True measures kernels here, and these costs are estimated: leave one of the two out")
         if self.device is not None and self.compile:
             raise InputError("compile=True needs the device here; save the plan, and apply(plan, ..., compile=True) there")
 
@@ -260,6 +273,7 @@ class _SolveKeywords(TypedDict, total=False):
     accumulate: bool
     in_flight: int
     costs: Literal["measure", "estimate"] | None
+    remeasure: bool | None
     device: str | DeviceModel | None
     effort: float
     time_limit_s: float | None

@@ -259,7 +259,7 @@ def _profile(step: CapturedStep) -> Profile:
     nodes, target = kernel_nodes(step.joint), target_device(step.options)
     if target is not None or step.options.costs == "estimate":
         return estimate(nodes, target)
-    return measure(nodes, step.joint.device, progress=step.options.progress)
+    return measure(nodes, step.joint.device, remeasure=step.options.remeasure, progress=step.options.progress)
 
 
 def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
@@ -270,6 +270,7 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         model=profile.model,
         num_kernels=profile.num_kernels,
         num_estimated=profile.num_estimated,
+        spread=round(profile.spread, 4),
         opaque=tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values())),
         repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
