@@ -1,4 +1,4 @@
-"""Progress on stderr, for stages that take more than a second."""
+"""Progress on stderr: a spinner for stages that take more than a second, and lines of searches that take longer."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def stage(name: str, shown: bool) -> Iterator[None]:
         timer.cancel()
         timer.join()
         status.stop()
+
+
+def line(text: str, shown: bool) -> None:
+    """A line on stderr, above a spinner, wherever stderr goes."""
+    if shown:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(text)
