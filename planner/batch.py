@@ -39,8 +39,11 @@ MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 _LARGEST_FIRST = 4
 """The largest batch that a search may begin with, where the model cannot run smaller ones."""
 _MOST = 2**40
-_PREDICTION = 0.25
-"""Part of the work for the prediction of the largest batch."""
+_PLANS = 3
+"""The search may take the work of so many plans."""
+_PREDICTION, _PREDICTIONS, _NEAR = 0.12, 6, 50
+"""The largest batch is predicted by at most so many searches, each with this part of the work that is left, until it is known to
+a fiftieth."""
 _ATTEMPT = 1 / 3
 """Part of the work that is left for each batch that is tried."""
 _TYPICAL = 8
@@ -60,7 +63,7 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
         make_inputs: `args, kwargs = make_inputs(batch)`, a training call with this many samples.
         model: as for `planner.plan`.
         budget: bytes, or text such as "6GiB".
-        options: see below; `effort` and `time_limit_s` are for the whole search.
+        options: see below; the whole search takes at most three times `effort` and `time_limit_s`.
 
     Returns:
         a MaxBatch, which unpacks as `batch, plan`, prints as a table, and measures with `verify`.
@@ -75,7 +78,7 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
     arguments.check_model(model)
     if is_fraction(budget):
         raise BudgetError(f"budget {shown(budget)}: a fraction of which batch's peak? Give bytes, or text such as '6GiB'")
-    batches = _Batches(make_inputs, model, checked, budget_bytes(budget, 0, checked), Spending(checked.limits))
+    batches = _Batches(make_inputs, model, checked, budget_bytes(budget, 0, checked), Spending(checked.limits.share(_PLANS)))
     with one_at_a_time():
         first, smaller = batches.first()
         batches.say_limits()
@@ -102,7 +105,7 @@ class _Batches:
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     """Schedules that were found, by what is the same in the graphs of all batches that they can run."""
     is_predicted: bool = False
-    """The lowest peak was searched for."""
+    """Schedules of larger batches were looked for."""
 
     def first(self) -> tuple[int, str]:
         """The smallest batch that the model can run in training, and why smaller ones cannot (batch norm raises for one).
@@ -133,11 +136,11 @@ class _Batches:
 
     def say_limits(self) -> None:
         """Say what the search may take, once the first batch has been captured."""
-        effort, limit_s = self.options.effort, self.options.time_limit_s
+        effort, limit_s = self.spending.limits.effort, self.spending.limits.time_limit_s
         ended = "" if limit_s is None else f", and no more than {limit_s:.3g} s by the clock"
         self._say(
-            f"max_batch: {_TYPICAL} batches or so are captured and profiled, as the first was; the solver spends at most {effort:g} "
-            f"units of work on all of them, about {effort:g} s of a core{ended}"
+            f"max_batch: {_TYPICAL} batches or so are captured and profiled, as the first was; the solver spends at most "
+            f"{effort:g} units of work on all of them, about {effort:g} s of a core{ended}"
         )
 
     def attempt(self, batch: int) -> Tried:
@@ -148,7 +151,7 @@ class _Batches:
         limits = self.spending.take(_ATTEMPT)
         with stage(f"solve for batch {batch}", self.options.progress):
             try:
-                plan = step.solved(self.budget_bytes, limits, self._known(step.graph))
+                plan = step.solved(self.budget_bytes, limits, self._fitting(step.graph))
             except (InfeasibleBudgetError, NoScheduleFoundError) as error:
                 refusal = error
         if plan is not None:
@@ -167,10 +170,9 @@ class _Batches:
         return graph is not None and simulate(graph, keep_all(graph)).peak_bytes <= self.budget_bytes
 
     def probably_has_plan(self, batch: int) -> bool:
-        """Whether a known schedule fits the extrapolated step of a batch, or that with the lowest peak that a short search finds.
+        """Whether a known schedule fits the extrapolated step of a batch: its peak grows evenly with the batch.
 
-        The peak of one schedule grows evenly with the batch, so one search, at the largest batch whose floor is within the budget,
-        serves for all batches.
+        The first call looks for schedules.
         """
         graph = self._extrapolated(batch)
         if graph is None:
@@ -178,20 +180,35 @@ class _Batches:
         if not self.is_predicted:
             self.is_predicted = True
             with stage("predict the largest batch", self.options.progress):
-                self._search_lowest(batch)
-        limit_bytes = self.budget_bytes - allocator_margin(graph, self.budget_bytes)
-        return any(simulate(graph, schedule).peak_bytes <= limit_bytes for schedule in self._known(graph))
+                self._predict(batch - 1)
+        return bool(self._fitting(graph))
 
-    def _search_lowest(self, batch: int) -> None:
-        """Look for the schedule with the lowest peak, for the largest batch whose floor is within the budget."""
+    def _predict(self, low: int) -> None:
+        """Look for schedules of ever larger batches, between one that has a plan and the smallest whose floor is too high."""
 
-        def may_fit(larger: int) -> bool:
-            graph = self._extrapolated(larger)
+        def may_fit(batch: int) -> bool:
+            graph = self._extrapolated(batch)
             return graph is not None and floor(graph)[0] <= self.budget_bytes
 
-        largest = self._extrapolated(_boundary(may_fit, batch - 1, batch))
-        if largest is not None:
-            self._known(largest).append(Solver(largest).lowest(self.spending.take(_PREDICTION)))
+        def fits(batch: int) -> bool:
+            graph = self._extrapolated(batch)
+            return graph is not None and bool(self._fitting(graph))
+
+        high = 1 + _boundary(may_fit, low, low + 1)
+        for _ in range(_PREDICTIONS):
+            low = _boundary(fits, low, low + 1)
+            if high - low <= max(1, low // _NEAR):
+                return
+            middle = (low + high) // 2
+            graph, limits = self._extrapolated(middle), self.spending.take(_PREDICTION)
+            assert graph is not None
+            try:
+                found = Solver(graph).solve(self._limit_bytes(graph), limits, gap=1.0)  # any schedule will do
+            except (InfeasibleBudgetError, NoScheduleFoundError):
+                high = middle
+            else:
+                self.spending.give_back(limits, found.work)
+                self._known(graph).append(found.schedule)
 
     def measure(self, tried: Sequence[Tried], rounds: int) -> dict[int, MeasuredBatch]:
         """Run planned steps of batches, even where a peak turns out to be above the budget.
@@ -217,6 +234,14 @@ class _Batches:
         """Schedules that were found for batches with the same graph but for its sizes; what is added there is known."""
         shape = json.dumps([wiring(graph), [op.recomputable for op in graph.ops], graph.backward_is_fixed])
         return self.schedules.setdefault(hashlib.sha256(shape.encode()).hexdigest(), [])
+
+    def _fitting(self, graph: Graph) -> list[Schedule]:
+        """The known schedules that keep the budget. One that does not would lead the solver's descent astray."""
+        limit_bytes = self._limit_bytes(graph)
+        return [schedule for schedule in self._known(graph) if simulate(graph, schedule).peak_bytes <= limit_bytes]
+
+    def _limit_bytes(self, graph: Graph) -> int:
+        return self.budget_bytes - allocator_margin(graph, self.budget_bytes)
 
     def _extrapolated(self, batch: int) -> Graph | None:
         # sizes of 1 broadcast: the step of one sample may be a special case

@@ -161,7 +161,7 @@ class SolverOptions:
         DEFAULT_EFFORT,
         "work for the solver, about its seconds on an idle core",
         "Counted and not timed: the same call gives the same plan on a busy machine and on every rank. The best plan found "
-        "by then is returned. `sweep` spends it on all budgets together, `max_batch` on each batch.",
+        "by then is returned. `sweep` spends it on all budgets together, `max_batch` three times as much on all batches.",
         arguments.effort,
     )
     time_limit_s: float | None = option(

@@ -39,11 +39,12 @@ class KernelCache:
     A file that is missing, unreadable or corrupt counts as empty, and a folder that cannot be written to is left
     alone: a cache may cost time but never an error. Processes that write one file at once take turns.
 
-    Costs that a process has used stay what they are in it (`settled`), whatever others write: the same call gives the same plan.
+    Costs that a process has used stay what they are in it (`settled`), whatever others write: the same call gives the same
+    plan.
 
     Attributes:
         path: the JSON file, or None where nothing is kept.
-        settled: costs on file that this process has measured, or has timed again.
+        settled: costs on file that this process has used.
     """
 
     _settled: ClassVar[dict[Path | None, dict[str, KernelCost]]] = {}

@@ -57,8 +57,8 @@ def measure(
     example = {keys[node.name]: node for node in reversed(nodes)}
     cache = KernelCache(cache_dir, _conditions(device))
     counts = Counter(keys.values())
-    on_file = {} if remeasure else {**(read := cache.load()), **{key: cost for key, cost in cache.settled.items() if key in read}}
-    known = {key: on_file[key] for key in example if key in on_file}
+    on_file = {} if remeasure else cache.load()
+    known = {key: cache.settled.get(key, on_file[key]) for key in example if key in on_file}
     measurable = [key for key in example if not is_collective(example[key])]  # of a collective, the other ranks run none
     again: set[str] = set()
     if remeasure is None:
@@ -93,7 +93,7 @@ def measure(
 def _outdated(
     known: Mapping[str, KernelCost], counts: Mapping[str, int], example: Mapping[str, Node], device: torch.device
 ) -> set[str]:
-    """Of the kernels whose costs are on file, those to measure anew: all where most of the time that was checked is too long."""
+    """The kernels to measure anew although their costs are on file."""
     if not known:
         return set()
 
@@ -146,7 +146,8 @@ def _run(
     """Measure kernels. `only_time`: by few repeats, and their workspace may be left out."""
     keys = list(kernels)
     if device.type == "cpu" and hasattr(os, "fork"):
-        jobs: list[Callable[[], KernelCost]] = [partial(time_on_cpu if only_time else cost_on_cpu, node) for node in kernels.values()]
+        run = time_on_cpu if only_time else cost_on_cpu
+        jobs: list[Callable[[], KernelCost]] = [partial(run, node) for node in kernels.values()]
         patience_s = [60 + 100 * estimate_node(node, GENERIC_CPU).time_ns / 1e9 for node in kernels.values()]
         for index, cost in run_forked(jobs, patience_s):
             yield keys[index], cost

@@ -21,7 +21,7 @@ _MOST_NS = 2_000_000_000
 _CALLS = 8
 """Calls of a kernel while it is timed again: warm-up, and a few pairs."""
 _TOLERANCE = 0.1
-"""Repeats that agree among themselves may differ by this part from those of another process: memory lies elsewhere, clocks drift."""
+"""Part by which times that agree among themselves may differ from another process's: memory lies elsewhere, clocks drift."""
 
 
 def chosen(known: Mapping[str, KernelCost], counts: Mapping[str, int]) -> list[str]:
@@ -99,7 +99,9 @@ def check(
         counts: how often a step calls each kernel.
         time_again: times kernels; leaves out those that fail.
     """
-    same, faster, slower = {}, {}, {}
+    same: dict[str, tuple[int, int]] = {}
+    faster: dict[str, tuple[int, int]] = {}
+    slower: dict[str, tuple[int, int]] = {}
     for key, now in time_again(chosen(known, counts)):
         pair = (known[key].time_ns * counts[key], now.time_ns * counts[key])
         group = same if agree(known[key], now) else faster if now.time_ns < known[key].time_ns else slower

@@ -18,7 +18,8 @@ from planner.cli import main
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
-from planner.solver.solve import Solver, solve
+from planner.solver import work as work_module
+from planner.solver.solve import solve
 from tests.support import graphs
 from tests.support.models import rows, tanh_blocks
 from tests.support.text import unwrapped
@@ -164,7 +165,11 @@ def curve(*figures):
     ("found", "fastest", "verdict"),
     [
         (curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.0)), 8, r"recomputing pays: batch 8 .* \+33.3% on batch 4"),
-        (curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.98)), 8, r"changes little: batch 8 .* \+0.5% on batch 4.*within the noise"),
+        (
+            curve((1, False, 1.0), (4, False, 2.0), (8, True, 3.98)),
+            8,
+            r"changes little: batch 8 .* \+0.5% on batch 4.*within the noise",
+        ),
         (curve((1, False, 1.0), (4, False, 2.0), (8, True, 5.0)), 4, r"does not pay: batch 8 .*, -20.0% on batch 4"),
         (curve((1, False, 1.0), (4, False, 2.0)), 4, "the largest batch needs no recomputing: batch 4"),
         (curve((1, True, 1.0), (2, True, 1.5)), 2, "every batch needs recomputing; the fastest is batch 2"),
@@ -186,7 +191,8 @@ def test_a_gain_within_the_noise_is_said_to_be_so():
 
 
 def noisy(tried, spread):
-    return tried if tried.measured is None else replace(tried, measured=replace(tried.measured, spread_s=spread * tried.measured.step_s))
+    seen = tried.measured
+    return tried if seen is None else replace(tried, measured=replace(seen, spread_s=spread * seen.step_s))
 
 
 @settings(max_examples=100, deadline=None)
@@ -221,21 +227,19 @@ def test_measured_against_prediction_is_named():
 def test_it_prints_as_it_goes_and_says_first_what_it_may_take(capsys):
     max_batch(rows, tanh_blocks(), "70KiB", costs="estimate", effort=1.0)
     lines = capsys.readouterr().err.splitlines()
-    assert "at most 1 units of work on all of them" in lines[0]
+    assert "at most 3 units of work on all of them" in lines[0]
     tried = [re.match(r"max_batch: batch (\d+), plain peak", line) for line in lines[1:]]
     assert len(tried) >= 4 and all(tried)
 
 
 def test_the_work_of_the_whole_search_is_bounded(monkeypatch):
-    taken = []
-    solved = Solver.sweep
-    monkeypatch.setattr(Solver, "sweep", lambda self, budgets, limits, **more: taken.append(limits) or solved(self, budgets, limits, **more))
-    lowest = Solver.lowest_peak
-    monkeypatch.setattr(Solver, "lowest_peak", lambda self, limits=None: taken.append(limits) or lowest(self, limits))
-    found = max_batch(rows, tanh_blocks(), "70KiB", costs="estimate", effort=2.0, progress=False)
-    spent = sum(tried.plan.solution.work for tried in found.fitting)
-    unspent = {id(limits): limits.effort for limits in taken}
-    assert len(taken) > len(found.fitting) and max(unspent.values()) <= 2.0 / 3 and spent <= 2.0
+    calls = []
+    begin = work_module.begin
+    monkeypatch.setattr("planner.solver.solve.begin", lambda limits: calls.append(begin(limits)) or calls[-1])
+    max_batch(rows, tanh_blocks(), "70KiB", costs="estimate", effort=0.5, progress=False)
+    assert len(calls) > 5 and max(work.until for work in calls) <= 0.5
+    slices = 0.05 * len(calls)  # what a call has begun, it ends
+    assert 0 < sum(work.meter.spent for work in calls) <= 1.5 + slices
 
 
 def test_command_line_prints_a_table_or_json(tmp_path, capsys):

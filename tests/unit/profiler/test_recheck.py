@@ -154,7 +154,7 @@ def test_the_check_is_bounded():
 def test_times_agree_within_the_spread_of_the_faster_one(first, second, spread, other):
     one, two = cost(first, spread), cost(second, other)
     assert recheck.agree(one, two) == recheck.agree(two, one)
-    quiet, loud = sorted((one, two), key=lambda cost: (cost.time_ns))
+    quiet, loud = sorted((one, two), key=lambda cost: cost.time_ns)
     if first != second:
         assert recheck.agree(one, two) == (loud.time_ns <= quiet.time_ns + max(quiet.spread_ns, quiet.time_ns / 10))
 
