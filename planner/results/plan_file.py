@@ -245,6 +245,7 @@ def read_provenance(value: Any) -> Provenance | None:
         model=string(fields["model"], "model"),
         num_kernels=kernels,
         num_estimated=integer(fields["num_estimated"], "num_estimated", 0, kernels),
+        spread=number(fields.get("spread", 0.0), "spread"),
         opaque=strings(fields["opaque"], "opaque"),
         repeats=tuple(map(_repeat, rows(fields.get("repeats", []), "repeats"))),
         torch=string(fields["torch"], "torch"),
