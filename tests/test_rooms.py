@@ -37,7 +37,7 @@ ROOMS = (
     "options",
     "captured",
     "profiled",
-    "levels",
+    "composite",
     "api",
     "batch",
     "children",

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from planner.cli import explain, export, max_batch, plan, show, solve, sweep
+from planner.cli import cache, explain, export, max_batch, plan, show, solve, sweep
 from planner.errors import PlannerError
 from planner.log import PLANNER
 
@@ -25,6 +25,7 @@ _COMMANDS = {
     "show": show,
     "explain": explain,
     "solve": solve,
+    "cache": cache,
 }
 """Each with HELP, add_arguments(parser), and run(arguments), which returns the exit code."""
 

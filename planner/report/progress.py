@@ -1,9 +1,8 @@
-"""Progress on stderr, for stages that take more than a second."""
+"""Progress on stderr: a spinner for stages that take more than a second, and lines of searches that take longer."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -29,6 +28,6 @@ def stage(name: str, shown: bool) -> Iterator[None]:
 
 
 def say(text: str, shown: bool) -> None:
-    """Say in a line on stderr what a pause of training was for."""
-    if shown and sys.stderr is not None:
-        print(f"planner: {text}", file=sys.stderr, flush=True)
+    """A line on stderr, above a spinner: what a pause was for, or what was found so far."""
+    if shown:
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(text)

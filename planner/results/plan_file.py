@@ -40,7 +40,7 @@ class Lines(list[Any]):
 
 def dumps(graph: Graph, plan: PlannedGraph | None = None, *, sections: Mapping[str, Any] | None = None) -> str:
     """The file's text. With `plan`, its schedule and how it was found travel too; `sections`: other rooms' fields, by name."""
-    document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": _graph_fields(graph)}
+    document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": graph_fields(graph)}
     if plan is not None:
         document["plan"] = {
             "budget_bytes": plan.budget_bytes,
@@ -146,7 +146,8 @@ def _named(error: Exception) -> str:
     return f"the field {reason(error)} is missing" if isinstance(error, KeyError) else reason(error)
 
 
-def _graph_fields(graph: Graph) -> dict[str, Any]:
+def graph_fields(graph: Graph) -> dict[str, Any]:
+    """A graph's fields."""
     return {
         "values": Lines([v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values),
         "ops": Lines(_op_row(op) for op in graph.ops),
@@ -244,6 +245,7 @@ def read_provenance(value: Any) -> Provenance | None:
         model=string(fields["model"], "model"),
         num_kernels=kernels,
         num_estimated=integer(fields["num_estimated"], "num_estimated", 0, kernels),
+        spread=number(fields.get("spread", 0.0), "spread"),
         opaque=strings(fields["opaque"], "opaque"),
         repeats=tuple(map(_repeat, rows(fields.get("repeats", []), "repeats"))),
         torch=string(fields["torch"], "torch"),
