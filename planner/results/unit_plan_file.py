@@ -7,6 +7,7 @@ kind and schedule), `calls` (per unit the ops of the outer graph that stand for 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ def _kind_fields(kind: PlannedKind) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path, kind: type[P]) -> P:
+def load(path: str | os.PathLike[str], kind: type[P]) -> P:
     """Read a plan of units as one of this class.
 
     Raises:
