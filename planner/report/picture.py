@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, PlotMissingError
+from planner.report.files import write
 
 SUFFIXES = (".png", ".svg")
 GREY = "#6f6f6f"
+DPI = 200
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -54,20 +56,16 @@ def save(drawn: Any, path: str | Path) -> None:
         InputError: the file cannot be written.
     """
     vector = Path(path).suffix.lower() == ".svg"
-    written = io.BytesIO()
-    drawn.savefig(written, format="svg" if vector else "png", dpi=100, metadata={"Date": None} if vector else None)
-    try:
-        if vector:
-            Path(path).write_bytes(written.getvalue())
-        else:
-            from PIL import Image  # matplotlib depends on it
+    drawing, content = io.BytesIO(), io.BytesIO()
+    drawn.savefig(drawing, format="svg" if vector else "png", dpi=DPI, metadata={"Date": None} if vector else None)
+    if vector:
+        content = drawing
+    else:
+        from PIL import Image  # matplotlib depends on it
 
-            few = (
-                Image.open(written).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-            )  # which loses no color of a marker
-            few.save(path, format="PNG", optimize=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+        few = Image.open(drawing).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # which loses no color of a marker
+        few.save(content, format="PNG", optimize=True)
+    write(path, content.getvalue())
 
 
 def bytes_unit(nbytes: int) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from planner import arguments
 from planner.analysis.explain import explain
+from planner.errors import warn
 from planner.graph.planned import PlannedGraph
 from planner.limits import DEFAULT_EFFORT, Limits
 from planner.report import perfetto, plan_table, timeline
@@ -42,14 +43,18 @@ class Plan(PlannedGraph):
         arguments.check_path(path)
         timeline.plot(self, path)
 
-    def trace(self, path: str | Path) -> None:
-        """Write the plain and the planned step as a trace that Perfetto and chrome://tracing open.
+    def perfetto(self, path: str | Path) -> None:
+        """Write the plain and the planned step as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
         Raises:
             InputError: the file cannot be written.
         """
-        arguments.check_path(path)
-        perfetto.trace(self, path)
+        perfetto.write(self, path)
+
+    def trace(self, path: str | Path) -> None:
+        """Deprecated: the former name of `perfetto`."""
+        warn("Plan.trace is now Plan.perfetto", DeprecationWarning)
+        self.perfetto(path)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (docs/plan-file.md).

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.arguments import check_path
-from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
+from planner.errors import GraphError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, choice, integer, number, parse, read_all, reason, rows, string, strings, table
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.planned import PlannedGraph
@@ -22,6 +22,7 @@ from planner.graph.simulate import simulate
 from planner.graph.solution import LIMITS, STATUSES, Solution
 from planner.graph.source import source_from_json, source_to_json
 from planner.graph.structure import fingerprint
+from planner.report import files
 from planner.results import schema1
 from planner.units import MOST_BYTES, shown
 
@@ -59,11 +60,7 @@ def save(plan: PlannedGraph, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    check_path(path)
-    try:
-        Path(path).write_text(dumps(plan.graph, plan), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write plan file {path}: {error}") from error
+    files.write(path, dumps(plan.graph, plan))
 
 
 def load(path: str | Path, kind: type[P]) -> P:

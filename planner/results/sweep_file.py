@@ -13,9 +13,10 @@ from typing import Any
 
 from planner.analysis.references import references
 from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptGraph, make_point
-from planner.errors import InputError, PlanFileError, ScheduleError
+from planner.errors import PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, number, reason, rows, string, table
 from planner.graph.graph import Graph
+from planner.report import files
 from planner.results import plan_file
 from planner.units import MOST_BYTES
 
@@ -26,10 +27,7 @@ def save(sweep: SweptGraph, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    try:
-        Path(path).write_text(dumps(sweep), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    files.write(path, dumps(sweep))
 
 
 def dumps(sweep: SweptGraph) -> str:

@@ -312,7 +312,7 @@ def test_paths(path):
         lambda: made.save(path),
         lambda: Plan.load(path),
         lambda: made.plot(path),
-        lambda: made.trace(path),
+        lambda: made.perfetto(path),
         lambda: Sweep.load(path),
         lambda: swept().save(path),
         lambda: swept().plot(path),

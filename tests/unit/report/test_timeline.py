@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from planner import InputError, Plan
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
-from planner.report import perfetto, timeline
+from planner.report import timeline
 from planner.report.timeline import MemoryKind, largest, live_parts
 from planner.solver.baselines import all_baselines
 from tests.support import graphs
@@ -90,26 +88,3 @@ def test_a_step_of_no_time_can_be_drawn(tmp_path: Path) -> None:
     plan = Plan(free, 10, 0, Solution("optimal", keep_all(free), 0, 0.0, "by hand"))
     plan.plot(tmp_path / "free.png")
     assert is_png(tmp_path / "free.png")
-
-
-def test_the_trace_has_an_event_an_op_and_counters_that_sum(tmp_path: Path) -> None:
-    plan = plan_of(graphs.in_modules())
-    plan.trace(tmp_path / "step.json")
-    text = (tmp_path / "step.json").read_text()
-    document = json.loads(text)
-    assert text == perfetto.dumps(plan) and document["displayTimeUnit"] == "ms"
-    events = document["traceEvents"]
-    assert {event["ph"] for event in events} == {"M", "X", "C"}
-    assert all({"name", "ph", "pid", "tid"} <= event.keys() for event in events)
-    for process, schedule in ((1, keep_all(plan.graph)), (2, plan.solution.schedule)):
-        ours = [event for event in events if event["pid"] == process]
-        ops = [event for event in ours if event["ph"] == "X"]
-        live = [event for event in ours if event["ph"] == "C" and event["name"] == "live"]
-        simulated = simulate(plan.graph, schedule)
-        assert [event["name"] for event in ops] == [plan.graph.ops[i].name for i in schedule.steps]
-        assert [sum(event["args"].values()) for event in live] == [*simulated.live_bytes, 0]
-        assert sum(event["dur"] for event in ops) == pytest.approx(simulated.time_ns / 1000)
-        assert all(a["ts"] + a["dur"] == pytest.approx(b["ts"]) for a, b in pairwise(ops))
-        assert ("recompute" in {event["cat"] for event in ops}) == (process == 2)
-    with pytest.raises(InputError, match="cannot write"):
-        plan.trace(tmp_path / "none" / "step.json")
