@@ -106,7 +106,8 @@ def explain(plan: PlannedGraph, *, prices: bool = True, limits: Limits | None = 
     return Explained(plan, _rows(plan), more, less)
 
 
-def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+def module_rows(plan: PlannedGraph) -> dict[str, ModuleRow]:
+    """What happens to the activations of each module, by its path, in the order in which modules run."""
     graph, outputs = plan.graph, set(plan.graph.forward_outputs)
     saved, wanted = set(plan.timeline.saved) - outputs, set(plan.plain.saved) - outputs
     steps = plan.solution.schedule.steps
@@ -124,7 +125,11 @@ def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
             recomputed_ns=row.recomputed_ns + again[i] * op.cost_ns,
             worth_ns=row.worth_ns + (op.cost_ns if droppable else 0),
         )
-    used = {path: row for path, row in figures.items() if row.kept_bytes or row.freed_bytes or row.recomputed_ns}
+    return {path: row for path, row in figures.items() if row.kept_bytes or row.freed_bytes or row.recomputed_ns}
+
+
+def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+    used = module_rows(plan)
     folded = fold({path: replace(row, label="") for path, row in used.items()})
     return _ranked([_sum(label, [used[path] for path in paths]) for label, paths in folded.items()])
 

@@ -6,7 +6,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from planner.errors import InputError, PlotMissingError
+from planner.graph.provenance import Provenance
 from planner.report.files import write
 
 SUFFIXES = (".png", ".svg")
@@ -16,6 +19,8 @@ _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
     "axes.labelsize": 9.0,
     "axes.titlesize": 10.0,
     "legend.fontsize": 8.0,
@@ -49,8 +54,34 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def title(drawn: Any, what: str, provenance: Provenance | None) -> None:
+    """The figure's title: what is drawn, and of which model, for which device and when."""
+    text = " · ".join([what, *named(provenance)])
+    drawn.suptitle(text, x=0.01, ha="left", fontsize=10.5, fontweight="bold", parse_math=False)
+
+
+def named(provenance: Provenance | None) -> list[str]:
+    """The model, the device, how costs were found, and the date: what is known of them."""
+    if provenance is None:
+        return []
+    device = f"{provenance.device}{'' if provenance.is_here else ' (not here)'}"
+    return [part for part in (provenance.module, device, f"costs {provenance.costs}", provenance.date) if part]
+
+
+def note(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float] = (0, 0), **how: Any) -> None:
+    """A label beside a point or a line, readable on whatever lies below it."""
+    box = {"boxstyle": "square,pad=0.15", "facecolor": "#ffffff", "alpha": 0.8, "linewidth": 0}
+    given = {"fontsize": 7.5, "bbox": box, "zorder": 10, "parse_math": False, "xytext": offset, "textcoords": "offset points"}
+    axes.annotate(text, at, **given | how)
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most so many characters: its end says more than its start ("...layers.*.self_attn.q_proj")."""
+    return text if len(text) <= width else f"...{text[3 - width :]}"
+
+
 def save(drawn: Any, path: str | Path) -> None:
-    """Write a figure: an SVG without a date, or a PNG of 256 colors, which takes a third of the bytes of one of all colors.
+    """Write a figure: an SVG without a date, or a PNG of its 256 commonest colors, which takes a third of the bytes.
 
     Raises:
         InputError: the file cannot be written.
@@ -61,11 +92,22 @@ def save(drawn: Any, path: str | Path) -> None:
     if vector:
         content = drawing
     else:
-        from PIL import Image  # matplotlib depends on it
-
-        few = Image.open(drawing).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # which loses no color of a marker
+        few = _of_few_colors(drawing)
         few.save(content, format="PNG", optimize=True)
     write(path, content.getvalue())
+
+
+def _of_few_colors(drawing: io.BytesIO) -> Any:
+    """A PNG with the 256 commonest of its colors; each of the others as the one nearest to it."""
+    from PIL import Image  # matplotlib depends on it
+
+    every = np.asarray(Image.open(drawing).convert("RGB"), dtype=np.int32)
+    colors, which, count = np.unique(every.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    palette = colors[np.argsort(-count, kind="stable")[:256]]
+    nearest = np.array([((palette - color) ** 2).sum(axis=1).argmin() for color in colors], dtype=np.uint8)
+    few = Image.fromarray(nearest[which.reshape(-1)].reshape(every.shape[:2]), mode="P")
+    few.putpalette(palette.astype(np.uint8).tobytes())
+    return few
 
 
 def bytes_unit(nbytes: int) -> tuple[str, float]:

@@ -244,6 +244,7 @@ def read_provenance(value: Any) -> Provenance | None:
         repeats=tuple(map(_repeat, rows(fields.get("repeats", []), "repeats"))),
         torch=string(fields["torch"], "torch"),
         date=string(fields["date"], "date"),
+        module=string(fields.get("module", ""), "module"),
     )
 
 
