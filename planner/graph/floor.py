@@ -74,12 +74,14 @@ def floor_parts(graph: Graph) -> tuple[tuple[str, int], ...]:
     if i >= 0:
         written = [name for name in graph.forward_outputs if graph.producer.get(name, i + 1) <= i]
         gradients = [name for name in graph.backward_outputs if graph.producer.get(name, i + 1) <= i and name not in written]
-        parts += [("outputs", _sum(graph, written)), ("gradients so far", _sum(graph, gradients))]
+        others = (graph.in_flight - 1) * _sum(graph, graph.forward_outputs)
+        parts += [("outputs", _sum(graph, written)), ("outputs of other forwards in flight", others)]
+        parts.append(("gradients so far", _sum(graph, gradients)))
         own = _own(graph, graph.ops[i])
         listed = list(own.items())[:_LISTED]
         parts += [(name, size) for name, size in listed]
         parts.append(("what else the op reads and writes", sum(own.values()) - sum(size for _, size in listed)))
-    parts.append(("what cannot be recomputed, and other forwards", nbytes - sum(size for _, size in parts)))
+    parts.append(("what cannot be recomputed", nbytes - sum(size for _, size in parts)))
     return tuple((what, size) for what, size in parts if size)
 
 

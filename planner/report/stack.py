@@ -18,16 +18,16 @@ OTHER = "other modules"
 RECOMPUTE_COLOR = "#d55e00"
 _WIDE = 36
 _COLORS = {
-    MemoryKind.RESERVED: "#3b3b3b",
-    MemoryKind.PARAMETERS: "#767676",
-    MemoryKind.INPUTS: "#b4b4b4",
-    MemoryKind.IN_FLIGHT: "#8c6d9c",
+    MemoryKind.RESERVED: "#303030",
+    MemoryKind.PARAMETERS: "#606060",
+    MemoryKind.INPUTS: "#bdbdbd",
+    MemoryKind.IN_FLIGHT: "#582c78",
     MemoryKind.GRADIENTS: "#cc79a7",
-    MemoryKind.TEMPORARY: "#e4e4e4",
+    MemoryKind.TEMPORARY: "#efefef",
     MemoryKind.RECOMPUTED: RECOMPUTE_COLOR,
 }
 _MODULE_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00")
-_OTHER_COLOR = "#c9dcea"
+_OTHER_COLOR = "#a9cbe4"
 """Okabe and Ito's colours, made for the colour-blind (jfly.uni-koeln.de/color), and greys."""
 
 

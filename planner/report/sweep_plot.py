@@ -143,8 +143,14 @@ class _Curve:
         (left, right), text = self.axes.get_xlim(), f"suggested: {suggestion(self.sweep)}"
         share = (spot[0] - left) / (right - left)
         side = "left" if share < 0.4 else "right" if share > 0.7 else "center"
-        arrow = {"arrowstyle": "-", "color": _KNEE, "linewidth": 0.8, "shrinkB": 6, "relpos": (_RELATIVE[side], 1.0)}
-        place = {"xytext": (spot[0], 0.04), "textcoords": ("data", "axes fraction"), "ha": side, "va": "bottom"}
+        arrow: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": _KNEE,
+            "linewidth": 0.8,
+            "shrinkB": 6,
+            "relpos": (_RELATIVE[side], 1.0),
+        }
+        place: dict[str, Any] = {"xytext": (spot[0], 0.04), "textcoords": ("data", "axes fraction"), "ha": side, "va": "bottom"}
         picture.note(self.axes, text, spot, color=_KNEE, arrowprops=arrow, fontsize=8.5, **place)
 
 

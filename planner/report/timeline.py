@@ -15,7 +15,7 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline
 from planner.report import picture
 from planner.report.live import Group, largest, spans
-from planner.report.stack import RECOMPUTE_COLOR, Stack
+from planner.report.stack import RECOMPUTE_COLOR, Layer, Stack
 from planner.units import format_bytes, format_ns
 
 _TOP, _WIDE = 5, 44
@@ -67,16 +67,15 @@ class _Panels:
         change = np.zeros((len(layers), num_steps + 1), dtype=np.int64)
         for span in spans(self.plan.graph, schedule):
             if span.nbytes and span.start <= span.end:
-                layer = self.stack.layer_of(span)
-                change[layer, span.start] += span.nbytes
-                change[layer, span.end + 1] -= span.nbytes
+                row = self.stack.layer_of(span)
+                change[row, span.start] += span.nbytes
+                change[row, span.end + 1] -= span.nbytes
         tops = np.cumsum(np.cumsum(change, axis=1)[:, :num_steps], axis=0) / self.size
         tops = np.concatenate([np.zeros((1, num_steps)), tops])
         tops = np.concatenate([tops, tops[:, -1:]], axis=1)  # the last step lasts until the end
         for layer, base, top in zip(layers, tops[:-1], tops[1:], strict=True):
             if (top > base).any():
-                hatch = {"hatch": "/////", "edgecolor": "#ffffff"} if layer.is_hatched else {"linewidth": 0}
-                axes.fill_between(times, base, top, step="post", facecolor=layer.color, **{"linewidth": 0} | hatch)
+                axes.fill_between(times, base, top, step="post", **_fill(layer))
 
     def _recomputes(self, schedule: Schedule, times: NDArray[np.float64], axes: Any) -> None:
         """A strip along the top: when ops run again, however little they hold."""
@@ -117,10 +116,15 @@ class _Panels:
 
         patches = [Patch(facecolor=RECOMPUTE_COLOR, label="ops run again (along the top)", linewidth=0)]
         for layer in reversed(self.stack.layers):
-            hatch = {"hatch": "/////", "edgecolor": "#ffffff"} if layer.is_hatched else {}
-            patches.append(Patch(facecolor=layer.color, label=layer.label, linewidth=0, **hatch))
+            patches.append(Patch(**_fill(layer), label=layer.label))
         where = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.03), "frameon": False, "fontsize": 7.5}
         self.drawn.axes[0].legend(handles=patches, handlelength=1.4, labelspacing=0.25, **where)
+
+
+def _fill(layer: Layer) -> dict[str, Any]:
+    """How matplotlib fills a layer."""
+    hatch = {"hatch": "/////", "edgecolor": "#ffffff"} if layer.is_hatched else {}
+    return {"facecolor": layer.color, "linewidth": 0, **hatch}
 
 
 def _lines(group: Group) -> list[str]:

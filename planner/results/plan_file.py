@@ -144,7 +144,7 @@ def _named(error: Exception) -> str:
 
 def _graph_fields(graph: Graph) -> dict[str, Any]:
     return {
-        "values": Lines([v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values),
+        "values": Lines(map(_value_row, graph.values)),
         "ops": Lines(_op_row(op) for op in graph.ops),
         "forward_outputs": graph.forward_outputs,
         "backward_outputs": graph.backward_outputs,
@@ -152,6 +152,12 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
         "backward_is_fixed": graph.backward_is_fixed,
         "in_flight": graph.in_flight,
     }
+
+
+def _value_row(value: Value) -> list[Any]:
+    """Without the last fields that say nothing."""
+    row = [value.name, value.nbytes, value.kind.value, value.hidden_bytes, value.form]
+    return row if value.form else row[:4] if value.hidden_bytes else row[:3]
 
 
 def _op_row(op: Op) -> list[Any]:
@@ -315,12 +321,13 @@ def read_graph(document: dict[str, Any], where: str) -> Graph:
 
 def _value(row: Any) -> Value:
     fields = rows(row, "a value")
-    if len(fields) not in (3, 4):
-        raise ValueError(f"a value has {len(fields)} fields, not 3 or 4")
+    if not 3 <= len(fields) <= 5:
+        raise ValueError(f"a value has {len(fields)} fields, not 3 to 5")
     name = string(fields[0], "the name of a value")
-    hidden = integer(fields[3], f"the hidden bytes of {shown(name)}") if len(fields) == 4 else 0
+    hidden = integer(fields[3], f"the hidden bytes of {shown(name)}") if len(fields) > 3 else 0
+    form = string(fields[4], f"the form of {shown(name)}") if len(fields) > 4 else ""
     nbytes, kind = integer(fields[1], f"the bytes of {shown(name)}"), Kind(string(fields[2], "the kind of a value"))
-    return Value(name, nbytes, kind, hidden)
+    return Value(name, nbytes, kind, hidden, form)
 
 
 def _op(row: Any) -> Op:

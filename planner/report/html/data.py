@@ -51,7 +51,7 @@ def document(content: Content, most: int) -> dict[str, Any]:
     return {
         "layers": [{"label": layer.label, "color": layer.color, "hatched": layer.is_hatched} for layer in stack.layers],
         "plain": _series_fields(plain, names),
-        "plans": [_plan_fields(plan, each, names) for plan, each in zip(content.plans, drawn, strict=True)],
+        "plans": [_plan_fields(plan, each, plain, names) for plan, each in zip(content.plans, drawn, strict=True)],
         "chosen": content.chosen,
         "references": [asdict(reference) for reference in content.references],
         "infeasible": [asdict(point) for point in content.infeasible],
@@ -114,15 +114,16 @@ def _call(op: Op) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _plan_fields(plan: PlannedGraph, drawn: Series, names: _Names) -> dict[str, Any]:
-    rows = module_rows(plan)
+def _plan_fields(plan: PlannedGraph, drawn: Series, plain: Series, names: _Names) -> dict[str, Any]:
+    rows = module_rows(plan.graph, plan.solution.schedule, drawn.timeline.saved, plain.timeline.saved)
+    time_ns, plain_ns = drawn.timeline.time_ns, max(1, plain.timeline.time_ns)
     return {
         "budget_bytes": plan.budget_bytes,
         "margin_bytes": plan.margin_bytes,
         "bound_ns": plan.solution.bound_ns,
         "status": plan.solution.status,
-        "overhead": plan.overhead,
-        "gap": plan.gap,
+        "overhead": time_ns / plain_ns - 1,
+        "gap": max(0, time_ns - plan.solution.bound_ns) / plain_ns,
         "check": plan.check,
         "solver": plan.solution.solver,
         "solve_s": plan.solution.solve_s,

@@ -380,8 +380,10 @@ async function mark(path) {
 // The floor, what was measured, provenance
 
 function drawFloor() {
-  const floor = data.floor, [unit, size] = byteUnit(floor.bytes), colors = ["#3b3b3b", "#767676", "#b4b4b4", "#cc79a7", BLUE, "#56b4e9", "#009e73", "#f0e442", ORANGE, RED];
-  const traces = floor.parts.map(([what, bytes], k) => ({
+  const floor = data.floor, [unit, size] = byteUnit(floor.bytes), colors = ["#3b3b3b", BLUE, "#cc79a7", "#009e73", ORANGE, "#56b4e9", "#f0e442", RED, "#8c6d9c", "#767676", "#b4b4b4"];
+  const small = floor.parts.filter(([, bytes]) => bytes < 0.005 * floor.bytes), rest = small.reduce((sum, [, bytes]) => sum + bytes, 0);
+  const parts = small.length > 1 ? [...floor.parts.filter((part) => !small.includes(part)), [`${small.length} smaller parts`, rest]] : floor.parts;
+  const traces = parts.map(([what, bytes], k) => ({
     type: "bar", orientation: "h", name: `${broken(what, 40)} ${bytesText(bytes)}`, x: [bytes / size], y: [""], marker: { color: colors[k % colors.length], line: { color: "#ffffff", width: 1 } },
     hovertemplate: `${broken(what, 40)}: ${bytesText(bytes)}<extra></extra>`,
   }));

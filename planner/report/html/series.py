@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from planner.graph.graph import Graph
 from planner.graph.modules import module_of
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Ints, Timeline, simulate
-from planner.report.live import spans
+from planner.report.live import Span, spans
 from planner.report.stack import Stack
 
 OUTSIDE = ""
@@ -93,16 +94,15 @@ def drawn_steps(live: Ints, start_ns: Ints, always: Iterable[int], most: int) ->
 def _held(graph: Graph, schedule: Schedule, stack: Stack, steps: Ints) -> tuple[Held, ...]:
     """What is live at the drawn steps. What lives only between two of them is left out."""
     modules = [module_of(op) for op in graph.ops]
-    total: dict[tuple[int, str, int, int], list[int]] = {}
-    largest: dict[tuple[int, str, int, int], tuple[int, str, int]] = {}
+    alike: defaultdict[tuple[int, int, int, str], list[Span]] = defaultdict(list)
     for span in spans(graph, schedule):
         first, last = (int(at) for at in np.searchsorted(steps, (span.start, span.end + 1)))
-        if not span.nbytes or first >= last:
-            continue
-        key = stack.layer_of(span), modules[span.op] if span.op >= 0 else OUTSIDE, first, last - 1
-        sums = total.setdefault(key, [0, 0])
-        sums[0] += span.nbytes
-        sums[1] += 1
-        largest[key] = max(largest.get(key, (0, "", 0)), (span.nbytes, span.name, span.op))
-    in_order = sorted(total, key=lambda key: key[2:] + key[:2])
-    return tuple(Held(*key, *total[key], *largest[key][1:]) for key in in_order)
+        if span.nbytes and first < last:
+            module = modules[span.op] if span.op >= 0 else OUTSIDE
+            alike[first, last - 1, stack.layer_of(span), module].append(span)
+    held = []
+    for (first, last, layer, module), found in sorted(alike.items()):
+        largest = max(found, key=lambda span: (span.nbytes, span.name))
+        nbytes = sum(span.nbytes for span in found)
+        held.append(Held(layer, module, first, last, nbytes, len(found), largest.name, largest.op))
+    return tuple(held)

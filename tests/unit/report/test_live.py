@@ -1,23 +1,20 @@
-"""The stacked parts sum to what `simulate` says at every step; pictures and traces of them."""
+"""The parts sum to what `simulate` says at every step; what is largest is named."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from planner import InputError, Plan
+from planner.graph.graph import Kind, Value, reserved_name
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
-from planner.graph.solution import Solution
-from planner.report import timeline
-from planner.report.timeline import MemoryKind, largest, live_parts
+from planner.report.live import MemoryKind, largest, live_parts
 from planner.solver.baselines import all_baselines
 from tests.support import graphs
-from tests.support.pictures import is_png, is_svg
 from tests.support.strategies import schedules, training_graphs
 from tests.support.sweeps import plan_of
 
@@ -64,27 +61,23 @@ def test_recomputed_values_are_a_part_of_their_own() -> None:
 def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() -> None:
     graph = graphs.in_modules()
     plain = simulate(graph, keep_all(graph))
-    groups = largest(graph, keep_all(graph), plain.peak_step)
+    groups = largest(graph, keep_all(graph), plain.peak_step, 7)
     a = next(group for group in groups if group.place == "h.0-3.up")
     assert (a.count, a.nbytes, a.part) == (4, 8, MemoryKind.KEPT)
     everything = largest(graph, keep_all(graph), plain.peak_step, count=100)
     assert sum(group.count * group.nbytes for group in everything) == plain.peak_bytes
 
 
-@pytest.mark.parametrize(
-    "graph", [graphs.blocks(6), graphs.in_modules(), graphs.statistics()], ids=["blocks", "modules", "workspace"]
-)
-def test_pictures(graph: graphs.Graph, tmp_path: Path) -> None:
-    plan = plan_of(graph, 0.9)
-    plan.plot(tmp_path / "step.png")
-    timeline.plot(plan, tmp_path / "step.svg")
-    assert is_png(tmp_path / "step.png") and is_svg(tmp_path / "step.svg")
-    with pytest.raises(InputError, match=r"\.png or \.svg"):
-        plan.plot(tmp_path / "step.gif")
+def test_what_other_forwards_saved_is_live_all_the_time() -> None:
+    graph = replace(graphs.blocks(5), in_flight=3)
+    for _, schedule in all_baselines(graph, 1):
+        agrees(graph, schedule)
+        assert set(live_parts(graph, schedule)[MemoryKind.IN_FLIGHT].tolist()) != {0}
 
 
-def test_a_step_of_no_time_can_be_drawn(tmp_path: Path) -> None:
-    free = graphs.graph({"x": 1, "a": 1, "t": 1}, [graphs.op("f", "x", "a", 0)], [], "a")
-    plan = Plan(free, 10, 0, Solution("optimal", keep_all(free), 0, 0.0, "by hand"))
-    plan.plot(tmp_path / "free.png")
-    assert is_png(tmp_path / "free.png")
+def test_bytes_set_aside_are_named_after_what_they_are_for() -> None:
+    graph = graphs.chain()
+    state = Value(reserved_name("optimizer state"), 100, Kind.RESERVED)
+    graph = replace(graph, values=(*graph.values, state), inputs=(*graph.inputs, state.name))
+    agrees(graph, keep_all(graph))
+    assert largest(graph, keep_all(graph), 0, 1)[0].name == "optimizer state"
