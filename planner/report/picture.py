@@ -102,10 +102,13 @@ def _of_few_colors(drawing: io.BytesIO) -> Any:
     from PIL import Image  # matplotlib depends on it
 
     every = np.asarray(Image.open(drawing).convert("RGB"), dtype=np.int32)
-    colors, which, count = np.unique(every.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    codes = every[..., 0] << 16 | every[..., 1] << 8 | every[..., 2]
+    found, count = np.unique(codes, return_counts=True)
+    colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
     palette = colors[np.argsort(-count, kind="stable")[:256]]
-    nearest = np.array([((palette - color) ** 2).sum(axis=1).argmin() for color in colors], dtype=np.uint8)
-    few = Image.fromarray(nearest[which.reshape(-1)].reshape(every.shape[:2]), mode="P")
+    nearest = np.zeros(1 << 24, dtype=np.uint8)
+    nearest[found] = [((palette - color) ** 2).sum(axis=1).argmin() for color in colors]
+    few = Image.fromarray(nearest[codes], mode="P")
     few.putpalette(palette.astype(np.uint8).tobytes())
     return few
 

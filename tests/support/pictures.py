@@ -32,19 +32,17 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    boxes = []
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text().strip():
-            axes = text.axes
-            box = text.get_window_extent()
-            is_tick = axes is not None and text in [
-                label for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()
-            ]
-            if not is_tick or axes.bbox.padded(30).contains(
-                *box.get_points().mean(axis=0)
-            ):  # ticks beyond the axes are not drawn
-                boxes.append((text.get_text(), box))
+    every_axes = figure.findobj(lambda artist: hasattr(artist, "xaxis"))
+    not_drawn = {label for axes in every_axes for axis in (axes.xaxis, axes.yaxis) for label in _beyond(axis)}
+    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in not_drawn]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
     return [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if a != b and one.padded(-1).overlaps(other.padded(-1))]
+
+
+def _beyond(axis: Any) -> list[Any]:
+    """The labels of ticks beyond the ends of an axis."""
+    low, high = sorted(axis.get_view_interval())
+    return [label for at, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False) if not low <= at <= high]
 
 
 @contextmanager

@@ -26,9 +26,8 @@ PROVENANCE = Provenance("measured", "NVIDIA H200", module="A$very_long$Model", d
 )
 def test_pictures(graph: graphs.Graph, tmp_path: Path) -> None:
     plan = plan_of(graph, 0.9)
-    plan.plot(tmp_path / "step.png")
     timeline.plot(plan, tmp_path / "step.svg")
-    assert is_png(tmp_path / "step.png") and is_svg(tmp_path / "step.svg")
+    assert is_svg(tmp_path / "step.svg")
     with pytest.raises(InputError, match=r"\.png or \.svg"):
         plan.plot(tmp_path / "step.gif")
 
@@ -36,14 +35,14 @@ def test_pictures(graph: graphs.Graph, tmp_path: Path) -> None:
 def test_a_step_of_no_time_can_be_drawn(tmp_path: Path) -> None:
     free = graphs.graph({"x": 1, "a": 1, "t": 1}, [graphs.op("f", "x", "a", 0)], [], "a")
     plan = Plan(free, 10, 0, Solution("optimal", keep_all(free), 0, 0.0, "by hand"))
-    plan.plot(tmp_path / "free.png")
-    assert is_png(tmp_path / "free.png")
+    plan.plot(tmp_path / "free.svg")
+    assert is_svg(tmp_path / "free.svg")
 
 
 def test_what_stands_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(plan_of(graphs.in_modules()), provenance=PROVENANCE)
     with figures(monkeypatch) as drawn:
-        plan.plot(tmp_path / "step.png")
+        plan.plot(tmp_path / "step.svg")
     (figure,) = drawn
     title = figure.get_suptitle()
     assert all(part in title for part in ("A$very_long$Model", "NVIDIA H200", "2026-11-28", "measured"))
@@ -62,8 +61,9 @@ def test_twice_the_resolution_of_a_screen(tmp_path: Path) -> None:
     from PIL import Image
 
     plan_of(graphs.blocks(4)).plot(tmp_path / "step.png")
+    assert is_png(tmp_path / "step.png")
     with Image.open(tmp_path / "step.png") as image:
-        assert image.width >= 1840 and image.getpixel((2, image.height // 2)) is not None
+        assert image.width >= 1840
         assert image.convert("RGB").getpixel((2, image.height // 2)) == (255, 255, 255)
     assert (tmp_path / "step.png").stat().st_size < 300_000
 
