@@ -81,36 +81,32 @@ def shortened(text: str, width: int) -> str:
 
 
 def save(drawn: Any, path: str | Path) -> None:
-    """Write a figure: an SVG without a date, or a PNG of its 256 commonest colors, which takes a third of the bytes.
+    """Write a figure: an SVG without a date, or a PNG of few colors.
 
     Raises:
         InputError: the file cannot be written.
     """
     vector = Path(path).suffix.lower() == ".svg"
-    drawing, content = io.BytesIO(), io.BytesIO()
+    drawing = io.BytesIO()
     drawn.savefig(drawing, format="svg" if vector else "png", dpi=DPI, metadata={"Date": None} if vector else None)
-    if vector:
-        content = drawing
-    else:
-        few = _of_few_colors(drawing)
-        few.save(content, format="PNG", optimize=True)
-    write(path, content.getvalue())
+    write(path, drawing.getvalue() if vector else of_few_colors(drawing.getvalue()))
 
 
-def _of_few_colors(drawing: io.BytesIO) -> Any:
-    """A PNG with the 256 commonest of its colors; each of the others as the one nearest to it."""
+def of_few_colors(png: bytes) -> bytes:
+    """A PNG with the 256 commonest of its colors, and each of the others as the one nearest to it: a third of the bytes."""
     from PIL import Image  # matplotlib depends on it
 
-    every = np.asarray(Image.open(drawing).convert("RGB"), dtype=np.int32)
+    every = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.int32)
     codes = every[..., 0] << 16 | every[..., 1] << 8 | every[..., 2]
     found, count = np.unique(codes, return_counts=True)
     colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
     palette = colors[np.argsort(-count, kind="stable")[:256]]
     nearest = np.zeros(1 << 24, dtype=np.uint8)
     nearest[found] = [((palette - color) ** 2).sum(axis=1).argmin() for color in colors]
-    few = Image.fromarray(nearest[codes], mode="P")
+    few, written = Image.fromarray(nearest[codes], mode="P"), io.BytesIO()
     few.putpalette(palette.astype(np.uint8).tobytes())
-    return few
+    few.save(written, format="PNG", optimize=True)
+    return written.getvalue()
 
 
 def bytes_unit(nbytes: int) -> tuple[str, float]:

@@ -1,13 +1,11 @@
 """HTML reports in headless Chromium: they open without an error or a request, and hover, slider and marks work.
 
-Needs Debian's packages `chromium` and `chromium-driver` (or what BROWSER and BROWSER_DRIVER name), and the extra `browser`.
+What they need: see tests/support/browser.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from planner.graph.source import Source
 from planner.results.sweep import Sweep
 from planner.units import format_bytes
 from tests.support import graphs
+from tests.support.browser import chromium, open_report, wait
 from tests.support.sweeps import sweep_of
 
 pytestmark = pytest.mark.browser
@@ -27,25 +26,10 @@ pytestmark = pytest.mark.browser
 EVIL = "<img src=x onerror=\"document.title='hacked'\">"
 
 
-def found(variable: str, *names: str) -> str:
-    path = os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
-    assert path, f"no {names[0]}: install it, or name it in {variable}"
-    return path
-
-
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = found("BROWSER", "chromium", "chromium-browser", "google-chrome")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1000"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options, Service(found("BROWSER_DRIVER", "chromedriver")))
-    yield made
-    made.quit()
+    with chromium() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +43,16 @@ def swept() -> Sweep:
 
 @pytest.fixture
 def opened(driver: Any, swept: Sweep, tmp_path: Path) -> Any:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     swept.html(tmp_path / "report.html")
     for log in ("browser", "performance"):
         driver.get_log(log)
-    driver.get((tmp_path / "report.html").as_uri())
-    WebDriverWait(driver, 60).until(lambda page: page.execute_script("return document.body.dataset.ready"))
+    open_report(driver, tmp_path / "report.html")
     yield driver
     assert [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
 
 
 def text_of(driver: Any, name: str) -> str:
     return driver.execute_script("return document.getElementById(arguments[0]).textContent", name)
-
-
-def wait(driver: Any, condition: str, *arguments: Any) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(driver, 30).until(lambda page: page.execute_script(f"return {condition}", *arguments))
 
 
 def show(driver: Any, k: int) -> None:

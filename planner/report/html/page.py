@@ -19,7 +19,9 @@ MOST_BYTES = 6_000_000
 """No report is larger."""
 MOST_STEPS = 2000
 """Steps of a schedule that are drawn, if the file does not grow too large."""
-_ASSETS = resources.files("planner.report.html")
+_ASSETS = resources.files("planner.report.html") / "assets"
+_PROGRAM = ("text", "answer", "curve", "memory", "modules", "facts", "main")
+"""The parts of the program, in the order in which they are joined."""
 
 
 def check() -> None:
@@ -59,12 +61,12 @@ def _page(content: Content, most: int) -> str:
     what = " · ".join(["Memory plan", *named(shown.provenance)])
     parts = {
         "TITLE": html.escape(what),
-        "STYLE": _asset("report.css"),
+        "STYLE": asset("page.css"),
         "PLOTLY": packed(get_plotlyjs()),
         "DATA": packed(data),
-        "PROGRAM": _asset("report.js"),
+        "PROGRAM": program(),
     }
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], asset("page.html"))
 
 
 def packed(text: str) -> str:
@@ -77,5 +79,11 @@ def unpacked(text: str) -> str:
     return gzip.decompress(base64.b64decode(text)).decode("utf-8")
 
 
-def _asset(name: str) -> str:
+def program() -> str:
+    """What draws the report in the browser."""
+    return "\n".join(asset(f"{part}.js") for part in _PROGRAM)
+
+
+def asset(name: str) -> str:
+    """A file that becomes part of the page."""
     return _ASSETS.joinpath(name).read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import nn
 def build():
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)])
-    return model, (torch.randn(32, 64),), {}
+    return model, (torch.randn(1024, 64),), {}
 """
 
 

@@ -99,7 +99,7 @@ def test_what_users_name_is_text(text: str) -> None:
 
 
 def test_the_script_makes_text_of_names() -> None:
-    program = page._asset("report.js")
+    program = page.program()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", program)
 
 
