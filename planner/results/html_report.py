@@ -11,6 +11,8 @@ from planner.graph.planned import PlannedGraph
 from planner.report.html import page
 from planner.report.html.data import Content
 
+_MOST_PLANS = 60
+
 
 def write(plan: PlannedGraph, path: str | Path, sweep: SweptGraph | None = None) -> None:
     """Write the report of a plan.
@@ -34,9 +36,17 @@ def content(plan: PlannedGraph, sweep: SweptGraph | None = None) -> Content:
         return Content((plan,), 0, rivals)
     if sweep.graph != plan.graph:
         raise InputError("the sweep is of another graph than the plan: make both from one ProfiledStep, or give none")
-    others = [planned(sweep, point) for point in sweep.points if point.budget_bytes != plan.budget_bytes]
+    others = [planned(sweep, point) for point in _some(sweep) if point.budget_bytes != plan.budget_bytes]
     plans = sorted([plan, *others], key=lambda each: each.budget_bytes)
     return Content(plans, plans.index(plan), rivals, sweep.infeasible, sweep.measured)
+
+
+def _some(sweep: SweptGraph) -> list[Point]:
+    """The points, or as many of them as a report has room for: evenly chosen, and those that were measured."""
+    last = len(sweep.points) - 1
+    chosen = {round(k * last / (_MOST_PLANS - 1)) for k in range(_MOST_PLANS)}
+    measured = {found.budget_bytes for found in sweep.measured}
+    return [point for k, point in enumerate(sweep.points) if k in chosen or point.budget_bytes in measured]
 
 
 def planned(sweep: SweptGraph, point: Point) -> PlannedGraph:

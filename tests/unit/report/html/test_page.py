@@ -166,6 +166,14 @@ def test_a_plan_among_those_of_a_sweep(swept: Sweep, tmp_path: Path) -> None:
         swept.html("")
 
 
+def test_a_sweep_of_very_many_plans_is_thinned(swept: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html_report, "_MOST_PLANS", 2)
+    shown = [plan.budget_bytes for plan in html_report.content(swept.plan(swept.points[-1]), swept).plans]
+    assert shown == [point.budget_bytes for k, point in enumerate(swept.points) if k in (0, 1, 3)], (
+        "the ends, and what was measured"
+    )
+
+
 def test_a_large_report_is_thinned_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = graphs.blocks(300)
     sources = [Source(f"h.{i}.m", "model.py", i) for i in range(len(graph.ops))]
