@@ -183,7 +183,8 @@ class ProfiledStep(CapturedStep):
     def _measured(self, made: Plan, rounds: int) -> MeasuredPoint:
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
-        return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+        peak_bytes = report.measured_peak_bytes
+        return MeasuredPoint(made.budget_bytes, peak_bytes, report.time_ratio, report.exact, report.time_spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,4 +314,5 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
+        module=type(step.model).__name__,
     )

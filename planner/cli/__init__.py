@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from planner.cli import cache, explain, export, max_batch, plan, show, solve, sweep
+from planner.cli import cache, explain, export, max_batch, plan, report, show, solve, sweep
 from planner.errors import PlannerError
 from planner.log import PLANNER
 
@@ -24,6 +24,7 @@ _COMMANDS = {
     "export": export,
     "show": show,
     "explain": explain,
+    "report": report,
     "solve": solve,
     "cache": cache,
 }
