@@ -1,4 +1,4 @@
-"""profile, plan, apply, sweep: the whole story on a page."""
+"""profile, plan, apply, sweep, estimate: the whole story on a page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import nn
 from planner import arguments, units
 from planner.analysis.budgets import Budget, check_budgets
 from planner.captured import captured
-from planner.options import ApplyKeywords, PlanKeywords, SweepKeywords, read_options, with_options
+from planner.estimated import estimated
+from planner.options import ApplyKeywords, EstimateKeywords, PlanKeywords, SweepKeywords, read_options, with_options
 from planner.profiled import ProfiledStep, profiled
+from planner.results.estimate import Estimate
 from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
@@ -131,3 +133,36 @@ def sweep(
     checked = read_options(options, SweepKeywords, "sweep")
     check_budgets(budgets, points, low, high)
     return profiled(model, args, kwargs, checked).sweep(budgets, points=points, low=low, high=high)
+
+
+@with_options(EstimateKeywords)
+def estimate(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    memory: int | str | None = None,
+    remedies: bool = True,
+    **options: Unpack[EstimateKeywords],
+) -> Estimate:
+    """Whether a training step fits into a device's memory, what takes it, and what would help. Nothing runs on the device.
+
+    With `device` nothing is allocated, and model and call may be on the meta device. A model that has data runs one forward,
+    as for `planner.plan`. Kernels are estimated, unless costs='measure' measures their times and workspaces here.
+
+    Args:
+        model, args, kwargs: as for `planner.plan`.
+        memory: what the step may take, in bytes or as text ("22GiB"). Default: the device's memory, less what the driver and a
+            CUDA context take; on a CPU the machine's memory.
+        remedies: also capture the step in bfloat16 to say what that would save.
+        options: see below.
+
+    Returns:
+        the Estimate: peak and margin, its parts, the floor, the plan for the memory, what else would help.
+
+    Raises:
+        BudgetError, InputError, CaptureError: what was given cannot be captured; says why.
+    """
+    checked = read_options(options, EstimateKeywords, "estimate")
+    arguments.check_flags(remedies=remedies)
+    return estimated(model, args, kwargs, checked, memory=memory, remedies=remedies)

@@ -286,6 +286,10 @@ class SweepKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _Progr
     """What `sweep` takes."""
 
 
+class EstimateKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _ProgressKeywords, total=False):
+    """What `estimate` takes."""
+
+
 class ApplyKeywords(_CaptureKeywords, _CriterionKeywords, _RuntimeKeywords, _ProgressKeywords, total=False):
     """What `apply` takes."""
 

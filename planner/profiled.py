@@ -181,7 +181,7 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     target = target_device(options)
-    aside = _set_aside(model, options, target)
+    aside = set_aside(model, options, target)
     try:
         step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
     except CaptureError as error:
@@ -243,7 +243,7 @@ def _margin_of(graph: Graph) -> Callable[[int], int]:
     return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
-def _set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
+def set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
     """Bytes that are resident beside the step, by what they are for."""
     asked = {"reserved": options.reserve_bytes}
     if options.optimizer is not None:

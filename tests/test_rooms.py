@@ -37,6 +37,7 @@ ROOMS = (
     "options",
     "captured",
     "profiled",
+    "estimated",
     "levels",
     "api",
     "batch",

@@ -103,10 +103,11 @@ def explain(plan: PlannedGraph, *, prices: bool = True, limits: Limits | None = 
         limits: what the solver may spend on that.
     """
     more, less = _prices(plan, limits or Limits()) if prices else (None, None)
-    return Explained(plan, _rows(plan), more, less)
+    return Explained(plan, rows_of(plan), more, less)
 
 
-def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+def rows_of(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+    """What happens to the activations of each module, the most bytes first."""
     graph, outputs = plan.graph, set(plan.graph.forward_outputs)
     saved, wanted = set(plan.timeline.saved) - outputs, set(plan.plain.saved) - outputs
     steps = plan.solution.schedule.steps

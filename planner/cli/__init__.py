@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from planner.cli import explain, export, max_batch, plan, show, solve, sweep
+from planner.cli import estimate, explain, export, max_batch, plan, show, solve, sweep
 from planner.errors import PlannerError
 from planner.log import PLANNER
 
 _COMMANDS = {
+    "estimate": estimate,
     "plan": plan,
     "sweep": sweep,
     "max-batch": max_batch,

@@ -46,13 +46,19 @@ class Target:
             raise InputError(f"{text!r}: give FILE.py:FUNCTION; there is no file {file!r}")
         return Target(text, Path(file).absolute(), function)
 
-    def build(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The model and its example call.
+    def build(self, *, on_meta: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The model and its example call; `on_meta`: built of tensors without data.
 
         Raises:
             InputError: the file or the function cannot be run, or it returned something else than (model, args, kwargs).
         """
-        return self._call(self._load())
+        function = self._load()
+        if not on_meta:
+            return self._call(function)
+        import torch
+
+        with torch.device("meta"):
+            return self._call(function)
 
     def build_batches(self) -> tuple[Any, Callable[[int], Call]]:
         """The model, and what makes the call of a batch.

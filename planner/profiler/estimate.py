@@ -37,6 +37,7 @@ class DeviceModel:
         capability: CUDA compute capability, which decides the kernels that torch chooses; None for what is no CUDA device.
         memory_bytes: size of its memory; 0 where unknown.
         library_bytes: what cuBLAS and the like hold there for good, from torch's allocator.
+        held_bytes: of its memory, what torch cannot have: error correction, the driver, a CUDA context.
         source: where the figures come from.
     """
 
@@ -51,12 +52,13 @@ class DeviceModel:
     memory_bytes: int = 0
     library_bytes: int = 0
     source: str = ""
+    held_bytes: int = 0
 
     def __post_init__(self) -> None:
         numbers = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, self.launch_ns, self.memory_bytes)
         if not isinstance(self.name, str) or not isinstance(self.dtype_speed, Mapping):
             raise InputError(f"a device has a name (str) and dtype_speed (a dict), got {shown(self.name)}")
-        if not all(isinstance(n, Real) and n == n for n in (*numbers, self.library_bytes, *self.dtype_speed.values())):
+        if not all(isinstance(n, Real) and n == n for n in (*numbers, self.library_bytes, self.held_bytes, *self.dtype_speed.values())):
             raise InputError(f"device {shown(self.name)}: rates, times and sizes must be numbers, got {numbers}")
         rates = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, *self.dtype_speed.values())
         if min(rates) <= 0 or self.launch_ns < 0:

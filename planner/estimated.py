@@ -1,0 +1,174 @@
+"""estimate: what a training step needs of a device's memory, without the device, and what would make it fit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.analysis.estimate import Remedy, estimate_graph
+from planner.captured import captured
+from planner.errors import PlannerError, first_line
+from planner.graph.graph import Graph
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.log import PLANNER
+from planner.options import PlanOptions
+from planner.profiled import ProfiledStep, profiled, set_aside, target_device, with_costs
+from planner.profiler.estimate import DeviceModel
+from planner.profiler.measure import device_name
+from planner.profiler.optimizer import Optimizer, state_bytes
+from planner.report.progress import stage
+from planner.results.estimate import Estimate
+from planner.tracer.faults import concerns_model
+from planner.tracer.target_device import TargetDevice
+from planner.units import parse_bytes
+
+CONTEXT_BYTES = 512 * 2**20
+"""What a CUDA context takes of a device that is here, beside torch's allocator: 0.3 to 0.5 GiB on recent ones."""
+
+
+def estimated(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: PlanOptions,
+    *,
+    memory: int | str | None = None,
+    remedies: bool = True,
+) -> Estimate:
+    """Estimate a training step; see `planner.estimate`.
+
+    Raises:
+        BudgetError: `memory` cannot be read.
+        InputError, CaptureError: what was given cannot be captured; says why.
+    """
+    memory_bytes = None if memory is None else parse_bytes(memory, "memory")
+    options = replace(options, costs=options.costs or "estimate")
+    step = profiled(model, args, kwargs, options)
+    target = target_device(options)
+    if memory_bytes is None:
+        memory_bytes = _memory_bytes(step.joint.device, target)
+    others = tuple(_remedies(step)) if remedies else ()
+    with stage("solve", options.progress):
+        found = estimate_graph(
+            step.graph,
+            device=device_name(step.joint.device) if target is None else target.name,
+            memory_bytes=memory_bytes,
+            margin_bytes=margin_bytes(step),
+            provenance=step.provenance,
+            remedies=others,
+            limits=options.limits,
+        )
+    return Estimate.of(found)
+
+
+def margin_bytes(step: ProfiledStep) -> int:
+    """By how much at most a measured peak of the plain step exceeds the predicted one; see docs/estimate.md."""
+    share = MARGINS[step.provenance.is_estimated]
+    return max(_SMALLEST[step.joint.device.type == "cuda"], round(share * _plain_bytes(step.graph)))
+
+
+MARGINS = {False: 0.01, True: 0.05}
+"""By whether workspaces were estimated: share of the predicted peak."""
+_SMALLEST = {False: 2**16, True: 2**21}
+"""On CUDA: a block of over 1 MiB may be 1 MiB larger than what was asked for; on a CPU: small tensors of the training loop."""
+
+
+def _plain_bytes(graph: Graph) -> int:
+    return simulate(graph, keep_all(graph)).peak_bytes
+
+
+def _memory_bytes(device: torch.device, target: DeviceModel | None) -> int | None:
+    """What a step may take on a device; None where that is not known."""
+    if target is not None:
+        return target.memory_bytes - target.held_bytes or None
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) - CONTEXT_BYTES
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # a system that does not tell
+        return None
+
+
+def _remedies(step: ProfiledStep) -> Iterator[Remedy]:
+    """What would lower the peak beside a plan and a smaller batch: other dtypes, another optimizer."""
+    plain, options = _plain_bytes(step.graph), step.options
+    wide = any(p.dtype is torch.float32 for p in step.model.parameters())
+    if wide:
+        for what, cost, capture in (
+            ("parameters and inputs in bfloat16", "results change", functools.partial(_other, cast=True)),
+            ("bfloat16 autocast", "results change", functools.partial(_other, autocast=True)),
+        ):
+            graph = _tried(what, functools.partial(capture, step))
+            if graph is not None:
+                yield Remedy(what, plain - _plain_bytes(graph), cost)
+    if options.optimizer is None:
+        return
+    now = state_bytes(step.model, options.optimizer, master_weights=options.master_weights)
+    for what, optimizer in _OPTIMIZERS.items():
+        yield Remedy(what, now - state_bytes(step.model, optimizer, master_weights=options.master_weights), "trains differently")
+
+
+_OPTIMIZERS: Mapping[str, Optimizer] = {
+    "SGD with momentum as the optimizer": functools.partial(torch.optim.SGD, momentum=0.9),
+    "SGD as the optimizer": "sgd",
+}
+
+
+def _tried(what: str, capture: Callable[[], Graph | None]) -> Graph | None:
+    """What it returns; None where the model cannot be captured so (it reads values, or another dtype fails in it)."""
+    try:
+        return capture()
+    except Exception as error:
+        if not isinstance(error, PlannerError) and not concerns_model(error):
+            raise
+        PLANNER.debug("what %s would save is not known: %s", what, first_line(error))
+        return None
+
+
+def _other(step: ProfiledStep, *, cast: bool = False, autocast: bool = False) -> Graph | None:
+    """The step in bfloat16, on tensors without data; None where it cannot be traced here."""
+    target, device = target_device(step.options), step.joint.device
+    if target is not None:
+        there = TargetDevice(target.name, target.capability)
+    else:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        there = TargetDevice(str(device), capability)
+    if autocast and (there.capability is not None or torch.is_autocast_enabled("cpu")):
+        return None
+    model, args, kwargs = without_data(step.model, step.args, step.kwargs)
+    if cast:
+        model = model.to(torch.bfloat16)
+        args, kwargs = pytree.tree_map(_narrow, (args, kwargs))
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        found = captured(model, args, kwargs, step.options, there)
+    return with_costs(found, set_aside(model, step.options, target)).graph
+
+
+def _narrow(leaf: Any) -> Any:
+    return leaf.to(torch.bfloat16) if isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 else leaf
+
+
+def without_data(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A copy of a model and a call whose tensors are on the meta device; tied tensors stay tied. The model is left as it is."""
+    made: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))):
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            made[id(tensor)].requires_grad_(tensor.requires_grad)
+    copied = copy.deepcopy(model, dict(made))
+    call = pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), (args, dict(kwargs)))
+    return copied, *call
