@@ -38,11 +38,13 @@ if TYPE_CHECKING:
     from planner.api import apply as apply, estimate as estimate, plan as plan, profile as profile, sweep as sweep
     from planner.batch import max_batch as max_batch
     from planner.children import Children as Children, plan_children as plan_children
+    from planner.diagnosis import doctor as doctor
     from planner.export.source import export_source as export_source
     from planner.options import PlanOptions as PlanOptions
     from planner.profiled import ProfiledStep as ProfiledStep
     from planner.profiler.devices import devices as devices, register_device as register_device
     from planner.profiler.estimate import DeviceModel as DeviceModel
+    from planner.results.diagnosis import Diagnosis as Diagnosis
     from planner.results.estimate import Estimate as Estimate
     from planner.results.explanation import Explanation as Explanation
     from planner.results.max_batch import MaxBatch as MaxBatch
@@ -60,11 +62,13 @@ _HOMES = {
     "planner.api": ("apply", "estimate", "plan", "profile", "sweep"),
     "planner.batch": ("max_batch",),
     "planner.children": ("Children", "plan_children"),
+    "planner.diagnosis": ("doctor",),
     "planner.export.source": ("export_source",),
     "planner.options": ("PlanOptions",),
     "planner.profiled": ("ProfiledStep",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
+    "planner.results.diagnosis": ("Diagnosis",),
     "planner.results.estimate": ("Estimate",),
     "planner.results.explanation": ("Explanation",),
     "planner.results.max_batch": ("MaxBatch",),

@@ -290,6 +290,12 @@ class EstimateKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _Pr
     """What `estimate` takes."""
 
 
+class DoctorKeywords(_CaptureKeywords, _CriterionKeywords, _ProgressKeywords, total=False):
+    """What `doctor` takes."""
+
+    device: str | DeviceModel | None
+
+
 class ApplyKeywords(_CaptureKeywords, _CriterionKeywords, _RuntimeKeywords, _ProgressKeywords, total=False):
     """What `apply` takes."""
 

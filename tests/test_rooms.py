@@ -36,6 +36,7 @@ ROOMS = (
     "verification",
     "options",
     "captured",
+    "diagnosis",
     "profiled",
     "estimated",
     "levels",

@@ -103,17 +103,23 @@ class Target:
             return function(**sizes)
         except PlannerError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{self.text} cannot be run: {self._reason(error)}") from error
 
-    def _reason(self, error: Exception) -> str:
-        """An exception of the user's file in a line, with the last line of that file that led to it."""
-        file = str(self.path)
-        lines = [entry.lineno for entry in traceback.extract_tb(error.__traceback__) if entry.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            lines = [error.lineno]
-        where = f" at {self.path.name}:{lines[-1]}" if lines else ""
+    def _reason(self, error: BaseException) -> str:
+        """An exception of the user's code in a line, with the innermost line of the file, or of one beside it, that led to it."""
+        lines = traceback.extract_tb(error.__traceback__)
+        places = [(Path(entry.filename), entry.lineno) for entry in lines if self._is_users(entry.filename)]
+        if isinstance(error, SyntaxError) and error.filename and self._is_users(error.filename):
+            places = [(Path(error.filename), error.lineno)]
+        where = f" at {places[-1][0].name}:{places[-1][1]}" if places else ""
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+    def _is_users(self, file: str) -> bool:
+        """The file is the target's, or lies in its folder and is of no installed package."""
+        path = Path(file)
+        inside = path.is_relative_to(self.path.parent) and not {"site-packages", "dist-packages"}.intersection(path.parts)
+        return path == self.path or inside
 
     def _load(self) -> Callable[..., Any]:
         """The function; runs the file."""
@@ -129,7 +135,7 @@ class Target:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise InputError(f"{self.text} cannot be run: {self._reason(error)}") from error
         build = getattr(module, self.function, None)
