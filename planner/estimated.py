@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner.analysis.estimate import Remedy, estimate_graph
+from planner.analysis.estimate import Margin, Remedy, estimate_graph
 from planner.captured import captured
 from planner.errors import PlannerError, first_line
 from planner.graph.graph import Graph
@@ -63,7 +63,7 @@ def estimated(
             step.graph,
             device=device_name(step.joint.device) if target is None else target.name,
             memory_bytes=memory_bytes,
-            margin_bytes=margin_bytes(step),
+            margin=margin_of(step),
             provenance=step.provenance,
             remedies=others,
             limits=options.limits,
@@ -71,14 +71,15 @@ def estimated(
     return Estimate.of(found)
 
 
-def margin_bytes(step: ProfiledStep) -> int:
-    """By how much at most a measured peak of the plain step exceeds the predicted one; see docs/estimate.md."""
-    share = MARGINS[step.provenance.is_estimated]
-    return max(_SMALLEST[step.joint.device.type == "cuda"], round(share * _plain_bytes(step.graph)))
+def margin_of(step: ProfiledStep) -> Margin:
+    """By a peak: by how much at most the measured one exceeds it; see docs/estimate.md."""
+    share, least = MARGINS[step.provenance.is_estimated], _SMALLEST[step.joint.device.type == "cuda"]
+    resident = step.graph.resident_bytes
+    return lambda peak_bytes: max(least, round(share * (peak_bytes - resident)))
 
 
 MARGINS = {False: 0.01, True: 0.05}
-"""By whether workspaces were estimated: share of the predicted peak."""
+"""By whether workspaces were estimated: share of what a peak holds above the resident bytes, which are known."""
 _SMALLEST = {False: 2**16, True: 2**21}
 """On CUDA: a block of over 1 MiB may be 1 MiB larger than what was asked for; on a CPU: small tensors of the training loop."""
 
@@ -115,7 +116,9 @@ def _remedies(step: ProfiledStep) -> Iterator[Remedy]:
         return
     now = state_bytes(step.model, options.optimizer, master_weights=options.master_weights)
     for what, optimizer in _OPTIMIZERS.items():
-        yield Remedy(what, now - state_bytes(step.model, optimizer, master_weights=options.master_weights), "trains differently")
+        yield Remedy(
+            what, now - state_bytes(step.model, optimizer, master_weights=options.master_weights), "trains differently"
+        )
 
 
 _OPTIMIZERS: Mapping[str, Optimizer] = {

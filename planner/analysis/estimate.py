@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
+from planner.analysis.budgets import restated
 from planner.analysis.explain import ModuleRow, rows_of
 from planner.analysis.sweep import proven_floor
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.accumulation import HELD
-from planner.graph.floor import infeasible
 from planner.graph.graph import Graph, Kind, reserved_name
 from planner.graph.planned import PlannedGraph
 from planner.graph.provenance import Provenance
@@ -18,9 +18,14 @@ from planner.graph.simulate import Timeline, simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver.solve import Solver
+from planner.units import format_bytes
 
 OPTIMIZER = frozenset(map(reserved_name, ("optimizer state", "float32 weights")))
 """Reserved values that are counted as the optimizer's."""
+
+
+Margin = Callable[[int], int]
+"""By a peak in bytes: by how much a measured peak may exceed it; never falls as the peak grows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ def estimate_graph(
     *,
     device: str,
     memory_bytes: int | None,
-    margin_bytes: int,
+    margin: Margin,
     provenance: Provenance,
     remedies: Sequence[Remedy] = (),
     limits: Limits | None = None,
@@ -142,15 +147,16 @@ def estimate_graph(
 
     Args:
         graph: the joint graph, with what is reserved.
-        device, memory_bytes, margin_bytes, provenance: as in `Estimated`.
+        device, memory_bytes, provenance: as in `Estimated`.
+        margin: by how much a measured peak may exceed the predicted one.
         remedies: beside those that the graph itself shows.
         limits: of the solver, for the lowest peak and the plan together.
     """
     plain, limits, solver = simulate(graph, keep_all(graph)), limits or Limits(), Solver(graph)
     lowest_bytes = solver.lowest_peak(limits.share(_LOWEST_SHARE))
-    plan, why = None, ""
+    plan, why, margin_bytes = None, "", margin(plain.peak_bytes)
     if memory_bytes is not None and plain.peak_bytes + margin_bytes > memory_bytes:
-        plan, why = _plan(graph, solver, memory_bytes, margin_bytes, provenance, limits.share(1 - _LOWEST_SHARE))
+        plan, why = _plan(graph, solver, memory_bytes, margin, provenance, limits.share(1 - _LOWEST_SHARE))
     floor_bytes, floor_at = proven_floor(graph, solver)
     half = simulate(smaller_batch(graph), keep_all(graph)).peak_bytes
     found = [*remedies, Remedy("half the batch", plain.peak_bytes - half)]
@@ -184,15 +190,15 @@ def _kept(graph: Graph, provenance: Provenance) -> PlannedGraph:
 
 
 def _plan(
-    graph: Graph, solver: Solver, memory_bytes: int, margin_bytes: int, provenance: Provenance, limits: Limits
+    graph: Graph, solver: Solver, memory_bytes: int, margin: Margin, provenance: Provenance, limits: Limits
 ) -> tuple[PlannedGraph | None, str]:
     """The plan for a memory, and why there is none."""
-    if memory_bytes <= margin_bytes:
-        return None, str(infeasible(graph, memory_bytes))
+    margin_bytes = margin(memory_bytes)
     try:
-        solution = solver.solve(memory_bytes - margin_bytes, limits)
+        solution = solver.solve(max(1, memory_bytes - margin_bytes), limits)
     except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-        return None, str(error)
+        lowest = solver.archive.lowest.timeline.peak_bytes
+        return None, str(restated(error, format_bytes(memory_bytes), memory_bytes, margin, lowest))
     return PlannedGraph(graph, memory_bytes, margin_bytes, solution, provenance), ""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from planner.arguments import check_call, check_function
 from planner.errors import InputError, PlannerError
+from planner.report.progress import line, stage
 from planner.units import kind
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,13 +53,14 @@ class Target:
         Raises:
             InputError: the file or the function cannot be run, or it returned something else than (model, args, kwargs).
         """
-        function = self._load()
-        if not on_meta:
-            return self._call(function)
-        import torch
+        with stage(f"build {self.path.name}:{self.function}", True):
+            function = self._load()
+            if not on_meta:
+                return self._call(function)
+            import torch
 
-        with torch.device("meta"):
-            return self._call(function)
+            with torch.device("meta"):
+                return self._call(function)
 
     def build_batches(self) -> tuple[Any, Callable[[int], Call]]:
         """The model, and what makes the call of a batch.
@@ -69,6 +71,7 @@ class Target:
         Raises:
             InputError: the file or the function cannot be run, or it returned something else.
         """
+        line(f"build {self.path.name}:{self.function}", True)
         function = self._load()
         if not _takes_batch(function):
             built = self._run(function)
@@ -107,7 +110,7 @@ class Target:
             raise InputError(f"{self.text} cannot be run: {self._reason(error)}") from error
 
     def _reason(self, error: BaseException) -> str:
-        """An exception of the user's code in a line, with the innermost line of the file, or of one beside it, that led to it."""
+        """An exception of the user's code in a line, with the innermost line that led to it, of the file or of one beside it."""
         lines = traceback.extract_tb(error.__traceback__)
         places = [(Path(entry.filename), entry.lineno) for entry in lines if self._is_users(entry.filename)]
         if isinstance(error, SyntaxError) and error.filename and self._is_users(error.filename):

@@ -58,7 +58,9 @@ class DeviceModel:
         numbers = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, self.launch_ns, self.memory_bytes)
         if not isinstance(self.name, str) or not isinstance(self.dtype_speed, Mapping):
             raise InputError(f"a device has a name (str) and dtype_speed (a dict), got {shown(self.name)}")
-        if not all(isinstance(n, Real) and n == n for n in (*numbers, self.library_bytes, self.held_bytes, *self.dtype_speed.values())):
+        if not all(
+            isinstance(n, Real) and n == n for n in (*numbers, self.library_bytes, self.held_bytes, *self.dtype_speed.values())
+        ):
             raise InputError(f"device {shown(self.name)}: rates, times and sizes must be numbers, got {numbers}")
         rates = (self.flops_per_s, self.bytes_per_s, self.draws_per_s, self.tf32_speed, *self.dtype_speed.values())
         if min(rates) <= 0 or self.launch_ns < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -164,7 +165,7 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _first(rows: list[tuple[str, ...]], width: int) -> list[tuple[str, ...]]:
+def _first(rows: Sequence[tuple[str, ...]], width: int) -> Sequence[tuple[str, ...]]:
     """The first rows, and one that says how many there are besides."""
     if len(rows) <= _SHOWN:
         return rows

@@ -97,7 +97,5 @@ def _different(model: nn.Module, joint: Joint, call: CallArguments, cast: Any) -
         if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
             own[id(leaf)] = leaf.detach().requires_grad_(leaf.requires_grad)
     args, kwargs = pytree.tree_map(lambda leaf: own.get(id(leaf), leaf), call)
-    run = partial(
-        step_digest, model, joint, (args, kwargs), lambda: unplanned_forward(model)(*args, **kwargs), autocast=cast
-    )
+    run = partial(step_digest, model, joint, (args, kwargs), lambda: unplanned_forward(model)(*args, **kwargs), autocast=cast)
     return difference(run(), run())

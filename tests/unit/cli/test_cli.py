@@ -1,6 +1,7 @@
 """The command line: the same table, exit codes 0 and 1, one-line errors, clean stdout."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,12 @@ from tests.support.paths import ROOT
 from tests.support.pictures import is_png, is_svg
 from tests.support.sweeps import sweep_of
 from tests.support.text import unwrapped
+
+
+def only_error(err):
+    """The line of the error, which is all on stderr beside a line per stage."""
+    (found,) = [line for line in err.splitlines() if not re.fullmatch(r"planner: .{3,40} \.\.\.", line)]
+    return found
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def test_sweeps_a_graph_file(blocks, capsys):
 def test_solve_errors_are_one_line_and_exit_1(blocks, arguments, message, capsys):
     assert main(["solve", blocks, *arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.out == "" and message in only_error(captured.err)
 
 
 def test_a_missing_graph_file_is_named(tmp_path, capsys):
@@ -89,7 +96,7 @@ def test_plans_verifies_and_saves(target, tmp_path, capsys):
 def test_errors_are_one_line_and_exit_1(target, arguments, message, capsys):
     assert main(["plan", target, "--costs", "estimate", *arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.out == "" and message in only_error(captured.err)
 
 
 def test_exports_a_budget_and_a_saved_plan_as_the_same_file(target, tmp_path, capsys):
@@ -114,7 +121,7 @@ def test_export_errors_are_one_line_and_exit_1(target, arguments, message, capsy
     monkeypatch.chdir(tmp_path)
     assert main(["export", target, *arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.out == "" and message in only_error(captured.err)
 
 
 @pytest.mark.parametrize("bad", ["nowhere.py:build", "build", "{path}:missing", "{path}:wrong"])
@@ -178,7 +185,7 @@ def test_sweep_prints_json_alone(target, tmp_path, capsys):
 def test_sweep_errors_are_one_line_and_exit_1(target, options, message, capsys):
     assert main(["sweep", target, "--costs", "estimate", *options]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.out == "" and message in only_error(captured.err)
 
 
 def test_shows_a_plan_with_timeline_and_trace(plan_path, tmp_path, capsys):
@@ -222,7 +229,7 @@ def test_show_and_explain_errors_are_one_line_and_exit_1(plan_path, sweep_path, 
     capsys.readouterr()
     assert main([argument.format(plan=plan_path, sweep=sweep_path, graph=blocks) for argument in arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+    assert captured.out == "" and message in only_error(captured.err)
 
 
 @pytest.mark.parametrize("command", ["show", "explain"])
