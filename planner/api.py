@@ -142,18 +142,21 @@ def estimate(
     kwargs: Mapping[str, Any] | None = None,
     *,
     memory: int | str | None = None,
+    autocast: str | None = None,
     remedies: bool = True,
     **options: Unpack[EstimateKeywords],
 ) -> Estimate:
     """Whether a training step fits into a device's memory, what takes it, and what would help. Nothing runs on the device.
 
     With `device` nothing is allocated, and model and call may be on the meta device. A model that has data runs one forward,
-    as for `planner.plan`. Kernels are estimated, unless costs='measure' measures their times and workspaces here.
+    as for `planner.plan`. Without `device` the step is for this machine, and its kernels are measured as for `planner.plan`;
+    costs='estimate' runs none.
 
     Args:
         model, args, kwargs: as for `planner.plan`.
         memory: what the step may take, in bytes or as text ("22GiB"). Default: the device's memory, less what the driver and a
             CUDA context take; on a CPU the machine's memory.
+        autocast: "bfloat16" or "float16": the forward runs under autocast on the device, as in mixed precision training.
         remedies: also capture the step in bfloat16 to say what that would save.
         options: see below.
 
@@ -165,4 +168,4 @@ def estimate(
     """
     checked = read_options(options, EstimateKeywords, "estimate")
     arguments.check_flags(remedies=remedies)
-    return estimated(model, args, kwargs, checked, memory=memory, remedies=remedies)
+    return estimated(model, args, kwargs, checked, memory=memory, autocast=autocast, remedies=remedies)

@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.analysis.estimate import Margin, Remedy, estimate_graph
 from planner.captured import captured
-from planner.errors import PlannerError, first_line
+from planner.errors import InputError, PlannerError, first_line
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -30,7 +30,7 @@ from planner.report.progress import stage
 from planner.results.estimate import Estimate
 from planner.tracer.faults import concerns_model
 from planner.tracer.target_device import TargetDevice
-from planner.units import parse_bytes
+from planner.units import parse_bytes, shown
 
 CONTEXT_BYTES = 512 * 2**20
 """What a CUDA context takes of a device that is here, beside torch's allocator: 0.3 to 0.5 GiB on recent ones."""
@@ -43,6 +43,7 @@ def estimated(
     options: PlanOptions,
     *,
     memory: int | str | None = None,
+    autocast: str | torch.dtype | None = None,
     remedies: bool = True,
 ) -> Estimate:
     """Estimate a training step; see `planner.estimate`.
@@ -52,12 +53,13 @@ def estimated(
         InputError, CaptureError: what was given cannot be captured; says why.
     """
     memory_bytes = None if memory is None else parse_bytes(memory, "memory")
-    options = replace(options, costs=options.costs or "estimate")
-    step = profiled(model, args, kwargs, options)
+    dtype = autocast_dtype(autocast)
     target = target_device(options)
+    with _autocast_here(model, dtype) if target is None else nullcontext():
+        step = profiled(model, args, kwargs, options, autocast=dtype)
     if memory_bytes is None:
         memory_bytes = _memory_bytes(step.joint.device, target)
-    others = tuple(_remedies(step)) if remedies else ()
+    others = tuple(_remedies(step, dtype)) if remedies else ()
     with stage("solve", options.progress):
         found = estimate_graph(
             step.graph,
@@ -69,6 +71,25 @@ def estimated(
             limits=options.limits,
         )
     return Estimate.of(found)
+
+
+def autocast_dtype(value: Any) -> torch.dtype | None:
+    """The dtype of autocast: None, "bfloat16" or "float16", or torch's.
+
+    Raises:
+        InputError: another one.
+    """
+    known = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}
+    if value is None or value in known.values():
+        return value  # type: ignore[no-any-return]
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"autocast={shown(value)}: give 'bfloat16' or 'float16', or leave it out")
+    return known[value]
+
+
+def _autocast_here(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    tensor = next(model.parameters(), None)
+    return nullcontext() if dtype is None or tensor is None else torch.autocast(tensor.device.type, dtype)
 
 
 def margin_of(step: ProfiledStep) -> Margin:
@@ -100,18 +121,17 @@ def _memory_bytes(device: torch.device, target: DeviceModel | None) -> int | Non
         return None
 
 
-def _remedies(step: ProfiledStep) -> Iterator[Remedy]:
+def _remedies(step: ProfiledStep, autocast: torch.dtype | None) -> Iterator[Remedy]:
     """What would lower the peak beside a plan and a smaller batch: other dtypes, another optimizer."""
     plain, options = _plain_bytes(step.graph), step.options
-    wide = any(p.dtype is torch.float32 for p in step.model.parameters())
-    if wide:
-        for what, cost, capture in (
-            ("parameters and inputs in bfloat16", "results change", functools.partial(_other, cast=True)),
-            ("bfloat16 autocast", "results change", functools.partial(_other, autocast=True)),
-        ):
-            graph = _tried(what, functools.partial(capture, step))
+    if any(p.dtype is torch.float32 for p in step.model.parameters()):
+        others = {"parameters and inputs in bfloat16": None}
+        if autocast is None and not torch.is_autocast_enabled(step.joint.device.type):
+            others["bfloat16 autocast"] = torch.bfloat16
+        for what, dtype in others.items():
+            graph = _tried(what, functools.partial(_in_bfloat16, step, dtype))
             if graph is not None:
-                yield Remedy(what, plain - _plain_bytes(graph), cost)
+                yield Remedy(what, plain - _plain_bytes(graph), "results change")
     if options.optimizer is None:
         return
     now = state_bytes(step.model, options.optimizer, master_weights=options.master_weights)
@@ -138,23 +158,21 @@ def _tried(what: str, capture: Callable[[], Graph | None]) -> Graph | None:
         return None
 
 
-def _other(step: ProfiledStep, *, cast: bool = False, autocast: bool = False) -> Graph | None:
-    """The step in bfloat16, on tensors without data; None where it cannot be traced here."""
+def _in_bfloat16(step: ProfiledStep, autocast: torch.dtype | None) -> Graph:
+    """The step on tensors without data: under autocast, or with parameters and inputs in bfloat16 where that is None."""
     target, device = target_device(step.options), step.joint.device
     if target is not None:
-        there = TargetDevice(target.name, target.capability)
+        there = TargetDevice(target.name, target.capability, autocast)
     else:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        there = TargetDevice(str(device), capability)
-    if autocast and (there.capability is not None or torch.is_autocast_enabled("cpu")):
-        return None
+        there = TargetDevice(str(device), capability, autocast)
     model, args, kwargs = without_data(step.model, step.args, step.kwargs)
-    if cast:
+    if autocast is None:
         model = model.to(torch.bfloat16)
         args, kwargs = pytree.tree_map(_narrow, (args, kwargs))
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        found = captured(model, args, kwargs, step.options, there)
-    return with_costs(found, set_aside(model, step.options, target)).graph
+    options = replace(step.options, costs="estimate")
+    found = captured(model, args, kwargs, options, there)
+    return with_costs(found, set_aside(model, options, target)).graph
 
 
 def _narrow(leaf: Any) -> Any:

@@ -171,8 +171,18 @@ class ProfiledStep(CapturedStep):
         return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
 
-def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
+def profiled(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: PlanOptions,
+    *,
+    autocast: torch.dtype | None = None,
+) -> ProfiledStep:
     """Capture a training step and find the costs of its kernels: measured on the device, or estimated.
+
+    Args:
+        autocast: of a device that is not here: the forward runs under autocast of this dtype there.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
@@ -183,7 +193,8 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     target = target_device(options)
     aside = set_aside(model, options, target)
     try:
-        step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
+        there = None if target is None else TargetDevice(target.name, target.capability, autocast)
+        step = captured(model, args, named, options, there)
     except CaptureError as error:
         cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error

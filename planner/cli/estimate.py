@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     add_target(parser)
     parser.add_argument("--memory", metavar="BYTES", help="what the step may take: '22GiB' (default: what the device has)")
+    cast = "the forward runs under autocast of this dtype on the device"
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help=cast)
     meta = "call FUNCTION under torch.device('meta'), so that nothing is allocated; needs --device"
     parser.add_argument("--meta", action="store_true", help=meta)
     add_json(parser)
@@ -28,6 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     from planner import api
 
     model, args, kwargs = target.build(on_meta=arguments.meta)
-    found = api.estimate(model, args, kwargs, memory=arguments.memory, **options)
+    found = api.estimate(model, args, kwargs, memory=arguments.memory, autocast=arguments.autocast, **options)
     say(arguments, found, found.json())
     return 1 if found.fits_planned is False else 0
