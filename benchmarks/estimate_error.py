@@ -56,7 +56,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         within = sum(abs(error) <= LIMITS[costs] for error in errors.values())
         below = [r["name"] for r in records if r[costs]["needed_bytes"] < r["measured_bytes"]]
         lines.append(
-            f"| {costs} | {len(errors)} | {statistics.median(map(abs, errors.values())):.3%} | {errors[worst]:+.1%} ({worst}) | "
+            f"| {costs} | {len(errors)} | {statistics.median(map(abs, errors.values())):.3%} | "
+            f"{errors[worst]:+.1%} ({worst}) | "
             f"{within} within {LIMITS[costs]:.0%} | {', '.join(below) or 'none'} |"
         )
     lines += [

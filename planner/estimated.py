@@ -125,7 +125,7 @@ def _remedies(step: ProfiledStep, autocast: torch.dtype | None) -> Iterator[Reme
     """What would lower the peak beside a plan and a smaller batch: other dtypes, another optimizer."""
     plain, options = _plain_bytes(step.graph), step.options
     if any(p.dtype is torch.float32 for p in step.model.parameters()):
-        others = {"parameters and inputs in bfloat16": None}
+        others: dict[str, torch.dtype | None] = {"parameters and inputs in bfloat16": None}
         if autocast is None and not torch.is_autocast_enabled(step.joint.device.type):
             others["bfloat16 autocast"] = torch.bfloat16
         for what, dtype in others.items():

@@ -110,7 +110,7 @@ class Target:
             raise InputError(f"{self.text} cannot be run: {self._reason(error)}") from error
 
     def _reason(self, error: BaseException) -> str:
-        """An exception of the user's code in a line, with the innermost line that led to it, of the file or of one beside it."""
+        """An exception of the user's code in one line, with the innermost line of the file or one beside it that led to it."""
         lines = traceback.extract_tb(error.__traceback__)
         places = [(Path(entry.filename), entry.lineno) for entry in lines if self._is_users(entry.filename)]
         if isinstance(error, SyntaxError) and error.filename and self._is_users(error.filename):

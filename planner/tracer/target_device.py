@@ -18,6 +18,7 @@ from torch import Tensor
 from planner._compat.autocast import as_on_cuda
 from planner._compat.dispatch import OpOverload
 from planner._compat.joint_export import ExportedJoint
+from planner.tracer.casts import TO_COPY
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -46,7 +47,7 @@ class TargetDevice:
         """A context for tracing under the device's autocast."""
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast("cpu", self.autocast) if self.capability is None else as_on_cuda(self.autocast)
+        return torch.autocast("cpu", self.autocast) if self.capability is None else as_on_cuda(self.autocast, TO_COPY)
 
     @property
     def choices(self) -> Mapping[OpOverload, Callable[..., Any]]:
