@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from planner import arguments
@@ -112,8 +113,10 @@ def _described(step: CapturedStep, graph: Graph, options: PlanOptions) -> Diagno
 
 
 def _is_setting(value: Any) -> bool:
-    """Data, and no code or submodule, which are compared as well but are nothing that a user sets."""
-    return value is not ABSENT and not callable(value) and not isinstance(value, (nn.Module, ModuleType, property))
+    """Data, and no code, submodule or weight, which are compared as well but are nothing that a user sets."""
+    return (
+        value is not ABSENT and not callable(value) and not isinstance(value, (nn.Module, ModuleType, property, torch.Tensor))
+    )
 
 
 def _opaque(model: nn.Module, joint: Joint, options: PlanOptions) -> tuple[Opaque, ...]:
@@ -135,14 +138,18 @@ def _guarded(joint: Joint) -> tuple[str, ...]:
     hooked = sum(bool(module.hooks) for module in joint.modules)
     tensors = sum(given.kind is Kind.INPUT for given in joint.inputs)
     found = [
-        f"{tensors} input tensors (shape, strides, dtype, device, requires_grad)",
+        f"{tensors} input tensor{_s(tensors)} (shape, strides, dtype, device, requires_grad)",
         f"{len(joint.weights)} parameters and buffers (shape, dtype, requires_grad)",
-        f"{len(joint.modules)} modules (class, hooks, tied tensors){f', {hooked} with hooks' if hooked else ''}",
+        f"{len(joint.modules)} module{_s(len(joint.modules))} (class, hooks, tied tensors){f', {hooked} with hooks' if hooked else ''}",
         "autocast and torch's other switches",
     ]
     if joint.host.key.environment:
         found.append("environment " + ", ".join(name for name, _ in joint.host.key.environment))
     return tuple(found)
+
+
+def _s(number: int) -> str:
+    return "" if number == 1 else "s"
 
 
 def _once(joint: Joint, graph: Graph) -> tuple[Once, ...]:
@@ -167,5 +174,7 @@ def _warnings(found: Diagnosis) -> tuple[str, ...]:
     if found.reads:
         warnings.append("Python reads tensor values: a call in which one of them is another runs unplanned")
     if found.opaque:
-        warnings.append(f"{len(found.opaque)} submodules run as they are: what they keep for the backward cannot be freed")
+        warnings.append(
+            f"{len(found.opaque)} submodule{_s(len(found.opaque))} not captured, which run as they are: what they keep for the backward cannot be freed"
+        )
     return tuple(warnings)

@@ -260,3 +260,79 @@ def test_plan_prints_json_with_what_verify_measured(target, tmp_path, capsys):
     found = json.loads(told.out)
     assert found["measured"]["differences"] == [] and found["measured"]["measured_peak_bytes"] <= found["budget_bytes"]
     assert "plan written" in told.err
+
+
+BROKEN = """
+import torch
+from torch import nn
+import helper
+
+class Views(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).view(3, 100)
+
+def raises():
+    return {}["key"]
+
+def leaves():
+    raise SystemExit(3)
+
+def of_helper():
+    return helper.build()
+
+def in_forward():
+    return Views(4, 4), (torch.randn(2, 4),), {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", "KeyError: 'key' at broken.py:11"),
+        ("leaves", "SystemExit: 3 at broken.py:14"),
+        ("of_helper", "ZeroDivisionError: division by zero at helper.py:2"),
+        ("in_forward", "at broken.py:8 raises RuntimeError: shape '[3, 100]' is invalid for input of size 8"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "estimate"])
+def test_an_error_of_the_users_file_is_one_line_with_file_line_and_message(command, function, message, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "helper.py").write_text("def build():\n    return 1 / 0\n")
+    budget = ["--budget", "0.7"] if command == "plan" else []
+    assert main([command, f"{tmp_path / 'broken.py'}:{function}", *budget]) == 1
+    printed = capsys.readouterr()
+    assert message in only_error(printed.err) and printed.out == ""
+
+
+def test_what_is_no_error_of_the_users_is_one_line_too(target, monkeypatch, capsys):
+    monkeypatch.setattr("planner.api.plan", lambda *given, **options: [][0])
+    assert main(["plan", target, "--budget", "0.7"]) == 1
+    assert "IndexError: list index out of range. (--log-level debug shows the traceback)" in only_error(capsys.readouterr().err)
+    assert main(["plan", target, "--budget", "0.7", "--log-level", "debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_each_stage_is_a_line_where_stderr_is_no_terminal(target, capsys):
+    assert main(["plan", target, "--budget", "0.7", "--costs", "estimate", "--verify"]) == 0
+    lines = [f"planner: {name} ..." for name in ("build my_model.py:build", "capture", "solve", "run one step")]
+    assert capsys.readouterr().err.splitlines() == [*lines, "planner: run plain and planned steps ..."]
+
+
+def test_doctor_fails_where_something_prevents_planning(target, tmp_path, capsys):
+    assert main(["doctor", target]) == 0 and "Sequential can be planned" in capsys.readouterr().out
+    (tmp_path / "rows.py").write_text(
+        "import torch\nclass Rows(torch.nn.Linear):\n    def forward(self, x):\n        return super().forward(x[x[:, 0] > 0])\n"
+        "def build():\n    return Rows(4, 1), (torch.randn(3, 4),), {}\n"
+    )
+    assert main(["doctor", f"{tmp_path / 'rows.py'}:build"]) == 1
+    assert "CANNOT be planned" in capsys.readouterr().out
+
+
+def test_estimates_and_says_by_its_code_whether_it_fits(target, capsys):
+    options = ["--costs", "estimate", "--effort", "0.1"]
+    assert main(["estimate", target, "--memory", "1GiB", *options]) == 0
+    assert "fits: 102" in capsys.readouterr().out
+    assert main(["estimate", target, "--memory", "9KiB", *options]) == 1
+    assert "no plan can help" in unwrapped(capsys.readouterr().out)
+    assert main(["estimate", target, "--meta", "--device", "H100", "--autocast", "bfloat16", *options[2:]]) == 0
+    assert "H100-80GB" in capsys.readouterr().out
