@@ -140,7 +140,8 @@ def _guarded(joint: Joint) -> tuple[str, ...]:
     found = [
         f"{tensors} input tensor{_s(tensors)} (shape, strides, dtype, device, requires_grad)",
         f"{len(joint.weights)} parameters and buffers (shape, dtype, requires_grad)",
-        f"{len(joint.modules)} module{_s(len(joint.modules))} (class, hooks, tied tensors){f', {hooked} with hooks' if hooked else ''}",
+        f"{len(joint.modules)} module{_s(len(joint.modules))} (class, hooks, tied tensors)"
+        f"{f', {hooked} with hooks' if hooked else ''}",
         "autocast and torch's other switches",
     ]
     if joint.host.key.environment:
@@ -175,6 +176,6 @@ def _warnings(found: Diagnosis) -> tuple[str, ...]:
         warnings.append("Python reads tensor values: a call in which one of them is another runs unplanned")
     if found.opaque:
         warnings.append(
-            f"{len(found.opaque)} submodule{_s(len(found.opaque))} not captured, which run as they are: what they keep for the backward cannot be freed"
+            f"{len(found.opaque)} submodule{_s(len(found.opaque))} not captured: what they keep for the backward cannot be freed"
         )
     return tuple(warnings)

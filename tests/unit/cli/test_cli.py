@@ -265,7 +265,7 @@ def test_plan_prints_json_with_what_verify_measured(target, tmp_path, capsys):
 BROKEN = """
 import torch
 from torch import nn
-import helper
+import HELPER
 
 class Views(nn.Linear):
     def forward(self, x):
@@ -278,7 +278,7 @@ def leaves():
     raise SystemExit(3)
 
 def of_helper():
-    return helper.build()
+    return HELPER.build()
 
 def in_forward():
     return Views(4, 4), (torch.randn(2, 4),), {}
@@ -290,18 +290,19 @@ def in_forward():
     [
         ("raises", "KeyError: 'key' at broken.py:11"),
         ("leaves", "SystemExit: 3 at broken.py:14"),
-        ("of_helper", "ZeroDivisionError: division by zero at helper.py:2"),
+        ("of_helper", "ZeroDivisionError: division by zero at HELPER.py:2"),
         ("in_forward", "at broken.py:8 raises RuntimeError: shape '[3, 100]' is invalid for input of size 8"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "estimate"])
 def test_an_error_of_the_users_file_is_one_line_with_file_line_and_message(command, function, message, tmp_path, capsys):
-    (tmp_path / "broken.py").write_text(BROKEN)
-    (tmp_path / "helper.py").write_text("def build():\n    return 1 / 0\n")
+    helper = f"helper_of_{command}_{function}"  # modules stay imported
+    (tmp_path / "broken.py").write_text(BROKEN.replace("HELPER", helper))
+    (tmp_path / f"{helper}.py").write_text("def build():\n    return 1 / 0\n")
     budget = ["--budget", "0.7"] if command == "plan" else []
     assert main([command, f"{tmp_path / 'broken.py'}:{function}", *budget]) == 1
     printed = capsys.readouterr()
-    assert message in only_error(printed.err) and printed.out == ""
+    assert message.replace("HELPER", helper) in only_error(printed.err) and printed.out == ""
 
 
 def test_what_is_no_error_of_the_users_is_one_line_too(target, monkeypatch, capsys):
@@ -321,7 +322,8 @@ def test_each_stage_is_a_line_where_stderr_is_no_terminal(target, capsys):
 def test_doctor_fails_where_something_prevents_planning(target, tmp_path, capsys):
     assert main(["doctor", target]) == 0 and "Sequential can be planned" in capsys.readouterr().out
     (tmp_path / "rows.py").write_text(
-        "import torch\nclass Rows(torch.nn.Linear):\n    def forward(self, x):\n        return super().forward(x[x[:, 0] > 0])\n"
+        "import torch\nclass Rows(torch.nn.Linear):\n"
+        "    def forward(self, x):\n        return super().forward(x[x[:, 0] > 0])\n"
         "def build():\n    return Rows(4, 1), (torch.randn(3, 4),), {}\n"
     )
     assert main(["doctor", f"{tmp_path / 'rows.py'}:build"]) == 1
