@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from planner.profiled import ProfiledStep as ProfiledStep
     from planner.profiler.devices import devices as devices, register_device as register_device
     from planner.profiler.estimate import DeviceModel as DeviceModel
+    from planner.results.call_stats import CallStats as CallStats
     from planner.results.diagnosis import Diagnosis as Diagnosis
     from planner.results.estimate import Estimate as Estimate
     from planner.results.explanation import Explanation as Explanation
@@ -68,6 +69,7 @@ _HOMES = {
     "planner.profiled": ("ProfiledStep",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
+    "planner.results.call_stats": ("CallStats",),
     "planner.results.diagnosis": ("Diagnosis",),
     "planner.results.estimate": ("Estimate",),
     "planner.results.explanation": ("Explanation",),

@@ -54,7 +54,7 @@ def doctor(
     """
     checked = read_options(options, DoctorKeywords, "doctor")
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     target = None if checked.device is None else find_device(checked.device)
     there = None if target is None else TargetDevice(target.name, target.capability)
     name = type(model).__name__
@@ -175,7 +175,6 @@ def _warnings(found: Diagnosis) -> tuple[str, ...]:
     if found.reads:
         warnings.append("Python reads tensor values: a call in which one of them is another runs unplanned")
     if found.opaque:
-        warnings.append(
-            f"{len(found.opaque)} submodule{_s(len(found.opaque))} not captured: what they keep for the backward cannot be freed"
-        )
+        number = f"{len(found.opaque)} submodule{_s(len(found.opaque))}"
+        warnings.append(f"{number} not captured: what they keep for the backward cannot be freed")
     return tuple(warnings)

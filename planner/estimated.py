@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner import arguments
 from planner._compat import pytree
 from planner.analysis.estimate import Margin, Remedy, estimate_graph
 from planner.captured import captured
@@ -52,6 +53,7 @@ def estimated(
         BudgetError: `memory` cannot be read.
         InputError, CaptureError: what was given cannot be captured; says why.
     """
+    arguments.check_flags(remedies=remedies)
     memory_bytes = None if memory is None else parse_bytes(memory, "memory")
     dtype = autocast_dtype(autocast)
     target = target_device(options)

@@ -55,6 +55,12 @@ def stage(name: str, shown: bool) -> Iterator[None]:
         status.stop()
 
 
+def say(text: str, shown: bool) -> None:
+    """Say in a line on stderr what a pause of training was for."""
+    if shown and sys.stderr is not None:
+        print(f"planner: {text}", file=sys.stderr, flush=True)
+
+
 def _stderr() -> Console:
     from rich.console import Console  # not before something is shown: the command line starts without it
 

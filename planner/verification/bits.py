@@ -17,8 +17,9 @@ from planner._compat import pytree
 from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
-from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.runtime.module import CheckpointedModule
 from planner.runtime.outputs import backward_starts
+from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.joint import Joint
 from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones
 

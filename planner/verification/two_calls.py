@@ -17,7 +17,7 @@ from planner.profiler.child import CAN_FORK, Child
 from planner.profiler.timing import free_bytes
 from planner.runtime.audit import difference
 from planner.runtime.install import uninstall
-from planner.runtime.module import unplanned_forward
+from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 from planner.verification.bits import step_digest
