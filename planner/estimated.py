@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import map_arg
 
 from planner import arguments
 from planner._compat import pytree
-from planner.analysis.estimate import Margin, Remedy, estimate_graph
+from planner.analysis.estimate import Margin, PlainStep, Remedy, estimate_graph, graph_step, with_reserved
 from planner.captured import captured
 from planner.errors import InputError, PlannerError, first_line
+from planner.graph.accumulation import num_stages
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -27,9 +28,12 @@ from planner.profiled import ProfiledStep, profiled, set_aside, target_device, w
 from planner.profiler.estimate import DeviceModel
 from planner.profiler.measure import device_name
 from planner.profiler.optimizer import Optimizer, state_bytes
+from planner.profiler.profile import KernelCost
 from planner.report.progress import stage
 from planner.results.estimate import Estimate
+from planner.tracer.eager import CallKey, eager_step, key_of, with_tensors
 from planner.tracer.faults import concerns_model
+from planner.tracer.lower import kernel_nodes
 from planner.tracer.target_device import TargetDevice
 from planner.units import parse_bytes, shown
 
@@ -59,6 +63,7 @@ def estimated(
     target = target_device(options)
     with _autocast_here(model, dtype) if target is None else nullcontext():
         step = profiled(model, args, kwargs, options, autocast=dtype)
+        own = _own_step(step)
     if memory_bytes is None:
         memory_bytes = _memory_bytes(step.joint.device, target)
     others = tuple(_remedies(step, dtype)) if remedies else ()
@@ -69,6 +74,7 @@ def estimated(
             memory_bytes=memory_bytes,
             margin=margin_of(step),
             provenance=step.provenance,
+            own=own,
             remedies=others,
             limits=options.limits,
         )
@@ -168,7 +174,7 @@ def _in_bfloat16(step: ProfiledStep, autocast: torch.dtype | None) -> Graph:
     else:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         there = TargetDevice(str(device), capability, autocast)
-    model, args, kwargs = without_data(step.model, step.args, step.kwargs)
+    model, args, kwargs = with_tensors(step.model, step.args, step.kwargs, _without_data)
     if autocast is None:
         model = model.to(torch.bfloat16)
         args, kwargs = pytree.tree_map(_narrow, (args, kwargs))
@@ -177,21 +183,37 @@ def _in_bfloat16(step: ProfiledStep, autocast: torch.dtype | None) -> Graph:
     return with_costs(found, set_aside(model, options, target)).graph
 
 
+def _without_data(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_like(t, device="meta", requires_grad=False).requires_grad_(t.requires_grad) for t in tensors]
+
+
 def _narrow(leaf: Any) -> Any:
     return leaf.to(torch.bfloat16) if isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 else leaf
 
 
-def without_data(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A copy of a model and a call whose tensors are on the meta device; tied tensors stay tied. The model is left as it is."""
-    made: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))):
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in made:
-            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-            made[id(tensor)].requires_grad_(tensor.requires_grad)
-    copied = copy.deepcopy(model, dict(made))
-    call = pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), (args, dict(kwargs)))
-    return copied, *call
+def _own_step(step: ProfiledStep) -> PlainStep | None:
+    """The model's own step, followed on tensors without data; None where that cannot be done, and the graph's stands for it.
+
+    The kernels of a CUDA device that is not here are known of the graph alone. A step with opaque modules, whose kernels were
+    not profiled, is taken to need what its graph needs where that is more.
+    """
+    joint, graph = step.joint, step.graph
+    if joint.device.type != "cpu" or graph.in_flight > 1:
+        return None
+    costs = {
+        op.name: KernelCost(0, op.workspace_bytes, tuple(graph.value[n].hidden_bytes for n in op.writes)) for op in graph.ops
+    }
+    by_call: dict[CallKey, KernelCost] = {}
+    for node in kernel_nodes(joint):
+        arguments = map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
+        by_call.setdefault(key_of(node.target, arguments), costs[node.name])
+    accumulates = bool(num_stages(graph))
+    try:
+        own = eager_step(step.model, joint, step.args, step.kwargs, step.options.loss, by_call, accumulates=accumulates)
+    except Exception as error:
+        if not isinstance(error, PlannerError) and not concerns_model(error):
+            raise
+        PLANNER.info("the model's own step cannot be followed, its graph stands for it: %s", first_line(error))
+        return None
+    of_graph = graph_step(graph)
+    return None if joint.opaque_calls and of_graph.peak_bytes > with_reserved(own, graph).peak_bytes else own

@@ -59,6 +59,21 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainStep:
+    """The step that is trained without a plan.
+
+    Attributes:
+        peak_bytes: its peak, everything resident included.
+        parts: what is live there.
+        peak_at: the kernel that runs there, with its module or line.
+    """
+
+    peak_bytes: int
+    parts: Parts
+    peak_at: str
+
+
+@dataclass(frozen=True, slots=True)
 class Remedy:
     """Something that would lower the peak of the plain step.
 
@@ -140,6 +155,7 @@ def estimate_graph(
     memory_bytes: int | None,
     margin: Margin,
     provenance: Provenance,
+    own: PlainStep | None = None,
     remedies: Sequence[Remedy] = (),
     limits: Limits | None = None,
 ) -> Estimated:
@@ -149,13 +165,15 @@ def estimate_graph(
         graph: the joint graph, with what is reserved.
         device, memory_bytes, provenance: as in `Estimated`.
         margin: by how much a measured peak may exceed the predicted one.
+        own: the model's own step without what is reserved, where it is known; else the graph's plain step stands for it.
         remedies: beside those that the graph itself shows.
         limits: of the solver, for the lowest peak and the plan together.
     """
     plain, limits, solver = simulate(graph, keep_all(graph)), limits or Limits(), Solver(graph)
     lowest_bytes = solver.lowest_peak(limits.share(_LOWEST_SHARE))
-    plan, why, margin_bytes = None, "", margin(plain.peak_bytes)
-    if memory_bytes is not None and plain.peak_bytes + margin_bytes > memory_bytes:
+    step = graph_step(graph) if own is None else with_reserved(own, graph)
+    plan, why, margin_bytes = None, "", margin(step.peak_bytes)
+    if memory_bytes is not None and step.peak_bytes + margin_bytes > memory_bytes:
         plan, why = _plan(graph, solver, memory_bytes, margin, provenance, limits.share(1 - _LOWEST_SHARE))
     floor_bytes, floor_at = proven_floor(graph, solver)
     half = simulate(smaller_batch(graph), keep_all(graph)).peak_bytes
@@ -164,10 +182,10 @@ def estimate_graph(
         device=device,
         memory_bytes=memory_bytes,
         graph=graph,
-        peak_bytes=plain.peak_bytes,
+        peak_bytes=step.peak_bytes,
         margin_bytes=margin_bytes,
-        parts=parts_at_peak(graph, keep_all(graph), plain),
-        peak_at=graph.ops[plain.peak_step].text if graph.ops else "",
+        parts=step.parts,
+        peak_at=step.peak_at,
         floor_bytes=floor_bytes,
         floor_at=floor_at,
         lowest_bytes=lowest_bytes,
@@ -200,6 +218,24 @@ def _plan(
         lowest = solver.archive.lowest.timeline.peak_bytes
         return None, str(restated(error, format_bytes(memory_bytes), memory_bytes, margin, lowest))
     return PlannedGraph(graph, memory_bytes, margin_bytes, solution, provenance), ""
+
+
+def graph_step(graph: Graph) -> PlainStep:
+    """The plain step of a graph: every op once, in captured order."""
+    schedule = keep_all(graph)
+    plain = simulate(graph, schedule)
+    peak_at = graph.ops[plain.peak_step].text if graph.ops else ""
+    return PlainStep(plain.peak_bytes, parts_at_peak(graph, schedule, plain), peak_at)
+
+
+def with_reserved(step: PlainStep, graph: Graph) -> PlainStep:
+    """The step with what the graph reserves beside it; gradients of earlier micro-steps are the step's own."""
+    sizes = {name: getattr(step.parts, name) for name in ("optimizer_bytes", "reserved_bytes")}
+    reserved = [value for value in graph.values if value.kind is Kind.RESERVED and value.name != HELD]
+    for value in reserved:
+        sizes[_resident_part(value.name, value.kind)] += value.nbytes
+    more = sum(value.nbytes for value in reserved)
+    return PlainStep(step.peak_bytes + more, replace(step.parts, **sizes), step.peak_at)
 
 
 def parts_at_peak(graph: Graph, schedule: Schedule, timeline: Timeline) -> Parts:
