@@ -25,7 +25,7 @@ from planner.graph.simulate import simulate
 from planner.log import PLANNER
 from planner.options import PlanOptions
 from planner.profiled import ProfiledStep, profiled, set_aside, target_device, with_costs
-from planner.profiler.estimate import DeviceModel
+from planner.profiler.estimate import DeviceModel, most_workspace_bytes
 from planner.profiler.measure import device_name
 from planner.profiler.optimizer import Optimizer, state_bytes
 from planner.profiler.profile import KernelCost
@@ -64,6 +64,8 @@ def estimated(
     with _autocast_here(model, dtype) if target is None else nullcontext():
         step = profiled(model, args, kwargs, options, autocast=dtype)
         own = _own_step(step)
+        most = _own_step(step, at_most=True) if own is not None and step.provenance.is_estimated else own
+    unknown = 0 if own is None or most is None else most.peak_bytes - own.peak_bytes
     if memory_bytes is None:
         memory_bytes = _memory_bytes(step.joint.device, target)
     others = tuple(_remedies(step, dtype)) if remedies else ()
@@ -72,7 +74,7 @@ def estimated(
             step.graph,
             device=device_name(step.joint.device) if target is None else target.name,
             memory_bytes=memory_bytes,
-            margin=margin_of(step),
+            margin=margin_of(step, unknown),
             provenance=step.provenance,
             own=own,
             remedies=others,
@@ -100,11 +102,15 @@ def _autocast_here(model: nn.Module, dtype: torch.dtype | None) -> AbstractConte
     return nullcontext() if dtype is None or tensor is None else torch.autocast(tensor.device.type, dtype)
 
 
-def margin_of(step: ProfiledStep) -> Margin:
-    """By a peak: by how much at most the measured one exceeds it; see docs/estimate.md."""
+def margin_of(step: ProfiledStep, unknown_bytes: int = 0) -> Margin:
+    """By a peak: by how much at most the measured one exceeds it; see docs/estimate.md.
+
+    Args:
+        unknown_bytes: by how much the plain step's peak is higher where every kernel holds the most that it may.
+    """
     share, least = MARGINS[step.provenance.is_estimated], _SMALLEST[step.joint.device.type == "cuda"]
     resident = step.graph.resident_bytes
-    return lambda peak_bytes: max(least, round(share * (peak_bytes - resident)))
+    return lambda peak_bytes: unknown_bytes + max(least, round(share * (peak_bytes - resident)))
 
 
 MARGINS = {False: 0.01, True: 0.05}
@@ -191,22 +197,22 @@ def _narrow(leaf: Any) -> Any:
     return leaf.to(torch.bfloat16) if isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float32 else leaf
 
 
-def _own_step(step: ProfiledStep) -> PlainStep | None:
+def _own_step(step: ProfiledStep, *, at_most: bool = False) -> PlainStep | None:
     """The model's own step, followed on tensors without data; None where that cannot be done, and the graph's stands for it.
 
     The kernels of a CUDA device that is not here are known of the graph alone. A step with opaque modules, whose kernels were
-    not profiled, is taken to need what its graph needs where that is more.
+    not profiled, is taken to need what its graph needs where that is more. `at_most`: with the most that kernels may hold.
     """
     joint, graph = step.joint, step.graph
     if joint.device.type != "cpu" or graph.in_flight > 1:
         return None
-    costs = {
-        op.name: KernelCost(0, op.workspace_bytes, tuple(graph.value[n].hidden_bytes for n in op.writes)) for op in graph.ops
-    }
+    ops = {op.name: op for op in graph.ops}
     by_call: dict[CallKey, KernelCost] = {}
     for node in kernel_nodes(joint):
-        arguments = map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
-        by_call.setdefault(key_of(node.target, arguments), costs[node.name])
+        arguments, op = map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val")), ops[node.name]
+        workspace = max(op.workspace_bytes, most_workspace_bytes(node) if at_most else 0)
+        hidden = tuple(graph.value[name].hidden_bytes for name in op.writes)
+        by_call.setdefault(key_of(node.target, arguments), KernelCost(0, workspace, hidden))
     accumulates = bool(num_stages(graph))
     try:
         own = eager_step(step.model, joint, step.args, step.kwargs, step.options.loss, by_call, accumulates=accumulates)
