@@ -15,7 +15,7 @@ from torch.fx import map_arg
 
 from planner import arguments
 from planner._compat import pytree
-from planner.analysis.estimate import Margin, PlainStep, Remedy, estimate_graph, graph_step, with_reserved
+from planner.analysis.estimate import Margin, PlainStep, Remedy, estimate_graph
 from planner.captured import captured
 from planner.errors import InputError, PlannerError, first_line
 from planner.graph.accumulation import num_stages
@@ -200,8 +200,7 @@ def _narrow(leaf: Any) -> Any:
 def _own_step(step: ProfiledStep, *, at_most: bool = False) -> PlainStep | None:
     """The model's own step, followed on tensors without data; None where that cannot be done, and the graph's stands for it.
 
-    The kernels of a CUDA device that is not here are known of the graph alone. A step with opaque modules, whose kernels were
-    not profiled, is taken to need what its graph needs where that is more. `at_most`: with the most that kernels may hold.
+    The kernels of a CUDA device that is not here are known of the graph alone. `at_most`: with the most that kernels may hold.
     """
     joint, graph = step.joint, step.graph
     if joint.device.type != "cpu" or graph.in_flight > 1:
@@ -213,13 +212,11 @@ def _own_step(step: ProfiledStep, *, at_most: bool = False) -> PlainStep | None:
         workspace = max(op.workspace_bytes, most_workspace_bytes(node) if at_most else 0)
         hidden = tuple(graph.value[name].hidden_bytes for name in op.writes)
         by_call.setdefault(key_of(node.target, arguments), KernelCost(0, workspace, hidden))
-    accumulates = bool(num_stages(graph))
+    how = {"accumulates": bool(num_stages(graph)), "all_known": not joint.opaque_calls}
     try:
-        own = eager_step(step.model, joint, step.args, step.kwargs, step.options.loss, by_call, accumulates=accumulates)
+        return eager_step(step.model, joint, step.args, step.kwargs, step.options.loss, by_call, **how)
     except Exception as error:
         if not isinstance(error, PlannerError) and not concerns_model(error):
             raise
         PLANNER.info("the model's own step cannot be followed, its graph stands for it: %s", first_line(error))
         return None
-    of_graph = graph_step(graph)
-    return None if joint.opaque_calls and of_graph.peak_bytes > with_reserved(own, graph).peak_bytes else own

@@ -20,6 +20,7 @@ from planner._compat.dispatch import TorchDispatchMode
 from planner._compat.fake_tensors import FakeTensor, stand_ins
 from planner._compat.tensors import storage_id
 from planner.analysis.estimate import Parts, PlainStep
+from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
 from planner.kernels.calls import tensors_in
 from planner.profiler.profile import KernelCost
@@ -64,6 +65,7 @@ def eager_step(
     costs: Mapping[CallKey, KernelCost],
     *,
     accumulates: bool = False,
+    all_known: bool = True,
 ) -> PlainStep:
     """The peak of the model's own step, forward and backward, and what is live there; nothing is allocated.
 
@@ -74,8 +76,10 @@ def eager_step(
         args, kwargs, loss: as for `capture`.
         costs: workspaces and hidden bytes by call; a call that is missing has none.
         accumulates: parameters have gradients before the step.
+        all_known: no kernel that is known to hold much for itself is missing in `costs`, whatever the step runs.
 
     Raises:
+        CaptureError: one is missing, and `all_known` is False.
         Exception: what the model or torch raises where a step needs the data of its tensors.
     """
     preserved = remembered(model, joint.host.key)
@@ -83,18 +87,15 @@ def eager_step(
     try:
         with Generators(joint.device).preserved():
             copied, args, kwargs = with_tensors(model, args, kwargs, stand_ins)
-            return _run(copied, args, kwargs, loss, costs, accumulates)
+            return _run(copied, args, kwargs, loss, _LiveStorages(costs, all_known), accumulates)
     finally:
         IS_CAPTURING.reset(token)
         preserved.restore()
 
 
-def _run(
-    model: nn.Module, args: Any, kwargs: Any, loss: Loss, costs: Mapping[CallKey, KernelCost], accumulates: bool
-) -> PlainStep:
+def _run(model: nn.Module, args: Any, kwargs: Any, loss: Loss, live: _LiveStorages, accumulates: bool) -> PlainStep:
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     mode = next(leaf.fake_mode for leaf in (*model.parameters(), *inputs) if isinstance(leaf, FakeTensor))
-    live = _LiveStorages(costs)
     with mode, torch.enable_grad():
         for kind, tensors in (("parameters", model.parameters()), ("buffers", model.buffers()), ("inputs", inputs)):
             for tensor in tensors:
@@ -140,8 +141,9 @@ class _LiveStorages(TorchDispatchMode):
         kind: what storages are that are made from now on.
     """
 
-    def __init__(self, costs: Mapping[CallKey, KernelCost]) -> None:
+    def __init__(self, costs: Mapping[CallKey, KernelCost], all_known: bool) -> None:
         super().__init__()
+        self._all_known = all_known
         self.kind = "activations"
         self._costs = costs
         self._events: list[_Event] = []
@@ -171,7 +173,10 @@ class _LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        cost = self._costs.get(key_of(func, (args, kwargs or {})), _NO_COST)
+        cost = self._costs.get(key_of(func, (args, kwargs or {})))
+        if cost is None and not self._all_known and any(part in _name(func) for part in _HOLDING_MUCH):
+            raise CaptureError(f"what {func} holds for itself, inside of a module that is not captured, is not known")
+        cost = cost or _NO_COST
         for i, tensor in enumerate(tensors_in(out)):
             self.hold(tensor, self.kind, cost.hidden_bytes[i] if i < len(cost.hidden_bytes) else 0)
         if self._live_bytes + cost.workspace_bytes > self._peak.nbytes:
@@ -200,6 +205,8 @@ class _LiveStorages(TorchDispatchMode):
 
 
 _NO_COST = KernelCost(0, 0)
+_HOLDING_MUCH = ("conv", "rnn", "lstm", "gru")
+"""Parts of the names of kernels whose workspaces are as large as their tensors."""
 
 
 def _name(func: Any) -> str:
