@@ -104,7 +104,7 @@ def explain(plan: PlannedGraph, *, prices: bool = True, limits: Limits | None = 
         limits: what the solver may spend on that.
     """
     more, less = _prices(plan, limits or Limits()) if prices else (None, None)
-    return Explained(plan, _rows(plan), more, less)
+    return Explained(plan, rows_of(plan), more, less)
 
 
 def module_rows(graph: Graph, schedule: Schedule, saved: Iterable[str], wanted: Iterable[str]) -> dict[str, ModuleRow]:
@@ -132,7 +132,8 @@ def module_rows(graph: Graph, schedule: Schedule, saved: Iterable[str], wanted: 
     return {path: row for path, row in figures.items() if row.kept_bytes or row.freed_bytes or row.recomputed_ns}
 
 
-def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+def rows_of(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+    """What happens to the activations of each module, the most bytes first."""
     used = module_rows(plan.graph, plan.solution.schedule, plan.timeline.saved, plan.plain.saved)
     folded = fold({path: replace(row, label="") for path, row in used.items()})
     return _ranked([_sum(label, [used[path] for path in paths]) for label, paths in folded.items()])

@@ -186,15 +186,14 @@ def sweep_graph(
     if not made:
         lowest = solver.lowest_peak(limits)
         raise restated(error, format_bytes(budget), budget, margin, lowest)
-    floor_bytes, floor_op = _floor(graph, solver)
+    floor_bytes, floor_op = proven_floor(graph, solver)
     return SweptGraph(graph, tuple(made), tuple(infeasible), floor_bytes, floor_op, time.monotonic() - start, provenance)
 
 
-def _floor(graph: Graph, solver: Solver) -> tuple[int, str]:
-    """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it."""
+def proven_floor(graph: Graph, solver: Solver) -> tuple[int, str]:
+    """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it ("" without ops)."""
     floors = ((*floor(each), each) for each in (graph, solver.graph))
     least, i, lower = min(floors, key=lambda entry: entry[0])
     if i < 0:
         return least, ""
-    op = lower.ops[i]
-    return least, f"{op.name} ({op.source})" if op.source else op.name
+    return least, lower.ops[i].text

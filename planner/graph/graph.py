@@ -72,6 +72,11 @@ class Op:
     kernel: str = ""
     arguments: str = ""
 
+    @property
+    def text(self) -> str:
+        """For people: its name, with the module and the line where they are known."""
+        return f"{self.name} ({self.source})" if self.source else self.name
+
 
 def reserved_name(purpose: str) -> str:
     """The name of the value of kind RESERVED that stands for bytes set aside for this purpose."""

@@ -61,8 +61,7 @@ def _measured(plan: PlannedGraph) -> str:
 def _where(plan: PlannedGraph) -> str:
     if not plan.graph.ops:
         return "no op"
-    op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
-    return f"{op.name} ({op.source})" if op.source else op.name
+    return plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]].text
 
 
 _GIVEN = {Kind.TANGENT: "output gradients"}

@@ -19,6 +19,7 @@ from planner.graph.fields import boolean, integer, number, reason, rows, string,
 from planner.graph.graph import Graph
 from planner.report import files
 from planner.results import plan_file
+from planner.results.figures import head
 from planner.units import MOST_BYTES
 
 
@@ -136,7 +137,7 @@ def summary(sweep: SweptGraph) -> dict[str, Any]:
     """The figures of a sweep, without graph and schedules: what `planner sweep --json` prints."""
     plain, knee = sweep.plain, sweep.knee_point
     return {
-        "schema": plan_file.SCHEMA,
+        **head("sweep"),
         "plain": {"peak_bytes": plain.peak_bytes, "time_ns": plain.time_ns},
         "floor": {"bytes": sweep.floor_bytes, "op": sweep.floor_op},
         "knee": {"budget_bytes": knee.budget_bytes, "peak_bytes": knee.peak_bytes, "overhead": knee.overhead},

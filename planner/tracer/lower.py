@@ -58,6 +58,18 @@ def lower_like(joint: Joint, planned: Graph) -> Graph:
     return lower(joint, accumulate=num_stages(planned), in_flight=planned.in_flight)
 
 
+def never_recomputed(joint: Joint) -> dict[str, str]:
+    """Forward ops that no plan runs twice, by name, and why. Those that save generator states, for others to run twice, are no
+    such ops."""
+    lowering = _Lowering(joint, None)
+    forward = [
+        node
+        for node in lowering.nodes[: joint.num_forward_nodes]
+        if node in lowering.storages.writes and node.target is not custom.rng_state
+    ]
+    return {node.name: why for node in forward if (why := lowering.why_once(node, forward=True))}
+
+
 def backward_is_fixed(joint: Joint) -> bool:
     """Backward ops must run in captured order.
 
@@ -157,7 +169,7 @@ class _Lowering:
             writes=writes,
             cost_ns=cost.time_ns,
             workspace_bytes=self._bytes(cost.workspace_bytes),
-            recomputable=self._recomputable(node, forward),
+            recomputable=not self.why_once(node, forward),
             source=self.joint.sources.get(node.name, NOWHERE),
             kernel=kernel_name(node.target),
             arguments=self.texts.arguments(node, distinct),
@@ -169,23 +181,29 @@ class _Lowering:
             return self.costs.get(node.name, KernelCost(0, 0))
         return call.forward if node.target is custom.opaque_forward else call.backward
 
-    def _recomputable(self, node: fx.Node, forward: bool) -> bool:
-        """A second execution is sure to give the same bits and to change nothing."""
-        if raises(node) or node.target is custom.rng_state or (mutates(node) and not updates_statistics(node)):
-            return False
-        if is_collective(node) or not is_repeatable(node):
-            return False
+    def why_once(self, node: fx.Node, forward: bool) -> str:
+        """Why a second execution may give other bits or change something; "" where it is sure not to."""
+        if raises(node):
+            return "checks a value, and may raise"
+        if node.target is custom.rng_state:
+            return "saves the generator's state"
+        if mutates(node) and not updates_statistics(node):
+            return "writes into a tensor that lives on"
+        if is_collective(node):
+            return "communicates with other ranks"
         call = opaque_call_of(node, self.joint.opaque_calls)
-        if call is not None and not call.repeatable:
-            return False
+        if not is_repeatable(node) or (call is not None and not call.repeatable):
+            return "did not give the same bits twice"
         if draws(node, self.joint.opaque_calls) and node.name not in self.joint.rng_states:
-            return False
+            return "draws random numbers whose state is not saved"
         unread = set(unread_in_recompute(node))
         # a kernel besides the buffers' update reads the new running statistics, which a second run would compute wrong
         if any(mutates(user) is False for item in new_statistics(node) for user in item.users):
-            return False
+            return "its new statistics are read by other kernels"
         read = {self.storages.root[arg] for arg in node.all_input_nodes if arg not in unread and arg in self.storages.root}
-        return forward and not read & self.mutated
+        if read & self.mutated:
+            return "reads a tensor that the step writes into"
+        return "" if forward else "runs in the backward"
 
 
 def _form(node: fx.Node | None) -> str:
