@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from planner.profiled import ProfiledStep as ProfiledStep
     from planner.profiler.devices import devices as devices, register_device as register_device
     from planner.profiler.estimate import DeviceModel as DeviceModel
+    from planner.results.call_stats import CallStats as CallStats
     from planner.results.explanation import Explanation as Explanation
     from planner.results.max_batch import MaxBatch as MaxBatch
     from planner.results.plan import Plan as Plan
@@ -66,6 +67,7 @@ _HOMES = {
     "planner.profiled": ("ProfiledStep",),
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
+    "planner.results.call_stats": ("CallStats",),
     "planner.results.explanation": ("Explanation",),
     "planner.results.max_batch": ("MaxBatch",),
     "planner.results.plan": ("Plan",),

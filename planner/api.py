@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from torch import nn
 
-from planner import arguments, units
+from planner import units
 from planner.analysis.budgets import Budget, check_budgets
 from planner.captured import captured
 from planner.options import ApplyKeywords, PlanKeywords, SweepKeywords, read_options, with_options
 from planner.profiled import ProfiledStep, profiled
-from planner.results.plan import Plan
+from planner.results.plan import Plan, as_plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
 
@@ -50,7 +51,7 @@ def plan(
     Args:
         model: in training mode, on the device it trains on. It is left as it is; the returned module shares its tensors.
         budget: bound on everything live on the device during forward and backward, parameters and `reserve` included. Bytes
-            (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
+            (int), text ("6GiB"), or a fraction of the plain step's peak (0.6 or "60%").
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
         options: see below.
 
@@ -73,7 +74,7 @@ def plan(
 
 @with_options(ApplyKeywords)
 def apply(
-    plan: Plan,
+    plan: Plan | str | os.PathLike[str],
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -82,20 +83,21 @@ def apply(
     """Rewrite a model by a plan made before, without profiling or solving.
 
     Args:
-        plan: made for this model and call, here or elsewhere.
+        plan: made for this model and call, here or elsewhere; or the name of the file that it was saved in.
         model, args, kwargs: as for `planner.plan`.
         options: see below.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
-        PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
+        PlanFileError: the file cannot be read, or the model's graph is not the one the plan was made for; names the first
+            difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: the step needs more than the plan's budget here.
         PlanCheckError: the planned step fails, or gives other bits. This is a fault of the planner.
     """
     checked = read_options(options, ApplyKeywords, "apply")
-    arguments.check_plan(plan, Plan)
-    return captured(model, args, kwargs, checked).apply(plan)
+    made = as_plan(plan)
+    return captured(model, args, kwargs, checked).apply(made)
 
 
 @with_options(SweepKeywords)

@@ -163,8 +163,7 @@ class _Batches:
             raise InputError(f"make_inputs({batch}) {own_words(error)}") from error
         if not isinstance(made, tuple) or len(made) != 2:
             raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not {kind(made)}")
-        arguments.check_call(*made)
-        return tuple(made[0]), dict(made[1] or {})
+        return arguments.check_call(*made)
 
 
 def search(

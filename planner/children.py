@@ -122,12 +122,12 @@ def plan_children(
         NoScheduleFoundError: the step peaks above the budget with every submodule at its lowest.
     """
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     options = PlanOptions(
         loss=loss, costs=costs, effort=effort, time_limit_s=time_limit_s, num_stages=num_stages, progress=progress
     )
     units.check_budget(budget)
-    trial = _Trial(model, tuple(args), dict(kwargs or {}), options.loss)
+    trial = _Trial(model, args, kwargs, options.loss)
     with one_at_a_time():
         with stage("capture", progress):
             found, left = _capturable(trial, options)

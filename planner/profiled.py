@@ -33,9 +33,11 @@ from planner.results.explanation import Explanation
 from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.ranks import communicates
 from planner.solver.solve import Solver, solve
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import noting
+from planner.tracer.joint import Joint
 from planner.tracer.lower import kernel_nodes, lower
 from planner.tracer.target_device import TargetDevice
 from planner.verification.measured import measured, measured_within, noted
@@ -68,7 +70,14 @@ class ProfiledStep(CapturedStep):
             for args, kwargs in self.options.also:
                 other = profiled(self.model, args, kwargs, self.options)
                 planned.alternatives.append(other._planned(planned.plan.budget_bytes))
+            for args, kwargs in self.options.sizes:
+                planned.prepare(args, kwargs)
         return planned
+
+    @property
+    def plan_anew(self) -> Callable[..., CheckpointedModule]:
+        """What plans calls of other sizes, as this one was planned."""
+        return PlanAnew(replace(self.options, also=(), sizes=(), check=False))
 
     def sweep(
         self,
@@ -140,7 +149,7 @@ class ProfiledStep(CapturedStep):
     def _planned(self, budget: Budget) -> CheckpointedModule:
         """The planned module for this call alone."""
         budget_bytes = self.budget_bytes(budget)
-        fraction = float(budget) if units.is_fraction(budget) else None
+        fraction = units.fraction_of(budget)
 
         def within(aim_bytes: int) -> CheckpointedModule:
             with stage("solve", self.options.progress):
@@ -171,6 +180,27 @@ class ProfiledStep(CapturedStep):
         return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
 
 
+@dataclass(frozen=True, slots=True)
+class PlanAnew:
+    """Plans a call that comes while the model trains; no step is run to check it."""
+
+    options: PlanOptions
+
+    def __call__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], joint: Joint, budget_bytes: int
+    ) -> CheckpointedModule:
+        """The planned module for a captured call.
+
+        Raises:
+            CaptureError: its graph communicates, and ranks would plan at different times.
+            InfeasibleBudgetError, NoScheduleFoundError: no schedule fits the budget, or none was found.
+        """
+        if communicates(joint):
+            raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
+        step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
+        return with_costs(step, _set_aside(model, self.options, None))._planned(budget_bytes)
+
+
 def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
     """Capture a training step and find the costs of its kernels: measured on the device, or estimated.
 
@@ -178,13 +208,15 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         InputError, CaptureError: what was given cannot be planned; says why.
     """
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     target = target_device(options)
     aside = _set_aside(model, options, target)
     try:
         step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
     except CaptureError as error:
+        if error.is_models_own:
+            raise
         cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
     with one_at_a_time():

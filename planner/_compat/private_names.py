@@ -163,7 +163,7 @@ ATTRIBUTES = (
     Names("torch.UntypedStorage", ("_cdata",), lambda: torch.zeros(1).untyped_storage()),
     Names("torch._subclasses.fake_tensor.FakeTensorMode", ("cache_enabled", "dispatch"), _fake_mode),
     Names("torch.autograd.Function", ("maybe_clear_saved_tensors",)),
-    Names("torch.nn.Module", (*MODULE_STATE, *MODULE_HOOKS, "_non_persistent_buffers_set"), nn.Module),
+    Names("torch.nn.Module", (*MODULE_STATE, *MODULE_HOOKS, "_compiled_call_impl", "_non_persistent_buffers_set"), nn.Module),
     Names("torch.fx.GraphModule", ("_graph",), lambda: fx.GraphModule({}, fx.Graph())),
     Names("torch._ops.OpOverload", ("_dispatch_cache", "_schema", "py_kernels"), lambda: torch.ops.aten.relu.default),
     Names("torch.library.Library", ("_destroy",)),

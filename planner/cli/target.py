@@ -89,8 +89,7 @@ class Target:
         if not isinstance(built, tuple) or len(built) != 3:
             raise InputError(f"{self.text} must return (model, args, kwargs), not {kind(built)}")
         model, args, kwargs = built
-        check_call(args, kwargs)
-        return model, tuple(args), dict(kwargs or {})
+        return model, *check_call(args, kwargs)
 
     def _run(self, function: Callable[..., Any], **sizes: int) -> Any:
         try:

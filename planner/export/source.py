@@ -26,7 +26,8 @@ from planner.export.lines import WrittenPass, write_pass
 from planner.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.graph.graph import Kind
 from planner.kernels import custom
-from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.joint import Input
 
 _TAKEN = frozenset(

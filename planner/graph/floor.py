@@ -82,8 +82,8 @@ def infeasible_text(budget: str, least: int, culprit: str, cure: str, advice: st
         cure: what to do first.
     """
     held = f" ({culprit})" if culprit else ""
-    more = f", or {advice}" if advice else ""
-    return f"{budget} is below {enough_text(least)}, the least any schedule of this graph can reach{held}. {cure}{more}."
+    more = f". Or {advice}" if advice else ""
+    return f"{cure}: {budget} is below {enough_text(least)}, the least any schedule of this graph can reach{held}{more}"
 
 
 def _own(graph: Graph, op: Op) -> dict[str, int]:

@@ -84,6 +84,9 @@ def devices() -> tuple[DeviceModel, ...]:
 def register_device(device: DeviceModel) -> None:
     """Make a device of your own known by its name; one of the same name is replaced.
 
+    Args:
+        device: its rates and its memory.
+
     Raises:
         InputError: `device` is no DeviceModel.
     """

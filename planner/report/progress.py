@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -25,3 +26,9 @@ def stage(name: str, shown: bool) -> Iterator[None]:
         timer.cancel()
         timer.join()
         status.stop()
+
+
+def say(text: str, shown: bool) -> None:
+    """Say in a line on stderr what a pause of training was for."""
+    if shown and sys.stderr is not None:
+        print(f"planner: {text}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +61,23 @@ class Plan(PlannedGraph):
         plan_file.save(self, path)
 
     @staticmethod
-    def load(path: str | Path) -> Plan:
+    def load(path: str | os.PathLike[str]) -> Plan:
         """Read a plan written by `save`.
 
         Raises:
             PlanFileError: not JSON, another schema version, or inconsistent.
         """
         return plan_file.load(path, Plan)
+
+
+def as_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan, or the one in the file of this name.
+
+    Raises:
+        InputError: neither.
+        PlanFileError: the file cannot be read.
+    """
+    if isinstance(plan, (str, os.PathLike)):
+        return Plan.load(plan)
+    arguments.check_plan(plan, Plan)
+    return plan

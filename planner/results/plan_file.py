@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -66,7 +67,7 @@ def save(plan: PlannedGraph, path: str | Path) -> None:
         raise InputError(f"cannot write plan file {path}: {error}") from error
 
 
-def load(path: str | Path, kind: type[P]) -> P:
+def load(path: str | os.PathLike[str], kind: type[P]) -> P:
     """Read a plan as one of this class.
 
     Raises:
@@ -75,7 +76,7 @@ def load(path: str | Path, kind: type[P]) -> P:
     return loads(read_text(path, "plan file"), kind, str(path))
 
 
-def read_text(path: str | Path, what: str) -> str:
+def read_text(path: str | os.PathLike[str], what: str) -> str:
     """A file's text; a name in .gz is unpacked. `what`: what it is, for errors.
 
     Raises:

@@ -86,16 +86,15 @@ class Sweep(SweptGraph):
         smallest = self.points[0].budget_bytes
         if budget_bytes < self.floor_bytes:
             raise InfeasibleBudgetError(
-                f"budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least any schedule of "
-                f"this graph can reach (op {self.floor_op}). Raise the budget to {enough_text(smallest)} ({smallest} bytes), "
-                "the smallest that has a plan in this sweep, or reduce the batch.",
+                f"Raise the budget to {enough_text(smallest)} ({smallest} bytes), the smallest that has a plan in this sweep, "
+                f"or reduce the batch: budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least "
+                f"any schedule of this graph can reach (op {self.floor_op})",
                 budget_bytes=budget_bytes,
                 floor_bytes=self.floor_bytes,
             )
         raise NoScheduleFoundError(
-            f"the smallest budget of this sweep that has a plan is {enough_text(smallest)} ({smallest} bytes), above "
-            f"{format_bytes(budget_bytes)} (the proven floor is {format_bytes(self.floor_bytes)}). "
-            "Raise the budget to that, or plan for it alone.",
+            f"Raise the budget to {enough_text(smallest)} ({smallest} bytes), the smallest that has a plan in this sweep, or "
+            f"plan for {format_bytes(budget_bytes)} alone (the proven floor is {format_bytes(self.floor_bytes)})",
             lowest_bytes=min(point.peak_bytes for point in self.points),
             floor_bytes=self.floor_bytes,
         )

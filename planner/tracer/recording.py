@@ -17,7 +17,7 @@ from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import ObservedForward, Observer
-from planner.tracer.host.preserve import Preserved
+from planner.tracer.host.preserve import Preserved, model_preserved
 from planner.tracer.host.state import HostState, Path, remembered
 from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
@@ -105,6 +105,21 @@ def record(
         raise
     reads = tuple(observed.run.reads)
     return Recording(observed.host, calls, reads, observed.preserved, observed.written, observed.settled)
+
+
+def raises_too(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], error: Exception) -> bool:
+    """Whether the model's forward, run as it is, raises what a recorded forward raised. All that it changes is restored.
+
+    Args:
+        tensors: one per tensor leaf of the call.
+        error: what was raised.
+    """
+    with model_preserved(model, [*model.buffers(), *tensors], guards_iterators=False), torch.no_grad(), CollectivesRefused(()):
+        try:
+            run_call(model, call, tensors)
+        except Exception as plain:
+            return type(plain) is type(error)
+    return False
 
 
 def _observed(

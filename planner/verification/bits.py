@@ -15,7 +15,8 @@ from planner._compat import pytree
 from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
-from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.planned_call import unplanned_forward
 from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones
 
 

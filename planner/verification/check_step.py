@@ -26,7 +26,8 @@ from planner.profiler.timing import free_bytes
 from planner.rewriter.partition import ORIGIN
 from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
-from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.planned_call import unplanned_forward
 from planner.runtime.step import RewrittenStep
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint

@@ -19,7 +19,8 @@ from planner.runtime.audit import run_original
 from planner.runtime.guards import call_key
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import uninstall
-from planner.runtime.module import CheckpointedModule, unplanned_forward
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.outputs import without_caches
 from planner.verification.state import generators, set_generators, state_of

@@ -81,7 +81,7 @@ def test_best_says_why_there_is_none(swept: Sweep) -> None:
     with pytest.raises(InfeasibleBudgetError, match="least any schedule"):
         swept.best(budget=1)
     high = sweep_of(graphs.blocks(8), [0.8, 1.0])
-    with pytest.raises(NoScheduleFoundError, match="smallest budget of this sweep"):
+    with pytest.raises(NoScheduleFoundError, match="the smallest that has a plan in this sweep"):
         high.best(budget=0.7)
     with pytest.raises(NoScheduleFoundError, match="the least is"):
         sweep_of(graphs.blocks(8), [0.7]).best(max_overhead=0)
