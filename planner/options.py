@@ -311,6 +311,16 @@ class SweepKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _Progr
     """What `sweep` takes."""
 
 
+class EstimateKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _ProgressKeywords, total=False):
+    """What `estimate` takes."""
+
+
+class DoctorKeywords(_CaptureKeywords, _CriterionKeywords, _ProgressKeywords, total=False):
+    """What `doctor` takes."""
+
+    device: str | DeviceModel | None
+
+
 class ApplyKeywords(_CaptureKeywords, _CriterionKeywords, _RuntimeKeywords, _ProgressKeywords, total=False):
     """What `apply` takes."""
 

@@ -183,7 +183,8 @@ class ProfiledStep(CapturedStep):
     def _measured(self, made: Plan, rounds: int) -> MeasuredPoint:
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
-        return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+        peak_bytes = report.measured_peak_bytes
+        return MeasuredPoint(made.budget_bytes, peak_bytes, report.time_ratio, report.exact, report.time_spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +205,21 @@ class PlanAnew:
         if communicates(joint):
             raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
         step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
-        return with_costs(step, _set_aside(model, self.options, None))._planned(budget_bytes)
+        return with_costs(step, set_aside(model, self.options, None))._planned(budget_bytes)
 
 
-def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
+def profiled(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: PlanOptions,
+    *,
+    autocast: torch.dtype | None = None,
+) -> ProfiledStep:
     """Capture a training step and find the costs of its kernels: measured on the device, or estimated.
+
+    Args:
+        autocast: of a device that is not here: the forward runs under autocast of this dtype there.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
@@ -217,9 +228,10 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     args, kwargs = arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     target = target_device(options)
-    aside = _set_aside(model, options, target)
+    aside = set_aside(model, options, target)
     try:
-        step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
+        there = None if target is None else TargetDevice(target.name, target.capability, autocast)
+        step = captured(model, args, named, options, there)
     except CaptureError as error:
         if error.is_models_own:
             raise
@@ -281,7 +293,7 @@ def _margin_of(graph: Graph) -> Callable[[int], int]:
     return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
-def _set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
+def set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
     """Bytes that are resident beside the step, by what they are for."""
     asked = {"reserved": options.reserve_bytes}
     if options.optimizer is not None:
@@ -313,4 +325,5 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
+        module=type(step.model).__name__,
     )

@@ -434,10 +434,23 @@ RUN_ELSEWHERE = {"usage", "tutorial", "recipes"}
 """Below, in tests/integration/test_examples.py, and in tests/test_recipes.py."""
 WITH_CODE = [page for page in PAGES if page.parent.name == "docs" and blocks(text_of(page), "python")]
 SHOWN = [page for page in WITH_CODE if page.stem not in RUN_ELSEWHERE]
-GIVEN = {"limits": "import torch\nmodel, args = torch.nn.Linear(4, 4), (torch.randn(2, 4),)"}
+GIVEN = {
+    "limits": "import torch\nmodel, args = torch.nn.Linear(4, 4), (torch.randn(2, 4),)",
+    "integrations": """
+import torch
+from accelerate import Accelerator
+from transformers import TrainingArguments
+
+model = torch.nn.Linear(4, 4)
+optimizer, data = torch.optim.SGD(model.parameters()), [torch.randn(4)]
+loader, accelerator = torch.utils.data.DataLoader(data), Accelerator(cpu=True)
+arguments = TrainingArguments("out", use_cpu=True, report_to="none")
+""",
+}
 """What a page takes for granted."""
 
 
+@pytest.mark.filterwarnings("ignore:.*tensorboardX:UserWarning")  # Lightning's default logger
 @pytest.mark.parametrize("page", SHOWN, ids=[page.stem for page in SHOWN])
 def test_the_code_of_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

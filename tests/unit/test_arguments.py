@@ -317,10 +317,12 @@ def test_paths(path):
         lambda: made.save(path),
         lambda: Plan.load(path),
         lambda: made.plot(path),
-        lambda: made.trace(path),
+        lambda: made.perfetto(path),
+        lambda: made.html(path),
         lambda: Sweep.load(path),
         lambda: swept().save(path),
         lambda: swept().plot(path),
+        lambda: swept().html(path),
         lambda: export_source(planned(), path),
     ):
         check(InputError, call)
