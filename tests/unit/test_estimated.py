@@ -131,7 +131,7 @@ def test_under_autocast_on_the_device():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"memory": "soon"}, BudgetError, "memory 'soon' cannot be read"),
+        ({"memory": "soon"}, BudgetError, "write the memory as .*'soon' cannot be read"),
         ({"autocast": "int8"}, InputError, "give 'bfloat16' or 'float16'"),
         ({"device": "H900"}, InputError, "is not a known device"),
         ({"remedies": 1}, InputError, "give True or False"),
