@@ -97,10 +97,10 @@ def planned_units(
         what: the function that was called, for errors.
     """
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     units.check_budget(budget)
     names = None if wanted is None or isinstance(wanted, Largest) else choose.chosen(model, wanted)
-    trial = Trial(model, tuple(args), dict(kwargs or {}), options.loss, what)
+    trial = Trial(model, args, kwargs, options.loss, what)
     with one_at_a_time():
         with stage("capture", options.progress):
             kinds, left = _kinds(trial, names, options, takes_blocks=wanted is None)
@@ -180,13 +180,13 @@ def apply_units(
     if not isinstance(plan, UnitPlan):
         raise InputError(f"plan is {units.kind(plan)}, not a UnitPlan: give planned.plan, or UnitPlan.load(path)")
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     options = PlanOptions(loss=loss, num_stages=num_stages, progress=progress)
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = next((name for name in plan.units if name not in modules), None)
     if missing is not None:
         raise PlanFileError(f"the plan was made for another model: this one has no submodule {missing}. Make it again.")
-    trial = Trial(model, tuple(args), dict(kwargs or {}), options.loss, "apply_units")
+    trial = Trial(model, args, kwargs, options.loss, "apply_units")
     made: dict[str, Made] = {}
     with one_at_a_time():
         for k, own in enumerate(plan.kinds):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from planner.errors import NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
-from planner.graph.schedule import Schedule
+from planner.graph.schedule import Schedule, check
 from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import in_flight, stages
@@ -83,6 +83,15 @@ class Solver:
             ]:
                 self.archive.offer(self._renumbered(schedule) if renumbered else schedule, name)
         self._has_baselines = True
+
+    def offer(self, schedule: Schedule, source: str) -> int:
+        """Let a schedule of the captured graph compete; its peak in bytes.
+
+        Raises:
+            ScheduleError: it is none of this graph.
+        """
+        check(self._captured, schedule)
+        return self.archive.offer(self._renumbered(schedule), source).peak_bytes
 
     def _renumbered(self, schedule: Schedule) -> Schedule:
         """A schedule of the captured graph in the numbers of the moved one."""
@@ -221,7 +230,7 @@ def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: f
 def not_found_text(budget: str, lowest_bytes: int, floor_bytes: int, seconds: float, enough_bytes: int) -> str:
     """The message of a NoScheduleFoundError. `budget`: what was asked for, in words; `enough_bytes`: what can be met."""
     return (
-        f"no schedule within {budget} was found in {seconds:.1f} s; that none exists was not proven (the proven floor is "
-        f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes). Raise "
-        f"the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give more effort, or reduce the batch."
+        f"Raise the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give more effort, or reduce the batch: no "
+        f"schedule within {budget} was found in {seconds:.1f} s. That none exists was not proven (the proven floor is "
+        f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
     )

@@ -127,7 +127,7 @@ def test_an_option_of_another_function_is_refused():
             read_options({name: OPTIONS[name].default}, SweepKeywords, "sweep")
 
 
-@pytest.mark.parametrize("also", ["calls", 3, [X], [(X,)], [((X,), {}, {})], [(X, {})], [((X,), {3: X})]], ids=repr)
+@pytest.mark.parametrize("also", ["calls", 3, [X], [(X,)], [((X,), {}, {})], [({"x": X}, {})], [((X,), {3: X})]], ids=repr)
 def test_other_calls_are_checked(also):
     with pytest.raises(InputError, match=r"also|args"):
         PlanOptions(also=also)
