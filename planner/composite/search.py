@@ -13,7 +13,7 @@ from functools import cached_property
 from planner import units
 from planner.composite.kinds import UnitKind
 from planner.composite.trial import Made, Trial
-from planner.errors import CaptureError, GraphError, NoScheduleFoundError
+from planner.errors import CaptureError, GraphError, NoScheduleFoundError, ScheduleError
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterGraph, contracted, from_measured
@@ -66,8 +66,11 @@ class UnitSearch:
     def _outer(self, whole: Graph | None) -> OuterGraph:
         if whole is not None:
             try:
-                return contracted(whole, list(self.kinds))
-            except GraphError as error:
+                outer = contracted(whole, list(self.kinds))
+                composed = compose(outer, {unit: kind.graph for unit, kind in self.kinds.items()})
+                simulate(composed.graph, composed.schedule({}))
+                return outer
+            except (GraphError, ScheduleError) as error:  # the units' graphs are other ones than their parts of the whole
                 PLANNER.info("outer code is measured: %s", error)
         least = {unit: min(range(len(own)), key=lambda at: own[at].figures) for unit, own in self.fronts.items()}
         sections = self.trial.sections(self.made(least))
