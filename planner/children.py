@@ -17,9 +17,6 @@ from planner.options import PlanOptions
 from planner.runtime.step import DEFAULT_STAGES
 from planner.tracer.loss import Loss
 
-Children = PlannedUnits
-"""Former name."""
-
 
 def plan_children(
     model: nn.Module,
