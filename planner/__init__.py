@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from planner.composite.units import apply_units as apply_units, plan_units as plan_units
     from planner.diagnosis import doctor as doctor
     from planner.export.source import export_source as export_source
+    from planner.integrations.first_call import plan_at_first_call as plan_at_first_call
     from planner.options import PlanOptions as PlanOptions
     from planner.profiled import ProfiledStep as ProfiledStep
     from planner.profiler.devices import devices as devices, register_device as register_device
@@ -70,6 +71,7 @@ _HOMES = {
     "planner.composite.units": ("apply_units", "plan_units"),
     "planner.diagnosis": ("doctor",),
     "planner.export.source": ("export_source",),
+    "planner.integrations.first_call": ("plan_at_first_call",),
     "planner.options": ("PlanOptions",),
     "planner.profiled": ("ProfiledStep",),
     "planner.profiler.devices": ("devices", "register_device"),

@@ -43,6 +43,7 @@ ROOMS = (
     "api",
     "batch",
     "children",
+    "integrations",
     "cli",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""
