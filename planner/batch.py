@@ -42,8 +42,8 @@ _MOST = 2**40
 _PLANS = 3
 """The search may take the work of so many plans."""
 _PREDICTION, _PREDICTIONS, _NEAR = 0.12, 6, 50
-"""The largest batch is predicted by at most so many searches, each with this part of the work that is left, until it is known to
-a fiftieth."""
+"""The largest batch is predicted by at most so many searches, each with this part of the work that is left, until it is known
+to a fiftieth."""
 _ATTEMPT = 1 / 3
 """Part of the work that is left for each batch that is tried."""
 _TYPICAL = 8

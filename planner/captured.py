@@ -21,7 +21,7 @@ from planner.runtime.criterion import with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
 from planner.runtime.step import Recapture, make_step
-from planner.tracer.capture import one_at_a_time
+from planner.tracer.capture import collections_paused, one_at_a_time
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
@@ -90,10 +90,11 @@ class CapturedStep:
         """
         options = self.options
         recapture = Recapture(options.loss, tuple(options.opaque)) if options.dynamic else None
-        step = make_step(
-            plan, self.joint, self.model, self.args, self.kwargs, options.num_stages, recapture, options.compile, fraction
-        )
-        return CheckpointedModule(self.model, step, plan, options.strict, audits=options.audit)
+        with collections_paused():
+            step = make_step(
+                plan, self.joint, self.model, self.args, self.kwargs, options.num_stages, recapture, options.compile, fraction
+            )
+            return CheckpointedModule(self.model, step, plan, options.strict, audits=options.audit)
 
     @property
     def why_not_run(self) -> str:

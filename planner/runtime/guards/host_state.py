@@ -76,15 +76,16 @@ class HostStateGuard:
             where = path.module if path.scope is None else id(path.scope.variables)
             groups.setdefault(where, _Group([])).expected.append((path, expected))
         self._groups = list(groups.values())
-        prints = self._prints()
+        named = names()
+        prints = self._prints(named)
         for group in self._groups:
             now = [prints.of(path.root(model)) for path, _ in group.expected]
             rows = zip(group.expected, now, strict=True)
             group.expected = [(path, found if alike(print_, found, copied=True) else print_) for (path, print_), found in rows]
             if all(alike(print_, found) for (_, print_), found in zip(group.expected, now, strict=True)):
-                self._remember(group)
+                self._remember(group, named)
         self._code: list[tuple[Reader, Sequence[Any]]] = []
-        self._remember_code()
+        self._remember_code(named)
         self._steady = [group for group in self._groups if group.is_known]
         self._changing = [group for group in self._groups if not group.is_known]
         self._remember_steady()
@@ -97,13 +98,14 @@ class HostStateGuard:
         """
         if self._forward is not None and not through_forward and not self._forward.is_unchanged:
             path, expected = self._forward.expected[0]
-            now = self._prints().of(path.root(self._model))
+            named = self._names()
+            now = self._prints(named).of(path.root(self._model))
             if not alike(expected, now, copied=True):
                 return _mismatch(first_difference(expected, now, "forward"))
-            self._remember(self._forward)
+            self._remember(self._forward, named)
             self._forward.others += [
                 (lambda: [path.root(self._model)], [path.root(self._model)]),
-                *self._functions_at(path, set()),
+                *self._functions_at(path, set(), named),
             ]
         for name, value in self._key.environment:
             if os.environ.get(name) != value:
@@ -113,7 +115,7 @@ class HostStateGuard:
             found = self._compare_values(self._groups)
             if found is not None:
                 return found
-            self._remember_code()
+            self._remember_code(self._names())
         if not self._is_steady():
             changed = [group for group in self._steady if not group.is_unchanged]
             found = self._compare_values(changed)
@@ -138,27 +140,28 @@ class HostStateGuard:
         self._others = [other for group in self._steady for other in group.others]
 
     def _compare_values(self, groups: Sequence[_Group]) -> Mismatch | None:
-        prints = self._prints() if groups else None
+        if not groups:
+            return None
+        named = self._names()
+        prints = self._prints(named)
         for group in groups:
             for path, expected in group.expected:
-                assert prints is not None
                 now = prints.of(path.root(self._model))
                 if not alike(expected, now):
                     found = first_difference(expected, now, str(path))
                     if path.name == "training" and path.scope is None:
                         return Mismatch("mode", f"training mode of {path.module or 'the model'}", found.now, found.planned)
                     return _mismatch(found)
-            self._remember(group)
+            self._remember(group, named)
         return None
 
-    def _prints(self) -> Fingerprints:
-        return Fingerprints(self._names(), self._key.reads.wants, skipped_places(self._key.left, self._model))
+    def _prints(self, named: Mapping[int, str]) -> Fingerprints:
+        return Fingerprints(named, self._key.reads.wants, skipped_places(self._key.left, self._model))
 
-    def _remember(self, group: _Group) -> None:
+    def _remember(self, group: _Group, named: Mapping[int, str]) -> None:
         """Note what each container of these places holds now."""
         group.dicts, group.others, group.is_known = [], [], True
         skipped = {id(path.get(self._model)) for path in self._key.left}
-        named = self._names()
         modules = {path.module: None for path, _ in group.expected if path.scope is None}
         for name in modules:
             _note_module(group, self._model.get_submodule(name), [path.name for path, _ in group.expected])
@@ -184,18 +187,18 @@ class HostStateGuard:
             todo += inner
             yield value, bool(inner)
 
-    def _functions_at(self, path: Path, seen: set[int]) -> list[tuple[Reader, Sequence[Any]]]:
+    def _functions_at(self, path: Path, seen: set[int], named: Mapping[int, str]) -> list[tuple[Reader, Sequence[Any]]]:
         """Readers of each function at and below a place, and what they read now."""
-        found = self._values_at(path.root(self._model), seen, self._names())
+        found = self._values_at(path.root(self._model), seen, named)
         readers: list[Reader] = [partial(_of_function, value) for value, _ in found if isinstance(value, FunctionType)]
         return [(read, list(read())) for read in readers]
 
-    def _remember_code(self) -> None:
+    def _remember_code(self, named: Mapping[int, str]) -> None:
         """Note functions and class attributes once for all places: many places share them."""
         self._code = []
         seen, known = set[int](), set[tuple[type, str]]()
         for path, _ in (row for group in self._groups for row in group.expected):
-            self._code += self._functions_at(path, seen)
+            self._code += self._functions_at(path, seen, named)
             if path.scope is None:
                 module = self._model.get_submodule(path.module)
                 if (type(module), path.name) not in known and path.name not in vars(module):
