@@ -1,10 +1,10 @@
 PYTHON := .venv/bin/python
 
-.PHONY: install test zoo field lint types bench bench-compare bench-solver
+.PHONY: install test zoo field lint types site bench bench-compare bench-solver
 
 install:
 	python3 -m venv .venv
-	$(PYTHON) -m pip install -c constraints.txt -e '.[dev,examples,plot]'
+	$(PYTHON) -m pip install -c constraints.txt -e '.[dev,docs,examples,plot]'
 
 test:
 	$(PYTHON) -m pytest
@@ -18,9 +18,13 @@ field:
 
 lint:
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 types:
 	$(PYTHON) -m mypy -p planner
+
+site:
+	$(PYTHON) -m mkdocs build --strict
 
 bench:
 	$(PYTHON) -m benchmarks.main_job

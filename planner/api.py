@@ -1,18 +1,21 @@
-"""profile, plan, apply, sweep: the whole story on a page."""
+"""profile, plan, apply, sweep, estimate: the whole story on a page."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from torch import nn
 
-from planner import arguments, units
+from planner import units
 from planner.analysis.budgets import Budget, check_budgets
 from planner.captured import captured
-from planner.options import ApplyKeywords, PlanKeywords, SweepKeywords, read_options, with_options
+from planner.estimated import estimated
+from planner.options import ApplyKeywords, EstimateKeywords, PlanKeywords, SweepKeywords, read_options, with_options
 from planner.profiled import ProfiledStep, profiled
-from planner.results.plan import Plan
+from planner.results.estimate import Estimate
+from planner.results.plan import Plan, as_plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
 
@@ -50,7 +53,7 @@ def plan(
     Args:
         model: in training mode, on the device it trains on. It is left as it is; the returned module shares its tensors.
         budget: bound on everything live on the device during forward and backward, parameters and `reserve` included. Bytes
-            (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak.
+            (int), text ("6GiB"), or a fraction of the plain step's peak (0.6 or "60%").
         args, kwargs: an example call, as in training: `model(*args, **kwargs)`.
         options: see below.
 
@@ -73,7 +76,7 @@ def plan(
 
 @with_options(ApplyKeywords)
 def apply(
-    plan: Plan,
+    plan: Plan | str | os.PathLike[str],
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -82,20 +85,21 @@ def apply(
     """Rewrite a model by a plan made before, without profiling or solving.
 
     Args:
-        plan: made for this model and call, here or elsewhere.
+        plan: made for this model and call, here or elsewhere; or the name of the file that it was saved in.
         model, args, kwargs: as for `planner.plan`.
         options: see below.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
-        PlanFileError: the model's graph is not the one the plan was made for; names the first difference.
+        PlanFileError: the file cannot be read, or the model's graph is not the one the plan was made for; names the first
+            difference.
         CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
         MeasuredPeakError: the step needs more than the plan's budget here.
         PlanCheckError: the planned step fails, or gives other bits. This is a fault of the planner.
     """
     checked = read_options(options, ApplyKeywords, "apply")
-    arguments.check_plan(plan, Plan)
-    return captured(model, args, kwargs, checked).apply(plan)
+    made = as_plan(plan)
+    return captured(model, args, kwargs, checked).apply(made)
 
 
 @with_options(SweepKeywords)
@@ -131,3 +135,38 @@ def sweep(
     checked = read_options(options, SweepKeywords, "sweep")
     check_budgets(budgets, points, low, high)
     return profiled(model, args, kwargs, checked).sweep(budgets, points=points, low=low, high=high)
+
+
+@with_options(EstimateKeywords)
+def estimate(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    memory: int | str | None = None,
+    autocast: str | None = None,
+    remedies: bool = True,
+    **options: Unpack[EstimateKeywords],
+) -> Estimate:
+    """Whether a training step fits into a device's memory, what takes it, and what would help. Nothing runs on the device.
+
+    With `device` nothing is allocated, and model and call may be on the meta device. A model that has data runs one forward,
+    as for `planner.plan`. Without `device` the step is for this machine, and its kernels are measured as for `planner.plan`;
+    costs='estimate' runs none.
+
+    Args:
+        model, args, kwargs: as for `planner.plan`.
+        memory: what the step may take, in bytes or as text ("22GiB"). Default: the device's memory, less what the driver and a
+            CUDA context take; on a CPU the machine's memory.
+        autocast: "bfloat16" or "float16": the forward runs under autocast on the device, as in mixed precision training.
+        remedies: also capture the step in bfloat16 to say what that would save.
+        options: see below.
+
+    Returns:
+        the Estimate: peak and margin, its parts, the floor, the plan for the memory, what else would help.
+
+    Raises:
+        BudgetError, InputError, CaptureError: what was given cannot be captured; says why.
+    """
+    checked = read_options(options, EstimateKeywords, "estimate")
+    return estimated(model, args, kwargs, checked, memory=memory, autocast=autocast, remedies=remedies)

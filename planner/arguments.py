@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -23,41 +24,55 @@ def check_model(model: Any, what: str = "model") -> None:
     import torch
 
     if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"{what} is {kind(model)}, compiled by torch.jit, and cannot be captured: give the nn.Module itself")
+        raise InputError(f"give the nn.Module that torch.jit compiled: {what} is {kind(model)}, which cannot be captured")
     if isinstance(model, torch.nn.Module):
         if not hasattr(model, "_modules") or not hasattr(model, "_parameters"):
-            raise InputError(f"{what} is {kind(model)} whose __init__ did not call super().__init__()")
+            raise InputError(
+                f"call super().__init__() in the __init__ of {type(model).__name__}, of which {what} is an instance"
+            )
         return
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
-        raise InputError(f"{what} is {kind(model)}: give an instance of it, {model.__name__}(...)")
+        raise InputError(f"give an instance of {model.__name__}, {model.__name__}(...): {what} is {kind(model)}")
     if isinstance(model, type) or not callable(model):
         raise InputError(f"{what} is {kind(model)}, not a torch.nn.Module")
     raise InputError(f"{what} is {kind(model)}, not a torch.nn.Module: put what it computes into a module's forward")
 
 
-def check_call(args: Any, kwargs: Any) -> None:
-    """Raise InputError unless `model(*args, **kwargs)` can be called with these."""
+def check_call(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example call `model(*args, **kwargs)`; a single tensor is the only positional argument.
+
+    Raises:
+        InputError: these cannot be the arguments of a call.
+    """
+    if _is_tensor(args):
+        args = (args,)
     if isinstance(args, Mapping):
-        raise InputError(f"args is {kind(args)}: keyword arguments go into kwargs={{'labels': y}}, args takes a tuple, (x,)")
-    if args is None:
-        raise InputError("args is None: give the example call's positional arguments as a tuple such as (x,), or ()")
+        raise InputError(f"pass kwargs=batch for model(**batch), or args=(batch,) for model(batch): args is {kind(args)}")
     if not isinstance(args, Sequence) or isinstance(args, (str, bytes)):
-        raise InputError(f"args is {kind(args)}: give the example call's positional arguments as a tuple, args=(x,)")
-    _items(args, "args")
+        raise InputError(f"give the example call's positional arguments as a tuple, args=(x,): args is {kind(args)}")
+    positional = _items(args, "args")
     if kwargs is None:
-        return
+        return positional, {}
     if not isinstance(kwargs, Mapping):
-        raise InputError(f"kwargs is {kind(kwargs)}: give the example call's keyword arguments, kwargs={{'labels': y}}")
+        raise InputError(f"give keyword arguments by name, kwargs={{'labels': y}}: kwargs is {kind(kwargs)}")
     for name in _items(kwargs, "kwargs"):
         if not isinstance(name, str):
-            raise InputError(f"kwargs has the key {shown(name)}, {kind(name)}: keyword arguments are named by strings")
+            raise InputError(f"name keyword arguments by strings: kwargs has the key {shown(name)}, {kind(name)}")
+    return positional, dict(kwargs)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # there is no tensor where torch was not imported
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _items(value: Iterable[Any], what: str) -> tuple[Any, ...]:
     try:
         return tuple(value)
     except Exception as error:  # a class of the user's may raise anything
-        raise InputError(f"{what} is {kind(value)} whose iteration fails, {first_line(error)}: give a tuple or dict") from error
+        raise InputError(
+            f"give {what} as a tuple or dict: {what} is {kind(value)} whose iteration fails, {first_line(error)}"
+        ) from error
 
 
 def _as_number(value: Any) -> Any:
@@ -134,8 +149,7 @@ def calls(value: Any, what: str) -> tuple[tuple[tuple[Any, ...], dict[str, Any]]
     for call in value:
         if not isinstance(call, (tuple, list)) or len(call) != 2:
             raise InputError(f"{what} holds {kind(call)}: {example}")
-        check_call(*call)
-    return tuple((tuple(args), dict(kwargs or {})) for args, kwargs in value)
+    return tuple(check_call(args, kwargs) for args, kwargs in value)
 
 
 def names(opaque: Any, what: str = "opaque") -> tuple[str, ...]:
@@ -171,17 +185,24 @@ def loss_choice(loss: Any, what: str = "loss") -> Any:
 
 
 def optimizer_choice(optimizer: Any, what: str = "optimizer") -> Any:
-    """An optimizer's name, what makes one of a list of parameters, or None.
+    """An optimizer, a sequence of optimizers, an optimizer's name, what makes one of a list of parameters, or None.
 
     Raises:
         InputError: something else.
     """
-    if optimizer is None or isinstance(optimizer, str) or callable(optimizer):
+    if optimizer is None or isinstance(optimizer, str) or callable(optimizer) or _is_optimizer(optimizer):
         return optimizer
+    if isinstance(optimizer, (tuple, list)) and optimizer and all(map(_is_optimizer, optimizer)):
+        return tuple(optimizer)
     raise InputError(
-        f"{what} is {kind(optimizer)}: give a name of torch.optim such as 'adamw', or what makes an optimizer of a list of "
-        "parameters, functools.partial(torch.optim.AdamW, lr=1e-3)"
+        f"give {what} as a name of torch.optim such as 'adamw', or as an optimizer (several in a tuple), or as what makes one "
+        f"of a list of parameters, functools.partial(torch.optim.AdamW, lr=1e-3): {what} is {kind(optimizer)}"
     )
+
+
+def _is_optimizer(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.optim.Optimizer)
 
 
 def check_path(path: Any, what: str = "path") -> None:
@@ -196,10 +217,10 @@ def check_plan(plan: Any, expected: type) -> None:
     """Raise InputError unless this is a Plan."""
     if isinstance(plan, expected):
         return
-    if isinstance(plan, (str, os.PathLike)):
-        raise InputError(f"plan is the path {shown(os.fspath(plan))}: load it first, Plan.load({shown(os.fspath(plan))})")
-    held = " (its plan: module.plan)" if hasattr(type(plan), "attempt") else ""
-    raise InputError(f"plan is {kind(plan)}, not a Plan{held}: apply(plan, model, args, kwargs)")
+    cure = (
+        "pass its plan, apply(module.plan, model, args)" if hasattr(type(plan), "attempt") else "pass apply(plan, model, args)"
+    )
+    raise InputError(f"{cure}, with a Plan or the name of its file as the first argument: plan is {kind(plan)}")
 
 
 def check_planned(planned: Any, expected: type, function: str) -> None:

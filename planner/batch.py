@@ -23,7 +23,7 @@ from planner.limits import Spending
 from planner.log import PLANNER
 from planner.options import MaxBatchKeywords, PlanOptions, read_options, with_options
 from planner.profiled import ProfiledStep, allocator_margin, budget_bytes, profiled
-from planner.report.progress import line, stage
+from planner.report.progress import say, stage
 from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
 from planner.results.plan import Plan
 from planner.solver.solve import Solver
@@ -249,7 +249,7 @@ class _Batches:
         return extrapolated(self.steps[size].graph, self.steps[size + 1].graph, batch - size)
 
     def _say(self, text: str) -> None:
-        line(text, self.options.progress)
+        say(text, self.options.progress)
 
     @calls_users_code
     def _call(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -263,8 +263,7 @@ class _Batches:
             raise InputError(f"make_inputs({batch}) {own_words(error)}") from error
         if not isinstance(made, tuple) or len(made) != 2:
             raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not {kind(made)}")
-        arguments.check_call(*made)
-        return tuple(made[0]), dict(made[1] or {})
+        return arguments.check_call(*made)
 
 
 def search(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from planner.graph.planned import NOT_RUN
 from planner.graph.structure import fingerprint, first_difference, has_kernels, renamed
 from planner.options import PlanOptions
 from planner.report.progress import stage
-from planner.results.plan import Plan
+from planner.results.plan import Plan, as_plan
 from planner.runtime.criterion import with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
@@ -50,20 +51,22 @@ class CapturedStep:
     options: PlanOptions
     joint: Joint
 
-    def apply(self, plan: Plan) -> CheckpointedModule:
+    def apply(self, plan: Plan | str | os.PathLike[str]) -> CheckpointedModule:
         """The model, rewritten by a plan of this step: a point of a sweep, or a plan from a file. Captures nothing again.
 
         Raises:
-            InputError: `plan` is no Plan.
-            PlanFileError: it was made for another graph; names the first difference.
+            InputError: `plan` is neither a Plan nor the name of a plan's file.
+            PlanFileError: the file cannot be read, or the plan was made for another graph; names the first difference.
             CompileError: inductor cannot compile it, or makes of it what needs more than the plan's budget.
             MeasuredPeakError: the step needs more than the plan's budget here.
             PlanCheckError: the planned step fails. This is a fault of the planner.
         """
-        arguments.check_plan(plan, Plan)
+        plan = as_plan(plan)
         with one_at_a_time():
             plan = self.recognized(plan)
             planned = self.rewritten(plan)
+            for args, kwargs in self.options.sizes:
+                planned.prepare(args, kwargs)
             if self.why_not_run:
                 return noted(planned, f"{NOT_RUN}: {self.why_not_run}")
             limit = max(plan.budget_bytes, plan.measured_bytes or 0)  # it may be known to need more than its budget
@@ -89,12 +92,19 @@ class CapturedStep:
             fraction: the budget, where it was given as a fraction of the plain step's peak.
         """
         options = self.options
-        recapture = Recapture(options.loss, tuple(options.opaque)) if options.dynamic else None
+        recapture = None
+        if options.dynamic:
+            recapture = Recapture(options.loss, tuple(options.opaque), self.plan_anew, options.progress)
         with collections_paused():
             step = make_step(
                 plan, self.joint, self.model, self.args, self.kwargs, options.num_stages, recapture, options.compile, fraction
             )
             return CheckpointedModule(self.model, step, plan, options.strict, audits=options.audit)
+
+    @property
+    def plan_anew(self) -> Callable[..., CheckpointedModule] | None:
+        """What plans other calls of the model; None: nothing does."""
+        return None
 
     @property
     def why_not_run(self) -> str:
@@ -122,11 +132,11 @@ def captured(
         InputError, CaptureError: what was given cannot be planned; says why.
     """
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     with one_at_a_time(), stage("capture", options.progress):
         joint = capture(model, args, named, loss=options.loss, opaque=options.opaque, target=absent)
-    return CapturedStep(model, tuple(args), named, options, joint)
+    return CapturedStep(model, args, named, options, joint)
 
 
 def criterion_inside(

@@ -81,11 +81,12 @@ class CaptureError(PlannerError):
 
     Attributes:
         module: qualified name of the submodule that stands in the way; "" where it is the model itself or unknown.
+        is_models_own: the model's forward raises the same without the planner; `__cause__` is what it raises.
     """
 
-    def __init__(self, message: str, *, module: str = "") -> None:
+    def __init__(self, message: str, *, module: str = "", is_models_own: bool = False) -> None:
         super().__init__(message)
-        self.module = module
+        self.module, self.is_models_own = module, is_models_own
 
 
 class InputError(PlannerError, ValueError):

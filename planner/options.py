@@ -100,6 +100,7 @@ class AccountingOptions:
     optimizer: Optimizer | None = option(
         None,
         "reserve the bytes of its state: a name of torch.optim, such as 'adamw'",
+        "Or the optimizer itself (several in a tuple): state that it holds is counted as it is, the rest as after one step. "
         "Or what makes an optimizer of a list of parameters: functools.partial(torch.optim.SGD, momentum=0.9).",
         arguments.optimizer_choice,
     )
@@ -190,9 +191,16 @@ class RuntimeOptions:
     )
     dynamic: bool = option(
         False,
-        "also run inputs of every size up to the planned one as planned: plan for the largest batch and length",
-        "A step of a new size is captured when it first comes (seconds), and runs unplanned where its graph is another one.",
+        "also run inputs of other sizes as planned, within the budget; plan for the usual batch and length",
+        "A step of a new size is captured when it first comes (seconds, and a line on stderr). Up to the planned size it runs "
+        "by the plan's schedule; a larger one, or one whose graph is another, is planned anew.",
         arguments.flag,
+    )
+    sizes: Sequence[Call] = option(
+        (),
+        "calls of other sizes to capture before training, as (args, kwargs); switches `dynamic` on",
+        "No step waits for them later: `sizes=[((x[:4],), {}), ((x[:1],), {})]`.",
+        arguments.calls,
     )
     compile: bool = option(
         False,
@@ -241,6 +249,8 @@ class PlanOptions(RuntimeOptions, SolverOptions, CostOptions, AccountingOptions,
             check = described.metadata["check"]
             if check is not None:
                 object.__setattr__(self, name, check(getattr(self, name), name))
+        if self.sizes:
+            object.__setattr__(self, "dynamic", True)
         if self.device is not None and self.costs == "measure":
             raise InputError(
                 f"costs='measure' runs kernels on this machine, and device={units.shown(self.device)} is not here: leave costs "
@@ -283,6 +293,7 @@ class _RuntimeKeywords(TypedDict, total=False):
     num_stages: int
     strict: bool
     dynamic: bool
+    sizes: Sequence[Call]
     compile: bool
     check: bool
     audit: bool
@@ -298,6 +309,16 @@ class MaxBatchKeywords(_CaptureKeywords, _SolveKeywords, _ProgressKeywords, tota
 
 class SweepKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _ProgressKeywords, total=False):
     """What `sweep` takes."""
+
+
+class EstimateKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _ProgressKeywords, total=False):
+    """What `estimate` takes."""
+
+
+class DoctorKeywords(_CaptureKeywords, _CriterionKeywords, _ProgressKeywords, total=False):
+    """What `doctor` takes."""
+
+    device: str | DeviceModel | None
 
 
 class ApplyKeywords(_CaptureKeywords, _CriterionKeywords, _RuntimeKeywords, _ProgressKeywords, total=False):

@@ -33,9 +33,11 @@ from planner.results.explanation import Explanation
 from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.ranks import communicates
 from planner.solver.solve import Solver
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import noting
+from planner.tracer.joint import Joint
 from planner.tracer.lower import kernel_nodes, lower
 from planner.tracer.target_device import TargetDevice
 from planner.verification.measured import measured, measured_within, noted
@@ -68,7 +70,14 @@ class ProfiledStep(CapturedStep):
             for args, kwargs in self.options.also:
                 other = profiled(self.model, args, kwargs, self.options)
                 planned.alternatives.append(other._planned(planned.plan.budget_bytes))
+            for args, kwargs in self.options.sizes:
+                planned.prepare(args, kwargs)
         return planned
+
+    @property
+    def plan_anew(self) -> Callable[..., CheckpointedModule]:
+        """What plans calls of other sizes, as this one was planned."""
+        return PlanAnew(replace(self.options, also=(), sizes=(), check=False))
 
     def sweep(
         self,
@@ -146,7 +155,7 @@ class ProfiledStep(CapturedStep):
     def _planned(self, budget: Budget) -> CheckpointedModule:
         """The planned module for this call alone."""
         budget_bytes = self.budget_bytes(budget)
-        fraction = float(budget) if units.is_fraction(budget) else None
+        fraction = units.fraction_of(budget)
 
         def within(aim_bytes: int) -> CheckpointedModule:
             with stage("solve", self.options.progress):
@@ -174,24 +183,59 @@ class ProfiledStep(CapturedStep):
     def _measured(self, made: Plan, rounds: int) -> MeasuredPoint:
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
-        return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+        peak_bytes = report.measured_peak_bytes
+        return MeasuredPoint(made.budget_bytes, peak_bytes, report.time_ratio, report.exact, report.time_spread)
 
 
-def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
+@dataclass(frozen=True, slots=True)
+class PlanAnew:
+    """Plans a call that comes while the model trains; no step is run to check it."""
+
+    options: PlanOptions
+
+    def __call__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], joint: Joint, budget_bytes: int
+    ) -> CheckpointedModule:
+        """The planned module for a captured call.
+
+        Raises:
+            CaptureError: its graph communicates, and ranks would plan at different times.
+            InfeasibleBudgetError, NoScheduleFoundError: no schedule fits the budget, or none was found.
+        """
+        if communicates(joint):
+            raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
+        step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
+        return with_costs(step, set_aside(model, self.options, None))._planned(budget_bytes)
+
+
+def profiled(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: PlanOptions,
+    *,
+    autocast: torch.dtype | None = None,
+) -> ProfiledStep:
     """Capture a training step and find the costs of its kernels: measured on the device, or estimated.
+
+    Args:
+        autocast: of a device that is not here: the forward runs under autocast of this dtype there.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
     """
     arguments.check_model(model)
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     target = target_device(options)
-    aside = _set_aside(model, options, target)
+    aside = set_aside(model, options, target)
     try:
-        step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
+        there = None if target is None else TargetDevice(target.name, target.capability, autocast)
+        step = captured(model, args, named, options, there)
     except CaptureError as error:
-        cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        if error.is_models_own:
+            raise
+        cure = "planner.plan_units plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
     with one_at_a_time():
         return with_costs(step, aside)
@@ -249,7 +293,7 @@ def _margin_of(graph: Graph) -> Callable[[int], int]:
     return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
-def _set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
+def set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
     """Bytes that are resident beside the step, by what they are for."""
     asked = {"reserved": options.reserve_bytes}
     if options.optimizer is not None:
@@ -281,4 +325,5 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
+        module=type(step.model).__name__,
     )

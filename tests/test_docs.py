@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import planner
 from planner import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 README = ROOT / "README.md"
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -31,6 +33,8 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w/.-])(?:planner|benchmarks|examples|docs|tests)/[\w./-]*[\w/]")
 _DOTTED = re.compile(r"(?<![\w/.-])planner(?:\.[A-Za-z_]\w*)+")
 _OPTION = re.compile(r"^([a-z_]+)=")
+TORCHS_OPTIONS = {"cache_enabled", "create_graph", "drop_last", "preserve_rng_state", "set_to_none"}
+"""Options of torch's functions, which documents speak of, too."""
 
 
 def text_of(page: Path) -> str:
@@ -48,9 +52,10 @@ def inline_code(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to headings."""
+    """The anchors that GitHub gives to headings, and the site to what the reference describes."""
     headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}.union(names)
 
 
 def table(text: str, first: str) -> list[list[str]]:
@@ -129,7 +134,7 @@ def _calls(text: str) -> Iterator[ast.Call]:
 def unknown_options(text: str) -> list[str]:
     """Keywords of public functions that they do not take, in calls and by themselves (`reserve="1GiB"`)."""
     functions = _public_functions()
-    every = {"cache_enabled"}.union(*map(_parameters, functions.values()))  # torch.autocast's
+    every = TORCHS_OPTIONS.union(*map(_parameters, functions.values()))
     found = {match[1] for code in inline_code(text) if (match := _OPTION.match(code)) and match[1] not in every}
     for call in _calls(text):
         if isinstance(call.func, ast.Name) and call.func.id in functions:
@@ -287,6 +292,149 @@ def test_readmes_loop_trains_alike_before_and_after() -> None:
     assert after["planned"].num_planned_calls == len(after["batches"])
     for name, weight in before["model"].state_dict().items():
         assert torch.equal(weight, after["model"].state_dict()[name]), name
+
+
+# The site
+
+
+def test_the_site_loads_nothing_from_the_network() -> None:
+    site = yaml.safe_load(text_of(ROOT / "mkdocs.yml"))
+    assert site["theme"]["font"] is False and site["strict"] and site["extra"]["generator"] is False
+    assert not {"extra_javascript", "extra_css"} & site.keys()
+
+
+def pages_of(nav: Any) -> Iterator[str]:
+    """The pages in a site's navigation."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from pages_of(entry)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    shown = list(pages_of(yaml.safe_load(text_of(ROOT / "mkdocs.yml"))["nav"]))
+    there = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert sorted(shown) == sorted(there)
+
+
+# The reference
+
+
+def described(page: str) -> list[str]:
+    """The names that a page of the reference describes."""
+    return re.findall(r"^::: planner\.(\w+)$", text_of(ROOT / "docs" / "api" / page), re.MULTILINE)
+
+
+def test_the_reference_describes_every_public_name_once() -> None:
+    pages = [page.name for page in (ROOT / "docs" / "api").glob("*.md")]
+    assert sorted(name for page in pages for name in described(page)) == sorted(planner.__all__)
+
+
+def undocumented(kind: type) -> list[str]:
+    """Public methods and properties of a class without a docstring, and fields that its docstring does not list."""
+    ours = [base for base in kind.__mro__ if base.__module__.partition(".")[0] in ("planner", "tests")]
+    listed = " ".join(base.__doc__ or "" for base in ours)
+    found = []
+    for base in ours:
+        for name, member in vars(base).items():
+            if name.startswith("_"):
+                continue
+            is_field = name in getattr(base, "__dataclass_fields__", ()) or inspect.ismemberdescriptor(member)
+            text = listed if is_field else inspect.getdoc(getattr(member, "__func__", member))
+            if not text or (is_field and not re.search(rf"\b{name}\b[^:\n]*:", listed)):
+                found.append(f"{kind.__name__}.{name}")
+        for name in getattr(base, "__dataclass_fields__", ()):
+            if not name.startswith("_") and not re.search(rf"\b{name}\b[^:\n]*:", listed):
+                found.append(f"{kind.__name__}.{name}")
+    return sorted(set(found))
+
+
+HELD = [name for name in planner.__all__ if inspect.isclass(getattr(planner, name)) and name != "PlanOptions"]  # has help texts
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_users_hold_is_documented(name: str) -> None:
+    assert undocumented(getattr(planner, name)) == []
+
+
+@pytest.mark.parametrize("name", _public_functions())
+def test_public_functions_are_documented(name: str) -> None:
+    function = getattr(planner, name)
+    text = inspect.getdoc(function) or ""
+    taken = [each for each in inspect.signature(function).parameters if each != "options"]
+    missing = [each for each in taken if not re.search(rf"\b{each}\b[^:\n]*:", text)]
+    assert text and not missing
+
+
+def test_what_is_not_documented_is_found() -> None:
+    @dataclass
+    class Thing:
+        """A thing.
+
+        Attributes:
+            known: this.
+        """
+
+        known: int
+        unknown: int = 0
+
+        def said(self) -> None:
+            """It."""
+
+        def silent(self) -> None:
+            pass
+
+    assert undocumented(Thing) == ["Thing.silent", "Thing.unknown"]
+
+
+# Troubleshooting
+
+
+def test_every_error_and_warning_has_its_cure() -> None:
+    text = text_of(ROOT / "docs" / "troubleshooting.md")
+    kinds = {
+        name for name in planner.__all__ if inspect.isclass(it := getattr(planner, name)) and issubclass(it, BaseException)
+    }
+    headings = re.findall(r"^### (\w+)$", text, re.MULTILINE)
+    assert set(headings) == kinds and len(headings) == len(kinds)
+    errors, _, warned = text.partition("\n## Warnings\n")
+    assert headings[:-1] == sorted(headings[:-1]) and "### MismatchWarning" in warned and "### MismatchWarning" not in errors
+
+
+def quoted_beginnings() -> list[str]:
+    """How the errors of the first hour begin, as the page quotes them."""
+    rows = table(text_of(ROOT / "docs" / "troubleshooting.md"), "the error begins with")
+    return [text for row in rows for text in re.findall(r"`(.+?)`", row[0])]
+
+
+RAISED_IN = ("test_first_hour.py", "test_bad_input.py", "test_distributed_safety.py")
+"""Tests that make these mistakes and compare how the error begins."""
+
+
+@pytest.mark.parametrize("beginning", quoted_beginnings())
+def test_the_errors_of_the_first_hour_are_raised_in_tests(beginning: str) -> None:
+    assert any(beginning in text_of(ROOT / "tests" / "integration" / file).replace("\\", "") for file in RAISED_IN)
+
+
+def test_the_warnings_are_said_so() -> None:
+    text = text_of(ROOT / "docs" / "troubleshooting.md").partition("\n## Warnings\n")[2]
+    quotes = [quote for quote in re.findall(r'\*"([^"]+)"\*', text) if not quote.startswith("...")]
+    assert len(quotes) >= 3
+    source = "".join(text_of(file) for file in sorted((ROOT / "planner").rglob("*.py")))
+    said = " ".join(re.sub(r'"\s*\n\s*f?"', "", source).split())
+    assert [quote for quote in quotes if " ".join(quote.split()) not in said] == []
+
+
+def test_the_code_of_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for page in ("index", "start", "command-line"):
+        for block in blocks(text_of(ROOT / "docs" / f"{page}.md"), "python"):
+            run(block, f"docs/{page}.md", names)
+        if page == "start":
+            assert names["planned"].num_planned_calls == 0, "planned again under autocast"
+    assert len(names["build"](batch=4)) == 3
 
 
 def test_the_code_of_usage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ TESTS = ROOT / "tests"
 UNIT = TESTS / "unit"
 FILES = sorted(path for folder in ("tests", "benchmarks", "examples", "planner") for path in (ROOT / folder).rglob("*.py"))
 FOLDERS = ("unit", "integration", "zoo", "fuzz", "gpu")
-"""Where tests are, beside those of the tree itself: this file, test_docs.py and test_rooms.py."""
+"""Where tests are, beside those of the tree itself: this file, test_docs.py, test_recipes.py and test_rooms.py."""
 HAVE_A_PACKAGE = ("fuzz",)
 """Folders with files of their own beside tests; only they use them."""
 
@@ -91,7 +91,7 @@ def test_unit_mirrors_the_package() -> None:
 
 def test_every_test_lies_in_a_folder_of_tests() -> None:
     found = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("test_*.py")}
-    assert found == {*FOLDERS, "test_docs.py", "test_layout.py", "test_rooms.py"}
+    assert found == {*FOLDERS, "test_docs.py", "test_layout.py", "test_recipes.py", "test_rooms.py"}
 
 
 def test_every_file_of_unit_is_a_test() -> None:

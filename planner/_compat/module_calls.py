@@ -10,6 +10,11 @@ from typing import Any
 from torch import nn
 
 
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """The module runs what its own `compile()` made."""
+    return module._compiled_call_impl is not None
+
+
 @contextlib.contextmanager
 def calls_intercepted(
     modules: Mapping[nn.Module, str], handle: Callable[[nn.Module, str, Any, Any, Callable[[], Any]], Any]

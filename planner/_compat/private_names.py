@@ -80,6 +80,11 @@ def _fake_mode() -> Any:
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of every module that hold its hooks by number."""
+HOOK_FLAGS = {
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+}
+"""Attributes that hold, by the same numbers, how some of these hooks are called."""
 MODULE_STATE = ("_parameters", "_buffers", "_modules")
 """Attributes of every module that hold its tensors and children by name; a planned module shares these dictionaries."""
 
@@ -89,9 +94,12 @@ IMPORTED = (
         "torch._C",
         (
             "DispatchKey",
+            "DispatchKeySet",
+            "_ExcludeDispatchKeyGuard",
             "_current_graph_task_id",
             "_disabled_torch_function_impl",
             "_dispatch_get_all_op_names",
+            "_dispatch_has_kernel_for_dispatch_key",
             "_get_mkldnn_enabled",
             "_get_sdp_priority_order",
             "_len_torch_dispatch_stack",
@@ -158,7 +166,7 @@ ATTRIBUTES = (
     Names("torch.UntypedStorage", ("_cdata",), lambda: torch.zeros(1).untyped_storage()),
     Names("torch._subclasses.fake_tensor.FakeTensorMode", ("cache_enabled", "dispatch"), _fake_mode),
     Names("torch.autograd.Function", ("maybe_clear_saved_tensors",)),
-    Names("torch.nn.Module", (*MODULE_STATE, *MODULE_HOOKS, "_non_persistent_buffers_set"), nn.Module),
+    Names("torch.nn.Module", (*MODULE_STATE, *MODULE_HOOKS, "_compiled_call_impl", "_non_persistent_buffers_set"), nn.Module),
     Names("torch.fx.GraphModule", ("_graph",), lambda: fx.GraphModule({}, fx.Graph())),
     Names("torch._ops.OpOverload", ("_dispatch_cache", "_schema", "py_kernels"), lambda: torch.ops.aten.relu.default),
     Names("torch.library.Library", ("_destroy",)),

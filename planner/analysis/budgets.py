@@ -10,7 +10,7 @@ from planner.solver.solve import not_found_text
 from planner.units import MOST_BYTES, check_budget, enough_text, format_bytes, kind, parse_budget, shown
 
 Budget = int | str | float
-"""Bytes (int), text ("6GiB"), or a float in (0, 1]: fraction of the plain step's peak."""
+"""Bytes (int), text ("6GiB"), or a fraction of the plain step's peak (0.6 or "60%")."""
 
 
 _MOST_POINTS = 10_000

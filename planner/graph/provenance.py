@@ -24,6 +24,7 @@ class Provenance:
         repeats: (class, number) of equal blocks that were captured once.
         torch: its version.
         date: year-month-day.
+        module: class of the model; "" where it is not known (files of earlier versions).
     """
 
     costs: Costs
@@ -37,6 +38,7 @@ class Provenance:
     repeats: tuple[tuple[str, int], ...] = ()
     torch: str = ""
     date: str = ""
+    module: str = ""
 
     @property
     def is_estimated(self) -> bool:

@@ -27,6 +27,7 @@ from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
 from planner.profiler.profile import KernelCost, Profile
 from planner.profiler.timing import cost_on_cpu, cost_on_cuda, time_on_cpu
+from planner.report.progress import line
 
 
 def measure(
@@ -68,6 +69,7 @@ def measure(
     PROFILER.info("%d distinct kernels: %d measured before, %d to measure", len(example), len(known) - len(again), len(missing))
     failures: dict[str, Failed] = {}
     if missing:
+        line(f"measure {len(missing)} kernels", progress)
         fresh: dict[str, KernelCost] = {}
         try:
             for key, found in _with_bar(_run({key: example[key] for key in missing}, device), len(missing), progress):

@@ -11,11 +11,11 @@ import numpy as np
 from planner.arguments import count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError
 from planner.report.tables import Block, facts, number, render, table, words
+from planner.results.figures import head
 from planner.results.plan import Plan
 from planner.results.plan_file import provenance_fields
 from planner.units import format_bytes, format_ns
 
-SCHEMA = 2
 _NOTICEABLE = 0.02
 """A gain in throughput below this is within what predictions and measurements are good for, however small their spread."""
 
@@ -252,7 +252,7 @@ class MaxBatch:
     def summary(self) -> dict[str, Any]:
         """The figures for machines, without graphs and schedules: what `planner max-batch --json` prints."""
         return {
-            "schema": SCHEMA,
+            **head("max-batch"),
             "budget_bytes": self.budget_bytes,
             "batch": self.batch,
             "smallest": self.tried[0].batch,

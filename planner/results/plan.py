@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from planner import arguments
 from planner.analysis.explain import explain
+from planner.analysis.sweep import SweptGraph
+from planner.errors import warn
 from planner.graph.planned import PlannedGraph
 from planner.limits import DEFAULT_EFFORT, Limits
 from planner.report import perfetto, plan_table, timeline
-from planner.results import plan_file
+from planner.results import html_report, plan_file
 from planner.results.explanation import Explanation
 
 
@@ -42,14 +45,32 @@ class Plan(PlannedGraph):
         arguments.check_path(path)
         timeline.plot(self, path)
 
-    def trace(self, path: str | Path) -> None:
-        """Write the plain and the planned step as a trace that Perfetto and chrome://tracing open.
+    def html(self, path: str | Path, sweep: SweptGraph | None = None) -> None:
+        """Write an interactive report: one HTML file that loads nothing from elsewhere (docs/report.md).
+
+        Args:
+            path: of the file; overwritten.
+            sweep: plans of the same graph, for the curve and a slider, such as a `Sweep`. Default: this plan alone.
+
+        Raises:
+            PlotMissingError: plotly (the extra `report`) is not installed.
+            InputError: the sweep is of another graph, or the file cannot be written.
+        """
+        arguments.check_path(path)
+        html_report.write(self, path, sweep)
+
+    def perfetto(self, path: str | Path) -> None:
+        """Write the plain and the planned step as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
         Raises:
             InputError: the file cannot be written.
         """
-        arguments.check_path(path)
-        perfetto.trace(self, path)
+        perfetto.write(self, path)
+
+    def trace(self, path: str | Path) -> None:
+        """Deprecated: the former name of `perfetto`."""
+        warn("Plan.trace is now Plan.perfetto", DeprecationWarning)
+        self.perfetto(path)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (docs/plan-file.md).
@@ -60,10 +81,23 @@ class Plan(PlannedGraph):
         plan_file.save(self, path)
 
     @staticmethod
-    def load(path: str | Path) -> Plan:
+    def load(path: str | os.PathLike[str]) -> Plan:
         """Read a plan written by `save`.
 
         Raises:
             PlanFileError: not JSON, another schema version, or inconsistent.
         """
         return plan_file.load(path, Plan)
+
+
+def as_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan, or the one in the file of this name.
+
+    Raises:
+        InputError: neither.
+        PlanFileError: the file cannot be read.
+    """
+    if isinstance(plan, (str, os.PathLike)):
+        return Plan.load(plan)
+    arguments.check_plan(plan, Plan)
+    return plan

@@ -12,7 +12,7 @@ from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptG
 from planner.arguments import check_path, count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError, warn
 from planner.report import sweep_plot, sweep_table
-from planner.results import sweep_file
+from planner.results import html_report, sweep_file
 from planner.results.plan import Plan
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
@@ -86,16 +86,15 @@ class Sweep(SweptGraph):
         smallest = self.points[0].budget_bytes
         if budget_bytes < self.floor_bytes:
             raise InfeasibleBudgetError(
-                f"budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least any schedule of "
-                f"this graph can reach (op {self.floor_op}). Raise the budget to {enough_text(smallest)} ({smallest} bytes), "
-                "the smallest that has a plan in this sweep, or reduce the batch.",
+                f"Raise the budget to {enough_text(smallest)} ({smallest} bytes), the smallest that has a plan in this sweep, "
+                f"or reduce the batch: budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least "
+                f"any schedule of this graph can reach (op {self.floor_op})",
                 budget_bytes=budget_bytes,
                 floor_bytes=self.floor_bytes,
             )
         raise NoScheduleFoundError(
-            f"the smallest budget of this sweep that has a plan is {enough_text(smallest)} ({smallest} bytes), above "
-            f"{format_bytes(budget_bytes)} (the proven floor is {format_bytes(self.floor_bytes)}). "
-            "Raise the budget to that, or plan for it alone.",
+            f"Raise the budget to {enough_text(smallest)} ({smallest} bytes), the smallest that has a plan in this sweep, or "
+            f"plan for {format_bytes(budget_bytes)} alone (the proven floor is {format_bytes(self.floor_bytes)})",
             lowest_bytes=min(point.peak_bytes for point in self.points),
             floor_bytes=self.floor_bytes,
         )
@@ -129,6 +128,20 @@ class Sweep(SweptGraph):
         """
         check_path(path)
         sweep_plot.plot(self, references(self.graph), path)
+
+    def html(self, path: str | Path, plan: Plan | None = None) -> None:
+        """Write an interactive report with a slider over the plans: one HTML file that loads nothing (docs/report.md).
+
+        Args:
+            path: of the file; overwritten.
+            plan: the one that is shown first; of this sweep, or of the same graph. Default: the suggested one (`knee`).
+
+        Raises:
+            PlotMissingError: plotly (the extra `report`) is not installed.
+            InputError: the plan is of another graph, or the file cannot be written.
+        """
+        check_path(path)
+        html_report.write(self.knee if plan is None else plan, path, self)
 
     def save(self, path: str | Path) -> None:
         """Write the sweep as JSON (docs: planner/results/sweep_file.py)."""

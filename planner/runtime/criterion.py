@@ -10,6 +10,7 @@ from torch import nn
 
 from planner.errors import InputError
 from planner.tracer.faults import calls_users_code
+from planner.units import kind
 
 Criterion = Callable[..., Any]
 CRITERION_ARGS = "criterion_args"
@@ -92,12 +93,12 @@ def with_criterion(
     if not callable(criterion) or isinstance(criterion, type):
         raise InputError(
             f"criterion takes a function or an nn.Module instance, called as criterion(output, *criterion_args), not "
-            f"{_shown(criterion)}"
+            f"{kind(criterion)}"
         )
     if not isinstance(criterion_args, (tuple, list)):
         raise InputError(
-            f"criterion_args takes a tuple of what your loss takes beside the output, criterion_args=(y,), not "
-            f"{_shown(criterion_args)}"
+            f"pass criterion_args=(y,), a tuple of what your loss takes beside the output: criterion_args is "
+            f"{kind(criterion_args)}"
         )
     if loss is not None:
         raise InputError("loss= names an output of the model; with criterion= the loss is what the criterion returns")
@@ -107,7 +108,3 @@ def with_criterion(
         raise InputError(f"the model's own forward takes {CRITERION_ARGS}: leave criterion= out, and name the loss by loss=")
     module = WithCriterion(model, criterion)
     return module, {**given, CRITERION_ARGS: tuple(criterion_args)}, 0, tuple(f"model.{name}" for name in opaque)
-
-
-def _shown(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

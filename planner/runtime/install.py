@@ -1,4 +1,4 @@
-"""install, uninstall: `model.forward` runs planned; everything else about the user's model stays as it is."""
+"""install, uninstall, unplan: `model.forward` runs planned; everything else about the user's model stays as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from planner.runtime.autocast_regions import note_unplanned
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
 from planner.runtime.executable import Executable
-from planner.runtime.module import CheckpointedModule, runs_as_planned
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.planned_call import runs_as_planned
 from planner.runtime.reporting import report_mismatch
 from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import IS_CAPTURING
@@ -77,7 +78,9 @@ class PlannedForward:
             if mismatch is None:
                 return planned
             mismatches.append(mismatch)
-        report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches))
+        texts = [module.larger_text(args, kwargs) for module in self.planned]
+        larger = texts[0] if all(texts) else ""
+        report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches), larger=larger)
         note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)
 
@@ -138,8 +141,19 @@ def install(model: nn.Module, *planned: CheckpointedModule, strict: bool = False
 
 
 def uninstall(model: nn.Module) -> None:
-    """Undo `install`; does nothing where nothing is installed."""
+    """Undo `install`; does nothing where nothing is installed.
+
+    Args:
+        model: what `install` was called with.
+    """
     arguments.check_model(model)
     forward = vars(model).get("forward")
     if isinstance(forward, PlannedForward):
         forward.restore()
+
+
+def unplan(model: nn.Module) -> None:
+    """Undo every `install` in a model: its own, and those of its submodules, as `plan_units` makes them."""
+    arguments.check_model(model)
+    for module in model.modules():
+        uninstall(module)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import fx, nn
 
 from planner._compat import pytree
-from planner.errors import InputError, PlanAuditError, warn
+from planner.errors import CaptureError, InputError, PlanAuditError, warn
 from planner.graph.graph import Kind
+from planner.results.call_stats import CallStats
 from planner.results.plan import Plan
 from planner.runtime.audit import Digest, audit_fits, can_audit, digest, is_due, repeatable_difference, rewound, run_original
 from planner.runtime.autocast_regions import enter_planned, note_unplanned
@@ -28,21 +30,13 @@ from planner.runtime.found_gradients import FoundGradients
 from planner.runtime.guards.call import CallGuard, MatchedCall
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
-from planner.runtime.other_sizes import OtherSizes
+from planner.runtime.other_sizes import OtherSizes, larger_text, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
+from planner.runtime.planned_call import PlannedCall, forward_container, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import report_mismatch
 from planner.runtime.step import RewrittenStep
-
-runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
-    reason="a planned step runs as it was planned; to have it compiled, plan(..., compile=True)"
-)
-"""Decorator: torch.compile does not trace into a planned call."""
-
-
-def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
-    """The model's own forward, also while plans are installed in its place."""
-    return getattr(model.forward, "unplanned", model.forward)  # type: ignore[no-any-return]
+from planner.units import format_bytes
 
 
 class CheckpointedModule(fx.GraphModule):
@@ -83,43 +77,58 @@ class CheckpointedModule(fx.GraphModule):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.partitioned.backward, strict=strict, audits=audits)
         self.__dict__.update(alternatives=[], num_planned_calls=0, num_unplanned_calls=0)
-        self.__dict__.update(_step=step, _given_executable=executable, _other_sizes=OtherSizes(), _warned=set())
+        self.__dict__.update(_step=step, _given_executable=executable, _warned=set())
+        self.__dict__.update(_other_sizes=OtherSizes(self._of_other_size), _reasons=Counter())
         self.__dict__["_found_gradients"] = FoundGradients(plan, type(model).__name__)
-        self.__dict__.update(_refused=None, _num_runs=0, _compares_ranks=communicates(step.joint))
+        self.__dict__.update(
+            _refused=None, _num_runs=0, _num_audits=0, _num_skipped_audits=0, _compares_ranks=communicates(step.joint)
+        )
+        forward_container(type(self), model)
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
+    forward = PlannedCall()
+
     @runs_as_planned
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
         out, mismatch = self.attempt(args, kwargs)
         if mismatch is None:
             return out
-        report_mismatch(self._original, mismatch, self._warned, self.strict)
+        report_mismatch(self._original, mismatch, self._warned, self.strict, larger=self.larger_text(args, kwargs))
         note_unplanned([*self._original.parameters()], self.device)
         return unplanned_forward(self._original)(*args, **kwargs)
 
-    def attempt(self, args: Any, kwargs: Any, *, unplanned: Callable[..., Any] | None = None) -> tuple[Any, Mismatch | None]:
+    def attempt(
+        self, args: Any, kwargs: Any, *, unplanned: Callable[..., Any] | None = None, captures: bool = True
+    ) -> tuple[Any, Mismatch | None]:
         """Run the planned step: (its output, None), or (None, why this call does not run planned).
 
         Args:
             unplanned: the forward that the plan was installed over, where the call came through `model.forward`.
+            captures: a call of another size may be captured and planned (`dynamic=True`).
         """
-        out, mismatch = self._attempt(args, kwargs, unplanned)
+        out, mismatch = self._attempt(args, kwargs, unplanned, captures)
         self.__dict__["num_unplanned_calls" if mismatch else "num_planned_calls"] += 1
+        if mismatch is not None:
+            self._reasons[mismatch.where] += 1
         return out, mismatch
 
-    def _attempt(self, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None) -> tuple[Any, Mismatch | None]:
+    def _attempt(
+        self, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None, captures: bool
+    ) -> tuple[Any, Mismatch | None]:
         if self._refused is not None:  # an earlier audit found other results
             return None, self._refused
         call = self._guard.match(args, kwargs, through_forward=unplanned is not None)
         if isinstance(call, Mismatch):
-            return self._attempt_others(call, args, kwargs, unplanned)
+            return self._attempt_others(call, args, kwargs, unplanned, captures)
         mismatch = enter_planned([call.inputs[i] for i in self._executable.cast], self.device)
         if mismatch is not None:
             return None, mismatch
         if self._compares_ranks:
             self.__dict__["_compares_ranks"] = False
             compare_plans(self._step, self.plan)
+        for value in call.lazy:
+            value.set(self._original)
         self.__dict__["_num_runs"] += 1
         if self.audits and is_due(self._num_runs):
             refused = self._audit(unplanned or unplanned_forward(self._original), args, kwargs, call)
@@ -128,23 +137,62 @@ class CheckpointedModule(fx.GraphModule):
         return self._run(call), None
 
     def _attempt_others(
-        self, mismatch: Mismatch, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None
+        self, mismatch: Mismatch, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None, captures: bool
     ) -> tuple[Any, Mismatch | None]:
-        """Run the first alternative that was planned for this call, or the planned schedule at the call's own size."""
-        for alternative in self.alternatives:
-            out, other_mismatch = alternative.attempt(args, kwargs, unplanned=unplanned)
+        """Run the first alternative that was planned for this call, or plan for its size."""
+        is_other_size = self._step.recapture is not None and mismatch.kind in ("input", "value")
+        others = self._other_sizes.of_size(self, args, kwargs) if is_other_size else []
+        for other in (*self.alternatives, *others):
+            out, other_mismatch = other.attempt(args, kwargs, unplanned=unplanned, captures=False)
             if other_mismatch is None:
                 return out, None
-        if self._step.recapture is None or mismatch.kind != "input":
+        if not (is_other_size and captures):
             return None, mismatch
-        other = self._other_sizes.find(self._step, self.plan, self._original, args, kwargs, self._of_other_size)
-        return (None, other) if isinstance(other, Mismatch) else other.attempt(args, kwargs, unplanned=unplanned)
+        found = self._other_sizes.find(self, args, kwargs)
+        return (
+            (None, found) if isinstance(found, Mismatch) else found.attempt(args, kwargs, unplanned=unplanned, captures=False)
+        )
 
-    def _of_other_size(self, step: RewrittenStep) -> CheckpointedModule:
-        made = CheckpointedModule(self._original, step, self.plan, self.strict, audits=self.audits)
+    def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
+        made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)
         made.__dict__["_compares_ranks"] = False  # the ranks have compared this plan
         made.__dict__["_found_gradients"] = self._found_gradients  # which speaks once, not once per size
         return made
+
+    def larger_text(self, args: Any, kwargs: Any) -> str:
+        """Which input of a call is larger than planned; "" if none is."""
+        try:
+            texts = [larger_text(module.step, args, kwargs) for module in (self, *self.alternatives)]
+        except Exception:  # the call is built otherwise: its mismatch says so
+            return ""
+        return texts[0] if all(texts) else ""
+
+    def prepare(self, args: Any, kwargs: Any) -> None:
+        """Capture a call of another size, and plan it if need be, before it comes.
+
+        Raises:
+            CaptureError: it cannot be planned; says why.
+        """
+        found = self.mismatch(args, kwargs)
+        if found is not None and self._step.recapture is not None and found.kind in ("input", "value"):
+            others = [other.mismatch(args, kwargs) for other in self._other_sizes.of_size(self, args, kwargs)]
+            made = None if None in others else self._other_sizes.find(self, args, kwargs)
+            found = made if isinstance(made, Mismatch) else None
+        if found is not None:
+            raise CaptureError(f"a call of sizes= cannot be planned: {found.explained}")
+
+    def stats(self) -> CallStats:
+        """How many calls ran planned, and why the others did not; calls while evaluating count as unplanned."""
+        modules = [self, *self.alternatives, *self._other_sizes.all()]
+        return CallStats(
+            planned=self.num_planned_calls,
+            unplanned=self.num_unplanned_calls,
+            reasons=tuple(self._reasons.most_common()),
+            sizes=tuple((shapes_text(module.step.key.inputs), module._num_runs) for module in modules),
+            audits=sum(module._num_audits for module in modules),
+            skipped_audits=sum(module._num_skipped_audits for module in modules),
+            planning_s=self._other_sizes.seconds,
+        )
 
     def _audit(self, original: Callable[..., Any], args: Any, kwargs: Any, call: MatchedCall) -> Mismatch | None:
         """Compare the planned forward with the model's own; where they differ, all later calls run unplanned.
@@ -158,7 +206,9 @@ class CheckpointedModule(fx.GraphModule):
         plain = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
         written = [tensor for given, tensor in zip(plain, call.inputs, strict=True) if given.mutated]
         if not audit_fits(self.plan, sum(tensor.nbytes for tensor in written)):
+            self.__dict__["_num_skipped_audits"] += 1
             return None
+        self.__dict__["_num_audits"] += 1
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
         def of_original() -> Digest:
@@ -283,6 +333,18 @@ class CheckpointedModule(fx.GraphModule):
             if name in ("_original", "__deepcopy__"):
                 raise
             return getattr(self._original, name)
+
+    def __repr__(self) -> str:
+        """One line: inside of a larger model, print(model) shows this in place of the generated code and all submodules."""
+        plan, others = self.plan, len(self.alternatives)
+        peaks = f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.plain.peak_bytes)}"
+        more = f", and {others} more" if others else ""
+        return f"{type(self).__name__}(planned for {format_bytes(plan.budget_bytes)}: {peaks}, time {plan.overhead:+.1%}{more})"
+
+    def __str__(self) -> str:
+        """The plan's table, and those of the alternatives; `code` holds the planned forward as Python."""
+        plans = (self.plan, *(alternative.plan for alternative in self.alternatives))
+        return "\n\n".join((repr(self), *map(str, plans)))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's state_dict."""

@@ -1,16 +1,17 @@
-"""Calls of other sizes: one plan for inputs of every size up to the planned one (`dynamic=True`).
+"""Calls of other sizes (`dynamic=True`): a plan serves inputs up to the planned size; others get plans of their own.
 
-A call of smaller inputs is captured when its size first comes. Where it has the planned graph, value by value, and none of its
-values is larger, the planned schedule runs it within the planned peak: the peak is a sum of values' bytes (`simulate`) and of
-kernels' workspace, which is assumed not to grow as inputs shrink.
+A call of another size, or with another value that Python reads (is the mask full?), is captured when it first comes. Where it
+has a planned graph, value by value, and none of its values is larger, that plan's schedule runs it within the planned peak: the
+peak is a sum of values' bytes (`simulate`) and of kernels' workspace, which is assumed not to grow as inputs shrink. Otherwise
+it is planned anew, for the same budget.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
@@ -18,68 +19,164 @@ from planner.errors import CaptureError, PlannerError
 from planner.graph.graph import Graph
 from planner.graph.structure import first_difference, places, renamed, wiring
 from planner.log import RUNTIME
+from planner.report.progress import say, stage
 from planner.results.plan import Plan
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.step import RewrittenStep, make_step
 from planner.tracer.faults import is_fault
 from planner.tracer.host.fingerprint import tensor_key
+from planner.tracer.joint import Joint
 from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
 from planner.units import format_bytes
 
 MOST_SIZES = 64
 """Maximum number of sizes that are remembered; then the oldest is dropped."""
+MOST_VARIANTS = 4
+"""Maximum number of planned modules per size: a value that Python reads may be another one at every call."""
 
-Planned = TypeVar("Planned")
+
+class PlannedModule(Protocol):
+    """What is asked of a planned module."""
+
+    plan: Plan
+    alternatives: list[Any]
+
+    @property
+    def step(self) -> RewrittenStep:
+        """The rewritten step."""
+
+    @property
+    def original(self) -> nn.Module:
+        """The model."""
+
+
+Planned = TypeVar("Planned", bound=PlannedModule)
+Size = tuple[Any, ...]
 
 
 class OtherSizes(Generic[Planned]):
     """Planned modules for calls of other sizes.
 
+    Args:
+        make: makes the planned module of a step and a plan.
+
     Attributes:
-        known: per size, the planned module, or why there is none.
+        known: the planned modules per size; one more for every combination of values that Python reads.
+        refused: per size, why a call was not planned.
+        planned_anew: those that have a schedule of their own.
+        seconds: what captures and plans took.
     """
 
-    def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], Planned | Mismatch] = {}
+    def __init__(self, make: Callable[[RewrittenStep, Plan], Planned]) -> None:
+        self._make = make
+        self.known: dict[Size, list[Planned]] = {}
+        self.refused: dict[Size, Mismatch] = {}
+        self.planned_anew: list[Planned] = []
+        self.seconds = 0.0
 
-    def find(
-        self,
-        step: RewrittenStep,
-        plan: Plan,
-        model: nn.Module,
-        args: Any,
-        kwargs: Mapping[str, Any],
-        make: Callable[[RewrittenStep], Planned],
-    ) -> Planned | Mismatch:
-        """The planned module for this call's size, made by `make` when the size first comes; or why there is none."""
-        size = call_sizes(step, args, kwargs)
-        if size not in self.known:
-            if len(self.known) >= MOST_SIZES:
-                del self.known[next(iter(self.known))]
+    def all(self) -> Iterator[Planned]:
+        """Every planned module."""
+        for modules in self.known.values():
+            yield from modules
+
+    def of_size(self, base: Planned, args: Any, kwargs: Any) -> list[Planned]:
+        """The planned modules for calls of this size."""
+        return self.known.get(call_sizes(base.step, args, kwargs), []) if self.known else []
+
+    def find(self, base: Planned, args: Any, kwargs: Mapping[str, Any]) -> Planned | Mismatch:
+        """A planned module for this call, for which there is none yet; or why there can be none."""
+        size = call_sizes(base.step, args, kwargs)
+        if size in self.refused:
+            return self.refused[size]
+        modules = self.known.get(size, [])
+        if len(modules) == MOST_VARIANTS:
+            text = f"a value that Python reads is another one at every call, and {MOST_VARIANTS} of them were planned for"
+            return Mismatch("value", "a value that Python reads", text=text)
+        try:
+            made = self._captured(base, args, kwargs)
+        except PlannerError as error:
+            if is_fault(error):
+                raise
+            RUNTIME.warning("inputs of another size, which run unplanned: %s", error)
+            self.refused[size] = Mismatch("input", "the inputs' shape", text=str(error))
+            return self.refused[size]
+        if len(self.known) >= MOST_SIZES and size not in self.known:
+            del self.known[next(iter(self.known))]
+        self.known[size] = [*modules, made]
+        return made
+
+    def _captured(self, base: Planned, args: Any, kwargs: Mapping[str, Any]) -> Planned:
+        recapture, model = base.step.recapture, base.original
+        assert recapture is not None
+        if recapture.plan is None:
+            _check_covered(base.step, args, kwargs)
+        begun, shapes = time.monotonic(), shapes_text(call_sizes(base.step, args, kwargs))
+        with stage(f"capturing {shapes}", recapture.progress):
+            joint = capture(model, args, kwargs, loss=recapture.loss, opaque=recapture.opaque)
+            made, what = self._planned(base, joint, args, kwargs)
+        seconds = time.monotonic() - begun
+        self.seconds += seconds
+        count = sum(map(len, self.known.values())) + 2
+        text = f"{type(model).__name__}: {what} {shapes}, the {_ordinal(count)} size, in {seconds:.1f} s"
+        RUNTIME.info(text)
+        say(f"planner: {text}", recapture.progress)
+        return made
+
+    def _planned(self, base: Planned, joint: Joint, args: Any, kwargs: Mapping[str, Any]) -> tuple[Planned, str]:
+        """The planned module for a captured call, and what was done for it."""
+        recapture, reasons = base.step.recapture, list[CaptureError]()
+        for one in (base, *base.alternatives, *self.planned_anew):
             try:
-                self.known[size] = make(step_of_other_size(step, plan, model, args, kwargs))
-            except PlannerError as error:
-                if is_fault(error):
-                    raise
-                RUNTIME.warning("inputs of another size, which run unplanned: %s", error)
-                self.known[size] = Mismatch("input", "the inputs' shape", text=str(error))
-        return self.known[size]
+                step, plan = step_of_other_size(one.step, one.plan, joint, base.original, args, kwargs)
+                return self._make(step, plan), "captured"
+            except CaptureError as error:
+                reasons.append(error)
+        if recapture is None or recapture.plan is None:
+            raise reasons[0]
+        RUNTIME.info("planned anew: %s", reasons[0])
+        made = recapture.plan(base.original, args, kwargs, joint, base.plan.budget_bytes - base.plan.margin_bytes)
+        self.planned_anew.append(made)
+        return made, "planned"
 
 
-def call_sizes(step: RewrittenStep, args: Any, kwargs: Any) -> tuple[Any, ...]:
+def call_sizes(step: RewrittenStep, args: Any, kwargs: Any) -> Size:
     """Shape, strides, dtype, device and requires_grad of each tensor of the call."""
     return tuple(tensor_key(tensor) for tensor in step.joint.call.tensor_leaves(args, kwargs))
 
 
+def shapes_text(size: Size) -> str:
+    """The different shapes of a call's tensors: '(8, 50)'."""
+    return ", ".join(dict.fromkeys(str(tuple(shape)) for shape, *_ in size))
+
+
+def larger_text(step: RewrittenStep, args: Any, kwargs: Any) -> str:
+    """Which input is larger than the planned one, as a sentence's end; "" if none is."""
+    for i, (now, planned) in enumerate(zip(call_sizes(step, args, kwargs), step.key.inputs, strict=False)):
+        if now[0].numel() > planned[0].numel():
+            return f"input {i} is {list(now[0])}, larger than the planned {list(planned[0])}"
+    return ""
+
+
 def step_of_other_size(
-    step: RewrittenStep, plan: Plan, model: nn.Module, args: Any, kwargs: Mapping[str, Any]
-) -> RewrittenStep:
-    """The planned schedule for a call of smaller inputs.
+    step: RewrittenStep, plan: Plan, joint: Joint, model: nn.Module, args: Any, kwargs: Mapping[str, Any]
+) -> tuple[RewrittenStep, Plan]:
+    """The planned schedule for a call of smaller inputs, with the plan under the call's own names.
+
+    Args:
+        joint: the captured call.
 
     Raises:
-        CaptureError: an input is larger than planned, or has another dtype; or the call's graph is not the planned one.
+        CaptureError: the call's graph is not the planned one, or has larger values.
     """
+    graph = lower_like(joint, plan.graph)
+    _check_smaller(plan.graph, graph)
+    plan = replace(plan, graph=renamed(plan.graph, graph))
+    return make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled), plan
+
+
+def _check_covered(step: RewrittenStep, args: Any, kwargs: Any) -> None:
+    """Raise CaptureError where an input is larger than planned, or of another kind."""
     for i, (now, planned) in enumerate(zip(call_sizes(step, args, kwargs), step.key.inputs, strict=True)):
         shape, _, *kind = now
         most, _, *expected = planned
@@ -87,16 +184,6 @@ def step_of_other_size(
             raise CaptureError(f"input {i} is of another dtype, device or requires_grad")
         if len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
             raise CaptureError(f"input {i} is {list(shape)}; this dynamic plan covers up to {list(most)}")
-    assert step.recapture is not None
-    begun = time.monotonic()
-    joint = capture(model, args, kwargs, loss=step.recapture.loss, opaque=step.recapture.opaque)
-    graph = lower_like(joint, plan.graph)
-    _check_smaller(plan.graph, graph)
-    plan = replace(plan, graph=renamed(plan.graph, graph))
-    made = make_step(plan, joint, model, args, kwargs, step.num_stages, is_compiled=step.is_compiled)
-    shapes = ", ".join(str(list(shape)) for shape, *_ in made.key.inputs)
-    RUNTIME.info("inputs of shapes %s: captured in %.1f s, and planned from now on", shapes, time.monotonic() - begun)
-    return made
 
 
 def _check_smaller(planned: Graph, graph: Graph) -> None:
@@ -110,3 +197,10 @@ def _check_smaller(planned: Graph, graph: Graph) -> None:
         now, then = graph.value[other].nbytes, planned.value[one].nbytes
         if now > then:
             raise CaptureError(f"{other} takes {format_bytes(now)}, more than the planned {format_bytes(then)}")
+
+
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+
+def _ordinal(count: int) -> str:
+    return _ORDINALS[count - 1] if count <= len(_ORDINALS) else f"{count}th"

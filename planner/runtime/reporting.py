@@ -13,12 +13,17 @@ class MismatchWarning(UserWarning):
     """A call was not the one planned for; the original forward ran instead."""
 
 
-def report_mismatch(model: nn.Module, mismatch: Mismatch, warned: set[str], strict: bool, num_plans: int = 1) -> None:
+def report_mismatch(
+    model: nn.Module, mismatch: Mismatch, warned: set[str], strict: bool, num_plans: int = 1, larger: str = ""
+) -> None:
     """Warn that a training call runs unplanned, once per reason and input size; evaluation (eval, no_grad) is not warned about.
+
+    A call that is larger than the planned one is warned about whatever was said before: it may run out of memory.
 
     Args:
         warned: what was warned about before; extended here.
         num_plans: number of plans that the call was compared with.
+        larger: which input is larger than planned, "" if none is.
 
     Raises:
         MismatchError, PlanAuditError: `strict`, and the call trains.
@@ -32,9 +37,11 @@ def report_mismatch(model: nn.Module, mismatch: Mismatch, warned: set[str], stri
         if mismatch.kind == "audit":
             raise PlanAuditError(f"{name}: {mismatch}. Train unplanned")
         raise MismatchError(f"{name} would run unplanned, and strict=True: {text}")
-    reason = str(mismatch) if mismatch.kind == "input" else mismatch.where
-    if reason not in warned:
-        warned.add(reason)
+    if larger:
+        text = f"{text.rstrip('.')}. It may need more than the budget: {larger}"
+    reasons = {str(mismatch) if mismatch.kind == "input" else mismatch.where, larger} - {""}
+    if not reasons <= warned:
+        warned |= reasons
         warn(f"{name} runs unplanned: {text}", MismatchWarning)
 
 

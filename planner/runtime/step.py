@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +21,19 @@ DEFAULT_STAGES = 8
 
 @dataclass(frozen=True, slots=True)
 class Recapture:
-    """Options of `planner.tracer.real_layouts.capture`, with which the step is captured again for inputs of other sizes."""
+    """How calls of other sizes are captured and planned.
+
+    Attributes:
+        loss, opaque: as for `planner.tracer.real_layouts.capture`.
+        plan: plans a captured call that no schedule fits: (model, args, kwargs, joint, budget in bytes) -> the planned module.
+            None: such calls run unplanned.
+        progress: a line on stderr says what was captured.
+    """
 
     loss: Any = None
     opaque: tuple[str, ...] = ()
+    plan: Callable[[nn.Module, Any, Mapping[str, Any], Joint, int], Any] | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,7 @@ class RewrittenStep:
         partitioned: the forward and the backward graph.
         key: the calls that the graphs are right for.
         num_stages: the backward returns gradients in at most this many stages.
-        recapture: not None where the plan holds for smaller inputs, too (`dynamic=True`).
+        recapture: not None where calls of other sizes are planned as they come (`dynamic=True`).
         is_compiled: inductor compiles the graphs (`compile=True`).
         backward_key: the gradients that the backward graph is right for; by default those of the capture.
         same_inputs: per tensor leaf of the call, the first leaf that was the same tensor; by default its own position.

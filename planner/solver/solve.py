@@ -230,7 +230,7 @@ def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: f
 def not_found_text(budget: str, lowest_bytes: int, floor_bytes: int, seconds: float, enough_bytes: int) -> str:
     """The message of a NoScheduleFoundError. `budget`: what was asked for, in words; `enough_bytes`: what can be met."""
     return (
-        f"no schedule within {budget} was found in {seconds:.1f} s; that none exists was not proven (the proven floor is "
-        f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes). Raise "
-        f"the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give more effort, or reduce the batch."
+        f"Raise the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give more effort, or reduce the batch: no "
+        f"schedule within {budget} was found in {seconds:.1f} s. That none exists was not proven (the proven floor is "
+        f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
     )

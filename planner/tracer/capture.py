@@ -19,9 +19,10 @@ from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
 from planner.tracer.call import CallSpec, flatten_example
-from planner.tracer.checks import check_absent_device, check_trainable, one_device
+from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
+from planner.tracer.host.lazy_values import lazy_values
 from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
@@ -30,7 +31,7 @@ from planner.tracer.opaque.choose import opaque_from_start, widened
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
-from planner.tracer.recording import Recording, has_data, record
+from planner.tracer.recording import Recording, has_data, raises_too, record
 from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay
 from planner.tracer.target_device import TargetDevice
@@ -71,6 +72,7 @@ def capture(
     """
     if replay is not None:
         return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, replay)
+    check_gradients_recorded()
     opaque, first = opaque_from_start(model, opaque), None
     if target is not None and opaque:
         raise CaptureError(f"plan on {target.name}: opaque modules ({', '.join(opaque)}) must be measured there")
@@ -79,7 +81,7 @@ def capture(
             joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target)
             return joint if first is None else replace(joint, refused=str(first))
         except CaptureError as error:
-            if target is not None:
+            if target is not None or error.is_models_own:
                 raise
             first = first or error
             before, opaque = opaque, widened(model, tuple(opaque), error.module)
@@ -158,7 +160,7 @@ def _capture(
         _gradients_kept(model),
         _capturing() as inside,
     ):
-        with _explained(model, modules):
+        with _explained(model, modules, lambda error: inside(raises_too, model, call, tensors, error)):
             if replay is not None:
                 recording = Recording.of_replay(model, replay)
             elif has_data(model, tensors, fakes_run=target is None):
@@ -194,7 +196,9 @@ def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: Cal
             calls=recording.calls,
         )
         joint = normalize(graph, replace(call, out_spec=forward.out_spec), forward.outputs)
-    host = replace(recording.host, effects=forward.effects)
+    written = [*recording.host.key.left, *(effect.path for effect in forward.effects)]
+    lazy = (*recording.host.lazy, *lazy_values(model, recording.settled, written))
+    host = replace(recording.host, effects=forward.effects, lazy=lazy)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 
 
@@ -265,8 +269,14 @@ _IN_PLACE = (
 
 
 @contextmanager
-def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
-    """What the model or torch raises while it is captured becomes an error that names the user's line."""
+def _explained(
+    model: nn.Module, modules: ModuleStack, is_models_own: Callable[[Exception], bool] = lambda error: False
+) -> Iterator[None]:
+    """What the model or torch raises while it is captured becomes an error that names the user's line.
+
+    Args:
+        is_models_own: whether the model raises this error without the planner, too.
+    """
     try:
         yield
     except PlannerError:
@@ -278,4 +288,4 @@ def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
         if not concerns_model(error):
             note(error, f"capturing {type(model).__name__}{f' (last at {where})' if where else ''}")
             raise
-        raise capture_error(error, where) from error
+        raise capture_error(error, where, is_models_own=is_models_own(error)) from error

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from planner._compat.module_calls import is_compiled_in_place
 from planner._compat.switches import global_switches
 from planner.errors import CaptureError, InputError
 from planner.tracer.libraries import SHARDED_TENSORS, WRAPPERS
 from planner.tracer.target_device import TargetDevice
+from planner.units import article
 
 _MODES = ("dispatch modes", "function modes", "torch.func transforms")
 
@@ -25,13 +27,15 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
     refuse_wrappers(model)
     if not num_tensors:
         raise InputError(
-            "no example inputs: pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y}), with its "
-            "tensors in tuples, lists or dicts; those in sets and other objects are not seen"
+            "pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y}): there are no example inputs. "
+            "Tensors are found in tuples, lists and dicts; those in sets and other objects are not seen"
         )
     if not model.training:
-        raise InputError("the model is in eval mode; a training step is planned in training mode: call model.train() first")
+        raise InputError("call model.train() first: the model is in eval mode, and a plan is of a training step")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError("no parameter requires grad: there is no backward to plan")
+        raise InputError(
+            "call requires_grad_() on the parameters that train: no parameter requires grad, and there is no backward to plan"
+        )
     on = {name: value for name, value in global_switches() if name in _MODES and value}
     if on:
         raise InputError(
@@ -53,14 +57,20 @@ def _refuse_uninitialized(model: nn.Module) -> None:
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Raise InputError for a model that is, or holds, a wrapper for several devices, or sharded tensors."""
+    """Raise InputError for a model that is, or holds, something around a module that no plan can hold, or sharded tensors."""
     for name, module in model.named_modules():
         kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__ != "builtins"]
         found = next((kind for kind in kinds if kind in WRAPPERS), None)
         if found is not None:
-            what = f"the model's submodule {name} is" if name else "the model is"
-            inside = f"{f'model.{name}' if name else 'model'}.module"
-            raise InputError(f"{what} a {found}, which no plan can hold: {WRAPPERS[found].format(module=inside)}")
+            cure, reason = WRAPPERS[found]
+            what, it = (f"the model's submodule {name}", f"model.{name}") if name else ("the model", "model")
+            raise InputError(f"{cure.format(it=it)}: {what} is {article(found)}, {reason}")
+        if is_compiled_in_place(module):
+            what = f"the model's submodule {name}" if name else "the model"
+            raise InputError(
+                f"plan before compile(), or leave it out and plan(..., compile=True): {what} was compiled by its own "
+                "compile(), and what runs then cannot be planned"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _refuse_sharded(name, tensor)
 
@@ -86,19 +96,39 @@ def one_device(model: nn.Module, tensors: Sequence[torch.Tensor]) -> torch.devic
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise InputError(
-                f"{name} is on the meta device: give the model storage first, model.to_empty(device=...), "
-                "or plan for a device that is not here, plan(..., device='H100-80GB')"
+                "give the model storage first, model.to_empty(device=...), or plan for a device that is not here, "
+                f"plan(..., device='H100-80GB'): {name} is on the meta device"
             )
+        _refuse_inference(name, tensor)
     held = (*model.parameters(), *model.buffers())
     devices = {t.device for t in held if t.dim() > 0} or {t.device for t in held}  # a scalar may lie on another device
     if len(devices) > 1:
-        raise InputError(f"the model is spread over {sorted(map(str, devices))}; a plan is made for one device")
+        raise InputError(f"move the model to one device, model.to(...): it is spread over {sorted(map(str, devices))}")
     (device,) = devices
     for i, tensor in enumerate(tensors):
         _refuse_sharded(f"tensor input {i}", tensor)
+        _refuse_inference(f"tensor input {i}", tensor)
         if tensor.device != device and tensor.dim() > 0:
-            raise InputError(f"tensor input {i} is on {tensor.device}, the model on {device}: move it with .to('{device}')")
+            raise InputError(
+                f"move the batch to the model's device, .to('{device}'): tensor input {i} is on {tensor.device}, the model on "
+                f"{device}"
+            )
     return device
+
+
+def _refuse_inference(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_inference():
+        raise InputError(
+            f"make {name} outside of torch.inference_mode(), or clone it there: it is an inference tensor, which no backward "
+            "can use"
+        )
+
+
+def check_gradients_recorded() -> None:
+    """Raise InputError where autograd records nothing."""
+    mode = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+    if not torch.is_grad_enabled():
+        raise InputError(f"plan outside of {mode}: gradients are switched off here, and a plan is of a training step")
 
 
 def check_absent_device(target: TargetDevice) -> None:

@@ -13,20 +13,38 @@ CACHES = (("transformers.", "Cache"),)
 RETURN_DICT = ("transformers.", "diffusers.")
 """Prefixes of the modules whose models return a plain tuple where they are called with return_dict=False."""
 
-_DDP = "planned = plan({module}, budget, args); model = DistributedDataParallel(planned)"
+_DDP = "planned = plan({it}.module, budget, args); model = DistributedDataParallel(planned)"
+_SHARDED = (
+    "plan the blocks before they are sharded, for block in blocks: install(block, plan(block, budget, args)), then "
+    "fully_shard(block)",
+    "which gathers parameters for the time of a forward",
+)
 WRAPPERS = {
-    "DistributedDataParallel": f"gradients would be reduced once, while planning, and never again. Plan what it wraps: {_DDP}",
-    "FullyShardedDataParallel": "parameters are gathered for the time of a forward. Plan the blocks before they are sharded: "
-    "for block in blocks: install(block, plan(block, budget, args)), then fully_shard(block) (FSDP2)",
-    "FSDPModule": "parameters are gathered for the time of a forward. Plan the blocks before they are sharded: for block in "
-    "blocks: install(block, plan(block, budget, args)), then fully_shard(block)",
-    "ReplicateModule": "gradients are reduced by hooks. Plan it before: install(model, plan(model, budget, args)), then "
-    "replicate(model)",
-    "DataParallel": f"each call copies the model to several devices. Use a process for each device: {_DDP}",
-    "DeepSpeedEngine": "its own backward and step are needed. Plan what it wraps, before: "
-    "planned = plan({module}, budget, args); deepspeed.initialize(model=planned, ...)",
+    "DistributedDataParallel": (
+        f"plan what it wraps, {_DDP}",
+        "whose gradients would be reduced once, while planning, and never again",
+    ),
+    "FullyShardedDataParallel": _SHARDED,
+    "FSDPModule": _SHARDED,
+    "ReplicateModule": (
+        "plan before replicate(model), install(model, plan(model, budget, args))",
+        "which reduces gradients by hooks",
+    ),
+    "DataParallel": (
+        f"use a process for each device: {_DDP}",
+        "which copies the model to several devices at each call",
+    ),
+    "DeepSpeedEngine": (
+        "plan what it wraps, planned = plan({it}.module, budget, args); deepspeed.initialize(model=planned, ...)",
+        "whose own backward and step are needed",
+    ),
+    "OptimizedModule": (
+        "plan what torch.compile was given, {it}._orig_mod; plan(..., compile=True) compiles the planned step",
+        "made by torch.compile",
+    ),
+    "CheckpointedModule": ("plan the original, {it}.original", "which is planned already"),
 }
-"""Classes that communicate around a model's forward -> why they are not planned, and the lines that work."""
+"""Classes around a model that no plan can hold -> the lines that work, with the instance as `it`; what is in the way."""
 
 SHARDED_TENSORS = ("DTensor", "ShardedTensor")
 """Classes of tensors of which each rank holds a part."""

@@ -17,8 +17,8 @@ from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import ObservedForward, Observer
-from planner.tracer.host.preserve import Preserved
-from planner.tracer.host.state import HostState, remembered
+from planner.tracer.host.preserve import Preserved, model_preserved
+from planner.tracer.host.state import HostState, Path, remembered
 from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
@@ -37,6 +37,7 @@ class Recording:
         reads: (kernel, value) of every host read, in order; None where no forward was run.
         preserved: restores Python state as it was before the first forward; None where no forward was run.
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
+        settled: every place that the forward reads or writes, as a second call leaves it; empty where the first one differs.
     """
 
     host: HostState = field(default_factory=HostState)
@@ -44,6 +45,7 @@ class Recording:
     reads: tuple[RecordedRead, ...] | None = None
     preserved: Preserved | None = None
     written: tuple[torch.Tensor, ...] = ()
+    settled: Mapping[Path, Any] = field(default_factory=dict)
 
     @classmethod
     def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
@@ -101,7 +103,23 @@ def record(
     except Exception:
         modules.last_kernel = modules.failed
         raise
-    return Recording(observed.host, calls, tuple(observed.run.reads), observed.preserved, observed.written)
+    reads = tuple(observed.run.reads)
+    return Recording(observed.host, calls, reads, observed.preserved, observed.written, observed.settled)
+
+
+def raises_too(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], error: Exception) -> bool:
+    """Whether the model's forward, run as it is, raises what a recorded forward raised. All that it changes is restored.
+
+    Args:
+        tensors: one per tensor leaf of the call.
+        error: what was raised.
+    """
+    with model_preserved(model, [*model.buffers(), *tensors], guards_iterators=False), torch.no_grad(), CollectivesRefused(()):
+        try:
+            run_call(model, call, tensors)
+        except Exception as plain:
+            return type(plain) is type(error)
+    return False
 
 
 def _observed(

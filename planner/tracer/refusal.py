@@ -50,15 +50,19 @@ _MEANINGS = (
 _LONGEST = 300
 
 
-def capture_error(error: Exception, where: Source) -> CaptureError:
-    """The CaptureError for an exception that a trace ended with.
+def capture_error(error: Exception, where: Source, *, is_models_own: bool = False) -> CaptureError:
+    """The CaptureError for an exception that a real forward, or a trace, ended with.
 
     Args:
         where: source of the kernel called last.
+        is_models_own: the model raises it without the planner, too.
     """
     line = _own_line(error.__traceback__)
     place = replace(line, module=where.module) if line else where
     at = f" at {place}" if place else ""
+    if is_models_own:
+        text = f"correct the model or the example call: model(*args, **kwargs){at} {own_words(error)}"
+        return CaptureError(text, module=where.module, is_models_own=True)
     if isinstance(error, DynamicOutputShapeException):
         text = (
             f"{error.func}{at} makes a tensor whose shape depends on the data; a plan needs fixed shapes. Rewrite it with a "

@@ -176,4 +176,4 @@ def _over(budget_bytes: int, peak_bytes: int, planned: CheckpointedModule) -> Co
         cure += ", or plan with costs='measure': what kernels need for themselves cannot be estimated"
     elif may_exceed(planned):
         cure += ", or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where CUDA's allocator cuts every block to size"
-    return MeasuredPeakError(f"measured, {needs}. {cure}", budget_bytes=budget_bytes, peak_bytes=peak_bytes)
+    return MeasuredPeakError(f"{cure}: measured, {needs}", budget_bytes=budget_bytes, peak_bytes=peak_bytes)

@@ -62,7 +62,7 @@ def verify(
             does not run planned: then there is nothing to compare.
     """
     arguments.check_planned(planned, CheckpointedModule, "verify")
-    arguments.check_call(args, kwargs)
+    args, kwargs = arguments.check_call(args, kwargs)
     rounds = arguments.count(rounds, "rounds", least=0)
     call = check_call(planned, args, kwargs, "verify needs")
     before = generators()

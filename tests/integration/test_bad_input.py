@@ -20,36 +20,7 @@ from planner import (
     verify,
 )
 from tests.support import models
-
-
-def snapshot(model):
-    """Everything about a model that planning must not change."""
-    return {
-        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "grads": [p.grad for p in model.parameters()],
-        "modes": [m.training for m in model.modules()],
-        "attributes": [sorted(vars(m)) for m in model.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "rng": torch.get_rng_state(),
-        "forward": type(model).forward,
-    }
-
-
-def assert_untouched(before, model):
-    after = snapshot(model)
-    for name in ("grads", "modes", "attributes", "hooks", "forward"):
-        assert before[name] == after[name], name
-    assert torch.equal(before["rng"], after["rng"])
-    for name, tensor in before["state"].items():
-        assert torch.equal(tensor, after["state"][name]), name
-
-
-def refused(error, match, model, budget, args=(), kwargs=None, **options):
-    before = snapshot(model)
-    with pytest.raises(error, match=match) as caught:
-        plan(model, budget, args, kwargs or {}, costs="estimate", progress=False, **options)
-    assert_untouched(before, model)
-    return caught.value
+from tests.support.untouched import assert_untouched, refused, snapshot
 
 
 @pytest.mark.parametrize(
@@ -63,7 +34,7 @@ def test_unreadable_or_non_positive_budget(budget):
 @pytest.mark.parametrize("budget", [1, "2 KiB", 0.01])
 def test_budget_below_the_floor_names_the_floor_and_what_holds_it(budget):
     model, args, kwargs = models.build("convolution")
-    error = refused(InfeasibleBudgetError, r"least any schedule .* holds .* Raise the budget to", model, budget, args, kwargs)
+    error = refused(InfeasibleBudgetError, r"Raise the budget to .* least any schedule .* holds ", model, budget, args, kwargs)
     assert error.floor_bytes > error.budget_bytes
     assert "models.py:" in str(error) or "op " in str(error)
 
@@ -91,12 +62,12 @@ def test_loss_that_is_not_there():
 
 
 def test_model_on_the_meta_device():
-    with pytest.raises(InputError, match=r"meta device.*to_empty"):
+    with pytest.raises(InputError, match=r"to_empty.*meta device"):
         plan(nn.Linear(2, 2, device="meta"), "1GiB", (torch.ones(1, 2),), costs="estimate")
 
 
 def test_model_in_eval_mode():
-    refused(InputError, r"eval mode.*model.train\(\)", nn.Linear(2, 2).eval(), "1GiB", (torch.ones(1, 2),))
+    refused(InputError, r"call model.train\(\) .* eval mode", nn.Linear(2, 2).eval(), "1GiB", (torch.ones(1, 2),))
 
 
 def test_inputs_on_another_device():
@@ -136,7 +107,7 @@ def test_control_flow_on_random_numbers_is_refused():
 
 
 def test_models_own_error_is_shown_with_its_line():
-    refused(CaptureError, "cannot be captured.*RuntimeError", nn.Linear(4, 4), "1GiB", (torch.randn(3, 5),))
+    refused(CaptureError, r"model\(\*args, \*\*kwargs\) .*RuntimeError", nn.Linear(4, 4), "1GiB", (torch.randn(3, 5),))
 
 
 class Box:
@@ -269,7 +240,7 @@ class Options(dict):
             Options(x=torch.randn(4, 5)),
             "kwargs is an Options whose iteration fails",
         ),
-        (({torch.randn(4, 5)},), {}, "no example inputs: .* those in sets and other objects are not seen"),
+        (({torch.randn(4, 5)},), {}, "no example inputs. .* those in sets and other objects are not seen"),
     ],
 )
 def test_arguments_that_cannot_be_searched_for_tensors_are_refused(args, kwargs, match):

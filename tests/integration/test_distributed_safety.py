@@ -51,8 +51,11 @@ def model():
 
 CPU = torch.device("cpu")
 WRAPPERS = {
-    "ddp": (DistributedDataParallel, r"plan\(model{}\.module, budget, args\); model = DistributedDataParallel\(planned\)"),
-    "data_parallel": (nn.DataParallel, r"a process for each device: planned = plan\(model{}\.module"),
+    "ddp": (
+        DistributedDataParallel,
+        r"^plan what it wraps, planned = plan\(model{}\.module, budget, args\); model = DistributedDataParallel\(planned\)",
+    ),
+    "data_parallel": (nn.DataParallel, r"^use a process for each device: planned = plan\(model{}\.module"),
     "fsdp1": (lambda m: FullyShardedDataParallel(m, device_id=CPU), "then fully_shard"),
     "fsdp2": (lambda m: fully_shard(m, mesh=init_device_mesh("cpu", (1,))), "then fully_shard"),
     "dtensors": (lambda m: parallelize_module(m, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()}), "is a DTensor"),

@@ -189,7 +189,7 @@ def test_copies_are_in_the_mode_of_the_model_and_audited_as_it_is(copied, instal
 def test_steps_of_other_sizes_are_audited_as_the_first():
     planned = plan(nn.Sequential(nn.Linear(8, 8)), 1.0, (X,), audit=False, dynamic=True, **QUICK)
     planned(X[:2])
-    assert planned._other_sizes.known and not any(other.audits for other in planned._other_sizes.known.values())
+    assert planned._other_sizes.known and not any(other.audits for other in planned._other_sizes.all())
 
 
 def test_a_container_that_holds_itself_is_copied():

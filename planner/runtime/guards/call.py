@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
+from planner.tracer.host.lazy_values import values_set
+from planner.tracer.host.state import LazyValue
 from planner.tracer.joint import Joint
 
 
@@ -31,10 +33,12 @@ class MatchedCall:
     Attributes:
         tensors: the call's tensor leaves, then the tensors that Python state holds.
         inputs: the forward graph's inputs, in order.
+        lazy: what this call, as the first one, sets in Python state before it runs.
     """
 
     tensors: list[torch.Tensor]
     inputs: Sequence[torch.Tensor]
+    lazy: tuple[LazyValue, ...] = ()
 
 
 class CallGuard:
@@ -52,7 +56,14 @@ class CallGuard:
         An error while comparing counts as a mismatch: planned objects compared without one.
         """
         try:
-            return self._match(args, kwargs, through_forward)
+            found, lazy = self._match(args, kwargs, through_forward), self._step.joint.host.lazy
+            if not (isinstance(found, Mismatch) and lazy and all(value.is_unset(self._model) for value in lazy)):
+                return found
+            with values_set(self._model, lazy):
+                again = self._match(args, kwargs, through_forward)
+            if isinstance(again, Mismatch):
+                return replace(again, cure=again.cure or _FIRST_CALL) if again.kind == "host" else again
+            return replace(again, lazy=lazy)
         except Exception as error:
             RUNTIME.debug("a call cannot be compared with the planned one", exc_info=True)
             text = f"the call could not be compared: {first_line(error)}"
@@ -78,6 +89,9 @@ class CallGuard:
                 return Mismatch("host", str(path), type(found).__name__, "a tensor")
         inputs = self._select_inputs((*held, *tensors, *state, *joint.constants.values()))
         return reads_difference(joint, self._read_values, inputs) or MatchedCall([*tensors, *state], inputs)
+
+
+_FIRST_CALL = "The model's first call changes it: run a forward under torch.no_grad(), then plan"
 
 
 def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Fingerprint]) -> tuple[list[Any], Mismatch | None]:

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.private_names import MODULE_STATE
+from planner._compat.private_names import MODULE_HOOKS, MODULE_STATE
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.state import HostKey, Path, find_in_class, skipped_places
@@ -76,10 +76,12 @@ class HostStateGuard:
             where = path.module if path.scope is None else id(path.scope.variables)
             groups.setdefault(where, _Group([])).expected.append((path, expected))
         self._groups = list(groups.values())
+        self._functions: set[int] = set()
+        self._has_new_functions = False
         named = names()
         prints = self._prints(named)
         for group in self._groups:
-            now = [prints.of(path.root(model)) for path, _ in group.expected]
+            now = [path.fingerprint(model, prints) for path, _ in group.expected]
             rows = zip(group.expected, now, strict=True)
             group.expected = [(path, found if alike(print_, found, copied=True) else print_) for (path, print_), found in rows]
             if all(alike(print_, found) for (_, print_), found in zip(group.expected, now, strict=True)):
@@ -99,7 +101,7 @@ class HostStateGuard:
         if self._forward is not None and not through_forward and not self._forward.is_unchanged:
             path, expected = self._forward.expected[0]
             named = self._names()
-            now = self._prints(named).of(path.root(self._model))
+            now = path.fingerprint(self._model, self._prints(named))
             if not alike(expected, now, copied=True):
                 return _mismatch(first_difference(expected, now, "forward"))
             self._remember(self._forward, named)
@@ -124,7 +126,10 @@ class HostStateGuard:
             self._changing += changed  # these may change often: from now on each is compared on its own
             self._steady = [group for group in self._steady if not any(group is other for other in changed)]
             self._remember_steady()
-        return self._compare_values([group for group in self._changing if not group.is_unchanged])
+        found = self._compare_values([group for group in self._changing if not group.is_unchanged])
+        if found is None and self._has_new_functions:
+            self._remember_code(self._names())
+        return found
 
     def _is_steady(self) -> bool:
         """Whether every container of the steady groups holds the same objects; two passes over all of them at once."""
@@ -146,11 +151,13 @@ class HostStateGuard:
         prints = self._prints(named)
         for group in groups:
             for path, expected in group.expected:
-                now = prints.of(path.root(self._model))
+                now = path.fingerprint(self._model, prints)
                 if not alike(expected, now):
                     found = first_difference(expected, now, str(path))
                     if path.name == "training" and path.scope is None:
                         return Mismatch("mode", f"training mode of {path.module or 'the model'}", found.now, found.planned)
+                    if path.name in MODULE_HOOKS and path.scope is None:
+                        return replace(_mismatch(found), where=f"hooks of {path.module} ({path.name})")
                     return _mismatch(found)
             self._remember(group, named)
         return None
@@ -169,6 +176,8 @@ class HostStateGuard:
             for value, has_members in self._values_at(path.root(self._model), skipped, named):
                 if not isinstance(value, FunctionType):
                     _note_value(group, value, has_members)
+                elif id(value) not in self._functions:
+                    self._has_new_functions = True
         scoped = [(path.scope.variables, path.name) for path, _ in group.expected if path.scope is not None]
         if scoped:
             read = lambda: [variables.get(name, ABSENT) for variables, name in scoped]
@@ -189,13 +198,15 @@ class HostStateGuard:
 
     def _functions_at(self, path: Path, seen: set[int], named: Mapping[int, str]) -> list[tuple[Reader, Sequence[Any]]]:
         """Readers of each function at and below a place, and what they read now."""
-        found = self._values_at(path.root(self._model), seen, named)
-        readers: list[Reader] = [partial(_of_function, value) for value, _ in found if isinstance(value, FunctionType)]
+        values = self._values_at(path.root(self._model), seen, named)
+        functions = [value for value, _ in values if isinstance(value, FunctionType)]
+        self._functions.update(map(id, functions))  # which the readers keep alive
+        readers: list[Reader] = [partial(_of_function, value) for value in functions]
         return [(read, list(read())) for read in readers]
 
     def _remember_code(self, named: Mapping[int, str]) -> None:
         """Note functions and class attributes once for all places: many places share them."""
-        self._code = []
+        self._code, self._functions, self._has_new_functions = [], set(), False
         seen, known = set[int](), set[tuple[type, str]]()
         for path, _ in (row for group in self._groups for row in group.expected):
             self._code += self._functions_at(path, seen, named)

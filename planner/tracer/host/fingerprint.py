@@ -162,6 +162,9 @@ class Fingerprints:
         if self._skipped:
             every = ((step, item) for step, item in every if (id(value), step) not in self._skipped)
         found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
+        if isinstance(value, types.FunctionType) and found:  # made again by the same code: the same, if its members are
+            scope = ("attr", self.of("__globals__"), (Same(value.__globals__, "dict", True),))
+            return (Same(value.__code__, value.__qualname__, True), (*found, scope))
         if isinstance(value, _ATOMIC):
             return (Same(value, kind.__qualname__, True), found)
         base = next((base for base in _VALUES if isinstance(value, base)), None)
@@ -210,6 +213,8 @@ def _digest(values: Any, kind: str) -> bytes:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, types.CodeType):
+        return value.co_qualname[:80]
     named = isinstance(value, (type, types.ModuleType, *_NAMED))
     name = (getattr(value, "__qualname__", None) or value.__name__) if named else type(value).__qualname__
     return str(name)[:80]
@@ -265,7 +270,7 @@ def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Diff
         expected[0], now[0]
     ):
         old, new = expected[1], now[1]
-        if old and new and all(isinstance(row, tuple) and len(row) == 3 for row in (*old, *new)):
+        if (old or new) and all(isinstance(row, tuple) and len(row) == 3 for row in (*old, *new)):
             if len(old) != len(new):
                 return Difference(path, f"{len(old)} items", f"{len(new)} items")
             for (kind, key, one), (_, other_key, other) in zip(old, new, strict=True):

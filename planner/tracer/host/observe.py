@@ -60,12 +60,14 @@ class ObservedForward:
         host: what Python does; the templates of its effects hold the tensors that the last run left.
         preserved: puts Python state back as it was before the first run.
         written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
+        settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
     """
 
     run: Run
     host: HostState
     preserved: Preserved
     written: tuple[torch.Tensor, ...]
+    settled: Mapping[Path, Any]
 
 
 class Observer:
@@ -152,7 +154,7 @@ class Observer:
         host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
         weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
-        return ObservedForward(runs[-1], host, self.preserved, written)
+        return ObservedForward(runs[-1], host, self.preserved, written, after if len(runs) == 2 else {})
 
     def _refuse_untracked_changes(self, is_first: bool) -> None:
         """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.
@@ -317,7 +319,7 @@ class Observer:
         for name, module in model.named_modules():
             if name and not self._is_opaque(name):
                 places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
-        expected = tuple((path, prints.of(path.root(model))) for path in places if path not in left)
+        expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
         return HostKey(reads, expected, self._opaque, left, environment)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.private_names import MODULE_HOOKS
-from planner.tracer.host.fingerprint import Fingerprint, TensorKey, tensor_key
+from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
+from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
 from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, rebuilt, text_of, with_member
@@ -59,6 +59,17 @@ class Path:
             return self.scope.variables.get(self.name, ABSENT)
         return look_up(submodule(model, self.module), self.name)
 
+    def fingerprint(self, model: nn.Module, prints: Fingerprints) -> Fingerprint:
+        """The fingerprint of the value that the steps start from.
+
+        Hooks are compared in their order: the numbers that torch registers them under differ from one time to the next.
+        """
+        root = self.root(model)
+        if self.scope is None and self.name in MODULE_HOOKS and isinstance(root, dict):
+            flags = [vars(model.get_submodule(self.module)).get(kind, {}) for kind in HOOK_FLAGS.get(self.name, ())]
+            return prints.of([(hook, *(number in flag for flag in flags)) for number, hook in root.items()])
+        return prints.of(root)
+
     def get(self, model: nn.Module) -> Any:
         """The value at this place; ABSENT where there is none."""
         value = self.root(model)
@@ -92,7 +103,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """As `model.get_submodule`, but for its checks: guards and captures ask for tens of thousands."""
     module: Any = model
     for part in name.split(".") if name else ():
-        module = module._modules[part]
+        module = module._modules.get(part)
+        if module is None:
+            return model.get_submodule(name)  # which finds it elsewhere, or raises
     return module  # type: ignore[no-any-return]
 
 
@@ -234,6 +247,29 @@ def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class LazyValue:
+    """A place that a first call changes, and later calls leave as they find it.
+
+    Attributes:
+        path: where.
+        before: fingerprint of what a first call finds there.
+        after: the value that it sets; plain, so that copies of the model share it.
+    """
+
+    path: Path
+    before: Fingerprint
+    after: Any
+
+    def is_unset(self, model: nn.Module) -> bool:
+        """Whether no call has set it yet."""
+        return alike(self.before, bare_fingerprint(self.path.get(model)))
+
+    def set(self, model: nn.Module) -> None:
+        """Set it, as a first call does."""
+        self.path.set(model, self.after)
+
+
+@dataclass(frozen=True, slots=True)
 class HostState:
     """What Python does beside the kernels of a forward.
 
@@ -242,12 +278,19 @@ class HostState:
         state: the places whose tensors are inputs of the graph, after the call's tensors.
         aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
         effects: what the forward leaves in Python state.
+        lazy: what a first call sets besides; the key holds once it is set.
     """
 
     key: HostKey = HostKey(Reads({}, frozenset()))
     state: tuple[Path, ...] = ()
     aliases: tuple[tuple[Path, str], ...] = ()
     effects: tuple[Effect, ...] = ()
+    lazy: tuple[LazyValue, ...] = ()
+
+
+def bare_fingerprint(value: Any) -> Fingerprint:
+    """The fingerprint of a value without its attributes."""
+    return Fingerprints({}, lambda _, __: False).of(value)
 
 
 def remembered(model: nn.Module, key: HostKey) -> Preserved:

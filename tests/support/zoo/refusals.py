@@ -12,8 +12,6 @@ REFUSED: dict[str, str] = {
 }
 
 FILLED_BY_THE_FIRST_CALL = {
-    *("convnext", "convnextv2", "dinov2", "efficientnet", "mobilenet_v1", "mobilenet_v2", "poolformer", "regnet", "resnet"),
-    *("segformer", "swin", "swinv2", "beit", "deit", "vit", "vit-eager"),  # set config.problem_type
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),  # install hooks that record the router's outputs
 }
 """Models whose first call changes what the forward reads: that call runs unplanned, with a warning."""

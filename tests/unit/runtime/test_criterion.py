@@ -181,7 +181,7 @@ def test_copies_pickles_and_saved_plans(tmp_path):
         ({"criterion": F.mse_loss, "criterion_args": torch.zeros(3)}, "tuple"),
         ({"criterion": F.mse_loss}, "tuple"),
         ({"criterion": nn.MSELoss, "criterion_args": (1,)}, "class MSELoss"),
-        ({"criterion": 3, "criterion_args": (1,)}, "not a int"),
+        ({"criterion": 3, "criterion_args": (1,)}, "not an int"),
         ({"criterion": F.mse_loss, "criterion_args": (1,), "loss": 0}, "loss="),
         ({"criterion": lambda out, y: out.detach().sum(), "criterion_args": (1,)}, "does not require grad"),
     ],

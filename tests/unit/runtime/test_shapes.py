@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from examples import gpt2
-from planner import MismatchError, MismatchWarning, install, plan
+from planner import CaptureError, MismatchError, MismatchWarning, apply, install, plan
 from planner.profiler.memory import logical_peak
 from tests.support import models
 from tests.support.training import assert_same, trajectory
@@ -51,13 +52,60 @@ def test_a_shape_is_captured_once(made, monkeypatch):
     module(**kwargs).loss.backward()
 
 
-def test_larger_calls_run_unplanned_and_say_so(made):
-    module, kwargs = copy.deepcopy(made[0]), {name: made[1]["input_ids"].repeat(2, 1) for name in made[1]}
-    with pytest.warns(MismatchWarning, match="this dynamic plan covers up to"):
+def measured(module, args, kwargs):
+    """The peak of a step, everything resident included; the capture of a new size is no part of it."""
+    module(*args, **kwargs).loss.backward()
+    module.zero_grad()
+    above = logical_peak(lambda: module(*args, **kwargs).loss.backward(), module.device)
+    module.zero_grad()
+    weights = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers())}
+    given = {id(tensor): tensor for tensor in (*args, *kwargs.values())}
+    return above + sum(tensor.nbytes for tensor in (*weights.values(), *given.values()))
+
+
+def test_larger_calls_are_planned_for_the_same_budget(made):
+    module, repeated = copy.deepcopy(made[0]), made[1]["input_ids"].repeat(2, 1)[:5]
+    kwargs = dict.fromkeys(made[1], repeated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MismatchWarning)
+        expected = trajectory(copy.deepcopy(module.original), (), kwargs)
+        assert_same(expected, trajectory(copy.deepcopy(module), (), kwargs))
+        assert measured(module, (), kwargs) <= module.plan.budget_bytes
+    assert len(module._other_sizes.planned_anew) == 1
+
+
+def test_calls_too_large_for_the_budget_run_unplanned_and_say_so(made):
+    module, repeated = copy.deepcopy(made[0]), made[1]["input_ids"].repeat(8, 1)
+    kwargs = dict.fromkeys(made[1], repeated)
+    with pytest.warns(MismatchWarning, match=r"(?s)below .* least .* input 0 is \[32, 24\], larger than the planned \[4, 24\]"):
         module(**kwargs).loss.backward()
     module.strict = True
-    with pytest.raises(MismatchError, match=r"input \d is \[8, 24\]; this dynamic plan covers up to \[4, 24\]"):
+    with pytest.raises(MismatchError, match="the least any schedule"):
         module(**kwargs)
+
+
+def test_a_larger_call_is_told_of_whatever_was_told_before():
+    x = torch.randn(4, 8)
+    module = plan(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), 1.0, (x,), costs="estimate", progress=False)
+    module[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(MismatchWarning, match="new hook"):
+        module(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(x)
+    for rows in (5, 6):
+        with pytest.warns(MismatchWarning, match=rf"new hook.*input 0 is \[{rows}, 8\], larger than the planned \[4, 8\]"):
+            module(torch.randn(rows, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(torch.randn(6, 8))
+
+
+def test_an_applied_plan_covers_sizes_up_to_its_own(made):
+    module, kwargs = made
+    again = apply(module.plan, module.original, (), kwargs, dynamic=True, progress=False)
+    with pytest.warns(MismatchWarning, match="this dynamic plan covers up to"):
+        again(**{name: kwargs["input_ids"].repeat(2, 1) for name in kwargs})
 
 
 class Alternates(nn.Module):
@@ -71,12 +119,110 @@ class Alternates(nn.Module):
         return self.layer(x).tanh().sum() if len(x) > 2 else self.layer(x).sum()
 
 
-def test_a_size_at_which_the_graph_is_another_one_runs_unplanned():
-    module = plan(Alternates(), 1.0, (torch.randn(4, 8),), costs="estimate", progress=False, dynamic=True)
-    x = torch.randn(2, 8)
-    with pytest.warns(MismatchWarning, match="its graph is another one: op tanh .* where the model has aten.sum"):
-        out = module(x)
-    assert torch.equal(out, module.original(x))
+def test_a_size_at_which_the_graph_is_another_one_is_planned_anew(capsys):
+    model, x = Alternates(), torch.randn(2, 8)
+    module = plan(model, 1.0, (torch.randn(4, 8),), costs="estimate", dynamic=True)
+    expected = trajectory(copy.deepcopy(model), (x,), {})
+    assert_same(expected, trajectory(copy.deepcopy(module), (x,), {}))
+    module(x), module(x), module(x[:1]), module(torch.randn(3, 8))
+    said = capsys.readouterr().err.splitlines()[-3:]
+    assert [line.rpartition(" in ")[0] for line in said] == [
+        "planner: Alternates: planned (2, 8), the second size,",
+        "planner: Alternates: captured (1, 8), the third size,",
+        "planner: Alternates: captured (3, 8), the fourth size,",
+    ]
+
+
+class Masked(nn.Module):
+    """Leaves a mask out where it masks nothing, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.layer(x))
+        if not mask.all():
+            h = h * mask.unsqueeze(-1)
+        return self.last(torch.sigmoid(h)).square().sum()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["full mask first", "padded first"])
+def test_padded_and_full_batches_run_planned(first):
+    model, x = Masked(), torch.randn(4, 8)
+    full, padded = torch.ones(4, dtype=torch.bool), torch.tensor([True, True, True, False])
+    module = plan(model, 1.0, (x, full if first else padded), costs="estimate", progress=False, dynamic=True)
+    calls = [(x, full), (x, padded), (x[:2], full[:2]), (x[1:], padded[1:]), (x[2:], padded[2:]), (x[:2], full[2:])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MismatchWarning)
+        for call in calls:
+            assert_same(trajectory(copy.deepcopy(model), call, {}), trajectory(copy.deepcopy(module), call, {}))
+            module(*call).backward()
+    assert module.num_unplanned_calls == 0
+    assert len(module._other_sizes.planned_anew) == 1, "smaller batches share the two schedules"
+
+
+class ReadsASum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).tanh().sum() * k.item()
+
+
+def test_a_value_that_is_always_another_one_is_captured_a_few_times_alone():
+    model, x = ReadsASum(), torch.randn(4, 8)
+    module = plan(model, 1.0, (x, torch.tensor(0.0)), costs="estimate", progress=False, dynamic=True)
+    for k in range(1, 5):
+        module(x, torch.tensor(float(k)))
+    with pytest.warns(MismatchWarning, match="another one at every call"):
+        out = module(x, torch.tensor(5.0))
+    assert torch.equal(out, model(x, torch.tensor(5.0)))
+    module(x, torch.tensor(3.0))
+    assert (module.num_planned_calls, module.num_unplanned_calls) == (5, 1)
+
+
+def test_sizes_are_captured_before_training(monkeypatch):
+    x = torch.randn(4, 8)
+    sizes = [((x[:2],), {}), ((x[:1],), {}), ((torch.randn(6, 8),), {})]
+    module = plan(Alternates(), "1 MiB", (x,), costs="estimate", progress=False, sizes=sizes)
+    monkeypatch.setattr("planner.runtime.other_sizes.capture", lambda *_, **__: pytest.fail("captured again"))
+    for args, kwargs in sizes:
+        module(*args, **kwargs).backward()
+    assert module.num_unplanned_calls == 0
+
+
+def test_a_size_that_cannot_be_planned_is_an_error_before_training():
+    x = torch.randn(4, 8)
+    with pytest.raises(CaptureError, match="a call of sizes= cannot be planned: the structure of the arguments"):
+        plan(Alternates(), 1.0, (x,), costs="estimate", progress=False, sizes=[((x, x), {})])
+
+
+def test_calls_are_counted():
+    x = torch.randn(4, 8)
+    module = plan(Alternates(), 1.0, (x,), costs="estimate", progress=False, dynamic=True)
+    for call in (x, x, x, x[:2]):
+        module(call)
+    with torch.no_grad():
+        module(x)
+    module.layer.register_forward_hook(lambda *_: None)
+    with pytest.warns(MismatchWarning, match="new hook"):
+        module(x)
+    stats = module.stats()
+    assert (stats.planned, stats.unplanned, stats.audits, stats.skipped_audits) == (4, 2, 1, 0)
+    assert stats.sizes == (("(4, 8)", 3), ("(2, 8)", 1))
+    assert dict(stats.reasons) == {"grad mode": 1, "a submodule's hooks": 1}
+    assert stats.planning_s > 0
+    text = str(stats)
+    assert "4 planned, 2 unplanned" in text and "(2, 8)" in text and "a submodule's hooks" in text
+
+
+def test_a_planned_module_has_the_signature_of_the_model():
+    model, args, kwargs = models.build("attention")
+    module = plan(model, 1.0, args, kwargs, costs="estimate", progress=False)
+    assert inspect.signature(module.forward) == inspect.signature(model.forward)
+    assert inspect.signature(copy.deepcopy(module).forward) == inspect.signature(model.forward)
 
 
 def test_copies_pickles_and_installed_models_hold_for_smaller_calls_too():
@@ -91,3 +237,14 @@ def test_copies_pickles_and_installed_models_hold_for_smaller_calls_too():
         warnings.simplefilter("error", MismatchWarning)
         for twin in (*twins, installed):
             assert_same(expected, trajectory(twin, *less))
+
+
+def test_a_planned_sequence_is_one():
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    module = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    assert len(module) == 2 and module[0] is model[0] and [*module] == [*model] and [*copy.deepcopy(module)][1:]
+    module[1] = nn.Sigmoid()
+    assert isinstance(model[1], nn.Sigmoid)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        plan(nn.Linear(8, 8), 1.0, (x,), costs="estimate", progress=False)[0]
