@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -193,9 +194,14 @@ class _Head(Fingerprints):
 
 def is_generator(value: Any) -> bool:
     """A source of random numbers."""
-    if isinstance(value, (random.Random, torch.Generator)):
+    return _is_generator_class(type(value))
+
+
+@lru_cache(maxsize=4096)
+def _is_generator_class(kind: type) -> bool:
+    if issubclass(kind, (random.Random, torch.Generator)):
         return True
-    return type(value).__module__.partition(".")[0] == "numpy" and type(value).__name__ in ("Generator", "RandomState")
+    return kind.__module__.partition(".")[0] == "numpy" and kind.__name__ in ("Generator", "RandomState")
 
 
 _VALUES = (str, bytes, int, float, complex)
