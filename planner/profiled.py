@@ -18,7 +18,7 @@ from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoS
 from planner.graph.graph import Graph
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
-from planner.graph.schedule import keep_all
+from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.limits import Limits
 from planner.log import PLANNER
@@ -34,7 +34,7 @@ from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
-from planner.solver.solve import Solver, solve
+from planner.solver.solve import Solver
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import noting
 from planner.tracer.joint import Joint
@@ -123,14 +123,20 @@ class ProfiledStep(CapturedStep):
         """
         return budget_bytes(budget, self.plain_bytes, self.options)
 
-    def solved(self, budget_bytes: int, limits: Limits) -> Plan:
+    def solved(self, budget_bytes: int, limits: Limits, known: Sequence[Schedule] = ()) -> Plan:
         """The best plan found within a budget.
+
+        Args:
+            known: schedules of graphs with this graph's wiring, which compete.
 
         Raises:
             InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
-        solution = solve(self.graph, budget_bytes - margin_bytes, limits)
+        solver = Solver(self.graph)
+        for schedule in known:
+            solver.offer(schedule, "another size")
+        solution = solver.solve(budget_bytes - margin_bytes, limits)
         made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.provenance)
         peak, budget = units.format_bytes(made.peak_bytes), units.format_bytes(budget_bytes)
         text = "planned for %s: peak %s, %+.1f %% of simulated time, %s in %.1f s"
@@ -177,7 +183,8 @@ class ProfiledStep(CapturedStep):
     def _measured(self, made: Plan, rounds: int) -> MeasuredPoint:
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
-        return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+        peak_bytes = report.measured_peak_bytes
+        return MeasuredPoint(made.budget_bytes, peak_bytes, report.time_ratio, report.exact, report.time_spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +235,7 @@ def profiled(
     except CaptureError as error:
         if error.is_models_own:
             raise
-        cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        cure = "planner.plan_units plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
     with one_at_a_time():
         return with_costs(step, aside)
@@ -302,7 +309,7 @@ def _profile(step: CapturedStep) -> Profile:
     nodes, target = kernel_nodes(step.joint), target_device(step.options)
     if target is not None or step.options.costs == "estimate":
         return estimate(nodes, target)
-    return measure(nodes, step.joint.device, progress=step.options.progress)
+    return measure(nodes, step.joint.device, remeasure=step.options.remeasure, progress=step.options.progress)
 
 
 def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
@@ -313,8 +320,10 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         model=profile.model,
         num_kernels=profile.num_kernels,
         num_estimated=profile.num_estimated,
+        spread=round(profile.spread, 4),
         opaque=tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values())),
         repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
+        module=type(step.model).__name__,
     )

@@ -38,11 +38,12 @@ ROOMS = (
     "captured",
     "diagnosis",
     "profiled",
+    "composite",
     "estimated",
-    "levels",
     "api",
     "batch",
     "children",
+    "integrations",
     "cli",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""
@@ -56,7 +57,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "graph": _PLAIN,
     "solver": _PLAIN | {"pulp", "highspy", "networkx"},
     "analysis": _PLAIN,
-    "report": _PLAIN | {"rich", "matplotlib", "PIL"},
+    "report": _PLAIN | {"rich", "matplotlib", "PIL", "plotly"},
     "results": _PLAIN | {"rich"},
 }
 """What the rooms without torch may import beside the standard library and this package."""

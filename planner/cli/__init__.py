@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from planner.cli import doctor, estimate, explain, export, max_batch, plan, show, solve, sweep
+from planner.cli import cache, doctor, estimate, explain, export, max_batch, plan, report, show, solve, sweep
 from planner.errors import PlannerError
 from planner.log import PLANNER
 from planner.report import progress
@@ -28,7 +28,9 @@ _COMMANDS = {
     "export": export,
     "show": show,
     "explain": explain,
+    "report": report,
     "solve": solve,
+    "cache": cache,
 }
 """Each with HELP, add_arguments(parser), and run(arguments), which returns the exit code."""
 

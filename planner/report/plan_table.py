@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from rich.table import Table
 
 from planner.graph.graph import Graph, Kind
+from planner.graph.modules import kind_of, module_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import Timeline
 from planner.report.tables import facts, number, render, table, words
@@ -98,8 +98,8 @@ def _modules(plan: PlannedGraph, timeline: Timeline) -> Table:
     again_ns: defaultdict[str, int] = defaultdict(int)
     numbers: defaultdict[str, set[str]] = defaultdict(set)
     for i, op in enumerate(graph.ops[: graph.num_forward_ops]):
-        path = op.source.module or "(top)"
-        row = re.sub(r"\d+", "*", path)
+        path = module_of(op)
+        row = kind_of(path)
         numbers[row].add(path)
         kept_bytes[row] += _total(graph, (name for name in op.writes if name in saved))
         if again[i]:

@@ -56,9 +56,9 @@ def stage(name: str, shown: bool) -> Iterator[None]:
 
 
 def say(text: str, shown: bool) -> None:
-    """Say in a line on stderr what a pause of training was for."""
-    if shown and sys.stderr is not None:
-        print(f"planner: {text}", file=sys.stderr, flush=True)
+    """A line on stderr, above a spinner: what a pause was for, or what was found so far."""
+    if shown:
+        _stderr().print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _stderr() -> Console:

@@ -120,7 +120,7 @@ class OtherSizes(Generic[Planned]):
         count = sum(map(len, self.known.values())) + 2
         text = f"{type(model).__name__}: {what} {shapes}, the {_ordinal(count)} size, in {seconds:.1f} s"
         RUNTIME.info(text)
-        say(text, recapture.progress)
+        say(f"planner: {text}", recapture.progress)
         return made
 
     def _planned(self, base: Planned, joint: Joint, args: Any, kwargs: Mapping[str, Any]) -> tuple[Planned, str]:

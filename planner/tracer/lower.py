@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from planner.graph.accumulation import accumulating, num_stages
@@ -15,7 +16,7 @@ from planner.kernels.batch_norm import new_statistics, unread_in_recompute, upda
 from planner.kernels.facts import is_collective, is_repeatable
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer.joint import Joint
-from planner.tracer.kernel_text import CallTexts, kernel_name
+from planner.tracer.kernel_text import CallTexts, kernel_name, tensor_text
 from planner.tracer.opaque.call import draws, opaque_call_of
 from planner.tracer.raising import raises
 from planner.tracer.storage import Storages, items, mutates
@@ -100,6 +101,7 @@ class _Lowering:
         values = self._resident()
         values += [Value(reserved_name(purpose), self._bytes(nbytes), Kind.RESERVED) for purpose, nbytes in reserved.items()]
         resident = tuple(value.name for value in values if value.kind in RESIDENT_KINDS)
+        by_name = {node.name: node for node in self.nodes}
         ops: list[Op] = []
         num_forward_ops = 0
         for position, node in enumerate(self.nodes):
@@ -113,10 +115,10 @@ class _Lowering:
                 more = hidden[i] if i < len(hidden) else 0
                 known, real = self._bytes(nbytes), self._bytes(nbytes + more)
                 depends = name in self.joint.saved_handles  # it may depend on the data: not compared as structure
-                values.append(Value(name, real, kind, real if depends else real - known))
+                form = "" if depends else _form(by_name.get(name))
+                values.append(Value(name, real, kind, real if depends else real - known, form))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
-        by_name = {node.name: node for node in self.nodes}
         return Graph(
             ops=tuple(ops),
             values=tuple(values),
@@ -139,7 +141,8 @@ class _Lowering:
         for given in self.joint.inputs:
             node = by_name[given.node]
             if self.storages.root[node] == node.name:
-                values.append(Value(node.name, self._bytes(node.meta["val"].untyped_storage().nbytes()), given.kind))
+                nbytes = self._bytes(node.meta["val"].untyped_storage().nbytes())
+                values.append(Value(node.name, nbytes, given.kind, form=_form(node)))
         return values
 
     def _bytes(self, nbytes: int) -> int:
@@ -201,3 +204,9 @@ class _Lowering:
         if read & self.mutated:
             return "reads a tensor that the step writes into"
         return "" if forward else "runs in the backward"
+
+
+def _form(node: fx.Node | None) -> str:
+    """The dtype and shape of the tensor that a node makes; "" where it makes none, or where a value has no node."""
+    tensor = None if node is None else node.meta.get("val")
+    return tensor_text(tensor) if isinstance(tensor, torch.Tensor) else ""
