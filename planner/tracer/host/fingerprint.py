@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -194,11 +193,7 @@ class _Head(Fingerprints):
 
 def is_generator(value: Any) -> bool:
     """A source of random numbers."""
-    return _is_generator_class(type(value))
-
-
-@lru_cache(maxsize=4096)
-def _is_generator_class(kind: type) -> bool:
+    kind = type(value)
     if issubclass(kind, (random.Random, torch.Generator)):
         return True
     return kind.__module__.partition(".")[0] == "numpy" and kind.__name__ in ("Generator", "RandomState")
