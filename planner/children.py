@@ -46,4 +46,4 @@ def plan_children(
     options = PlanOptions(
         loss=loss, costs=costs, effort=effort, time_limit_s=time_limit_s, num_stages=num_stages, progress=progress
     )
-    return planned_units(model, budget, args, kwargs, LARGEST, options, is_whole_captured=False, what="plan_children")
+    return planned_units(model, budget, args, kwargs, LARGEST, options, is_whole_captured=False)
