@@ -194,7 +194,7 @@ class _Head(Fingerprints):
 
 def is_generator(value: Any) -> bool:
     """A source of random numbers."""
-    return _is_generator_class(type(value))
+    return _is_generator_class(type(value))  # type: ignore[arg-type]  # a class is hashable
 
 
 @lru_cache(maxsize=4096)
