@@ -349,7 +349,8 @@ def extrapolated(smaller: Graph, larger: Graph, times: int) -> Graph | None:
     def at(first: int, second: int) -> int:
         return max(0, first + times * (second - first))
 
-    values = (replace(v, nbytes=at(smaller.value[v.name].nbytes, v.nbytes)) for v in larger.values)
+    # `form` says sizes that are not extrapolated
+    values = (replace(v, nbytes=at(smaller.value[v.name].nbytes, v.nbytes), form="") for v in larger.values)
     ops = (
         replace(b, cost_ns=at(a.cost_ns, b.cost_ns), workspace_bytes=at(a.workspace_bytes, b.workspace_bytes))
         for a, b in zip(smaller.ops, larger.ops, strict=True)

@@ -149,7 +149,7 @@ def test_a_larger_batch_is_foreseen_from_two():
     model = tanh_blocks()
     one, two, nine = (plan(model, 1.0, *rows(b), costs="estimate", progress=False).plan.graph for b in (1, 2, 9))
     ahead = extrapolated(one, two, 8)
-    assert ahead.values == nine.values
+    assert ahead.values == tuple(replace(value, form="") for value in nine.values)
     assert simulate(ahead, keep_all(ahead)).time_ns == pytest.approx(simulate(nine, keep_all(nine)).time_ns, rel=0.02)
     assert extrapolated(one, plan(tanh_blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
 
