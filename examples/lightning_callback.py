@@ -2,8 +2,9 @@
 
 python -m examples.lightning_callback
 
-It trains a small convolutional network with batch norm and dropout, gradient accumulation and clipping, once plain and once
-planned, and prints the predicted peaks of a step; the weights and running statistics after training are equal bit for bit.
+It trains a small convolutional network with batch norm and dropout, gradient accumulation, clipping and a smaller last batch,
+once plain and once planned, and prints the predicted peaks of a step; the weights and running statistics after training are
+equal bit for bit.
 """
 
 import copy
@@ -13,26 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.first_call import plan_at_first_call
-from planner import uninstall
+from planner.integrations.lightning import PlannerCallback
 from planner.units import format_bytes
-
-
-class PlanCallback(lightning.Callback):
-    """Plans `module.net` for the first batch that it is trained on, and trains it planned until the end."""
-
-    def __init__(self, budget, **options):
-        self.budget, self.options = budget, options
-        self.planned, self.call = None, ((), {})
-
-    def on_train_start(self, trainer, pl_module):
-        plan_at_first_call(pl_module.net, self.budget, done=self.keep, **self.options)
-
-    def keep(self, planned, args, kwargs):
-        self.planned, self.call = planned, (args, kwargs)
-
-    def on_train_end(self, trainer, pl_module):
-        uninstall(pl_module.net)
 
 
 class Classifier(lightning.LightningModule):
@@ -62,7 +45,7 @@ def network(width=32, depth=6):
 
 def fit(net, data, callbacks, batch, precision):
     """The usual script; returns what it trained."""
-    loader = DataLoader(data, batch, shuffle=True, drop_last=True)  # a smaller last batch would be another call
+    loader = DataLoader(data, batch, shuffle=True)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -86,9 +69,9 @@ def main(budget=0.6, batch=8, pixels=32, precision="32-true", **sizes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = network(**sizes)
-        data = TensorDataset(torch.randn(4 * batch, 3, pixels, pixels), torch.randint(10, (4 * batch,)))
+        data = TensorDataset(torch.randn(4 * batch - 1, 3, pixels, pixels), torch.randint(10, (4 * batch - 1,)))
     state = {"plain": fit(copy.deepcopy(net), data, [], batch, precision)}
-    callback = PlanCallback(budget, accumulate=True)
+    callback = PlannerCallback(budget)
     state["planned"] = fit(net, data, [callback], batch, precision)
     same = all(torch.equal(a, b) for a, b in zip(state["plain"], state["planned"], strict=True))
     print(f"weights and statistics after training: {'bit-equal' if same else 'DIFFERENT'}")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from planner.batch import max_batch as max_batch
     from planner.children import Children as Children, plan_children as plan_children
     from planner.export.source import export_source as export_source
+    from planner.integrations.first_call import plan_at_first_call as plan_at_first_call
     from planner.options import PlanOptions as PlanOptions
     from planner.profiled import ProfiledStep as ProfiledStep
     from planner.profiler.devices import devices as devices, register_device as register_device
@@ -61,6 +62,7 @@ _HOMES = {
     "planner.batch": ("max_batch",),
     "planner.children": ("Children", "plan_children"),
     "planner.export.source": ("export_source",),
+    "planner.integrations.first_call": ("plan_at_first_call",),
     "planner.options": ("PlanOptions",),
     "planner.profiled": ("ProfiledStep",),
     "planner.profiler.devices": ("devices", "register_device"),

@@ -41,6 +41,7 @@ ROOMS = (
     "api",
     "batch",
     "children",
+    "integrations",
     "cli",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""

@@ -95,10 +95,11 @@ def test_hugging_face_trainer_trains_planned(arguments, tmp_path, monkeypatch):
 
     monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))
     sizes = {"layers": 2, "width": 32, "length": 64, "vocabulary": 64}
-    weights, report = hf_trainer.main(budget=0.8, arguments=arguments, **sizes)
+    weights, callback = hf_trainer.main(budget=0.8, arguments=arguments, **sizes)
     assert_equal_states(weights)
-    assert report.exact and report.within_budget, report
-    assert report.measured_peak_bytes < 0.9 * report.plain_peak_bytes
+    plan_made = callback.planned.plan
+    assert plan_made.measured_bytes <= plan_made.budget_bytes < 0.9 * plan_made.plain.peak_bytes
+    assert callback.planned.num_planned_calls == 8
 
 
 # Lightning itself: it asks torch for a name that is on its way out, and comments on the machine's cores and devices
@@ -117,6 +118,5 @@ def test_lightning_trains_planned(precision, tmp_path, monkeypatch):
     assert_equal_states(state)
     plan_made = callback.planned.plan
     assert plan_made.peak_bytes <= plan_made.budget_bytes < plan_made.plain.peak_bytes
-    if precision == "32-true":  # verify knows no autocast around the model
-        report = verify(callback.planned, *callback.call, rounds=1)
-        assert report.exact and report.within_budget, report
+    assert plan_made.measured_bytes <= plan_made.budget_bytes
+    assert callback.planned.num_planned_calls == 8

@@ -1,0 +1,220 @@
+"""plan_at_first_call: a model that plans itself for its first call in training, whatever loop calls it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+
+from planner import arguments, units
+from planner.analysis.budgets import Budget
+from planner.api import plan
+from planner.errors import warn
+from planner.options import PlanKeywords, read_options, with_options
+from planner.runtime.copies import with_left_tensors
+from planner.runtime.install import PlannedForward, install, uninstall
+from planner.runtime.module import CheckpointedModule, runs_as_planned
+from planner.tracer.capture import IS_CAPTURING
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A model that has planned itself.
+
+    Attributes:
+        module: the planned module; `module.plan` is the Plan.
+        seconds: wall clock that the first call waited for it.
+    """
+
+    module: CheckpointedModule
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a trainer logs, by name: seconds, bytes, and fractions of the plain step's time."""
+        made = self.module.plan
+        return {
+            "planner/seconds": self.seconds,
+            "planner/budget_bytes": made.budget_bytes,
+            "planner/plain_peak_bytes": made.plain.peak_bytes,
+            "planner/peak_bytes": made.peak_bytes,
+            "planner/overhead": made.overhead,
+            "planner/gap": made.gap,
+        }
+
+
+class FirstCall:
+    """Replaces `model.forward` until the first call in training: plans for that call, installs the plan, and runs it planned.
+
+    A trainer adds arguments, casts, moves tensors and puts autocast around the forward: seen from inside the call, nothing of
+    that has to be known. What was put around the forward meanwhile stays there. Earlier calls (a validation pass, `generate`)
+    run the forward that it replaces, and so does every call if planning fails.
+
+    Args:
+        make: returns the planned module for a call, given its args and kwargs; None: nothing is planned any more.
+        before: the instance's `forward` attribute that it replaces; None if there was none.
+        strict: an error of `make` is raised instead of given to `failed`.
+        done: is given what was planned.
+        failed: is given the error where nothing could be planned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make: Callable[[Any, Any], CheckpointedModule] | None,
+        before: Call | None,
+        strict: bool = False,
+        done: Callable[[Planned], None] = lambda planned: None,
+        failed: Callable[[Exception], None] = lambda error: None,
+        installed: PlannedForward | None = None,
+    ) -> None:
+        self._model, self._make, self._before, self._strict = model, make, before, strict
+        self._done, self._failed, self._installed = done, failed, installed
+
+    @property
+    def unplanned(self) -> Call:
+        """The forward that it replaces."""
+        before = self._before
+        return before if before is not None else type(self._model).forward.__get__(self._model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unplanned)
+
+    @runs_as_planned
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan, if this is the first call in training; then run the call."""
+        if self._make is not None and not IS_CAPTURING.get() and self._model.training and torch.is_grad_enabled():
+            make, self._make = self._make, None
+            self._plan(make, args, kwargs)
+        return (self._installed or self.unplanned)(*args, **kwargs)
+
+    def _plan(self, make: Callable[[Any, Any], CheckpointedModule], args: Any, kwargs: Any) -> None:
+        """Plan for this call and install the plan, with the forward as it was; then put back what was put around it."""
+        own = vars(self._model)
+        outer = own.get("forward")
+        begun = time.monotonic()
+        _set_forward(self._model, self._before)
+        try:
+            module = make(args, kwargs)
+            install(self._model, module, strict=self._strict)
+            self._installed = own["forward"]
+        except Exception as error:
+            if self._strict:
+                raise
+            self._failed(error)
+        else:
+            self._done(Planned(module, time.monotonic() - begun))
+        finally:
+            if outer is not self:
+                _set_forward(self._model, outer)
+
+    def stop(self) -> None:
+        """Plan nothing any more, and make the model train unplanned: its forward is what it was."""
+        self._make, installed, self._installed = None, self._installed, None
+        forward = vars(self._model).get("forward")
+        if forward is self:
+            _set_forward(self._model, self._before)
+        elif forward is installed is not None:
+            uninstall(self._model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FirstCall:
+        """A copy of the model plans nothing by itself; where the model is planned, its copy is too."""
+        model = copy.deepcopy(self._model, with_left_tensors(self._model, memo))
+        before, installed = copy.deepcopy((self._before, self._installed), memo)
+        return FirstCall(model, None, before, self._strict, installed=installed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        none = _nothing
+        return FirstCall, (self._model, None, self._before, self._strict, none, none, self._installed)
+
+
+def watch(
+    model: nn.Module,
+    make: Callable[[Any, Any], CheckpointedModule],
+    strict: bool,
+    done: Callable[[Planned], None],
+    failed: Callable[[Exception], None],
+) -> FirstCall:
+    """Let a model be planned at its first call in training; arguments as of `FirstCall`."""
+    first = FirstCall(model, make, vars(model).get("forward"), strict, done, failed)
+    _set_forward(model, first)
+    return first
+
+
+def plans(model: nn.Module, budget: Budget, options: PlanKeywords) -> Callable[[Any, Any], CheckpointedModule]:
+    """A function that plans a model for the args and kwargs of a call."""
+    return lambda args, kwargs: plan(model, budget, args, kwargs, **options)
+
+
+def checked_options(budget: Budget, options: PlanKeywords, function: str) -> PlanKeywords:
+    """Options for training inside of a loop: other sizes are captured as they come, unless `dynamic=False`.
+
+    Raises:
+        TypeError, BudgetError, InputError: a budget or an option that no model could be planned with.
+    """
+    units.check_budget(budget)
+    read_options(options, PlanKeywords, function)
+    return {"dynamic": True, **options}
+
+
+def warn_unplanned(model: nn.Module, error: Exception) -> None:
+    """Warn that a model trains as it is, and why."""
+    warn(f"{type(model).__name__} trains unplanned, as it would without the planner: {type(error).__name__}: {error}")
+
+
+@with_options(PlanKeywords)
+def plan_at_first_call(
+    model: nn.Module, budget: Budget, *, log: Callable[[str], Any] = print, **options: Unpack[PlanKeywords]
+) -> FirstCall:
+    """Let a model plan itself at its first call in training; that call already runs planned.
+
+    For loops that decide themselves what they call the model with. Nothing is captured before, evaluation and `generate` run
+    the model's own forward, and inputs of other sizes are captured when they first come. If the call cannot be planned, a
+    warning says why, and the model trains as it is.
+
+    Args:
+        model: as the loop holds it; of a DistributedDataParallel model, the one that it wraps is planned.
+        budget: as for `planner.plan`.
+        log: is given the plan's table, once.
+        options: see below; `dynamic` is True unless given.
+
+    Returns:
+        its `stop()` undoes everything.
+
+    Raises:
+        TypeError, BudgetError, InputError: a budget or an option that no model could be planned with.
+        PlannerError: at the first call, with `strict=True`: it cannot be planned.
+    """
+    arguments.check_model(model)
+    given = checked_options(budget, options, "plan_at_first_call")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+
+    def done(planned: Planned) -> None:
+        log(str(planned.module.plan))
+
+    def failed(error: Exception) -> None:
+        warn_unplanned(model, error)
+
+    return watch(model, plans(model, budget, given), given.get("strict", False), done, failed)
+
+
+def _nothing(_: Any) -> None:
+    """What a copy of the model tells of its planning."""
+
+
+def _set_forward(model: nn.Module, forward: Any) -> None:
+    """Set the instance's `forward` attribute; None removes it."""
+    if forward is None:
+        vars(model).pop("forward", None)
+    else:
+        vars(model)["forward"] = forward

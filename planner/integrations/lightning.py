@@ -1,0 +1,118 @@
+"""PlannerCallback for Lightning's Trainer, of the package `lightning` or `pytorch_lightning`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
+
+from torch import nn
+
+from planner import units
+from planner.analysis.budgets import Budget
+from planner.errors import InputError
+from planner.integrations.first_call import FirstCall, Planned, checked_options, plans, warn_unplanned, watch
+from planner.options import PlanKeywords, with_options
+from planner.runtime.module import CheckpointedModule
+
+if TYPE_CHECKING or "pytorch_lightning" in sys.modules:  # the one that the script uses, if both are installed
+    from pytorch_lightning import Callback, LightningModule
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule
+    except ImportError:
+        try:
+            from pytorch_lightning import Callback, LightningModule
+        except ImportError as error:
+            raise InputError(f"install the extra: pip install 'checkpoint-planner[lightning]' ({error})") from error
+
+
+class PlannerCallback(Callback):
+    """Trains a LightningModule's network within a budget: `Trainer(callbacks=[PlannerCallback("20GiB")])`.
+
+    What is planned is the call that `training_step` makes: of the LightningModule's own forward, or of its only submodule that
+    is trained. It is planned when `training_step` first makes it, with its autocast and arguments, and runs planned until
+    training ends; then its forward is what it was. Validation runs the model's own forward. The plan's table is printed once,
+    and every logger is given `planner/...` metrics. If the call cannot be planned, a warning says why, and training goes on as
+    without the callback.
+
+    Attributes:
+        planned: the planned module; None before it is planned, and where it cannot be.
+    """
+
+    @with_options(PlanKeywords)
+    def __init__(self, budget: Budget, *, module: str | None = None, **options: Unpack[PlanKeywords]) -> None:
+        """A callback for one Trainer.
+
+        Args:
+            budget: as for `planner.plan`. Weights and gradients of the LightningModule outside of what is planned count too.
+            module: qualified name of the submodule to plan, where `training_step` calls several.
+            options: see below. `dynamic` is True unless given, and `accumulate` where the Trainer accumulates gradients.
+
+        Raises:
+            TypeError, BudgetError, InputError: a budget or an option that no model could be planned with.
+        """
+        self._budget, self._module, self._options = budget, module, checked_options(budget, options, "PlannerCallback")
+        self._watched: list[FirstCall] = []
+        self.planned: CheckpointedModule | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Watch for the first call in training."""
+        self._stop()  # of a training that ended with an error
+
+        def done(planned: Planned) -> None:
+            self.planned = planned.module
+            pl_module.print(planned.module.plan)
+            for logger in trainer.loggers:
+                logger.log_metrics(planned.metrics, step=trainer.global_step)
+
+        def failed(error: Exception) -> None:
+            warn_unplanned(pl_module, error)
+
+        for name in [self._module] if self._module is not None else _called(pl_module):
+            make = partial(self._make, trainer, pl_module, name)
+            strict = self._options.get("strict", False)
+            self._watched.append(watch(pl_module.get_submodule(name), make, strict, done, failed))
+
+    def _make(self, trainer: Any, pl_module: Any, name: str, args: Any, kwargs: Any) -> CheckpointedModule:
+        """Plan for the first call that `training_step` makes."""
+        for first in self._watched:
+            first.stop()
+        trained = [child for child in _called(pl_module) if child]
+        if self._module is None and name and len(trained) > 1:
+            others = " and ".join(each for each in trained if each != name)
+            raise InputError(
+                f"training_step calls {name} by itself, and {others} is trained too: "
+                f"call them in the LightningModule's forward, and self(...) in training_step; or plan one of them, "
+                f"PlannerCallback(budget, module={name!r}), and set aside with reserve= what the others save"
+            )
+        module = pl_module.get_submodule(name)
+        options: PlanKeywords = {"accumulate": trainer.accumulate_grad_batches > 1, **self._options}
+        reserve = units.parse_bytes(options.get("reserve", 0), "reserve", least=0) + _bytes_beside(pl_module, module)
+        return plans(module, self._budget, {**options, "reserve": reserve})(args, kwargs)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the network back as it was."""
+        self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the network back as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        for first in self._watched:
+            first.stop()
+        self._watched = []
+
+
+def _called(pl_module: nn.Module) -> list[str]:
+    """What `training_step` may call: "" for the LightningModule's own forward, and names of its submodules that are trained."""
+    own = [""] if type(pl_module).forward is not LightningModule.forward else []
+    return own + [name for name, child in pl_module.named_children() if any(p.requires_grad for p in child.parameters())]
+
+
+def _bytes_beside(pl_module: nn.Module, module: nn.Module) -> int:
+    """Bytes of weights, buffers and gradients that lie outside of a submodule."""
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    others = [tensor for tensor in (*pl_module.parameters(), *pl_module.buffers()) if id(tensor) not in own]
+    return sum(tensor.nbytes * (2 if tensor.requires_grad else 1) for tensor in others)
