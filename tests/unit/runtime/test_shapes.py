@@ -210,12 +210,12 @@ def test_calls_are_counted():
     with pytest.warns(MismatchWarning, match="new hook"):
         module(x)
     stats = module.stats()
-    assert (stats.planned, stats.unplanned, stats.audits, stats.skipped_audits) == (4, 2, 1, 0)
+    assert (stats.planned, stats.unplanned, stats.evaluations, stats.audits, stats.skipped_audits) == (4, 1, 1, 1, 0)
     assert stats.sizes == (("(4, 8)", 3), ("(2, 8)", 1))
-    assert dict(stats.reasons) == {"grad mode": 1, "a submodule's hooks": 1}
+    assert stats.reasons == (("module", "a submodule's hooks", 1),)
     assert stats.planning_s > 0
     text = str(stats)
-    assert "4 planned, 2 unplanned" in text and "(2, 8)" in text and "a submodule's hooks" in text
+    assert "4 planned, 1 unplanned, 1 in evaluation" in text and "(2, 8)" in text and "a submodule's hooks" in text
 
 
 def test_a_planned_module_has_the_signature_of_the_model():
