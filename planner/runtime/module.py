@@ -32,13 +32,13 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
 from planner.runtime.other_sizes import OtherSizes, larger_text, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
-from planner.runtime.planned_call import PlannedCall, forward_container, runs_as_planned, unplanned_forward
+from planner.runtime.planned_call import ClassOfModel, PlannedCall, resemble, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import EVALUATION, report_mismatch, trains
 from planner.runtime.step import RewrittenStep
 
 
-class CheckpointedModule(fx.GraphModule):
+class CheckpointedModule(ClassOfModel, fx.GraphModule):
     """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
 
     In training, on calls it was planned for, it runs the planned step. Otherwise (eval, no_grad, other shapes, ...) it runs
@@ -82,7 +82,7 @@ class CheckpointedModule(fx.GraphModule):
         self.__dict__.update(
             _refused=None, _num_runs=0, _num_audits=0, _num_skipped_audits=0, _compares_ranks=communicates(step.joint)
         )
-        forward_container(type(self), model)
+        resemble(type(self), model)
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
     forward = PlannedCall()
@@ -333,6 +333,9 @@ class CheckpointedModule(fx.GraphModule):
         """Former name of `mismatch`; deprecated."""
         warn("CheckpointedModule.difference is now called mismatch", DeprecationWarning)
         return self.mismatch(args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__name__  # as it is printed
 
     def __getattr__(self, name: str) -> Any:
         try:
