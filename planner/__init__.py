@@ -35,9 +35,12 @@ from planner.errors import (
 )
 
 if TYPE_CHECKING:
-    from planner.api import apply as apply, plan as plan, profile as profile, sweep as sweep
+    from planner.api import apply as apply, estimate as estimate, plan as plan, profile as profile, sweep as sweep
     from planner.batch import max_batch as max_batch
     from planner.children import Children as Children, plan_children as plan_children
+    from planner.composite.planned import PlannedUnits as PlannedUnits
+    from planner.composite.units import apply_units as apply_units, plan_units as plan_units
+    from planner.diagnosis import doctor as doctor
     from planner.export.source import export_source as export_source
     from planner.integrations.first_call import plan_at_first_call as plan_at_first_call
     from planner.options import PlanOptions as PlanOptions
@@ -45,12 +48,15 @@ if TYPE_CHECKING:
     from planner.profiler.devices import devices as devices, register_device as register_device
     from planner.profiler.estimate import DeviceModel as DeviceModel
     from planner.results.call_stats import CallStats as CallStats
+    from planner.results.diagnosis import Diagnosis as Diagnosis
+    from planner.results.estimate import Estimate as Estimate
     from planner.results.explanation import Explanation as Explanation
     from planner.results.max_batch import MaxBatch as MaxBatch
     from planner.results.plan import Plan as Plan
     from planner.results.sweep import Sweep as Sweep
+    from planner.results.unit_plan import UnitPlan as UnitPlan
     from planner.results.verify_report import VerifyReport as VerifyReport
-    from planner.runtime.install import install as install, uninstall as uninstall
+    from planner.runtime.install import install as install, uninstall as uninstall, unplan as unplan
     from planner.runtime.module import CheckpointedModule as CheckpointedModule
     from planner.runtime.reporting import MismatchWarning as MismatchWarning
     from planner.verification.verify import verify as verify
@@ -58,9 +64,12 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "planner.api": ("apply", "plan", "profile", "sweep"),
+    "planner.api": ("apply", "estimate", "plan", "profile", "sweep"),
     "planner.batch": ("max_batch",),
     "planner.children": ("Children", "plan_children"),
+    "planner.composite.planned": ("PlannedUnits",),
+    "planner.composite.units": ("apply_units", "plan_units"),
+    "planner.diagnosis": ("doctor",),
     "planner.export.source": ("export_source",),
     "planner.integrations.first_call": ("plan_at_first_call",),
     "planner.options": ("PlanOptions",),
@@ -68,12 +77,15 @@ _HOMES = {
     "planner.profiler.devices": ("devices", "register_device"),
     "planner.profiler.estimate": ("DeviceModel",),
     "planner.results.call_stats": ("CallStats",),
+    "planner.results.diagnosis": ("Diagnosis",),
+    "planner.results.estimate": ("Estimate",),
     "planner.results.explanation": ("Explanation",),
     "planner.results.max_batch": ("MaxBatch",),
     "planner.results.plan": ("Plan",),
     "planner.results.sweep": ("Sweep",),
+    "planner.results.unit_plan": ("UnitPlan",),
     "planner.results.verify_report": ("VerifyReport",),
-    "planner.runtime.install": ("install", "uninstall"),
+    "planner.runtime.install": ("install", "uninstall", "unplan"),
     "planner.runtime.module": ("CheckpointedModule",),
     "planner.runtime.reporting": ("MismatchWarning",),
     "planner.verification.verify": ("verify",),

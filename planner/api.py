@@ -1,4 +1,4 @@
-"""profile, plan, apply, sweep: the whole story on a page."""
+"""profile, plan, apply, sweep, estimate: the whole story on a page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import nn
 from planner import units
 from planner.analysis.budgets import Budget, check_budgets
 from planner.captured import captured
-from planner.options import ApplyKeywords, PlanKeywords, SweepKeywords, read_options, with_options
+from planner.estimated import estimated
+from planner.options import ApplyKeywords, EstimateKeywords, PlanKeywords, SweepKeywords, read_options, with_options
 from planner.profiled import ProfiledStep, profiled
+from planner.results.estimate import Estimate
 from planner.results.plan import Plan, as_plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
@@ -133,3 +135,38 @@ def sweep(
     checked = read_options(options, SweepKeywords, "sweep")
     check_budgets(budgets, points, low, high)
     return profiled(model, args, kwargs, checked).sweep(budgets, points=points, low=low, high=high)
+
+
+@with_options(EstimateKeywords)
+def estimate(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    memory: int | str | None = None,
+    autocast: str | None = None,
+    remedies: bool = True,
+    **options: Unpack[EstimateKeywords],
+) -> Estimate:
+    """Whether a training step fits into a device's memory, what takes it, and what would help. Nothing runs on the device.
+
+    With `device` nothing is allocated, and model and call may be on the meta device. A model that has data runs one forward,
+    as for `planner.plan`. Without `device` the step is for this machine, and its kernels are measured as for `planner.plan`;
+    costs='estimate' runs none.
+
+    Args:
+        model, args, kwargs: as for `planner.plan`.
+        memory: what the step may take, in bytes or as text ("22GiB"). Default: the device's memory, less what the driver and a
+            CUDA context take; on a CPU the machine's memory.
+        autocast: "bfloat16" or "float16": the forward runs under autocast on the device, as in mixed precision training.
+        remedies: also capture the step in bfloat16 to say what that would save.
+        options: see below.
+
+    Returns:
+        the Estimate: peak and margin, its parts, the floor, the plan for the memory, what else would help.
+
+    Raises:
+        BudgetError, InputError, CaptureError: what was given cannot be captured; says why.
+    """
+    checked = read_options(options, EstimateKeywords, "estimate")
+    return estimated(model, args, kwargs, checked, memory=memory, autocast=autocast, remedies=remedies)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
@@ -13,18 +16,22 @@ from planner.captured import captured
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import simulate
 from planner.graph.structure import renamed, wiring
+from planner.limits import Spending
 from planner.log import PLANNER
 from planner.options import MaxBatchKeywords, PlanOptions, read_options, with_options
-from planner.profiled import ProfiledStep, budget_bytes, profiled
-from planner.report.progress import stage
+from planner.profiled import ProfiledStep, allocator_margin, budget_bytes, profiled
+from planner.report.progress import say, stage
 from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
 from planner.results.plan import Plan
+from planner.solver.solve import Solver
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import calls_users_code, concerns_model
 from planner.tracer.refusal import own_words
-from planner.units import is_fraction, kind, shown
-from planner.verification.measured import time_step
+from planner.units import format_ns, is_fraction, kind, shown
+from planner.verification.measured import StepTimes, time_steps
 
 MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 """A batch's call: `args, kwargs = make_inputs(batch)`."""
@@ -32,6 +39,15 @@ MakeInputs = Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]]
 _LARGEST_FIRST = 4
 """The largest batch that a search may begin with, where the model cannot run smaller ones."""
 _MOST = 2**40
+_PLANS = 3
+"""The search may take the work of so many plans."""
+_PREDICTION, _PREDICTIONS, _NEAR = 0.12, 6, 50
+"""The largest batch is predicted by at most so many searches, each with this part of the work that is left, until it is known
+to a fiftieth."""
+_ATTEMPT = 1 / 3
+"""Part of the work that is left for each batch that is tried."""
+_TYPICAL = 8
+"""Batches that a search tries: three small ones, and two on each side of a boundary, and one between."""
 
 
 @with_options(MaxBatchKeywords)
@@ -40,12 +56,14 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
 
     Each batch tried is captured again, without running the step; bytes grow evenly with the batch, so few are tried. The batch
     above the one returned was tried too and has no plan: proven, or none was found with the effort given; `print` says which.
+    Schedules found for one batch are tried for the others, and kernels of equal shapes are measured once. With `progress`, a
+    line on stderr says at the beginning what the search may take, and one what each batch came to.
 
     Args:
         make_inputs: `args, kwargs = make_inputs(batch)`, a training call with this many samples.
         model: as for `planner.plan`.
         budget: bytes, or text such as "6GiB".
-        options: see below; `effort` and `time_limit_s` are for each batch.
+        options: see below; the whole search takes at most three times `effort` and `time_limit_s`.
 
     Returns:
         a MaxBatch, which unpacks as `batch, plan`, prints as a table, and measures with `verify`.
@@ -60,9 +78,10 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
     arguments.check_model(model)
     if is_fraction(budget):
         raise BudgetError(f"budget {shown(budget)}: a fraction of which batch's peak? Give bytes, or text such as '6GiB'")
-    batches = _Batches(make_inputs, model, checked, budget_bytes(budget, 0, checked))
+    batches = _Batches(make_inputs, model, checked, budget_bytes(budget, 0, checked), Spending(checked.limits.share(_PLANS)))
     with one_at_a_time():
         first, smaller = batches.first()
+        batches.say_limits()
         try:
             tried = search(batches.attempt, batches.plain_probably_fits, batches.probably_has_plan, batches.budget_bytes, first)
         except (InfeasibleBudgetError, NoScheduleFoundError) as error:
@@ -72,7 +91,7 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
     return MaxBatch(batches.budget_bytes, tried, batches.measure if checked.device is None else None, smaller)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Batches:
     """A model's training steps by batch, as `search` needs them."""
 
@@ -80,8 +99,13 @@ class _Batches:
     model: nn.Module
     options: PlanOptions
     budget_bytes: int
+    spending: Spending
     steps: dict[int, ProfiledStep] = field(default_factory=dict)
     """The steps of small batches, from which those of larger ones are extrapolated."""
+    schedules: dict[str, list[Schedule]] = field(default_factory=dict)
+    """Schedules that were found, by what is the same in the graphs of all batches that they can run."""
+    is_predicted: bool = False
+    """Schedules of larger batches were looked for."""
 
     def first(self) -> tuple[int, str]:
         """The smallest batch that the model can run in training, and why smaller ones cannot (batch norm raises for one).
@@ -110,46 +134,122 @@ class _Batches:
             self.steps[batch] = step
         return step
 
+    def say_limits(self) -> None:
+        """Say what the search may take, once the first batch has been captured."""
+        effort, limit_s = self.spending.limits.effort, self.spending.limits.time_limit_s
+        ended = "" if limit_s is None else f", and no more than {limit_s:.3g} s by the clock"
+        self._say(
+            f"max_batch: {_TYPICAL} batches or so are captured and profiled, as the first was; the solver spends at most "
+            f"{effort:g} units of work on all of them, about {effort:g} s of a core{ended}"
+        )
+
     def attempt(self, batch: int) -> Tried:
         """Capture and plan a batch."""
         step = self.step(batch)
         plan: Plan | None = None
         refusal: InfeasibleBudgetError | NoScheduleFoundError | None = None
+        limits = self.spending.take(_ATTEMPT)
         with stage(f"solve for batch {batch}", self.options.progress):
             try:
-                plan = step.solved(self.budget_bytes, self.options.limits)
+                plan = step.solved(self.budget_bytes, limits, self._fitting(step.graph))
             except (InfeasibleBudgetError, NoScheduleFoundError) as error:
                 refusal = error
+        if plan is not None:
+            self.spending.give_back(limits, plan.solution.work)
+            self._known(step.graph).append(plan.solution.schedule)
+        elif isinstance(refusal, InfeasibleBudgetError):  # by the floor, which is no work
+            self.spending.give_back(limits, 0.0)
         PLANNER.info("batch %d: %s", batch, refusal or "planned")
-        return Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, refusal)
+        tried = Tried(batch, floor(step.graph)[0], step.plain_bytes, plan, refusal)
+        self._say(f"max_batch: {tried}")
+        return tried
 
     def plain_probably_fits(self, batch: int) -> bool:
         """Whether the extrapolated plain step of a batch is within the budget."""
-        step = self._extrapolated(batch)
-        return step is not None and step.plain_bytes <= self.budget_bytes
+        graph = self._extrapolated(batch)
+        return graph is not None and simulate(graph, keep_all(graph)).peak_bytes <= self.budget_bytes
 
     def probably_has_plan(self, batch: int) -> bool:
-        """Whether the extrapolated step of a batch has a plan."""
-        step = self._extrapolated(batch)
-        with stage(f"predict batch {batch}", self.options.progress):
+        """Whether a known schedule fits the extrapolated step of a batch: its peak grows evenly with the batch.
+
+        The first call looks for schedules.
+        """
+        graph = self._extrapolated(batch)
+        if graph is None:
+            return False
+        if not self.is_predicted:
+            self.is_predicted = True
+            with stage("predict the largest batch", self.options.progress):
+                self._predict(batch - 1)
+        return bool(self._fitting(graph))
+
+    def _predict(self, low: int) -> None:
+        """Look for schedules of ever larger batches, between one that has a plan and the smallest whose floor is too high."""
+
+        def may_fit(batch: int) -> bool:
+            graph = self._extrapolated(batch)
+            return graph is not None and floor(graph)[0] <= self.budget_bytes
+
+        def fits(batch: int) -> bool:
+            graph = self._extrapolated(batch)
+            return graph is not None and bool(self._fitting(graph))
+
+        high = 1 + _boundary(may_fit, low, low + 1)
+        for _ in range(_PREDICTIONS):
+            low = _boundary(fits, low, low + 1)
+            if high - low <= max(1, low // _NEAR):
+                return
+            middle = (low + high) // 2
+            graph, limits = self._extrapolated(middle), self.spending.take(_PREDICTION)
+            assert graph is not None
             try:
-                return step is not None and bool(step.solved(self.budget_bytes, self.options.limits.share(1 / 2)))
+                found = Solver(graph).solve(self._limit_bytes(graph), limits, gap=1.0)  # any schedule will do
             except (InfeasibleBudgetError, NoScheduleFoundError):
-                return False
+                high = middle
+            else:
+                self.spending.give_back(limits, found.work)
+                self._known(graph).append(found.schedule)
 
-    def measure(self, tried: Tried, rounds: int) -> MeasuredBatch:
-        """Run a batch's planned step, even where its peak turns out to be above the budget."""
-        assert tried.plan is not None
-        step = captured(self.model, *self._call(tried.batch), self.options)
-        planned = step.rewritten(step.recognized(tried.plan))
-        return MeasuredBatch(*time_step(planned, step.args, step.kwargs, rounds=rounds))
+    def measure(self, tried: Sequence[Tried], rounds: int) -> dict[int, MeasuredBatch]:
+        """Run planned steps of batches, even where a peak turns out to be above the budget.
 
-    def _extrapolated(self, batch: int) -> ProfiledStep | None:
+        They run in turn, there and back: what slows the machine down for a while shows in the spread of all of them.
+        """
+        planned = {}
+        for each in tried:
+            assert each.plan is not None
+            step = captured(self.model, *self._call(each.batch), self.options)
+            planned[each.batch] = step, step.rewritten(step.recognized(each.plan))
+        found: dict[int, list[StepTimes]] = {batch: [] for batch in planned}
+        for batch in (*planned, *reversed(planned)):
+            step, module = planned[batch]
+            found[batch].append(time_steps(module, step.args, step.kwargs, rounds=rounds))
+            self._say(f"max_batch: ran batch {batch}: {format_ns(1e9 * statistics.median(found[batch][-1].seconds))} a step")
+        return {
+            batch: MeasuredBatch.of([s for time in times for s in time.seconds], max(time.peak_bytes for time in times))
+            for batch, times in found.items()
+        }
+
+    def _known(self, graph: Graph) -> list[Schedule]:
+        """Schedules that were found for batches with the same graph but for its sizes; what is added there is known."""
+        shape = json.dumps([wiring(graph), [op.recomputable for op in graph.ops], graph.backward_is_fixed])
+        return self.schedules.setdefault(hashlib.sha256(shape.encode()).hexdigest(), [])
+
+    def _fitting(self, graph: Graph) -> list[Schedule]:
+        """The known schedules that keep the budget. One that does not would lead the solver's descent astray."""
+        limit_bytes = self._limit_bytes(graph)
+        return [schedule for schedule in self._known(graph) if simulate(graph, schedule).peak_bytes <= limit_bytes]
+
+    def _limit_bytes(self, graph: Graph) -> int:
+        return self.budget_bytes - allocator_margin(graph, self.budget_bytes)
+
+    def _extrapolated(self, batch: int) -> Graph | None:
         # sizes of 1 broadcast: the step of one sample may be a special case
         size = max(2, min(self.steps))
-        smaller, larger = self.steps[size], self.steps[size + 1]
-        graph = extrapolated(smaller.graph, larger.graph, batch - size)
-        return None if graph is None else replace(larger, graph=graph)
+        return extrapolated(self.steps[size].graph, self.steps[size + 1].graph, batch - size)
+
+    def _say(self, text: str) -> None:
+        say(text, self.options.progress)
 
     @calls_users_code
     def _call(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

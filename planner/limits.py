@@ -23,3 +23,26 @@ class Limits:
     def share(self, fraction: float) -> Limits:
         """So much of it."""
         return Limits(fraction * self.effort, None if self.time_limit_s is None else fraction * self.time_limit_s)
+
+
+@dataclass(slots=True)
+class Spending:
+    """What several calls of the solver may spend together. Each gets a part of what is left, so that there always is some.
+
+    Attributes:
+        limits: of all calls.
+        left: the part of it that is not spent yet.
+    """
+
+    limits: Limits
+    left: float = 1.0
+
+    def take(self, fraction: float) -> Limits:
+        """A fraction of what is left, for one call; it counts as spent."""
+        part = fraction * self.left
+        self.left -= part
+        return self.limits.share(part)
+
+    def give_back(self, taken: Limits, work: float) -> None:
+        """Of what one call took, it has spent this much work."""
+        self.left += max(0.0, taken.effort - work) / self.limits.effort

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 PLANNER = logging.getLogger("planner")
-"""What `plan`, `sweep`, `max_batch` and `plan_children` do, one line a step."""
+"""What `plan`, `sweep`, `max_batch` and `plan_units` do, one line a step."""
 TRACER = logging.getLogger("planner.tracer")
 """Captures: what was captured, again and why, which submodules run as they are."""
 PROFILER = logging.getLogger("planner.profiler")

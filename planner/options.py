@@ -50,6 +50,10 @@ def _costs(value: Any, name: str) -> Any:
     raise BudgetError(f"{name}={units.shown(value)} is not known; use 'measure' or 'estimate'")
 
 
+def _remeasure(value: Any, name: str) -> Any:
+    return None if value is None else arguments.flag(value, name)
+
+
 def _time_limit(value: Any, name: str) -> Any:
     return None if value is None else arguments.seconds(value, name)
 
@@ -134,6 +138,13 @@ class CostOptions:
         "Default: measure, or estimate for a `device` that is not here.",
         _costs,
     )
+    remeasure: bool | None = option(
+        None,
+        "measure every kernel anew, whatever is on file; no: time nothing again that is on file",
+        "Default: of the times on file, those that take most of the step are checked once per process, and replaced where they "
+        "were measured on a busy machine. `planner cache --info` says where the file is.",
+        _remeasure,
+    )
     device: str | DeviceModel | None = option(
         None,
         "plan for a device that is not here: a name such as 'H100-80GB' (an unknown name lists the known)",
@@ -151,7 +162,7 @@ class SolverOptions:
         DEFAULT_EFFORT,
         "work for the solver, about its seconds on an idle core",
         "Counted and not timed: the same call gives the same plan on a busy machine and on every rank. The best plan found "
-        "by then is returned. `sweep` spends it on all budgets together, `max_batch` on each batch.",
+        "by then is returned. `sweep` spends it on all budgets together, `max_batch` three times as much on all batches.",
         arguments.effort,
     )
     time_limit_s: float | None = option(
@@ -245,6 +256,8 @@ class PlanOptions(RuntimeOptions, SolverOptions, CostOptions, AccountingOptions,
                 f"costs='measure' runs kernels on this machine, and device={units.shown(self.device)} is not here: leave costs "
                 "out to estimate for that device, or leave device out to measure here"
             )
+        if self.remeasure and (self.device is not None or self.costs == "estimate"):
+            raise InputError("remeasure=True measures kernels here, and these costs are estimated: leave one of the two out")
         if self.device is not None and self.compile:
             raise InputError("compile=True needs the device here; save the plan, and apply(plan, ..., compile=True) there")
 
@@ -270,6 +283,7 @@ class _SolveKeywords(TypedDict, total=False):
     accumulate: bool
     in_flight: int
     costs: Literal["measure", "estimate"] | None
+    remeasure: bool | None
     device: str | DeviceModel | None
     effort: float
     time_limit_s: float | None
@@ -295,6 +309,16 @@ class MaxBatchKeywords(_CaptureKeywords, _SolveKeywords, _ProgressKeywords, tota
 
 class SweepKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _ProgressKeywords, total=False):
     """What `sweep` takes."""
+
+
+class EstimateKeywords(_CaptureKeywords, _CriterionKeywords, _SolveKeywords, _ProgressKeywords, total=False):
+    """What `estimate` takes."""
+
+
+class DoctorKeywords(_CaptureKeywords, _CriterionKeywords, _ProgressKeywords, total=False):
+    """What `doctor` takes."""
+
+    device: str | DeviceModel | None
 
 
 class ApplyKeywords(_CaptureKeywords, _CriterionKeywords, _RuntimeKeywords, _ProgressKeywords, total=False):

@@ -18,7 +18,7 @@ from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoS
 from planner.graph.graph import Graph, Kind
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
-from planner.graph.schedule import keep_all
+from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.limits import Limits
 from planner.log import PLANNER
@@ -34,7 +34,7 @@ from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
-from planner.solver.solve import Solver, solve
+from planner.solver.solve import Solver
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import noting
 from planner.tracer.joint import Joint
@@ -126,14 +126,20 @@ class ProfiledStep(CapturedStep):
         """
         return budget_bytes(budget, self.plain_bytes, self.options)
 
-    def solved(self, budget_bytes: int, limits: Limits) -> Plan:
+    def solved(self, budget_bytes: int, limits: Limits, known: Sequence[Schedule] = ()) -> Plan:
         """The best plan found within a budget.
+
+        Args:
+            known: schedules of graphs with this graph's wiring, which compete.
 
         Raises:
             InfeasibleBudgetError, NoScheduleFoundError: there is none; or none was found.
         """
         margin_bytes = allocator_margin(self.graph, budget_bytes)
-        solution = solve(self.graph, budget_bytes - margin_bytes, limits)
+        solver = Solver(self.graph)
+        for schedule in known:
+            solver.offer(schedule, "another size")
+        solution = solver.solve(budget_bytes - margin_bytes, limits)
         made = Plan(self.graph, budget_bytes, margin_bytes, solution, self.provenance)
         peak, budget = units.format_bytes(made.peak_bytes), units.format_bytes(budget_bytes)
         text = "planned for %s: peak %s, %+.1f %% of simulated time, %s in %.1f s"
@@ -180,7 +186,8 @@ class ProfiledStep(CapturedStep):
     def _measured(self, made: Plan, rounds: int) -> MeasuredPoint:
         """One of a sweep's plans, run on the side."""
         report = verify(self.rewritten(made), self.args, self.kwargs, rounds=rounds)
-        return MeasuredPoint(made.budget_bytes, report.measured_peak_bytes, report.time_ratio, report.exact)
+        peak_bytes = report.measured_peak_bytes
+        return MeasuredPoint(made.budget_bytes, peak_bytes, report.time_ratio, report.exact, report.time_spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +208,21 @@ class PlanAnew:
         if communicates(joint):
             raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
         step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
-        return with_costs(step, _set_aside(model, self.options, None))._planned(budget_bytes)
+        return with_costs(step, set_aside(model, self.options, None))._planned(budget_bytes)
 
 
-def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, options: PlanOptions) -> ProfiledStep:
+def profiled(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    options: PlanOptions,
+    *,
+    autocast: torch.dtype | None = None,
+) -> ProfiledStep:
     """Capture a training step and find the costs of its kernels: measured on the device, or estimated.
+
+    Args:
+        autocast: of a device that is not here: the forward runs under autocast of this dtype there.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
@@ -214,13 +231,14 @@ def profiled(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | 
     args, kwargs = arguments.check_call(args, kwargs)
     model, named, options = criterion_inside(model, kwargs, options)
     target = target_device(options)
-    aside = _set_aside(model, options, target)
+    aside = set_aside(model, options, target)
     try:
-        step = captured(model, args, named, options, None if target is None else TargetDevice(target.name, target.capability))
+        there = None if target is None else TargetDevice(target.name, target.capability, autocast)
+        step = captured(model, args, named, options, there)
     except CaptureError as error:
         if error.is_models_own:
             raise
-        cure = "planner.plan_children plans what can be captured of its submodules" if [*model.children()] else ""
+        cure = "planner.plan_units plans what can be captured of its submodules" if [*model.children()] else ""
         raise CaptureError(f"{str(error).rstrip('.')}. {cure}".rstrip(". "), module=error.module) from error
     with one_at_a_time():
         return with_costs(step, aside)
@@ -278,7 +296,7 @@ def _margin_of(graph: Graph) -> Callable[[int], int]:
     return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
-def _set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
+def set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:
     """Bytes that are resident beside the step, by what they are for."""
     asked = {"reserved": options.reserve_bytes}
     if options.optimizer is not None:
@@ -294,7 +312,7 @@ def _profile(step: CapturedStep) -> Profile:
     nodes, target = kernel_nodes(step.joint), target_device(step.options)
     if target is not None or step.options.costs == "estimate":
         return estimate(nodes, target)
-    return measure(nodes, step.joint.device, progress=step.options.progress)
+    return measure(nodes, step.joint.device, remeasure=step.options.remeasure, progress=step.options.progress)
 
 
 def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
@@ -305,8 +323,10 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         model=profile.model,
         num_kernels=profile.num_kernels,
         num_estimated=profile.num_estimated,
+        spread=round(profile.spread, 4),
         opaque=tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values())),
         repeats=tuple((kind, len(names)) for kind, names in step.joint.repeats.items()),
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
+        module=type(step.model).__name__,
     )

@@ -36,8 +36,10 @@ ROOMS = (
     "verification",
     "options",
     "captured",
+    "diagnosis",
     "profiled",
-    "levels",
+    "composite",
+    "estimated",
     "api",
     "batch",
     "children",
@@ -55,7 +57,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "graph": _PLAIN,
     "solver": _PLAIN | {"pulp", "highspy", "networkx"},
     "analysis": _PLAIN,
-    "report": _PLAIN | {"rich", "matplotlib", "PIL"},
+    "report": _PLAIN | {"rich", "matplotlib", "PIL", "plotly"},
     "results": _PLAIN | {"rich"},
 }
 """What the rooms without torch may import beside the standard library and this package."""

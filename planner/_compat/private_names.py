@@ -94,9 +94,12 @@ IMPORTED = (
         "torch._C",
         (
             "DispatchKey",
+            "DispatchKeySet",
+            "_ExcludeDispatchKeyGuard",
             "_current_graph_task_id",
             "_disabled_torch_function_impl",
             "_dispatch_get_all_op_names",
+            "_dispatch_has_kernel_for_dispatch_key",
             "_get_mkldnn_enabled",
             "_get_sdp_priority_order",
             "_len_torch_dispatch_stack",

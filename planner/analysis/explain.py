@@ -10,6 +10,7 @@ from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.graph import Graph
 from planner.graph.modules import fold, module_of
 from planner.graph.planned import PlannedGraph
+from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
@@ -103,14 +104,18 @@ def explain(plan: PlannedGraph, *, prices: bool = True, limits: Limits | None = 
         limits: what the solver may spend on that.
     """
     more, less = _prices(plan, limits or Limits()) if prices else (None, None)
-    return Explained(plan, _rows(plan), more, less)
+    return Explained(plan, rows_of(plan), more, less)
 
 
-def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
-    graph, outputs = plan.graph, set(plan.graph.forward_outputs)
-    saved, wanted = set(plan.timeline.saved) - outputs, set(plan.plain.saved) - outputs
-    steps = plan.solution.schedule.steps
-    again = Counter(steps[t] for t in plan.solution.schedule.recomputes())
+def module_rows(graph: Graph, schedule: Schedule, saved: Iterable[str], wanted: Iterable[str]) -> dict[str, ModuleRow]:
+    """What happens to the activations of each module, by its path, in the order in which modules run.
+
+    Args:
+        saved, wanted: `Timeline.saved` of the schedule and of the plain step.
+    """
+    outputs = set(graph.forward_outputs)
+    saved, wanted = set(saved) - outputs, set(wanted) - outputs
+    again = Counter(schedule.steps[t] for t in schedule.recomputes())
     figures: dict[str, ModuleRow] = {}
     for i, op in enumerate(graph.ops[: graph.num_forward_ops]):
         path = module_of(op)
@@ -124,7 +129,12 @@ def _rows(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
             recomputed_ns=row.recomputed_ns + again[i] * op.cost_ns,
             worth_ns=row.worth_ns + (op.cost_ns if droppable else 0),
         )
-    used = {path: row for path, row in figures.items() if row.kept_bytes or row.freed_bytes or row.recomputed_ns}
+    return {path: row for path, row in figures.items() if row.kept_bytes or row.freed_bytes or row.recomputed_ns}
+
+
+def rows_of(plan: PlannedGraph) -> tuple[ModuleRow, ...]:
+    """What happens to the activations of each module, the most bytes first."""
+    used = module_rows(plan.graph, plan.solution.schedule, plan.timeline.saved, plan.plain.saved)
     folded = fold({path: replace(row, label="") for path, row in used.items()})
     return _ranked([_sum(label, [used[path] for path in paths]) for label, paths in folded.items()])
 

@@ -77,12 +77,14 @@ class MeasuredPoint:
         peak_bytes: of the planned step, everything resident included.
         time_ratio: planned over plain step; None where the plain step did not fit.
         exact: outputs, gradients, buffers and random state were bit-equal.
+        time_spread: lowest and highest ratio of a pair of steps; None where none was timed.
     """
 
     budget_bytes: int
     peak_bytes: int
     time_ratio: float | None
     exact: bool
+    time_spread: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,11 @@ class SweptGraph:
         width = max(1, last.peak_bytes - first.peak_bytes)
         height = max(1, first.time_ns - last.time_ns)
         return min(self.points, key=lambda point: (point.peak_bytes / width + point.time_ns / height, point.peak_bytes))
+
+    def within(self, peak_bytes: int) -> Point | None:
+        """The fastest point that peaks no higher; None where there is none."""
+        fitting = [point for point in self.points if point.peak_bytes <= peak_bytes]
+        return min(fitting, key=lambda point: point.time_ns, default=None)
 
 
 def make_point(graph: Graph, budget_bytes: int, margin_bytes: int, solution: Solution) -> Point:
@@ -179,15 +186,14 @@ def sweep_graph(
     if not made:
         lowest = solver.lowest_peak(limits)
         raise restated(error, format_bytes(budget), budget, margin, lowest)
-    floor_bytes, floor_op = _floor(graph, solver)
+    floor_bytes, floor_op = proven_floor(graph, solver)
     return SweptGraph(graph, tuple(made), tuple(infeasible), floor_bytes, floor_op, time.monotonic() - start, provenance)
 
 
-def _floor(graph: Graph, solver: Solver) -> tuple[int, str]:
-    """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it."""
+def proven_floor(graph: Graph, solver: Solver) -> tuple[int, str]:
+    """The proven floor of the captured or the moved graph, whichever is lower, and the op that holds it ("" without ops)."""
     floors = ((*floor(each), each) for each in (graph, solver.graph))
     least, i, lower = min(floors, key=lambda entry: entry[0])
     if i < 0:
         return least, ""
-    op = lower.ops[i]
-    return least, f"{op.name} ({op.source})" if op.source else op.name
+    return least, lower.ops[i].text

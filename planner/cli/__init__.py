@@ -10,39 +10,63 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from planner.cli import explain, export, max_batch, plan, show, solve, sweep
+from planner.cli import cache, doctor, estimate, explain, export, max_batch, plan, report, show, solve, sweep
 from planner.errors import PlannerError
 from planner.log import PLANNER
+from planner.report import progress
 
 _COMMANDS = {
+    "estimate": estimate,
     "plan": plan,
     "sweep": sweep,
     "max-batch": max_batch,
+    "doctor": doctor,
     "export": export,
     "show": show,
     "explain": explain,
+    "report": report,
     "solve": solve,
+    "cache": cache,
 }
 """Each with HELP, add_arguments(parser), and run(arguments), which returns the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; exit code 0, or 1 after a one-line error on stderr."""
+    """Run the command line; exit code 0, 1 after a one-line error on stderr, or 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        with _log_shown(arguments.log_level):
+        with _log_shown(arguments.log_level), progress.in_lines():
             code = int(arguments.run(arguments))
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing is flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except PlannerError as error:
-        print(f"planner: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("planner: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.log_level == "debug":
+            traceback.print_exc()
+        print(f"planner: {_one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _one_line(error: Exception) -> str:
+    """An error in a line; what is no fault of the user's says how to see more."""
+    said = " ".join(str(error).split())
+    if isinstance(error, PlannerError):
+        return f"{type(error).__name__}: {said}"
+    notes = " ".join(" ".join(note.split()) for note in getattr(error, "__notes__", ()))
+    text = f"{type(error).__name__}: {said[:_LONGEST]}".rstrip(": ")
+    return f"{text}. {notes}{' ' if notes else ''}(--log-level debug shows the traceback)"
+
+
+_LONGEST = 300
 
 
 def _parser() -> argparse.ArgumentParser:

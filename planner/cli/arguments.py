@@ -100,6 +100,7 @@ def _loss(text: str) -> int | str:
 _READ: Mapping[str, Mapping[str, Any]] = {
     "loss": {"type": _loss},
     "costs": {"choices": ("measure", "estimate")},
+    "remeasure": {"action": argparse.BooleanOptionalAction},
     "effort": {"type": float, "metavar": "E"},
     "time_limit_s": {"type": float, "metavar": "S"},
     "in_flight": {"type": int, "metavar": "N"},

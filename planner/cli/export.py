@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from planner.cli.arguments import add_budget, add_target, check_saved, checked_options
+from planner.cli.arguments import add_budget, add_json, add_target, check_saved, checked_options, say, tell
 from planner.cli.target import Target
 
 HELP = "write the planned step as one Python file that needs torch alone"
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--plan", metavar="PLAN.json", help="a plan of this model and call that was saved before")
     out = "the file to write; load a state_dict into its class"
     parser.add_argument("-o", "--out", required=True, metavar="OUT.py", help=out)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_saved(arguments.plan)
     from planner import api
     from planner.export.source import check_path, export_source
+    from planner.results import figures
     from planner.results.plan import Plan
 
     check_path(arguments.out)
@@ -37,5 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         planned = api.apply(made, model, args, kwargs, loss=options["loss"], opaque=options["opaque"])
     export_source(planned, arguments.out)
-    print(f"{planned.plan}\n\nplanned step written to {arguments.out}")
+    say(arguments, planned.plan, figures.plan_figures(planned.plan))
+    tell(arguments, f"planned step written to {arguments.out}")
     return 0

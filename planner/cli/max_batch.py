@@ -28,11 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_runnable(arguments)
     target, options = Target.find(arguments.target), checked_options(arguments)
     from planner import batch
+    from planner.report.progress import stage
 
     model, make_inputs = target.build_batches()
     found = batch.max_batch(make_inputs, model, arguments.budget, **options)
     if arguments.verify is not None:
-        found = found.verify(arguments.verify)
+        with stage("run planned steps", True):
+            found = found.verify(arguments.verify)
     say(arguments, found, found.summary())
     if arguments.save:
         found.plan.save(arguments.save)

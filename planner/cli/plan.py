@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_runnable(arguments)
     target, options = Target.find(arguments.target), checked_options(arguments, (*MODEL_OPTIONS, "check"))
     from planner import api
+    from planner.report.progress import stage
     from planner.results import figures
 
     model, args, kwargs = target.build()
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verify:
         from planner.verification.verify import verify
 
-        report = verify(planned, args, kwargs)
+        with stage("run plain and planned steps", True):
+            report = verify(planned, args, kwargs)
         summary["measured"] = asdict(report)
     if arguments.json or report:
         say(arguments, f"\n{report}", summary)

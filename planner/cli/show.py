@@ -46,6 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
             shown.plot(path)
             tell(arguments, f"picture written to {path}")
     if isinstance(shown, Plan) and arguments.trace:
-        shown.trace(arguments.trace)
+        shown.perfetto(arguments.trace)
         tell(arguments, f"trace written to {arguments.trace}; open it in https://ui.perfetto.dev or chrome://tracing")
     return 0

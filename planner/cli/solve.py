@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.cli.arguments import add_budget, add_options, check_saved
+from planner.cli.arguments import add_budget, add_json, add_options, check_saved, say, tell
 from planner.options import PlanOptions
 from planner.units import parse_budget
 
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--sweep", type=int, nargs="?", const=20, metavar="N", help="N budgets at once (default 20)")
     add_options(parser, ["effort", "time_limit_s"])
     parser.add_argument("--save", metavar="OUT.json", help="write the plan, or the sweep")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from planner.analysis.sweep import sweep_graph
     from planner.graph.schedule import keep_all
     from planner.graph.simulate import simulate
-    from planner.results import plan_file
+    from planner.results import figures, plan_file, sweep_file
     from planner.results.plan import Plan
     from planner.results.sweep import Sweep
     from planner.solver.solve import Solver
@@ -54,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         budget_bytes = parse_budget(arguments.budget, plain_bytes)
         left = margin(budget_bytes)
         result = Plan(graph, budget_bytes, left, Solver(graph).solve(budget_bytes - left, limits), provenance)
-    print(result)
+    say(arguments, result, sweep_file.summary(result) if isinstance(result, Sweep) else figures.plan_figures(result))
     if arguments.save:
         result.save(arguments.save)
-        print(f"\nwritten to {arguments.save}")
+        tell(arguments, f"written to {arguments.save}")
     return 0

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     target, options = Target.find(arguments.target), checked_options(arguments)
     from planner.analysis.budgets import check_budgets
     from planner.report import picture
+    from planner.report.progress import stage
     from planner.results import sweep_file
 
     check_budgets(None, arguments.points, arguments.low, arguments.high)
@@ -40,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = {"points": arguments.points, "low": arguments.low, "high": arguments.high}
     swept = api.sweep(model, None, args, kwargs, **asked, **options)
     if arguments.verify is not None:
-        swept = swept.verify(arguments.verify)
+        with stage("run plain and planned steps", True):
+            swept = swept.verify(arguments.verify)
     say(arguments, swept, sweep_file.summary(swept))
     for path, write, what in ((arguments.save, swept.save, "sweep"), (arguments.plot, swept.plot, "picture")):
         if path:

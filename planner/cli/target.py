@@ -14,6 +14,7 @@ from typing import Any
 
 from planner.arguments import check_call, check_function
 from planner.errors import InputError, PlannerError
+from planner.report.progress import line, stage
 from planner.units import kind
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -46,13 +47,20 @@ class Target:
             raise InputError(f"{text!r}: give FILE.py:FUNCTION; there is no file {file!r}")
         return Target(text, Path(file).absolute(), function)
 
-    def build(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The model and its example call.
+    def build(self, *, on_meta: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The model and its example call; `on_meta`: built of tensors without data.
 
         Raises:
             InputError: the file or the function cannot be run, or it returned something else than (model, args, kwargs).
         """
-        return self._call(self._load())
+        with stage(f"build {self.path.name}:{self.function}", True):
+            function = self._load()
+            if not on_meta:
+                return self._call(function)
+            import torch
+
+            with torch.device("meta"):
+                return self._call(function)
 
     def build_batches(self) -> tuple[Any, Callable[[int], Call]]:
         """The model, and what makes the call of a batch.
@@ -63,6 +71,7 @@ class Target:
         Raises:
             InputError: the file or the function cannot be run, or it returned something else.
         """
+        line(f"build {self.path.name}:{self.function}", True)
         function = self._load()
         if not _takes_batch(function):
             built = self._run(function)
@@ -96,17 +105,23 @@ class Target:
             return function(**sizes)
         except PlannerError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{self.text} cannot be run: {self._reason(error)}") from error
 
-    def _reason(self, error: Exception) -> str:
-        """An exception of the user's file in a line, with the last line of that file that led to it."""
-        file = str(self.path)
-        lines = [entry.lineno for entry in traceback.extract_tb(error.__traceback__) if entry.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            lines = [error.lineno]
-        where = f" at {self.path.name}:{lines[-1]}" if lines else ""
+    def _reason(self, error: BaseException) -> str:
+        """An exception of the user's code in one line, with the innermost line of the file or one beside it that led to it."""
+        lines = traceback.extract_tb(error.__traceback__)
+        places = [(Path(entry.filename), entry.lineno) for entry in lines if self._is_users(entry.filename)]
+        if isinstance(error, SyntaxError) and error.filename and self._is_users(error.filename):
+            places = [(Path(error.filename), error.lineno)]
+        where = f" at {places[-1][0].name}:{places[-1][1]}" if places else ""
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+
+    def _is_users(self, file: str) -> bool:
+        """The file is the target's, or lies in its folder and is of no installed package."""
+        path = Path(file)
+        inside = path.is_relative_to(self.path.parent) and not {"site-packages", "dist-packages"}.intersection(path.parts)
+        return path == self.path or inside
 
     def _load(self) -> Callable[..., Any]:
         """The function; runs the file."""
@@ -122,7 +137,7 @@ class Target:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise InputError(f"{self.text} cannot be run: {self._reason(error)}") from error
         build = getattr(module, self.function, None)

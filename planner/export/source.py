@@ -26,6 +26,7 @@ from planner.export.lines import WrittenPass, write_pass
 from planner.export.names import ValueNames, counted, kernel_names, literal, quoted, snake, unique
 from planner.graph.graph import Kind
 from planner.kernels import custom
+from planner.report import files
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.joint import Input
@@ -72,8 +73,8 @@ def export_source(planned: CheckpointedModule, path: str | Path) -> None:
     file = check_path(path)
     source = _Source(planned, file.stem)
     text = source.text()
+    files.write(file, text)
     try:
-        file.write_text(text, encoding="utf-8")
         if source.stored:
             torch.save(source.stored, file.with_suffix(_CONSTANTS))
     except (OSError, RuntimeError) as error:

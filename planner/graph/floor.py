@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import InfeasibleBudgetError
-from planner.graph.graph import Graph, Op
+from planner.graph.graph import Graph, Kind, Op
 from planner.units import enough_text, format_bytes
 
 _REMEDIES = (
@@ -58,6 +60,51 @@ def least_bytes(graph: Graph) -> NDArray[np.int64]:
     return need
 
 
+def floor_parts(graph: Graph) -> tuple[tuple[str, int], ...]:
+    """What the floor consists of: (what, bytes), summing up to `floor(graph)`; empty where nothing is held."""
+    nbytes, i = floor(graph)
+    in_backward = i >= graph.num_forward_ops
+    given: dict[str, int] = {}
+    for name in graph.inputs:
+        value = graph.value[name]
+        if value.kind is not Kind.TANGENT or in_backward:
+            what = name.strip("()") if value.kind is Kind.RESERVED else _GIVEN[value.kind]
+            given[what] = given.get(what, 0) + value.nbytes
+    parts = list(given.items())
+    if i >= 0:
+        written = [name for name in graph.forward_outputs if graph.producer.get(name, i + 1) <= i]
+        gradients = [name for name in graph.backward_outputs if graph.producer.get(name, i + 1) <= i and name not in written]
+        others = (graph.in_flight - 1) * _sum(graph, graph.forward_outputs)
+        parts += [("outputs", _sum(graph, written)), ("outputs of other forwards in flight", others)]
+        parts.append(("gradients so far", _sum(graph, gradients)))
+        own = _own(graph, graph.ops[i])
+        listed = list(own.items())[:_LISTED]
+        parts += [(name, size) for name, size in listed]
+        parts.append(("what else the op reads and writes", sum(own.values()) - sum(size for _, size in listed)))
+    parts.append(("what cannot be recomputed", nbytes - sum(size for _, size in parts)))
+    return tuple((what, size) for what, size in parts if size)
+
+
+def floor_advice(graph: Graph) -> str:
+    """What would lower the floor, in words."""
+    nbytes, i = floor(graph)
+    return _advice(graph, i, nbytes)
+
+
+_GIVEN = {
+    Kind.PARAM: "parameters",
+    Kind.BUFFER: "buffers",
+    Kind.INPUT: "inputs",
+    Kind.TANGENT: "gradients of outputs",
+}
+_LISTED = 4
+"""Of what an op reads and writes, the largest are named."""
+
+
+def _sum(graph: Graph, names: Iterable[str]) -> int:
+    return sum(graph.value[name].nbytes for name in set(names) - set(graph.inputs))
+
+
 def infeasible(graph: Graph, budget_bytes: int) -> InfeasibleBudgetError:
     """The error for a budget below the floor: which op needs how much, for which values, and what would lower it most."""
     least, i = floor(graph)
@@ -98,8 +145,8 @@ def _own(graph: Graph, op: Op) -> dict[str, int]:
 def _culprit(graph: Graph, i: int, least: int) -> str:
     op = graph.ops[i]
     own = _own(graph, op)
-    listed = [f"{name} {format_bytes(nbytes)}" for name, nbytes in list(own.items())[:4]]
-    rest = least - sum(list(own.values())[:4])
+    listed = [f"{name} {format_bytes(nbytes)}" for name, nbytes in list(own.items())[:_LISTED]]
+    rest = least - sum(list(own.values())[:_LISTED])
     if rest > 0:
         listed.append(f"{format_bytes(rest)} of parameters, gradients and others")
     where = f", {op.source}" if op.source else ""

@@ -34,12 +34,14 @@ class Value:
     Attributes:
         nbytes: all that it takes.
         hidden_bytes: bytes of the real storage beyond the fake tensor's; included in nbytes.
+        form: dtype and shape, "float32[8, 4]", of the tensor that was allocated, for people; "" where it is not known.
     """
 
     name: str
     nbytes: int
     kind: Kind
     hidden_bytes: int = 0
+    form: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,11 @@ class Op:
     source: Source = NOWHERE
     kernel: str = ""
     arguments: str = ""
+
+    @property
+    def text(self) -> str:
+        """For people: its name, with the module and the line where they are known."""
+        return f"{self.name} ({self.source})" if self.source else self.name
 
 
 def reserved_name(purpose: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 
@@ -28,6 +29,11 @@ def block_of(path: str) -> str:
     parts = path.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return "" if number is None else ".".join(parts[: number + 1])
+
+
+def kind_of(path: str) -> str:
+    """What a module has in common with its equals in other layers: "h.*.mlp" of "h.0.mlp"."""
+    return re.sub(r"\d+", "*", path)
 
 
 def fold(rows: Mapping[str, Hashable]) -> dict[str, tuple[str, ...]]:

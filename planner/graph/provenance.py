@@ -19,10 +19,12 @@ class Provenance:
         is_here: the device was here; otherwise kernels are those that torch was expected to choose there.
         model: the `DeviceModel` that all costs were estimated with; "" where they were measured.
         num_kernels, num_estimated: distinct kernels of a measured step, and how many of them could not be run.
+        spread: how much the repeats of measured kernels differ: sum of their interquartile ranges over that of their times.
         opaque: submodules that run as they are, by qualified name.
         repeats: (class, number) of equal blocks that were captured once.
         torch: its version.
         date: year-month-day.
+        module: class of the model; "" where it is not known (files of earlier versions).
     """
 
     costs: Costs
@@ -31,10 +33,12 @@ class Provenance:
     model: str = ""
     num_kernels: int = 0
     num_estimated: int = 0
+    spread: float = 0.0
     opaque: tuple[str, ...] = ()
     repeats: tuple[tuple[str, int], ...] = ()
     torch: str = ""
     date: str = ""
+    module: str = ""
 
     @property
     def is_estimated(self) -> bool:
@@ -45,6 +49,8 @@ class Provenance:
         how = f"costs {self.costs}"
         if self.model:
             how += f" for {self.model}"
+        if self.spread:
+            how += f" (±{100 * self.spread / 2:.2g}%)"
         if self.num_estimated:
             how += f", {self.num_estimated} of {self.num_kernels} kernels estimated"
         parts = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -15,8 +15,9 @@ from torch import nn
 from planner import arguments, units
 from planner.analysis.budgets import Budget
 from planner.api import plan
-from planner.errors import warn
+from planner.errors import InputError, warn
 from planner.options import PlanKeywords, read_options, with_options
+from planner.profiler.optimizer import state_bytes
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.install import PlannedForward, install, uninstall
 from planner.runtime.module import CheckpointedModule, runs_as_planned
@@ -25,17 +26,19 @@ from planner.tracer.capture import IS_CAPTURING
 Call = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Planned:
     """A model that has planned itself.
 
     Attributes:
         module: the planned module; `module.plan` is the Plan.
         seconds: wall clock that the first call waited for it.
+        told_s: seconds of captures of other sizes that `new_pauses` has returned.
     """
 
     module: CheckpointedModule
     seconds: float
+    told_s: float = 0.0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -49,6 +52,14 @@ class Planned:
             "planner/overhead": made.overhead,
             "planner/gap": made.gap,
         }
+
+    def new_pauses(self) -> dict[str, float]:
+        """What a trainer logs of the captures of other sizes since the last call of this function; empty if there were none."""
+        stats = self.module.stats()
+        if stats.planning_s <= self.told_s:
+            return {}
+        self.told_s = stats.planning_s
+        return {"planner/other_sizes": len(stats.sizes) - 1, "planner/other_sizes_seconds": stats.planning_s}
 
 
 class FirstCall:
@@ -150,11 +161,6 @@ def watch(
     return first
 
 
-def plans(model: nn.Module, budget: Budget, options: PlanKeywords) -> Callable[[Any, Any], CheckpointedModule]:
-    """A function that plans a model for the args and kwargs of a call."""
-    return lambda args, kwargs: plan(model, budget, args, kwargs, **options)
-
-
 def checked_options(budget: Budget, options: PlanKeywords, function: str) -> PlanKeywords:
     """Options for training inside of a loop: other sizes are captured as they come, unless `dynamic=False`.
 
@@ -164,6 +170,20 @@ def checked_options(budget: Budget, options: PlanKeywords, function: str) -> Pla
     units.check_budget(budget)
     read_options(options, PlanKeywords, function)
     return {"dynamic": True, **options}
+
+
+def counted_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> tuple[Any, ...]:
+    """Those of a trainer's optimizers whose state can be counted against the budget; warns of the others."""
+    counted = []
+    for each in optimizers:
+        optimizer = getattr(each, "optimizer", each)  # of accelerate's wrapper
+        try:
+            state_bytes(model, optimizer)
+        except InputError as error:
+            warn(f"the budget does not count the state of {type(optimizer).__name__}: {error}")
+        else:
+            counted.append(optimizer)
+    return tuple(counted)
 
 
 def warn_unplanned(model: nn.Module, error: Exception) -> None:
@@ -199,13 +219,16 @@ def plan_at_first_call(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
 
+    def make(args: Any, kwargs: Any) -> CheckpointedModule:
+        return plan(model, budget, args, kwargs, **given)
+
     def done(planned: Planned) -> None:
         log(str(planned.module.plan))
 
     def failed(error: Exception) -> None:
         warn_unplanned(model, error)
 
-    return watch(model, plans(model, budget, given), given.get("strict", False), done, failed)
+    return watch(model, make, given.get("strict", False), done, failed)
 
 
 def _nothing(_: Any) -> None:

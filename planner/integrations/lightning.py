@@ -10,9 +10,11 @@ from torch import nn
 
 from planner import units
 from planner.analysis.budgets import Budget
+from planner.api import plan
 from planner.errors import InputError
-from planner.integrations.first_call import FirstCall, Planned, checked_options, plans, warn_unplanned, watch
+from planner.integrations.first_call import FirstCall, Planned, checked_options, counted_optimizers, warn_unplanned, watch
 from planner.options import PlanKeywords, with_options
+from planner.profiler.optimizer import state_bytes
 from planner.runtime.module import CheckpointedModule
 
 if TYPE_CHECKING or "pytorch_lightning" in sys.modules:  # the one that the script uses, if both are installed
@@ -35,9 +37,6 @@ class PlannerCallback(Callback):
     training ends; then its forward is what it was. Validation runs the model's own forward. The plan's table is printed once,
     and every logger is given `planner/...` metrics. If the call cannot be planned, a warning says why, and training goes on as
     without the callback.
-
-    Attributes:
-        planned: the planned module; None before it is planned, and where it cannot be.
     """
 
     @with_options(PlanKeywords)
@@ -45,26 +44,31 @@ class PlannerCallback(Callback):
         """A callback for one Trainer.
 
         Args:
-            budget: as for `planner.plan`. Weights and gradients of the LightningModule outside of what is planned count too.
+            budget: as for `planner.plan`. Weights and gradients of the LightningModule outside of what is planned count against
+                it, and so does the state of its optimizers, unless `optimizer` is given.
             module: qualified name of the submodule to plan, where `training_step` calls several.
-            options: see below. `dynamic` is True unless given, and `accumulate` where the Trainer accumulates gradients.
+            options: see below; `dynamic` and `accumulate` are True unless given.
 
         Raises:
             TypeError, BudgetError, InputError: a budget or an option that no model could be planned with.
         """
         self._budget, self._module, self._options = budget, module, checked_options(budget, options, "PlannerCallback")
         self._watched: list[FirstCall] = []
-        self.planned: CheckpointedModule | None = None
+        self._found: Planned | None = None
+
+    @property
+    def planned(self) -> CheckpointedModule | None:
+        """The planned module; None before it is planned, and where it cannot be."""
+        return None if self._found is None else self._found.module
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch for the first call in training."""
         self._stop()  # of a training that ended with an error
 
-        def done(planned: Planned) -> None:
-            self.planned = planned.module
-            pl_module.print(planned.module.plan)
-            for logger in trainer.loggers:
-                logger.log_metrics(planned.metrics, step=trainer.global_step)
+        def done(found: Planned) -> None:
+            self._found = found
+            pl_module.print(found.module.plan)
+            _log(trainer, found.metrics)
 
         def failed(error: Exception) -> None:
             warn_unplanned(pl_module, error)
@@ -78,18 +82,27 @@ class PlannerCallback(Callback):
         """Plan for the first call that `training_step` makes."""
         for first in self._watched:
             first.stop()
-        trained = [child for child in _called(pl_module) if child]
-        if self._module is None and name and len(trained) > 1:
-            others = " and ".join(each for each in trained if each != name)
+        others = [child for child in _called(pl_module) if child and child != name]
+        if self._module is None and name and others:
             raise InputError(
-                f"training_step calls {name} by itself, and {others} is trained too: "
-                f"call them in the LightningModule's forward, and self(...) in training_step; or plan one of them, "
-                f"PlannerCallback(budget, module={name!r}), and set aside with reserve= what the others save"
+                f"training_step calls {name} by itself, and {' and '.join(others)} is trained too: call them in the "
+                f"LightningModule's forward, and self(...) in training_step; or plan one of them, PlannerCallback(budget, "
+                f"module={name!r}), and set aside with reserve= what the others save"
             )
         module = pl_module.get_submodule(name)
-        options: PlanKeywords = {"accumulate": trainer.accumulate_grad_batches > 1, **self._options}
-        reserve = units.parse_bytes(options.get("reserve", 0), "reserve", least=0) + _bytes_beside(pl_module, module)
-        return plans(module, self._budget, {**options, "reserve": reserve})(args, kwargs)
+        # gradients of the last step are there in the forward: Lightning clears them between forward and backward
+        options: PlanKeywords = {"accumulate": True, **self._options}
+        beside = _bytes_beside(pl_module, module)
+        if "optimizer" not in options:
+            counted = counted_optimizers(pl_module, trainer.optimizers)
+            beside += sum(state_bytes(pl_module, optimizer) for optimizer in counted)
+        options["reserve"] = units.parse_bytes(options.get("reserve", 0), "reserve", least=0) + beside
+        return plan(module, self._budget, args, kwargs, **options)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the captures of other sizes."""
+        if self._found is not None and (pauses := self._found.new_pauses()):
+            _log(trainer, pauses)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Give the network back as it was."""
@@ -103,6 +116,11 @@ class PlannerCallback(Callback):
         for first in self._watched:
             first.stop()
         self._watched = []
+
+
+def _log(trainer: Any, metrics: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
 
 
 def _called(pl_module: nn.Module) -> list[str]:

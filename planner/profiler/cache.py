@@ -1,4 +1,4 @@
-"""Measured costs on disk: one JSON file for each machine, torch release and setting that times depend on."""
+"""Measured costs on disk: one JSON file for each machine, torch release and setting that times depend on. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from filelock import FileLock
 from platformdirs import user_cache_path
@@ -18,7 +19,7 @@ from planner.graph.fields import parse, read_all
 from planner.log import PROFILER
 from planner.profiler.profile import KernelCost
 
-_RULE = 4  # raise it when kernels are timed in another way: old files are then no longer read
+_RULE = 5  # raise it when kernels are timed in another way: old files are then no longer read
 _LOCK_TIMEOUT_S = 10.0
 """How long to wait for another process that writes the same file; writing takes milliseconds."""
 
@@ -38,9 +39,15 @@ class KernelCache:
     A file that is missing, unreadable or corrupt counts as empty, and a folder that cannot be written to is left
     alone: a cache may cost time but never an error. Processes that write one file at once take turns.
 
+    Costs that a process has used stay what they are in it (`settled`), whatever others write: the same call gives the same
+    plan.
+
     Attributes:
         path: the JSON file, or None where nothing is kept.
+        settled: costs on file that this process has used.
     """
+
+    _settled: ClassVar[dict[Path | None, dict[str, KernelCost]]] = {}
 
     def __init__(self, folder: Path | Literal["default"] | None, conditions: Mapping[str, Any]) -> None:
         """`folder`: "default" is `default_cache_dir()`; None keeps nothing."""
@@ -51,17 +58,15 @@ class KernelCache:
             digest = hashlib.sha256(json.dumps(self.conditions, sort_keys=True).encode()).hexdigest()[:16]
             with suppress(RuntimeError):  # expanduser raises it where there is no home
                 self.path = folder.expanduser() / f"kernels-{digest}.json"
+        self.settled = {} if self.path is None else self._settled.setdefault(self.path.absolute(), {})
 
     def load(self) -> dict[str, KernelCost]:
         """Every cost on file."""
         if self.path is None:
             return {}
         try:
-            with open(self.path, "rb") as file:
-                content = parse(read_all(file).decode("utf-8"))
-            if content["conditions"] != self.conditions:
-                return {}
-            return {str(key): _cost(row) for key, row in content["kernels"].items()}
+            conditions, costs = _read(self.path)
+            return costs if conditions == self.conditions else {}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
@@ -81,14 +86,86 @@ class KernelCache:
 
     def _write(self, costs: Mapping[str, KernelCost]) -> None:
         assert self.path is not None
-        rows = {key: [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes] for key, cost in sorted(costs.items())}
+        rows = {key: cost.to_row() for key, cost in sorted(costs.items())}
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(json.dumps({"conditions": self.conditions, "kernels": rows}, indent=0), encoding="utf-8")
         os.replace(scratch, self.path)
 
 
+def _read(path: Path) -> tuple[Any, dict[str, KernelCost]]:
+    """The conditions and the costs that a file holds.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = parse(read_all(file).decode("utf-8"))
+    return content["conditions"], {str(key): _cost(row) for key, row in content["kernels"].items()}
+
+
 def _cost(row: Any) -> KernelCost:
-    time_ns, workspace_bytes, *hidden_bytes = row
     if any(type(figure) is not int or not 0 <= figure <= _MOST for figure in row):
         raise ValueError("not a cost")
-    return KernelCost(time_ns, workspace_bytes, tuple(hidden_bytes))
+    return KernelCost.of_row(row)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFile:
+    """A file of measured costs.
+
+    Attributes:
+        path: where it is.
+        nbytes: its size.
+        modified_s: when it was written last, in seconds since 1970.
+        conditions: what its times hold for: device, torch, threads, ...; None where it cannot be read.
+        num_kernels: how many kernels it holds.
+        spread: sum of their spreads as a fraction of the sum of their times.
+    """
+
+    path: Path
+    nbytes: int
+    modified_s: float
+    conditions: Mapping[str, Any] | None
+    num_kernels: int = 0
+    spread: float = 0.0
+
+    @property
+    def is_readable(self) -> bool:
+        """It was written by this release's rule of timing."""
+        return self.conditions is not None and self.conditions.get("rule") == _RULE
+
+
+def cache_files(folder: Path) -> list[CacheFile]:
+    """The files of measured costs in a folder, the one written last first; empty where there is no such folder."""
+    found = []
+    for path in folder.glob("kernels-*.json"):
+        with suppress(OSError):  # another process has removed it
+            about = path.stat()
+            conditions, costs = _tried(path)
+            total_ns = sum(cost.time_ns for cost in costs.values())
+            spread = sum(cost.spread_ns for cost in costs.values()) / total_ns if total_ns else 0.0
+            found.append(CacheFile(path, about.st_size, about.st_mtime, conditions, len(costs), spread))
+    return sorted(found, key=lambda file: -file.modified_s)
+
+
+def _tried(path: Path) -> tuple[Mapping[str, Any] | None, dict[str, KernelCost]]:
+    try:
+        conditions, costs = _read(path)
+        return dict(conditions), costs
+    except (ValueError, TypeError, KeyError, AttributeError, MemoryError):
+        return None, {}
+
+
+def clear(folder: Path) -> list[Path]:
+    """Remove the files of measured costs in a folder, and return them. Lock files stay: another process may wait for one.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    removed = []
+    for path in sorted(folder.glob("kernels-*.json")):
+        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
+            path.unlink(missing_ok=True)
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+        removed.append(path)
+    return removed

@@ -22,6 +22,11 @@ LAUNCH_NS = 3_000
 _BLAS_BYTES, _HOPPER_BLAS_BYTES = 8_320 * 1024, 32 * 1024**2
 """cuBLAS workspace of one thread (torch docs, CUBLAS_WORKSPACE_CONFIG: ":4096:2:16:8", and 32 MiB from Hopper on)."""
 
+_CONTEXT_BYTES, _DRIVER_SHARE, _ECC_SHARE = 2**29, 0.02, 1 / 16
+"""What torch cannot have of a device's memory: a CUDA context (0.3 to 0.5 GiB), what the driver keeps (torch reports 1 to 2 %
+less than the published size), and on boards with GDDR6 and error correction the sixteenth that this takes."""
+_GDDR6_WITH_ECC = ("A10-", "L4-", "L40S-")
+
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 
 
@@ -31,6 +36,7 @@ def _gpu(
     """A row of the table. `tflops`: peaks without sparsity of float32, TF32, float16 and bfloat16, in TFLOP/s."""
     float32, tf32, half, bfloat = tflops
     blas_bytes = _HOPPER_BLAS_BYTES if capability >= (9, 0) else _BLAS_BYTES
+    share = _DRIVER_SHARE + (_ECC_SHARE if name.startswith(_GDDR6_WITH_ECC) else 0)
     return DeviceModel(
         name,
         flops_per_s=ATTAINABLE * float32 * 1e12,
@@ -42,6 +48,7 @@ def _gpu(
         memory_bytes=memory_gib * 2**30,
         library_bytes=2 * blas_bytes,  # autograd runs the backward in a thread of its own, with a handle of its own
         source=source,
+        held_bytes=_CONTEXT_BYTES + round(share * memory_gib * 2**30),
     )
 
 

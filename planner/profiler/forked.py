@@ -23,19 +23,11 @@ _MAX_DEATHS = 8
 """Number of children that may die before the remaining jobs fail."""
 
 
-def _row_of_cost(cost: KernelCost) -> Any:
-    return [cost.time_ns, cost.workspace_bytes, *cost.hidden_bytes]
-
-
-def _cost_of_row(row: Any) -> KernelCost:
-    return KernelCost(row[0], row[1], tuple(row[2:]))
-
-
 def run_forked(
     jobs: Sequence[Callable[[], Any]],
     patience_s: Sequence[float],
-    encode: Callable[[Any], Any] = _row_of_cost,
-    decode: Callable[[Any], Any] = _cost_of_row,
+    encode: Callable[[Any], Any] = KernelCost.to_row,
+    decode: Callable[[Any], Any] = KernelCost.of_row,
 ) -> Iterator[tuple[int, Any]]:
     """Run every job in a child process, in order; yield (index, result), or (index, Failed) for a job that failed.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,13 @@ from planner.errors import first_line
 from planner.kernels.calls import kernel_key
 from planner.kernels.facts import is_collective
 from planner.log import PROFILER
+from planner.profiler import recheck
 from planner.profiler.cache import KernelCache
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
 from planner.profiler.profile import KernelCost, Profile
-from planner.profiler.timing import cost_on_cpu, cost_on_cuda
+from planner.profiler.timing import cost_on_cpu, cost_on_cuda, time_on_cpu
+from planner.report.progress import line
 
 
 def measure(
@@ -32,9 +35,12 @@ def measure(
     device: torch.device,
     *,
     cache_dir: Path | Literal["default"] | None = "default",
+    remeasure: bool | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Time every distinct kernel among `nodes` on `device`.
+    """Time every distinct kernel among `nodes` on `device`, or take its cost from a file.
+
+    Of the costs on file, this process times the kernels again that take most of the step (`recheck`).
 
     On CPU kernels run in a forked child with this process's number of threads; on CUDA in this process, whose cached
     device memory is released and whose peak memory statistics are reset. Never more than one kernel's tensors are
@@ -45,34 +51,69 @@ def measure(
         nodes: call_function nodes with fake tensors in `meta["val"]`; their inputs too.
         device: where to run.
         cache_dir: folder of measured costs; None keeps none; "default" is `planner.profiler.cache.default_cache_dir()`.
+        remeasure: True measures every kernel anew; False takes what is on file without timing anything again.
         progress: show a bar on stderr, if that is a terminal, when it takes more than a second.
     """
     keys = {node.name: kernel_key(node) for node in nodes}
     example = {keys[node.name]: node for node in reversed(nodes)}
     cache = KernelCache(cache_dir, _conditions(device))
-    on_file = cache.load()
-    known = {key: on_file[key] for key in example if key in on_file}
-    missing = [key for key in example if key not in known and not is_collective(example[key])]  # the other ranks run none
-    PROFILER.info("%d distinct kernels: %d measured before, %d to measure", len(example), len(known), len(missing))
+    counts = Counter(keys.values())
+    on_file = {} if remeasure else cache.load()
+    known = {key: cache.settled.get(key, on_file[key]) for key in example if key in on_file}
+    measurable = [key for key in example if not is_collective(example[key])]  # of a collective, the other ranks run none
+    again: set[str] = set()
+    if remeasure is None:
+        unsure = {key: known[key] for key in measurable if key in known and key not in cache.settled}
+        again = _outdated(unsure, counts, example, device)
+    missing = [key for key in measurable if key not in known or key in again]
+    PROFILER.info("%d distinct kernels: %d measured before, %d to measure", len(example), len(known) - len(again), len(missing))
     failures: dict[str, Failed] = {}
     if missing:
+        line(f"measure {len(missing)} kernels", progress)
         fresh: dict[str, KernelCost] = {}
         try:
             for key, found in _with_bar(_run({key: example[key] for key in missing}, device), len(missing), progress):
                 if isinstance(found, Failed):
                     failures[key] = found
+                elif key in again:
+                    fresh[key] = min(found, known[key], key=lambda cost: cost.time_ns)
                 else:
                     fresh[key] = found
         finally:
             cache.add(fresh)  # what was measured before a Ctrl-C is not lost
         known |= fresh
+    cache.settled.update(known)
     costs = _with_estimates(example, known, device)
     failed = len(example) - len(known)
     _log_failures(failures, failed, len(example))
     by_node = {node: costs[key] for node, key in keys.items()}
     if failed and failed == len(example):
         return Profile(by_node, device_name(device), _generic(device).name)
-    return Profile(by_node, device_name(device), "", len(example), failed)
+    return Profile(by_node, device_name(device), "", len(example), failed, spread_of(by_node.values()))
+
+
+def _outdated(
+    known: Mapping[str, KernelCost], counts: Mapping[str, int], example: Mapping[str, Node], device: torch.device
+) -> set[str]:
+    """The kernels to measure anew although their costs are on file."""
+    if not known:
+        return set()
+
+    def time_again(keys: list[str]) -> Iterator[tuple[str, KernelCost]]:
+        for key, cost in _run({key: example[key] for key in keys}, device, only_time=True):
+            if not isinstance(cost, Failed):
+                yield key, cost
+
+    checked = recheck.check(known, counts, time_again)
+    again = {*known} if checked.was_disturbed else {*checked.faster}
+    checked.log(known, counts, len(again))
+    return again
+
+
+def spread_of(costs: Iterable[KernelCost]) -> float:
+    """Sum of the spreads of measured costs as a fraction of the sum of their times."""
+    found = [cost for cost in costs if cost.num_repeats]
+    return sum(cost.spread_ns for cost in found) / max(1, sum(cost.time_ns for cost in found))
 
 
 def _log_failures(failures: Mapping[str, Failed], num_estimated: int, total: int) -> None:
@@ -101,10 +142,14 @@ def _with_estimates(
     return {key: known.get(key, scaled[key]) for key in example}
 
 
-def _run(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | Failed]]:
+def _run(
+    kernels: Mapping[str, Node], device: torch.device, *, only_time: bool = False
+) -> Iterator[tuple[str, KernelCost | Failed]]:
+    """Measure kernels. `only_time`: by few repeats, and their workspace may be left out."""
     keys = list(kernels)
     if device.type == "cpu" and hasattr(os, "fork"):
-        jobs: list[Callable[[], KernelCost]] = [partial(cost_on_cpu, node) for node in kernels.values()]
+        run = time_on_cpu if only_time else cost_on_cpu
+        jobs: list[Callable[[], KernelCost]] = [partial(run, node) for node in kernels.values()]
         patience_s = [60 + 100 * estimate_node(node, GENERIC_CPU).time_ns / 1e9 for node in kernels.values()]
         for index, cost in run_forked(jobs, patience_s):
             yield keys[index], cost

@@ -1,18 +1,20 @@
 """Time and workspace of one kernel, on the device it runs on.
 
 A kernel inside a step finds its inputs partly in cache: running it again and again on the same tensors is too cheap,
-flushing the cache before every call is too dear. Both are measured, in pairs, and `_in_situ_ns` combines them.
+flushing the cache before every call is too dear. Both are measured, in pairs, and `KernelTime.of` combines them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Node
 
@@ -39,6 +41,33 @@ _MIN_PAIRS, _MAX_PAIRS = 3, 30
 _COLD_SHARE = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class KernelTime:
+    """The time of one kernel in ns, of several repeats.
+
+    Attributes:
+        fastest_ns: of the fastest warm and the fastest cold call, because everything that disturbs a call makes it longer.
+        median_ns, spread_ns: median and interquartile range of the repeats.
+        num_repeats: how many there were.
+    """
+
+    fastest_ns: int
+    median_ns: int
+    spread_ns: int
+    num_repeats: int
+
+    @staticmethod
+    def of(warm: Sequence[int], cold: Sequence[int]) -> KernelTime:
+        """Of calls with their inputs in cache and calls without, in pairs: a call in a step is between the two."""
+        times = [_in_situ_ns(one, other) for one, other in zip(warm, cold, strict=False)]
+        low, median, high = np.percentile(times, (25, 50, 75))
+        return KernelTime(_in_situ_ns(min(warm), min(cold)), round(median), round(high - low), len(times))
+
+    def cost(self, workspace_bytes: int = 0, hidden_bytes: tuple[int, ...] = ()) -> KernelCost:
+        """The kernel's cost."""
+        return KernelCost(self.fastest_ns, workspace_bytes, hidden_bytes, self.median_ns, self.spread_ns, self.num_repeats)
+
+
 def cost_on_cpu(node: Node) -> KernelCost:
     """Time and workspace of one call. Meant for a forked child: it leaves holes in the heap.
 
@@ -53,7 +82,17 @@ def cost_on_cpu(node: Node) -> KernelCost:
         # warm-up: code pages, thread pools, packed weights
         hidden_bytes = _hidden_bytes(node, call())
         workspace_bytes = cpu_workspace_bytes(call)
-        return KernelCost(_time_on_cpu(call), workspace_bytes, hidden_bytes)
+        return _time_on_cpu(call).cost(workspace_bytes, hidden_bytes)
+
+
+def time_on_cpu(node: Node) -> KernelCost:
+    """Time alone of one call, of the fewest repeats; for a forked child, like `cost_on_cpu`, and it raises the same."""
+    check_memory(node)
+    with torch.no_grad(), forbidding_collectives(node):
+        args, kwargs = make_inputs(node)
+        call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
+        call()  # warm-up
+        return _time_on_cpu(call, budget_ns=0).cost()
 
 
 def check_memory(node: Node) -> None:
@@ -68,7 +107,7 @@ def forbidding_collectives(node: Node) -> AbstractContextManager[Any]:
     return collectives_forbidden() if is_foreign(node.target) else nullcontext()
 
 
-def _time_on_cpu(call: Callable[[], Any]) -> int:
+def _time_on_cpu(call: Callable[[], Any], budget_ns: int = _BUDGET_NS) -> KernelTime:
     """With one thread its CPU time, in which other processes hardly show; with several, the wall clock.
 
     A thread that must wait for a busy core holds up all the others: then a call of .1 ms takes a scheduler's turn of
@@ -76,20 +115,21 @@ def _time_on_cpu(call: Callable[[], Any]) -> int:
     """
     num_threads = torch.get_num_threads()
     if num_threads == 1:
-        return _time_in_pairs(call, time.thread_time_ns)
-    together_ns = _time_in_pairs(call, time.perf_counter_ns)
-    if not _TURN_NS <= together_ns <= 10 * _LONG_NS:
-        return together_ns
+        return _time_in_pairs(call, time.thread_time_ns, budget_ns)
+    together = _time_in_pairs(call, time.perf_counter_ns, budget_ns)
+    if not _TURN_NS <= together.fastest_ns <= 10 * _LONG_NS:
+        return together
     torch.set_num_threads(1)
     try:
-        return min(together_ns, _time_in_pairs(call, time.thread_time_ns, budget_ns=0, min_pairs=2))
+        alone = _time_in_pairs(call, time.thread_time_ns, budget_ns=0, min_pairs=2)
+        return min(together, alone, key=lambda found: found.fastest_ns)
     finally:
         torch.set_num_threads(num_threads)
 
 
 def _time_in_pairs(
-    call: Callable[[], Any], clock: Callable[[], int], budget_ns: int = _BUDGET_NS, min_pairs: int = _MIN_PAIRS
-) -> int:
+    call: Callable[[], Any], clock: Callable[[], int], budget_ns: int, min_pairs: int = _MIN_PAIRS
+) -> KernelTime:
     first_ns = _clocked(call, clock)
     flush = _cache_filler() if first_ns < _LONG_NS else None
     warm, cold = [first_ns], []
@@ -101,7 +141,7 @@ def _time_in_pairs(
         warm.append(_clocked(call, clock))
         if first_ns > 10 * _BUDGET_NS:
             break
-    return _in_situ_ns(warm, cold or warm)
+    return KernelTime.of(warm, cold or warm)
 
 
 def _clocked(call: Callable[[], Any], clock: Callable[[], int]) -> int:
@@ -112,9 +152,9 @@ def _clocked(call: Callable[[], Any], clock: Callable[[], int]) -> int:
     return end - start
 
 
-def _in_situ_ns(warm: list[int], cold: list[int]) -> int:
-    """Between the two; of each the fastest call, because everything that disturbs a call makes it longer."""
-    return round(min(warm) + _COLD_SHARE * max(0, min(cold) - min(warm)))
+def _in_situ_ns(warm_ns: int, cold_ns: int) -> int:
+    """The time of a call in a step: between that of a warm one and that of a cold one."""
+    return round(warm_ns + _COLD_SHARE * max(0, cold_ns - warm_ns))
 
 
 def cpu_workspace_bytes(call: Callable[[], Any]) -> int:
@@ -177,10 +217,10 @@ def cost_on_cuda(node: Node, device: torch.device) -> KernelCost:
         workspace_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         hidden_bytes = _hidden_bytes(node, out)
         del out
-        return KernelCost(_time_on_cuda(call, device), workspace_bytes, hidden_bytes)
+        return _time_on_cuda(call, device).cost(workspace_bytes, hidden_bytes)
 
 
-def _time_on_cuda(call: Callable[[], Any], device: torch.device) -> int:
+def _time_on_cuda(call: Callable[[], Any], device: torch.device) -> KernelTime:
     cache_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
     flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
     warm: list[int] = []
@@ -197,4 +237,4 @@ def _time_on_cuda(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         cold.append(round(marks[0].elapsed_time(marks[1]) * 1e6))
         warm.append(round(marks[1].elapsed_time(marks[2]) * 1e6))
-    return _in_situ_ns(warm, cold)
+    return KernelTime.of(warm, cold)

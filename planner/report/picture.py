@@ -6,14 +6,21 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from planner.errors import InputError, PlotMissingError
+from planner.graph.provenance import Provenance
+from planner.report.files import write
 
 SUFFIXES = (".png", ".svg")
 GREY = "#6f6f6f"
+DPI = 200
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
     "axes.labelsize": 9.0,
     "axes.titlesize": 10.0,
     "legend.fontsize": 8.0,
@@ -47,27 +54,59 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def title(drawn: Any, what: str, provenance: Provenance | None) -> None:
+    """The figure's title: what is drawn, and of which model, for which device and when."""
+    text = " · ".join([what, *named(provenance)])
+    drawn.suptitle(text, x=0.01, ha="left", fontsize=10.5, fontweight="bold", parse_math=False)
+
+
+def named(provenance: Provenance | None) -> list[str]:
+    """The model, the device, how costs were found, and the date: what is known of them."""
+    if provenance is None:
+        return []
+    device = f"{provenance.device}{'' if provenance.is_here else ' (not here)'}"
+    return [part for part in (provenance.module, device, f"costs {provenance.costs}", provenance.date) if part]
+
+
+def note(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float] = (0, 0), **how: Any) -> None:
+    """A label beside a point or a line, readable on whatever lies below it."""
+    box = {"boxstyle": "square,pad=0.15", "facecolor": "#ffffff", "alpha": 0.8, "linewidth": 0}
+    given = {"fontsize": 7.5, "bbox": box, "zorder": 10, "parse_math": False, "xytext": offset, "textcoords": "offset points"}
+    axes.annotate(text, at, **given | how)
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most so many characters: its end says more than its start ("...layers.*.self_attn.q_proj")."""
+    return text if len(text) <= width else f"...{text[3 - width :]}"
+
+
 def save(drawn: Any, path: str | Path) -> None:
-    """Write a figure: an SVG without a date, or a PNG of 256 colors, which takes a third of the bytes of one of all colors.
+    """Write a figure: an SVG without a date, or a PNG of few colors.
 
     Raises:
         InputError: the file cannot be written.
     """
     vector = Path(path).suffix.lower() == ".svg"
-    written = io.BytesIO()
-    drawn.savefig(written, format="svg" if vector else "png", dpi=100, metadata={"Date": None} if vector else None)
-    try:
-        if vector:
-            Path(path).write_bytes(written.getvalue())
-        else:
-            from PIL import Image  # matplotlib depends on it
+    drawing = io.BytesIO()
+    drawn.savefig(drawing, format="svg" if vector else "png", dpi=DPI, metadata={"Date": None} if vector else None)
+    write(path, drawing.getvalue() if vector else of_few_colors(drawing.getvalue()))
 
-            few = (
-                Image.open(written).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-            )  # which loses no color of a marker
-            few.save(path, format="PNG", optimize=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+
+def of_few_colors(png: bytes) -> bytes:
+    """A PNG with the 256 commonest of its colors, and each of the others as the one nearest to it: a third of the bytes."""
+    from PIL import Image  # matplotlib depends on it
+
+    every = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.int32)
+    codes = every[..., 0] << 16 | every[..., 1] << 8 | every[..., 2]
+    found, count = np.unique(codes, return_counts=True)
+    colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
+    palette = colors[np.argsort(-count, kind="stable")[:256]]
+    nearest = np.zeros(1 << 24, dtype=np.uint8)
+    nearest[found] = [((palette - color) ** 2).sum(axis=1).argmin() for color in colors]
+    few, written = Image.fromarray(nearest[codes], mode="P"), io.BytesIO()
+    few.putpalette(palette.astype(np.uint8).tobytes())
+    few.save(written, format="PNG", optimize=True)
+    return written.getvalue()
 
 
 def bytes_unit(nbytes: int) -> tuple[str, float]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from rich.table import Table
 
 from planner.graph.graph import Graph, Kind
+from planner.graph.modules import kind_of, module_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import Timeline
 from planner.report.tables import facts, number, render, table, words
@@ -61,8 +61,7 @@ def _measured(plan: PlannedGraph) -> str:
 def _where(plan: PlannedGraph) -> str:
     if not plan.graph.ops:
         return "no op"
-    op = plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]]
-    return f"{op.name} ({op.source})" if op.source else op.name
+    return plan.graph.ops[plan.solution.schedule.steps[plan.timeline.peak_step]].text
 
 
 _GIVEN = {Kind.TANGENT: "output gradients"}
@@ -99,8 +98,8 @@ def _modules(plan: PlannedGraph, timeline: Timeline) -> Table:
     again_ns: defaultdict[str, int] = defaultdict(int)
     numbers: defaultdict[str, set[str]] = defaultdict(set)
     for i, op in enumerate(graph.ops[: graph.num_forward_ops]):
-        path = op.source.module or "(top)"
-        row = re.sub(r"\d+", "*", path)
+        path = module_of(op)
+        row = kind_of(path)
         numbers[row].add(path)
         kept_bytes[row] += _total(graph, (name for name in op.writes if name in saved))
         if again[i]:

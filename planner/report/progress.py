@@ -1,4 +1,4 @@
-"""Progress on stderr, for stages that take more than a second."""
+"""Progress on stderr: a spinner for stages that take more than a second, and at the shell a line where it is no terminal."""
 
 from __future__ import annotations
 
@@ -6,18 +6,45 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+_LINES: ContextVar[bool] = ContextVar("stages are said in lines", default=False)
+
+
+@contextlib.contextmanager
+def in_lines() -> Iterator[None]:
+    """While entered, a stage is said in a plain line where stderr is no terminal: at the shell, with output piped."""
+    token = _LINES.set(True)
+    try:
+        yield
+    finally:
+        _LINES.reset(token)
+
+
+def line(name: str, shown: bool) -> bool:
+    """Say in a plain line that a stage begins, where stderr is no terminal and lines are wanted.
+
+    Returns:
+        whether stderr is no terminal, so that nothing that moves can be shown.
+    """
+    plain = not _stderr().is_terminal
+    if plain and shown and _LINES.get() and sys.stderr is not None:
+        print(f"planner: {name} ...", file=sys.stderr, flush=True)
+    return plain
 
 
 @contextlib.contextmanager
 def stage(name: str, shown: bool) -> Iterator[None]:
-    """Show a spinner with `name` on stderr while entered, once a second has passed."""
-    console = Console(stderr=True)
-    if not shown or not console.is_terminal:
+    """Show a spinner with `name` on stderr while entered, once a second has passed; a line where stderr is no terminal."""
+    if line(name, shown) or not shown:
         yield
         return
-    status = console.status(name)
+    status = _stderr().status(name)
     timer = threading.Timer(1.0, status.start)
     timer.start()
     try:
@@ -29,6 +56,12 @@ def stage(name: str, shown: bool) -> Iterator[None]:
 
 
 def say(text: str, shown: bool) -> None:
-    """Say in a line on stderr what a pause of training was for."""
-    if shown and sys.stderr is not None:
-        print(f"planner: {text}", file=sys.stderr, flush=True)
+    """A line on stderr, above a spinner: what a pause was for, or what was found so far."""
+    if shown:
+        _stderr().print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _stderr() -> Console:
+    from rich.console import Console  # not before something is shown: the command line starts without it
+
+    return Console(stderr=True)

@@ -98,8 +98,7 @@ def _references(sweep: SweptGraph, references: Iterable[Reference]) -> Table:
     columns = [words(""), *map(number, ("peak", "overhead", "this sweep at that peak"))]
     rows = []
     for reference in references:
-        fitting = [point for point in sweep.points if point.peak_bytes <= reference.peak_bytes]
-        best = min(fitting, key=lambda point: point.time_ns, default=None)
+        best = sweep.within(reference.peak_bytes)
         ours = "no point so low" if best is None else f"{best.overhead:.2%} ({format_bytes(best.peak_bytes)})"
         overhead = reference.time_ns / max(1, sweep.plain.time_ns) - 1
         rows.append((reference.name, format_bytes(reference.peak_bytes), f"{overhead:.2%}", ours))

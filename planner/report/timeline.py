@@ -1,146 +1,25 @@
-"""What is live at every step of a plan, by what it is for: as numbers and as a picture, plain above planned."""
+"""Live memory over the time of the step as a picture, plain above planned."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.graph.graph import Graph, Kind
-from planner.graph.modules import fold, place_of
+from planner.graph.modules import place_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Ints, Simulator
+from planner.graph.simulate import Timeline
 from planner.report import picture
+from planner.report.live import Group, largest, spans
+from planner.report.stack import RECOMPUTE_COLOR, Layer, Stack
 from planner.units import format_bytes, format_ns
 
-
-class MemoryKind(StrEnum):
-    """What live bytes are for; in the order in which they are stacked."""
-
-    RESERVED = "reserved"
-    PARAMETERS = "parameters and buffers"
-    INPUTS = "inputs and outputs"
-    """Arguments of the call, the forward's results, and the gradients of results that come in."""
-    GRADIENTS = "gradients"
-    """Those that the step returns."""
-    KEPT = "kept activations"
-    """Written in the forward and alive when it ends."""
-    RECOMPUTED = "recomputed"
-    TEMPORARY = "temporaries"
-    """Everything else: what the forward drops again, gradients of activations, workspace."""
-
-
-_RESIDENT = {
-    Kind.RESERVED: MemoryKind.RESERVED,
-    Kind.PARAM: MemoryKind.PARAMETERS,
-    Kind.BUFFER: MemoryKind.PARAMETERS,
-    Kind.INPUT: MemoryKind.INPUTS,
-    Kind.TANGENT: MemoryKind.INPUTS,
-}
-_COLORS = {
-    MemoryKind.RESERVED: "#999999",
-    MemoryKind.PARAMETERS: "#4d4d4d",
-    MemoryKind.INPUTS: "#f0e442",
-    MemoryKind.GRADIENTS: "#cc79a7",
-    MemoryKind.KEPT: "#0072b2",
-    MemoryKind.RECOMPUTED: "#d55e00",
-    MemoryKind.TEMPORARY: "#a6cee3",
-}
-_TOP, _WIDE = 7, 44
+_TOP, _WIDE = 5, 44
 """Number of groups of tensors that are named at the peak, and characters for each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A value's bytes over the steps from `start` to `end`, both included.
-
-    Attributes:
-        name: of the value, or of the op whose workspace it is.
-        place: the module whose op wrote it, or file:line; "" for what comes from outside.
-    """
-
-    name: str
-    place: str
-    part: MemoryKind
-    nbytes: int
-    start: int
-    end: int
-
-
-def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
-    """Everything that is live during a step. At each step the sum is what `simulate` says is live.
-
-    Args:
-        schedule: valid for `graph`.
-    """
-    steps, last = schedule.steps, len(schedule.steps) - 1
-    boundary, again = schedule.boundary(graph), set(schedule.recomputes())
-    simulator = Simulator(graph)
-    for name in graph.inputs:
-        value = graph.value[name]
-        yield Span(name, "", _RESIDENT[value.kind], value.nbytes, boundary if value.kind is Kind.TANGENT else 0, last)
-    run = simulator.run(steps)
-    forward_outputs, backward_outputs = set(graph.forward_outputs), set(graph.backward_outputs)
-    for v, start, end in zip(run.value.tolist(), run.start.tolist(), run.end.tolist(), strict=True):
-        name = simulator.names[v]
-        if end > last and name in forward_outputs:
-            part = MemoryKind.INPUTS
-        elif end > last and name in backward_outputs:
-            part = MemoryKind.GRADIENTS
-        elif start in again:
-            part = MemoryKind.RECOMPUTED
-        else:
-            part = MemoryKind.KEPT if start < boundary <= end else MemoryKind.TEMPORARY
-        yield Span(name, place_of(graph.ops[steps[start]]), part, graph.value[name].nbytes, start, min(end, last))
-    for t, i in enumerate(steps):
-        op = graph.ops[i]
-        if op.workspace_bytes:
-            yield Span(f"workspace of {op.name}", place_of(op), MemoryKind.TEMPORARY, op.workspace_bytes, t, t)
-
-
-def live_parts(graph: Graph, schedule: Schedule) -> dict[MemoryKind, Ints]:
-    """Bytes live while each step runs, by part."""
-    change = {part: np.zeros(len(schedule.steps) + 1, dtype=np.int64) for part in MemoryKind}
-    for span in spans(graph, schedule):
-        if span.start <= span.end:
-            change[span.part][span.start] += span.nbytes
-            change[span.part][span.end + 1] -= span.nbytes
-    return {part: np.cumsum(changes[:-1]) for part, changes in change.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Values alike but for the number of their block: `count` of `nbytes` each. `place`: their modules, as one path."""
-
-    name: str
-    place: str
-    part: MemoryKind
-    nbytes: int
-    count: int
-
-
-def largest(graph: Graph, schedule: Schedule, step: int, count: int = _TOP) -> list[Group]:
-    """What holds most at a step: values of equal blocks as one, the largest sum first."""
-    alike: defaultdict[tuple[str, MemoryKind, int], list[str]] = defaultdict(list)
-    for span in spans(graph, schedule):
-        if span.start <= step <= span.end and span.nbytes:
-            name = re.sub(r"_\d+$", "", span.name) if span.place else span.part.value
-            alike[name, span.part, span.nbytes if span.place else 0].append(span.place or str(span.nbytes))
-    groups = []
-    for (name, part, nbytes), places in alike.items():
-        if nbytes:
-            groups.append(Group(name, ", ".join(fold(dict.fromkeys(places, nbytes))), part, nbytes, len(places)))
-        else:  # what comes from outside is one entry, however many tensors it is
-            groups.append(Group(name, "", part, sum(map(int, places)), 1))
-    return sorted(groups, key=lambda group: (-group.count * group.nbytes, group.place, group.name))[:count]
 
 
 def plot(plan: PlannedGraph, path: str | Path) -> None:
@@ -152,61 +31,106 @@ def plot(plan: PlannedGraph, path: str | Path) -> None:
     """
     picture.check(path)
     with picture.style():
-        drawn = picture.figure(9.2, 6.4)
-        upper, lower = drawn.subplots(2, sharex=True, sharey=True)
-        unit, size = picture.bytes_unit(plan.plain.peak_bytes)
-        clock, tick = picture.time_unit(plan.timeline.time_ns)
-        panels = (("plain", keep_all(plan.graph), upper), ("planned", plan.solution.schedule, lower))
-        for name, schedule, axes in panels:
-            _panel(plan, name, schedule, axes, size, tick)
-            axes.set_ylabel(f"live [{unit}]")
-        lower.axhline(plan.budget_bytes / size, color="#000000", linestyle="--", linewidth=0.9, label="budget")
-        lower.set_xlabel(f"time of the step [{clock}]")
-        handles, labels = lower.get_legend_handles_labels()
-        drawn.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=5, frameon=False)
+        drawn = picture.figure(10.4, 7.6)
+        _Panels(plan, drawn).draw()
         picture.save(drawn, path)
 
 
-def _panel(plan: PlannedGraph, name: str, schedule: Schedule, axes: Any, size: float, tick: float) -> None:
-    graph = plan.graph
-    timeline = plan.plain if name == "plain" else plan.timeline
-    times = np.array([0, *accumulate(graph.ops[i].cost_ns for i in schedule.steps)]) / tick
-    base = np.zeros(len(times))
-    for part, nbytes in live_parts(graph, schedule).items():
-        top = base + np.append(nbytes, nbytes[-1:]) / size
-        if nbytes.any():
-            axes.fill_between(times, base, top, step="post", color=_COLORS[part], linewidth=0, label=part.value)
-        base = top
-    middle = (times[timeline.peak_step] + times[timeline.peak_step + 1]) / 2
-    op = graph.ops[schedule.steps[timeline.peak_step]]
-    axes.plot(middle, timeline.peak_bytes / size, "v", color="#000000", markersize=6, clip_on=False)
-    axes.axvline(times[timeline.boundary], color="#000000", linestyle=":", linewidth=1.0)
-    axes.annotate(
-        "forward | backward",
-        (times[timeline.boundary], 1.0),
-        xycoords=("data", "axes fraction"),
-        ha="center",
-        va="bottom",
-        fontsize=7.5,
-    )
-    title = f"{name}: peak {format_bytes(timeline.peak_bytes)} in {op.name} ({place_of(op)}), {format_ns(timeline.time_ns)}"
-    axes.set_title(title, loc="left", pad=14)
-    groups = largest(graph, schedule, timeline.peak_step)
-    named = [line for group in groups for line in _lines(group)]
-    axes.text(
-        1.01,
-        1.0,
-        "\n".join(["largest at the peak", *named]),
-        transform=axes.transAxes,
-        va="top",
-        fontsize=7.0,
-        family="DejaVu Sans Mono",
-    )
+class _Panels:
+    """The plain step above the planned one, on the same axes; the budget in both."""
+
+    def __init__(self, plan: PlannedGraph, drawn: Any) -> None:
+        self.plan, self.drawn = plan, drawn
+        self.unit, self.size = picture.bytes_unit(max(plan.plain.peak_bytes, plan.budget_bytes))
+        self.clock, self.tick = picture.time_unit(plan.timeline.time_ns)
+        self.steps = (("plain", keep_all(plan.graph), plan.plain), ("planned", plan.solution.schedule, plan.timeline))
+        self.stack = Stack(plan.graph, [schedule for _, schedule, _ in self.steps])
+
+    def draw(self) -> None:
+        panels = self.drawn.subplots(2, sharex=True, sharey=True)
+        for (name, schedule, timeline), axes in zip(self.steps, panels, strict=True):
+            times = np.array([0, *accumulate(self.plan.graph.ops[i].cost_ns for i in schedule.steps)]) / self.tick
+            self._layers(schedule, times, axes)
+            self._recomputes(schedule, times, axes)
+            self._marks(name, schedule, timeline, times, axes)
+            self._largest(schedule, timeline, axes)
+            axes.set_ylabel(f"live memory [{self.unit}]")
+        panels[1].set_xlabel(f"time of the step [{self.clock}]")
+        panels[0].set_ylim(0, 1.08 * max(self.plan.plain.peak_bytes, self.plan.budget_bytes) / self.size)
+        panels[0].set_xlim(0, max(self.plan.plain.time_ns, self.plan.timeline.time_ns) / self.tick or 1)
+        picture.title(self.drawn, "Live memory over a training step", self.plan.provenance)
+        self._legend()
+
+    def _layers(self, schedule: Schedule, times: NDArray[np.float64], axes: Any) -> None:
+        """The stack, from the bottom up."""
+        layers, num_steps = self.stack.layers, len(schedule.steps)
+        change = np.zeros((len(layers), num_steps + 1), dtype=np.int64)
+        for span in spans(self.plan.graph, schedule):
+            if span.nbytes and span.start <= span.end:
+                row = self.stack.layer_of(span)
+                change[row, span.start] += span.nbytes
+                change[row, span.end + 1] -= span.nbytes
+        tops = np.cumsum(np.cumsum(change, axis=1)[:, :num_steps], axis=0) / self.size
+        tops = np.concatenate([np.zeros((1, num_steps)), tops])
+        tops = np.concatenate([tops, tops[:, -1:]], axis=1)  # the last step lasts until the end
+        for layer, base, top in zip(layers, tops[:-1], tops[1:], strict=True):
+            if (top > base).any():
+                axes.fill_between(times, base, top, step="post", **_fill(layer))
+
+    def _recomputes(self, schedule: Schedule, times: NDArray[np.float64], axes: Any) -> None:
+        """A strip along the top: when ops run again, however little they hold."""
+        runs = [(times[t], times[t + 1] - times[t]) for t in schedule.recomputes()]
+        axes.broken_barh(runs, (0.97, 0.03), transform=axes.get_xaxis_transform(), facecolor=RECOMPUTE_COLOR, linewidth=0)
+
+    def _marks(self, name: str, schedule: Schedule, timeline: Timeline, times: NDArray[np.float64], axes: Any) -> None:
+        """The budget, the peak, and where the backward begins."""
+        budget = self.plan.budget_bytes / self.size
+        axes.axhline(budget, color="#000000", linestyle="--", linewidth=0.9)
+        middle = (times[timeline.peak_step] + times[timeline.peak_step + 1]) / 2
+        axes.plot(middle, timeline.peak_bytes / self.size, "v", color="#000000", markersize=6, clip_on=False)
+        axes.axvline(times[timeline.boundary], color="#000000", linestyle=":", linewidth=1.0)
+        label = f"budget {format_bytes(self.plan.budget_bytes)}"
+        picture.note(axes, label, (0.0, budget), (4, 2), va="bottom")
+        axes.annotate(
+            "forward | backward",
+            (times[timeline.boundary], 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+        )
+        op = self.plan.graph.ops[schedule.steps[timeline.peak_step]]
+        peak = f"peak {format_bytes(timeline.peak_bytes)} in {picture.shortened(f'{op.name} ({place_of(op)})', _WIDE + 12)}"
+        axes.set_title(f"{name}: {peak}, {format_ns(timeline.time_ns)}", loc="left", pad=14)
+
+    def _largest(self, schedule: Schedule, timeline: Timeline, axes: Any) -> None:
+        """What holds most at the peak, beside the panel: below the legend in the upper one."""
+        groups = largest(self.plan.graph, schedule, timeline.peak_step, _TOP)
+        text = "\n".join(["largest at the peak (▼)", *(line for group in groups for line in _lines(group))])
+        place = {"x": 1.01, "y": 0.0, "va": "bottom"} if timeline is self.steps[0][2] else {"x": 1.01, "y": 1.0, "va": "top"}
+        axes.text(s=text, transform=axes.transAxes, fontsize=6.5, family="DejaVu Sans Mono", linespacing=1.15, **place)
+
+    def _legend(self) -> None:
+        """The layers as they lie: the topmost first."""
+        from matplotlib.patches import Patch
+
+        patches = [Patch(facecolor=RECOMPUTE_COLOR, label="ops run again (along the top)", linewidth=0)]
+        for layer in reversed(self.stack.layers):
+            patches.append(Patch(**_fill(layer), label=layer.label))
+        where = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.03), "frameon": False, "fontsize": 7.5}
+        self.drawn.axes[0].legend(handles=patches, handlelength=1.4, labelspacing=0.25, **where)
+
+
+def _fill(layer: Layer) -> dict[str, Any]:
+    """How matplotlib fills a layer."""
+    hatch = {"hatch": "/////", "edgecolor": "#ffffff"} if layer.is_hatched else {}
+    return {"facecolor": layer.color, "linewidth": 0, **hatch}
 
 
 def _lines(group: Group) -> list[str]:
     """Two lines on the largest tensors: how much and what for, then where from."""
     times = f" = {group.count} x {format_bytes(group.nbytes)}" if group.count > 1 else ""
-    first = f"{format_bytes(group.count * group.nbytes)}{times}: {group.part.value}"
+    what = group.part.value if group.place else group.name
+    first = f"{format_bytes(group.count * group.nbytes)}{times}: {what}"
     where = f"{group.name}, {group.place}" if group.place else ""
-    return [first, *([f"  {where if len(where) <= _WIDE else where[: _WIDE - 3] + '...'}"] if where else [])]
+    return [first, *([f"  {picture.shortened(where, _WIDE)}"] if where else [])]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from planner import arguments
 from planner.analysis.explain import explain
+from planner.analysis.sweep import SweptGraph
+from planner.errors import warn
 from planner.graph.planned import PlannedGraph
 from planner.limits import DEFAULT_EFFORT, Limits
 from planner.report import perfetto, plan_table, timeline
-from planner.results import plan_file
+from planner.results import html_report, plan_file
 from planner.results.explanation import Explanation
 
 
@@ -43,14 +45,32 @@ class Plan(PlannedGraph):
         arguments.check_path(path)
         timeline.plot(self, path)
 
-    def trace(self, path: str | Path) -> None:
-        """Write the plain and the planned step as a trace that Perfetto and chrome://tracing open.
+    def html(self, path: str | Path, sweep: SweptGraph | None = None) -> None:
+        """Write an interactive report: one HTML file that loads nothing from elsewhere (docs/report.md).
+
+        Args:
+            path: of the file; overwritten.
+            sweep: plans of the same graph, for the curve and a slider, such as a `Sweep`. Default: this plan alone.
+
+        Raises:
+            PlotMissingError: plotly (the extra `report`) is not installed.
+            InputError: the sweep is of another graph, or the file cannot be written.
+        """
+        arguments.check_path(path)
+        html_report.write(self, path, sweep)
+
+    def perfetto(self, path: str | Path) -> None:
+        """Write the plain and the planned step as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
         Raises:
             InputError: the file cannot be written.
         """
-        arguments.check_path(path)
-        perfetto.trace(self, path)
+        perfetto.write(self, path)
+
+    def trace(self, path: str | Path) -> None:
+        """Deprecated: the former name of `perfetto`."""
+        warn("Plan.trace is now Plan.perfetto", DeprecationWarning)
+        self.perfetto(path)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (docs/plan-file.md).

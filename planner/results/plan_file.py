@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.arguments import check_path
-from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
+from planner.errors import GraphError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, choice, integer, number, parse, read_all, reason, rows, string, strings, table
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.planned import PlannedGraph
@@ -23,6 +23,7 @@ from planner.graph.simulate import simulate
 from planner.graph.solution import LIMITS, STATUSES, Solution
 from planner.graph.source import source_from_json, source_to_json
 from planner.graph.structure import fingerprint
+from planner.report import files
 from planner.results import schema1
 from planner.units import MOST_BYTES, shown
 
@@ -40,7 +41,7 @@ class Lines(list[Any]):
 
 def dumps(graph: Graph, plan: PlannedGraph | None = None, *, sections: Mapping[str, Any] | None = None) -> str:
     """The file's text. With `plan`, its schedule and how it was found travel too; `sections`: other rooms' fields, by name."""
-    document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": _graph_fields(graph)}
+    document: dict[str, Any] = {"schema": SCHEMA, "fingerprint": fingerprint(graph), "graph": graph_fields(graph)}
     if plan is not None:
         document["plan"] = {
             "budget_bytes": plan.budget_bytes,
@@ -60,11 +61,7 @@ def save(plan: PlannedGraph, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    check_path(path)
-    try:
-        Path(path).write_text(dumps(plan.graph, plan), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write plan file {path}: {error}") from error
+    files.write(path, dumps(plan.graph, plan))
 
 
 def load(path: str | os.PathLike[str], kind: type[P]) -> P:
@@ -146,9 +143,10 @@ def _named(error: Exception) -> str:
     return f"the field {reason(error)} is missing" if isinstance(error, KeyError) else reason(error)
 
 
-def _graph_fields(graph: Graph) -> dict[str, Any]:
+def graph_fields(graph: Graph) -> dict[str, Any]:
+    """A graph's fields."""
     return {
-        "values": Lines([v.name, v.nbytes, v.kind.value, *([v.hidden_bytes] if v.hidden_bytes else ())] for v in graph.values),
+        "values": Lines(map(_value_row, graph.values)),
         "ops": Lines(_op_row(op) for op in graph.ops),
         "forward_outputs": graph.forward_outputs,
         "backward_outputs": graph.backward_outputs,
@@ -156,6 +154,12 @@ def _graph_fields(graph: Graph) -> dict[str, Any]:
         "backward_is_fixed": graph.backward_is_fixed,
         "in_flight": graph.in_flight,
     }
+
+
+def _value_row(value: Value) -> list[Any]:
+    """Without the last fields that say nothing."""
+    row = [value.name, value.nbytes, value.kind.value, value.hidden_bytes, value.form]
+    return row if value.form else row[:4] if value.hidden_bytes else row[:3]
 
 
 def _op_row(op: Op) -> list[Any]:
@@ -244,10 +248,12 @@ def read_provenance(value: Any) -> Provenance | None:
         model=string(fields["model"], "model"),
         num_kernels=kernels,
         num_estimated=integer(fields["num_estimated"], "num_estimated", 0, kernels),
+        spread=number(fields.get("spread", 0.0), "spread"),
         opaque=strings(fields["opaque"], "opaque"),
         repeats=tuple(map(_repeat, rows(fields.get("repeats", []), "repeats"))),
         torch=string(fields["torch"], "torch"),
         date=string(fields["date"], "date"),
+        module=string(fields.get("module", ""), "module"),
     )
 
 
@@ -318,12 +324,13 @@ def read_graph(document: dict[str, Any], where: str) -> Graph:
 
 def _value(row: Any) -> Value:
     fields = rows(row, "a value")
-    if len(fields) not in (3, 4):
-        raise ValueError(f"a value has {len(fields)} fields, not 3 or 4")
+    if not 3 <= len(fields) <= 5:
+        raise ValueError(f"a value has {len(fields)} fields, not 3 to 5")
     name = string(fields[0], "the name of a value")
-    hidden = integer(fields[3], f"the hidden bytes of {shown(name)}") if len(fields) == 4 else 0
+    hidden = integer(fields[3], f"the hidden bytes of {shown(name)}") if len(fields) > 3 else 0
+    form = string(fields[4], f"the form of {shown(name)}") if len(fields) > 4 else ""
     nbytes, kind = integer(fields[1], f"the bytes of {shown(name)}"), Kind(string(fields[2], "the kind of a value"))
-    return Value(name, nbytes, kind, hidden)
+    return Value(name, nbytes, kind, hidden, form)
 
 
 def _op(row: Any) -> Op:

@@ -12,7 +12,7 @@ from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptG
 from planner.arguments import check_path, count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError, warn
 from planner.report import sweep_plot, sweep_table
-from planner.results import sweep_file
+from planner.results import html_report, sweep_file
 from planner.results.plan import Plan
 from planner.units import enough_text, format_bytes, parse_budget, shown
 
@@ -128,6 +128,20 @@ class Sweep(SweptGraph):
         """
         check_path(path)
         sweep_plot.plot(self, references(self.graph), path)
+
+    def html(self, path: str | Path, plan: Plan | None = None) -> None:
+        """Write an interactive report with a slider over the plans: one HTML file that loads nothing (docs/report.md).
+
+        Args:
+            path: of the file; overwritten.
+            plan: the one that is shown first; of this sweep, or of the same graph. Default: the suggested one (`knee`).
+
+        Raises:
+            PlotMissingError: plotly (the extra `report`) is not installed.
+            InputError: the plan is of another graph, or the file cannot be written.
+        """
+        check_path(path)
+        html_report.write(self.knee if plan is None else plan, path, self)
 
     def save(self, path: str | Path) -> None:
         """Write the sweep as JSON (docs: planner/results/sweep_file.py)."""

@@ -2,8 +2,9 @@
 
 Layout of "sweep": `points` (one a line: {"budget_bytes", "margin_bytes", "steps"} and the fields of a solution: "status",
 "bound_ns", "solve_s", "solver", "work", "limit"), `misses` (rows [budget_bytes, error, reason]), `floor_bytes`, `floor_op`,
-`solve_s`, `provenance`, `measured` (rows [budget_bytes, peak_bytes, time_ratio or null, exact]). Peaks and times are not
-stored: `simulate` gives them. `planner solve` reads the file as a graph.
+`solve_s`, `provenance`, `measured` (rows [budget_bytes, peak_bytes, time_ratio or null, exact, lowest and highest ratio of a
+pair or null for both]; files of earlier versions lack the last two). Peaks and times are not stored: `simulate` gives them.
+`planner solve` reads the file as a graph.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 from planner.analysis.references import references
 from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptGraph, make_point
-from planner.errors import InputError, PlanFileError, ScheduleError
+from planner.errors import PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, number, reason, rows, string, table
 from planner.graph.graph import Graph
+from planner.report import files
 from planner.results import plan_file
+from planner.results.figures import head
 from planner.units import MOST_BYTES
 
 
@@ -26,10 +29,7 @@ def save(sweep: SweptGraph, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    try:
-        Path(path).write_text(dumps(sweep), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    files.write(path, dumps(sweep))
 
 
 def dumps(sweep: SweptGraph) -> str:
@@ -38,7 +38,7 @@ def dumps(sweep: SweptGraph) -> str:
         "floor_bytes": sweep.floor_bytes,
         "floor_op": sweep.floor_op,
         "provenance": plan_file.provenance_fields(sweep.provenance),
-        "measured": [[found.budget_bytes, found.peak_bytes, found.time_ratio, found.exact] for found in sweep.measured],
+        "measured": [_measured_row(found) for found in sweep.measured],
         "misses": [[point.budget_bytes, point.error, point.reason] for point in sweep.infeasible],
         "points": plan_file.Lines(_point_fields(point) for point in sweep.points),
         "solve_s": sweep.solve_s,
@@ -90,13 +90,21 @@ def _infeasible(row: Any) -> InfeasiblePoint:
     return InfeasiblePoint(nbytes, string(error, "an error"), string(why, "a reason"))
 
 
+def _measured_row(found: MeasuredPoint) -> list[Any]:
+    return [found.budget_bytes, found.peak_bytes, found.time_ratio, found.exact, *(found.time_spread or (None, None))]
+
+
 def _measured(row: Any) -> MeasuredPoint:
-    budget_bytes, peak_bytes, ratio, exact = _columns(row, 4, "a measurement")
+    given = rows(row, "a measurement")
+    budget_bytes, peak_bytes, ratio, exact, low, high = _columns(
+        given if len(given) != 4 else [*given, None, None], 6, "a measurement"
+    )
     return MeasuredPoint(
         integer(budget_bytes, "a measured budget", 0, MOST_BYTES),
         integer(peak_bytes, "a measured peak", 0, MOST_BYTES),
         None if ratio is None else number(ratio, "a measured time"),
         boolean(exact, "whether it was exact"),
+        None if low is None else (number(low, "the lowest measured time"), number(high, "the highest measured time")),
     )
 
 
@@ -129,7 +137,7 @@ def summary(sweep: SweptGraph) -> dict[str, Any]:
     """The figures of a sweep, without graph and schedules: what `planner sweep --json` prints."""
     plain, knee = sweep.plain, sweep.knee_point
     return {
-        "schema": plan_file.SCHEMA,
+        **head("sweep"),
         "plain": {"peak_bytes": plain.peak_bytes, "time_ns": plain.time_ns},
         "floor": {"bytes": sweep.floor_bytes, "op": sweep.floor_op},
         "knee": {"budget_bytes": knee.budget_bytes, "peak_bytes": knee.peak_bytes, "overhead": knee.overhead},
@@ -153,6 +161,7 @@ def summary(sweep: SweptGraph) -> dict[str, Any]:
                 "peak_bytes": found.peak_bytes,
                 "time_ratio": found.time_ratio,
                 "exact": found.exact,
+                "time_spread": found.time_spread,
             }
             for found in sweep.measured
         ],

@@ -18,8 +18,9 @@ from planner.units import format_bytes
 class FoundGradients:
     """Says once that a plan does not count the gradients that its step finds, where they may exceed the budget."""
 
-    def __init__(self, plan: Plan, name: str) -> None:
-        self._plan, self._name = plan, name
+    def __init__(self, plan: Plan, name: str, parameters: Sequence[torch.Tensor] = ()) -> None:
+        """`parameters`: all that the plan's step trains, where a call has a part of them."""
+        self._plan, self._name, self._parameters = plan, name, parameters
         self._looks = not num_stages(plan.graph)
 
     @cached_property
@@ -37,7 +38,10 @@ class FoundGradients:
         """
         if not self._looks:
             return
-        gradients = [inputs[i].grad for owned in executable.owners for i in owned if inputs[i].is_leaf]
+        if self._parameters:
+            gradients = [parameter.grad for parameter in self._parameters]
+        else:
+            gradients = [inputs[i].grad for owned in executable.owners for i in owned if inputs[i].is_leaf]
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None and gradient.layout is torch.strided)
         if not nbytes or nbytes <= self._fitting_bytes:
             return

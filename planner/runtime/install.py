@@ -1,4 +1,4 @@
-"""install, uninstall: `model.forward` runs planned; everything else about the user's model stays as it is."""
+"""install, uninstall, unplan: `model.forward` runs planned; everything else about the user's model stays as it is."""
 
 from __future__ import annotations
 
@@ -154,3 +154,10 @@ def uninstall(model: nn.Module) -> None:
     forward = vars(model).get("forward")
     if isinstance(forward, PlannedForward):
         forward.restore()
+
+
+def unplan(model: nn.Module) -> None:
+    """Undo every `install` in a model: its own, and those of its submodules, as `plan_units` makes them."""
+    arguments.check_model(model)
+    for module in model.modules():
+        uninstall(module)

@@ -36,6 +36,7 @@ from planner.runtime.planned_call import ClassOfModel, PlannedCall, resemble, ru
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import EVALUATION, report_mismatch, trains
 from planner.runtime.step import RewrittenStep
+from planner.units import format_bytes
 
 
 class CheckpointedModule(ClassOfModel, fx.GraphModule):
@@ -344,6 +345,18 @@ class CheckpointedModule(ClassOfModel, fx.GraphModule):
             if name in ("_original", "__deepcopy__"):
                 raise
             return getattr(self._original, name)
+
+    def __repr__(self) -> str:
+        """One line: inside of a larger model, print(model) shows this in place of the generated code and all submodules."""
+        plan, others = self.plan, len(self.alternatives)
+        peaks = f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.plain.peak_bytes)}"
+        more = f", and {others} more" if others else ""
+        return f"{type(self).__name__}(planned for {format_bytes(plan.budget_bytes)}: {peaks}, time {plan.overhead:+.1%}{more})"
+
+    def __str__(self) -> str:
+        """The plan's table, and those of the alternatives; `code` holds the planned forward as Python."""
+        plans = (self.plan, *(alternative.plan for alternative in self.alternatives))
+        return "\n\n".join((repr(self), *map(str, plans)))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original model's state_dict."""

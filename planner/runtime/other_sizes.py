@@ -124,7 +124,7 @@ class OtherSizes(Generic[Planned]):
         self.pauses.append((f"{what} {shapes}, the {_ordinal(count)} size", seconds))
         text = f"{type(model).__name__}: {self.pauses[-1][0]}, in {seconds:.1f} s"
         RUNTIME.info(text)
-        say(text, recapture.progress)
+        say(f"planner: {text}", recapture.progress)
         return made
 
     def _planned(self, base: Planned, joint: Joint, args: Any, kwargs: Mapping[str, Any]) -> tuple[Planned, str]:

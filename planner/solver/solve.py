@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from planner.errors import NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
-from planner.graph.schedule import Schedule
+from planner.graph.schedule import Schedule, check
 from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import in_flight, stages
@@ -83,6 +83,15 @@ class Solver:
             ]:
                 self.archive.offer(self._renumbered(schedule) if renumbered else schedule, name)
         self._has_baselines = True
+
+    def offer(self, schedule: Schedule, source: str) -> int:
+        """Let a schedule of the captured graph compete; its peak in bytes.
+
+        Raises:
+            ScheduleError: it is none of this graph.
+        """
+        check(self._captured, schedule)
+        return self.archive.offer(self._renumbered(schedule), source).peak_bytes
 
     def _renumbered(self, schedule: Schedule) -> Schedule:
         """A schedule of the captured graph in the numbers of the moved one."""

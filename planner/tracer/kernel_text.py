@@ -33,6 +33,11 @@ def kernel_name(target: Any) -> str:
     return f"planner.{name}" if home.startswith("planner.") else f"{home}.{name}".lstrip(".")
 
 
+def tensor_text(tensor: torch.Tensor) -> str:
+    """The dtype and shape of a tensor: "float32[8, 4]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
 class CallTexts:
     """The texts of the calls of one joint graph."""
 
@@ -53,7 +58,7 @@ class CallTexts:
         text = f"%{number.get(root, '')}{self._views[node]}"
         if root in self._saved_handles or not isinstance(val, torch.Tensor):
             return text
-        return f"{text}:{str(val.dtype).removeprefix('torch.')}{list(val.shape)}"
+        return f"{text}:{tensor_text(val)}"
 
     def _view(self, node: fx.Node) -> str:
         """The views between a node's storage and the node; "" where the node holds it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from planner.graph.accumulation import accumulating, num_stages
@@ -15,7 +16,7 @@ from planner.kernels.batch_norm import new_statistics, unread_in_recompute, upda
 from planner.kernels.facts import is_collective, is_repeatable
 from planner.profiler.profile import KernelCost, Profile
 from planner.tracer.joint import Joint
-from planner.tracer.kernel_text import CallTexts, kernel_name
+from planner.tracer.kernel_text import CallTexts, kernel_name, tensor_text
 from planner.tracer.opaque.call import draws, opaque_call_of
 from planner.tracer.raising import raises
 from planner.tracer.storage import Storages, items, mutates
@@ -57,6 +58,18 @@ def lower_like(joint: Joint, planned: Graph) -> Graph:
     return lower(joint, accumulate=num_stages(planned), in_flight=planned.in_flight)
 
 
+def never_recomputed(joint: Joint) -> dict[str, str]:
+    """Forward ops that no plan runs twice, by name, and why. Those that save generator states, for others to run twice, are no
+    such ops."""
+    lowering = _Lowering(joint, None)
+    forward = [
+        node
+        for node in lowering.nodes[: joint.num_forward_nodes]
+        if node in lowering.storages.writes and node.target is not custom.rng_state
+    ]
+    return {node.name: why for node in forward if (why := lowering.why_once(node, forward=True))}
+
+
 def backward_is_fixed(joint: Joint) -> bool:
     """Backward ops must run in captured order.
 
@@ -88,6 +101,7 @@ class _Lowering:
         values = self._resident()
         values += [Value(reserved_name(purpose), self._bytes(nbytes), Kind.RESERVED) for purpose, nbytes in reserved.items()]
         resident = tuple(value.name for value in values if value.kind in RESIDENT_KINDS)
+        by_name = {node.name: node for node in self.nodes}
         ops: list[Op] = []
         num_forward_ops = 0
         for position, node in enumerate(self.nodes):
@@ -101,10 +115,10 @@ class _Lowering:
                 more = hidden[i] if i < len(hidden) else 0
                 known, real = self._bytes(nbytes), self._bytes(nbytes + more)
                 depends = name in self.joint.saved_handles  # it may depend on the data: not compared as structure
-                values.append(Value(name, real, kind, real if depends else real - known))
+                form = "" if depends else _form(by_name.get(name))
+                values.append(Value(name, real, kind, real if depends else real - known, form))
             ops.append(self._op(node, forward))
         made = {name for op in ops for name in op.writes}
-        by_name = {node.name: node for node in self.nodes}
         return Graph(
             ops=tuple(ops),
             values=tuple(values),
@@ -127,7 +141,8 @@ class _Lowering:
         for given in self.joint.inputs:
             node = by_name[given.node]
             if self.storages.root[node] == node.name:
-                values.append(Value(node.name, self._bytes(node.meta["val"].untyped_storage().nbytes()), given.kind))
+                nbytes = self._bytes(node.meta["val"].untyped_storage().nbytes())
+                values.append(Value(node.name, nbytes, given.kind, form=_form(node)))
         return values
 
     def _bytes(self, nbytes: int) -> int:
@@ -154,7 +169,7 @@ class _Lowering:
             writes=writes,
             cost_ns=cost.time_ns,
             workspace_bytes=self._bytes(cost.workspace_bytes),
-            recomputable=self._recomputable(node, forward),
+            recomputable=not self.why_once(node, forward),
             source=self.joint.sources.get(node.name, NOWHERE),
             kernel=kernel_name(node.target),
             arguments=self.texts.arguments(node, distinct),
@@ -166,20 +181,32 @@ class _Lowering:
             return self.costs.get(node.name, KernelCost(0, 0))
         return call.forward if node.target is custom.opaque_forward else call.backward
 
-    def _recomputable(self, node: fx.Node, forward: bool) -> bool:
-        """A second execution is sure to give the same bits and to change nothing."""
-        if raises(node) or node.target is custom.rng_state or (mutates(node) and not updates_statistics(node)):
-            return False
-        if is_collective(node) or not is_repeatable(node):
-            return False
+    def why_once(self, node: fx.Node, forward: bool) -> str:
+        """Why a second execution may give other bits or change something; "" where it is sure not to."""
+        if raises(node):
+            return "checks a value, and may raise"
+        if node.target is custom.rng_state:
+            return "saves the generator's state"
+        if mutates(node) and not updates_statistics(node):
+            return "writes into a tensor that lives on"
+        if is_collective(node):
+            return "communicates with other ranks"
         call = opaque_call_of(node, self.joint.opaque_calls)
-        if call is not None and not call.repeatable:
-            return False
+        if not is_repeatable(node) or (call is not None and not call.repeatable):
+            return "did not give the same bits twice"
         if draws(node, self.joint.opaque_calls) and node.name not in self.joint.rng_states:
-            return False
+            return "draws random numbers whose state is not saved"
         unread = set(unread_in_recompute(node))
         # a kernel besides the buffers' update reads the new running statistics, which a second run would compute wrong
         if any(mutates(user) is False for item in new_statistics(node) for user in item.users):
-            return False
+            return "its new statistics are read by other kernels"
         read = {self.storages.root[arg] for arg in node.all_input_nodes if arg not in unread and arg in self.storages.root}
-        return forward and not read & self.mutated
+        if read & self.mutated:
+            return "reads a tensor that the step writes into"
+        return "" if forward else "runs in the backward"
+
+
+def _form(node: fx.Node | None) -> str:
+    """The dtype and shape of the tensor that a node makes; "" where it makes none, or where a value has no node."""
+    tensor = None if node is None else node.meta.get("val")
+    return tensor_text(tensor) if isinstance(tensor, torch.Tensor) else ""

@@ -7,6 +7,7 @@ fake tensors at all. So the trace runs on fake CPU tensors, and composite operat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planner._compat.autocast import as_on_cuda
 from planner._compat.dispatch import OpOverload
 from planner._compat.joint_export import ExportedJoint
+from planner.tracer.casts import TO_COPY
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -28,15 +31,23 @@ class TargetDevice:
     Attributes:
         name: for messages.
         capability: its CUDA compute capability; None for a CPU, which runs the kernels that run here.
+        autocast: the model's forward runs under autocast of this dtype there; None where it does not.
     """
 
     name: str
     capability: tuple[int, int] | None
+    autocast: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
         """The device of its tensors."""
         return torch.device("cpu") if self.capability is None else torch.device("cuda", 0)
+
+    def autocasting(self) -> AbstractContextManager[None]:
+        """A context for tracing under the device's autocast."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast("cpu", self.autocast) if self.capability is None else as_on_cuda(self.autocast, TO_COPY)
 
     @property
     def choices(self) -> Mapping[OpOverload, Callable[..., Any]]:

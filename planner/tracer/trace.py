@@ -120,7 +120,8 @@ def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units)
         if target is None:
             exported = export_joint(module, fake_inputs(given))
             return module, units.spliced(exported, module.names)
-        exported = export_joint(module, module.hold_fakes(given), target.choices)
+        with target.autocasting():
+            exported = export_joint(module, module.hold_fakes(given), target.choices)
         return module, target.corrected(units.spliced(exported, module.names))
 
 

@@ -15,6 +15,8 @@ from planner.graph.source import Source
 _PACKAGE = str(Path(__file__).parent.parent)
 CALLER = str(Path(__file__).with_name("capture.py"))
 """The file that calls the model: frames further out are not the model's."""
+CALLERS = (CALLER, str(Path(__file__).with_name("eager.py")))
+"""All files that call it."""
 _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTIONS = str(Path(torch.__file__).parent / "distributions")
 _STDLIB = str(Path(functools.__file__).parent)
@@ -34,7 +36,7 @@ def source_here(module: str) -> tuple[Source, bool]:
     """
     frame: FrameType | None = sys._getframe(1)
     inside_torch, is_distribution = "", False
-    while frame is not None and frame.f_code.co_filename != CALLER:
+    while frame is not None and frame.f_code.co_filename not in CALLERS:
         file = frame.f_code.co_filename
         if is_users(file):
             return Source(module, Path(file).name, frame.f_lineno), is_distribution

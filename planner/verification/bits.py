@@ -7,16 +7,20 @@ as a derivative that torch computes in another way while it traces.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 from planner._compat import pytree
 from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.outputs import backward_starts
 from planner.runtime.planned_call import unplanned_forward
+from planner.tracer.joint import Joint
 from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones
 
 
@@ -41,19 +45,37 @@ def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple
 
 def _step(planned: CheckpointedModule, call: CallArguments, forward: Callable[[], Any]) -> Digest:
     """Run one step; the fingerprints of what it changes or returns."""
-    model = planned.original
+    return step_digest(planned.original, planned.step.joint, call, forward, autocast=lambda: autocast_of(planned))
+
+
+def step_digest(
+    model: nn.Module,
+    joint: Joint,
+    call: CallArguments,
+    forward: Callable[[], Any],
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Digest:
+    """Run a step and restore the state that it started from, except for gradients; the fingerprints of what it changes.
+
+    Args:
+        model, joint: the model, and its captured step.
+        call: what `forward` calls the model with.
+        forward: returns the model's output.
+        autocast: makes the context that the forward runs in.
+    """
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):
         tensor.grad = None
-    state = [path.get(model) for path in planned.step.joint.host.state]
+    state = [path.get(model) for path in joint.host.state]
     written = [*model.buffers(), *(t for t in (*given, *state) if isinstance(t, torch.Tensor) and not t.requires_grad)]
-    with rewound(model, planned.step.joint.host.key, written, planned.device), torch.enable_grad():
-        with autocast_of(planned):
+    with rewound(model, joint.host.key, written, joint.device), torch.enable_grad():
+        with autocast():
             out = forward()
-        leaves = aligned(planned, pytree.tree_leaves(out))
-        backward_of_ones(planned.starts(leaves), planned.device)
-        outputs = [leaf for leaf, output in zip(leaves, planned.step.joint.outputs, strict=True) if not output.left_out]
-        found = digest(model, outputs, given, planned.device)
+        leaves = aligned(joint, pytree.tree_leaves(out))
+        backward_of_ones(backward_starts(joint, model, leaves), joint.device)
+        outputs = [leaf for leaf, output in zip(leaves, joint.outputs, strict=True) if not output.left_out]
+        found = digest(model, outputs, given, joint.device)
         grads = {f"gradient of {name}": p.grad for name, p in planned_model(model).named_parameters()}
         grads |= {f"gradient of input {i}": tensor.grad for i, tensor in enumerate(given)}
         return found | digest_of(grads)

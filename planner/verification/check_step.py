@@ -158,7 +158,7 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
     except RuntimeError:
         yield {"not run": "torch's autograd does not run in a forked process here", "last": True}
         return
-    _detach_from_parent(planned)
+    detach_from_parent(planned.original, planned.step.joint)
     own = own_call(planned, call)
     planned.__dict__["audits"] = False  # an audit would count as part of the step
     try:
@@ -225,7 +225,7 @@ def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
         uninstall(planned.original)
         with autocast_of(planned):
             out = unplanned_forward(planned.original)(*call[0], **call[1])
-        leaves = aligned(planned, pytree.tree_leaves(out))
+        leaves = aligned(planned.step.joint, pytree.tree_leaves(out))
         backward_of_ones(planned.starts(leaves), planned.device)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -233,9 +233,8 @@ def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
     return {}
 
 
-def _detach_from_parent(planned: CheckpointedModule) -> None:
+def detach_from_parent(model: nn.Module, joint: Joint) -> None:
     """In a forked child: give the model new parameters without hooks and gradients, and buffers that are not shared."""
-    model = planned.original
     own: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -249,7 +248,7 @@ def _detach_from_parent(planned: CheckpointedModule) -> None:
             if buffer is not None and buffer.is_shared():
                 own.setdefault(id(buffer), (buffer, buffer.detach().clone()))
                 module._buffers[name] = own[id(buffer)][1]
-    for path, _ in planned.step.joint.host.aliases:  # where Python state holds them, too (a dictionary of the parameters)
+    for path, _ in joint.host.aliases:  # where Python state holds them, too (a dictionary of the parameters)
         if id(held := path.get(model)) in own:
             path.set(model, own[id(held)][1])
 
@@ -272,7 +271,7 @@ def _check(planned: Any, call: CallArguments) -> str:
             out, mismatch = planned.attempt(*call)
         if mismatch:
             raise NotRunError(f"the planned module does not recognize its own example call: {mismatch}")
-        leaves = aligned(planned, pytree.tree_leaves(out))
+        leaves = aligned(planned.step.joint, pytree.tree_leaves(out))
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:
             backward_of_ones(planned.starts(leaves), planned.device)

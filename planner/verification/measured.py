@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,25 +20,35 @@ from planner.verification.check_step import NotRunError, run_step
 from planner.verification.step_copy import CopyError, StepCopy, check_call, copy_of
 
 
-def time_step(
-    planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, rounds: int = 3
-) -> tuple[float, int]:
-    """(seconds of a planned step by the wall clock, median of `rounds`; its measured peak in bytes).
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Steps that were run: seconds of each, and the peak in bytes with everything resident."""
 
-    It runs on a copy that shares the parameters' memory, so that it fits where the plan fits. The model's gradients, hooks and
-    buffers are not touched; the random generator is restored.
+    seconds: tuple[float, ...]
+    peak_bytes: int
+
+
+def time_steps(
+    planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, rounds: int = 3
+) -> StepTimes:
+    """Run `rounds` planned steps after one for warming up.
+
+    With one CPU thread their times are CPU time, in which other processes hardly show; else they are by the wall clock. The
+    steps run on a copy that shares the parameters' memory, so that it fits where the plan fits. The model's gradients, hooks
+    and buffers are not touched; the random generator is restored.
 
     Raises:
         InputError: the call is not the one planned for, or the model cannot be copied.
     """
     call = check_call(planned, args, kwargs, "a step can be measured for")
     step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
         step_copy.prepare()
         step_copy.step()
         peak_bytes = step_copy.peak()
-        seconds = [seconds_of(step_copy, planned.device, time.perf_counter) for _ in range(max(1, rounds))]
-    return statistics.median(seconds), peak_bytes
+        seconds = [seconds_of(step_copy, planned.device, clock) for _ in range(max(1, rounds))]
+    return StepTimes(tuple(seconds), peak_bytes)
 
 
 def seconds_of(step_copy: StepCopy, device: torch.device, cpu_clock: Callable[[], float] = time.process_time) -> float:

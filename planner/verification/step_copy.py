@@ -22,6 +22,7 @@ from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.faults import is_out_of_memory
+from planner.tracer.joint import Joint
 from planner.tracer.outputs import without_caches
 from planner.verification.state import generators, set_generators, state_of
 
@@ -156,7 +157,7 @@ class StepCopy:
         with torch.enable_grad():
             with autocast_of(self._planned):
                 out = self.module(*self.call[0], **self.call[1])
-            leaves = aligned(self._planned, pytree.tree_leaves(out))
+            leaves = aligned(self._planned.step.joint, pytree.tree_leaves(out))
             backward_of_ones(self._planned.starts(leaves, self._model), self._device)
         return leaves
 
@@ -179,9 +180,9 @@ class StepCopy:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
 
-def aligned(planned: CheckpointedModule, leaves: Sequence[Any]) -> list[Any]:
-    """An output's leaves at their positions in the plan; None for a cache, which a planned output leaves out."""
-    outputs = planned.step.joint.outputs
+def aligned(joint: Joint, leaves: Sequence[Any]) -> list[Any]:
+    """An output's leaves at their positions in the captured step; None for a cache, which a planned output leaves out."""
+    outputs = joint.outputs
     if not any(out.left_out for out in outputs):
         return list(leaves)
     there = [i for i, out in enumerate(outputs) if not out.left_out and (out.result, out.input, out.constant) != (None,) * 3]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from planner import CaptureError, PlannerError, max_batch, plan, plan_children, verify
+from planner import CaptureError, PlannerError, max_batch, plan, plan_units, verify
 from planner.graph.source import Source
 from tests.support.text import unwrapped
 
@@ -404,7 +404,7 @@ def test_a_submodule_of_its_own_is_the_cure_it_is_said_to_be():
 
 def test_children_of_what_is_refused_are_still_planned():
     net, x = Of(numpy_inside), torch.randn(64, 6)
-    assert [*plan_children(net, 1.0, (x,), **QUICK).planned] == ["body"]
+    assert [*plan_units(net, 1.0, (x,), **QUICK).planned] == ["body"]
 
 
 class OwnGenerator(nn.Module):

@@ -192,5 +192,15 @@ def in_modules() -> Graph:
     return graph({"x": 1, "t": 1, "loss": 1, **sizes}, forward, backward, "loss", "g_0")
 
 
+def many_modules(count: int) -> Graph:
+    """A chain of modules m_a, m_b, ..., each keeping one byte more than the one before."""
+    names = [f"a_{i}" for i in range(count)]
+    sources = [Source(f"m_{chr(ord('a') + i)}", "model.py", i + 1) for i in range(count)]
+    forward = [op(f"f{i}", names[i - 1] if i else "x", names[i], source=sources[i]) for i in range(count)]
+    backward = [op(f"b{i}", f"{names[i]} {f'g_{i + 1}' if i + 1 < count else 't'}", f"g_{i}") for i in reversed(range(count))]
+    sizes = {"x": 1, "t": 1, "loss": 1, **{name: i + 1 for i, name in enumerate(names)}, **{f"g_{i}": 1 for i in range(count)}}
+    return graph(sizes, [*forward, op("floss", names[-1], "loss")], backward, "loss", "g_0")
+
+
 SMALL = {make.__name__: make for make in (chain, diamond, skip, two_outputs, statistics, dropout)}
 """All of the above by name."""

@@ -177,6 +177,10 @@ def build():
     torch.manual_seed(0)
     return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)]), (torch.randn(512, 64),), {}
 
+def sized(batch=512):
+    model, _, kwargs = build()
+    return model, (torch.randn(batch, 64),), kwargs
+
 def wrong():
     return 3
 """

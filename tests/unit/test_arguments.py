@@ -29,7 +29,7 @@ from planner import (
     install,
     max_batch,
     plan,
-    plan_children,
+    plan_units,
     register_device,
     sweep,
     uninstall,
@@ -110,7 +110,7 @@ BUDGETS = {
 def test_budgets(budget):
     net = model()
     check(BudgetError, lambda: plan(net, budget, (X,), **QUICK))
-    check(BudgetError, lambda: plan_children(net, budget, (X,), **QUICK))
+    check(BudgetError, lambda: plan_units(net, budget, (X,), **QUICK))
     check(BudgetError, lambda: max_batch(lambda n: ((X[:n],), {}), net, budget, **QUICK))
     check(BudgetError, lambda: sweep(net, [budget], (X,), **QUICK))
     if budget is not None:
@@ -167,7 +167,7 @@ MODELS = {
 def test_models(wrong):
     for call in (
         lambda: plan(wrong, 1.0, (X,), **QUICK),
-        lambda: plan_children(wrong, 1.0, (X,), **QUICK),
+        lambda: plan_units(wrong, 1.0, (X,), **QUICK),
         lambda: sweep(wrong, None, (X,), **QUICK),
         lambda: max_batch(lambda n: ((X[:n],), {}), wrong, "1GiB", **QUICK),
         lambda: apply(planned().plan, wrong, (X,)),
@@ -203,7 +203,7 @@ def test_calls(wrong):
     call = {"args": (X,), **wrong}
     for run in (
         lambda: plan(net, 1.0, **call, **QUICK),
-        lambda: plan_children(net, 1.0, **call, **QUICK),
+        lambda: plan_units(net, 1.0, **call, **QUICK),
         lambda: sweep(net, None, **call, **QUICK),
         lambda: apply(planned().plan, net, **call),
         lambda: verify(planned(), **call),
@@ -220,7 +220,7 @@ def test_time_limits(limit):
     net = model()
     for call in (
         lambda: plan(net, 1.0, (X,), effort=limit, **QUICK),
-        lambda: plan_children(net, 1.0, (X,), effort=limit, **QUICK),
+        lambda: plan_units(net, 1.0, (X,), effort=limit, **QUICK),
         lambda: sweep(net, None, (X,), effort=limit, **QUICK),
         lambda: max_batch(lambda n: ((X[:n],), {}), net, "1GiB", effort=limit, **QUICK),
         lambda: planned().plan.explain(effort=limit),
@@ -241,7 +241,7 @@ def test_counts(count):
     net, made = model(), planned().plan
     for call in (
         lambda: plan(net, 1.0, (X,), num_stages=count, **QUICK),
-        lambda: plan_children(net, 1.0, (X,), num_stages=count, **QUICK),
+        lambda: plan_units(net, 1.0, (X,), num_stages=count, **QUICK),
         lambda: apply(made, net, (X,), num_stages=count),
         lambda: swept().verify(count),
         lambda: verify(planned(), (X,), rounds=count),
@@ -317,10 +317,12 @@ def test_paths(path):
         lambda: made.save(path),
         lambda: Plan.load(path),
         lambda: made.plot(path),
-        lambda: made.trace(path),
+        lambda: made.perfetto(path),
+        lambda: made.html(path),
         lambda: Sweep.load(path),
         lambda: swept().save(path),
         lambda: swept().plot(path),
+        lambda: swept().html(path),
         lambda: export_source(planned(), path),
     ):
         check(InputError, call)
@@ -354,8 +356,8 @@ class CannotBeCopied(nn.Linear):
 
 
 def test_a_step_that_fails_has_no_children():
-    assert "raises ValueError: not today" in check(InputError, lambda: plan_children(Fails(6, 2), 1.0, (X,), **QUICK))
-    assert "cannot be copied" in check(InputError, lambda: plan_children(CannotBeCopied(6, 2), 1.0, (X,), **QUICK))
+    assert "raises ValueError: not today" in check(InputError, lambda: plan_units(Fails(6, 2), 1.0, (X,), **QUICK))
+    assert "cannot be copied" in check(InputError, lambda: plan_units(CannotBeCopied(6, 2), 1.0, (X,), **QUICK))
 
 
 class Speechless:
@@ -443,13 +445,13 @@ def test_the_budget_named_by_sweep_and_max_batch_is_enough():
     assert swept().best(budget=smallest)
 
 
-def test_the_budget_named_by_plan_children_is_enough():
+def test_the_budget_named_by_plan_units_is_enough():
     net, x = deep(60)
     options = {**QUICK, "effort": 1.0}
     with pytest.raises(NoScheduleFoundError) as caught:
-        plan_children(net, "1kB", (x,), **options)
+        plan_units(net, "1kB", (x,), **options)
     for budget in named_budgets(caught.value):
-        assert plan_children(net, budget, (x,), **options).peak_bytes <= parse_bytes(budget)
+        assert plan_units(net, budget, (x,), **options).peak_bytes <= parse_bytes(budget)
 
 
 def test_a_schedule_that_was_not_found_names_what_was(monkeypatch):

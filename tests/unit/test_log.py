@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import InfeasibleBudgetError, MismatchWarning, log, max_batch, plan, plan_children
+from planner import InfeasibleBudgetError, MismatchWarning, log, max_batch, plan, plan_units
 from planner.cli import main
 from planner.profiler.cache import KernelCache
 from planner.profiler.measure import measure
@@ -163,7 +163,7 @@ def test_batches_and_children_are_logged(logged):
     with pytest.raises(InfeasibleBudgetError):
         max_batch(lambda batch: ((X[:batch],), {}), model, 1, costs="estimate", progress=False)
     assert [line.split(":")[0] for line in logged("", "INFO") if line.startswith("batch")] == ["batch 1"]
-    children = plan_children(Ragged(rows_of_data), "1MiB", (X,), costs="estimate", progress=False)
+    children = plan_units(Ragged(rows_of_data), "1MiB", (X,), costs="estimate", progress=False)
     assert "second: captured by itself" in logged("", "INFO")
     left = logged("", "WARNING")
     assert len(left) == len(children.left) and all(name in "".join(left) for name in children.left)

@@ -54,7 +54,7 @@ def test_keywords_have_the_types_of_the_options(keywords):
         assert annotation.__forward_arg__ == OPTIONS[name].type, name
 
 
-@pytest.mark.parametrize("function", [planner.plan_children, Plan.explain], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [planner.plan_units, Plan.explain], ids=lambda function: function.__name__)
 def test_signatures_that_are_written_out_have_the_same_defaults(function):
     shared = {name: default for name, default in keyword_defaults(function).items() if name in OPTIONS}
     assert "effort" in shared

@@ -153,3 +153,12 @@ def test_the_step_keeps_the_call_as_it_was():
     step.plan(0.8)
     assert torch.equal(x, X) and step.args[0] is x and step.kwargs == {}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_values_and_provenance_say_what_they_are():
+    step = profile(net(2), (X,), **QUICK)
+    forms = {value.form for value in step.graph.values}
+    assert {"float32[256, 64]", "float32[64, 64]", "float32[64]", "float32[256, 1]"} <= forms
+    assert step.provenance.module == "Sequential"
+    value = next(value for value in step.graph.values if value.form == "float32[256, 64]")
+    assert value.nbytes >= 4 * 256 * 64

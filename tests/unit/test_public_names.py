@@ -76,7 +76,9 @@ def test_the_package_is_typed():
     root = FILE.parent.parent
     assert (FILE.parent / "py.typed").is_file()
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["tool"]["setuptools"]["package-data"]["planner"] == ["py.typed"]
+    patterns = project["tool"]["setuptools"]["package-data"]["planner"]
+    others = {path for path in FILE.parent.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == {path for pattern in patterns for path in FILE.parent.glob(pattern)}, "the wheel brings every file"
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,20 @@ def opaque_from_start(model: nn.Module, named: Collection[str]) -> tuple[str, ..
         if name not in modules or not name:
             close = difflib.get_close_matches(name, modules, 3)
             raise InputError(f"opaque={name!r} is no submodule of the model{f'; did you mean {close}?' if close else ''}")
-    known = [name for name, module in modules.items() if name and _runs_as_it_is(module)]
+    known = [name for name, module in modules.items() if name and why_opaque(module)]
     return outermost((*named, *known))
 
 
-def _runs_as_it_is(module: nn.Module) -> bool:
-    if isinstance(module, nn.RNNBase):  # a trace decomposes its fused kernel, and the bits differ
-        return True
+def why_opaque(module: nn.Module) -> str:
+    """Why a module of this kind is never captured; "" where it may be."""
+    if isinstance(module, nn.RNNBase):
+        return "a trace decomposes its fused kernel, and the bits differ"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (module.sparse or module.max_norm is not None):
-        return True
+        return "its gradient is sparse" if module.sparse else "its forward writes into its weight (max_norm)"
     hooks = [hook for kind in MODULE_HOOKS for hook in vars(module)[kind].values()]
-    return any(map(is_users_hook, hooks))  # a trace would call them once and never again
+    if any(map(is_users_hook, hooks)):
+        return "it has hooks, which a trace would call once and never again"
+    return ""
 
 
 def widened(model: nn.Module, opaque: Sequence[str], failed: str) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def test_explaining_needs_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from planner import Plan, Sweep\n"
-        "plan = Plan.load(sys.argv[1]); print(plan.explain()); plan.trace(sys.argv[2]); plan.plot(sys.argv[3])"
+        "plan = Plan.load(sys.argv[1]); print(plan.explain()); plan.perfetto(sys.argv[2]); plan.plot(sys.argv[3])"
     )
     run = [sys.executable, "-c", script, *(str(tmp_path / name) for name in ("plan.json", "trace.json", "step.png"))]
     done = subprocess.run(run, capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import planner
 from planner import BudgetError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlanFileError, PlotMissingError, Sweep
 from planner.analysis.references import module_checkpoints, references
+from planner.analysis.sweep import MeasuredPoint
 from planner.graph.floor import floor
 from planner.graph.schedule import check, keep_all
 from planner.graph.simulate import simulate
@@ -164,6 +166,22 @@ def test_the_file_is_the_identity_sorted_and_checked(swept: Sweep, tmp_path: Pat
         Sweep.load(tmp_path / "none.json")
     with pytest.raises(InputError, match="cannot write"):
         swept.save(tmp_path / "none" / "sweep.json")
+
+
+def test_measurements_of_earlier_files_have_no_spread(swept: Sweep, tmp_path: Path) -> None:
+    point = swept.points[0]
+    timed = MeasuredPoint(point.budget_bytes, point.peak_bytes, 1.2, True, (1.1, 1.4))
+    seen, path = replace(swept, measured=(timed, MeasuredPoint(point.budget_bytes, 9, None, False))), tmp_path / "sweep.json"
+    seen.save(path)
+    assert Sweep.load(path) == seen
+    document = json.loads(path.read_text())
+    document["sweep"]["measured"] = [row[:4] for row in document["sweep"]["measured"]]
+    path.write_text(json.dumps(document))
+    assert Sweep.load(path).measured == tuple(replace(found, time_spread=None) for found in seen.measured)
+    document["sweep"]["measured"] = [[1, 2, 3.0, True, 4.0]]
+    path.write_text(json.dumps(document))
+    with pytest.raises(PlanFileError, match="5 fields"):
+        Sweep.load(path)
 
 
 def test_the_picture(swept: Sweep, tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def a_plan():
 def test_plan_files_and_traces_hold_the_fields():
     made = a_plan()
     assert plan_file.loads(plan_file.dumps(made.graph, made), Plan) == made
-    events = [event for event in json.loads(perfetto.dumps(made))["traceEvents"] if event["ph"] == "X" and event["pid"] == 1]
+    events = [
+        event for event in json.loads(perfetto.dumps(made))["traceEvents"] if event.get("cat") == "op" and event["pid"] == 1
+    ]
     assert [Source(**event["args"]["source"]) for event in events] == [op.source for op in made.graph.ops]
 
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_planned_trains_as_before_and_says_why():
     model, x = network(), torch.randn(64, 16)
     twin = copy.deepcopy(model)
     plan_at_first_call(model, 1, log=list, **QUICK)
-    with pytest.warns(UserWarning, match="Sequential trains unplanned.*InfeasibleBudgetError: budget 1 B is below"):
+    with pytest.warns(UserWarning, match="Sequential trains unplanned.*InfeasibleBudgetError: Raise the budget to 27.19 KiB"):
         found = gradients(model, x)
     assert_equal(found, gradients(twin, x))
     assert "forward" not in vars(model)

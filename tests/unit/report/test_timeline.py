@@ -1,76 +1,24 @@
-"""The stacked parts sum to what `simulate` says at every step; pictures and traces of them."""
+"""The picture of live memory: what stands on it, and that nothing lies on anything else."""
 
 from __future__ import annotations
 
-import json
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import event, given, settings
-from hypothesis import strategies as st
 
 from planner import InputError, Plan
-from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import simulate
+from planner.graph.provenance import Provenance
+from planner.graph.schedule import keep_all
 from planner.graph.solution import Solution
-from planner.report import perfetto, timeline
-from planner.report.timeline import MemoryKind, largest, live_parts
-from planner.solver.baselines import all_baselines
+from planner.report import timeline
+from planner.report.stack import Stack
+from planner.units import format_bytes
 from tests.support import graphs
-from tests.support.pictures import is_png, is_svg
-from tests.support.strategies import schedules, training_graphs
+from tests.support.pictures import figures, is_png, is_svg, overlaps
 from tests.support.sweeps import plan_of
 
-
-def agrees(graph: graphs.Graph, schedule: Schedule) -> None:
-    total = np.sum(list(live_parts(graph, schedule).values()), axis=0)
-    assert total.tolist() == list(simulate(graph, schedule).live_bytes)
-
-
-@pytest.mark.parametrize("graph", [*(make() for make in graphs.SMALL.values()), graphs.blocks(5), graphs.in_modules()])
-def test_parts_sum_to_the_simulated_bytes(graph: graphs.Graph) -> None:
-    for _, schedule in all_baselines(graph, 1):
-        agrees(graph, schedule)
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.data())
-def test_parts_sum_to_the_simulated_bytes_of_random_schedules(data: st.DataObject) -> None:
-    graph = data.draw(training_graphs(max_forward=8))
-    schedule = data.draw(schedules(graph))
-    event(f"recomputes: {bool(schedule.recomputes())}")
-    agrees(graph, schedule)
-
-
-def test_each_part_of_a_chain() -> None:
-    graph = graphs.chain()
-    parts = live_parts(graph, keep_all(graph))
-    # x 2, w 3; a 8 and c 8 kept; loss 1 an output, the tangent 1 from the backward on; gc, ga temporary; dw handed out
-    assert parts[MemoryKind.PARAMETERS].tolist() == [3] * 6
-    assert parts[MemoryKind.INPUTS].tolist() == [2, 2, 3, 4, 4, 4]
-    assert parts[MemoryKind.KEPT].tolist() == [8, 16, 16, 16, 8, 0]
-    assert parts[MemoryKind.TEMPORARY].tolist() == [0, 0, 0, 4, 8, 4]
-    assert parts[MemoryKind.GRADIENTS].tolist() == [0, 0, 0, 0, 0, 3]
-    assert not parts[MemoryKind.RECOMPUTED].any() and not parts[MemoryKind.RESERVED].any()
-
-
-def test_recomputed_values_are_a_part_of_their_own() -> None:
-    plan = plan_of(graphs.blocks(6))
-    parts = live_parts(plan.graph, plan.solution.schedule)
-    boundary = plan.timeline.boundary
-    assert parts[MemoryKind.RECOMPUTED][boundary:].any() and not parts[MemoryKind.RECOMPUTED][:boundary].any()
-
-
-def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() -> None:
-    graph = graphs.in_modules()
-    plain = simulate(graph, keep_all(graph))
-    groups = largest(graph, keep_all(graph), plain.peak_step)
-    a = next(group for group in groups if group.place == "h.0-3.up")
-    assert (a.count, a.nbytes, a.part) == (4, 8, MemoryKind.KEPT)
-    everything = largest(graph, keep_all(graph), plain.peak_step, count=100)
-    assert sum(group.count * group.nbytes for group in everything) == plain.peak_bytes
+PROVENANCE = Provenance("measured", "NVIDIA H200", module="A$very_long$Model", date="2026-11-28")
 
 
 @pytest.mark.parametrize(
@@ -78,9 +26,8 @@ def test_the_largest_at_the_peak_are_named_by_module_with_equal_blocks_as_one() 
 )
 def test_pictures(graph: graphs.Graph, tmp_path: Path) -> None:
     plan = plan_of(graph, 0.9)
-    plan.plot(tmp_path / "step.png")
     timeline.plot(plan, tmp_path / "step.svg")
-    assert is_png(tmp_path / "step.png") and is_svg(tmp_path / "step.svg")
+    assert is_svg(tmp_path / "step.svg")
     with pytest.raises(InputError, match=r"\.png or \.svg"):
         plan.plot(tmp_path / "step.gif")
 
@@ -88,28 +35,42 @@ def test_pictures(graph: graphs.Graph, tmp_path: Path) -> None:
 def test_a_step_of_no_time_can_be_drawn(tmp_path: Path) -> None:
     free = graphs.graph({"x": 1, "a": 1, "t": 1}, [graphs.op("f", "x", "a", 0)], [], "a")
     plan = Plan(free, 10, 0, Solution("optimal", keep_all(free), 0, 0.0, "by hand"))
-    plan.plot(tmp_path / "free.png")
-    assert is_png(tmp_path / "free.png")
+    plan.plot(tmp_path / "free.svg")
+    assert is_svg(tmp_path / "free.svg")
 
 
-def test_the_trace_has_an_event_an_op_and_counters_that_sum(tmp_path: Path) -> None:
-    plan = plan_of(graphs.in_modules())
-    plan.trace(tmp_path / "step.json")
-    text = (tmp_path / "step.json").read_text()
-    document = json.loads(text)
-    assert text == perfetto.dumps(plan) and document["displayTimeUnit"] == "ms"
-    events = document["traceEvents"]
-    assert {event["ph"] for event in events} == {"M", "X", "C"}
-    assert all({"name", "ph", "pid", "tid"} <= event.keys() for event in events)
-    for process, schedule in ((1, keep_all(plan.graph)), (2, plan.solution.schedule)):
-        ours = [event for event in events if event["pid"] == process]
-        ops = [event for event in ours if event["ph"] == "X"]
-        live = [event for event in ours if event["ph"] == "C" and event["name"] == "live"]
-        simulated = simulate(plan.graph, schedule)
-        assert [event["name"] for event in ops] == [plan.graph.ops[i].name for i in schedule.steps]
-        assert [sum(event["args"].values()) for event in live] == [*simulated.live_bytes, 0]
-        assert sum(event["dur"] for event in ops) == pytest.approx(simulated.time_ns / 1000)
-        assert all(a["ts"] + a["dur"] == pytest.approx(b["ts"]) for a, b in pairwise(ops))
-        assert ("recompute" in {event["cat"] for event in ops}) == (process == 2)
-    with pytest.raises(InputError, match="cannot write"):
-        plan.trace(tmp_path / "none" / "step.json")
+def test_what_stands_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(plan_of(graphs.in_modules()), provenance=PROVENANCE)
+    with figures(monkeypatch) as drawn:
+        plan.plot(tmp_path / "step.svg")
+    (figure,) = drawn
+    title = figure.get_suptitle()
+    assert all(part in title for part in ("A$very_long$Model", "NVIDIA H200", "2026-11-28", "measured"))
+    panels = figure.axes
+    budget = f"budget {format_bytes(plan.budget_bytes)}"
+    assert len(panels) == 2 and all(budget in [text.get_text() for text in axes.texts] for axes in panels)
+    stack = Stack(plan.graph, (keep_all(plan.graph), plan.solution.schedule))
+    labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert labels[1:] == [layer.label for layer in reversed(stack.layers)]
+    assert "kept: h.*.up" in labels and len({layer.color for layer in stack.layers}) == len(stack.layers)
+    hatched = [[area.get_hatch() is not None for area in axes.collections] for axes in panels]
+    assert not any(hatched[0]) and sum(hatched[1]) == 1
+
+
+def test_twice_the_resolution_of_a_screen(tmp_path: Path) -> None:
+    from PIL import Image
+
+    plan_of(graphs.blocks(4)).plot(tmp_path / "step.png")
+    assert is_png(tmp_path / "step.png")
+    with Image.open(tmp_path / "step.png") as image:
+        assert image.width >= 1840
+        assert image.convert("RGB").getpixel((2, image.height // 2)) == (255, 255, 255)
+    assert (tmp_path / "step.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8, 1.0])
+def test_nothing_lies_on_anything_else(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(plan_of(graphs.in_modules(), share), provenance=PROVENANCE)
+    with figures(monkeypatch) as drawn:
+        plan.plot(tmp_path / "step.svg")
+    assert overlaps(drawn[0]) == []

@@ -39,7 +39,7 @@ PROVENANCES = (
         torch="2.13.0",
         date="2026-11-25",
     ),
-    Provenance("estimated", "H100-80GB", is_here=False, model="H100-80GB", opaque=("body", "head.1"), torch="2.13.0"),
+    Provenance("estimated", "H100-80GB", is_here=False, model="H100-80GB", opaque=("body", "head.1"), module="GPT"),
 )
 
 
@@ -55,6 +55,22 @@ def test_a_round_trip_is_the_identity(data: st.DataObject) -> None:
     text = plan_file.dumps(graph, plan)
     assert plan_file.loads(text, Plan) == plan
     assert plan_file.dumps(plan.graph, plan_file.loads(text, Plan)) == text
+
+
+def test_what_values_are_travels_and_may_be_missing() -> None:
+    plan = a_plan()
+    first, second, *others = plan.graph.values
+    known = (replace(first, form="float32[2, 4]"), replace(second, form="int64[]", hidden_bytes=second.nbytes), *others)
+    text = plan_file.dumps(replace(plan.graph, values=known), plan)
+    assert plan_file.loads(text, Plan).graph.values == known
+    document = json.loads(text)
+    document["graph"]["values"] = [row[:4] for row in document["graph"]["values"]]
+    del document["plan"]["provenance"]["module"]
+    older = plan_file.loads(json.dumps(document), Plan)
+    assert {value.form for value in older.graph.values} == {""} and older.provenance == plan.provenance
+    document["graph"]["values"][0] += [7]
+    with pytest.raises(PlanFileError, match=r"the form of .* is an int, not a string"):
+        plan_file.loads(json.dumps(document), Plan)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -82,7 +98,7 @@ def test_a_graph_file_may_be_packed(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot write plan file .*nowhere"):
+    with pytest.raises(InputError, match=r"cannot write .*nowhere"):
         a_plan().save(tmp_path / "nowhere" / "plan.json")
 
 

@@ -398,3 +398,12 @@ def test_each_new_size_is_warned_of_once():
         for size in (1, 2, 1, 2):
             module(torch.randn(size, 4))
     assert len(said) == 2
+
+
+def test_it_prints_its_plan_and_one_line_inside_of_another_model():
+    planned = plan(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), 1.0, (torch.randn(4, 8),), costs="estimate")
+    line, _, rest = str(planned).partition("\n\n")
+    assert line == repr(planned) and line.startswith("CheckpointedSequential(planned for ") and "\n" not in line
+    assert rest == str(planned.plan) and "def forward" in planned.code
+    outer = repr(nn.Sequential(planned, nn.Linear(1, 1)))
+    assert outer == f"Sequential(\n  (0): {line}\n  (1): {nn.Linear(1, 1)}\n)"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, InputError, max_batch, plan, plan_children
+from planner import CaptureError, InputError, max_batch, plan, plan_units
 from planner.errors import GraphError, ScheduleError
 from planner.tracer.faults import concerns_model, is_fault, is_out_of_memory, noting
 from tests.support.models import Block, Ragged, Wrapped, rows_of_data
@@ -149,16 +149,16 @@ def test_make_inputs_may_run_out_of_memory():
 
 
 @pytest.mark.parametrize("kind", [GraphError, ScheduleError])
-def test_plan_children_raises_what_the_planner_got_wrong(kind, monkeypatch):
+def test_plan_units_raises_what_the_planner_got_wrong(kind, monkeypatch):
     monkeypatch.setattr("planner.profiled.lower", lambda *_, **__: raising(kind("value a is written twice"))(None))
     with pytest.raises(kind) as caught:
-        plan_children(Ragged(), 1.0, (X,), costs="estimate", progress=False)
+        plan_units(Ragged(), 1.0, (X,), costs="estimate", progress=False)
     assert "lowering" in caught.value.__notes__[0] and "please report" in caught.value.__notes__[0]
     assert len(caught.value.__notes__) == 1, "of the innermost place"
 
 
 @pytest.mark.parametrize("error", MEMORY[1:3], ids=lambda error: type(error).__name__)
-def test_plan_children_raises_lack_of_memory(error, caplog):
+def test_plan_units_raises_lack_of_memory(error, caplog):
     runs = []
 
     def act(x):
@@ -168,7 +168,7 @@ def test_plan_children_raises_lack_of_memory(error, caplog):
         return x
 
     with caplog.at_level(logging.INFO, "planner"), pytest.raises(type(error)):
-        plan_children(Ragged(act), 1.0, (X,), costs="estimate", progress=False)
+        plan_units(Ragged(act), 1.0, (X,), costs="estimate", progress=False)
     assert not [record for record in caplog.records if "left as it is" in record.message]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from planner import CheckpointedModule, MeasuredPeakError, NoScheduleFoundError, plan
 from planner.graph.provenance import Provenance
-from planner.verification.measured import measured_within, step_peak, time_step
+from planner.verification.measured import measured_within, step_peak, time_steps
 from planner.verification.step_copy import copy_of
 from tests.support.planned import planned_attention, within_of
 from tests.support.training import assert_same
@@ -25,9 +25,9 @@ def test_a_measured_step_changes_nothing_that_hangs_on_the_parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
         parameter.register_post_accumulate_grad_hook(fired.append)  # an optimizer within the backward hangs here
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    seconds, peak_bytes = time_step(planned, args, kwargs, rounds=0)
-    assert seconds > 0 and peak_bytes == step_peak(planned, args, kwargs)
-    assert 0 < peak_bytes <= planned.plan.peak_bytes
+    ran = time_steps(planned, args, kwargs, rounds=2)
+    assert len(ran.seconds) == 2 and min(ran.seconds) > 0 and ran.peak_bytes == step_peak(planned, args, kwargs)
+    assert 0 < ran.peak_bytes <= planned.plan.peak_bytes
     assert not fired and torch.equal(torch.get_rng_state(), rng)
     assert_same(list(before.values()), list(model.state_dict().values()))
     assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in model.parameters())

@@ -1,0 +1,193 @@
+"""Equal units as one kind: captured, profiled and solved once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.captured import CapturedStep
+from planner.composite.trial import Call, Made, Trial
+from planner.errors import CaptureError, InputError, PlanFileError, PlannerError
+from planner.graph.graph import Graph
+from planner.graph.provenance import Provenance
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
+from planner.log import PLANNER
+from planner.options import PlanOptions
+from planner.profiled import with_costs
+from planner.results.plan import Plan
+from planner.runtime.guards.call import CallGuard
+from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import make_step
+from planner.tracer.faults import is_fault, noting
+from planner.tracer.real_layouts import capture
+from planner.tracer.units.choice import structure
+
+
+@dataclass(eq=False)
+class UnitKind:
+    """Units that run the same kernels.
+
+    Attributes:
+        captured: the step of the first unit, which was captured.
+        graph: of that step, with costs.
+        provenance: of the costs.
+        call: the first unit's call.
+        used: positions of the outputs that get a gradient.
+        members: names of all units, the first one first.
+    """
+
+    captured: CapturedStep
+    graph: Graph
+    provenance: Provenance | None
+    call: Call
+    used: frozenset[int]
+    members: list[str]
+    _made: dict[Schedule, Made] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The units' class."""
+        return type(self.captured.model).__name__
+
+    def made(self, schedule: Schedule) -> Made:
+        """What planned modules of the units are made of, for a schedule of the kind's graph; made once."""
+        if schedule not in self._made:
+            step, module, device = self.captured, self.captured.model, self.captured.joint.device
+            solution = Solution("feasible", schedule, self.graph.plain_ns, 0.0, "plan_units")
+            # its own peak as the budget: an audit, which runs the original forward as well, never takes more than the plan
+            plan = Plan(self.graph, simulate(self.graph, schedule).peak_bytes, 0, solution, self.provenance)
+            with self.call.autocast.on(device):
+                made = make_step(plan, step.joint, module, step.args, step.kwargs, step.options.num_stages)
+            self._made[schedule] = made, plan, CheckpointedModule(module, made, plan).executable
+        return self._made[schedule]
+
+    def difference(self, module: nn.Module, call: Call, used: Collection[int]) -> str:
+        """Why another unit is not of this kind; "" if it is.
+
+        Everything that the capture held fixed is compared, as before each planned call: what the forward reads of Python's
+        state, shapes, strides, dtypes, requires_grad, autocast. A step that holds anything of the first unit's own is shared
+        with no other one.
+        """
+        joint = self.captured.joint
+        if joint.constants or joint.opaque_calls or joint.host.state or joint.host.effects or joint.left:
+            return "it holds tensors or state of its own"
+        own = structure(self.captured.model)
+        if own is None or own != structure(module):
+            return "its parts, weights or buffers differ, or it has hooks"
+        if call.autocast != self.call.autocast or self.used != frozenset(used):
+            return "autocast differs, or which of its outputs get a gradient"
+        step, _, _ = self.made(keep_all(self.graph))
+        with call.autocast.on(joint.device):
+            found = CallGuard(module, step).match(call.args, call.kwargs)
+        return str(found) if isinstance(found, Mismatch) else ""
+
+
+Priced = Callable[[CapturedStep], tuple[Graph, "Provenance | None"]]
+"""The graph of a captured unit, with costs."""
+
+
+def profiled_costs(step: CapturedStep) -> tuple[Graph, Provenance | None]:
+    """Measured or estimated here."""
+    found = with_costs(step)
+    return found.graph, found.provenance
+
+
+def kinds_of(
+    trial: Trial, names: Sequence[str], options: PlanOptions, costs: Priced = profiled_costs, *, descends: bool
+) -> tuple[list[UnitKind], dict[str, str]]:
+    """The units that can be captured, by kind, and why others are left.
+
+    Args:
+        trial: of the model.
+        names: of the submodules to capture.
+        options: for capture and costs.
+        costs: the graph of a captured unit.
+        descends: where one cannot be captured, its own submodules take its place; else that is an error.
+
+    Raises:
+        CaptureError: none can be captured; says why, for each.
+        InputError: a given unit cannot be a unit.
+        PlanFileError: from `costs`.
+    """
+    kinds: list[UnitKind] = []
+    left: dict[str, str] = {}
+    frontier = list(names)
+    while frontier:
+        calls = trial.record([name for name in frontier if trial.calls[name] == 1])
+        below = []
+        for name in frontier:
+            module = trial.original.get_submodule(name)
+            try:
+                _check_alone(trial, name, module)
+                if name not in calls:
+                    raise CaptureError("a second forward did not call it: what runs is drawn at random in each forward")
+                with noting(f"capturing the submodule {name}"):
+                    _add(kinds, name, module, calls.pop(name), trial, options, costs)
+            except PlannerError as error:
+                if is_fault(error):
+                    raise
+                if not descends and isinstance(error, PlanFileError):
+                    raise
+                if not descends:
+                    raise InputError(f"units: {name} cannot be a unit: {error}") from error
+                children = [f"{name}.{child}" for child, _ in module.named_children()]
+                below += children
+                if trial.calls[name] and not (children and trial.calls[name] == 1):
+                    left[name] = str(error)
+                    PLANNER.warning("%s: left as it is, unplanned: %s", name, error)
+                else:
+                    PLANNER.info("%s: not captured by itself (its submodules may be): %s", name, error)
+        frontier = below
+    if not kinds:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise CaptureError(f"no submodule of the model can be captured ({reasons or 'it has none'})")
+    return kinds, left
+
+
+def _add(
+    kinds: list[UnitKind], name: str, module: nn.Module, call: Call, trial: Trial, options: PlanOptions, costs: Priced
+) -> None:
+    """Count a unit among the kind that it is of, or capture it as the first of a new one."""
+    used = frozenset(trial.used[name])
+    for kind in kinds:
+        different = kind.difference(module, call, used) if type(module) is type(kind.captured.model) else "another class"
+        if not different:
+            kind.members.append(name)
+            PLANNER.info("%s: the same as %s", name, kind.members[0])
+            return
+        PLANNER.debug("%s: not the same as %s: %s", name, kind.members[0], different)
+    step = _captured(module, call, used, trial.device, options)
+    kinds.append(UnitKind(step, *costs(step), call, used, [name]))
+    PLANNER.info("%s: captured by itself", name)
+
+
+def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
+    """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
+    if trial.calls[name] != 1:
+        raise CaptureError(f"it is called {trial.calls[name]} times in a step")
+    mine = {id(inner) for inner in module.modules()}
+    others = {id(p) for m in trial.original.modules() if id(m) not in mine for p in m._parameters.values() if p is not None}
+    shared = [key for key, parameter in module.named_parameters() if id(parameter) in others]
+    if shared:
+        raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
+
+
+def _captured(module: nn.Module, call: Call, used: Collection[int], device: torch.device, options: PlanOptions) -> CapturedStep:
+    if not used:
+        raise CaptureError("nothing it returns gets a gradient")
+
+    def loss(out: Any) -> list[torch.Tensor]:
+        leaves = pytree.tree_leaves(out)
+        return [leaves[i] for i in sorted(used)]
+
+    with call.autocast.on(device):
+        joint = capture(module, call.args, call.kwargs, loss=loss)
+    return CapturedStep(module, call.args, call.kwargs, replace(options, loss=loss), joint)

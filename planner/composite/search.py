@@ -1,0 +1,160 @@
+"""A point of its front for each unit: chosen by the program, judged by simulation and by a measured step.
+
+What the outer code holds has two sources, and one use: the captured graph of the whole step, where that can be had, or a
+measured step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from planner import units
+from planner.composite.kinds import UnitKind
+from planner.composite.trial import Made, Trial
+from planner.errors import CaptureError, GraphError, NoScheduleFoundError
+from planner.graph.compose import Composed, compose
+from planner.graph.graph import Graph
+from planner.graph.outer import OuterGraph, contracted, from_measured
+from planner.graph.simulate import simulate
+from planner.graph.unit_point import Point
+from planner.limits import Limits
+from planner.log import PLANNER
+from planner.solver.unit_choice import Choice, Chosen, Moment, choose, lowest, moments
+from planner.solver.unit_front import front
+
+_TRIES = 5
+"""Choices whose step is measured, at most; each aims lower by what the last one took too much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The choice whose measured step fits.
+
+    Attributes:
+        points: per unit, its position in its front.
+        peak_bytes: measured.
+        bound_ns: no choice within the budget recomputes less.
+    """
+
+    points: Choice
+    peak_bytes: int
+    bound_ns: int
+
+
+class UnitSearch:
+    """The units of a model, their fronts, and the step around them."""
+
+    def __init__(self, trial: Trial, kinds: Sequence[UnitKind], limits: Limits, whole: Graph | None) -> None:
+        """`whole`: the captured graph of the whole step; None where it cannot be captured.
+
+        Raises:
+            NoScheduleFoundError: a step that has to be measured does not fit on the device.
+        """
+        self.trial, self.limits = trial, limits
+        fronts = [front(kind.graph, limits.share(1 / (2 * len(kinds)))) for kind in kinds]
+        order = [name for name, _ in trial.model.named_modules()]
+        of = {name: (kind, own) for kind, own in zip(kinds, fronts, strict=True) for name in kind.members}
+        self.kinds: Mapping[str, UnitKind] = {name: of[name][0] for name in order if name in of}
+        self.fronts: Mapping[str, Sequence[Point]] = {name: of[name][1] for name in self.kinds}
+        self.outer = self._outer(whole)
+
+    def _outer(self, whole: Graph | None) -> OuterGraph:
+        if whole is not None:
+            try:
+                return contracted(whole, list(self.kinds))
+            except GraphError as error:
+                PLANNER.info("outer code is measured: %s", error)
+        least = {unit: min(range(len(own)), key=lambda at: own[at].figures) for unit, own in self.fronts.items()}
+        sections = self.trial.sections(self.made(least))
+        if sections is None:
+            raise NoScheduleFoundError(
+                "a step with every unit at its lowest did not fit on the device, and could not be measured. Reduce the batch."
+            )
+        saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
+        try:
+            return from_measured(self.trial.resident_bytes, sections, saved, list(self.kinds))
+        except GraphError as error:
+            raise CaptureError(
+                f"{error}: its planned backward does not run as it was captured. Name other submodules as units"
+            ) from error
+
+    @cached_property
+    def composed(self) -> Composed:
+        """Outer code and units as one graph."""
+        return compose(self.outer, {unit: kind.graph for unit, kind in self.kinds.items()})
+
+    @cached_property
+    def parts(self) -> tuple[Moment, ...]:
+        """Of the step."""
+        return moments(self.composed, {unit: own[0] for unit, own in self.fronts.items()})
+
+    def made(self, choice: Choice) -> dict[str, Made]:
+        """What the planned modules of a choice are made of."""
+        return {unit: self.kinds[unit].made(self.fronts[unit][at].schedule) for unit, at in choice.items()}
+
+    def predicted_bytes(self, choice: Choice) -> int:
+        """The peak of a choice, simulated."""
+        schedules = {unit: self.fronts[unit][at].schedule for unit, at in choice.items()}
+        return simulate(self.composed.graph, self.composed.schedule(schedules)).peak_bytes
+
+    def chosen(self, budget_bytes: int) -> Chosen | None:
+        """The choice with the least recompute whose simulated peak is within a budget; None where there is none."""
+        aim = budget_bytes
+        while aim > 0:
+            found = choose(self.parts, self.fronts, aim, self.composed.graph.plain_ns, self.limits.share(1 / 4))
+            if found is None:
+                return None
+            excess = self.predicted_bytes(found.points) - budget_bytes
+            if excess <= 0:
+                return found
+            aim -= excess
+        return None
+
+    @cached_property
+    def lowest(self) -> Choice:
+        """The choice with the lowest peak."""
+        return lowest(self.parts, self.fronts, self.limits.share(1 / 4))
+
+    def within(self, budget_bytes: int) -> Found:
+        """The choice with the least recompute that is found whose measured step is within a budget.
+
+        Raises:
+            NoScheduleFoundError: not even the lowest one's is.
+        """
+        aim, bound_ns = budget_bytes, None
+        for _ in range(_TRIES):
+            found = self.chosen(aim)
+            if found is None:
+                break
+            bound_ns = found.bound_ns if bound_ns is None else bound_ns
+            peak = self.trial.peak(self.made(found.points))
+            if peak is not None and peak <= budget_bytes:
+                return Found(found.points, peak, bound_ns)
+            predicted = self.predicted_bytes(found.points)
+            PLANNER.info("planned for %s, measured %s: choose again", *_texts(predicted, peak))
+            aim = (
+                predicted - (peak - budget_bytes) if peak is not None else (predicted + self.predicted_bytes(self.lowest)) // 2
+            )
+        peak = self.trial.peak(self.made(self.lowest))
+        if peak is None or peak > budget_bytes:
+            raise _not_found(budget_bytes, peak)
+        return Found(self.lowest, peak, bound_ns or 0)
+
+
+def _texts(*sizes: int | None) -> list[str]:
+    return ["out of memory" if size is None else units.format_bytes(size) for size in sizes]
+
+
+def _not_found(budget_bytes: int, lowest_bytes: int | None) -> NoScheduleFoundError:
+    if lowest_bytes is None:
+        found, cure = "did not fit on the device", "Reduce the batch."
+    else:
+        found = f"peaks at {units.format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
+        cure = f"Raise it to {units.enough_text(lowest_bytes)} ({lowest_bytes} bytes), or reduce the batch."
+    return NoScheduleFoundError(
+        f"with every submodule at the lowest peak that was found for it, a measured step {found}; the budget is "
+        f"{units.format_bytes(budget_bytes)}. {cure}",
+        lowest_bytes=lowest_bytes,
+    )

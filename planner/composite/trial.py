@@ -1,0 +1,271 @@
+"""Real steps of a copy of the model, with planned units: how units are called, its peak, what it holds between them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.errors import InputError, PlannerError
+from planner.graph.outer import Section
+from planner.profiler.marks import Mark, Stretch, stretches
+from planner.profiler.memory import logical_peak
+from planner.results.plan import Plan
+from planner.runtime.autograd import BackwardFinder
+from planner.runtime.backward_key import BackwardKey
+from planner.runtime.executable import Boxed, Executable, OtherBackward
+from planner.runtime.install import install, uninstall
+from planner.runtime.module import CheckpointedModule
+from planner.runtime.step import RewrittenStep
+from planner.tracer.faults import concerns_model, is_out_of_memory
+from planner.tracer.host.preserve import model_preserved
+from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.refusal import own_words
+
+Made = tuple[RewrittenStep, Plan, Executable | None]
+"""What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """Whether autocast is on, and what it casts to."""
+
+    is_on: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: torch.device) -> Autocast:
+        """As it is now."""
+        return cls(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A context in which it is so."""
+        return torch.autocast(device.type, self.dtype, enabled=self.is_on)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A submodule's one call in a step; tensors as they arrive, but leaves."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: Autocast
+
+
+class Trial:
+    """A copy of the model, to run real steps on."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, what: str) -> None:
+        """`what`: the function that was called, for errors."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not model.training or not tensors:
+            raise InputError(f"{what} takes a model in training mode and an example call with tensors")
+        try:
+            self.original, self.model = model, copy.deepcopy(model)
+        except Exception as error:
+            if not concerns_model(error):
+                raise
+            raise InputError(f"the model cannot be copied, and steps are measured on a copy: {own_words(error)}") from error
+        for module in self.model.modules():
+            uninstall(module)
+        self.device = tensors[0].device
+        self._args, self._kwargs, self._loss = args, kwargs, loss
+        self._inputs = tensors
+        self.autocast = Autocast.of(self.device)
+        self.calls: Counter[str] = Counter()
+        self.used: dict[str, list[int]] = {}
+        try:
+            self._look()
+        except PlannerError:
+            raise
+        except Exception as error:
+            if not concerns_model(error):
+                raise
+            raise InputError(f"a step of the model as it is {own_words(error)}") from error
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example call."""
+        return self._args, self._kwargs
+
+    def step(self) -> None:
+        """Forward and backward from empty gradients, as if they were the first in their autocast region."""
+        torch.clear_autocast_cache()
+        self.model.zero_grad(set_to_none=True)
+        out = self.model(*self._args, **self._kwargs)
+        starts = loss_leaves(out, pytree.tree_leaves(out), self._loss)
+        with torch.autocast(self.device.type, enabled=False):
+            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Steps leave no trace in the copy, the call's tensors or the random state."""
+        grads = [(tensor, tensor.grad) for tensor in self._inputs]
+        with model_preserved(self.model, [*self.model.buffers(), *self._inputs], guards_iterators=False):
+            yield
+        self.model.zero_grad(set_to_none=True)
+        for tensor, grad in grads:
+            tensor.grad = grad
+
+    @contextlib.contextmanager
+    def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:
+        """While entered, the copy's units run planned, and steps leave no trace."""
+        modules = {
+            name: CheckpointedModule(self.model.get_submodule(name), step, plan, executable=executable, audits=False)
+            for name, (step, plan, executable) in made.items()
+        }
+        for module in modules.values():
+            install(module.original, module, strict=True)
+        try:
+            with self.untouched():
+                yield modules
+        finally:
+            for module in modules.values():
+                uninstall(module.original)
+
+    def peak(self, made: Mapping[str, Made]) -> int | None:
+        """The measured peak of a step with these units planned, everything resident included; None: out of memory."""
+        with self._planned(made), _none_without_memory():
+            self.step()  # what a first call allocates for good is no part of a step
+            self.model.zero_grad(set_to_none=True)
+            return self.resident_bytes + logical_peak(self.step, self.device)
+        return None
+
+    def sections(self, made: Mapping[str, Made]) -> list[Section] | None:
+        """What a step with these units planned holds, in order of time; None: out of memory."""
+        found: list[Stretch] = []
+        with self._planned(made) as modules, _none_without_memory() as fits:
+            self.step()
+            self.model.zero_grad(set_to_none=True)
+
+            def run(mark: Mark) -> None:
+                for name, module in modules.items():
+                    _marked(module, name, mark)
+                self.step()
+
+            found = stretches(run, self.device)
+        return _sections(found) if fits else None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of parameters, buffers and inputs, each storage once."""
+        tensors = (*self.model.parameters(), *self.model.buffers(), *self._inputs)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def _look(self) -> None:
+        """Run a step to see how often each submodule is called, and which leaves of what it returns get a gradient."""
+
+        def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
+            self.calls[name] += 1
+            self.used[name] = []
+            leaves, spec = pytree.tree_flatten(out)
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                    leaves[i] = leaf.view_as(leaf)  # what the submodule itself does with the leaf goes past this view
+                    leaves[i].register_hook(lambda _, i=i: self.used[name].append(i))
+            return pytree.tree_unflatten(leaves, spec)
+
+        named = [(name, module) for name, module in self.model.named_modules() if name]
+        with self.untouched(), torch.autograd.graph.save_on_cpu():
+            # from here on: what hooks write to before is put back
+            hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
+            try:
+                self.step()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    def record(self, names: Sequence[str]) -> dict[str, Call]:
+        """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""
+        found: dict[str, Call] = {}
+
+        def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+            bare = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
+            found[name] = Call(bare[0], bare[1], Autocast.of(self.device))
+
+        modules = [(name, self.model.get_submodule(name)) for name in names]
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
+            try:
+                self.model(*self._args, **self._kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return found
+
+
+def _nothing(_: Any) -> Any:
+    """What is kept of a saved tensor where no backward follows."""
+
+
+@contextlib.contextmanager
+def _none_without_memory() -> Iterator[list[bool]]:
+    """Lack of memory ends the block quietly; the list is then empty."""
+    fits = [True]
+    try:
+        yield fits
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fits.clear()
+
+
+_FORWARD, _BACKWARD = "forward of ", "backward of "
+
+
+def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
+    """Mark the forward and the backward of a trial's planned module."""
+
+    def inside(what: str, code: Boxed) -> Boxed:
+        def run(inputs: list[Any]) -> tuple[Any, ...]:
+            with mark(what + name):
+                return code(inputs)
+
+        return run
+
+    code: Executable = module.__dict__["_executable"]
+    stages = tuple(inside(_BACKWARD, stage) for stage in code.stages)
+    module.__dict__["_executable"] = replace(code, forward=inside(_FORWARD, code.forward), stages=stages)
+    others: BackwardFinder = module.__dict__["_other_backwards"]
+    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, _BACKWARD))
+
+
+@dataclass(frozen=True, slots=True)
+class _MarkedBackwards:
+    """Finds backwards for gradients that are not as planned, and marks them."""
+
+    others: BackwardFinder
+    marked: Callable[[Boxed], Boxed]
+
+    def find(self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...]) -> OtherBackward | None:
+        """See `BackwardFinder`."""
+        found = self.others.find(key, gradients, written)
+        return None if found is None else replace(found, run=self.marked(found.run))
+
+    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
+        """See `BackwardFinder`."""
+        return self.others.modified(read)
+
+
+def _sections(found: Sequence[Stretch]) -> list[Section]:
+    """Stretches with the stages of one backward, and what runs between them, as one."""
+    last = {one.name: k for k, one in enumerate(found) if one.name}
+    sections: list[Section] = []
+    inside = ""
+    for k, one in enumerate(found):
+        if inside:
+            inside = "" if k == last[inside] else inside
+            continue
+        unit, is_forward = one.name.removeprefix(_FORWARD).removeprefix(_BACKWARD), one.name.startswith(_FORWARD)
+        sections.append(Section(unit, is_forward, one.start_bytes, one.peak_bytes))
+        inside = one.name if one.name and k < last[one.name] else ""
+    return sections

@@ -1,0 +1,218 @@
+"""plan_units, apply_units: each unit of a model planned on its own, within one budget for the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from planner import arguments, units
+from planner.analysis.budgets import Budget
+from planner.captured import CapturedStep
+from planner.composite import choose
+from planner.composite.choose import Largest, Units
+from planner.composite.kinds import UnitKind, kinds_of
+from planner.composite.planned import PlannedUnits
+from planner.composite.search import Found, UnitSearch
+from planner.composite.trial import Made, Trial
+from planner.errors import CaptureError, InputError, MeasuredPeakError, PlanFileError
+from planner.graph.graph import Graph
+from planner.graph.planned_units import PlannedKind
+from planner.graph.provenance import Provenance
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import simulate
+from planner.graph.solution import Solution
+from planner.limits import DEFAULT_EFFORT
+from planner.log import PLANNER
+from planner.options import PlanOptions
+from planner.profiled import profiled
+from planner.report.progress import stage
+from planner.results.plan import Plan
+from planner.results.unit_plan import UnitPlan
+from planner.runtime.step import DEFAULT_STAGES
+from planner.tracer.capture import one_at_a_time
+from planner.tracer.loss import Loss
+
+
+def plan_units(
+    model: nn.Module,
+    budget: Budget,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    units: Units = None,
+    loss: Loss = None,
+    costs: Literal["measure", "estimate"] | None = None,
+    effort: float = DEFAULT_EFFORT,
+    time_limit_s: float | None = None,
+    num_stages: int = DEFAULT_STAGES,
+    progress: bool = True,
+) -> PlannedUnits:
+    """Plan each unit of a model on its own, and install the plans: the model trains with them, in place.
+
+    A unit is a submodule that the model's own Python code calls: a transformer block, a stage of a network. Nothing is
+    recomputed across units, and what lies around them runs as it is. Equal units are captured, profiled and solved once. A
+    small program then picks, for each unit, how much it saves. Where the whole step can be captured as well, what the outer
+    code holds is known from its graph; else it is measured, in a step of a copy of the model.
+
+    Args:
+        model, args, kwargs, loss, costs, num_stages, progress: as for `plan`.
+        budget: bytes, text ("6GiB"), or a float in (0, 1]: fraction of the plain step's measured peak.
+        units: qualified names, or a class (or several), whose outermost instances are meant. Default: the repeated blocks;
+            where there are none, the largest submodules that can be captured.
+        effort, time_limit_s: for the solver, for all kinds of units together; see `plan`.
+
+    Returns:
+        PlannedUnits, installed. `planner.unplan(model)` undoes that.
+
+    Raises:
+        BudgetError, InputError: as for `plan`; or `units` names what cannot be a unit.
+        CaptureError: no unit can be captured; says why, for each.
+        NoScheduleFoundError: the step peaks above the budget with every unit at its lowest.
+    """
+    options = PlanOptions(
+        loss=loss, costs=costs, effort=effort, time_limit_s=time_limit_s, num_stages=num_stages, progress=progress
+    )
+    found = planned_units(model, budget, args, kwargs, units, options)
+    found.install()
+    return found
+
+
+def planned_units(
+    model: nn.Module,
+    budget: Budget,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    wanted: Units | Largest,
+    options: PlanOptions,
+    *,
+    is_whole_captured: bool = True,
+    what: str = "plan_units",
+) -> PlannedUnits:
+    """As `plan_units`, not installed.
+
+    Args:
+        is_whole_captured: try to capture the whole step, for what its outer code holds.
+        what: the function that was called, for errors.
+    """
+    arguments.check_model(model)
+    args, kwargs = arguments.check_call(args, kwargs)
+    units.check_budget(budget)
+    names = None if wanted is None or isinstance(wanted, Largest) else choose.chosen(model, wanted)
+    trial = Trial(model, args, kwargs, options.loss, what)
+    with one_at_a_time():
+        with stage("capture", options.progress):
+            kinds, left = _kinds(trial, names, options, takes_blocks=wanted is None)
+            whole = _whole(trial, options) if is_whole_captured else None
+        with stage("solve", options.progress):
+            search = UnitSearch(trial, kinds, options.limits, whole)
+        with stage("measure steps", options.progress):
+            plain = trial.peak({})
+            if plain is None and units.is_fraction(budget):
+                raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
+            budget_bytes = units.parse_budget(budget, plain or 0)
+            found = search.within(budget_bytes)
+    plan = _plan(search, kinds, left, budget_bytes, plain, found)
+    return PlannedUnits(model, plan, search.made(found.points), options.loss, trial.autocast)
+
+
+def _kinds(
+    trial: Trial, names: Sequence[str] | None, options: PlanOptions, *, takes_blocks: bool
+) -> tuple[list[UnitKind], dict[str, str]]:
+    """The units that the user wants; by default the repeated blocks, and without any the largest submodules."""
+    if names is not None:
+        return kinds_of(trial, names, options, descends=False)
+    blocks = choose.repeated(trial.original) if takes_blocks else ()
+    return kinds_of(trial, blocks or choose.largest(trial.original), options, descends=True)
+
+
+def _whole(trial: Trial, options: PlanOptions) -> Graph | None:
+    """The graph of the whole step; None where it cannot be captured."""
+    try:
+        return profiled(trial.original, *trial.call, options).graph
+    except (CaptureError, InputError) as error:
+        PLANNER.info("the whole step cannot be captured, outer code is measured: %s", error)
+        return None
+
+
+def _plan(
+    search: UnitSearch, kinds: Sequence[UnitKind], left: Mapping[str, str], budget_bytes: int, plain: int | None, found: Found
+) -> UnitPlan:
+    """What was found, as data: of each front the points that are used."""
+    schedules: list[list[Schedule]] = [[] for _ in kinds]
+    treated: dict[str, tuple[int, int]] = {}
+    number = {id(kind): k for k, kind in enumerate(kinds)}
+    for unit, at in found.points.items():
+        k, schedule = number[id(search.kinds[unit])], search.fronts[unit][at].schedule
+        if schedule not in schedules[k]:
+            schedules[k].append(schedule)
+        treated[unit] = k, schedules[k].index(schedule)
+    parts = tuple(
+        PlannedKind(kind.name, kind.graph, tuple(own), kind.provenance) for kind, own in zip(kinds, schedules, strict=True)
+    )
+    return UnitPlan(parts, treated, search.outer, budget_bytes, plain, found.peak_bytes, found.bound_ns, dict(left))
+
+
+def apply_units(
+    plan: UnitPlan,
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss = None,
+    num_stages: int = DEFAULT_STAGES,
+    progress: bool = True,
+) -> PlannedUnits:
+    """Plan a model's units by a plan made before, without profiling or solving, and install them.
+
+    Each kind of units is captured once, and its structure is compared with the plan's. One real step of a copy is measured.
+
+    Args:
+        plan: made for this model and call, here or elsewhere.
+        model, args, kwargs, loss, num_stages, progress: as for `plan_units`.
+
+    Raises:
+        InputError, CaptureError: what was given cannot be planned; says why.
+        PlanFileError: the model's units are not those that the plan was made for; names the first difference.
+        MeasuredPeakError: the step needs more than the plan's budget here.
+    """
+    if not isinstance(plan, UnitPlan):
+        raise InputError(f"plan is {units.kind(plan)}, not a UnitPlan: give planned.plan, or UnitPlan.load(path)")
+    arguments.check_model(model)
+    args, kwargs = arguments.check_call(args, kwargs)
+    options = PlanOptions(loss=loss, num_stages=num_stages, progress=progress)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = next((name for name in plan.units if name not in modules), None)
+    if missing is not None:
+        raise PlanFileError(f"the plan was made for another model: this one has no submodule {missing}. Make it again.")
+    trial = Trial(model, args, kwargs, options.loss, "apply_units")
+    made: dict[str, Made] = {}
+    with one_at_a_time():
+        for k, own in enumerate(plan.kinds):
+            names = [name for name, (kind, _) in plan.units.items() if kind == k]
+
+            def costs(step: CapturedStep, own: PlannedKind = own) -> tuple[Graph, Provenance | None]:
+                schedule = keep_all(own.graph)
+                plain = Solution("feasible", schedule, own.graph.plain_ns, 0.0, "")
+                peak = simulate(own.graph, schedule).peak_bytes
+                return step.recognized(Plan(own.graph, peak, 0, plain, own.provenance)).graph, own.provenance
+
+            with stage("capture", progress):
+                found, _ = kinds_of(trial, names, options, costs, descends=False)
+            for kind in found:
+                made |= {name: kind.made(own.schedules[plan.units[name][1]]) for name in kind.members}
+        with stage("measure steps", progress):
+            peak = trial.peak(made)
+    if peak is None or peak > plan.budget_bytes:
+        needs = "does not fit on the device" if peak is None else f"peaks at {units.format_bytes(peak)} ({peak} bytes)"
+        raise MeasuredPeakError(
+            f"measured, the step {needs}; the budget is {units.format_bytes(plan.budget_bytes)}. Make the plan again here",
+            budget_bytes=plan.budget_bytes,
+            peak_bytes=peak or 0,
+        )
+    fields = {name: getattr(plan, name) for name in ("kinds", "units", "outer", "budget_bytes", "plain_bytes")}
+    here = UnitPlan(**fields, measured_bytes=peak, bound_ns=plan.bound_ns, left=plan.left)
+    applied = PlannedUnits(model, here, made, loss, trial.autocast)
+    applied.install()
+    return applied

@@ -1,0 +1,151 @@
+"""Outer code and planned units as one graph: what `simulate` computes the peak of a step with units from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from planner.graph.graph import Graph, Op
+from planner.graph.outer import OuterGraph
+from planner.graph.schedule import Schedule, keep_all
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """The graph of a step with the ops of its units in it.
+
+    A unit's section is an op that enters it, its own ops, and an op that leaves it, in the forward and in the backward. While
+    it runs, what it was given is alive; what it saved is alive in between.
+
+    Attributes:
+        graph: all ops.
+        units: per unit, its own graph.
+        places: per unit, for each op of its own graph the index in `graph`.
+        bounds: per unit, the indices of the ops that enter and leave its forward, then its backward.
+    """
+
+    graph: Graph
+    units: Mapping[str, Graph]
+    places: Mapping[str, tuple[int, ...]]
+    bounds: Mapping[str, tuple[int, int, int, int]]
+
+    def schedule(self, schedules: Mapping[str, Schedule]) -> Schedule:
+        """The step in which each unit runs by its own schedule; without one, it keeps all."""
+        inside: dict[int, Sequence[int]] = {}
+        for unit, graph in self.units.items():
+            own = schedules.get(unit) or keep_all(graph)
+            place, boundary, (enter, leave, enter_again, leave_again) = (
+                self.places[unit],
+                own.boundary(graph),
+                self.bounds[unit],
+            )
+            inside[enter] = [enter, *(place[i] for i in own.steps[:boundary]), leave]
+            inside[enter_again] = [enter_again, *(place[i] for i in own.steps[boundary:]), leave_again]
+        units = {i for steps in inside.values() for i in steps} | {i for place in self.places.values() for i in place}
+        steps: list[int] = []
+        for i in range(len(self.graph.ops)):
+            if i in inside:
+                steps += inside[i]
+            elif i not in units:
+                steps.append(i)
+        return Schedule(tuple(steps))
+
+
+def compose(outer: OuterGraph, units: Mapping[str, Graph]) -> Composed:
+    """Put each unit's ops in the place of its two ops.
+
+    What a unit is given (parameters, buffers, inputs, gradients of its outputs) is the outer graph's. What it returns is its
+    own value, under the outer graph's name where the two have equal bytes; the outer graph's others exist from the beginning
+    of the section.
+    """
+    builder = _Builder(outer, units)
+    for i, op in enumerate(outer.graph.ops):
+        builder.add(i, op)
+    return builder.composed()
+
+
+class _Builder:
+    def __init__(self, outer: OuterGraph, units: Mapping[str, Graph]) -> None:
+        self.outer, self.units = outer, dict(units)
+        self.ops: list[Op] = []
+        self.values = {value.name: value for value in outer.graph.values}
+        self.bounds: dict[str, list[int]] = {unit: [] for unit in units}
+        self.places: dict[str, dict[int, int]] = {unit: {} for unit in units}
+        self.names: dict[str, dict[str, str | None]] = {}
+        self.at = {i: (unit, k == 0) for unit, pair in outer.calls.items() for k, i in enumerate(pair)}
+        self.num_forward_ops = 0
+
+    def add(self, i: int, op: Op) -> None:
+        if i in self.at:
+            self._section(*self.at[i], op)
+        else:
+            self.ops.append(op)
+        if i < self.outer.graph.num_forward_ops:
+            self.num_forward_ops = len(self.ops)
+
+    def _section(self, unit: str, is_forward: bool, op: Op) -> None:
+        graph = self.units[unit]
+        own = range(graph.num_forward_ops) if is_forward else graph.backward_ops
+        results = [name for name in (graph.forward_outputs if is_forward else graph.backward_outputs) if name in graph.producer]
+        names = self.names.setdefault(unit, dict.fromkeys(graph.inputs))  # None: what the outer graph holds
+        matched = _matched(results, graph, op.writes, self.outer.graph)
+        for j in own:
+            for name in graph.ops[j].writes:
+                names[name] = matched.get(name) or f"{unit}: {name}"
+                if name not in matched:
+                    self.values[f"{unit}: {name}"] = replace(graph.value[name], name=f"{unit}: {name}")
+        theirs = tuple(name for name in op.writes if name not in matched.values())
+        self._boundary(f"enter {op.name}", op, op.reads, theirs)
+        for j in own:
+            self.places[unit][j] = len(self.ops)
+            self.ops.append(self._renamed(unit, graph.ops[j], names))
+        returned = tuple(named for name in results if (named := names[name]) is not None)
+        self._boundary(f"leave {op.name}", op, tuple(dict.fromkeys((*op.reads, *returned))), ())
+        self.bounds[unit] += [self.places[unit][own[0]] - 1 if len(own) else len(self.ops) - 2, len(self.ops) - 1]
+        if is_forward:
+            names.update((name, None) for name in results if name not in matched)
+
+    def _boundary(self, name: str, op: Op, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
+        self.ops.append(replace(op, name=name, reads=reads, writes=writes))
+
+    def _renamed(self, unit: str, op: Op, names: Mapping[str, str | None]) -> Op:
+        source = replace(op.source, module=f"{unit}.{op.source.module}".rstrip("."))
+        return replace(
+            op,
+            name=f"{unit}: {op.name}",
+            nodes=(),
+            reads=tuple(dict.fromkeys(named for name in op.reads if (named := names[name]) is not None)),
+            writes=tuple(named for name in op.writes if (named := names[name]) is not None),
+            source=source,
+        )
+
+    def composed(self) -> Composed:
+        graph = self.outer.graph
+        written = {name for op in self.ops for name in op.writes} | set(graph.inputs)
+        return Composed(
+            Graph(
+                ops=tuple(self.ops),
+                values=tuple(value for name, value in self.values.items() if name in written),
+                inputs=graph.inputs,
+                forward_outputs=graph.forward_outputs,
+                backward_outputs=graph.backward_outputs,
+                num_forward_ops=self.num_forward_ops,
+                backward_is_fixed=True,
+            ),
+            self.units,
+            {unit: tuple(at[j] for j in range(len(self.units[unit].ops))) for unit, at in self.places.items()},
+            {unit: (at[0], at[1], at[2], at[3]) for unit, at in self.bounds.items()},
+        )
+
+
+def _matched(results: Sequence[str], graph: Graph, writes: Sequence[str], outer: Graph) -> dict[str, str]:
+    """Per result of a unit, the outer graph's value that it is: of equal bytes, in order of production."""
+    left: dict[int, list[str]] = {}
+    for name in writes:
+        left.setdefault(outer.value[name].nbytes, []).append(name)
+    found: dict[str, str] = {}
+    for name in sorted(results, key=lambda name: graph.producer[name]):
+        alike = left.get(graph.value[name].nbytes)
+        if alike:
+            found[name] = alike.pop(0)
+    return found

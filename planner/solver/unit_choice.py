@@ -1,0 +1,171 @@
+"""Which point of its front each unit takes: a program with one binary column for each.
+
+A step holds, besides what the outer code o holds, what units keep from their forward to their backward (s) and what the unit
+that runs adds (in its forward f, in its backward t, its own s included):
+
+    minimise    sum of time[u, p] x[u, p]
+    for each u:                 sum over p of x[u, p] = 1
+    in the outer code:          o + sum over units kept of s[u, p] x[u, p]                              <= budget
+    in a unit's forward:        o + sum over units kept of s[u, p] x[u, p] + sum of f[v, p] x[v, p]     <= budget
+    in a unit v's backward:     o + sum over other units kept of s[u, p] x[u, p] + sum of t[v, p] x[v, p] <= budget
+
+The o are read off a simulated step, in which they are what is left of the live bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from planner.graph.compose import Composed
+from planner.graph.simulate import simulate
+from planner.graph.unit_point import Point
+from planner.limits import Limits
+from planner.solver.backend import SCALE, Model, Program
+from planner.solver.work import begin
+
+Fronts = Mapping[str, Sequence[Point]]
+"""The front of each unit, by name."""
+Choice = Mapping[str, int]
+"""The position in its front that each unit takes."""
+GAP = 0.0005
+"""How far from the best choice to stop, as a fraction of the plain step's time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A part of the step in which the same units' saved bytes are alive.
+
+    Attributes:
+        outer_bytes: the most that the outer code holds in it, everything resident included.
+        kept: units whose forward has run and whose backward has not begun.
+        unit: whose forward or backward it is; "" for outer code.
+        is_forward: of a unit's, that it is its forward.
+    """
+
+    outer_bytes: int
+    kept: frozenset[str]
+    unit: str = ""
+    is_forward: bool = False
+
+
+def moments(composed: Composed, points: Mapping[str, Point]) -> tuple[Moment, ...]:
+    """The parts of a step with units, what the outer code holds read off a simulated step.
+
+    Args:
+        composed: outer code and units.
+        points: a point for each unit; which does not matter.
+    """
+    schedule = composed.schedule({unit: one.schedule for unit, one in points.items()})
+    live = simulate(composed.graph, schedule).live_bytes
+    begins = {bounds[2 * k]: (unit, k == 0) for unit, bounds in composed.bounds.items() for k in range(2)}
+    ends = {bounds[2 * k + 1] for bounds in composed.bounds.values() for k in range(2)}
+    kept: dict[str, int] = {}
+    outer: dict[tuple[frozenset[str], str, bool], int] = {}
+    inside: tuple[str, bool] | None = None
+    for step, i in enumerate(schedule.steps):
+        if i in begins:
+            unit, is_forward = inside = begins[i]
+            outer[frozenset(kept.keys() - {unit}), unit, is_forward] = live[step] - sum(kept.values())
+            if not is_forward:
+                del kept[unit]
+        if inside is None:
+            key = frozenset(kept), "", False
+            outer[key] = max(outer.get(key, 0), live[step] - sum(kept.values()))
+        if i in ends and inside is not None:
+            if inside[1]:
+                kept[inside[0]] = points[inside[0]].saved_bytes
+            inside = None
+    return tuple(Moment(nbytes, *key) for key, nbytes in outer.items())
+
+
+def peak_bytes(moment: Moment, points: Mapping[str, Point]) -> int:
+    """The most that is live in a part of the step; the largest of all parts is what `simulate` finds."""
+    own = 0
+    if moment.unit:
+        own = points[moment.unit].forward_bytes if moment.is_forward else points[moment.unit].backward_bytes
+    return moment.outer_bytes + own + sum(points[unit].saved_bytes for unit in moment.kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A choice, and the time that no choice of these points within the budget goes below.
+
+    Attributes:
+        points: per unit, its position in its front.
+        bound_ns: of recompute.
+    """
+
+    points: Choice
+    bound_ns: int
+
+
+def choose(
+    parts: Sequence[Moment], fronts: Fronts, budget_bytes: int, plain_ns: int, limits: Limits | None = None
+) -> Chosen | None:
+    """The choice with the least recompute within a budget; None where there is none.
+
+    Args:
+        parts: from `moments`.
+        fronts: per unit.
+        budget_bytes: bound on the bytes live in each part.
+        plain_ns: the plain step's time, which says how exact the choice has to be.
+    """
+    program, columns = _program(fronts)
+    largest = max((one.time_ns for front in fronts.values() for one in front), default=0)
+    unit_ns = max(1, largest * max(1, len(fronts))) / SCALE
+    for unit, front in fronts.items():
+        for column, one in zip(columns[unit], front, strict=True):
+            program.costs[column] = one.time_ns / unit_ns
+    for part in parts:
+        program.row(_row(part, fronts, columns, budget_bytes), SCALE * (budget_bytes - part.outer_bytes) / max(1, budget_bytes))
+    answer = Model(program).relax_and_fix(begin(limits or Limits()), gap=GAP * plain_ns / unit_ns)
+    if not answer.values:
+        return None
+    made = _read(columns, answer.values)
+    spent = sum(fronts[unit][at].time_ns for unit, at in made.items())
+    bound = 0 if math.isinf(answer.bound) else math.floor(max(0.0, answer.bound) * unit_ns)
+    return Chosen(made, min(spent, bound))
+
+
+def lowest(parts: Sequence[Moment], fronts: Fronts, limits: Limits | None = None) -> Choice:
+    """The choice with the lowest peak."""
+    program, columns = _program(fronts)
+    scale = max(peak_bytes(part, {unit: front[0] for unit, front in fronts.items()}) for part in parts)
+    peak = program.column(1.0, upper=SCALE)
+    for part in parts:
+        row = [*_row(part, fronts, columns, scale), (peak, -1.0)]
+        program.row(row, -SCALE * part.outer_bytes / max(1, scale))
+    answer = Model(program).relax_and_fix(begin(limits or Limits()), gap=SCALE / 10_000)
+    if answer.values:
+        return _read(columns, answer.values)
+    return {unit: min(range(len(front)), key=lambda at: front[at].figures) for unit, front in fronts.items()}
+
+
+def _program(fronts: Fronts) -> tuple[Program, dict[str, list[int]]]:
+    """Binary columns of which each unit takes one."""
+    program = Program()
+    columns = {unit: [program.column(binary=True) for _ in front] for unit, front in fronts.items()}
+    for own in columns.values():
+        program.row([(column, 1.0) for column in own], 1.0)
+        program.row([(column, -1.0) for column in own], -1.0)
+    return program, columns
+
+
+def _row(part: Moment, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int) -> list[tuple[int, float]]:
+    """Bytes of the units in a part of the step, SCALE for `scale` bytes."""
+    row = [
+        (column, SCALE * one.saved_bytes / max(1, scale))
+        for unit in sorted(part.kept)
+        for column, one in zip(columns[unit], fronts[unit], strict=True)
+    ]
+    if part.unit:
+        for column, one in zip(columns[part.unit], fronts[part.unit], strict=True):
+            own = one.forward_bytes if part.is_forward else one.backward_bytes
+            row.append((column, SCALE * own / max(1, scale)))
+    return row
+
+
+def _read(columns: Mapping[str, Sequence[int]], values: Sequence[float]) -> dict[str, int]:
+    return {unit: max(range(len(own)), key=lambda k: values[own[k]]) for unit, own in columns.items()}

@@ -1,0 +1,64 @@
+"""The Pareto front of a unit: what it can save for its backward, what it needs beyond that, and what that costs.
+
+A step with units holds, during the backward of one, what all earlier ones saved: a unit's own peak does not limit that. So
+each point has both terms. They are found as in `planner.solver.in_flight`: an op at the end of the forward that takes no time
+and has a workspace of w bytes lets a budget of resident + saved + w bound the saved bytes, and the peak by saved + w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from planner.graph.graph import Graph
+from planner.graph.schedule import Schedule, keep_all
+from planner.graph.simulate import Simulator
+from planner.graph.solution import Solution
+from planner.graph.unit_point import Point, point
+from planner.limits import Limits
+from planner.solver.baselines import fixed_baselines
+from planner.solver.in_flight import needs, with_saved_limit, without_saved_limit
+from planner.solver.solve import Solver
+from planner.solver.tuning import GAP
+
+_NUM_SAVED = 16
+"""Limits of the saved bytes that are tried, between the least and those of the plain step: with 8, the price of units in a
+GPT-2 at half its peak was 1.1 points instead of 0.5."""
+
+
+def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tuple[Point, ...]:
+    """The Pareto front of a unit's schedules that are found, the fastest first. It holds the plain step, or one as good.
+
+    Args:
+        graph: of the unit alone, one forward in flight.
+        limits: for all searches together.
+        gap: of each search; see `planner.solver.solve.solve`.
+    """
+    simulator = Simulator(graph)
+    plain = point(graph, keep_all(graph), "keep all", simulator)
+    found = [plain]
+    found += [point(graph, schedule, name, simulator) for name, schedule in fixed_baselines(graph)]
+    found += [point(graph, s, name, simulator) for name, s in _searched(graph, plain, found, limits or Limits(), gap)]
+    return pareto(found)
+
+
+def _searched(graph: Graph, plain: Point, found: Sequence[Point], limits: Limits, gap: float) -> Iterator[tuple[str, Schedule]]:
+    """The cheapest schedules within limits of the saved bytes, for each of a few needs beyond them."""
+    outputs = sum(graph.value[name].nbytes for name in dict.fromkeys(graph.forward_outputs))
+    least = min(one.saved_bytes for one in found)
+    kept = sorted({least + (plain.saved_bytes - least) * k // _NUM_SAVED for k in range(_NUM_SAVED + 1)})
+    tried = needs(graph)[2::2]  # with less than the second, hardly anything fits
+    for need in tried:
+        budgets = [graph.resident_bytes + outputs + saved + need for saved in kept]
+        outcomes = Solver(with_saved_limit(graph, need)).sweep(budgets, limits.share(1 / len(tried)), gap=gap)
+        for outcome in outcomes.values():
+            if isinstance(outcome, Solution):
+                yield outcome.solver, without_saved_limit(outcome.schedule, graph)
+
+
+def pareto(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Points that no other one is as good as in every figure; of equal ones the first. The fastest come first."""
+    best: list[Point] = []
+    for one in sorted(points, key=lambda one: (one.time_ns, one.saved_bytes, one.backward_bytes, one.forward_bytes)):
+        if not any(all(a <= b for a, b in zip(other.figures, one.figures, strict=True)) for other in best):
+            best.append(one)
+    return tuple(best)

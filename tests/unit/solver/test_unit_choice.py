@@ -1,0 +1,116 @@
+"""Fronts of units, and the program that picks a point for each: against simulation and against all choices."""
+
+import itertools
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.graph.compose import compose
+from planner.graph.outer import contracted
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
+from planner.graph.unit_point import Point, point
+from planner.limits import Limits
+from planner.solver.unit_choice import Moment, choose, lowest, moments, peak_bytes
+from planner.solver.unit_front import front, pareto
+from tests.support.strategies import training_graphs
+from tests.support.unit_graphs import block, whole
+
+NAMES = [f"blocks.{k}" for k in range(3)]
+
+
+def dominates(one: Point, other: Point) -> bool:
+    return all(a <= b for a, b in zip(one.figures, other.figures, strict=True))
+
+
+def test_a_point_says_what_simulate_says():
+    graph = block()
+    for one in front(graph, Limits(1.0)):
+        timeline = simulate(graph, one.schedule)
+        saved = sum(graph.value[name].nbytes for name in timeline.saved) - 2  # the block returns 2 bytes
+        assert one.saved_bytes == saved and one.time_ns == timeline.time_ns - graph.plain_ns
+        assert one.forward_bytes == max(timeline.live_bytes[: timeline.boundary]) - graph.resident_bytes
+        backward = max(timeline.live_bytes[timeline.boundary :]) - graph.resident_bytes - graph.tangent_bytes - 2
+        assert one.backward_bytes == backward and one.beyond_bytes == backward - saved
+
+
+def test_a_front_is_a_front():
+    graph = block()
+    found = front(graph, Limits(1.0))
+    assert found[0].time_ns == 0 and len(found) > 2
+    assert not any(dominates(a, b) for a, b in itertools.permutations(found, 2))
+    plain = point(graph, keep_all(graph))
+    assert any(dominates(one, plain) for one in found)
+
+
+@given(training_graphs())
+@settings(deadline=None, max_examples=8)
+def test_no_schedule_that_is_known_beats_a_front(graph):
+    found = front(graph, Limits(0.05))
+    assert any(dominates(one, point(graph, keep_all(graph))) for one in found)
+    assert not any(dominates(a, b) for a, b in itertools.permutations(found, 2))
+
+
+def test_the_first_of_equal_points_stays():
+    schedule = keep_all(block())
+    a, b, c = (
+        Point(schedule, *figures, source) for figures, source in (((1, 1, 1, 1), "a"), ((1, 1, 1, 1), "b"), ((0, 2, 1, 1), "c"))
+    )
+    assert {one.source for one in pareto([a, b, c])} == {"a", "c"}
+
+
+def test_what_a_choice_holds_is_what_simulate_finds():
+    graph, own = whole(3), block()
+    made = compose(contracted(graph, NAMES), dict.fromkeys(NAMES, own))
+    points = front(own, Limits(1.0))
+    parts = moments(made, dict.fromkeys(NAMES, points[-1]))
+    for taken in itertools.product(points[:: max(1, len(points) // 4)], repeat=3):
+        choice = dict(zip(NAMES, taken, strict=True))
+        schedule = made.schedule({name: one.schedule for name, one in choice.items()})
+        assert max(peak_bytes(part, choice) for part in parts) == simulate(made.graph, schedule).peak_bytes
+
+
+@st.composite
+def problems(draw):
+    """Random units, each with a few points, and random outer bytes: forward, loss, backward in reverse."""
+    seeded = random.Random(draw(st.integers(0, 10**6)))
+    count = seeded.randint(1, 3)
+    names = [f"u{i}" for i in range(count)]
+    schedule = keep_all(block())
+
+    def one():
+        saved = seeded.randint(0, 9)
+        return Point(schedule, saved, seeded.randint(0, 9), saved + seeded.randint(0, 9), seeded.randint(0, 9))
+
+    fronts = {name: pareto(one() for _ in range(seeded.randint(1, 4))) for name in names}
+    parts = []
+    for i, name in enumerate(names):
+        parts.append(Moment(seeded.randint(0, 5), frozenset(names[:i]), name, True))
+        parts.append(Moment(seeded.randint(0, 5), frozenset(names[: i + 1])))
+        parts.append(Moment(seeded.randint(0, 5), frozenset(names[:i]), name, False))
+    return fronts, parts, seeded.randint(5, 40)
+
+
+@given(problems())
+@settings(deadline=None, max_examples=60)
+def test_the_choice_is_the_best_of_all(problem):
+    fronts, parts, budget = problem
+    choices = [dict(zip(fronts, at, strict=True)) for at in itertools.product(*(range(len(own)) for own in fronts.values()))]
+
+    def taken(choice):
+        return {unit: fronts[unit][at] for unit, at in choice.items()}
+
+    def peak(choice):
+        return max(peak_bytes(part, taken(choice)) for part in parts)
+
+    def spent(choice):
+        return sum(one.time_ns for one in taken(choice).values())
+
+    fitting = [spent(choice) for choice in choices if peak(choice) <= budget]
+    found = choose(parts, fronts, budget, plain_ns=1)
+    assert (found is None) == (not fitting)
+    if found is not None:
+        assert peak(found.points) <= budget
+        assert spent(found.points) == min(fitting) and found.bound_ns <= min(fitting)
+    assert peak(lowest(parts, fronts)) == min(map(peak, choices))
