@@ -172,11 +172,15 @@ def checked_options(budget: Budget, options: PlanKeywords, function: str) -> Pla
     return {"dynamic": True, **options}
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """An optimizer without accelerate's wrapper around it."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def counted_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> tuple[Any, ...]:
     """Those of a trainer's optimizers whose state can be counted against the budget; warns of the others."""
     counted = []
-    for each in optimizers:
-        optimizer = getattr(each, "optimizer", each)  # of accelerate's wrapper
+    for optimizer in map(unwrapped, optimizers):
         try:
             state_bytes(model, optimizer)
         except InputError as error:
@@ -216,6 +220,7 @@ def plan_at_first_call(
     """
     arguments.check_model(model)
     given = checked_options(budget, options, "plan_at_first_call")
+    given["optimizer"] = unwrapped(given.get("optimizer"))
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
 

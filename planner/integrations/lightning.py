@@ -17,7 +17,7 @@ from planner.options import PlanKeywords, with_options
 from planner.profiler.optimizer import state_bytes
 from planner.runtime.module import CheckpointedModule
 
-if TYPE_CHECKING or "pytorch_lightning" in sys.modules:  # the one that the script uses, if both are installed
+if TYPE_CHECKING or sys.modules.get("pytorch_lightning"):  # the one that the script uses, if both are installed
     from pytorch_lightning import Callback, LightningModule
 else:
     try:

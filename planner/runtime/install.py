@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -73,20 +74,38 @@ class PlannedForward:
         """Run the first plan that was made for this call, else the model's own forward."""
         if IS_CAPTURING.get():
             return self.unplanned(*args, **kwargs)
-        mismatches: list[Mismatch] = []
-        # what one of several plans was made for is not captured as another size of the first
-        for captures in (True,) if len(self.planned) == 1 else (False, True):
-            mismatches = []
-            for module in self.planned:
-                planned, mismatch = module.attempt(args, kwargs, unplanned=self.unplanned, captures=captures)
-                if mismatch is None:
-                    return planned
-                mismatches.append(mismatch)
+        with self._outermost():
+            # what one of several plans was made for is not captured as another size of the first
+            for captures in (True,) if len(self.planned) == 1 else (False, True):
+                mismatches: list[Mismatch] = []
+                for module in self.planned:
+                    planned, mismatch = module.attempt(args, kwargs, unplanned=self.unplanned, captures=captures)
+                    if mismatch is None:
+                        return planned
+                    mismatches.append(mismatch)
         texts = [module.larger_text(args, kwargs) for module in self.planned]
         larger = texts[0] if all(texts) else ""
         report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches), larger=larger)
         note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _outermost(self) -> Iterator[None]:
+        """Take off, for a moment, what was put around `model.forward` after this: the call is inside of it already.
+
+        A capture of another size would otherwise enter it twice, and an instance of torch.autocast that is entered twice, as
+        accelerate's would be, stays on for ever.
+        """
+        own = vars(self._model)
+        outer = own.get("forward")
+        own["forward"] = self
+        try:
+            yield
+        finally:
+            if outer is None:
+                del own["forward"]
+            else:
+                own["forward"] = outer
 
     def restore(self) -> None:
         """Put back the forward that it replaces."""

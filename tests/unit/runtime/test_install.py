@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from planner import InputError, MismatchError, MismatchWarning, install, plan, uninstall
 from planner.graph.schedule import keep_all
@@ -138,3 +139,18 @@ def test_wrong_arguments_are_named(attention):
         install(model, model)
     with pytest.raises(InputError, match="another Wrapped object"):
         install(copy.deepcopy(model), planned(model, args, kwargs))
+
+
+def test_what_is_put_around_the_forward_later_is_entered_once_a_call():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU()), torch.randn(16, 8)
+    twin = copy.deepcopy(model)
+    autocast = torch.autocast("cpu", torch.bfloat16)  # one instance, as accelerate does it
+    with autocast:
+        install(model, planned(model, (x,), {}, 1.0, dynamic=True), strict=True)
+    for module in (model, twin):
+        module.forward = autocast(module.forward)
+    outer = model.forward
+    for batch in (x, x[:5]):
+        assert torch.equal(model(batch), twin(batch))
+        assert not torch.is_autocast_enabled("cpu") and model.forward is outer
