@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.itself import check_against_itself
-from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member
+from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member, sampled
 from tests.support.source import Step
 
 NEW = "0.9 * {} + 0.1 * h.detach().mean(0)"
@@ -278,7 +278,7 @@ def test_tensors_are_carried(of):
     check(of)
 
 
-@pytest.mark.parametrize("of", TENSORS, ids=ids(TENSORS))
+@pytest.mark.parametrize("of", sampled(TENSORS))
 def test_tensors_are_carried_in_a_submodule(of):
     check(inside(of))
 
@@ -304,7 +304,7 @@ def test_what_is_no_tensor_is_refused_by_name(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from, word=of.word))
 
 
-@pytest.mark.parametrize("of", NUMBERS, ids=ids(NUMBERS))
+@pytest.mark.parametrize("of", sampled(NUMBERS))
 def test_what_is_no_tensor_runs_as_it_is_in_a_submodule(of):
     check(inside(type(of)(of.program, ANY, None, word=of.word)))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.itself import check_against_itself
-from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member
+from tests.support.members import ANY, GUARDED, REFUSABLE, check, ids, inside, member, sampled
 from tests.support.source import Step
 
 POINT = "@dataclasses.dataclass\nclass Left:\n    aux: object = None\n"
@@ -233,7 +233,7 @@ def test_what_is_left_is_there(of):
     check(of)
 
 
-@pytest.mark.parametrize("of", LEFT, ids=ids(LEFT))
+@pytest.mark.parametrize("of", sampled(LEFT))
 def test_what_a_submodule_leaves_is_there(of):
     check(inside(of))
 
@@ -243,7 +243,7 @@ def test_what_is_left_in_other_places_is_there_or_refused(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from))
 
 
-@pytest.mark.parametrize("of", [*CACHES, *OUTER_CACHES], ids=ids([*CACHES, *OUTER_CACHES]))
+@pytest.mark.parametrize("of", sampled([*CACHES, *OUTER_CACHES], 2))
 def test_a_full_cache_is_planned(of):
     program = of.program.within(warm=1, steps=(Step(),) * 4)
     check(type(of)(program, REFUSABLE if of in OUTER_CACHES else frozenset({"same"}), 1))
@@ -255,7 +255,7 @@ def test_an_empty_cache_fills_as_in_eager(of):
     check(type(of)(program, ANY if of in OUTER_CACHES else GUARDED, None if of in OUTER_CACHES else 2))
 
 
-@pytest.mark.parametrize("of", CACHES, ids=ids(CACHES))
+@pytest.mark.parametrize("of", sampled(CACHES))
 def test_an_empty_cache_of_a_submodule_fills_as_in_eager(of):
     check(inside(type(of)(of.program.within(steps=(Step(),) * 4), GUARDED, 2)))
 

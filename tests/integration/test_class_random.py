@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from planner import CaptureError, plan
 from tests.support.itself import check_against_itself
-from tests.support.members import REFUSABLE, check, ids, inside, member
+from tests.support.members import REFUSABLE, check, ids, inside, member, sampled
 from tests.support.source import Step
 
 DRAWS = {
@@ -130,7 +130,7 @@ def test_other_generators_and_control_of_torchs(of):
     check(of)
 
 
-@pytest.mark.parametrize("of", OTHERS, ids=ids(OTHERS))
+@pytest.mark.parametrize("of", sampled(OTHERS))
 def test_other_generators_in_a_submodule(of):
     check(inside(of))
 

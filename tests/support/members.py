@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from tests.support.harness import Outcome, outcome
 from tests.support.source import Program
 
@@ -74,3 +76,10 @@ def ids(members: list[Member]) -> list[str]:
     names = [of.name for of in members]
     assert len({*names}) == len(names)
     return names
+
+
+def sampled(members: list[Member], every: int = 3) -> list[Any]:
+    """Parameters for pytest: every third member, or as given, in each run; the others behind the marker `zoo`."""
+    assert ids(members)
+    marks = [() if i % every == 0 else (pytest.mark.zoo,) for i in range(len(members))]
+    return [pytest.param(of, id=of.name, marks=marks[i]) for i, of in enumerate(members)]
