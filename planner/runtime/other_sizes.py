@@ -115,7 +115,10 @@ class OtherSizes(Generic[Planned]):
         assert recapture is not None
         if recapture.plan is None:
             _check_covered(base.step, args, kwargs)
-        begun, shapes = time.monotonic(), shapes_text(call_sizes(base.step, args, kwargs))
+        size = call_sizes(base.step, args, kwargs)
+        begun, shapes = time.monotonic(), shapes_text(size)
+        if size == base.step.key.inputs or size in self.known:
+            shapes = f"{shapes} with another value that Python reads"
         with stage(f"capturing {shapes}", recapture.progress):
             joint = capture(model, args, kwargs, loss=recapture.loss, opaque=recapture.opaque)
             made, what = self._planned(base, joint, args, kwargs)
@@ -150,8 +153,9 @@ def call_sizes(step: RewrittenStep, args: Any, kwargs: Any) -> Size:
 
 
 def shapes_text(size: Size) -> str:
-    """The different shapes of a call's tensors: '(8, 50)'."""
-    return ", ".join(dict.fromkeys(str(tuple(shape)) for shape, *_ in size))
+    """The different shapes of a call's tensors: '(8, 50)'; those of scalars are left out beside others."""
+    shapes = dict.fromkeys(tuple(shape) for shape, *_ in size)
+    return ", ".join(str(shape) for shape in shapes if shape or len(shapes) == 1)
 
 
 def larger_text(step: RewrittenStep, args: Any, kwargs: Any) -> str:
