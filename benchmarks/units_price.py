@@ -35,7 +35,7 @@ from planner.solver.solve import Solver
 
 MODELS = ("gpt2", "llama", "vit", "resnet50")
 SHARES = (0.8, 0.65, 0.5, 0.4, 0.3)
-SCALES = {"gpt2": 0.25, "llama": 0.25, "vit": 0.25, "resnet50": 4.0}
+SCALES = {"gpt2": 0.25, "llama": 0.25, "vit": 0.25, "resnet50": 2.0}
 """Of the examples' batches. A step of each is run; with fewer images, ResNet-50's gradients are most of what it needs."""
 
 Record = dict[str, Any]

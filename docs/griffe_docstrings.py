@@ -26,12 +26,14 @@ class Docstrings(griffe.Extension):
         """Called for every function of the package."""
         if func.docstring is None:
             return
-        if any(str(decorator.value).startswith("with_options(") for decorator in func.decorators):
+        if _takes_options(func):
             _take_signature(func, griffe.dynamic_import(func.path))
         _rewrite(func, lambda entries: {name: text for name, text in entries.items() if text != "see below."})
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Called when everything is loaded, so that base classes are known."""
+        if not _takes_options(pkg["api.plan"]):
+            raise griffe.ExtensionError("planner.api.plan would be shown without its options: see planner.options.with_options")
         for module in _modules(pkg):
             for kind in module.classes.values():
                 if not kind.is_alias and kind.docstring is not None:
@@ -41,6 +43,10 @@ class Docstrings(griffe.Extension):
 def _modules(module: griffe.Module) -> list[griffe.Module]:
     inner = [found for each in module.modules.values() if not each.is_alias for found in _modules(each)]
     return [module, *inner]
+
+
+def _takes_options(func: griffe.Function) -> bool:
+    return any(str(decorator.value).startswith("with_options(") for decorator in func.decorators)
 
 
 def _take_signature(func: griffe.Function, function: Callable[..., Any]) -> None:

@@ -37,7 +37,7 @@ from planner.errors import (
 if TYPE_CHECKING:
     from planner.api import apply as apply, estimate as estimate, plan as plan, profile as profile, sweep as sweep
     from planner.batch import max_batch as max_batch
-    from planner.children import Children as Children, plan_children as plan_children
+    from planner.children import plan_children as plan_children
     from planner.composite.planned import PlannedUnits as PlannedUnits
     from planner.composite.units import apply_units as apply_units, plan_units as plan_units
     from planner.diagnosis import doctor as doctor
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "planner.api": ("apply", "estimate", "plan", "profile", "sweep"),
     "planner.batch": ("max_batch",),
-    "planner.children": ("Children", "plan_children"),
+    "planner.children": ("plan_children",),
     "planner.composite.planned": ("PlannedUnits",),
     "planner.composite.units": ("apply_units", "plan_units"),
     "planner.diagnosis": ("doctor",),
@@ -93,6 +93,7 @@ _HOMES = {
 """Where public names live, errors aside."""
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _FORMER = {
+    "Children": "PlannedUnits",
     "PartError": "OpaqueModuleError",
     "PlanMissError": "MismatchError",
     "PlanMissWarning": "MismatchWarning",

@@ -22,7 +22,7 @@ from planner.runtime.criterion import with_criterion
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.ranks import communicates
 from planner.runtime.step import Recapture, make_step
-from planner.tracer.capture import one_at_a_time
+from planner.tracer.capture import collections_paused, one_at_a_time
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
@@ -95,10 +95,11 @@ class CapturedStep:
         recapture = None
         if options.dynamic:
             recapture = Recapture(options.loss, tuple(options.opaque), self.plan_anew, options.progress)
-        step = make_step(
-            plan, self.joint, self.model, self.args, self.kwargs, options.num_stages, recapture, options.compile, fraction
-        )
-        return CheckpointedModule(self.model, step, plan, options.strict, audits=options.audit)
+        with collections_paused():
+            step = make_step(
+                plan, self.joint, self.model, self.args, self.kwargs, options.num_stages, recapture, options.compile, fraction
+            )
+            return CheckpointedModule(self.model, step, plan, options.strict, audits=options.audit)
 
     @property
     def plan_anew(self) -> Callable[..., CheckpointedModule] | None:

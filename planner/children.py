@@ -17,9 +17,6 @@ from planner.options import PlanOptions
 from planner.runtime.step import DEFAULT_STAGES
 from planner.tracer.loss import Loss
 
-Children = PlannedUnits
-"""Former name."""
-
 
 def plan_children(
     model: nn.Module,
@@ -49,4 +46,4 @@ def plan_children(
     options = PlanOptions(
         loss=loss, costs=costs, effort=effort, time_limit_s=time_limit_s, num_stages=num_stages, progress=progress
     )
-    return planned_units(model, budget, args, kwargs, LARGEST, options, is_whole_captured=False, what="plan_children")
+    return planned_units(model, budget, args, kwargs, LARGEST, options, is_whole_captured=False)

@@ -29,17 +29,27 @@ def run(arguments: argparse.Namespace) -> int:
         InputError: a file cannot be removed.
     """
     from planner.profiler.cache import cache_files, clear, default_cache_dir
+    from planner.results.figures import head
 
     folder = default_cache_dir().expanduser()
+    found = {**head("cache"), "folder": str(folder)}
     if arguments.clear:
         try:
             removed = clear(folder)
         except (OSError, NotImplementedError) as error:
             raise InputError(f"{folder} cannot be cleared: {error}") from error
-        say(arguments, f"{len(removed)} files removed from {folder}", {"folder": str(folder), "removed": len(removed)})
+        say(
+            arguments,
+            f"{len(removed)} files removed from {folder}",
+            {**found, "removed": len(removed)},
+        )
         return 0
     files = cache_files(folder)
-    say(arguments, _table(str(folder), files), {"folder": str(folder), "files": [_figures(file) for file in files]})
+    say(
+        arguments,
+        _table(str(folder), files),
+        {**found, "files": [_figures(file) for file in files]},
+    )
     return 0
 
 

@@ -92,8 +92,7 @@ class PlannedUnits:
         Raises:
             InputError: the model cannot be copied, or has no such call.
         """
-        arguments.check_call(args, kwargs)
-        return verify_units(self, tuple(args), dict(kwargs or {}), self._loss, self._cast)
+        return verify_units(self, *arguments.check_call(args, kwargs), self._loss, self._cast)
 
     def __str__(self) -> str:
         return str(self.plan)

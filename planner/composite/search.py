@@ -13,7 +13,7 @@ from functools import cached_property
 from planner import units
 from planner.composite.kinds import UnitKind
 from planner.composite.trial import Made, Trial
-from planner.errors import CaptureError, GraphError, NoScheduleFoundError
+from planner.errors import CaptureError, GraphError, NoScheduleFoundError, ScheduleError
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterGraph, contracted, from_measured
@@ -24,6 +24,8 @@ from planner.log import PLANNER
 from planner.solver.unit_choice import Choice, Chosen, Moment, choose, lowest, moments
 from planner.solver.unit_front import front
 
+_FRONT_SHARE = 0.2
+"""Of the solver's effort, for the front of one kind: with five times as much, that of a GPT-2 block is hardly better."""
 _TRIES = 5
 """Choices whose step is measured, at most; each aims lower by what the last one took too much."""
 
@@ -53,7 +55,8 @@ class UnitSearch:
             NoScheduleFoundError: a step that has to be measured does not fit on the device.
         """
         self.trial, self.limits = trial, limits
-        fronts = [front(kind.graph, limits.share(1 / (2 * len(kinds)))) for kind in kinds]
+        share = min(_FRONT_SHARE, 1 / (2 * len(kinds)))
+        fronts = [front(kind.graph, limits.share(share)) for kind in kinds]
         order = [name for name, _ in trial.model.named_modules()]
         of = {name: (kind, own) for kind, own in zip(kinds, fronts, strict=True) for name in kind.members}
         self.kinds: Mapping[str, UnitKind] = {name: of[name][0] for name in order if name in of}
@@ -63,8 +66,11 @@ class UnitSearch:
     def _outer(self, whole: Graph | None) -> OuterGraph:
         if whole is not None:
             try:
-                return contracted(whole, list(self.kinds))
-            except GraphError as error:
+                outer = contracted(whole, list(self.kinds))
+                composed = compose(outer, {unit: kind.graph for unit, kind in self.kinds.items()})
+                simulate(composed.graph, composed.schedule({}))
+                return outer
+            except (GraphError, ScheduleError) as error:  # the units' graphs are other ones than their parts of the whole
                 PLANNER.info("outer code is measured: %s", error)
         least = {unit: min(range(len(own)), key=lambda at: own[at].figures) for unit, own in self.fronts.items()}
         sections = self.trial.sections(self.made(least))

@@ -25,6 +25,7 @@ from planner.runtime.executable import Boxed, Executable, OtherBackward
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
+from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss, loss_leaves
@@ -63,11 +64,10 @@ class Call:
 class Trial:
     """A copy of the model, to run real steps on."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, what: str) -> None:
-        """`what`: the function that was called, for errors."""
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss) -> None:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if not model.training or not tensors:
-            raise InputError(f"{what} takes a model in training mode and an example call with tensors")
+        check_gradients_recorded()
+        check_trains(model, len(tensors))
         try:
             self.original, self.model = model, copy.deepcopy(model)
         except Exception as error:
@@ -89,7 +89,7 @@ class Trial:
         except Exception as error:
             if not concerns_model(error):
                 raise
-            raise InputError(f"a step of the model as it is {own_words(error)}") from error
+            raise InputError(f"correct the model or the example call: a step of the model {own_words(error)}") from error
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

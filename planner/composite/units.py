@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -88,19 +89,17 @@ def planned_units(
     options: PlanOptions,
     *,
     is_whole_captured: bool = True,
-    what: str = "plan_units",
 ) -> PlannedUnits:
     """As `plan_units`, not installed.
 
     Args:
         is_whole_captured: try to capture the whole step, for what its outer code holds.
-        what: the function that was called, for errors.
     """
     arguments.check_model(model)
     args, kwargs = arguments.check_call(args, kwargs)
     units.check_budget(budget)
     names = None if wanted is None or isinstance(wanted, Largest) else choose.chosen(model, wanted)
-    trial = Trial(model, args, kwargs, options.loss, what)
+    trial = Trial(model, args, kwargs, options.loss)
     with one_at_a_time():
         with stage("capture", options.progress):
             kinds, left = _kinds(trial, names, options, takes_blocks=wanted is None)
@@ -155,7 +154,7 @@ def _plan(
 
 
 def apply_units(
-    plan: UnitPlan,
+    plan: UnitPlan | str | os.PathLike[str],
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -169,16 +168,19 @@ def apply_units(
     Each kind of units is captured once, and its structure is compared with the plan's. One real step of a copy is measured.
 
     Args:
-        plan: made for this model and call, here or elsewhere.
+        plan: made for this model and call, here or elsewhere; or the name of the file that it was saved in.
         model, args, kwargs, loss, num_stages, progress: as for `plan_units`.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
-        PlanFileError: the model's units are not those that the plan was made for; names the first difference.
+        PlanFileError: the file cannot be read, or the model's units are not those that the plan was made for; names the first
+            difference.
         MeasuredPeakError: the step needs more than the plan's budget here.
     """
+    if isinstance(plan, (str, os.PathLike)):
+        plan = UnitPlan.load(plan)
     if not isinstance(plan, UnitPlan):
-        raise InputError(f"plan is {units.kind(plan)}, not a UnitPlan: give planned.plan, or UnitPlan.load(path)")
+        raise InputError(f"give planned.plan, or the name of its file: plan is {units.kind(plan)}, not a UnitPlan")
     arguments.check_model(model)
     args, kwargs = arguments.check_call(args, kwargs)
     options = PlanOptions(loss=loss, num_stages=num_stages, progress=progress)
@@ -186,7 +188,7 @@ def apply_units(
     missing = next((name for name in plan.units if name not in modules), None)
     if missing is not None:
         raise PlanFileError(f"the plan was made for another model: this one has no submodule {missing}. Make it again.")
-    trial = Trial(model, args, kwargs, options.loss, "apply_units")
+    trial = Trial(model, args, kwargs, options.loss)
     made: dict[str, Made] = {}
     with one_at_a_time():
         for k, own in enumerate(plan.kinds):

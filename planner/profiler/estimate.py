@@ -177,20 +177,23 @@ def _workspace_bytes(node: Node) -> int:
     return 0
 
 
+_PRODUCTS = frozenset({"addmm", "baddbmm", "bmm", "mm"})
 _BLOCK = 16
 """Channels of a block of oneDNN's layouts, to which it pads."""
 
 
 def most_workspace_bytes(node: Node) -> int:
-    """An upper bound, by experience, of what a convolution on a CPU holds; 0 for other kernels, which hold little.
+    """An upper bound, by experience, of what a kernel on a CPU holds; 0 for those that hold little.
 
-    Copies of what it reads and writes in blocked layouts, the weight twice, and half as much again; where a grouped one reads
-    channels-last tensors in its backward, four unfolded copies of its input. Of 110 convolutions of 14 small models, none held
-    more (float32, torch 2.13).
+    Matrix products in half precision: what they read and write in float32. Convolutions: copies of what they read and write
+    in blocked layouts, and half as much again; where a grouped one reads channels-last tensors in its backward, four unfolded
+    copies of its input. Of 110 convolutions of 14 small models, none held more (float32, torch 2.13).
     """
+    tensors = [*_inputs(node), *tensors_in(node.meta.get("val"))]
+    if _packet_name(node) in _PRODUCTS and any(tensor.dtype in _HALF for tensor in tensors):
+        return 2 * sum(_touched_bytes(t) for t in tensors)
     if _packet_name(node) not in _CONVOLUTIONS:
         return 0
-    tensors = [*_inputs(node), *tensors_in(node.meta.get("val"))]
     blocked = sum(_padded_bytes(t) for t in tensors)
     weight = next((t for t in reversed(_inputs(node)) if t.dim() >= 3), None)
     source = _inputs(node)[-2] if len(_inputs(node)) > 1 else None

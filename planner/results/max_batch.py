@@ -290,7 +290,7 @@ def _rate(rate: Rate) -> str:
 def _row(tried: Tried, mark: str) -> tuple[str, ...]:
     head = (str(tried.batch), format_bytes(tried.plain_bytes))
     if tried.plan is None:
-        return (*head, "", "", "", "", type(tried.error).__name__.removesuffix("Error"))
+        return (*head, "", "", "", "", "cannot fit" if isinstance(tried.error, InfeasibleBudgetError) else "none found")
     step = (format_bytes(tried.plan.peak_bytes), format_ns(tried.plan.timeline.time_ns), f"{tried.plan.overhead:.2%}")
     return (*head, *step, str(tried.predicted), mark)
 

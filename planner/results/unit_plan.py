@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class UnitPlan(PlannedUnitGraphs):
         unit_plan_file.save(self, path)
 
     @staticmethod
-    def load(path: str | Path) -> UnitPlan:
+    def load(path: str | os.PathLike[str]) -> UnitPlan:
         """Read a plan written by `save`.
 
         Raises:

@@ -7,16 +7,18 @@ kind and schedule), `calls` (per unit the ops of the outer graph that stand for 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from planner.errors import GraphError, InputError, PlanFileError, ScheduleError
+from planner.errors import GraphError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, reason, rows, string, table
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterGraph
 from planner.graph.planned_units import PlannedKind, PlannedUnitGraphs
 from planner.graph.schedule import Schedule
 from planner.graph.structure import fingerprint
+from planner.report import files
 from planner.results import plan_file
 from planner.units import MOST_BYTES
 
@@ -32,10 +34,7 @@ def save(plan: PlannedUnitGraphs, path: str | Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    try:
-        Path(path).write_text(dumps(plan), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write plan file {path}: {error}") from error
+    files.write(path, dumps(plan))
 
 
 def dumps(plan: PlannedUnitGraphs) -> str:
@@ -65,7 +64,7 @@ def _kind_fields(kind: PlannedKind) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path, kind: type[P]) -> P:
+def load(path: str | os.PathLike[str], kind: type[P]) -> P:
     """Read a plan of units as one of this class.
 
     Raises:

@@ -176,7 +176,11 @@ def uninstall(model: nn.Module) -> None:
 
 
 def unplan(model: nn.Module) -> None:
-    """Undo every `install` in a model: its own, and those of its submodules, as `plan_units` makes them."""
+    """Undo every `install` in a model: its own, and those of its submodules, as `plan_units` makes them.
+
+    Args:
+        model: the user's model.
+    """
     arguments.check_model(model)
     for module in model.modules():
         uninstall(module)

@@ -46,7 +46,7 @@ def _searched(graph: Graph, plain: Point, found: Sequence[Point], limits: Limits
     outputs = sum(graph.value[name].nbytes for name in dict.fromkeys(graph.forward_outputs))
     least = min(one.saved_bytes for one in found)
     kept = sorted({least + (plain.saved_bytes - least) * k // _NUM_SAVED for k in range(_NUM_SAVED + 1)})
-    tried = needs(graph)[2::2]  # with less than the second, hardly anything fits
+    tried = needs(graph)[1:]  # nothing fits without any
     for need in tried:
         budgets = [graph.resident_bytes + outputs + saved + need for saved in kept]
         outcomes = Solver(with_saved_limit(graph, need)).sweep(budgets, limits.share(1 / len(tried)), gap=gap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -104,6 +105,18 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def collections_paused() -> Iterator[None]:
+    """While entered, Python collects no garbage: it would look again and again through the objects of a graph, which stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _renew_lock() -> None:
     """The thread that holds the lock does not exist in a forked child, whose own thread may capture (another backward)."""
     global _lock
@@ -140,7 +153,13 @@ def _capture(
     tensors = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given]
     caches_casts = torch.is_autocast_cache_enabled()
     modules = ModuleStack(model)
-    with one_at_a_time(), Generators(device).preserved(), _gradients_kept(model), _capturing() as inside:
+    with (
+        one_at_a_time(),
+        collections_paused(),
+        Generators(device).preserved(),
+        _gradients_kept(model),
+        _capturing() as inside,
+    ):
         with _explained(model, modules, lambda error: inside(raises_too, model, call, tensors, error)):
             if replay is not None:
                 recording = Recording.of_replay(model, replay)
@@ -156,7 +175,8 @@ def _capture(
         finally:
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
-    joint = _normalized(model, traced, recording, call, device)
+    with collections_paused():
+        joint = _normalized(model, traced, recording, call, device)
     _check_weights(model, joint)
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name

@@ -25,6 +25,23 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
     """
     _refuse_uninitialized(model)
     refuse_wrappers(model)
+    check_trains(model, num_tensors)
+    on = {name: value for name, value in global_switches() if name in _MODES and value}
+    if on:
+        raise InputError(
+            f"{', '.join(on)} around the call: kernels are not run as they are, and a plan is made of kernels. Plan outside of "
+            "the TorchDispatchMode, TorchFunctionMode, torch.func transform or tracer"
+        )
+    if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
+        raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
+
+
+def check_trains(model: nn.Module, num_tensors: int) -> None:
+    """Raise InputError where a call has no tensors, or the model does not train.
+
+    Args:
+        num_tensors: tensors among the call's arguments.
+    """
     if not num_tensors:
         raise InputError(
             "pass one training batch, plan(model, budget, args=(x,), kwargs={'labels': y}): there are no example inputs. "
@@ -36,14 +53,6 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
         raise InputError(
             "call requires_grad_() on the parameters that train: no parameter requires grad, and there is no backward to plan"
         )
-    on = {name: value for name, value in global_switches() if name in _MODES and value}
-    if on:
-        raise InputError(
-            f"{', '.join(on)} around the call: kernels are not run as they are, and a plan is made of kernels. Plan outside of "
-            "the TorchDispatchMode, TorchFunctionMode, torch.func transform or tracer"
-        )
-    if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
-        raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
 
 
 def _refuse_uninitialized(model: nn.Module) -> None:

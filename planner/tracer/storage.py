@@ -45,7 +45,7 @@ class Storages:
             return
         made: list[tuple[str, int]] = []
         is_view = False
-        for i, tensor in enumerate(pytree.tree_leaves(val)):
+        for i, tensor in enumerate((val,) if isinstance(val, torch.Tensor) else pytree.tree_leaves(val)):
             if not isinstance(tensor, torch.Tensor):
                 continue
             key = storage_id(tensor)

@@ -173,7 +173,7 @@ def test_missing_plan_file(tmp_path):
 
 def test_apply_trains_as_the_plan_did_without_solving(saved, monkeypatch):
     path, module, model, args, kwargs = saved
-    monkeypatch.setattr("planner.profiled.solve", lambda *_, **__: pytest.fail("apply must not solve"))
+    monkeypatch.setattr("planner.profiled.Solver", lambda *_, **__: pytest.fail("apply must not solve"))
     again = apply(Plan.load(path), copy.deepcopy(model), args, kwargs)
     assert again.plan == module.plan and again.code == module.code
     assert verify(again, args, kwargs, rounds=1).exact

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from planner import BudgetError, CaptureError, InfeasibleBudgetError, InputError, Plan, apply, install, plan, verify
+from planner import (
+    BudgetError,
+    CaptureError,
+    InfeasibleBudgetError,
+    InputError,
+    Plan,
+    apply,
+    apply_units,
+    install,
+    plan,
+    plan_children,
+    plan_units,
+    verify,
+)
 from planner.profiler.optimizer import state_bytes
 from tests.support.untouched import assert_untouched, refused, snapshot
 
@@ -210,6 +223,28 @@ def test_compiled_already():
 
 def test_data_parallel():
     begins_with("use a process for each device", InputError, nn.DataParallel(net()), 1.0, (X,))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("function", [plan_units, plan_children])
+def test_units_of_a_model_that_does_not_train(function):
+    quick = {"costs": "estimate", "progress": False}
+    with pytest.raises(InputError, match=r"^call model\.train\(\) first"):
+        function(net().eval(), 1.0, X, **quick)
+    with torch.no_grad(), pytest.raises(InputError, match=r"^plan outside of torch\.no_grad\(\)"):
+        function(net(), 1.0, X, **quick)
+    with pytest.raises(InputError, match=r"^pass kwargs=batch"):
+        function(net(), 1.0, {"input": X}, **quick)
+
+
+def test_the_plan_of_units_by_the_name_of_its_file(tmp_path):
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 6)) for _ in range(2)], nn.Linear(6, 2))
+    planned = plan_units(model, "100%", X, costs="estimate", effort=0.5, progress=False)
+    planned.save(tmp_path / "units.json")
+    assert planned.verify(X).exact
+    assert apply_units(str(tmp_path / "units.json"), model, X, progress=False).plan.units == planned.plan.units
+    with pytest.raises(InputError, match=r"^give planned\.plan, or the name of its file"):
+        apply_units(planned, model, X)
 
 
 # Plans and optimizers

@@ -267,7 +267,7 @@ def test_plan_children_is_the_former_name():
     model, args = net(picks=True)
     with pytest.warns(DeprecationWarning, match="plan_children is now plan_units"):
         made = planner.plan_children(model, 0.9, args, **QUICK)
-    assert isinstance(made, planner.Children) and {"embed", "head"} <= set(made.planned) and made.model is model
+    assert isinstance(made, planner.PlannedUnits) and {"embed", "head"} <= set(made.planned) and made.model is model
     assert not any("forward" in vars(module) for module in model.modules())
     made.install()
     assert any("forward" in vars(module) for module in model.modules())

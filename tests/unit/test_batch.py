@@ -87,7 +87,7 @@ def test_a_device_that_is_not_here_with_its_optimizer():
 
 
 def test_one_sample_that_does_not_fit_is_an_error_with_its_floor():
-    with pytest.raises(InfeasibleBudgetError, match="one sample does not fit: budget") as caught:
+    with pytest.raises(InfeasibleBudgetError, match="one sample does not fit: Raise the budget to") as caught:
         max_batch(rows, tanh_blocks(), "20KiB", costs="estimate", progress=False)
     assert caught.value.floor_bytes > 20 * 2**10
 

@@ -135,7 +135,7 @@ def test_a_budget_below_every_level_says_how_low_it_gets():
 
 def test_bad_input():
     model, args = picky()
-    with pytest.raises(InputError, match="training mode"):
+    with pytest.raises(InputError, match=r"call model\.train\(\)"):
         planned(model.eval(), 0.5, args)
     with pytest.raises(CaptureError, match="no submodule of the model can be captured"):
         planned(nn.Sequential(nn.LSTM(8, 8)).train(), 0.5, (torch.randn(4, 2, 8),), loss=lambda out: [out[0]])

@@ -78,15 +78,16 @@ class HostStateGuard:
         self._groups = list(groups.values())
         self._functions: set[int] = set()
         self._has_new_functions = False
-        prints = self._prints()
+        named = names()
+        prints = self._prints(named)
         for group in self._groups:
             now = [path.fingerprint(model, prints) for path, _ in group.expected]
             rows = zip(group.expected, now, strict=True)
             group.expected = [(path, found if alike(print_, found, copied=True) else print_) for (path, print_), found in rows]
             if all(alike(print_, found) for (_, print_), found in zip(group.expected, now, strict=True)):
-                self._remember(group)
+                self._remember(group, named)
         self._code: list[tuple[Reader, Sequence[Any]]] = []
-        self._remember_code()
+        self._remember_code(named)
         self._steady = [group for group in self._groups if group.is_known]
         self._changing = [group for group in self._groups if not group.is_known]
         self._remember_steady()
@@ -99,13 +100,14 @@ class HostStateGuard:
         """
         if self._forward is not None and not through_forward and not self._forward.is_unchanged:
             path, expected = self._forward.expected[0]
-            now = path.fingerprint(self._model, self._prints())
+            named = self._names()
+            now = path.fingerprint(self._model, self._prints(named))
             if not alike(expected, now, copied=True):
                 return _mismatch(first_difference(expected, now, "forward"))
-            self._remember(self._forward)
+            self._remember(self._forward, named)
             self._forward.others += [
                 (lambda: [path.root(self._model)], [path.root(self._model)]),
-                *self._functions_at(path, set()),
+                *self._functions_at(path, set(), named),
             ]
         for name, value in self._key.environment:
             if os.environ.get(name) != value:
@@ -115,7 +117,7 @@ class HostStateGuard:
             found = self._compare_values(self._groups)
             if found is not None:
                 return found
-            self._remember_code()
+            self._remember_code(self._names())
         if not self._is_steady():
             changed = [group for group in self._steady if not group.is_unchanged]
             found = self._compare_values(changed)
@@ -126,7 +128,7 @@ class HostStateGuard:
             self._remember_steady()
         found = self._compare_values([group for group in self._changing if not group.is_unchanged])
         if found is None and self._has_new_functions:
-            self._remember_code()
+            self._remember_code(self._names())
         return found
 
     def _is_steady(self) -> bool:
@@ -143,10 +145,12 @@ class HostStateGuard:
         self._others = [other for group in self._steady for other in group.others]
 
     def _compare_values(self, groups: Sequence[_Group]) -> Mismatch | None:
-        prints = self._prints() if groups else None
+        if not groups:
+            return None
+        named = self._names()
+        prints = self._prints(named)
         for group in groups:
             for path, expected in group.expected:
-                assert prints is not None
                 now = path.fingerprint(self._model, prints)
                 if not alike(expected, now):
                     found = first_difference(expected, now, str(path))
@@ -155,17 +159,16 @@ class HostStateGuard:
                     if path.name in MODULE_HOOKS and path.scope is None:
                         return replace(_mismatch(found), where=f"hooks of {path.module} ({path.name})")
                     return _mismatch(found)
-            self._remember(group)
+            self._remember(group, named)
         return None
 
-    def _prints(self) -> Fingerprints:
-        return Fingerprints(self._names(), self._key.reads.wants, skipped_places(self._key.left, self._model))
+    def _prints(self, named: Mapping[int, str]) -> Fingerprints:
+        return Fingerprints(named, self._key.reads.wants, skipped_places(self._key.left, self._model))
 
-    def _remember(self, group: _Group) -> None:
+    def _remember(self, group: _Group, named: Mapping[int, str]) -> None:
         """Note what each container of these places holds now."""
         group.dicts, group.others, group.is_known = [], [], True
         skipped = {id(path.get(self._model)) for path in self._key.left}
-        named = self._names()
         modules = {path.module: None for path, _ in group.expected if path.scope is None}
         for name in modules:
             _note_module(group, self._model.get_submodule(name), [path.name for path, _ in group.expected])
@@ -193,20 +196,20 @@ class HostStateGuard:
             todo += inner
             yield value, bool(inner)
 
-    def _functions_at(self, path: Path, seen: set[int]) -> list[tuple[Reader, Sequence[Any]]]:
+    def _functions_at(self, path: Path, seen: set[int], named: Mapping[int, str]) -> list[tuple[Reader, Sequence[Any]]]:
         """Readers of each function at and below a place, and what they read now."""
-        values = self._values_at(path.root(self._model), seen, self._names())
+        values = self._values_at(path.root(self._model), seen, named)
         functions = [value for value, _ in values if isinstance(value, FunctionType)]
         self._functions.update(map(id, functions))  # which the readers keep alive
         readers: list[Reader] = [partial(_of_function, value) for value in functions]
         return [(read, list(read())) for read in readers]
 
-    def _remember_code(self) -> None:
+    def _remember_code(self, named: Mapping[int, str]) -> None:
         """Note functions and class attributes once for all places: many places share them."""
         self._code, self._functions, self._has_new_functions = [], set(), False
         seen, known = set[int](), set[tuple[type, str]]()
         for path, _ in (row for group in self._groups for row in group.expected):
-            self._code += self._functions_at(path, seen)
+            self._code += self._functions_at(path, seen, named)
             if path.scope is None:
                 module = self._model.get_submodule(path.module)
                 if (type(module), path.name) not in known and path.name not in vars(module):

@@ -193,9 +193,10 @@ class _Head(Fingerprints):
 
 def is_generator(value: Any) -> bool:
     """A source of random numbers."""
-    if isinstance(value, (random.Random, torch.Generator)):
+    kind = type(value)
+    if issubclass(kind, (random.Random, torch.Generator)):
         return True
-    return type(value).__module__.partition(".")[0] == "numpy" and type(value).__name__ in ("Generator", "RandomState")
+    return kind.__module__.partition(".")[0] == "numpy" and kind.__name__ in ("Generator", "RandomState")
 
 
 _VALUES = (str, bytes, int, float, complex)

@@ -152,7 +152,7 @@ class RecordKernels(TorchDispatchMode):
                 self._shared_unrecorded.append((base, content))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = _leaves(args, kwargs or {})
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
                 self._meet(leaf)
@@ -168,7 +168,7 @@ class RecordKernels(TorchDispatchMode):
                 result = _without_communication(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
-        for made in pytree.tree_leaves(result):
+        for made in (result,) if isinstance(result, torch.Tensor) else pytree.tree_leaves(result):
             if isinstance(made, torch.Tensor) and id(made) not in self.run.outside:
                 self._made[id(made)] = made
         if func in HOST_READS and not self.paused:
@@ -197,6 +197,12 @@ class RecordKernels(TorchDispatchMode):
                 if id(base) not in self._contents:
                     self._contents[id(base)] = (base, base.detach().clone())
                     self._flags += [(base, base.requires_grad)] if base.is_leaf else []
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    """The leaves of a kernel's arguments; of most kernels these are the arguments themselves."""
+    flat = [*args, *kwargs.values()]
+    return pytree.tree_leaves(flat) if any(isinstance(arg, (tuple, list, dict)) for arg in flat) else flat
 
 
 def graph_from_outside(name: str) -> InputError:

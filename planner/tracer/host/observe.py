@@ -27,7 +27,7 @@ from planner.tracer.host.preserve import Preserved, keep_model
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
-from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
+from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
 from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
 
 _RUNS = 4
@@ -261,7 +261,7 @@ class Observer:
         of_classes = self._class_attributes(both.names)
         names = lambda kind: both.attributes.get(kind, frozenset()) | of_classes.get(kind, set())
         for path in roots(self._model, names, both, self._opaque, self._touched()):
-            if path.scope is None and _is_weight(self._model.get_submodule(path.module), path.name):
+            if path.scope is None and _is_weight(submodule(self._model, path.module), path.name):
                 continue
             places = walk(path, path.root(self._model), both, self._names, seen)
             found.update((place, frozen(value)) for place, value in places)

@@ -57,7 +57,7 @@ class Path:
         """The value that the steps start from; ABSENT where there is none."""
         if self.scope is not None:
             return self.scope.variables.get(self.name, ABSENT)
-        return look_up(model.get_submodule(self.module), self.name)
+        return look_up(submodule(model, self.module), self.name)
 
     def fingerprint(self, model: nn.Module, prints: Fingerprints) -> Fingerprint:
         """The fingerprint of the value that the steps start from.
@@ -94,9 +94,19 @@ class Path:
         if self.scope is not None:
             self.scope.variables[self.name] = new
             return
-        module = model.get_submodule(self.module)
+        module = submodule(model, self.module)
         holder = next((vars(module)[kind] for kind in MODULE_STATE if self.name in vars(module)[kind]), vars(module))
         holder[self.name] = new
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """As `model.get_submodule`, but for its checks: guards and captures ask for tens of thousands."""
+    module: Any = model
+    for part in name.split(".") if name else ():
+        module = module._modules.get(part)
+        if module is None:
+            return model.get_submodule(name)  # which finds it elsewhere, or raises
+    return module  # type: ignore[no-any-return]
 
 
 def look_up(module: nn.Module, name: str) -> Any:

@@ -109,6 +109,7 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 _CONTAINERS = (OrderedDict, dict, set, frozenset, list, tuple, deque, bytearray)
+_EXACT = frozenset(_CONTAINERS)
 
 
 def own_class(value: Any) -> Any:
@@ -116,6 +117,9 @@ def own_class(value: Any) -> Any:
 
     What it holds is read by this class's methods: those of a derived class are the user's, and may do anything.
     """
+    kind = type(value)
+    if kind in _EXACT:  # most values: asked a hundred thousand times in a capture
+        return kind
     return next((base for base in _CONTAINERS if isinstance(value, base)), None)
 
 

@@ -13,7 +13,7 @@ from tests.support.models import MODEL_FILE
 from tests.support.paths import ROOT
 
 SCHEMA = json.loads((ROOT / "docs" / "json-schema.json").read_text(encoding="utf-8"))
-KINDS = ("plan", "explanation", "sweep", "max-batch", "estimate", "diagnosis")
+KINDS = ("plan", "explanation", "sweep", "max-batch", "estimate", "diagnosis", "cache")
 FAST = ["--costs", "estimate", "--effort", "0.2"]
 
 
@@ -50,6 +50,7 @@ def printed(capsys, folder, arguments, code=0):
         (["estimate", "{model}:build", "--memory", "1.5MiB", *FAST], "estimate"),
         (["estimate", "{model}:build", "--device", "H100", *FAST], "estimate"),
         (["doctor", "{model}:build"], "diagnosis"),
+        (["cache", "--info"], "cache"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
 )

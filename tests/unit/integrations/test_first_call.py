@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from planner import BudgetError, CheckpointedModule, InfeasibleBudgetError, plan_at_first_call
+from planner import BudgetError, InfeasibleBudgetError, plan_at_first_call
 from planner.integrations.first_call import FirstCall
 from planner.runtime.install import PlannedForward
 
@@ -134,16 +136,38 @@ def network_of(model):
     return made
 
 
-def test_what_a_distributed_model_wraps_is_planned(tmp_path):
+@pytest.fixture
+def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, x = network(), torch.randn(64, 16)
-        twin = copy.deepcopy(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        plan_at_first_call(wrapped, 1.0, log=list, **QUICK)
-        for _ in range(2):
-            assert_equal(gradients(wrapped, x), gradients(twin, x))
-        assert planned_calls(model) == 2
-        assert isinstance(vars(model)["forward"].planned[0], CheckpointedModule)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_what_a_distributed_model_wraps_is_planned(one_process):
+    model, x = network(), torch.randn(64, 16)
+    twin = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    plan_at_first_call(wrapped, 1.0, log=list, **QUICK)
+    for _ in range(2):
+        assert_equal(gradients(wrapped, x), gradients(twin, x))
+    assert planned_calls(model) == 2
+
+
+def test_a_sharded_model_trains_as_before_and_says_why(one_process):
+    model, x = network(), torch.randn(64, 16)
+    twin = copy.deepcopy(model)
+    for module in (model, twin):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    plan_at_first_call(model, 1.0, **QUICK)
+    with pytest.warns(UserWarning, match="trains unplanned.*InputError.*before they are sharded"):
+        out = model(x)
+    assert torch.equal(out, twin(x))
+    out.sum().backward()
+    assert "forward" not in vars(model)
+
+
+def test_data_parallel_trains_as_before_and_says_why():
+    model, x = nn.DataParallel(network()), torch.randn(64, 16)
+    plan_at_first_call(model, 1.0, **QUICK)
+    with pytest.warns(UserWarning, match="DataParallel trains unplanned.*InputError.*a process for each device"):
+        assert torch.equal(model(x), model.module(x))

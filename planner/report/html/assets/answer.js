@@ -2,8 +2,7 @@
 
 function drawAnswer() {
   const plan = data.plans[chosen],
-    plain = data.plain,
-    spare = plan.budget_bytes - plan.peak_bytes;
+    plain = data.plain;
   const measured = data.measured.find((row) => row.budget_bytes === plan.budget_bytes);
   const peak = measured ? measured.peak_bytes : plan.peak_bytes,
     fits = peak <= plan.budget_bytes;
@@ -13,7 +12,10 @@ function drawAnswer() {
     ` ${bytesText(peak)} ${how} of a budget of ${bytesText(plan.budget_bytes)}. Without a plan the step peaks at ${bytesText(plain.peak_bytes)}: ` +
       (plain.peak_bytes <= plan.budget_bytes
         ? "that fits, too."
-        : `${bytesText(plain.peak_bytes - plan.budget_bytes)} too much.`),
+        : `${bytesText(plain.peak_bytes - plan.budget_bytes)} too much.`) +
+      (!fits && data.provenance?.costs === "estimated"
+        ? " Estimated costs leave out what kernels need for themselves: measure them."
+        : ""),
   );
   const tiles = [
     ["budget", bytesText(plan.budget_bytes)],
@@ -21,7 +23,7 @@ function drawAnswer() {
     ["of the plain peak", percent(plan.peak_bytes / Math.max(1, plain.peak_bytes))],
     ["step time", more(plan.overhead)],
     ["from optimal, at most", percent(plan.gap, 2)],
-    ["left to the allocator", bytesText(Math.min(spare, plan.margin_bytes))],
+    ["left to the allocator", bytesText(plan.margin_bytes)],
     ["ops run again", `${plan.num_recomputes} of ${data.num_ops}`],
   ];
   $("tiles").replaceChildren(

@@ -22,7 +22,7 @@ function drawFloor() {
   const layout = {
     ...LAYOUT,
     barmode: "stack",
-    margin: { l: 20, r: 20, t: 10, b: 40 },
+    margin: { l: 20, r: 20, t: 32, b: 40 },
     legend: { orientation: "h", y: -0.3, traceorder: "normal" },
     xaxis: { ticksuffix: ` ${unit}`, gridcolor: GRID },
     yaxis: { showticklabels: false },

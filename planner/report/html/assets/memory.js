@@ -30,7 +30,7 @@ function memoryTraces(unit, size, tick) {
     const values = sumOver(plan, (k) => plan.held.layer[k] === number);
     if (!values.some((bytes) => bytes > 0)) return;
     traces.push({
-      name: broken(layer.label, 34),
+      name: broken(layer.label, 46),
       x: x(plan),
       y: y(values),
       stackgroup: "live",
