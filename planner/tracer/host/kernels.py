@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class RecordKernels(TorchDispatchMode):
         """`unrecorded`: context entered while an operator that is not torch's runs; its Python code is not recorded."""
         super().__init__()
         self._where, self._unrecorded = where, unrecorded
-        self._made: dict[int, torch.Tensor] = {}
+        self._made: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()  # which keeps no activation alive
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, torch.Tensor] = {}
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -74,7 +75,7 @@ class RecordKernels(TorchDispatchMode):
 
     def new_run(self) -> Run:
         """Begin another run."""
-        self.run, self._made = Run(), {}
+        self.run, self._made = Run(), WeakValueDictionary()
         self._at_start = {key: _memory(tensor) for key, (tensor, _) in self._data.items()}
         return self.run
 

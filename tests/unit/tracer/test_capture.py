@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from planner import CaptureError
+from planner.profiler.memory import logical_peak
+from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.capture import capture
+from planner.tracer.module_stack import ModuleStack
+from planner.tracer.recording import record
 
 
 @pytest.fixture
@@ -29,3 +33,14 @@ def test_garbage_is_collected_afterwards_as_before(collecting, kind, enabled):
     except CaptureError:
         assert kind is Fails
     assert gc.isenabled() == enabled
+
+
+def test_the_recording_forward_needs_no_more_memory_than_inference():
+    layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.1))]
+    model, x = nn.Sequential(*layers), torch.randn(4096, 16)
+    leaves, spec = flatten_example((x,), {})
+    call = CallSpec(spec, (None,) * len(leaves), (0,), None)
+    with torch.no_grad():
+        inference = logical_peak(lambda: model(x), x.device)
+    recorded = logical_peak(lambda: record(model, call, [x], (), x.device, ModuleStack(model)).restore(), x.device)
+    assert recorded <= inference + 2 * x.nbytes, "it keeps activations alive"
