@@ -15,7 +15,7 @@ from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError
-from planner.graph.graph import Graph
+from planner.graph.graph import Graph, Kind
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
@@ -77,7 +77,10 @@ class ProfiledStep(CapturedStep):
     @property
     def plan_anew(self) -> Callable[..., CheckpointedModule]:
         """What plans calls of other sizes, as this one was planned."""
-        return PlanAnew(replace(self.options, also=(), sizes=(), check=False))
+        # bytes set aside are passed on as their number: an optimizer is no part of a planned module's pickle
+        aside = sum(value.nbytes for value in self.graph.values if value.kind is Kind.RESERVED)
+        options = replace(self.options, reserve=aside, optimizer=None, master_weights=False)
+        return PlanAnew(replace(options, also=(), sizes=(), check=False))
 
     def sweep(
         self,

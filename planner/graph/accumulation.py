@@ -25,11 +25,12 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
         graph: of a step that returns all its gradients.
         gradients: per gradient of a parameter, the value that holds it.
         held_bytes: bytes of the gradients of earlier micro-steps.
-        num_stages: maximum number of backward stages, each with about the same number of gradients.
+        num_stages: maximum number of backward stages, each with about the same number of ops that write gradients. As many as
+            the graph then has give the same graph again.
     """
-    order = sorted(graph.producer[name] for name in gradients if name in graph.producer)
+    order = sorted({graph.producer[name] for name in gradients if name in graph.producer})
     count = max(1, min(num_stages, len(order)))
-    ends = sorted({order[(k + 1) * len(order) // count - 1] for k in range(count)}) if order else []
+    ends = [order[(k + 1) * len(order) // count - 1] for k in range(count)] if order else []
     ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
     if ends:
         ends[-1] = len(graph.ops) - 1  # what comes after the last gradient belongs to its stage

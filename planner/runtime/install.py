@@ -17,6 +17,7 @@ from planner.runtime.autocast_regions import note_unplanned
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
 from planner.runtime.executable import Executable
+from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import runs_as_planned
 from planner.runtime.reporting import report_mismatch
@@ -73,13 +74,15 @@ class PlannedForward:
         """Run the first plan that was made for this call, else the model's own forward."""
         if IS_CAPTURING.get():
             return self.unplanned(*args, **kwargs)
-        mismatches = []
         with self._outermost():
-            for module in self.planned:
-                planned, mismatch = module.attempt(args, kwargs, unplanned=self.unplanned)
-                if mismatch is None:
-                    return planned
-                mismatches.append(mismatch)
+            # what one of several plans was made for is not captured as another size of the first
+            for captures in (True,) if len(self.planned) == 1 else (False, True):
+                mismatches: list[Mismatch] = []
+                for module in self.planned:
+                    planned, mismatch = module.attempt(args, kwargs, unplanned=self.unplanned, captures=captures)
+                    if mismatch is None:
+                        return planned
+                    mismatches.append(mismatch)
         texts = [module.larger_text(args, kwargs) for module in self.planned]
         larger = texts[0] if all(texts) else ""
         report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches), larger=larger)

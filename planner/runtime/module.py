@@ -32,14 +32,14 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
 from planner.runtime.other_sizes import OtherSizes, larger_text, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
-from planner.runtime.planned_call import PlannedCall, forward_container, runs_as_planned, unplanned_forward
+from planner.runtime.planned_call import ClassOfModel, PlannedCall, resemble, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
-from planner.runtime.reporting import report_mismatch
+from planner.runtime.reporting import EVALUATION, report_mismatch, trains
 from planner.runtime.step import RewrittenStep
 from planner.units import format_bytes
 
 
-class CheckpointedModule(fx.GraphModule):
+class CheckpointedModule(ClassOfModel, fx.GraphModule):
     """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
 
     In training, on calls it was planned for, it runs the planned step. Otherwise (eval, no_grad, other shapes, ...) it runs
@@ -83,7 +83,7 @@ class CheckpointedModule(fx.GraphModule):
         self.__dict__.update(
             _refused=None, _num_runs=0, _num_audits=0, _num_skipped_audits=0, _compares_ranks=communicates(step.joint)
         )
-        forward_container(type(self), model)
+        resemble(type(self), model)
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
     forward = PlannedCall()
@@ -105,12 +105,15 @@ class CheckpointedModule(fx.GraphModule):
 
         Args:
             unplanned: the forward that the plan was installed over, where the call came through `model.forward`.
-            captures: a call of another size may be captured and planned (`dynamic=True`).
+            captures: a call of another size may be captured and planned (`dynamic=True`). Else a call that does not run planned
+                is not counted, either.
         """
         out, mismatch = self._attempt(args, kwargs, unplanned, captures)
-        self.__dict__["num_unplanned_calls" if mismatch else "num_planned_calls"] += 1
-        if mismatch is not None:
-            self._reasons[mismatch.where] += 1
+        if mismatch is None:
+            self.__dict__["num_planned_calls"] += 1
+        elif captures:  # else it is tried with another module
+            self.__dict__["num_unplanned_calls"] += 1
+            self._reasons[(mismatch.kind, mismatch.where) if trains(self._original) else EVALUATION] += 1
         return out, mismatch
 
     def _attempt(
@@ -182,17 +185,23 @@ class CheckpointedModule(fx.GraphModule):
             raise CaptureError(f"a call of sizes= cannot be planned: {found.explained}")
 
     def stats(self) -> CallStats:
-        """How many calls ran planned, and why the others did not; calls while evaluating count as unplanned."""
+        """How many calls ran planned, and why the others did not."""
         modules = [self, *self.alternatives, *self._other_sizes.all()]
         return CallStats(
             planned=self.num_planned_calls,
-            unplanned=self.num_unplanned_calls,
-            reasons=tuple(self._reasons.most_common()),
+            unplanned=self.num_unplanned_calls - self._reasons[EVALUATION],
+            evaluations=self._reasons[EVALUATION],
+            reasons=tuple((*reason, count) for reason, count in self._reasons.most_common() if reason != EVALUATION),
             sizes=tuple((shapes_text(module.step.key.inputs), module._num_runs) for module in modules),
             audits=sum(module._num_audits for module in modules),
             skipped_audits=sum(module._num_skipped_audits for module in modules),
-            planning_s=self._other_sizes.seconds,
+            pauses=self.pauses,
         )
+
+    @property
+    def pauses(self) -> tuple[tuple[str, float], ...]:
+        """What was captured or planned for calls of other sizes, and the seconds of wall clock that it took."""
+        return tuple(self._other_sizes.pauses)
 
     def _audit(self, original: Callable[..., Any], args: Any, kwargs: Any, call: MatchedCall) -> Mismatch | None:
         """Compare the planned forward with the model's own; where they differ, all later calls run unplanned.
@@ -325,6 +334,9 @@ class CheckpointedModule(fx.GraphModule):
         """Former name of `mismatch`; deprecated."""
         warn("CheckpointedModule.difference is now called mismatch", DeprecationWarning)
         return self.mismatch(args, kwargs)
+
+    def _get_name(self) -> str:
+        return type(self).__name__  # as it is printed
 
     def __getattr__(self, name: str) -> Any:
         try:

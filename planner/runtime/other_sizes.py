@@ -31,7 +31,7 @@ from planner.tracer.real_layouts import capture
 from planner.units import format_bytes
 
 MOST_SIZES = 64
-"""Maximum number of sizes that are remembered; then the oldest is dropped."""
+"""Maximum number of sizes that are remembered; then the one that did not come for longest is dropped."""
 MOST_VARIANTS = 4
 """Maximum number of planned modules per size: a value that Python reads may be another one at every call."""
 
@@ -65,7 +65,7 @@ class OtherSizes(Generic[Planned]):
         known: the planned modules per size; one more for every combination of values that Python reads.
         refused: per size, why a call was not planned.
         planned_anew: those that have a schedule of their own.
-        seconds: what captures and plans took.
+        pauses: (what was captured or planned, seconds of wall clock), in order.
     """
 
     def __init__(self, make: Callable[[RewrittenStep, Plan], Planned]) -> None:
@@ -73,7 +73,7 @@ class OtherSizes(Generic[Planned]):
         self.known: dict[Size, list[Planned]] = {}
         self.refused: dict[Size, Mismatch] = {}
         self.planned_anew: list[Planned] = []
-        self.seconds = 0.0
+        self.pauses: list[tuple[str, float]] = []
 
     def all(self) -> Iterator[Planned]:
         """Every planned module."""
@@ -82,7 +82,11 @@ class OtherSizes(Generic[Planned]):
 
     def of_size(self, base: Planned, args: Any, kwargs: Any) -> list[Planned]:
         """The planned modules for calls of this size."""
-        return self.known.get(call_sizes(base.step, args, kwargs), []) if self.known else []
+        size = call_sizes(base.step, args, kwargs) if self.known else ()
+        if size not in self.known:
+            return []
+        self.known[size] = modules = self.known.pop(size)  # the last to be dropped
+        return modules
 
     def find(self, base: Planned, args: Any, kwargs: Mapping[str, Any]) -> Planned | Mismatch:
         """A planned module for this call, for which there is none yet; or why there can be none."""
@@ -111,14 +115,17 @@ class OtherSizes(Generic[Planned]):
         assert recapture is not None
         if recapture.plan is None:
             _check_covered(base.step, args, kwargs)
-        begun, shapes = time.monotonic(), shapes_text(call_sizes(base.step, args, kwargs))
+        size = call_sizes(base.step, args, kwargs)
+        begun, shapes = time.monotonic(), shapes_text(size)
+        if size == base.step.key.inputs or size in self.known:
+            shapes = f"{shapes} with another value that Python reads"
         with stage(f"capturing {shapes}", recapture.progress):
             joint = capture(model, args, kwargs, loss=recapture.loss, opaque=recapture.opaque)
             made, what = self._planned(base, joint, args, kwargs)
         seconds = time.monotonic() - begun
-        self.seconds += seconds
         count = sum(map(len, self.known.values())) + 2
-        text = f"{type(model).__name__}: {what} {shapes}, the {_ordinal(count)} size, in {seconds:.1f} s"
+        self.pauses.append((f"{what} {shapes}, the {_ordinal(count)} size", seconds))
+        text = f"{type(model).__name__}: {self.pauses[-1][0]}, in {seconds:.1f} s"
         RUNTIME.info(text)
         say(f"planner: {text}", recapture.progress)
         return made
@@ -146,8 +153,9 @@ def call_sizes(step: RewrittenStep, args: Any, kwargs: Any) -> Size:
 
 
 def shapes_text(size: Size) -> str:
-    """The different shapes of a call's tensors: '(8, 50)'."""
-    return ", ".join(dict.fromkeys(str(tuple(shape)) for shape, *_ in size))
+    """The different shapes of a call's tensors: '(8, 50)'; those of scalars are left out beside others."""
+    shapes = dict.fromkeys(tuple(shape) for shape, *_ in size)
+    return ", ".join(str(shape) for shape in shapes if shape or len(shapes) == 1)
 
 
 def larger_text(step: RewrittenStep, args: Any, kwargs: Any) -> str:

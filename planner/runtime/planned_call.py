@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial, partialmethod
 from typing import Any
 
@@ -22,32 +23,71 @@ def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
 
 
 class PlannedCall:
-    """The attribute `forward` of a planned module: a function with the signature of the model's own forward.
+    """The attribute `forward` of a planned module, and of its class: a function with the signature of the model's own forward.
 
-    Trainers drop the columns of a batch that the signature does not name.
+    Trainers drop the columns of a batch that the signature does not name, and look for labels in that of the class.
+
+    Args:
+        model: the module's; None for the class of all planned modules, whose models have no signature in common.
     """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._kind = None if model is None else type(model)
 
     def __get__(self, module: Any, owner: Any) -> Any:
         if module is None:
-            return owner.run
-        bound = partial(module.run)
-        bound.__signature__ = inspect.signature(unplanned_forward(module.original))  # type: ignore[attr-defined]
-        return bound
+            return owner.run if self._kind is None else _signed(owner.run, self._kind.forward)
+        return _signed(module.run, unplanned_forward(module.original))
+
+
+def _signed(call: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    made = partial(call)
+    with suppress(TypeError, ValueError):  # what is written in C may have no signature
+        made.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return made
 
 
 _CONTAINER = ("__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__reversed__")
+_OWN = ("forward", "state_dict", "load_state_dict", "__call__", "__getattr__", "__setattr__", "__delattr__")
+"""What planned modules define themselves."""
 
 
-def forward_container(kind: type, model: nn.Module) -> None:
-    """Let a planned module's own class be a container where the model is one (nn.Sequential): Python looks these up in classes.
+def resemble(kind: type, model: nn.Module) -> None:
+    """Let a planned module's own class have what Python and trainers look up in the class of its model.
+
+    That are its forward's signature, the methods of containers (nn.Sequential), and the methods of nn.Module that it overrides
+    (`train` that keeps batch norm in evaluation). Other attributes are found by `__getattr__`, asked where the class has none.
 
     Args:
-        kind: the class of this one planned module.
+        kind: the class of this one planned module, which torch.fx makes.
     """
-    for name in _CONTAINER:
-        if hasattr(type(model), name):
+    kind.forward = PlannedCall(model)  # type: ignore[attr-defined]
+    overridden = [name for name in vars(nn.Module) if name not in _OWN and not name.startswith("_") and _overrides(model, name)]
+    for name in (*_CONTAINER, *overridden):
+        if callable(getattr(type(model), name, None)):
             setattr(kind, name, partialmethod(_of_original, name))
 
 
-def _of_original(module: Any, name: str, *args: Any) -> Any:
-    return getattr(module.original, name)(*args)
+class ClassOfModel:
+    """`isinstance` takes a planned module for an instance of its model's class, too: trainers save a PreTrainedModel otherwise.
+
+    A class of its own: where a class body defines `__class__`, its methods cannot call `super()`.
+    """
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        return type(self.original) if "_step" in vars(self) else type(self)  # type: ignore[attr-defined]
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        vars(object)["__class__"].__set__(self, kind)
+
+
+def _overrides(model: nn.Module, name: str) -> bool:
+    return inspect.getattr_static(type(model), name) is not inspect.getattr_static(nn.Module, name)
+
+
+def _of_original(module: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of the model; where it returns the model, the planned module."""
+    out = getattr(module.original, name)(*args, **kwargs)
+    return module if out is module.original else out

@@ -13,6 +13,15 @@ class MismatchWarning(UserWarning):
     """A call was not the one planned for; the original forward ran instead."""
 
 
+EVALUATION = ("evaluation", "")
+"""The reason of calls that do not train."""
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether a call of the model now is one of training: neither in eval mode nor under no_grad."""
+    return model.training and torch.is_grad_enabled()
+
+
 def report_mismatch(
     model: nn.Module, mismatch: Mismatch, warned: set[str], strict: bool, num_plans: int = 1, larger: str = ""
 ) -> None:
@@ -28,7 +37,7 @@ def report_mismatch(
     Raises:
         MismatchError, PlanAuditError: `strict`, and the call trains.
     """
-    if not (model.training and torch.is_grad_enabled()):
+    if not trains(model):
         return
     name, text = type(model).__name__, f"{mismatch.explained}{_cure(mismatch)}"
     if num_plans > 1:

@@ -179,6 +179,18 @@ def test_other_sizes_do_not_say_it_again():
     assert planned.num_planned_calls == 4
 
 
+def test_a_plan_is_recognized_where_one_kernel_writes_several_gradients():
+    """Weight and bias of a convolution, which end a stage together: 14 gradients of 8 kernels in at most 10 stages."""
+    torch.manual_seed(0)
+    layers = [layer for width in (3, 4, 4) for layer in (nn.Conv2d(width, 4, 3), nn.BatchNorm2d(4))]
+    model, x = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 2)), torch.randn(8, 3, 8, 8)
+    options = {**QUICK, "accumulate": True}
+    made = plan(model, 1.0, (x,), num_stages=10, dynamic=True, **options)
+    assert apply(made.plan, model, (x,), num_stages=10, progress=False, check=False).mismatch((x,), {}) is None
+    made(x[:3])
+    assert made.num_planned_calls == 1 and not made._other_sizes.planned_anew
+
+
 def test_audited_calls_in_flight_keep_the_budget():
     """The second call is audited, while the first holds what it saved."""
     model, x = deep()

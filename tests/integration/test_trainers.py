@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from planner import plan_at_first_call
+from planner import plan, plan_at_first_call
 from planner.integrations import lightning, transformers
 from planner.runtime.install import PlannedForward
 from tests.support.paths import ROOT
@@ -323,3 +323,34 @@ def test_a_missing_package_is_named_with_its_extra():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     for name in ("transformers", "lightning"):
         assert f"pip install 'checkpoint-planner[{name}]'" in done.stdout, done.stderr
+
+
+def test_a_planned_module_is_trained_and_saved_as_its_model_is(tmp_path):
+    models = {"plain": gpt2(), "planned": gpt2()}
+    for model in models.values():
+        model.config.use_cache = False  # as the Trainer sets it
+    batch = {**padded(texts()[:1] * 4), "num_items_in_batch": torch.tensor(60)}
+    models["planned"] = planned = plan(models["planned"].train(), 1.0, kwargs=batch, dynamic=True, **QUICK)
+    histories = []
+    for way, model in models.items():
+        given = TrainingArguments(
+            str(tmp_path / way),
+            max_steps=1,
+            per_device_train_batch_size=4,
+            eval_strategy="steps",
+            eval_steps=1,
+            logging_steps=1,
+            save_steps=1,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        data = texts()[:1] * 4
+        trainer = Trainer(model, given, data_collator=padded, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        histories.append(losses(trainer))
+    assert histories[0] == histories[1] and len(histories[0]) == 2
+    assert planned.stats().planned == 1 and planned.stats().unplanned == 0
+    saved = [sorted(path.name for path in (tmp_path / way / "checkpoint-1").iterdir()) for way in models]
+    assert saved[0] == saved[1] and "config.json" in saved[0]

@@ -13,6 +13,7 @@ from torch import nn
 
 from examples import gpt2
 from planner import CaptureError, MismatchError, MismatchWarning, apply, install, plan
+from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from tests.support import models
 from tests.support.training import assert_same, trajectory
@@ -210,12 +211,54 @@ def test_calls_are_counted():
     with pytest.warns(MismatchWarning, match="new hook"):
         module(x)
     stats = module.stats()
-    assert (stats.planned, stats.unplanned, stats.audits, stats.skipped_audits) == (4, 2, 1, 0)
+    assert (stats.planned, stats.unplanned, stats.evaluations, stats.audits, stats.skipped_audits) == (4, 1, 1, 1, 0)
     assert stats.sizes == (("(4, 8)", 3), ("(2, 8)", 1))
-    assert dict(stats.reasons) == {"grad mode": 1, "a submodule's hooks": 1}
+    assert stats.reasons == (("module", "a submodule's hooks", 1),)
     assert stats.planning_s > 0
     text = str(stats)
-    assert "4 planned, 2 unplanned" in text and "(2, 8)" in text and "a submodule's hooks" in text
+    assert "4 planned, 1 unplanned, 1 in evaluation" in text and "(2, 8)" in text and "a submodule's hooks" in text
+
+
+def captures(module):
+    return len(module._other_sizes.pauses)
+
+
+def test_the_size_that_did_not_come_for_longest_is_forgotten(monkeypatch):
+    monkeypatch.setattr("planner.runtime.other_sizes.MOST_SIZES", 2)
+    x = torch.randn(8, 8)
+    module = plan(nn.Sequential(nn.Linear(8, 8)), 1.0, (x,), costs="estimate", progress=False, dynamic=True)
+    for batch in (2, 3, 2, 4):
+        module(x[:batch])
+    assert captures(module) == 3
+    module(x[:2])
+    assert captures(module) == 3
+    module(x[:3])
+    assert captures(module) == 4
+
+
+def test_what_one_of_several_installed_plans_is_for_is_no_new_size_of_another():
+    x = torch.randn(8, 8)
+    model = nn.Sequential(nn.Linear(8, 8))
+    first, second = (plan(model, 1.0, (y,), costs="estimate", progress=False, dynamic=True) for y in (x, x[:2]))
+    install(model, first, second)
+    model(x[:2])
+    assert (captures(first), captures(second), second.num_planned_calls) == (0, 0, 1)
+    model(x[:3])
+    assert (captures(first), captures(second), first.num_planned_calls) == (1, 0, 1)
+    assert first.stats().unplanned == second.stats().unplanned == 0
+
+
+def test_a_plan_made_anew_sets_the_same_bytes_aside_without_the_optimizer():
+    x = torch.randn(4, 8)
+    model = Alternates()
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = {"costs": "estimate", "progress": False, "dynamic": True, "optimizer": optimizer, "reserve": 1000}
+    module = plan(model, "1MiB", (x,), **options)
+    assert b"AdamW" not in pickle.dumps(module)
+    module(x[:2])
+    (anew,) = module._other_sizes.planned_anew
+    aside, aside_anew = ([v.nbytes for v in one.plan.graph.values if v.kind is Kind.RESERVED] for one in (module, anew))
+    assert len(aside) == 2 and sum(aside) == sum(aside_anew) > 1000
 
 
 def test_a_planned_module_has_the_signature_of_the_model():

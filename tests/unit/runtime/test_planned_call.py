@@ -1,0 +1,78 @@
+"""What Python and trainers look up in the class of a planned module is what its model's class has."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from planner import CheckpointedModule, plan
+
+QUICK = {"costs": "estimate", "progress": False, "check": False}
+X = torch.randn(4, 8)
+
+
+class Net(nn.Module):
+    """A model as libraries write them: a labels argument, a train() of its own, attributes that trainers ask for."""
+
+    main_input_name = "pixels"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.config = nn.Linear(8, 8), nn.BatchNorm1d(8), {"width": 8}
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor | None = None, *, scale: float = 1.0) -> torch.Tensor:
+        return (self.norm(self.first(pixels)) * scale).square().mean()
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def can_generate(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def planned() -> CheckpointedModule:
+    return plan(Net().train(), 1.0, (X,), **QUICK)
+
+
+@pytest.mark.parametrize("copied", [lambda one: one, copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_it_passes_for_an_instance_of_the_models_class(planned, copied):
+    made = copied(planned)
+    assert isinstance(made, Net) and isinstance(made, CheckpointedModule) and type(made) is not Net
+    assert made.__class__ is Net and repr(made).startswith("CheckpointedNet(") and Net.__name__ == "Net"
+    for found, expected in ((made.forward, made.original.forward), (type(made).forward, Net.forward)):
+        assert inspect.signature(found) == inspect.signature(expected)
+    assert inspect.signature(made) == inspect.signature(made.original)
+    assert made.main_input_name == "pixels" and made.config == {"width": 8} and not made.can_generate()
+    assert not hasattr(made, "generate")
+
+
+def test_two_planned_modules_have_signatures_of_their_own(planned):
+    other = plan(nn.Sequential(nn.Linear(8, 8)), 1.0, (X,), **QUICK)
+    assert [*inspect.signature(other.forward).parameters] == ["input"]
+    assert [*inspect.signature(planned.forward).parameters] == ["pixels", "labels", "scale"]
+
+
+def test_methods_of_a_module_that_the_model_overrides_are_the_models(planned):
+    assert planned.train() is planned and planned.training and planned.original.training and not planned.norm.training
+    assert planned.eval() is planned and not planned.original.training
+
+
+def test_methods_that_the_model_does_not_override_return_the_planned_module(planned):
+    assert planned.to(torch.float32) is planned and planned.requires_grad_() is planned
+
+
+def test_a_planned_call_is_still_one(planned):
+    assert torch.equal(planned(X), planned.original(X)) and planned.num_planned_calls == 1
+
+
+def test_its_own_class_can_be_set(planned):
+    planned.__class__ = type("Sharded", (type(planned),), {})
+    assert type(planned).__name__ == "Sharded" and isinstance(planned, CheckpointedModule)
