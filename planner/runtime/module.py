@@ -32,14 +32,14 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
 from planner.runtime.other_sizes import OtherSizes, larger_text, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
-from planner.runtime.planned_call import ClassOfModel, PlannedCall, resemble, runs_as_planned, unplanned_forward
+from planner.runtime.planned_call import ClassOfModel, HooksOfModel, PlannedCall, resemble, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import EVALUATION, report_mismatch, trains
 from planner.runtime.step import RewrittenStep
 from planner.units import format_bytes
 
 
-class CheckpointedModule(ClassOfModel, fx.GraphModule):
+class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
     """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
 
     In training, on calls it was planned for, it runs the planned step. Otherwise (eval, no_grad, other shapes, ...) it runs

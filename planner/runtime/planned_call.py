@@ -68,6 +68,19 @@ def resemble(kind: type, model: nn.Module) -> None:
             setattr(kind, name, partialmethod(_of_original, name))
 
 
+class HooksOfModel:
+    """Hooks are the model's, and whether its backward hooks are full ones: torch keeps that beside the dictionary of hooks."""
+
+    @property
+    def _is_full_backward_hook(self) -> bool | None:
+        return self.original._is_full_backward_hook  # type: ignore[attr-defined, no-any-return]
+
+    @_is_full_backward_hook.setter
+    def _is_full_backward_hook(self, now: bool | None) -> None:
+        if "_step" in vars(self):  # nn.Module.__init__ sets it, too
+            self.original._is_full_backward_hook = now  # type: ignore[attr-defined]
+
+
 class ClassOfModel:
     """`isinstance` takes a planned module for an instance of its model's class, too: trainers save a PreTrainedModel otherwise.
 

@@ -56,7 +56,7 @@ def report_mismatch(
 
 def _cure(mismatch: Mismatch) -> str:
     """What to do about a mismatch of this kind, as a further sentence; "" where it depends."""
-    if mismatch.kind in ("input", "argument"):
+    if mismatch.kind in ("input", "argument") and not mismatch.text:
         return ". To plan both: plan(..., also=[(args, kwargs)])"
     if mismatch.kind == "host" and mismatch.is_absent:
         return ". The first call fills it: run the model once before planning"

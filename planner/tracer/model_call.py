@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
+from planner.tracer.libraries import is_users_hook
 
 
 def run_call(
@@ -33,10 +35,23 @@ def run_call(
     for position, tensor in zip(call.tensors, tensors, strict=False):
         leaves[position] = tensor
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
-    with _arguments_unchanged(leaves, call.in_spec, (args, kwargs)):
+    with own_hooks_left_out(model), _arguments_unchanged(leaves, call.in_spec, (args, kwargs)):
         if weights is None:
             return model(*args, **kwargs)
         return torch.func.functional_call(model, weights, args, kwargs, tie_weights=True)
+
+
+@contextmanager
+def own_hooks_left_out(model: nn.Module) -> Iterator[None]:
+    """While entered, the user's hooks of the model itself do not run: they run around the planned call, as around any other."""
+    held = object.__getattribute__(model, "__dict__")  # a recorder of reads follows `vars`
+    before = {kind: held[kind] for kind in MODULE_HOOKS}
+    for kind, hooks in before.items():
+        held[kind] = type(hooks)((number, hook) for number, hook in hooks.items() if not is_users_hook(hook))
+    try:
+        yield
+    finally:
+        held.update(before)
 
 
 @contextmanager

@@ -1,7 +1,13 @@
 """Hooks and functions that are made again: the same for the forward, unless what they hold is different."""
 
-import pytest
+import copy
+from typing import ClassVar
 
+import pytest
+import torch
+from torch import nn
+
+from planner import install, plan
 from tests.support.members import GUARDED, check, ids, member
 from tests.support.source import Step
 
@@ -134,3 +140,88 @@ DIFFERENT = [
 def test_what_holds_something_else_is_seen(of):
     found = check(of)
     assert found.verdict == "mismatch" or found.opaque, found  # an opaque module runs with the hooks that it has
+
+
+OF_TENSORS = [
+    member(
+        "function with another tensor as its default",
+        "h = self.act(h)",
+        head="def times(k):\n    def act(h, k=k):\n        return h * k\n    return act\n",
+        init="self.act = times(torch.full((8,), 2.0))",
+        steps=again("part.act = times(torch.full((8,), 3.0))"),
+    ),
+    member(
+        "partial with another tensor",
+        "h = self.act(h)",
+        init="self.act = functools.partial(torch.mul, torch.full((8,), 2.0))",
+        steps=again("part.act = functools.partial(torch.mul, torch.full((8,), 3.0))"),
+    ),
+    member(
+        "function whose default is replaced",
+        "h = self.act(h)",
+        head="def times(k):\n    def act(h, k=k):\n        return h * k\n    return act\n",
+        init="self.act = times(torch.full((8,), 2.0))",
+        steps=again("part.act.__defaults__ = (torch.full((8,), 3.0),)"),
+    ),
+]
+
+
+@pytest.mark.parametrize("of", OF_TENSORS, ids=ids(OF_TENSORS))
+def test_tensors_that_functions_hold_are_read_at_every_call(of):
+    check(of)
+
+
+OWN_HOOKS = {
+    "forward hook": "register_forward_hook(lambda module, args, out: out * 1.5)",
+    "forward pre-hook": "register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))",
+    "full backward hook": "register_full_backward_hook(lambda module, given, arrived: (given[0] * 2,))",
+}
+
+
+@pytest.mark.parametrize("when", ["before planning", "after planning"])
+@pytest.mark.parametrize("hook", OWN_HOOKS.values(), ids=OWN_HOOKS)
+@pytest.mark.parametrize("installed", [False, True], ids=["planned", "installed"])
+def test_hooks_of_the_model_itself_run_once_at_every_size(hook, when, installed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    plain, x = copy.deepcopy(model), torch.randn(4, 8)
+    register = lambda: [eval(f"each.{hook}") for each in (model, plain)]
+    if when == "before planning":
+        register()
+    given = x.clone().requires_grad_()
+    planned = plan(model, "1MiB", (given,), costs="estimate", progress=False, dynamic=True)
+    if installed:
+        install(model, planned)
+    if when == "after planning":
+        register()
+    for rows in (4, 2, 2):
+        gradients = []
+        for run in (model if installed else planned, plain):
+            given = x[:rows].clone().requires_grad_()
+            run(given).square().sum().backward()
+            gradients.append([given.grad, *(parameter.grad.clone() for parameter in run.parameters())])
+            run.zero_grad()
+        assert all(map(torch.equal, *gradients))
+    assert planned.stats().unplanned == 0
+
+
+class Registry:
+    seen: ClassVar[dict] = {}
+
+
+class Registers(nn.Module):
+    counts: ClassVar[dict] = {}
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        Registers.counts.setdefault("first", 1)
+        Registry.seen.setdefault("first", 1)
+        return self.layer(x).tanh().sum()
+
+
+def test_planning_leaves_nothing_in_the_containers_of_classes():
+    plan(Registers(), 1.0, (torch.randn(4, 8),), costs="estimate", progress=False)
+    assert Registers.counts == {} and Registry.seen == {}

@@ -23,7 +23,7 @@ from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
-from planner.tracer.host.preserve import Preserved, keep_model
+from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
@@ -93,6 +93,8 @@ class Observer:
                     self.preserved.keep(held)
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
+                for name, held in class_containers(kind):
+                    keep_deep(self.preserved, held, self._names, f"{kind.__name__}.{name}")
         if opaque:  # what runs in there is not followed: everything reachable from the model is remembered
             keep_model(model, self.preserved)
         for tensor in model.parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -188,7 +189,15 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
             todo.append((item.fget, place))
         elif isinstance(item, ContextVar):
             todo.append((item.get(ABSENT), place))
+        elif isinstance(item, type) and not is_foreign_class(item):
+            todo += [(held, f"{place}.{name}") for name, held in class_containers(item)]
     return objects
+
+
+def class_containers(kind: type) -> list[tuple[str, Any]]:
+    """The containers among a class's own attributes, by name."""
+    held = list(vars(kind).items())
+    return [(name, value) for name, value in held if isinstance(value, (dict, list, set, deque)) and not name.startswith("__")]
 
 
 @contextlib.contextmanager

@@ -231,7 +231,7 @@ class ReadRecorder:
                 self._preserved.keep_variable(frame.f_globals, name)
                 value = frame.f_globals[name]
                 if isinstance(value, type) and not is_foreign_class(value):
-                    self._preserved.keep(value)
+                    keep_deep(self._preserved, value, self._names, name)
                     if is_opaque:
                         keep_reachable(self._preserved, [value], self._names)
                 if not isinstance(value, (type, types.ModuleType)):

@@ -58,6 +58,8 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
         return _restorer_of_container(value, where)
     if isinstance(value, types.FunctionType):
         return _restorer_of_function(value, where)
+    if isinstance(value, functools.partial):
+        return _restorer_of_partial(value)
     if isinstance(value, functools._lru_cache_wrapper):
         return _restorer_of_cache(value)
     if is_generator(value):
@@ -161,9 +163,21 @@ def _same_items(value: Any, content: Any) -> bool:
     return all(a is not None and b is not None and a[1] is b[1] for a, b in pairs)
 
 
+def _restorer_of_partial(value: functools.partial[Any]) -> Callable[[], bool]:
+    parts = (value.func, value.args, value.keywords)
+
+    def restore() -> bool:
+        changed = value.func is not parts[0] or value.args is not parts[1]
+        if changed:
+            value.__setstate__((*parts, vars(value)))  # type: ignore[attr-defined]  # its attributes are read-only
+        return changed
+
+    return restore
+
+
 def _restorer_of_function(value: types.FunctionType, where: str | None) -> Callable[[], bool]:
     cells = [(cell, content_of(cell)) for cell in value.__closure__ or ()]
-    held = dict(vars(value))
+    held, defaults = dict(vars(value)), (value.__defaults__, value.__kwdefaults__)
     for cell, content in cells:
         if where is not None and is_used_up(content):
             cell.cell_contents = GuardedIterator(content, f"a closure variable of {value.__qualname__}")
@@ -174,6 +188,9 @@ def _restorer_of_function(value: types.FunctionType, where: str | None) -> Calla
             if content is not ABSENT and content_of(cell) is not content:
                 cell.cell_contents = content
                 changed = True
+        if value.__defaults__ is not defaults[0] or value.__kwdefaults__ is not defaults[1]:
+            value.__defaults__, value.__kwdefaults__ = defaults
+            changed = True
         if not _same_items(vars(value), held):
             vars(value).clear()
             vars(value).update(held)

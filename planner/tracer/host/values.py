@@ -222,6 +222,10 @@ def member(value: Any, step: PathStep) -> Any:
         return ABSENT
 
 
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
+_OF_PARTIALS = ("func", "args", "keywords")
+
+
 def with_member(value: Any, step: PathStep, new: Any) -> Any:
     """Write a member. Returns the value itself where it could be changed in place, else a copy with the new member.
 
@@ -243,6 +247,13 @@ def with_member(value: Any, step: PathStep, new: Any) -> Any:
         return value
     if kind in MODULE_STATE:
         vars(value)[kind][key] = new
+        return value
+    if kind == "attr" and isinstance(value, types.FunctionType) and key in _OF_FUNCTIONS:
+        setattr(value, key, new)
+        return value
+    if kind == "attr" and isinstance(value, functools.partial) and key in _OF_PARTIALS:
+        parts = {"func": value.func, "args": value.args, "keywords": value.keywords, key: new}
+        value.__setstate__((*parts.values(), vars(value)))  # type: ignore[attr-defined]  # its attributes are read-only
         return value
     if kind == "attr":
         inner = own_dict(value)
