@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from planner import api, captured, profiled
 from planner.profiler.measure import device_name
+from planner.solver.solve import Solver
 
-STAGES = {"capture": captured, "measure": profiled, "solve": profiled}  # by name, where each is called
+STAGES = {"capture": captured, "measure": profiled, "solve": Solver}  # by name, where each is called
 MIB = 2**20
 
 Record = dict[str, Any]

@@ -208,7 +208,7 @@ class PlanAnew:
         if communicates(joint):
             raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
         step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
-        return with_costs(step, set_aside(model, self.options, None))._planned(budget_bytes)
+        return with_costs(step, set_aside(model, self.options, None))._planned(f"{budget_bytes}B")
 
 
 def profiled(

@@ -76,7 +76,7 @@ class Checked:
             PROFILER.info(text, *about)
         if self.faster:
             more = "; %d are faster by %.0f %%, so the first measurement was disturbed: %d kernels are measured anew"
-            PROFILER.warning(text + more, *about, len(self.faster), -_change(self.faster.values()), num_again)
+            PROFILER.info(text + more, *about, len(self.faster), -_change(self.faster.values()), num_again)
         if self.slower:
             more = "; %d are slower by %.0f %%: this machine may be busy, their times are kept (remeasure=True replaces them)"
             PROFILER.info(text + more, *about, len(self.slower), _change(self.slower.values()))

@@ -32,14 +32,14 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
 from planner.runtime.other_sizes import OtherSizes, larger_text, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
-from planner.runtime.planned_call import ClassOfModel, HooksOfModel, PlannedCall, resemble, runs_as_planned, unplanned_forward
+from planner.runtime.planned_call import HooksOfModel, PlannedCall, resemble, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import EVALUATION, report_mismatch, trains
 from planner.runtime.step import RewrittenStep
 from planner.units import format_bytes
 
 
-class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
+class CheckpointedModule(HooksOfModel, fx.GraphModule):
     """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
 
     In training, on calls it was planned for, it runs the planned step. Otherwise (eval, no_grad, other shapes, ...) it runs
@@ -81,14 +81,13 @@ class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
         self.__dict__.update(_other_sizes=OtherSizes(self._of_other_size), _reasons=Counter())
         self.__dict__["_found_gradients"] = FoundGradients(plan, type(model).__name__)
         self.__dict__.update(
-            _refused=None, _num_runs=0, _num_audits=0, _num_skipped_audits=0, _compares_ranks=communicates(step.joint)
+            _refused=None, num_runs=0, num_audits=0, num_skipped_audits=0, _compares_ranks=communicates(step.joint)
         )
         resemble(type(self), model)
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
     forward = PlannedCall()
 
-    @runs_as_planned
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
         out, mismatch = self.attempt(args, kwargs)
@@ -132,8 +131,8 @@ class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
             compare_plans(self._step, self.plan)
         for value in call.lazy:
             value.set(self._original)
-        self.__dict__["_num_runs"] += 1
-        if self.audits and is_due(self._num_runs):
+        self.__dict__["num_runs"] += 1
+        if self.audits and is_due(self.num_runs):
             refused = self._audit(unplanned or unplanned_forward(self._original), args, kwargs, call)
             if refused is not None:
                 return None, refused
@@ -192,9 +191,9 @@ class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
             unplanned=self.num_unplanned_calls - self._reasons[EVALUATION],
             evaluations=self._reasons[EVALUATION],
             reasons=tuple((*reason, count) for reason, count in self._reasons.most_common() if reason != EVALUATION),
-            sizes=tuple((shapes_text(module.step.key.inputs), module._num_runs) for module in modules),
-            audits=sum(module._num_audits for module in modules),
-            skipped_audits=sum(module._num_skipped_audits for module in modules),
+            sizes=tuple((shapes_text(module.step.key.inputs), module.num_runs) for module in modules),
+            audits=sum(module.num_audits for module in modules),
+            skipped_audits=sum(module.num_skipped_audits for module in modules),
             pauses=self.pauses,
         )
 
@@ -215,9 +214,9 @@ class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
         plain = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
         written = [tensor for given, tensor in zip(plain, call.inputs, strict=True) if given.mutated]
         if not audit_fits(self.plan, sum(tensor.nbytes for tensor in written)):
-            self.__dict__["_num_skipped_audits"] += 1
+            self.__dict__["num_skipped_audits"] += 1
             return None
-        self.__dict__["_num_audits"] += 1
+        self.__dict__["num_audits"] += 1
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
         def of_original() -> Digest:
@@ -233,7 +232,7 @@ class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
         if not different:
             return None
         names = ", ".join(different[:5])
-        what = f"the planned forward gave another {names} than the model's own, at planned call {self._num_runs}"
+        what = f"the planned forward gave another {names} than the model's own, at planned call {self.num_runs}"
         if self.strict:
             raise PlanAuditError(f"{type(model).__name__}: {what}. Train unplanned, and please report the model")
         self.__dict__["_refused"] = Mismatch("audit", "the audit", text=f"the audit: {what}; please report it with the model")
@@ -334,9 +333,6 @@ class CheckpointedModule(HooksOfModel, ClassOfModel, fx.GraphModule):
         """Former name of `mismatch`; deprecated."""
         warn("CheckpointedModule.difference is now called mismatch", DeprecationWarning)
         return self.mismatch(args, kwargs)
-
-    def _get_name(self) -> str:
-        return type(self).__name__  # as it is printed
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -95,7 +95,9 @@ class OtherSizes(Generic[Planned]):
             return self.refused[size]
         modules = self.known.get(size, [])
         if len(modules) == MOST_VARIANTS:
-            text = f"a value that Python reads, or what requires grad, is another at every call; {MOST_VARIANTS} were planned for"
+            text = (
+                f"a value that Python reads, or what requires grad, is another at every call; {MOST_VARIANTS} were planned for"
+            )
             return Mismatch("value", "a value that Python reads", text=text)
         try:
             made = self._captured(base, args, kwargs)

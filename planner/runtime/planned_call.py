@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial, partialmethod
+from functools import partialmethod
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,19 +33,28 @@ class PlannedCall:
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self._kind = None if model is None else type(model)
+        self._function = _with_signature(model)
 
     def __get__(self, module: Any, owner: Any) -> Any:
-        if module is None:
-            return owner.run if self._kind is None else _signed(owner.run, self._kind.forward)
-        return _signed(module.run, unplanned_forward(module.original))
+        return self._function if module is None else MethodType(self._function, module)
 
 
-def _signed(call: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    made = partial(call)
-    with suppress(TypeError, ValueError):  # what is written in C may have no signature
-        made.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
-    return made
+def _with_signature(model: nn.Module | None) -> Callable[..., Any]:
+    """A method that runs a planned call, with the signature of the model's forward where it has one that can be read."""
+
+    @runs_as_planned
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    if model is not None:
+        with suppress(TypeError, ValueError):  # what is written in C may have no signature
+            own = inspect.signature(unplanned_forward(model))
+            first = next(iter(own.parameters.values()), None)
+            is_only_by_position = first is not None and first.kind is first.POSITIONAL_ONLY
+            kind = inspect.Parameter.POSITIONAL_ONLY if is_only_by_position else inspect.Parameter.POSITIONAL_OR_KEYWORD
+            this = inspect.Parameter("self", kind)
+            forward.__signature__ = own.replace(parameters=[this, *own.parameters.values()])  # type: ignore[attr-defined]
+    return forward
 
 
 _CONTAINER = ("__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__reversed__")
@@ -79,21 +89,6 @@ class HooksOfModel:
     def _is_full_backward_hook(self, now: bool | None) -> None:
         if "_step" in vars(self):  # nn.Module.__init__ sets it, too
             self.original._is_full_backward_hook = now  # type: ignore[attr-defined]
-
-
-class ClassOfModel:
-    """`isinstance` takes a planned module for an instance of its model's class, too: trainers save a PreTrainedModel otherwise.
-
-    A class of its own: where a class body defines `__class__`, its methods cannot call `super()`.
-    """
-
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]
-        return type(self.original) if "_step" in vars(self) else type(self)  # type: ignore[attr-defined]
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        vars(object)["__class__"].__set__(self, kind)
 
 
 def _overrides(model: nn.Module, name: str) -> bool:

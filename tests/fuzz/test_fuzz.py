@@ -7,7 +7,7 @@ from tests.fuzz.runner import Result, result_of, run_case
 from tests.support.harness import outcome
 from tests.support.itself import itself
 
-FIRST, COUNT, EACH = 0, 200, 20
+FIRST, COUNT, EACH = 0, 120, 20
 MANY = 2_000
 
 

@@ -38,6 +38,7 @@ from planner import (
 from planner.analysis.budgets import smallest_budget
 from planner.cli import main
 from planner.units import enough_text, parse_bytes, shown
+from tests.support.text import without_stages
 
 X = torch.randn(8, 6)
 QUICK = {"costs": "estimate", "progress": False}
@@ -501,7 +502,7 @@ def test_at_the_shell(tmp_path, capsys, arguments, said):
     command, function, *rest = arguments
     costs = [] if "--costs" in rest else ["--costs", "estimate"]
     assert main([command, f"{file}:{function}", *rest, *costs]) == 1
-    lines = capsys.readouterr().err.splitlines()
+    lines = without_stages(capsys.readouterr().err)
     assert len(lines) == 1 and said in lines[0] and len(lines[0]) < 1000, lines
 
 
@@ -519,7 +520,7 @@ def test_a_file_that_cannot_be_run_at_the_shell(tmp_path, capsys, text):
     file = tmp_path / "broken_file.py"
     file.write_text(f"\n{text}\n")
     assert main(["plan", f"{file}:build", "--budget", "1.0"]) == 1
-    lines = capsys.readouterr().err.splitlines()
+    lines = without_stages(capsys.readouterr().err)
     assert len(lines) == 1 and "InputError" in lines[0] and "broken_file.py:2" in lines[0]
 
 

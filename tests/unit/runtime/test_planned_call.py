@@ -43,10 +43,9 @@ def planned() -> CheckpointedModule:
 
 
 @pytest.mark.parametrize("copied", [lambda one: one, copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_it_passes_for_an_instance_of_the_models_class(planned, copied):
+def test_it_has_the_signatures_and_attributes_of_the_model(planned, copied):
     made = copied(planned)
-    assert isinstance(made, Net) and isinstance(made, CheckpointedModule) and type(made) is not Net
-    assert made.__class__ is Net and repr(made).startswith("CheckpointedNet(") and Net.__name__ == "Net"
+    assert isinstance(made, CheckpointedModule) and repr(made).startswith("CheckpointedNet(")
     for found, expected in ((made.forward, made.original.forward), (type(made).forward, Net.forward)):
         assert inspect.signature(found) == inspect.signature(expected)
     assert inspect.signature(made) == inspect.signature(made.original)

@@ -316,7 +316,7 @@ def test_not_found_after_a_whole_search_names_a_budget_that_works() -> None:
     names_a_budget_that_works(graphs.dropout(), 26, Limits())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_the_lowest_peak_can_be_met(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=5))

@@ -20,7 +20,7 @@ from tests.support.strategies import budgets, training_graphs
 from tests.support.sweeps import sweep_of
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_a_larger_budget_never_has_a_dearer_plan(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=7))
@@ -86,7 +86,7 @@ def test_the_table_names_the_change_from_row_to_row() -> None:
     assert "for this backward order at these costs" in text
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_the_lowest_peak_is_not_above_what_people_do_today(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))
