@@ -15,6 +15,7 @@ from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError
+from planner.graph.accumulation import HELD
 from planner.graph.graph import Graph, Kind
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
@@ -78,7 +79,8 @@ class ProfiledStep(CapturedStep):
     def plan_anew(self) -> Callable[..., CheckpointedModule]:
         """What plans calls of other sizes, as this one was planned."""
         # bytes set aside are passed on as their number: an optimizer is no part of a planned module's pickle
-        aside = sum(value.nbytes for value in self.graph.values if value.kind is Kind.RESERVED)
+        reserved = [value for value in self.graph.values if value.kind is Kind.RESERVED]
+        aside = sum(value.nbytes for value in reserved if value.name != HELD)  # those gradients are counted by `accumulate`
         options = replace(self.options, reserve=aside, optimizer=None, master_weights=False)
         return PlanAnew(replace(options, also=(), sizes=(), check=False))
 

@@ -144,10 +144,15 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         """Run the first alternative that was planned for this call, or plan for its size."""
         is_other_size = self._step.recapture is not None and mismatch.kind in ("input", "value")
         others = self._other_sizes.of_size(self, args, kwargs) if is_other_size else []
+        mismatches = []
         for other in (*self.alternatives, *others):
             out, other_mismatch = other.attempt(args, kwargs, unplanned=unplanned, captures=False)
             if other_mismatch is None:
                 return out, None
+            mismatches.append(other_mismatch)
+        refused = [each for each in mismatches[len(self.alternatives) :] if each.kind == "audit"]
+        if refused:  # a plan of this size gave other results: none is made again
+            return None, refused[0]
         if not (is_other_size and captures):
             return None, mismatch
         found = self._other_sizes.find(self, args, kwargs)
@@ -216,7 +221,6 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         if not audit_fits(self.plan, sum(tensor.nbytes for tensor in written)):
             self.__dict__["num_skipped_audits"] += 1
             return None
-        self.__dict__["num_audits"] += 1
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
         def of_original() -> Digest:
@@ -230,6 +234,7 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         restoring = partial(rewound, model, joint.host.key, written, self.device)
         different = repeatable_difference(of_original, of_planned, restoring)
         if not different:
+            self.__dict__["num_audits"] += 1
             return None
         names = ", ".join(different[:5])
         what = f"the planned forward gave another {names} than the model's own, at planned call {self.num_runs}"

@@ -282,6 +282,29 @@ def test_copies_pickles_and_installed_models_hold_for_smaller_calls_too():
             assert_same(expected, trajectory(twin, *less))
 
 
+def test_a_size_that_an_audit_refused_is_not_planned_again(monkeypatch):
+    x = torch.randn(4, 8)
+    module = plan(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), "1MiB", (x,), costs="estimate", progress=False, dynamic=True)
+    module(x[:2])
+    monkeypatch.setattr("planner.runtime.module.repeatable_difference", lambda *_: ["output 0"])
+    monkeypatch.setattr("planner.runtime.other_sizes.capture", lambda *_, **__: pytest.fail("captured again"))
+    with pytest.warns(MismatchWarning, match="the audit"):
+        module(x[:2])  # the second planned call of this size is audited
+    out = module(x[:2])
+    stats = module.stats()
+    assert torch.equal(out, module.original(x[:2])) and (stats.planned, stats.unplanned, stats.audits) == (1, 2, 0)
+
+
+def test_gradients_of_earlier_micro_steps_count_once_at_other_sizes():
+    model, x = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)), torch.randn(64, 8)
+    options = {"costs": "estimate", "progress": False, "accumulate": True, "optimizer": "adamw"}
+    expected = plan(model, "1MiB", (x,), **options).plan.plain.peak_bytes
+    module = plan(model, "1MiB", (x[:8],), dynamic=True, **options)
+    module(x)
+    (other,) = module._other_sizes.planned_anew
+    assert other.plan.plain.peak_bytes == expected
+
+
 def test_a_planned_sequence_is_one():
     x = torch.randn(4, 8)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
