@@ -85,7 +85,7 @@ def planned():
 
 def called(module, num_call, **kwargs):
     """The planned call of this number."""
-    module.__dict__["_num_runs"] = num_call - 1
+    module.__dict__["num_runs"] = num_call - 1
     return module(X, **{"power": 2, "mask": torch.zeros(2) > 0, **kwargs})
 
 
@@ -140,7 +140,7 @@ def test_state_that_a_plan_would_not_write_is_found(monkeypatch):
     model = Left().train()
     module = plan(model, 1.0, (X,), costs="estimate", progress=False)
     monkeypatch.setattr("planner.runtime.outputs.write_state", lambda *_: None)
-    module.__dict__["_num_runs"] = 1
+    module.__dict__["num_runs"] = 1
     with pytest.warns(MismatchWarning, match="mean"):
         module(X)
 
@@ -195,7 +195,7 @@ def test_what_is_never_the_same_is_no_accusation(planned, monkeypatch):
     monkeypatch.setattr(Fingerprints, "of", lambda self, value: (honest(self, value), next(draws)))
     monkeypatch.setattr(HostStateGuard, "mismatch", lambda self, **_: None)
     monkeypatch.setattr(call, "alike", lambda expected, now: True)
-    planned.__dict__["_num_runs"] = 1
+    planned.__dict__["num_runs"] = 1
     planned(X, power=2, mask=torch.zeros(2) > 0)  # digests differ from run to run: nothing can be said
     assert planned.num_planned_calls == 1
 
