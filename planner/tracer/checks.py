@@ -26,7 +26,13 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
     _refuse_uninitialized(model)
     refuse_wrappers(model)
     check_trains(model, num_tensors)
-    on = {name: value for name, value in global_switches() if name in _MODES and value}
+    switches = dict(global_switches())
+    if switches["global module hooks"]:
+        raise InputError(
+            "remove the hooks of all modules (torch.nn.modules.module.register_module_forward_hook and its like) and register "
+            "hooks on single modules: a plan calls none of the model's submodules, and would leave these hooks out"
+        )
+    on = {name: value for name, value in switches.items() if name in _MODES and value}
     if on:
         raise InputError(
             f"{', '.join(on)} around the call: kernels are not run as they are, and a plan is made of kernels. Plan outside of "

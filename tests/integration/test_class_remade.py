@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import install, plan
+from planner import InputError, install, plan
 from tests.support.members import GUARDED, check, ids, member
 from tests.support.source import Step
 
@@ -203,6 +203,17 @@ def test_hooks_of_the_model_itself_run_once_at_every_size(hook, when, installed)
             run.zero_grad()
         assert all(map(torch.equal, *gradients))
     assert planned.stats().unplanned == 0
+
+
+def test_hooks_of_all_modules_are_refused_before_planning():
+    model, x, called = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(4, 8), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: called.append(module))
+    try:
+        with pytest.raises(InputError, match="^remove the hooks of all modules"):
+            plan(model, 1.0, (x,), costs="estimate", progress=False)
+        assert not called
+    finally:
+        handle.remove()
 
 
 class Registry:
