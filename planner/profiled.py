@@ -163,15 +163,33 @@ class ProfiledStep(CapturedStep):
         fraction = units.fraction_of(budget)
 
         def within(aim_bytes: int) -> CheckpointedModule:
-            with stage("solve", self.options.progress):
-                made = self.solved(aim_bytes, self.options.limits)
-            made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
-            return self.rewritten(made, fraction)
+            return self._within(budget_bytes, aim_bytes, fraction)
 
         try:
             return self._checked(budget_bytes, within, only_measured=fraction is not None)
         except (InfeasibleBudgetError, NoScheduleFoundError) as error:
             raise self.refusal(error, budget, budget_bytes) from None
+
+    def _within(self, budget_bytes: int, aim_bytes: int, fraction: float | None = None) -> CheckpointedModule:
+        """The planned module for a budget, solved for less; the rest is margin."""
+        with stage("solve", self.options.progress):
+            made = self.solved(aim_bytes, self.options.limits)
+        made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
+        return self.rewritten(made, fraction)
+
+    def planned_like(self, plan: Plan) -> CheckpointedModule:
+        """The planned module for the budget of a plan of another call, with the margin that its measured step needed.
+
+        Raises:
+            InfeasibleBudgetError, NoScheduleFoundError: no schedule fits the budget, or none was found.
+        """
+        budget_bytes = plan.budget_bytes
+        spare_bytes = max(0, plan.margin_bytes - allocator_margin(plan.graph, budget_bytes))
+        try:
+            planned = self._within(budget_bytes, budget_bytes - spare_bytes)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            raise self.refusal(error, units.format_bytes(budget_bytes), budget_bytes) from None
+        return noted(planned, f"{NOT_RUN}: {self.why_not_run}")
 
     def _checked(
         self, budget_bytes: int, within: Callable[[int], CheckpointedModule], *, only_measured: bool
@@ -199,9 +217,9 @@ class PlanAnew:
     options: PlanOptions
 
     def __call__(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], joint: Joint, budget_bytes: int
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], joint: Joint, plan: Plan
     ) -> CheckpointedModule:
-        """The planned module for a captured call.
+        """The planned module for a captured call, within the budget of `plan`.
 
         Raises:
             CaptureError: its graph communicates, and ranks would plan at different times.
@@ -210,7 +228,7 @@ class PlanAnew:
         if communicates(joint):
             raise CaptureError("its forward communicates with other ranks, which would wait while this one plans")
         step = CapturedStep(model, tuple(args), dict(kwargs), self.options, joint)
-        return with_costs(step, set_aside(model, self.options, None))._planned(f"{budget_bytes}B")
+        return with_costs(step, set_aside(model, self.options, None)).planned_like(plan)
 
 
 def profiled(

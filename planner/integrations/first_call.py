@@ -28,7 +28,7 @@ Call = Callable[..., Any]
 
 
 @dataclass(slots=True)
-class Planned:
+class PlannedAtFirstCall:
     """A model that has planned itself.
 
     Attributes:
@@ -60,7 +60,7 @@ class Planned:
         if stats.planning_s <= self.told_s:
             return {}
         self.told_s = stats.planning_s
-        return {"planner/other_sizes": len(stats.sizes) - 1, "planner/other_sizes_seconds": stats.planning_s}
+        return {"planner/other_sizes": len(stats.pauses), "planner/other_sizes_seconds": stats.planning_s}
 
 
 class FirstCall:
@@ -84,7 +84,7 @@ class FirstCall:
         make: Callable[[Any, Any], CheckpointedModule] | None,
         before: Call | None,
         strict: bool = False,
-        done: Callable[[Planned], None] = lambda planned: None,
+        done: Callable[[PlannedAtFirstCall], None] = lambda planned: None,
         failed: Callable[[Exception], None] = lambda error: None,
         installed: PlannedForward | None = None,
     ) -> None:
@@ -121,10 +121,11 @@ class FirstCall:
             self._installed = own["forward"]
         except Exception as error:
             if self._strict:
+                self._make = make  # the next call fails as well, and does not run unplanned in silence
                 raise
             self._failed(error)
         else:
-            self._done(Planned(module, time.monotonic() - begun))
+            self._done(PlannedAtFirstCall(module, time.monotonic() - begun))
         finally:
             if outer is not self:
                 _set_forward(self._model, outer)
@@ -153,7 +154,7 @@ def watch(
     model: nn.Module,
     make: Callable[[Any, Any], CheckpointedModule],
     strict: bool,
-    done: Callable[[Planned], None],
+    done: Callable[[PlannedAtFirstCall], None],
     failed: Callable[[Exception], None],
 ) -> FirstCall:
     """Let a model be planned at its first call in training; arguments as of `FirstCall`."""
@@ -228,7 +229,7 @@ def plan_at_first_call(
     def make(args: Any, kwargs: Any) -> CheckpointedModule:
         return plan(model, budget, args, kwargs, **given)
 
-    def done(planned: Planned) -> None:
+    def done(planned: PlannedAtFirstCall) -> None:
         log(str(planned.module.plan))
 
     def failed(error: Exception) -> None:

@@ -12,7 +12,14 @@ from planner import units
 from planner.analysis.budgets import Budget
 from planner.api import plan
 from planner.errors import InputError
-from planner.integrations.first_call import FirstCall, Planned, checked_options, counted_optimizers, warn_unplanned, watch
+from planner.integrations.first_call import (
+    FirstCall,
+    PlannedAtFirstCall,
+    checked_options,
+    counted_optimizers,
+    warn_unplanned,
+    watch,
+)
 from planner.options import PlanKeywords, with_options
 from planner.profiler.optimizer import state_bytes
 from planner.runtime.module import CheckpointedModule
@@ -54,7 +61,7 @@ class PlannerCallback(Callback):
         """
         self._budget, self._module, self._options = budget, module, checked_options(budget, options, "PlannerCallback")
         self._watched: list[FirstCall] = []
-        self._found: Planned | None = None
+        self._found: PlannedAtFirstCall | None = None
 
     @property
     def planned(self) -> CheckpointedModule | None:
@@ -64,8 +71,9 @@ class PlannerCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch for the first call in training."""
         self._stop()  # of a training that ended with an error
+        self._found = None
 
-        def done(found: Planned) -> None:
+        def done(found: PlannedAtFirstCall) -> None:
             self._found = found
             pl_module.print(found.module.plan)
             _log(trainer, found.metrics)
@@ -73,6 +81,9 @@ class PlannerCallback(Callback):
         def failed(error: Exception) -> None:
             warn_unplanned(pl_module, error)
 
+        known = dict(pl_module.named_modules())
+        if self._module is not None and self._module not in known:
+            raise InputError(f"module={self._module!r} is no submodule of {type(pl_module).__name__}: {', '.join(known)[:200]}")
         for name in [self._module] if self._module is not None else _called(pl_module):
             make = partial(self._make, trainer, pl_module, name)
             strict = self._options.get("strict", False)

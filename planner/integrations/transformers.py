@@ -7,7 +7,14 @@ from typing import Any, Unpack
 from planner.analysis.budgets import Budget
 from planner.api import plan
 from planner.errors import InputError
-from planner.integrations.first_call import FirstCall, Planned, checked_options, counted_optimizers, warn_unplanned, watch
+from planner.integrations.first_call import (
+    FirstCall,
+    PlannedAtFirstCall,
+    checked_options,
+    counted_optimizers,
+    warn_unplanned,
+    watch,
+)
 from planner.options import PlanKeywords, with_options
 from planner.runtime.module import CheckpointedModule
 
@@ -40,7 +47,7 @@ class PlannerCallback(TrainerCallback):
         """
         self._budget, self._options = budget, checked_options(budget, options, "PlannerCallback")
         self._first: FirstCall | None = None
-        self._found: Planned | None = None
+        self._found: PlannedAtFirstCall | None = None
         self._unlogged: dict[str, Any] = {}
 
     @property
@@ -53,8 +60,9 @@ class PlannerCallback(TrainerCallback):
     ) -> None:
         """Watch the model for its first call in training."""
         self._stop()  # of a training that ended with an error
+        self._found = None
 
-        def done(found: Planned) -> None:
+        def done(found: PlannedAtFirstCall) -> None:
             self._found = found
             if state.is_world_process_zero:
                 print(found.module.plan)

@@ -19,6 +19,7 @@ from planner.runtime.criterion import WithCriterion
 from planner.runtime.executable import Executable
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.module import CheckpointedModule
+from planner.runtime.other_sizes import larger_than_all
 from planner.runtime.planned_call import runs_as_planned
 from planner.runtime.reporting import report_mismatch
 from planner.runtime.step import RewrittenStep
@@ -83,8 +84,8 @@ class PlannedForward:
                     if mismatch is None:
                         return planned
                     mismatches.append(mismatch)
-        texts = [module.larger_text(args, kwargs) for module in self.planned]
-        larger = texts[0] if all(texts) else ""
+        steps = [one.step for module in self.planned for one in (module, *module.alternatives)]
+        larger = larger_than_all(steps, args, kwargs)
         report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches), larger=larger)
         note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)

@@ -30,9 +30,9 @@ from planner.runtime.found_gradients import FoundGradients
 from planner.runtime.guards.call import CallGuard, MatchedCall
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.other_backwards import OtherBackwards
-from planner.runtime.other_sizes import OtherSizes, larger_text, shapes_text
+from planner.runtime.other_sizes import OtherSizes, larger_than_all, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
-from planner.runtime.planned_call import HooksOfModel, PlannedCall, resemble, unplanned_forward
+from planner.runtime.planned_call import HooksOfModel, resemble, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import EVALUATION, report_mismatch, trains
 from planner.runtime.step import RewrittenStep
@@ -86,14 +86,14 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         resemble(type(self), model)
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
-    forward = PlannedCall()
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    @runs_as_planned
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model; planned if this is the call that was planned for."""
         out, mismatch = self.attempt(args, kwargs)
         if mismatch is None:
             return out
-        report_mismatch(self._original, mismatch, self._warned, self.strict, larger=self.larger_text(args, kwargs))
+        larger = larger_than_all([module.step for module in (self, *self.alternatives)], args, kwargs)
+        report_mismatch(self._original, mismatch, self._warned, self.strict, larger=larger)
         note_unplanned([*self._original.parameters()], self.device)
         return unplanned_forward(self._original)(*args, **kwargs)
 
@@ -156,23 +156,15 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         if not (is_other_size and captures):
             return None, mismatch
         found = self._other_sizes.find(self, args, kwargs)
-        return (
-            (None, found) if isinstance(found, Mismatch) else found.attempt(args, kwargs, unplanned=unplanned, captures=False)
-        )
+        if isinstance(found, Mismatch):
+            return None, found
+        return found.attempt(args, kwargs, unplanned=unplanned, captures=False)
 
     def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)
         made.__dict__["_compares_ranks"] = False  # the ranks have compared this plan
         made.__dict__["_found_gradients"] = self._found_gradients  # which speaks once, not once per size
         return made
-
-    def larger_text(self, args: Any, kwargs: Any) -> str:
-        """Which input of a call is larger than planned; "" if none is."""
-        try:
-            texts = [larger_text(module.step, args, kwargs) for module in (self, *self.alternatives)]
-        except Exception:  # the call is built otherwise: its mismatch says so
-            return ""
-        return texts[0] if all(texts) else ""
 
     def prepare(self, args: Any, kwargs: Any) -> None:
         """Capture a call of another size, and plan it if need be, before it comes.

@@ -9,10 +9,11 @@ it is planned anew, for the same budget.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from planner.errors import CaptureError, PlannerError
@@ -105,10 +106,12 @@ class OtherSizes(Generic[Planned]):
             if is_fault(error):
                 raise
             RUNTIME.warning("inputs of another size, which run unplanned: %s", error)
+            _make_room(self.refused)
             self.refused[size] = Mismatch("input", "the inputs' shape", text=str(error))
             return self.refused[size]
-        if len(self.known) >= MOST_SIZES and size not in self.known:
-            del self.known[next(iter(self.known))]
+        if size not in self.known:
+            dropped = _make_room(self.known) or []
+            self.planned_anew = [module for module in self.planned_anew if not any(module is other for other in dropped)]
         self.known[size] = [*modules, made]
         return made
 
@@ -125,8 +128,7 @@ class OtherSizes(Generic[Planned]):
             joint = capture(model, args, kwargs, loss=recapture.loss, opaque=recapture.opaque)
             made, what = self._planned(base, joint, args, kwargs)
         seconds = time.monotonic() - begun
-        count = sum(map(len, self.known.values())) + 2
-        self.pauses.append((f"{what} {shapes}, the {_ordinal(count)} size", seconds))
+        self.pauses.append((f"{what} {shapes}, the {_ordinal(len(self.pauses) + 2)} size", seconds))
         text = f"{type(model).__name__}: {self.pauses[-1][0]}, in {seconds:.1f} s"
         RUNTIME.info(text)
         say(f"planner: {text}", recapture.progress)
@@ -144,7 +146,7 @@ class OtherSizes(Generic[Planned]):
         if recapture is None or recapture.plan is None:
             raise reasons[0]
         RUNTIME.info("planned anew: %s", reasons[0])
-        made = recapture.plan(base.original, args, kwargs, joint, base.plan.budget_bytes - base.plan.margin_bytes)
+        made = recapture.plan(base.original, args, kwargs, joint, base.plan)
         self.planned_anew.append(made)
         return made, "planned"
 
@@ -160,12 +162,30 @@ def shapes_text(size: Size) -> str:
     return ", ".join(str(shape) for shape in shapes if shape or len(shapes) == 1)
 
 
-def larger_text(step: RewrittenStep, args: Any, kwargs: Any) -> str:
-    """Which input is larger than the planned one, as a sentence's end; "" if none is."""
-    for i, (now, planned) in enumerate(zip(call_sizes(step, args, kwargs), step.key.inputs, strict=False)):
-        if now[0].numel() > planned[0].numel():
-            return f"input {i} is {list(now[0])}, larger than the planned {list(planned[0])}"
+def larger_than_all(steps: Sequence[RewrittenStep], args: Any, kwargs: Any) -> str:
+    """Which input is larger than every planned one, as a sentence's end; "" if none is, or the call has another structure."""
+    try:
+        texts = [_larger(step, args, kwargs) for step in steps]
+    except IndexError:  # its mismatch says so
+        return ""
+    return texts[0] if all(texts) else ""
+
+
+def _larger(step: RewrittenStep, args: Any, kwargs: Any) -> str:
+    leaves = step.joint.call.tensor_leaves(args, kwargs)
+    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return ""
+    for i, (leaf, planned) in enumerate(zip(leaves, step.key.inputs, strict=False)):
+        if _exceeds(leaf.shape, planned[0]):
+            return f"input {i} is {list(leaf.shape)}, larger than the planned {list(planned[0])}"
     return ""
+
+
+def _exceeds(shape: torch.Size, planned: torch.Size) -> bool:
+    """Whether some dimension is larger; of shapes with other numbers of dimensions, whether there are more elements."""
+    if len(shape) != len(planned):
+        return shape.numel() > planned.numel()
+    return any(n > m for n, m in zip(shape, planned, strict=True))
 
 
 def step_of_other_size(
@@ -192,7 +212,7 @@ def _check_covered(step: RewrittenStep, args: Any, kwargs: Any) -> None:
         most, _, *expected = planned
         if kind != expected:
             raise CaptureError(f"input {i} is of another dtype, device or requires_grad")
-        if len(shape) != len(most) or any(n > m for n, m in zip(shape, most, strict=True)):
+        if len(shape) != len(most) or _exceeds(shape, most):
             raise CaptureError(f"input {i} is {list(shape)}; this dynamic plan covers up to {list(most)}")
 
 
@@ -209,8 +229,16 @@ def _check_smaller(planned: Graph, graph: Graph) -> None:
             raise CaptureError(f"{other} takes {format_bytes(now)}, more than the planned {format_bytes(then)}")
 
 
+def _make_room(sizes: dict[Size, Any]) -> Any:
+    """Drop the first size, and return what was held for it, where there is no room for another; None where there is."""
+    return sizes.pop(next(iter(sizes))) if len(sizes) >= MOST_SIZES else None
+
+
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
 def _ordinal(count: int) -> str:
-    return _ORDINALS[count - 1] if count <= len(_ORDINALS) else f"{count}th"
+    if count <= len(_ORDINALS):
+        return _ORDINALS[count - 1]
+    ending = "th" if count % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
+    return f"{count}{ending}"

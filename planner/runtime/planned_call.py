@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partialmethod
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,38 +22,21 @@ def unplanned_forward(model: nn.Module) -> Callable[..., Any]:
     return getattr(model.forward, "unplanned", model.forward)  # type: ignore[no-any-return]
 
 
-class PlannedCall:
-    """The attribute `forward` of a planned module, and of its class: a function with the signature of the model's own forward.
-
-    Trainers drop the columns of a batch that the signature does not name, and look for labels in that of the class.
-
-    Args:
-        model: the module's; None for the class of all planned modules, whose models have no signature in common.
-    """
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._function = _with_signature(model)
-
-    def __get__(self, module: Any, owner: Any) -> Any:
-        return self._function if module is None else MethodType(self._function, module)
-
-
-def _with_signature(model: nn.Module | None) -> Callable[..., Any]:
-    """A method that runs a planned call, with the signature of the model's forward where it has one that can be read."""
+def _with_signature(forward: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """The method `forward`, with the signature of the model's own where that can be read."""
 
     @runs_as_planned
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+    def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
 
-    if model is not None:
-        with suppress(TypeError, ValueError):  # what is written in C may have no signature
-            own = inspect.signature(unplanned_forward(model))
-            first = next(iter(own.parameters.values()), None)
-            is_only_by_position = first is not None and first.kind is first.POSITIONAL_ONLY
-            kind = inspect.Parameter.POSITIONAL_ONLY if is_only_by_position else inspect.Parameter.POSITIONAL_OR_KEYWORD
-            this = inspect.Parameter("self", kind)
-            forward.__signature__ = own.replace(parameters=[this, *own.parameters.values()])  # type: ignore[attr-defined]
-    return forward
+    with suppress(TypeError, ValueError):  # what is written in C may have no signature
+        own = inspect.signature(unplanned_forward(model))
+        first = next(iter(own.parameters.values()), None)
+        is_only_by_position = first is not None and first.kind is first.POSITIONAL_ONLY
+        kind = inspect.Parameter.POSITIONAL_ONLY if is_only_by_position else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        this = inspect.Parameter("self", kind)
+        signed.__signature__ = own.replace(parameters=[this, *own.parameters.values()])  # type: ignore[attr-defined]
+    return signed
 
 
 _CONTAINER = ("__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__reversed__")
@@ -65,13 +47,14 @@ _OWN = ("forward", "state_dict", "load_state_dict", "__call__", "__getattr__", "
 def resemble(kind: type, model: nn.Module) -> None:
     """Let a planned module's own class have what Python and trainers look up in the class of its model.
 
-    That are its forward's signature, the methods of containers (nn.Sequential), and the methods of nn.Module that it overrides
-    (`train` that keeps batch norm in evaluation). Other attributes are found by `__getattr__`, asked where the class has none.
+    These are the signature of its forward (trainers drop the columns of a batch that it does not name), the methods of
+    containers (nn.Sequential), and the methods of nn.Module that the model overrides (a `train` that keeps batch norm in
+    evaluation). Other attributes are found by `__getattr__`.
 
     Args:
         kind: the class of this one planned module, which torch.fx makes.
     """
-    kind.forward = PlannedCall(model)  # type: ignore[attr-defined]
+    kind.forward = _with_signature(kind.forward, model)  # type: ignore[attr-defined]
     overridden = [name for name in vars(nn.Module) if name not in _OWN and not name.startswith("_") and _overrides(model, name)]
     for name in (*_CONTAINER, *overridden):
         if callable(getattr(type(model), name, None)):
@@ -79,7 +62,7 @@ def resemble(kind: type, model: nn.Module) -> None:
 
 
 class HooksOfModel:
-    """Hooks are the model's, and whether its backward hooks are full ones: torch keeps that beside the dictionary of hooks."""
+    """Shares with the model what torch keeps beside the dictionaries of hooks: whether its backward hooks are full ones."""
 
     @property
     def _is_full_backward_hook(self) -> bool | None:

@@ -56,6 +56,8 @@ def report_mismatch(
 
 def _cure(mismatch: Mismatch) -> str:
     """What to do about a mismatch of this kind, as a further sentence; "" where it depends."""
+    if mismatch.cure:
+        return ""
     if mismatch.kind in ("input", "argument") and not mismatch.text:
         return ". To plan both: plan(..., also=[(args, kwargs)])"
     if mismatch.kind == "host" and mismatch.is_absent:

@@ -25,14 +25,14 @@ class Recapture:
 
     Attributes:
         loss, opaque: as for `planner.tracer.real_layouts.capture`.
-        plan: plans a captured call that no schedule fits: (model, args, kwargs, joint, budget in bytes) -> the planned module.
-            None: such calls run unplanned.
+        plan: plans a captured call that no schedule fits: (model, args, kwargs, joint, the plan whose budget holds) -> the
+            planned module. None: such calls run unplanned.
         progress: a line on stderr says what was captured.
     """
 
     loss: Any = None
     opaque: tuple[str, ...] = ()
-    plan: Callable[[nn.Module, Any, Mapping[str, Any], Joint, int], Any] | None = None
+    plan: Callable[[nn.Module, Any, Mapping[str, Any], Joint, Plan], Any] | None = None
     progress: bool = False
 
 

@@ -270,7 +270,7 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
         read = lambda: [content if _content(value) == content else None]
         group.others.append((read, [content]))
     elif isinstance(value, (list, deque)):
-        read = (lambda: value) if type(value) in (list, tuple) else (lambda: [item for _, item in items_of(value)])
+        read = (lambda: value) if type(value) is list else (lambda: [item for _, item in items_of(value)])
         group.others.append((read, list(read())))
     if isinstance(value, _CONTAINERS):
         if is_object(value):  # its class derives from Python's

@@ -133,7 +133,7 @@ class _Finder:
 
     def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
         """Another tensor in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
-        holder = Path(path.module, path.name, path.steps[:-1], path.scope)
+        holder = path.holder
         held: Any = holder.get(self._model) if path.steps else None
         if isinstance(held, (list, deque)) and self._before.get(holder) is held:
             self._check_rest(holder)

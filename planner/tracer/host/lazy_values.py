@@ -62,7 +62,7 @@ def values_set(model: nn.Module, lazy: Sequence[LazyValue]) -> Iterator[None]:
 def _holder(model: nn.Module, path: Path) -> Any:
     """The object or container that a value is written into."""
     if path.steps:
-        return Path(path.module, path.name, path.steps[:-1], path.scope).get(model)
+        return path.holder.get(model)
     return model.get_submodule(path.module)
 
 

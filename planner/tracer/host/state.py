@@ -44,6 +44,11 @@ class Path:
         start = self.name if self.scope is not None else f"{self.module}.{self.name}".lstrip(".")
         return start + "".join(map(text_of, self.steps))
 
+    @property
+    def holder(self) -> Path:
+        """The place of the container or object that the value here is a member of."""
+        return Path(self.module, self.name, self.steps[:-1], self.scope)
+
     def inside(self, step: PathStep) -> Path:
         """The place of a member of the value here."""
         return Path(self.module, self.name, (*self.steps, step), self.scope)
@@ -194,10 +199,6 @@ class Effect:
             self.path.get(model).clear()
         if self.appends or self.replaces:
             self.path.get(model).extend(new)
-        elif not self.path.steps and self.path.scope is None:
-            module = model.get_submodule(self.path.module)
-            holder = next((vars(module)[kind] for kind in MODULE_STATE if self.path.name in vars(module)[kind]), vars(module))
-            holder[self.path.name] = new
         else:
             self.path.set(model, new)
 
@@ -242,7 +243,7 @@ def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
         if isinstance(path.get(model), (list, deque)):
             found.add(id(path.get(model)))
         if path.steps:
-            found.add((id(Path(path.module, path.name, path.steps[:-1], path.scope).get(model)), path.steps[-1]))
+            found.add((id(path.holder.get(model)), path.steps[-1]))
     return frozenset(found)
 
 

@@ -15,6 +15,7 @@ from examples import gpt2
 from planner import CaptureError, MismatchError, MismatchWarning, apply, install, plan
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
+from planner.runtime.other_sizes import _ordinal, larger_than_all
 from tests.support import models
 from tests.support.training import assert_same, trajectory
 
@@ -100,6 +101,14 @@ def test_a_larger_call_is_told_of_whatever_was_told_before():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module(torch.randn(6, 8))
+
+
+def test_a_call_is_larger_if_a_dimension_is():
+    x = torch.randn(4, 8)
+    step = plan(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), 1.0, (x,), costs="estimate", progress=False).step
+    assert larger_than_all([step], (torch.randn(2, 16),), {}) == "input 0 is [2, 16], larger than the planned [4, 8]"
+    for args in ((x[:2],), (x[:2, None],), ("x",), ()):
+        assert larger_than_all([step], args, {}) == ""
 
 
 def test_an_applied_plan_covers_sizes_up_to_its_own(made):
@@ -314,3 +323,9 @@ def test_a_planned_sequence_is_one():
     assert isinstance(model[1], nn.Sigmoid)
     with pytest.raises(TypeError, match="not subscriptable"):
         plan(nn.Linear(8, 8), 1.0, (x,), costs="estimate", progress=False)[0]
+
+
+def test_ordinals():
+    assert [_ordinal(n) for n in (2, 10, 11, 12, 13, 21, 22, 23, 24, 101, 111)] == [
+        *("second", "tenth", "11th", "12th", "13th", "21st", "22nd", "23rd", "24th", "101st", "111th")
+    ]
