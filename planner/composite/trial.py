@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner.composite.training_step import Autocast, TrainingStep
 from planner.errors import InputError, PlannerError
 from planner.graph.outer import Section
 from planner.profiler.marks import Mark, Stretch, stretches
-from planner.profiler.memory import logical_peak
 from planner.results.plan import Plan
 from planner.runtime.autograd import BackwardFinder
 from planner.runtime.backward_key import BackwardKey
@@ -28,28 +28,11 @@ from planner.runtime.step import RewrittenStep
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.preserve import model_preserved
-from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
 
 Made = tuple[RewrittenStep, Plan, Executable | None]
 """What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Autocast:
-    """Whether autocast is on, and what it casts to."""
-
-    is_on: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, device: torch.device) -> Autocast:
-        """As it is now."""
-        return cls(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-
-    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """A context in which it is so."""
-        return torch.autocast(device.type, self.dtype, enabled=self.is_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +59,14 @@ class Trial:
             raise InputError(f"the model cannot be copied, and steps are measured on a copy: {own_words(error)}") from error
         for module in self.model.modules():
             uninstall(module)
-        self.device = tensors[0].device
-        self._args, self._kwargs, self._loss = args, kwargs, loss
-        self._inputs = tensors
+        self._call = args, kwargs
+        self.step = TrainingStep(self.model, *_own_leaves(args, kwargs), loss)
+        self.device = self.step.device
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
         try:
-            self._look()
+            self._observe()
         except PlannerError:
             raise
         except Exception as error:
@@ -94,26 +77,16 @@ class Trial:
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example call."""
-        return self._args, self._kwargs
-
-    def step(self) -> None:
-        """Forward and backward from empty gradients, as if they were the first in their autocast region."""
-        torch.clear_autocast_cache()
-        self.model.zero_grad(set_to_none=True)
-        out = self.model(*self._args, **self._kwargs)
-        starts = loss_leaves(out, pytree.tree_leaves(out), self._loss)
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+        return self._call
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors or the random state."""
-        grads = [(tensor, tensor.grad) for tensor in self._inputs]
-        with model_preserved(self.model, [*self.model.buffers(), *self._inputs], guards_iterators=False):
-            yield
-        self.model.zero_grad(set_to_none=True)
-        for tensor, grad in grads:
-            tensor.grad = grad
+        try:
+            with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
+                yield
+        finally:
+            self.step.clear_gradients()
 
     @contextlib.contextmanager
     def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:
@@ -134,22 +107,21 @@ class Trial:
     def peak(self, made: Mapping[str, Made]) -> int | None:
         """The measured peak of a step with these units planned, everything resident included; None: out of memory."""
         with self._planned(made), _none_without_memory():
-            self.step()  # what a first call allocates for good is no part of a step
-            self.model.zero_grad(set_to_none=True)
-            return self.resident_bytes + logical_peak(self.step, self.device)
+            self.step.run()  # what a first call allocates for good is no part of a step
+            return self.step.peak()
         return None
 
     def sections(self, made: Mapping[str, Made]) -> list[Section] | None:
         """What a step with these units planned holds, in order of time; None: out of memory."""
         found: list[Stretch] = []
         with self._planned(made) as modules, _none_without_memory() as fits:
-            self.step()
-            self.model.zero_grad(set_to_none=True)
+            self.step.run()
+            self.step.clear_gradients()
 
             def run(mark: Mark) -> None:
                 for name, module in modules.items():
                     _marked(module, name, mark)
-                self.step()
+                self.step.run()
 
             found = stretches(run, self.device)
         return _sections(found) if fits else None
@@ -157,11 +129,9 @@ class Trial:
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters, buffers and inputs, each storage once."""
-        tensors = (*self.model.parameters(), *self.model.buffers(), *self._inputs)
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return self.step.resident_bytes
 
-    def _look(self) -> None:
+    def _observe(self) -> None:
         """Run a step to see how often each submodule is called, and which leaves of what it returns get a gradient."""
 
         def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
@@ -179,7 +149,7 @@ class Trial:
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             try:
-                self.step()
+                self.step.run()
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -196,11 +166,24 @@ class Trial:
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
-                self.model(*self._args, **self._kwargs)
+                self.model(*self.step.args, **self.step.kwargs)
             finally:
                 for hook in hooks:
                     hook.remove()
         return found
+
+
+def _own_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with tensors that share the user's storages, but are leaves of their own: theirs get no gradients by steps."""
+    memo: dict[int, torch.Tensor] = {}
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
+    return found
 
 
 def _nothing(_: Any) -> Any:
