@@ -16,7 +16,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.composite.training_step import Autocast, TrainingStep
 from planner.errors import InputError, PlannerError
-from planner.graph.outer import Section
+from planner.graph.outer import MeasuredSection
 from planner.profiler.marks import Mark, Stretch, stretches
 from planner.results.plan import Plan
 from planner.runtime.autograd import BackwardFinder
@@ -111,7 +111,7 @@ class Trial:
             return self.step.peak()
         return None
 
-    def sections(self, made: Mapping[str, Made]) -> list[Section] | None:
+    def sections(self, made: Mapping[str, Made]) -> list[MeasuredSection] | None:
         """What a step with these units planned holds, in order of time; None: out of memory."""
         found: list[Stretch] = []
         with self._planned(made) as modules, _none_without_memory() as fits:
@@ -239,16 +239,16 @@ class _MarkedBackwards:
         return self.others.modified(read)
 
 
-def _sections(found: Sequence[Stretch]) -> list[Section]:
+def _sections(found: Sequence[Stretch]) -> list[MeasuredSection]:
     """Stretches with the stages of one backward, and what runs between them, as one."""
     last = {one.name: k for k, one in enumerate(found) if one.name}
-    sections: list[Section] = []
+    sections: list[MeasuredSection] = []
     inside = ""
     for k, one in enumerate(found):
         if inside:
             inside = "" if k == last[inside] else inside
             continue
         unit, is_forward = one.name.removeprefix(_FORWARD).removeprefix(_BACKWARD), one.name.startswith(_FORWARD)
-        sections.append(Section(unit, is_forward, one.start_bytes, one.peak_bytes))
+        sections.append(MeasuredSection(unit, is_forward, one.start_bytes, one.peak_bytes))
         inside = one.name if one.name and k < last[one.name] else ""
     return sections
