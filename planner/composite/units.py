@@ -11,12 +11,11 @@ from torch import nn
 from planner import arguments, units
 from planner.analysis.budgets import Budget
 from planner.captured import CapturedStep
-from planner.composite import choose
-from planner.composite.choose import Largest, Units
 from planner.composite.kinds import UnitKind, kinds_of
 from planner.composite.planned import PlannedUnits
 from planner.composite.search import Found, UnitSearch
 from planner.composite.trial import Made, Trial
+from planner.composite.unit_names import Largest, Units, largest, named_units, repeated
 from planner.errors import CaptureError, InputError, MeasuredPeakError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.planned_units import PlannedKind
@@ -98,7 +97,7 @@ def planned_units(
     arguments.check_model(model)
     args, kwargs = arguments.check_call(args, kwargs)
     units.check_budget(budget)
-    names = None if wanted is None or isinstance(wanted, Largest) else choose.chosen(model, wanted)
+    names = None if wanted is None or isinstance(wanted, Largest) else named_units(model, wanted)
     trial = Trial(model, args, kwargs, options.loss)
     with one_at_a_time():
         with stage("capture", options.progress):
@@ -122,8 +121,8 @@ def _kinds(
     """The units that the user wants; by default the repeated blocks, and without any the largest submodules."""
     if names is not None:
         return kinds_of(trial, names, options, descends=False)
-    blocks = choose.repeated(trial.original) if takes_blocks else ()
-    return kinds_of(trial, blocks or choose.largest(trial.original), options, descends=True)
+    blocks = repeated(trial.original) if takes_blocks else ()
+    return kinds_of(trial, blocks or largest(trial.original), options, descends=True)
 
 
 def _whole(trial: Trial, options: PlanOptions) -> Graph | None:
@@ -140,17 +139,17 @@ def _plan(
 ) -> UnitPlan:
     """What was found, as data: of each front the points that are used."""
     schedules: list[list[Schedule]] = [[] for _ in kinds]
-    treated: dict[str, tuple[int, int]] = {}
+    positions: dict[str, tuple[int, int]] = {}
     number = {id(kind): k for k, kind in enumerate(kinds)}
     for unit, at in found.points.items():
         k, schedule = number[id(search.kinds[unit])], search.fronts[unit][at].schedule
         if schedule not in schedules[k]:
             schedules[k].append(schedule)
-        treated[unit] = k, schedules[k].index(schedule)
+        positions[unit] = k, schedules[k].index(schedule)
     parts = tuple(
         PlannedKind(kind.name, kind.graph, tuple(own), kind.provenance) for kind, own in zip(kinds, schedules, strict=True)
     )
-    return UnitPlan(parts, treated, search.outer, budget_bytes, plain, found.peak_bytes, found.bound_ns, dict(left))
+    return UnitPlan(parts, positions, search.outer, budget_bytes, plain, found.peak_bytes, found.bound_ns, dict(left))
 
 
 def apply_units(
