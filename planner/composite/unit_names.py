@@ -52,16 +52,12 @@ def named_units(model: nn.Module, units: Units) -> tuple[str, ...]:
             wanted |= dict.fromkeys(_of_class(model, one))
         else:
             raise InputError(f"units holds {kind(one)}: {_EXAMPLE}")
-    first, inside = _first_names(model), _inside(wanted)
+    first, inside = {module: name for name, module in model.named_modules()}, _inside(wanted)
     for module in wanted:
         if module in inside:
             pair = f"{first[module]} lies inside {first[inside[module]]}"
             raise InputError(f"units: {pair}; a unit is planned as a whole, so give one of the two")
     return tuple(name for module, name in first.items() if module in wanted)
-
-
-def _first_names(model: nn.Module) -> dict[nn.Module, str]:
-    return {module: name for name, module in model.named_modules()}
 
 
 def _known(name: str, modules: dict[str, nn.Module]) -> nn.Module:
@@ -93,8 +89,7 @@ def _inside(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
 
 def repeated(model: nn.Module) -> tuple[str, ...]:
     """The repeated blocks: submodules of one class in one container, of which unit capture may trace one for all."""
-    first = _first_names(model)
-    return tuple(first[module] for module in candidates(model, ()))
+    return tuple(candidates(model, ()).values())
 
 
 def largest(model: nn.Module) -> tuple[str, ...]:

@@ -207,7 +207,7 @@ def test_names_and_classes():
     assert all("forward" in vars(block) for block in model.blocks)
     model.last = model.blocks[-1]
     assert set(plan_units(model, 0.9, args, units=Block, **QUICK).planned) == {f"blocks.{k}" for k in range(4)}
-    assert set(plan_units(model, 0.9, args, units="last", **QUICK).planned) == {"blocks.3"}
+    assert set(plan_units(model, 1.0, args, units="last", **QUICK).planned) == {"blocks.3"}
 
 
 class Odd(nn.Module):

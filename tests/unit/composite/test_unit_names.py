@@ -52,9 +52,6 @@ def test_a_module_inside_another_is_found_by_each_of_its_names():
 def test_defaults():
     assert repeated(net()) == ("1.0", "1.1") and largest(net()) == ("0", "1", "2")
     assert repeated(nn.Sequential(nn.Linear(4, 4))) == ()
-    model, blocks = nn.Module(), net()[1]
-    model.first, model.blocks = blocks[0], blocks
-    assert repeated(model) == ("first", "blocks.1")
 
 
 def test_a_class_is_a_module_class():
