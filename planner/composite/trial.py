@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
 from planner.composite.training_step import Autocast, TrainingStep
-from planner.errors import InputError, PlannerError
+from planner.errors import CaptureError, InputError, MismatchError, PlannerError
 from planner.graph.outer import MeasuredSection
 from planner.profiler.marks import Mark, Stretch, stretches
 from planner.results.plan import Plan
 from planner.runtime.autograd import BackwardFinder
 from planner.runtime.backward_key import BackwardKey
 from planner.runtime.executable import Boxed, Executable, OtherBackward
+from planner.runtime.guards.call import CallGuard
+from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
@@ -100,6 +103,9 @@ class Trial:
         try:
             with self.untouched():
                 yield modules
+        except MismatchError as error:
+            name = next(name for name, module in modules.items() if module.num_unplanned_calls)
+            raise CaptureError(f"leave {name} out of the units: in a further step, the model calls it otherwise") from error
         finally:
             for module in modules.values():
                 uninstall(module.original)
@@ -170,6 +176,34 @@ class Trial:
             finally:
                 for hook in hooks:
                     hook.remove()
+        return found
+
+    def mismatches(self, steps: Mapping[str, RewrittenStep]) -> dict[str, Mismatch]:
+        """Which of these units two successive forwards call otherwise than planned, and what differs first.
+
+        Args:
+            steps: per unit, its planned step.
+        """
+        found: dict[str, Mismatch] = {}
+        modules = {name: self.model.get_submodule(name) for name in steps}
+        guards = {name: CallGuard(module, steps[name]) for name, module in modules.items()}
+        hooks: dict[str, RemovableHandle] = {}
+
+        def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+            hooks.pop(name).remove()  # a hook is a difference of its own
+            match = guards[name].match(args, kwargs)
+            if isinstance(match, Mismatch):
+                found.setdefault(name, match)
+
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            for _ in range(2):
+                for name, module in modules.items():
+                    hooks[name] = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                try:
+                    self.model(*self.step.args, **self.step.kwargs)
+                finally:
+                    while hooks:
+                        hooks.popitem()[1].remove()
         return found
 
 
