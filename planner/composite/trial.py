@@ -18,7 +18,7 @@ from planner._compat import pytree
 from planner.composite.training_step import Autocast, TrainingStep
 from planner.errors import CaptureError, InputError, MismatchError, PlannerError
 from planner.graph.outer import MeasuredSection
-from planner.profiler.marks import Mark, Stretch, stretches
+from planner.profiler.marks import Mark, marked_sections
 from planner.results.plan import Plan
 from planner.runtime.autograd import BackwardFinder
 from planner.runtime.backward_key import BackwardKey
@@ -119,7 +119,7 @@ class Trial:
 
     def sections(self, made: Mapping[str, Made]) -> list[MeasuredSection] | None:
         """What a step with these units planned holds, in order of time; None: out of memory."""
-        found: list[Stretch] = []
+        found: list[MeasuredSection] = []
         with self._planned(made) as modules, _none_without_memory() as fits:
             self.step.run()
             self.step.clear_gradients()
@@ -129,8 +129,8 @@ class Trial:
                     _marked(module, name, mark)
                 self.step.run()
 
-            found = stretches(run, self.device)
-        return _sections(found) if fits else None
+            found = marked_sections(run, self.device)
+        return _joined(found) if fits else None
 
     @property
     def resident_bytes(self) -> int:
@@ -236,24 +236,21 @@ def _none_without_memory() -> Iterator[list[bool]]:
         fits.clear()
 
 
-_FORWARD, _BACKWARD = "forward of ", "backward of "
-
-
 def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
     """Mark the forward and the backward of a trial's planned module."""
 
-    def inside(what: str, code: Boxed) -> Boxed:
+    def inside(is_forward: bool, code: Boxed) -> Boxed:
         def run(inputs: list[Any]) -> tuple[Any, ...]:
-            with mark(what + name):
+            with mark(name, is_forward):
                 return code(inputs)
 
         return run
 
     code: Executable = module.__dict__["_executable"]
-    stages = tuple(inside(_BACKWARD, stage) for stage in code.stages)
-    module.__dict__["_executable"] = replace(code, forward=inside(_FORWARD, code.forward), stages=stages)
+    stages = tuple(inside(False, stage) for stage in code.stages)
+    module.__dict__["_executable"] = replace(code, forward=inside(True, code.forward), stages=stages)
     others: BackwardFinder = module.__dict__["_other_backwards"]
-    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, _BACKWARD))
+    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,16 +270,14 @@ class _MarkedBackwards:
         return self.others.modified(read)
 
 
-def _sections(found: Sequence[Stretch]) -> list[MeasuredSection]:
-    """Stretches with the stages of one backward, and what runs between them, as one."""
-    last = {one.name: k for k, one in enumerate(found) if one.name}
-    sections: list[MeasuredSection] = []
-    inside = ""
-    for k, one in enumerate(found):
-        if inside:
-            inside = "" if k == last[inside] else inside
-            continue
-        unit, is_forward = one.name.removeprefix(_FORWARD).removeprefix(_BACKWARD), one.name.startswith(_FORWARD)
-        sections.append(MeasuredSection(unit, is_forward, one.start_bytes, one.peak_bytes))
-        inside = one.name if one.name and k < last[one.name] else ""
-    return sections
+def _joined(found: Sequence[MeasuredSection]) -> list[MeasuredSection]:
+    """Sections with the stages of one backward, and what runs between them, as one."""
+    places = [(one.unit, one.is_forward) for one in found]
+    last = {place: k for k, place in enumerate(places)}
+    joined: list[MeasuredSection] = []
+    end = -1
+    for k, (one, place) in enumerate(zip(found, places, strict=True)):
+        if k > end:
+            joined.append(one)
+            end = last[place] if one.unit else k
+    return joined

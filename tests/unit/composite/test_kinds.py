@@ -47,7 +47,7 @@ class Net(nn.Module):
         ({"after": 2.0}, r"blocks\.0.* scale is 2\.0, planned for 1\.0"),
         (
             {"fills": True},
-            r"blocks\.0.* shift is None, planned for .* where its first call sets this, run the model once before planning",
+            r"blocks\.0.* shift is None, planned for .* its first call sets this, run the model once",
         ),
     ],
     ids=["set before the call", "set after the call", "set by the first call"],
