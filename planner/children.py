@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from planner.analysis.budgets import Budget
-from planner.composite.choose import LARGEST
 from planner.composite.planned import PlannedUnits
+from planner.composite.unit_names import LARGEST
 from planner.composite.units import planned_units
 from planner.errors import warn
 from planner.limits import DEFAULT_EFFORT

@@ -90,7 +90,7 @@ class UnitKind:
         return str(found) if isinstance(found, Mismatch) else ""
 
 
-Priced = Callable[[CapturedStep], tuple[Graph, "Provenance | None"]]
+CostsOf = Callable[[CapturedStep], tuple[Graph, "Provenance | None"]]
 """The graph of a captured unit, with costs."""
 
 
@@ -101,7 +101,7 @@ def profiled_costs(step: CapturedStep) -> tuple[Graph, Provenance | None]:
 
 
 def kinds_of(
-    trial: Trial, names: Sequence[str], options: PlanOptions, costs: Priced = profiled_costs, *, descends: bool
+    trial: Trial, names: Sequence[str], options: PlanOptions, costs: CostsOf = profiled_costs, *, descends: bool
 ) -> tuple[list[UnitKind], dict[str, str]]:
     """The units that can be captured, by kind, and why others are left.
 
@@ -113,7 +113,7 @@ def kinds_of(
         descends: where one cannot be captured, its own submodules take its place; else that is an error.
 
     Raises:
-        CaptureError: none can be captured; says why, for each.
+        CaptureError: none can be captured; says why, for each. Or a given unit would run unplanned; says what differs.
         InputError: a given unit cannot be a unit.
         PlanFileError: from `costs`.
     """
@@ -146,14 +146,30 @@ def kinds_of(
                 else:
                     PLANNER.info("%s: not captured by itself (its submodules may be): %s", name, error)
         frontier = below
+    kinds = _called_as_captured(kinds, trial, left, descends)
     if not kinds:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
         raise CaptureError(f"no submodule of the model can be captured ({reasons or 'it has none'})")
     return kinds, left
 
 
+def _called_as_captured(kinds: Sequence[UnitKind], trial: Trial, left: dict[str, str], descends: bool) -> list[UnitKind]:
+    """The kinds without units that would run unplanned, as their Python state is not the captured one; `left` says why."""
+    steps = {name: kind.made(keep_all(kind.graph))[0] for kind in kinds for name in kind.members}
+    for name, mismatch in trial.mismatches(steps).items():
+        reason = f"a step of the model calls it otherwise than it was captured: {mismatch.explained}"
+        if not descends:
+            cure = "Leave it out; or, where its first call sets this, run the model once before planning"
+            raise CaptureError(f"units: {name} cannot be a unit: {reason}. {cure}")
+        left[name] = reason
+        PLANNER.warning("%s: left as it is, unplanned: %s", name, reason)
+    for kind in kinds:
+        kind.members[:] = [name for name in kind.members if name not in left]
+    return [kind for kind in kinds if kind.members]
+
+
 def _add(
-    kinds: list[UnitKind], name: str, module: nn.Module, call: Call, trial: Trial, options: PlanOptions, costs: Priced
+    kinds: list[UnitKind], name: str, module: nn.Module, call: Call, trial: Trial, options: PlanOptions, costs: CostsOf
 ) -> None:
     """Count a unit among the kind that it is of, or capture it as the first of a new one."""
     used = frozenset(trial.used[name])

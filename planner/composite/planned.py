@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from planner import arguments
-from planner.composite.trial import Autocast, Made
+from planner.composite.training_step import Autocast
+from planner.composite.trial import Made
 from planner.composite.verify import verify_units
 from planner.results.unit_plan import UnitPlan
 from planner.results.verify_report import VerifyReport

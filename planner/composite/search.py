@@ -1,4 +1,4 @@
-"""A point of its front for each unit: chosen by the program, judged by simulation and by a measured step.
+"""A point of its front for each unit: chosen by the program, evaluated by simulation and by a measured step.
 
 What the outer code holds has two sources, and one use: the captured graph of the whole step, where that can be had, or a
 measured step.
@@ -7,25 +7,29 @@ measured step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from planner import units
 from planner.composite.kinds import UnitKind
 from planner.composite.trial import Made, Trial
-from planner.errors import CaptureError, GraphError, NoScheduleFoundError, ScheduleError
+from planner.errors import CaptureError, NoScheduleFoundError
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
-from planner.graph.outer import OuterGraph, contracted, from_measured
+from planner.graph.outer import OuterCodeError, OuterGraph, contracted, from_measured
 from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point
-from planner.limits import Limits
+from planner.limits import Limits, Spending
 from planner.log import PLANNER
-from planner.solver.unit_choice import Choice, Chosen, Moment, choose, lowest, moments
+from planner.solver.unit_choice import Choice, Chosen, Section, choose, lowest, sections
 from planner.solver.unit_front import front
 
 _FRONT_SHARE = 0.2
 """Of the solver's effort, for the front of one kind: with five times as much, that of a GPT-2 block is hardly better."""
+_FRONTS_SHARE = 0.5
+"""Of the solver's effort, at most, for all fronts."""
+_CHOICE_SHARE = 0.25
+"""Of the effort that is left, for one choice."""
 _TRIES = 5
 """Choices whose step is measured, at most; each aims lower by what the last one took too much."""
 
@@ -54,9 +58,10 @@ class UnitSearch:
         Raises:
             NoScheduleFoundError: a step that has to be measured does not fit on the device.
         """
-        self.trial, self.limits = trial, limits
-        share = min(_FRONT_SHARE, 1 / (2 * len(kinds)))
-        fronts = [front(kind.graph, limits.share(share)) for kind in kinds]
+        self.trial, self._spending = trial, Spending(limits)
+        self._peaks: dict[frozenset[tuple[str, int]], int | None] = {}
+        share = min(_FRONT_SHARE, _FRONTS_SHARE / len(kinds))
+        fronts = [front(kind.graph, self._spending.take(share / self._spending.left)) for kind in kinds]
         order = [name for name, _ in trial.model.named_modules()]
         of = {name: (kind, own) for kind, own in zip(kinds, fronts, strict=True) for name in kind.members}
         self.kinds: Mapping[str, UnitKind] = {name: of[name][0] for name in order if name in of}
@@ -67,21 +72,20 @@ class UnitSearch:
         if whole is not None:
             try:
                 outer = contracted(whole, list(self.kinds))
-                composed = compose(outer, {unit: kind.graph for unit, kind in self.kinds.items()})
-                simulate(composed.graph, composed.schedule({}))
+                compose(outer, {unit: kind.graph for unit, kind in self.kinds.items()})
                 return outer
-            except (GraphError, ScheduleError) as error:  # the units' graphs are other ones than their parts of the whole
+            except OuterCodeError as error:
                 PLANNER.info("outer code is measured: %s", error)
         least = {unit: min(range(len(own)), key=lambda at: own[at].figures) for unit, own in self.fronts.items()}
-        sections = self.trial.sections(self.made(least))
-        if sections is None:
+        measured = self.trial.sections(self.made(least))
+        if measured is None:
             raise NoScheduleFoundError(
                 "a step with every unit at its lowest did not fit on the device, and could not be measured. Reduce the batch."
             )
         saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
         try:
-            return from_measured(self.trial.resident_bytes, sections, saved, list(self.kinds))
-        except GraphError as error:
+            return from_measured(self.trial.resident_bytes, measured, saved, list(self.kinds))
+        except OuterCodeError as error:
             raise CaptureError(
                 f"{error}: its planned backward does not run as it was captured. Name other submodules as units"
             ) from error
@@ -92,9 +96,9 @@ class UnitSearch:
         return compose(self.outer, {unit: kind.graph for unit, kind in self.kinds.items()})
 
     @cached_property
-    def parts(self) -> tuple[Moment, ...]:
-        """Of the step."""
-        return moments(self.composed, {unit: own[0] for unit, own in self.fronts.items()})
+    def sections(self) -> tuple[Section, ...]:
+        """What the outer code holds in each section of the step, and whose saved bytes are alive in it."""
+        return sections(self.composed, {unit: own[0] for unit, own in self.fronts.items()})
 
     def made(self, choice: Choice) -> dict[str, Made]:
         """What the planned modules of a choice are made of."""
@@ -106,22 +110,28 @@ class UnitSearch:
         return simulate(self.composed.graph, self.composed.schedule(schedules)).peak_bytes
 
     def chosen(self, budget_bytes: int) -> Chosen | None:
-        """The choice with the least recompute whose simulated peak is within a budget; None where there is none."""
-        aim = budget_bytes
+        """The choice with the least recompute that is found whose simulated peak is within a budget; None where none is.
+
+        Its bound is that of the budget, even where only a choice for less is within it.
+        """
+        aim, bound_ns = budget_bytes, None
         while aim > 0:
-            found = choose(self.parts, self.fronts, aim, self.composed.graph.plain_ns, self.limits.share(1 / 4))
+            limits = self._spending.take(_CHOICE_SHARE)
+            found = choose(self.sections, self.fronts, aim, self.composed.graph.plain_ns, limits)
             if found is None:
                 return None
+            self._spending.give_back(limits, found.work)
+            bound_ns = found.bound_ns if bound_ns is None else bound_ns
             excess = self.predicted_bytes(found.points) - budget_bytes
             if excess <= 0:
-                return found
+                return replace(found, bound_ns=bound_ns)
             aim -= excess
         return None
 
     @cached_property
     def lowest(self) -> Choice:
         """The choice with the lowest peak."""
-        return lowest(self.parts, self.fronts, self.limits.share(1 / 4))
+        return lowest(self.sections, self.fronts, self._spending.take(_CHOICE_SHARE))
 
     def within(self, budget_bytes: int) -> Found:
         """The choice with the least recompute that is found whose measured step is within a budget.
@@ -130,12 +140,14 @@ class UnitSearch:
             NoScheduleFoundError: not even the lowest one's is.
         """
         aim, bound_ns = budget_bytes, None
+        tried: list[Choice] = []
         for _ in range(_TRIES):
             found = self.chosen(aim)
-            if found is None:
+            if found is None or found.points in tried:
                 break
+            tried.append(found.points)
             bound_ns = found.bound_ns if bound_ns is None else bound_ns
-            peak = self.trial.peak(self.made(found.points))
+            peak = self._measured(found.points)
             if peak is not None and peak <= budget_bytes:
                 return Found(found.points, peak, bound_ns)
             predicted = self.predicted_bytes(found.points)
@@ -143,10 +155,17 @@ class UnitSearch:
             aim = (
                 predicted - (peak - budget_bytes) if peak is not None else (predicted + self.predicted_bytes(self.lowest)) // 2
             )
-        peak = self.trial.peak(self.made(self.lowest))
+        peak = self._measured(self.lowest)
         if peak is None or peak > budget_bytes:
             raise _not_found(budget_bytes, peak)
         return Found(self.lowest, peak, bound_ns or 0)
+
+    def _measured(self, choice: Choice) -> int | None:
+        """The measured peak of a choice; None: out of memory. Each choice is run once."""
+        key = frozenset(choice.items())
+        if key not in self._peaks:
+            self._peaks[key] = self.trial.peak(self.made(choice))
+        return self._peaks[key]
 
 
 def _texts(*sizes: int | None) -> list[str]:

@@ -12,44 +12,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
-from planner.errors import InputError, PlannerError
-from planner.graph.outer import Section
-from planner.profiler.marks import Mark, Stretch, stretches
-from planner.profiler.memory import logical_peak
+from planner.composite.training_step import Autocast, TrainingStep
+from planner.errors import CaptureError, InputError, MismatchError, PlannerError
+from planner.graph.outer import MeasuredSection
+from planner.profiler.marks import Mark, marked_sections
 from planner.results.plan import Plan
 from planner.runtime.autograd import BackwardFinder
 from planner.runtime.backward_key import BackwardKey
 from planner.runtime.executable import Boxed, Executable, OtherBackward
+from planner.runtime.guards.call import CallGuard
+from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.preserve import model_preserved
-from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.loss import Loss
 from planner.tracer.refusal import own_words
 
 Made = tuple[RewrittenStep, Plan, Executable | None]
 """What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Autocast:
-    """Whether autocast is on, and what it casts to."""
-
-    is_on: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, device: torch.device) -> Autocast:
-        """As it is now."""
-        return cls(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-
-    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """A context in which it is so."""
-        return torch.autocast(device.type, self.dtype, enabled=self.is_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +62,14 @@ class Trial:
             raise InputError(f"the model cannot be copied, and steps are measured on a copy: {own_words(error)}") from error
         for module in self.model.modules():
             uninstall(module)
-        self.device = tensors[0].device
-        self._args, self._kwargs, self._loss = args, kwargs, loss
-        self._inputs = tensors
+        self._call = args, kwargs
+        self.step = TrainingStep(self.model, *_own_leaves(args, kwargs), loss)
+        self.device = self.step.device
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
         try:
-            self._look()
+            self._observe()
         except PlannerError:
             raise
         except Exception as error:
@@ -94,26 +80,16 @@ class Trial:
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example call."""
-        return self._args, self._kwargs
-
-    def step(self) -> None:
-        """Forward and backward from empty gradients, as if they were the first in their autocast region."""
-        torch.clear_autocast_cache()
-        self.model.zero_grad(set_to_none=True)
-        out = self.model(*self._args, **self._kwargs)
-        starts = loss_leaves(out, pytree.tree_leaves(out), self._loss)
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+        return self._call
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors or the random state."""
-        grads = [(tensor, tensor.grad) for tensor in self._inputs]
-        with model_preserved(self.model, [*self.model.buffers(), *self._inputs], guards_iterators=False):
-            yield
-        self.model.zero_grad(set_to_none=True)
-        for tensor, grad in grads:
-            tensor.grad = grad
+        try:
+            with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
+                yield
+        finally:
+            self.step.clear_gradients()
 
     @contextlib.contextmanager
     def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:
@@ -127,6 +103,9 @@ class Trial:
         try:
             with self.untouched():
                 yield modules
+        except MismatchError as error:
+            name = next(name for name, module in modules.items() if module.num_unplanned_calls)
+            raise CaptureError(f"leave {name} out of the units: in a further step, the model calls it otherwise") from error
         finally:
             for module in modules.values():
                 uninstall(module.original)
@@ -134,34 +113,31 @@ class Trial:
     def peak(self, made: Mapping[str, Made]) -> int | None:
         """The measured peak of a step with these units planned, everything resident included; None: out of memory."""
         with self._planned(made), _none_without_memory():
-            self.step()  # what a first call allocates for good is no part of a step
-            self.model.zero_grad(set_to_none=True)
-            return self.resident_bytes + logical_peak(self.step, self.device)
+            self.step.run()  # what a first call allocates for good is no part of a step
+            return self.step.peak()
         return None
 
-    def sections(self, made: Mapping[str, Made]) -> list[Section] | None:
+    def sections(self, made: Mapping[str, Made]) -> list[MeasuredSection] | None:
         """What a step with these units planned holds, in order of time; None: out of memory."""
-        found: list[Stretch] = []
+        found: list[MeasuredSection] = []
         with self._planned(made) as modules, _none_without_memory() as fits:
-            self.step()
-            self.model.zero_grad(set_to_none=True)
+            self.step.run()
+            self.step.clear_gradients()
 
             def run(mark: Mark) -> None:
                 for name, module in modules.items():
                     _marked(module, name, mark)
-                self.step()
+                self.step.run()
 
-            found = stretches(run, self.device)
-        return _sections(found) if fits else None
+            found = marked_sections(run, self.device)
+        return _joined(found) if fits else None
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters, buffers and inputs, each storage once."""
-        tensors = (*self.model.parameters(), *self.model.buffers(), *self._inputs)
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return self.step.resident_bytes
 
-    def _look(self) -> None:
+    def _observe(self) -> None:
         """Run a step to see how often each submodule is called, and which leaves of what it returns get a gradient."""
 
         def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
@@ -179,7 +155,7 @@ class Trial:
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             try:
-                self.step()
+                self.step.run()
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -196,11 +172,52 @@ class Trial:
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
-                self.model(*self._args, **self._kwargs)
+                self.model(*self.step.args, **self.step.kwargs)
             finally:
                 for hook in hooks:
                     hook.remove()
         return found
+
+    def mismatches(self, steps: Mapping[str, RewrittenStep]) -> dict[str, Mismatch]:
+        """Which of these units two successive forwards call otherwise than planned, and what differs first.
+
+        Args:
+            steps: per unit, its planned step.
+        """
+        found: dict[str, Mismatch] = {}
+        modules = {name: self.model.get_submodule(name) for name in steps}
+        guards = {name: CallGuard(module, steps[name]) for name, module in modules.items()}
+        hooks: dict[str, RemovableHandle] = {}
+
+        def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+            hooks.pop(name).remove()  # a hook is a difference of its own
+            match = guards[name].match(args, kwargs)
+            if isinstance(match, Mismatch):
+                found.setdefault(name, match)
+
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            for _ in range(2):
+                for name, module in modules.items():
+                    hooks[name] = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                try:
+                    self.model(*self.step.args, **self.step.kwargs)
+                finally:
+                    while hooks:
+                        hooks.popitem()[1].remove()
+        return found
+
+
+def _own_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with tensors that share the user's storages, but are leaves of their own: theirs get no gradients by steps."""
+    memo: dict[int, torch.Tensor] = {}
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
+    return found
 
 
 def _nothing(_: Any) -> Any:
@@ -219,24 +236,21 @@ def _none_without_memory() -> Iterator[list[bool]]:
         fits.clear()
 
 
-_FORWARD, _BACKWARD = "forward of ", "backward of "
-
-
 def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
     """Mark the forward and the backward of a trial's planned module."""
 
-    def inside(what: str, code: Boxed) -> Boxed:
+    def inside(is_forward: bool, code: Boxed) -> Boxed:
         def run(inputs: list[Any]) -> tuple[Any, ...]:
-            with mark(what + name):
+            with mark(name, is_forward):
                 return code(inputs)
 
         return run
 
     code: Executable = module.__dict__["_executable"]
-    stages = tuple(inside(_BACKWARD, stage) for stage in code.stages)
-    module.__dict__["_executable"] = replace(code, forward=inside(_FORWARD, code.forward), stages=stages)
+    stages = tuple(inside(False, stage) for stage in code.stages)
+    module.__dict__["_executable"] = replace(code, forward=inside(True, code.forward), stages=stages)
     others: BackwardFinder = module.__dict__["_other_backwards"]
-    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, _BACKWARD))
+    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,16 +270,14 @@ class _MarkedBackwards:
         return self.others.modified(read)
 
 
-def _sections(found: Sequence[Stretch]) -> list[Section]:
-    """Stretches with the stages of one backward, and what runs between them, as one."""
-    last = {one.name: k for k, one in enumerate(found) if one.name}
-    sections: list[Section] = []
-    inside = ""
-    for k, one in enumerate(found):
-        if inside:
-            inside = "" if k == last[inside] else inside
-            continue
-        unit, is_forward = one.name.removeprefix(_FORWARD).removeprefix(_BACKWARD), one.name.startswith(_FORWARD)
-        sections.append(Section(unit, is_forward, one.start_bytes, one.peak_bytes))
-        inside = one.name if one.name and k < last[one.name] else ""
-    return sections
+def _joined(found: Sequence[MeasuredSection]) -> list[MeasuredSection]:
+    """Sections with the stages of one backward, and what runs between them, as one."""
+    places = [(one.unit, one.is_forward) for one in found]
+    last = {place: k for k, place in enumerate(places)}
+    joined: list[MeasuredSection] = []
+    end = -1
+    for k, (one, place) in enumerate(zip(found, places, strict=True)):
+        if k > end:
+            joined.append(one)
+            end = last[place] if one.unit else k
+    return joined

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -11,12 +12,11 @@ from torch import nn
 from planner import arguments, units
 from planner.analysis.budgets import Budget
 from planner.captured import CapturedStep
-from planner.composite import choose
-from planner.composite.choose import Largest, Units
 from planner.composite.kinds import UnitKind, kinds_of
 from planner.composite.planned import PlannedUnits
 from planner.composite.search import Found, UnitSearch
 from planner.composite.trial import Made, Trial
+from planner.composite.unit_names import Largest, Units, largest, named_units, repeated
 from planner.errors import CaptureError, InputError, MeasuredPeakError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.planned_units import PlannedKind
@@ -98,19 +98,20 @@ def planned_units(
     arguments.check_model(model)
     args, kwargs = arguments.check_call(args, kwargs)
     units.check_budget(budget)
-    names = None if wanted is None or isinstance(wanted, Largest) else choose.chosen(model, wanted)
+    names = None if wanted is None or isinstance(wanted, Largest) else named_units(model, wanted)
     trial = Trial(model, args, kwargs, options.loss)
     with one_at_a_time():
+        with stage("measure steps", options.progress):
+            plain = trial.peak({})
+        if plain is None and units.is_fraction(budget):
+            raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
+        budget_bytes = units.parse_budget(budget, plain or 0)
         with stage("capture", options.progress):
             kinds, left = _kinds(trial, names, options, takes_blocks=wanted is None)
             whole = _whole(trial, options) if is_whole_captured else None
         with stage("solve", options.progress):
             search = UnitSearch(trial, kinds, options.limits, whole)
         with stage("measure steps", options.progress):
-            plain = trial.peak({})
-            if plain is None and units.is_fraction(budget):
-                raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
-            budget_bytes = units.parse_budget(budget, plain or 0)
             found = search.within(budget_bytes)
     plan = _plan(search, kinds, left, budget_bytes, plain, found)
     return PlannedUnits(model, plan, search.made(found.points), options.loss, trial.autocast)
@@ -122,8 +123,8 @@ def _kinds(
     """The units that the user wants; by default the repeated blocks, and without any the largest submodules."""
     if names is not None:
         return kinds_of(trial, names, options, descends=False)
-    blocks = choose.repeated(trial.original) if takes_blocks else ()
-    return kinds_of(trial, blocks or choose.largest(trial.original), options, descends=True)
+    blocks = repeated(trial.original) if takes_blocks else ()
+    return kinds_of(trial, blocks or largest(trial.original), options, descends=True)
 
 
 def _whole(trial: Trial, options: PlanOptions) -> Graph | None:
@@ -140,17 +141,17 @@ def _plan(
 ) -> UnitPlan:
     """What was found, as data: of each front the points that are used."""
     schedules: list[list[Schedule]] = [[] for _ in kinds]
-    treated: dict[str, tuple[int, int]] = {}
+    positions: dict[str, tuple[int, int]] = {}
     number = {id(kind): k for k, kind in enumerate(kinds)}
     for unit, at in found.points.items():
         k, schedule = number[id(search.kinds[unit])], search.fronts[unit][at].schedule
         if schedule not in schedules[k]:
             schedules[k].append(schedule)
-        treated[unit] = k, schedules[k].index(schedule)
+        positions[unit] = k, schedules[k].index(schedule)
     parts = tuple(
         PlannedKind(kind.name, kind.graph, tuple(own), kind.provenance) for kind, own in zip(kinds, schedules, strict=True)
     )
-    return UnitPlan(parts, treated, search.outer, budget_bytes, plain, found.peak_bytes, found.bound_ns, dict(left))
+    return UnitPlan(parts, positions, search.outer, budget_bytes, plain, found.peak_bytes, found.bound_ns, dict(left))
 
 
 def apply_units(
@@ -192,29 +193,43 @@ def apply_units(
     made: dict[str, Made] = {}
     with one_at_a_time():
         for k, own in enumerate(plan.kinds):
-            names = [name for name, (kind, _) in plan.units.items() if kind == k]
-
-            def costs(step: CapturedStep, own: PlannedKind = own) -> tuple[Graph, Provenance | None]:
-                schedule = keep_all(own.graph)
-                plain = Solution("feasible", schedule, own.graph.plain_ns, 0.0, "")
-                peak = simulate(own.graph, schedule).peak_bytes
-                return step.recognized(Plan(own.graph, peak, 0, plain, own.provenance)).graph, own.provenance
-
+            at = {name: at for name, (kind, at) in plan.units.items() if kind == k}
             with stage("capture", progress):
-                found, _ = kinds_of(trial, names, options, costs, descends=False)
-            for kind in found:
-                made |= {name: kind.made(own.schedules[plan.units[name][1]]) for name in kind.members}
+                found, _ = kinds_of(trial, list(at), options, partial(_recorded_costs, own), descends=False)
+            made |= {name: kind.made(own.schedules[at[name]]) for kind in found for name in kind.members}
         with stage("measure steps", progress):
-            peak = trial.peak(made)
-    if peak is None or peak > plan.budget_bytes:
-        needs = "does not fit on the device" if peak is None else f"peaks at {units.format_bytes(peak)} ({peak} bytes)"
-        raise MeasuredPeakError(
-            f"measured, the step {needs}; the budget is {units.format_bytes(plan.budget_bytes)}. Make the plan again here",
-            budget_bytes=plan.budget_bytes,
-            peak_bytes=peak or 0,
-        )
+            peak = _measured_within(plan.budget_bytes, trial, made)
     fields = {name: getattr(plan, name) for name in ("kinds", "units", "outer", "budget_bytes", "plain_bytes")}
     here = UnitPlan(**fields, measured_bytes=peak, bound_ns=plan.bound_ns, left=plan.left)
     applied = PlannedUnits(model, here, made, loss, trial.autocast)
     applied.install()
     return applied
+
+
+def _recorded_costs(kind: PlannedKind, step: CapturedStep) -> tuple[Graph, Provenance | None]:
+    """The costs of a plan's kind, for a unit captured here.
+
+    Raises:
+        PlanFileError: the unit is not of this kind.
+    """
+    schedule = keep_all(kind.graph)
+    plain = Solution("feasible", schedule, kind.graph.plain_ns, 0.0, "")
+    peak = simulate(kind.graph, schedule).peak_bytes
+    return step.recognized(Plan(kind.graph, peak, 0, plain, kind.provenance)).graph, kind.provenance
+
+
+def _measured_within(budget_bytes: int, trial: Trial, made: Mapping[str, Made]) -> int:
+    """The measured peak of a step with these units planned.
+
+    Raises:
+        MeasuredPeakError: it is above the budget.
+    """
+    peak = trial.peak(made)
+    if peak is None or peak > budget_bytes:
+        needs = "does not fit on the device" if peak is None else f"peaks at {units.format_bytes(peak)} ({peak} bytes)"
+        raise MeasuredPeakError(
+            f"measured, the step {needs}; the budget is {units.format_bytes(budget_bytes)}. Make the plan again here",
+            budget_bytes=budget_bytes,
+            peak_bytes=peak or 0,
+        )
+    return peak

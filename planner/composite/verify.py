@@ -10,30 +10,21 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner.composite.trial import Autocast
+from planner.composite.training_step import Autocast, TrainingStep
 from planner.errors import InputError
-from planner.profiler.memory import logical_peak
 from planner.results.unit_plan import UnitPlan
 from planner.results.verify_report import VerifyReport
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
-from planner.tracer.loss import Loss, loss_leaves
-from planner.verification.state import (
-    StateEntry,
-    generators,
-    generators_as_leaves,
-    largest_difference,
-    same,
-    set_generators,
-    state_of,
-)
+from planner.tracer.loss import Loss
+from planner.verification import state
 from planner.verification.step_copy import copy_of
 
 _NUM_STEPS = 3
 
 
-class Planned(Protocol):
-    """What is verified."""
+class VerifiedUnits(Protocol):
+    """Planned units, as they are verified."""
 
     model: nn.Module
     planned: dict[str, CheckpointedModule]
@@ -41,10 +32,10 @@ class Planned(Protocol):
 
 
 def verify_units(
-    planned: Planned, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, autocast: Autocast
+    planned: VerifiedUnits, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, autocast: Autocast
 ) -> VerifyReport:
     """See `PlannedUnits.verify`."""
-    before = generators()
+    before = state.generators()
     try:
         ours, plain = (_Side(planned, args, kwargs, loss, autocast, is_plain=is_plain) for is_plain in (False, True))
         differences: list[str] = []
@@ -54,10 +45,10 @@ def verify_units(
             expected, states[0] = plain.result(states[0])
             found, states[1] = ours.result(states[1])
             leaves = dict.fromkeys([*expected, *found])
-            wrong = [at for at in leaves if at not in expected or at not in found or not same(expected[at], found[at])]
+            wrong = [at for at in leaves if at not in expected or at not in found or not state.same(expected[at], found[at])]
             differences += [f"{at}{'' if number == 1 else f' (step {number})'}" for at in wrong]
             num_compared += len(leaves)
-            largest = max(largest, largest_difference(expected, found)) if wrong else largest
+            largest = max(largest, state.largest_difference(expected, found)) if wrong else largest
         return VerifyReport(
             differences=tuple(differences),
             num_compared=num_compared,
@@ -75,7 +66,7 @@ def verify_units(
             ),
         )
     finally:
-        set_generators(before)
+        state.set_generators(before)
 
 
 class _Side:
@@ -83,7 +74,7 @@ class _Side:
 
     def __init__(
         self,
-        planned: Planned,
+        planned: VerifiedUnits,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         loss: Loss,
@@ -91,58 +82,38 @@ class _Side:
         *,
         is_plain: bool,
     ) -> None:
-        self.model = copy_of(planned.model)
-        for module in self.model.modules():
+        model = copy_of(planned.model)
+        for module in model.modules():
             uninstall(module)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not tensors:
+        if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise InputError("verify needs the call that the units were planned for, verify(args, kwargs), with its tensors")
         memo: dict[int, Any] = {}
         own = [_copied(leaf, memo) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.inputs = [leaf for leaf in own if isinstance(leaf, torch.Tensor)]
-        self.args, self.kwargs = pytree.tree_unflatten(own, spec)
-        self.device, self.loss, self.autocast = tensors[0].device, loss, autocast
+        own_args, own_kwargs = pytree.tree_unflatten(own, spec)
+        self.step, self.autocast = TrainingStep(model, own_args, own_kwargs, loss), autocast
         self.modules: dict[str, CheckpointedModule] = {}
         for name, module in () if is_plain else planned.planned.items():
             self.modules[name] = CheckpointedModule(
-                self.model.get_submodule(name), module.step, module.plan, executable=module.executable, audits=False
+                model.get_submodule(name), module.step, module.plan, executable=module.executable, audits=False
             )
         for module in self.modules.values():
             install(module.original, module)
 
-    def step(self) -> list[Any]:
-        self.model.zero_grad(set_to_none=True)
-        for tensor in self.inputs:
-            tensor.grad = None
-        torch.clear_autocast_cache()
-        with self.autocast.on(self.device):
-            out = self.model(*self.args, **self.kwargs)
-        leaves = pytree.tree_leaves(out)
-        starts = loss_leaves(out, leaves, self.loss)
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
-        return leaves
-
-    def result(self, states: Mapping[str, Any]) -> tuple[dict[StateEntry, Any], Mapping[str, Any]]:
+    def result(self, states: Mapping[str, Any]) -> tuple[dict[state.StateEntry, Any], Mapping[str, Any]]:
         """Everything that a step from these states of the generators changes or returns, and their states after it."""
-        set_generators(states)
-        leaves = self.step()
-        after = generators()
-        found: dict[StateEntry, Any] = {StateEntry("output", f"{i}"): leaf for i, leaf in enumerate(leaves)}
-        found |= {StateEntry("gradient", name): p.grad for name, p in self.model.named_parameters()}
-        found |= {StateEntry("input", f"{i}"): tensor for i, tensor in enumerate(self.inputs)}
-        found |= {StateEntry("input gradient", f"{i}"): tensor.grad for i, tensor in enumerate(self.inputs)}
-        return found | state_of(self.model) | generators_as_leaves(after), after
+        state.set_generators(states)
+        leaves = self.step.run(self.autocast)
+        after = state.generators()
+        found: dict[state.StateEntry, Any] = {state.StateEntry("output", f"{i}"): leaf for i, leaf in enumerate(leaves)}
+        found |= {state.StateEntry("gradient", name): p.grad for name, p in self.step.model.named_parameters()}
+        found |= {state.StateEntry("input", f"{i}"): tensor for i, tensor in enumerate(self.step.inputs)}
+        found |= {state.StateEntry("input gradient", f"{i}"): tensor.grad for i, tensor in enumerate(self.step.inputs)}
+        return found | state.state_of(self.step.model) | state.generators_as_leaves(after), after
 
     def peak(self) -> int:
         """Measured peak of a step, everything resident included."""
-        self.model.zero_grad(set_to_none=True)
-        tensors = (*self.model.parameters(), *self.model.buffers(), *self.inputs)
-        resident = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        for tensor in self.inputs:
-            tensor.grad = None
-        return sum(resident.values()) + logical_peak(self.step, self.device)
+        return self.step.peak(self.autocast)
 
 
 def _copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from planner.errors import GraphError
 from planner.graph.graph import Graph, Op
-from planner.graph.outer import OuterGraph
+from planner.graph.outer import OuterCodeError, OuterGraph
 from planner.graph.schedule import Schedule, keep_all
 
 
@@ -57,11 +58,17 @@ def compose(outer: OuterGraph, units: Mapping[str, Graph]) -> Composed:
     What a unit is given (parameters, buffers, inputs, gradients of its outputs) is the outer graph's. What it returns is its
     own value, under the outer graph's name where the two have equal bytes; the outer graph's others exist from the beginning
     of the section.
+
+    Raises:
+        OuterCodeError: the units' graphs are other ones than their parts of the whole step.
     """
     builder = _Builder(outer, units)
     for i, op in enumerate(outer.graph.ops):
         builder.add(i, op)
-    return builder.composed()
+    try:
+        return builder.composed()
+    except GraphError as error:
+        raise OuterCodeError(f"the graphs of the units are other ones than their parts of the whole step: {error}") from error
 
 
 class _Builder:

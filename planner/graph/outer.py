@@ -16,6 +16,10 @@ FORWARD, BACKWARD = "(forward of a unit)", "(backward of a unit)"
 _RESIDENT = reserved_name("model and inputs")
 
 
+class OuterCodeError(GraphError):
+    """What lies around units cannot be told from the graph of the whole step, or from a measured step."""
+
+
 @dataclass(frozen=True, slots=True)
 class OuterGraph:
     """A step in which each unit is two ops; they take no time of their own.
@@ -32,7 +36,7 @@ class OuterGraph:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class MeasuredSection:
     """A stretch of a measured step.
 
     Attributes:
@@ -56,7 +60,7 @@ def contracted(graph: Graph, units: Collection[str]) -> OuterGraph:
         units: qualified names; none inside another one.
 
     Raises:
-        GraphError: other ops run between a unit's, so that it cannot be told apart.
+        OuterCodeError: other ops run between a unit's, so that it cannot be told apart.
     """
     return _Contraction(graph, units).outer()
 
@@ -80,10 +84,10 @@ class _Contraction:
             apart = next((self.graph.ops[i] for i in range(own[0], own[-1] + 1) if self.owners[i] != unit), None)
             if apart is not None:
                 which, where = "forward" if is_forward else "backward", apart.source or "of unknown source"
-                raise GraphError(f"in the {which} of {unit}, {apart.name} ({where}) runs, which is not its own")
+                raise OuterCodeError(f"in the {which} of {unit}, {apart.name} ({where}) runs, which is not its own")
         for unit in self.units:
             if not {(unit, True), (unit, False)} <= self.spans.keys():
-                raise GraphError(f"{unit} has no forward or no backward in the graph")
+                raise OuterCodeError(f"{unit} has no forward or no backward in the graph")
 
     def outer(self) -> OuterGraph:
         ops: list[Op] = []
@@ -150,7 +154,7 @@ def _knows(known: Mapping[str, set[str]], unit: str, op: Op, is_forward: bool) -
 
 
 def from_measured(
-    resident_bytes: int, sections: Sequence[Section], saved: Mapping[str, int], units: Collection[str]
+    resident_bytes: int, sections: Sequence[MeasuredSection], saved: Mapping[str, int], units: Collection[str]
 ) -> OuterGraph:
     """What a measured step held beside what its units saved.
 
@@ -161,7 +165,7 @@ def from_measured(
         units: every one has a forward and a backward among the sections.
 
     Raises:
-        GraphError: a unit ran otherwise than once.
+        OuterCodeError: a unit ran otherwise than once.
     """
     ops: list[Op] = []
     values = [Value(_RESIDENT, resident_bytes, Kind.RESERVED)]
@@ -181,7 +185,7 @@ def from_measured(
         held += saved[section.unit] if section.is_forward else -saved[section.unit]
     wrong = next((unit for unit, at in calls.items() if len(at) != 2), None)
     if wrong is not None or num_forward_ops is None:
-        raise GraphError(
+        raise OuterCodeError(
             f"in a measured step, {wrong or 'no unit'} ran forward and backward {len(calls.get(wrong or '', ()))} times"
         )
     graph = Graph(tuple(ops), tuple(values), (_RESIDENT,), (), (), num_forward_ops, backward_is_fixed=True)

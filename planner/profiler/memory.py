@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,14 @@ def allocations_of(run: Callable[[], Any], device: torch.device) -> tuple[Any, i
 
 
 def cpu_allocations(run: Callable[[], Any]) -> list[tuple[int, int]]:
-    """The CPU allocator's (address, signed bytes) events during `run()`, in order of time.
+    """The CPU allocator's (address, signed bytes) events during `run()`, in order of time."""
+    events = [event for event in cpu_trace(run) if is_allocation(event)]
+    events.sort(key=lambda event: event["ts"])
+    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events]
+
+
+def cpu_trace(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The events of a profile of `run()` with the CPU allocator's own, in no order.
 
     The exported trace is the public place that holds them all: `events()` leaves out those inside an operator.
     """
@@ -54,10 +61,13 @@ def cpu_allocations(run: Callable[[], Any]) -> list[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    events = [event for event in trace if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    events.sort(key=lambda event: event["ts"])
-    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in events]
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return found
+
+
+def is_allocation(event: Mapping[str, Any]) -> bool:
+    """Whether an event of a trace is the CPU allocator's: `args` then hold `Addr` and `Bytes`, negative where it frees."""
+    return bool(event["name"] == "[memory]" and event["args"]["Device Type"] == 0)
 
 
 def peak_of(allocations: Iterable[tuple[int, int]]) -> int:

@@ -42,7 +42,7 @@ def dumps(plan: PlannedUnitGraphs) -> str:
     fields = {
         "schema": SCHEMA,
         "kinds": plan_file.Lines(_kind_fields(kind) for kind in plan.kinds),
-        "units": {unit: list(treated) for unit, treated in plan.units.items()},
+        "units": {unit: list(positions) for unit, positions in plan.units.items()},
         "calls": {unit: list(at) for unit, at in plan.outer.calls.items()},
         "is_measured": plan.outer.is_measured,
         "budget_bytes": plan.budget_bytes,

@@ -34,7 +34,7 @@ GAP = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class Section:
     """A part of the step in which the same units' saved bytes are alive.
 
     Attributes:
@@ -50,8 +50,8 @@ class Moment:
     is_forward: bool = False
 
 
-def moments(composed: Composed, points: Mapping[str, Point]) -> tuple[Moment, ...]:
-    """The parts of a step with units, what the outer code holds read off a simulated step.
+def sections(composed: Composed, points: Mapping[str, Point]) -> tuple[Section, ...]:
+    """The sections of a step with units, what the outer code holds read off a simulated step.
 
     Args:
         composed: outer code and units.
@@ -77,15 +77,15 @@ def moments(composed: Composed, points: Mapping[str, Point]) -> tuple[Moment, ..
             if inside[1]:
                 kept[inside[0]] = points[inside[0]].saved_bytes
             inside = None
-    return tuple(Moment(nbytes, *key) for key, nbytes in outer.items())
+    return tuple(Section(nbytes, *key) for key, nbytes in outer.items())
 
 
-def peak_bytes(moment: Moment, points: Mapping[str, Point]) -> int:
-    """The most that is live in a part of the step; the largest of all parts is what `simulate` finds."""
+def peak_bytes(section: Section, points: Mapping[str, Point]) -> int:
+    """The most that is live in a section of the step; the largest of all sections is what `simulate` finds."""
     own = 0
-    if moment.unit:
-        own = points[moment.unit].forward_bytes if moment.is_forward else points[moment.unit].backward_bytes
-    return moment.outer_bytes + own + sum(points[unit].saved_bytes for unit in moment.kept)
+    if section.unit:
+        own = points[section.unit].forward_bytes if section.is_forward else points[section.unit].backward_bytes
+    return section.outer_bytes + own + sum(points[unit].saved_bytes for unit in section.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +95,23 @@ class Chosen:
     Attributes:
         points: per unit, its position in its front.
         bound_ns: of recompute.
+        work: that the choice took.
     """
 
     points: Choice
     bound_ns: int
+    work: float
 
 
 def choose(
-    parts: Sequence[Moment], fronts: Fronts, budget_bytes: int, plain_ns: int, limits: Limits | None = None
+    sections: Sequence[Section], fronts: Fronts, budget_bytes: int, plain_ns: int, limits: Limits | None = None
 ) -> Chosen | None:
-    """The choice with the least recompute within a budget; None where there is none.
+    """The choice with the least recompute within a budget; None where none is found.
 
     Args:
-        parts: from `moments`.
+        sections: from `sections`.
         fronts: per unit.
-        budget_bytes: bound on the bytes live in each part.
+        budget_bytes: bound on the bytes live in each section.
         plain_ns: the plain step's time, which says how exact the choice has to be.
     """
     program, columns = _program(fronts)
@@ -118,25 +120,28 @@ def choose(
     for unit, front in fronts.items():
         for column, one in zip(columns[unit], front, strict=True):
             program.costs[column] = one.time_ns / unit_ns
-    for part in parts:
-        program.row(_row(part, fronts, columns, budget_bytes), SCALE * (budget_bytes - part.outer_bytes) / max(1, budget_bytes))
-    answer = Model(program).relax_and_fix(begin(limits or Limits()), gap=GAP * plain_ns / unit_ns)
+    for section in sections:
+        program.row(
+            _row(section, fronts, columns, budget_bytes), SCALE * (budget_bytes - section.outer_bytes) / max(1, budget_bytes)
+        )
+    work = begin(limits or Limits())
+    answer = Model(program).relax_and_fix(work, gap=GAP * plain_ns / unit_ns)
     if not answer.values:
         return None
     made = _read(columns, answer.values)
     spent = sum(fronts[unit][at].time_ns for unit, at in made.items())
     bound = 0 if math.isinf(answer.bound) else math.floor(max(0.0, answer.bound) * unit_ns)
-    return Chosen(made, min(spent, bound))
+    return Chosen(made, min(spent, bound), work.meter.spent)
 
 
-def lowest(parts: Sequence[Moment], fronts: Fronts, limits: Limits | None = None) -> Choice:
+def lowest(sections: Sequence[Section], fronts: Fronts, limits: Limits | None = None) -> Choice:
     """The choice with the lowest peak."""
     program, columns = _program(fronts)
-    scale = max(peak_bytes(part, {unit: front[0] for unit, front in fronts.items()}) for part in parts)
+    scale = max(peak_bytes(section, {unit: front[0] for unit, front in fronts.items()}) for section in sections)
     peak = program.column(1.0, upper=SCALE)
-    for part in parts:
-        row = [*_row(part, fronts, columns, scale), (peak, -1.0)]
-        program.row(row, -SCALE * part.outer_bytes / max(1, scale))
+    for section in sections:
+        row = [*_row(section, fronts, columns, scale), (peak, -1.0)]
+        program.row(row, -SCALE * section.outer_bytes / max(1, scale))
     answer = Model(program).relax_and_fix(begin(limits or Limits()), gap=SCALE / 10_000)
     if answer.values:
         return _read(columns, answer.values)
@@ -153,16 +158,16 @@ def _program(fronts: Fronts) -> tuple[Program, dict[str, list[int]]]:
     return program, columns
 
 
-def _row(part: Moment, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int) -> list[tuple[int, float]]:
-    """Bytes of the units in a part of the step, SCALE for `scale` bytes."""
+def _row(section: Section, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int) -> list[tuple[int, float]]:
+    """Bytes of the units in a section of the step, SCALE for `scale` bytes."""
     row = [
         (column, SCALE * one.saved_bytes / max(1, scale))
-        for unit in sorted(part.kept)
+        for unit in sorted(section.kept)
         for column, one in zip(columns[unit], fronts[unit], strict=True)
     ]
-    if part.unit:
-        for column, one in zip(columns[part.unit], fronts[part.unit], strict=True):
-            own = one.forward_bytes if part.is_forward else one.backward_bytes
+    if section.unit:
+        for column, one in zip(columns[section.unit], fronts[section.unit], strict=True):
+            own = one.forward_bytes if section.is_forward else one.backward_bytes
             row.append((column, SCALE * own / max(1, scale)))
     return row
 

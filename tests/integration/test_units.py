@@ -205,6 +205,9 @@ def test_names_and_classes():
     assert set(named.planned) == {"blocks.0", "blocks.2"}
     assert len(plan_units(model, 0.9, args, units=Block, **QUICK).planned) == 4  # in place of what was installed
     assert all("forward" in vars(block) for block in model.blocks)
+    model.last = model.blocks[-1]
+    assert set(plan_units(model, 0.9, args, units=Block, **QUICK).planned) == {f"blocks.{k}" for k in range(4)}
+    assert set(plan_units(model, 1.0, args, units="last", **QUICK).planned) == {"blocks.3"}
 
 
 class Odd(nn.Module):

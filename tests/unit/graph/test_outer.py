@@ -7,7 +7,7 @@ import pytest
 
 from planner.errors import GraphError
 from planner.graph.compose import compose
-from planner.graph.outer import Section, contracted, from_measured
+from planner.graph.outer import MeasuredSection, contracted, from_measured
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
@@ -81,12 +81,12 @@ def measured_sections(graph, schedules):
     for step, i in enumerate(schedule.steps):
         if i in bounds:
             name, is_forward, end = bounds[i]
-            sections.append(Section(name, is_forward, live[step] - resident, live[step] - resident))
+            sections.append(MeasuredSection(name, is_forward, live[step] - resident, live[step] - resident))
         elif end is None:
             peak = live[step] - resident
             if sections and not sections[-1].unit:
                 peak = max(peak, sections.pop().peak_bytes)
-            sections.append(Section("", False, 0, peak))
+            sections.append(MeasuredSection("", False, 0, peak))
         end = None if i == end else end
     return resident, sections
 
@@ -104,4 +104,4 @@ def test_measured_bytes_around_units_give_the_peak_of_any_other_choice():
 
 def test_a_unit_that_runs_twice_is_an_error():
     with pytest.raises(GraphError, match=r"a ran forward and backward 1 times"):
-        from_measured(1, [Section("a", True, 0, 0)], {"a": 0}, ["a"])
+        from_measured(1, [MeasuredSection("a", True, 0, 0)], {"a": 0}, ["a"])

@@ -12,7 +12,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point, point
 from planner.limits import Limits
-from planner.solver.unit_choice import Moment, choose, lowest, moments, peak_bytes
+from planner.solver.unit_choice import Section, choose, lowest, peak_bytes, sections
 from planner.solver.unit_front import front, pareto
 from tests.support.strategies import training_graphs
 from tests.support.unit_graphs import block, whole
@@ -64,11 +64,11 @@ def test_what_a_choice_holds_is_what_simulate_finds():
     graph, own = whole(3), block()
     made = compose(contracted(graph, NAMES), dict.fromkeys(NAMES, own))
     points = front(own, Limits(1.0))
-    parts = moments(made, dict.fromkeys(NAMES, points[-1]))
+    places = sections(made, dict.fromkeys(NAMES, points[-1]))
     for taken in itertools.product(points[:: max(1, len(points) // 4)], repeat=3):
         choice = dict(zip(NAMES, taken, strict=True))
         schedule = made.schedule({name: one.schedule for name, one in choice.items()})
-        assert max(peak_bytes(part, choice) for part in parts) == simulate(made.graph, schedule).peak_bytes
+        assert max(peak_bytes(section, choice) for section in places) == simulate(made.graph, schedule).peak_bytes
 
 
 @st.composite
@@ -84,33 +84,33 @@ def problems(draw):
         return Point(schedule, saved, seeded.randint(0, 9), saved + seeded.randint(0, 9), seeded.randint(0, 9))
 
     fronts = {name: pareto(one() for _ in range(seeded.randint(1, 4))) for name in names}
-    parts = []
+    places = []
     for i, name in enumerate(names):
-        parts.append(Moment(seeded.randint(0, 5), frozenset(names[:i]), name, True))
-        parts.append(Moment(seeded.randint(0, 5), frozenset(names[: i + 1])))
-        parts.append(Moment(seeded.randint(0, 5), frozenset(names[:i]), name, False))
-    return fronts, parts, seeded.randint(5, 40)
+        places.append(Section(seeded.randint(0, 5), frozenset(names[:i]), name, True))
+        places.append(Section(seeded.randint(0, 5), frozenset(names[: i + 1])))
+        places.append(Section(seeded.randint(0, 5), frozenset(names[:i]), name, False))
+    return fronts, places, seeded.randint(5, 40)
 
 
 @given(problems())
 @settings(deadline=None, max_examples=60)
 def test_the_choice_is_the_best_of_all(problem):
-    fronts, parts, budget = problem
+    fronts, places, budget = problem
     choices = [dict(zip(fronts, at, strict=True)) for at in itertools.product(*(range(len(own)) for own in fronts.values()))]
 
     def taken(choice):
         return {unit: fronts[unit][at] for unit, at in choice.items()}
 
     def peak(choice):
-        return max(peak_bytes(part, taken(choice)) for part in parts)
+        return max(peak_bytes(section, taken(choice)) for section in places)
 
     def spent(choice):
         return sum(one.time_ns for one in taken(choice).values())
 
     fitting = [spent(choice) for choice in choices if peak(choice) <= budget]
-    found = choose(parts, fronts, budget, plain_ns=1)
+    found = choose(places, fronts, budget, plain_ns=1)
     assert (found is None) == (not fitting)
     if found is not None:
         assert peak(found.points) <= budget
         assert spent(found.points) == min(fitting) and found.bound_ns <= min(fitting)
-    assert peak(lowest(parts, fronts)) == min(map(peak, choices))
+    assert peak(lowest(places, fronts)) == min(map(peak, choices))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,8 +26,10 @@ LARGEST = Largest()
 _EXAMPLE = "give qualified names, units=('encoder.0', 'encoder.1'), or a class, units=Block"
 
 
-def chosen(model: nn.Module, units: Units) -> tuple[str, ...]:
-    """Qualified names of the submodules that the user wants as units.
+def named_units(model: nn.Module, units: Units) -> tuple[str, ...]:
+    """Qualified names of the submodules that the user wants as units, in the order of the model.
+
+    A submodule that the model holds at several places has the first of its names.
 
     Raises:
         InputError: they name nothing, or one lies inside another; says what there is.
@@ -42,24 +44,25 @@ def chosen(model: nn.Module, units: Units) -> tuple[str, ...]:
     if not given:
         raise InputError(f"units is empty: {_EXAMPLE}, or leave it out for the repeated blocks")
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    names: dict[str, None] = {}
+    wanted: dict[nn.Module, None] = {}
     for one in given:
         if isinstance(one, str):
-            names[_known(one, modules)] = None
+            wanted[_known(one, modules)] = None
         elif isinstance(one, type) and issubclass(one, nn.Module):
-            names |= dict.fromkeys(_of_class(one, modules))
+            wanted |= dict.fromkeys(_of_class(model, one))
         else:
             raise InputError(f"units holds {kind(one)}: {_EXAMPLE}")
-    for name in names:
-        outside = next((other for other in names if name.startswith(f"{other}.")), None)
-        if outside is not None:
-            raise InputError(f"units: {name} lies inside {outside}; a unit is planned as a whole, so give one of the two")
-    return tuple(name for name in modules if name in names)
+    first, inside = {module: name for name, module in model.named_modules()}, _inside(wanted)
+    for module in wanted:
+        if module in inside:
+            pair = f"{first[module]} lies inside {first[inside[module]]}"
+            raise InputError(f"units: {pair}; a unit is planned as a whole, so give one of the two")
+    return tuple(name for module, name in first.items() if module in wanted)
 
 
-def _known(name: str, modules: dict[str, nn.Module]) -> str:
+def _known(name: str, modules: dict[str, nn.Module]) -> nn.Module:
     if name in modules:
-        return name
+        return modules[name]
     if not name:
         raise InputError("units holds '', the model itself, which planner.plan plans as a whole: name its submodules")
     close = get_close_matches(name, modules, n=3) or list(modules)[:3]
@@ -67,17 +70,21 @@ def _known(name: str, modules: dict[str, nn.Module]) -> str:
     raise InputError(f"units: the model has no submodule {shown(name)}{there}")
 
 
-def _of_class(kind: type, modules: dict[str, nn.Module]) -> list[str]:
+def _of_class(model: nn.Module, wanted: type[nn.Module]) -> list[nn.Module]:
     """The outermost submodules of a class."""
-    found: list[str] = []
-    for name, module in modules.items():
-        if isinstance(module, kind) and not any(name.startswith(f"{other}.") for other in found):
-            found.append(name)
+    submodules = [module for name, module in model.named_modules() if name]
+    found = [module for module in submodules if isinstance(module, wanted)]
     if not found:
-        counts = Counter(type(module).__name__ for module in modules.values())
+        counts = Counter(type(module).__name__ for module in submodules)
         listed = ", ".join(f"{count} {name}" for name, count in counts.most_common(5))
-        raise InputError(f"units: no submodule of the model is a {kind.__name__}; it has {listed or 'no submodules'}")
-    return found
+        raise InputError(f"units: no submodule of the model is a {wanted.__name__}; it has {listed or 'no submodules'}")
+    inside = _inside(found)
+    return [module for module in found if module not in inside]
+
+
+def _inside(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """The submodules of these modules, and a module that each lies in."""
+    return {inner: outer for outer in modules for inner in outer.modules() if inner is not outer}
 
 
 def repeated(model: nn.Module) -> tuple[str, ...]:

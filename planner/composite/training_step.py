@@ -1,0 +1,83 @@
+"""A real training step of a model: its forward and backward, what it holds before it, and its measured peak."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner.profiler.memory import logical_peak
+from planner.tracer.loss import Loss, loss_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """Whether autocast is on, and what it casts to."""
+
+    is_on: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: torch.device) -> Autocast:
+        """As it is now."""
+        return cls(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A context in which it is so."""
+        return torch.autocast(device.type, self.dtype, enabled=self.is_on)
+
+
+class TrainingStep:
+    """Forward and backward of a model for one call, from empty gradients.
+
+    Attributes:
+        model: whose forward runs.
+        args, kwargs: of the call, with at least one tensor.
+        inputs: the call's tensors.
+        device: theirs.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Loss) -> None:
+        """`loss`: the outputs that backward starts from."""
+        self.model, self.args, self.kwargs, self._loss = model, tuple(args), dict(kwargs), loss
+        self.inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.device = self.inputs[0].device
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of the parameters and of the call's tensors."""
+        self.model.zero_grad(set_to_none=True)
+        for tensor in self.inputs:
+            tensor.grad = None
+
+    def run(self, autocast: Autocast | None = None) -> list[Any]:
+        """Run the step as if it were the first in its autocast region; returns the leaves of the output.
+
+        Args:
+            autocast: of the forward; None: as it is now.
+        """
+        self.clear_gradients()
+        torch.clear_autocast_cache()
+        with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
+            out = self.model(*self.args, **self.kwargs)
+        leaves = pytree.tree_leaves(out)
+        starts = loss_leaves(out, leaves, self._loss)
+        with torch.autocast(self.device.type, enabled=False):
+            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+        return leaves
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of parameters, buffers and inputs, each storage once."""
+        tensors = (*self.model.parameters(), *self.model.buffers(), *self.inputs)
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def peak(self, autocast: Autocast | None = None) -> int:
+        """The measured peak of the step, everything resident included."""
+        self.clear_gradients()
+        return self.resident_bytes + logical_peak(lambda: self.run(autocast), self.device)

@@ -1,0 +1,52 @@
+"""Real steps of a copy of the model: what they hold is counted, and what they leave behind is nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from planner.composite.trial import Trial
+from planner.profiler.memory import logical_peak
+
+
+class Doubles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x, late=None):
+        hidden = self.layer((x * 2).cos())
+        return (hidden if late is None else hidden * late).square().mean()
+
+
+def test_gradients_of_inputs_are_part_of_the_peak():
+    """That of `late` is made first, and lives during the rest of the backward."""
+    model, x, late = Doubles().train(), torch.randn(256, 16), torch.randn(256, 4, requires_grad=True)
+    x.requires_grad_()
+    trial = Trial(model, (x, late), {}, None)
+
+    def step():
+        model(x, late).backward()
+
+    step()
+    model.zero_grad()
+    x.grad = late.grad = None
+    resident = sum(p.nbytes for p in (*model.parameters(), x, late))
+    assert trial.peak({}) == resident + logical_peak(step, torch.device("cpu"))
+
+
+def test_a_step_that_fails_leaves_nothing_in_the_call():
+    x = torch.randn(8, 16, requires_grad=True)
+    trial = Trial(Doubles().train(), (x,), {}, None)
+    x.grad = torch.ones_like(x)
+    with pytest.raises(ValueError, match="after the step"), trial.untouched():
+        trial.step.run()
+        raise ValueError("after the step")
+    assert torch.equal(x.grad, torch.ones_like(x)) and all(p.grad is None for p in trial.model.parameters())
+
+
+def test_a_call_with_tensors_that_are_no_leaves():
+    leaf = torch.randn(8, 16, requires_grad=True)
+    x = leaf * 2
+    trial = Trial(Doubles().train(), (x,), {}, None)
+    assert trial.peak({}) is not None and leaf.grad is None
+    x.sum().backward()  # its own graph is still there
