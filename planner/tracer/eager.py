@@ -106,9 +106,12 @@ def _run(model: nn.Module, args: Any, kwargs: Any, loss: Loss, live: _LiveStorag
                 live.hold(parameter.grad, "gradients")
         with live:
             out = model(*args, **kwargs)
-            starts = loss_leaves(out, pytree.tree_leaves(out), loss)
+            leaves = pytree.tree_leaves(out)
+            live.end_forward([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            starts = loss_leaves(out, leaves, loss)
+            tangents = [torch.ones_like(start) for start in starts]
             live.kind = "temporaries"
-            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+            torch.autograd.backward(starts, tangents)
         gradients = [t.grad for t in (*model.parameters(), *inputs) if t.is_leaf and t.grad is not None]
     return live.peak(gradients)
 
@@ -170,6 +173,18 @@ class _LiveStorages(TorchDispatchMode):
         self._kinds[number] = kind
         self._live_bytes += nbytes
         self._events.append(_Event(number, nbytes))
+
+    def end_forward(self, results: Sequence[torch.Tensor]) -> None:
+        """Sort what the forward made as `planner.graph.live` does; the gradients of its results are made next."""
+        alive = {number for _, number in self._alive.values()}
+        for number, kind in self._kinds.items():
+            if kind == "activations" and number not in alive:
+                self._kinds[number] = "temporaries"
+        for tensor in results:
+            known = self._alive.get(storage_id(tensor))
+            if known is not None and self._kinds[known[1]] == "activations":
+                self._kinds[known[1]] = "inputs"
+        self.kind = "inputs"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
