@@ -23,6 +23,7 @@ from planner.analysis.estimate import Parts, PlainStep
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
 from planner.kernels.calls import tensors_in
+from planner.kernels.facts import may_hold_much
 from planner.profiler.profile import KernelCost
 from planner.tracer.capture import IS_CAPTURING
 from planner.tracer.host.generators import Generators
@@ -76,10 +77,10 @@ def eager_step(
         args, kwargs, loss: as for `capture`.
         costs: workspaces and hidden bytes by call; a call that is missing has none.
         accumulates: parameters have gradients before the step.
-        all_known: no kernel that is known to hold much for itself is missing in `costs`, whatever the step runs.
+        all_known: every module of the model is captured, so `costs` has the kernels that hold much for themselves.
 
     Raises:
-        CaptureError: one is missing, and `all_known` is False.
+        CaptureError: `all_known` is False, and the step calls a kernel that may hold much for itself and is not in `costs`.
         Exception: what the model or torch raises where a step needs the data of its tensors.
     """
     preserved = remembered(model, joint.host.key)
@@ -188,11 +189,14 @@ class _LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        made = tensors_in(out)
+        if not made:
+            return out  # a question about a tensor, such as for its device, which C++ code may ask where no error can pass
         cost = self._costs.get(key_of(func, (args, kwargs or {})))
-        if cost is None and not self._all_known and any(part in _name(func) for part in _HOLDING_MUCH):
+        if cost is None and not self._all_known and may_hold_much(func):
             raise CaptureError(f"what {func} holds for itself, inside of a module that is not captured, is not known")
         cost = cost or _NO_COST
-        for i, tensor in enumerate(tensors_in(out)):
+        for i, tensor in enumerate(made):
             self.hold(tensor, self.kind, cost.hidden_bytes[i] if i < len(cost.hidden_bytes) else 0)
         if self._live_bytes + cost.workspace_bytes > self._peak.nbytes:
             source, _ = source_here("")
@@ -220,8 +224,6 @@ class _LiveStorages(TorchDispatchMode):
 
 
 _NO_COST = KernelCost(0, 0)
-_HOLDING_MUCH = ("conv", "rnn", "lstm", "gru")
-"""Parts of the names of kernels whose workspaces are as large as their tensors."""
 
 
 def _name(func: Any) -> str:
