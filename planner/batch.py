@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import statistics
@@ -83,7 +84,7 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
         first, smaller = batches.first()
         batches.say_limits()
         try:
-            tried = search(batches.attempt, batches.plain_probably_fits, batches.probably_has_plan, batches.budget_bytes, first)
+            tried = search(batches.attempt, batches.plain_probably_fits, batches.predicted, batches.budget_bytes, first)
         except (InfeasibleBudgetError, NoScheduleFoundError) as error:
             refusal = batches.step(first).refusal(error, budget, batches.budget_bytes)
             refusal.args = (_smallest_does_not_fit(first, refusal),)
@@ -104,8 +105,6 @@ class _Batches:
     """The steps of small batches, from which those of larger ones are extrapolated."""
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     """Schedules that were found, by what is the same in the graphs of all batches that they can run."""
-    is_predicted: bool = False
-    """Schedules of larger batches were looked for."""
 
     def first(self) -> tuple[int, str]:
         """The smallest batch that the model can run in training, and why smaller ones cannot (batch norm raises for one).
@@ -169,22 +168,19 @@ class _Batches:
         graph = self._extrapolated(batch)
         return graph is not None and simulate(graph, keep_all(graph)).peak_bytes <= self.budget_bytes
 
-    def probably_has_plan(self, batch: int) -> bool:
-        """Whether a known schedule fits the extrapolated step of a batch: its peak grows evenly with the batch.
+    def predicted(self, low: int) -> int:
+        """The largest batch whose extrapolated step some schedule fits, as far as a part of the work shows.
 
-        The first call looks for schedules.
+        Args:
+            low: a batch that has a plan; the least that is returned.
         """
-        graph = self._extrapolated(batch)
-        if graph is None:
-            return False
-        if not self.is_predicted:
-            self.is_predicted = True
-            with stage("predict the largest batch", self.options.progress):
-                self._predict(batch - 1)
-        return bool(self._fitting(graph))
+        if self._extrapolated(low + 1) is None:
+            return low
+        with stage("predict the largest batch", self.options.progress):
+            return self._predicted(low)
 
-    def _predict(self, low: int) -> None:
-        """Look for schedules of ever larger batches, between one that has a plan and the smallest whose floor is too high."""
+    def _predicted(self, low: int) -> int:
+        """Find schedules of ever larger batches, between one that has a plan and the smallest whose floor is too high."""
 
         def may_fit(batch: int) -> bool:
             graph = self._extrapolated(batch)
@@ -198,7 +194,7 @@ class _Batches:
         for _ in range(_PREDICTIONS):
             low = _boundary(fits, low, low + 1)
             if high - low <= max(1, low // _NEAR):
-                return
+                return low
             middle = (low + high) // 2
             graph, limits = self._extrapolated(middle), self.spending.take(_PREDICTION)
             assert graph is not None
@@ -209,26 +205,29 @@ class _Batches:
             else:
                 self.spending.give_back(limits, found.work)
                 self._known(graph).append(found.schedule)
+        return _boundary(fits, low, low + 1)
 
     def measure(self, tried: Sequence[Tried], rounds: int) -> dict[int, MeasuredBatch]:
         """Run planned steps of batches, even where a peak turns out to be above the budget.
 
         They run in turn, there and back: what slows the machine down for a while shows in the spread of all of them.
         """
-        planned = {}
-        for each in tried:
-            assert each.plan is not None
-            step = captured(self.model, *self._call(each.batch), self.options)
-            planned[each.batch] = step, step.rewritten(step.recognized(each.plan))
-        found: dict[int, list[StepTimes]] = {batch: [] for batch in planned}
-        for batch in (*planned, *reversed(planned)):
-            step, module = planned[batch]
-            found[batch].append(time_steps(module, step.args, step.kwargs, rounds=rounds))
-            self._say(f"max_batch: ran batch {batch}: {format_ns(1e9 * statistics.median(found[batch][-1].seconds))} a step")
+        found: dict[int, list[StepTimes]] = {each.batch: [] for each in tried}
+        for each in (*tried, *reversed(tried)):
+            times = self._times(each, rounds)
+            found[each.batch].append(times)
+            self._say(f"max_batch: ran batch {each.batch}: {format_ns(1e9 * statistics.median(times.seconds))} a step")
         return {
             batch: MeasuredBatch.of([s for time in times for s in time.seconds], max(time.peak_bytes for time in times))
             for batch, times in found.items()
         }
+
+    def _times(self, tried: Tried, rounds: int) -> StepTimes:
+        """Capture a batch once more, and run its planned step: the inputs of no other batch take memory meanwhile."""
+        assert tried.plan is not None
+        gc.collect()  # the step before is held by cycles
+        step = captured(self.model, *self._call(tried.batch), self.options)
+        return time_steps(step.rewritten(step.recognized(tried.plan)), step.args, step.kwargs, rounds=rounds)
 
     def _known(self, graph: Graph) -> list[Schedule]:
         """Schedules that were found for batches with the same graph but for its sizes; what is added there is known."""
@@ -269,7 +268,7 @@ class _Batches:
 def search(
     attempt: Callable[[int], Tried],
     plain_probably_fits: Callable[[int], bool],
-    probably_has_plan: Callable[[int], bool],
+    predicted: Callable[[int], int],
     budget_bytes: int,
     first: int = 1,
 ) -> tuple[Tried, ...]:
@@ -280,7 +279,7 @@ def search(
     Args:
         attempt: captures and plans a batch.
         plain_probably_fits: predicts whether a batch's plain step fits, without capturing it; called once three were tried.
-        probably_has_plan: predicts whether it has a plan, likewise.
+        predicted: the largest batch that probably has a plan, or a guess, given one that has; called once, likewise.
         budget_bytes: what plain peaks are compared with.
         first: the smallest batch.
 
@@ -297,7 +296,6 @@ def search(
 
     error = at(first).error
     if error is not None:
-        error.args = (_smallest_does_not_fit(first, error),)
         raise error
     second, third = first + 1, first + 2
     if at(second).plan is not None and at(third).plan is not None:
@@ -306,8 +304,7 @@ def search(
             likely = _boundary(plain_probably_fits, third, third + 1)
             plain = _boundary(lambda batch: at(batch).plain_bytes <= budget_bytes, third, likely)
         known = max(third, plain)
-        likely = _boundary(probably_has_plan, known, known + 1)
-        largest = _boundary(lambda batch: at(batch).plan is not None, known, likely)
+        largest = _boundary(lambda batch: at(batch).plan is not None, known, predicted(known))
         if largest - plain > 2:
             at((plain + largest) // 2)  # throughput may be best between the two
     return tuple(tried[batch] for batch in sorted(tried))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Unpack
 
@@ -24,13 +24,14 @@ from planner.report.progress import stage
 from planner.results.diagnosis import Diagnosis, Once, Opaque, Read
 from planner.runtime.criterion import planned_model
 from planner.tracer.capture import one_at_a_time
+from planner.tracer.faults import is_fault
 from planner.tracer.host.values import ABSENT
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower, never_recomputed
 from planner.tracer.opaque.choose import why_opaque
 from planner.tracer.target_device import TargetDevice
 from planner.units import shown
-from planner.verification.two_calls import two_calls
+from planner.verification.two_calls import TwoCalls, two_calls
 
 
 @with_options(DoctorKeywords)
@@ -51,24 +52,38 @@ def doctor(
 
     Raises:
         InputError: model, args, kwargs or options are of a wrong type.
+        Exception: a fault of the planner, or lack of memory for the capture; see `planner.tracer.faults`.
     """
     checked = read_options(options, DoctorKeywords, "doctor")
     arguments.check_model(model)
     args, kwargs = arguments.check_call(args, kwargs)
     target = None if checked.device is None else find_device(checked.device)
     there = None if target is None else TargetDevice(target.name, target.capability)
-    name = type(model).__name__
     try:
         step = captured(model, args, kwargs, checked, there)
     except PlannerError as error:
-        return Diagnosis(name, problems=(f"{type(error).__name__}: {error}",))
+        if is_fault(error):
+            raise
+        return Diagnosis(type(model).__name__, problems=(f"{type(error).__name__}: {error}",))
     graph = lower(step.joint)
-    found = replace(_described(step, graph, checked), model=name)
-    different, problem = _captured_again(model, args, kwargs, checked, there, graph)
+    again = _captured_again(model, args, kwargs, checked, there, graph)
+    peak_bytes = simulate(graph, keep_all(graph)).peak_bytes
     with one_at_a_time(), stage("run two steps", checked.progress):
-        twice = two_calls(step.model, step.joint, (step.args, step.kwargs), found.peak_bytes - graph.resident_bytes)
-    found = replace(found, captures_differ=different, calls_differ=twice.different, calls_not_run=twice.not_run)
-    return replace(found, problems=tuple(filter(None, (problem,))), warnings=_warnings(found))
+        twice = two_calls(step.model, step.joint, (step.args, step.kwargs), peak_bytes - graph.resident_bytes)
+    return _diagnosis(type(model).__name__, step, graph, checked, peak_bytes, again, twice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """What a second capture came to.
+
+    Attributes:
+        difference: the first one from the first capture; "" where they agree.
+        problem: what this means for planning; "" likewise.
+    """
+
+    difference: str = ""
+    problem: str = ""
 
 
 def _captured_again(
@@ -78,37 +93,48 @@ def _captured_again(
     options: PlanOptions,
     target: TargetDevice | None,
     first: Graph,
-) -> tuple[str, str]:
-    """The first difference between the capture and a second one, and the problem that this is."""
+) -> _Again:
+    """Capture the step a second time, and compare."""
     try:
         second = lower(captured(model, args, kwargs, options, target).joint)
     except PlannerError as error:
-        return str(error), f"a second capture fails, {type(error).__name__}: {error}"
+        if is_fault(error):
+            raise
+        return _Again(str(error), f"a second capture fails, {type(error).__name__}: {error}")
     if fingerprint(first) == fingerprint(second):
-        return "", ""
+        return _Again()
     difference = first_difference(first, second)
-    return difference, f"two captures of the same call differ, and a plan is of one of them: {difference}"
+    return _Again(difference, f"two captures of the same call differ, and a plan is of one of them: {difference}")
 
 
-def _described(step: CapturedStep, graph: Graph, options: PlanOptions) -> Diagnosis:
+def _diagnosis(
+    model: str, step: CapturedStep, graph: Graph, options: PlanOptions, peak_bytes: int, again: _Again, twice: TwoCalls
+) -> Diagnosis:
     joint = step.joint
     written = [f"{given.kind} {given.key}" for given in joint.inputs if given.mutated]
+    opaque = _opaque(planned_model(step.model), joint, options)
+    reads = tuple(Read(str(read.source), shown(read.value)) for read in joint.host_reads)
     return Diagnosis(
-        "",
+        model,
+        problems=tuple(filter(None, (again.problem,))),
+        warnings=_warnings(twice, reads, opaque),
         device=joint.absent_device or str(joint.device),
         num_ops=len(graph.ops),
         num_forward_ops=graph.num_forward_ops,
-        peak_bytes=simulate(graph, keep_all(graph)).peak_bytes,
+        peak_bytes=peak_bytes,
         starts=tuple(out.name or "the output" for out in (*joint.outputs, *joint.left) if out.differentiated),
-        opaque=_opaque(planned_model(step.model), joint, options),
+        opaque=opaque,
         refused=joint.refused,
         carried=(*map(str, joint.host.state), *written),
         left=tuple(str(effect.path) for effect in joint.host.effects),
         guarded=_guarded(joint),
         settings=tuple(dict.fromkeys(str(path) for path, _ in joint.host.key.expected if _is_setting(path.get(step.model)))),
-        reads=tuple(Read(str(read.source), shown(read.value)) for read in joint.host_reads),
+        reads=reads,
         repeats=tuple((kind, tuple(names)) for kind, names in joint.repeats.items()),
         once=_once(joint, graph),
+        captures_differ=again.difference,
+        calls_differ=twice.different,
+        calls_not_run=twice.not_run,
     )
 
 
@@ -165,16 +191,16 @@ def _once(joint: Joint, graph: Graph) -> tuple[Once, ...]:
     )
 
 
-def _warnings(found: Diagnosis) -> tuple[str, ...]:
+def _warnings(twice: TwoCalls, reads: Sequence[Read], opaque: Sequence[Opaque]) -> tuple[str, ...]:
     warnings = []
-    if found.calls_differ:
+    if twice.different:
         warnings.append(
             "two steps of the model itself differ, so a planned step cannot be compared with it bit by bit: "
-            f"{', '.join(found.calls_differ[:3])}"
+            f"{', '.join(twice.different[:3])}"
         )
-    if found.reads:
+    if reads:
         warnings.append("Python reads tensor values: a call in which one of them is another runs unplanned")
-    if found.opaque:
-        number = f"{len(found.opaque)} submodule{_s(len(found.opaque))}"
+    if opaque:
+        number = f"{len(opaque)} submodule{_s(len(opaque))}"
         warnings.append(f"{number} not captured: what they keep for the backward cannot be freed")
     return tuple(warnings)

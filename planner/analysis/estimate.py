@@ -11,10 +11,11 @@ from planner.analysis.sweep import proven_floor
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.accumulation import HELD
 from planner.graph.graph import Graph, Kind, reserved_name
+from planner.graph.live import MemoryKind, Span, spans
 from planner.graph.planned import PlannedGraph
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Timeline, simulate
+from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver.solve import Solver
@@ -30,15 +31,19 @@ Margin = Callable[[int], int]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Bytes that are live at the peak of a step, by what they are for; the fields add up to the peak.
+    """Bytes that are live at the peak of a step, by what they are for; the fields but the last add up to the peak.
+
+    They are those of the pictures (`planner.graph.live.MemoryKind`).
 
     Attributes:
-        parameters_bytes, buffers_bytes, inputs_bytes: resident for the whole step, the call's tensors among the inputs.
+        parameters_bytes, buffers_bytes: resident for the whole step.
+        inputs_bytes: the call's tensors, the forward's results, and the gradients of results that come in.
         gradients_bytes: of parameters and inputs, those written by then; and those of earlier micro-steps.
         optimizer_bytes: the optimizer's state, and float32 copies of weights.
         reserved_bytes: set aside by the user, and for libraries.
-        activations_bytes: what the forward wrote and is still needed, outputs included; of other forwards in flight, too.
-        temporaries_bytes: gradients of activations and of outputs, and the workspace of the kernel that runs.
+        activations_bytes: what the forward wrote and is alive when it ends, without its results; of other forwards in
+            flight, too.
+        temporaries_bytes: what the forward drops again, gradients of activations, and the workspace of the kernel that runs.
         workspace_bytes: of these temporaries, what the kernel that runs takes for itself.
     """
 
@@ -225,7 +230,7 @@ def graph_step(graph: Graph) -> PlainStep:
     schedule = keep_all(graph)
     plain = simulate(graph, schedule)
     peak_at = graph.ops[plain.peak_step].text if graph.ops else ""
-    return PlainStep(plain.peak_bytes, parts_at_peak(graph, schedule, plain), peak_at)
+    return PlainStep(plain.peak_bytes, parts_at(graph, schedule, plain.peak_step), peak_at)
 
 
 def with_reserved(step: PlainStep, graph: Graph) -> PlainStep:
@@ -233,50 +238,41 @@ def with_reserved(step: PlainStep, graph: Graph) -> PlainStep:
     sizes = {name: getattr(step.parts, name) for name in ("optimizer_bytes", "reserved_bytes")}
     reserved = [value for value in graph.values if value.kind is Kind.RESERVED and value.name != HELD]
     for value in reserved:
-        sizes[_resident_part(value.name, value.kind)] += value.nbytes
+        sizes[_reserved_part(value.name)] += value.nbytes
     more = sum(value.nbytes for value in reserved)
     return PlainStep(step.peak_bytes + more, replace(step.parts, **sizes), step.peak_at)
 
 
-def parts_at_peak(graph: Graph, schedule: Schedule, timeline: Timeline) -> Parts:
-    """What is live at the peak of a schedule, by what it is for."""
+def parts_at(graph: Graph, schedule: Schedule, step: int) -> Parts:
+    """What is live at a step of a schedule, by what it is for."""
     sizes = dict.fromkeys((each.name for each in fields(Parts)), 0)
-    backward = timeline.peak_step >= timeline.boundary
-    for name in graph.inputs:
-        value = graph.value[name]
-        if value.kind is not Kind.TANGENT or backward:
-            sizes[_resident_part(value.name, value.kind)] += value.nbytes
-    gradients = set(graph.backward_outputs)
-    live: dict[str, int] = {}
-    for step, op in enumerate(schedule.steps[: timeline.peak_step + 1]):
-        for name in graph.ops[op].writes:
-            live[name] = graph.value[name].nbytes
-        if step < timeline.peak_step:
-            for name in timeline.frees[step]:
-                live.pop(name, None)
-    for name, nbytes in live.items():
-        written_by_forward = graph.producer[name] < graph.num_forward_ops
-        part = "gradients" if name in gradients else "activations" if written_by_forward else "temporaries"
-        sizes[f"{part}_bytes"] += nbytes
-    sizes["workspace_bytes"] = graph.ops[schedule.steps[timeline.peak_step]].workspace_bytes if schedule.steps else 0
-    sizes["temporaries_bytes"] += sizes["workspace_bytes"]
-    known = sum(sizes.values()) - sizes["workspace_bytes"]
-    sizes["activations_bytes"] += timeline.peak_bytes - known  # of other forwards in flight, and outputs held twice
+    for span in spans(graph, schedule):
+        if span.start <= step <= span.end:
+            sizes[_part_of(graph, span)] += span.nbytes
+    if schedule.steps:
+        sizes["workspace_bytes"] = graph.ops[schedule.steps[step]].workspace_bytes
     return Parts(**sizes)
 
 
-_RESIDENT = {
-    Kind.PARAM: "parameters_bytes",
-    Kind.BUFFER: "buffers_bytes",
-    Kind.INPUT: "inputs_bytes",
-    Kind.TANGENT: "temporaries_bytes",
+_RESIDENT = {Kind.PARAM: "parameters_bytes", Kind.BUFFER: "buffers_bytes"}
+_PARTS = {
+    MemoryKind.INPUTS: "inputs_bytes",
+    MemoryKind.IN_FLIGHT: "activations_bytes",
+    MemoryKind.GRADIENTS: "gradients_bytes",
+    MemoryKind.KEPT: "activations_bytes",
+    MemoryKind.RECOMPUTED: "activations_bytes",
+    MemoryKind.TEMPORARY: "temporaries_bytes",
 }
 
 
-def _resident_part(name: str, kind: Kind) -> str:
-    if kind is not Kind.RESERVED:
-        return _RESIDENT[kind]
-    return "optimizer_bytes" if name in OPTIMIZER else "gradients_bytes" if name == HELD else "reserved_bytes"
+def _part_of(graph: Graph, span: Span) -> str:
+    if span.part is MemoryKind.RESERVED:
+        return _reserved_part(span.name)
+    return _RESIDENT[graph.value[span.name].kind] if span.part is MemoryKind.PARAMETERS else _PARTS[span.part]
+
+
+def _reserved_part(name: str) -> str:
+    return "optimizer_bytes" if name in OPTIMIZER else "reserved_bytes"
 
 
 def smaller_batch(graph: Graph, divisor: int = 2) -> Graph:

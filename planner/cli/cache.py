@@ -1,4 +1,4 @@
-"""planner cache: where the times of kernels are on file, of what, and away with them. Needs no torch."""
+"""planner cache: shows or removes the measured times of kernels. Needs no torch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _table(folder: str, files: Sequence[Any]) -> str:
 
 def _row(file: Any) -> tuple[str, ...]:
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.modified_s))
-    if not file.is_readable:
+    if not file.is_current:
         return "", "", written, "another release's, or damaged: not read"
     given = file.conditions
     others = (f"{name} {value}" for name, value in given.items() if name in _SHOWN)
@@ -84,7 +84,7 @@ def _figures(file: Any) -> dict[str, Any]:
         "path": str(file.path),
         "bytes": file.nbytes,
         "modified_s": file.modified_s,
-        "conditions": file.conditions if file.is_readable else None,
+        "conditions": file.conditions if file.is_current else None,
         "kernels": file.num_kernels,
         "spread": file.spread,
     }

@@ -6,6 +6,7 @@ import argparse
 
 from planner.cli.arguments import add_json, add_target, checked_options, say
 from planner.cli.target import Target
+from planner.errors import InputError
 from planner.units import parse_bytes
 
 HELP = "say whether a training step fits into a device's memory, and what would help"
@@ -23,10 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 where the step fits, or fits planned, or the memory is not known; else 1."""
+    """Exit code 0 where the step fits, or fits planned, or the memory is not known; else 1.
+
+    Raises:
+        InputError, BudgetError: what was given makes no sense; before the model is built.
+    """
     target, options = Target.find(arguments.target), checked_options(arguments)
     if arguments.memory is not None:
         parse_bytes(arguments.memory, "memory")
+    if arguments.meta and arguments.device is None:
+        raise InputError("give --device NAME beside --meta: a model without data cannot run on this machine")
     from planner import api
 
     model, args, kwargs = target.build(on_meta=arguments.meta)

@@ -18,6 +18,40 @@ COLLECTIVE_NAMESPACES = frozenset(
 _INERT = {"dropout_p": 0.0, "p": 0.0, "train": False}
 """Arguments at which a kernel that can draw random numbers draws none."""
 
+_CONVOLUTIONS = (
+    *("convolution", "convolution_backward", "convolution_overrideable", "convolution_backward_overrideable", "_convolution"),
+    *("_conv_depthwise2d", "conv_depthwise3d", "conv_tbc", "_slow_conv2d_forward", "_slow_conv2d_backward"),
+    *("slow_conv3d_forward", "slow_conv_dilated2d", "slow_conv_dilated3d", "slow_conv_transpose2d", "slow_conv_transpose3d"),
+    *("mkldnn_convolution", "_nnpack_spatial_convolution", "_mps_convolution", "_mps_convolution_transpose"),
+    *("mps_convolution_backward", "mps_convolution_transpose_backward", "cudnn_convolution", "cudnn_convolution_transpose"),
+    *("cudnn_convolution_relu", "cudnn_convolution_add_relu", "miopen_convolution", "miopen_convolution_transpose"),
+    *("miopen_convolution_relu", "miopen_convolution_add_relu", "miopen_depthwise_convolution"),
+)
+_RECURRENT = (
+    *(
+        "mkldnn_rnn_layer",
+        "mkldnn_rnn_layer_backward",
+        "_cudnn_rnn",
+        "_cudnn_rnn_backward",
+        "miopen_rnn",
+        "miopen_rnn_backward",
+    ),
+    *("_lstm_mps", "lstm_mps_backward", "quantized_lstm", "quantized_gru", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"),
+    *("_thnn_fused_lstm_cell_backward_impl", "_thnn_fused_gru_cell_backward"),
+)
+_HOLDING_MUCH = frozenset(f"aten::{name}" for name in (*_CONVOLUTIONS, *_RECURRENT))
+"""Operators whose kernels may hold as much for themselves while they run as their tensors take: others are made of these."""
+
+
+def may_hold_much(operator: object) -> bool:
+    """While it runs, the operator's kernel may hold as much for itself as its tensors take.
+
+    That is what is known of torch's. Of those of other libraries, nothing is.
+    """
+    if not isinstance(operator, Operator):
+        return False
+    return observed.is_foreign(operator) or operator._schema.name in _HOLDING_MUCH
+
 
 def is_random(node: fx.Node) -> bool:
     """The node's kernel draws from the default generator. For opaque modules see `planner.tracer.opaque.call.draws`."""

@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 from planner.errors import first_line
 from planner.graph.fields import parse, read_all
 from planner.log import PROFILER
-from planner.profiler.profile import KernelCost
+from planner.profiler.profile import KernelCost, spread_of
 
 _RULE = 5  # raise it when kernels are timed in another way: old files are then no longer read
 _LOCK_TIMEOUT_S = 10.0
@@ -39,12 +39,12 @@ class KernelCache:
     A file that is missing, unreadable or corrupt counts as empty, and a folder that cannot be written to is left
     alone: a cache may cost time but never an error. Processes that write one file at once take turns.
 
-    Costs that a process has used stay what they are in it (`settled`), whatever others write: the same call gives the same
-    plan.
+    Costs that a process has used stay what they are in it (`settled`), whatever others write, and whether the file can be read
+    and written or not: the same call gives the same plan.
 
     Attributes:
         path: the JSON file, or None where nothing is kept.
-        settled: costs on file that this process has used.
+        settled: costs that this process has used; empty, and not kept, where `path` is None.
     """
 
     _settled: ClassVar[dict[Path | None, dict[str, KernelCost]]] = {}
@@ -130,7 +130,7 @@ class CacheFile:
     spread: float = 0.0
 
     @property
-    def is_readable(self) -> bool:
+    def is_current(self) -> bool:
         """It was written by this release's rule of timing."""
         return self.conditions is not None and self.conditions.get("rule") == _RULE
 
@@ -142,9 +142,7 @@ def cache_files(folder: Path) -> list[CacheFile]:
         with suppress(OSError):  # another process has removed it
             about = path.stat()
             conditions, costs = _tried(path)
-            total_ns = sum(cost.time_ns for cost in costs.values())
-            spread = sum(cost.spread_ns for cost in costs.values()) / total_ns if total_ns else 0.0
-            found.append(CacheFile(path, about.st_size, about.st_mtime, conditions, len(costs), spread))
+            found.append(CacheFile(path, about.st_size, about.st_mtime, conditions, len(costs), spread_of(costs.values())))
     return sorted(found, key=lambda file: -file.modified_s)
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,8 @@ from planner.profiler import recheck
 from planner.profiler.cache import KernelCache
 from planner.profiler.estimate import GENERIC_CPU, GENERIC_GPU, estimate_node
 from planner.profiler.forked import Failed, run_forked
-from planner.profiler.profile import KernelCost, Profile
-from planner.profiler.timing import cost_on_cpu, cost_on_cuda, time_on_cpu
+from planner.profiler.profile import KernelCost, Profile, spread_of
+from planner.profiler.timing import cost_on_cpu, cost_on_cuda, time_on_cpu, time_on_cuda
 from planner.report.progress import line
 
 
@@ -58,19 +58,20 @@ def measure(
     example = {keys[node.name]: node for node in reversed(nodes)}
     cache = KernelCache(cache_dir, _conditions(device))
     counts = Counter(keys.values())
-    on_file = {} if remeasure else cache.load()
-    known = {key: cache.settled.get(key, on_file[key]) for key in example if key in on_file}
+    before = {} if remeasure else {**cache.load(), **cache.settled}  # what this process has used stays as it is
+    known = {key: before[key] for key in example if key in before}
     measurable = [key for key in example if not is_collective(example[key])]  # of a collective, the other ranks run none
     again: set[str] = set()
+    fresh: dict[str, KernelCost] = {}
     if remeasure is None:
         unsure = {key: known[key] for key in measurable if key in known and key not in cache.settled}
-        again = _outdated(unsure, counts, example, device)
+        again, fresh = _rechecked(unsure, counts, example, device)
+        known |= fresh
     missing = [key for key in measurable if key not in known or key in again]
     PROFILER.info("%d distinct kernels: %d measured before, %d to measure", len(example), len(known) - len(again), len(missing))
     failures: dict[str, Failed] = {}
     if missing:
         line(f"measure {len(missing)} kernels", progress)
-        fresh: dict[str, KernelCost] = {}
         try:
             for key, found in _with_bar(_run({key: example[key] for key in missing}, device), len(missing), progress):
                 if isinstance(found, Failed):
@@ -85,19 +86,19 @@ def measure(
     cache.settled.update(known)
     costs = _with_estimates(example, known, device)
     failed = len(example) - len(known)
-    _log_failures(failures, failed, len(example))
+    _log_failures(failures, known, failed, len(example))
     by_node = {node: costs[key] for node, key in keys.items()}
     if failed and failed == len(example):
         return Profile(by_node, device_name(device), _generic(device).name)
     return Profile(by_node, device_name(device), "", len(example), failed, spread_of(by_node.values()))
 
 
-def _outdated(
+def _rechecked(
     known: Mapping[str, KernelCost], counts: Mapping[str, int], example: Mapping[str, Node], device: torch.device
-) -> set[str]:
-    """The kernels to measure anew although their costs are on file."""
+) -> tuple[set[str], dict[str, KernelCost]]:
+    """The kernels to measure anew although their costs are on file, and costs with the shorter times that were found."""
     if not known:
-        return set()
+        return set(), {}
 
     def time_again(keys: list[str]) -> Iterator[tuple[str, KernelCost]]:
         for key, cost in _run({key: example[key] for key in keys}, device, only_time=True):
@@ -107,24 +108,22 @@ def _outdated(
     checked = recheck.check(known, counts, time_again)
     again = {*known} if checked.was_disturbed else {*checked.faster}
     checked.log(known, counts, len(again))
-    return again
+    return again, {key: known[key].timed_as(checked.times[key]) for key in checked.faster}
 
 
-def spread_of(costs: Iterable[KernelCost]) -> float:
-    """Sum of the spreads of measured costs as a fraction of the sum of their times."""
-    found = [cost for cost in costs if cost.num_repeats]
-    return sum(cost.spread_ns for cost in found) / max(1, sum(cost.time_ns for cost in found))
-
-
-def _log_failures(failures: Mapping[str, Failed], num_estimated: int, total: int) -> None:
+def _log_failures(failures: Mapping[str, Failed], known: Mapping[str, KernelCost], num_estimated: int, total: int) -> None:
     for key, failure in failures.items():
         PROFILER.debug("not measured: %s: %s", key, failure.reason)
-    if failures:
-        key, failure = next(iter(failures.items()))
-        text = "%d of %d kernels could not be measured, and are estimated; the first: %s: %s"
-        PROFILER.warning(text, len(failures), total, key, failure.reason)
-    if num_estimated > len(failures):
-        PROFILER.info("%d of %d kernels communicate, or run on no device here: estimated", num_estimated - len(failures), total)
+    kept = {key: failure for key, failure in failures.items() if key in known}
+    estimated = {key: failure for key, failure in failures.items() if key not in known}
+    for group, instead in ((kept, "keep their costs on file"), (estimated, "are estimated")):
+        if group:
+            key, failure = next(iter(group.items()))
+            text = "%d of %d kernels could not be measured, and %s; the first: %s: %s"
+            PROFILER.warning(text, len(group), total, instead, key, failure.reason)
+    if num_estimated > len(estimated):
+        text = "%d of %d kernels communicate, or run on no device here: estimated"
+        PROFILER.info(text, num_estimated - len(estimated), total)
 
 
 def _generic(device: torch.device) -> Any:
@@ -154,16 +153,18 @@ def _run(
         for index, cost in run_forked(jobs, patience_s):
             yield keys[index], cost
     elif device.type == "cuda" and torch.cuda.is_available():
-        yield from _run_on_cuda(kernels, device)
+        yield from _run_on_cuda(kernels, device, time_on_cuda if only_time else cost_on_cuda)
 
 
-def _run_on_cuda(kernels: Mapping[str, Node], device: torch.device) -> Iterator[tuple[str, KernelCost | Failed]]:
+def _run_on_cuda(
+    kernels: Mapping[str, Node], device: torch.device, run: Callable[[Node, torch.device], KernelCost]
+) -> Iterator[tuple[str, KernelCost | Failed]]:
     host_state, device_state = torch.get_rng_state(), torch.cuda.get_rng_state(device)
     try:
         for key, node in kernels.items():
             cost: KernelCost | Failed
             try:
-                cost = cost_on_cuda(node, device)
+                cost = run(node, device)
             except Exception as error:
                 cost = Failed(first_line(error))
             torch.cuda.empty_cache()  # one kernel's blocks must not crowd out the next one's

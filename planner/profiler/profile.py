@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,12 @@ class KernelCost:
     spread_ns: int = 0
     num_repeats: int = 0
 
+    def timed_as(self, other: KernelCost) -> KernelCost:
+        """This cost with the times of another measurement, whose workspace may be left out."""
+        return replace(
+            self, time_ns=other.time_ns, median_ns=other.median_ns, spread_ns=other.spread_ns, num_repeats=other.num_repeats
+        )
+
     def to_row(self) -> list[int]:
         """As JSON data."""
         return [self.time_ns, self.workspace_bytes, self.median_ns, self.spread_ns, self.num_repeats, *self.hidden_bytes]
@@ -36,6 +42,12 @@ class KernelCost:
         """A cost out of its row; ValueError where it is too short."""
         time_ns, workspace_bytes, median_ns, spread_ns, num_repeats, *hidden_bytes = row
         return KernelCost(time_ns, workspace_bytes, tuple(hidden_bytes), median_ns, spread_ns, num_repeats)
+
+
+def spread_of(costs: Iterable[KernelCost]) -> float:
+    """Sum of the spreads of measured costs as a fraction of the sum of their times; 0 where none was measured."""
+    measured = [cost for cost in costs if cost.num_repeats]
+    return sum(cost.spread_ns for cost in measured) / max(1, sum(cost.time_ns for cost in measured))
 
 
 @dataclass(frozen=True, slots=True)

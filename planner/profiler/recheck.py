@@ -1,7 +1,8 @@
 """Measured times that are on file, checked: the kernels that take most of a step are timed again.
 
 Whatever disturbs a kernel (another process, a cold clock) makes it slower, never faster. So a time that turns out shorter shows
-that the first measurement was disturbed, and replaces it. One that turns out longer does not: the machine may be busy now.
+that the first measurement was disturbed: the kernel is measured anew, and the shortest of its times counts, this check's among
+them. One that turns out longer replaces nothing: the machine may be busy now.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TOLERANCE = 0.1
 """Part by which times that agree among themselves may differ from another process's: memory lies elsewhere, clocks drift."""
 
 
-def chosen(known: Mapping[str, KernelCost], counts: Mapping[str, int]) -> list[str]:
+def kernels_to_recheck(known: Mapping[str, KernelCost], counts: Mapping[str, int]) -> list[str]:
     """The kernels to time again: those that take most of a step, within bounds.
 
     Args:
@@ -53,11 +54,13 @@ class Checked:
         same: within the spread.
         faster: beyond it.
         slower: beyond it.
+        times: costs as timed now, whose workspace may be left out.
     """
 
     same: Mapping[str, tuple[int, int]]
     faster: Mapping[str, tuple[int, int]]
     slower: Mapping[str, tuple[int, int]]
+    times: Mapping[str, KernelCost]
 
     @property
     def was_disturbed(self) -> bool:
@@ -102,11 +105,12 @@ def check(
     same: dict[str, tuple[int, int]] = {}
     faster: dict[str, tuple[int, int]] = {}
     slower: dict[str, tuple[int, int]] = {}
-    for key, now in time_again(chosen(known, counts)):
+    times: dict[str, KernelCost] = {}
+    for key, now in time_again(kernels_to_recheck(known, counts)):
         pair = (known[key].time_ns * counts[key], now.time_ns * counts[key])
         group = same if agree(known[key], now) else faster if now.time_ns < known[key].time_ns else slower
-        group[key] = pair
-    return Checked(same, faster, slower)
+        group[key], times[key] = pair, now
+    return Checked(same, faster, slower, times)
 
 
 def agree(one: KernelCost, other: KernelCost) -> bool:

@@ -220,12 +220,21 @@ def cost_on_cuda(node: Node, device: torch.device) -> KernelCost:
         return _time_on_cuda(call, device).cost(workspace_bytes, hidden_bytes)
 
 
-def _time_on_cuda(call: Callable[[], Any], device: torch.device) -> KernelTime:
+def time_on_cuda(node: Node, device: torch.device) -> KernelCost:
+    """Time alone of one call, of the fewest repeats; raises as `cost_on_cuda` does."""
+    with torch.no_grad(), torch.cuda.device(device), forbidding_collectives(node):
+        args, kwargs = make_inputs(node)
+        call: Callable[[], Any] = lambda: node.target(*args, **kwargs)  # type: ignore[operator]
+        call()  # warm-up
+        return _time_on_cuda(call, device, budget_ns=0).cost()
+
+
+def _time_on_cuda(call: Callable[[], Any], device: torch.device, budget_ns: int = _BUDGET_NS) -> KernelTime:
     cache_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 2**26
     flush = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
     warm: list[int] = []
     cold: list[int] = []
-    end = time.perf_counter_ns() + _BUDGET_NS
+    end = time.perf_counter_ns() + budget_ns
     while len(warm) < _MIN_PAIRS or (len(warm) < _MAX_PAIRS and time.perf_counter_ns() < end):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
         flush.zero_()  # also keeps the device busy while the host launches what is timed

@@ -74,7 +74,7 @@ def _parts(estimate: Estimated) -> Table:
     rows = (
         ("parameters", parts.parameters_bytes),
         ("buffers", parts.buffers_bytes),
-        ("inputs", parts.inputs_bytes),
+        ("inputs and outputs", parts.inputs_bytes),
         ("gradients", parts.gradients_bytes),
         ("optimizer", parts.optimizer_bytes),
         ("reserved", parts.reserved_bytes),

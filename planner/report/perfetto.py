@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from planner.graph.graph import Graph, Op
+from planner.graph.live import live_parts
 from planner.graph.modules import place_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.schedule import Schedule, keep_all
 from planner.report.files import write as write_file
-from planner.report.live import live_parts
 
 Event = dict[str, Any]
 _THREAD = 1

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph
+from planner.graph.live import MemoryKind, Span, spans
 from planner.graph.modules import kind_of, module_of
 from planner.graph.schedule import Schedule
-from planner.report.live import MemoryKind, Span, spans
 from planner.report.picture import shortened
 
 NUM_MODULES = 5

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.graph.live import spans
 from planner.graph.modules import place_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline
 from planner.report import picture
-from planner.report.live import Group, largest, spans
+from planner.report.largest import Group, largest
 from planner.report.stack import RECOMPUTE_COLOR, Layer, Stack
 from planner.units import format_bytes, format_ns
 

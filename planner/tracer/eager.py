@@ -23,6 +23,7 @@ from planner.analysis.estimate import Parts, PlainStep
 from planner.errors import CaptureError
 from planner.graph.source import NOWHERE, Source
 from planner.kernels.calls import tensors_in
+from planner.kernels.facts import may_hold_much
 from planner.profiler.profile import KernelCost
 from planner.tracer.capture import IS_CAPTURING
 from planner.tracer.host.generators import Generators
@@ -76,10 +77,10 @@ def eager_step(
         args, kwargs, loss: as for `capture`.
         costs: workspaces and hidden bytes by call; a call that is missing has none.
         accumulates: parameters have gradients before the step.
-        all_known: no kernel that is known to hold much for itself is missing in `costs`, whatever the step runs.
+        all_known: every module of the model is captured, so `costs` has the kernels that hold much for themselves.
 
     Raises:
-        CaptureError: one is missing, and `all_known` is False.
+        CaptureError: `all_known` is False, and the step calls a kernel that may hold much for itself and is not in `costs`.
         Exception: what the model or torch raises where a step needs the data of its tensors.
     """
     preserved = remembered(model, joint.host.key)
@@ -106,9 +107,12 @@ def _run(model: nn.Module, args: Any, kwargs: Any, loss: Loss, live: _LiveStorag
                 live.hold(parameter.grad, "gradients")
         with live:
             out = model(*args, **kwargs)
-            starts = loss_leaves(out, pytree.tree_leaves(out), loss)
+            leaves = pytree.tree_leaves(out)
+            live.end_forward([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            starts = loss_leaves(out, leaves, loss)
+            tangents = [torch.ones_like(start) for start in starts]
             live.kind = "temporaries"
-            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+            torch.autograd.backward(starts, tangents)
         gradients = [t.grad for t in (*model.parameters(), *inputs) if t.is_leaf and t.grad is not None]
     return live.peak(gradients)
 
@@ -171,13 +175,28 @@ class _LiveStorages(TorchDispatchMode):
         self._live_bytes += nbytes
         self._events.append(_Event(number, nbytes))
 
+    def end_forward(self, results: Sequence[torch.Tensor]) -> None:
+        """Sort what the forward made as `planner.graph.live` does; the gradients of its results are made next."""
+        alive = {number for _, number in self._alive.values()}
+        for number, kind in self._kinds.items():
+            if kind == "activations" and number not in alive:
+                self._kinds[number] = "temporaries"
+        for tensor in results:
+            known = self._alive.get(storage_id(tensor))
+            if known is not None and self._kinds[known[1]] == "activations":
+                self._kinds[known[1]] = "inputs"
+        self.kind = "inputs"
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        made = tensors_in(out)
+        if not made:
+            return out  # a question about a tensor, such as for its device, which C++ code may ask where no error can pass
         cost = self._costs.get(key_of(func, (args, kwargs or {})))
-        if cost is None and not self._all_known and any(part in _name(func) for part in _HOLDING_MUCH):
+        if cost is None and not self._all_known and may_hold_much(func):
             raise CaptureError(f"what {func} holds for itself, inside of a module that is not captured, is not known")
         cost = cost or _NO_COST
-        for i, tensor in enumerate(tensors_in(out)):
+        for i, tensor in enumerate(made):
             self.hold(tensor, self.kind, cost.hidden_bytes[i] if i < len(cost.hidden_bytes) else 0)
         if self._live_bytes + cost.workspace_bytes > self._peak.nbytes:
             source, _ = source_here("")
@@ -205,8 +224,6 @@ class _LiveStorages(TorchDispatchMode):
 
 
 _NO_COST = KernelCost(0, 0)
-_HOLDING_MUCH = ("conv", "rnn", "lstm", "gru")
-"""Parts of the names of kernels whose workspaces are as large as their tensors."""
 
 
 def _name(func: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from planner.profiler.timing import free_bytes
 from planner.runtime.audit import difference
 from planner.runtime.install import uninstall
 from planner.runtime.planned_call import unplanned_forward
+from planner.tracer.faults import is_fault, note
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 from planner.verification.bits import step_digest
@@ -26,6 +28,7 @@ from planner.verification.step_copy import CallArguments, copy_of
 
 _TIMEOUT_S = 600.0
 """Wall seconds for two steps, after which nothing is known of them."""
+_DOING = "running two steps of the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,24 @@ def two_calls(model: nn.Module, joint: Joint, call: CallArguments, needed_bytes:
     Args:
         joint: the model's captured step.
         needed_bytes: what a plain step needs beside the model.
+
+    Raises:
+        Exception: a fault of the planner; of the child's a RuntimeError with its traceback. Lack of memory is a reason not to
+            run them, and says nothing about the model.
     """
     if joint.absent_device:
         return TwoCalls(not_run="the device is not here")
     kind = joint.device.type
     cast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-    try:
-        if kind != "cpu":
-            with torch.random.fork_rng(devices=[joint.device]):
-                return TwoCalls(_different(copy_of(model, sharing=True), joint, call, cast))
+    if kind == "cpu":
         return _in_child(model, joint, call, cast, needed_bytes)
+    try:
+        with torch.random.fork_rng(devices=[joint.device]):
+            return TwoCalls(_different(copy_of(model, sharing=True), joint, call, cast))
     except Exception as error:
+        if is_fault(error):
+            note(error, _DOING)
+            raise
         return TwoCalls(not_run=first_line(error))
 
 
@@ -76,9 +86,15 @@ def _in_child(model: nn.Module, joint: Joint, call: CallArguments, cast: Any, ne
             detach_from_parent(model, joint)
             yield {"different": _different(model, joint, call, cast)}
         except Exception as error:
-            yield {"not_run": first_line(error)}
+            if is_fault(error):
+                yield {"fault": "".join(traceback.format_exception(error))}
+            else:
+                yield {"not_run": first_line(error)}
 
-    child = Child(answers)
+    try:
+        child = Child(answers)
+    except OSError as error:  # no memory, or no process left
+        return TwoCalls(not_run=first_line(error))
     try:
         line = child.read(_TIMEOUT_S)
     finally:
@@ -86,6 +102,8 @@ def _in_child(model: nn.Module, joint: Joint, call: CallArguments, cast: Any, ne
     if line is None:
         return TwoCalls(not_run=f"its process {child.fate}")
     answer = json.loads(line)
+    if "fault" in answer:
+        raise RuntimeError(f"The planner failed while it was {_DOING}: please report this traceback\n{answer['fault']}")
     return TwoCalls(tuple(answer.get("different", ())), answer.get("not_run", ""))
 
 

@@ -1,9 +1,11 @@
 """The largest batch: it fits, the one above does not, and the table says what is faster."""
 
 import copy
+import gc
 import json
 import math
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -75,6 +77,36 @@ def test_steps_are_run_and_timed_where_the_device_is_here():
         found.verify(0)
 
 
+def test_inputs_of_one_batch_are_held_while_steps_are_timed():
+    held, timing = [], []
+
+    def make_inputs(batch):
+        assert not timing or not [x for x in held if x() is not None], "another batch's inputs are alive"
+        args, kwargs = rows(batch)
+        held.append(weakref.ref(args[0]))
+        return args, kwargs
+
+    model = tanh_blocks()
+    found = max_batch(make_inputs, model, plain_bytes(model, 4), costs="estimate", progress=False, effort=0.3)
+    gc.collect()
+    held.clear()
+    timing.append(True)
+    assert sum(each.measured is not None for each in found.verify(2, rounds=1).tried) == 2 and len(held) >= 2
+
+
+def test_the_refusal_of_the_smallest_batch_is_raised_as_it_is():
+    refused = NoScheduleFoundError("none found")
+    with pytest.raises(NoScheduleFoundError) as caught:
+        search(lambda batch: Tried(batch, 1, 2, None, refused), lambda batch: True, lambda known: known, 1)
+    assert caught.value is refused and refused.args == ("none found",)
+
+
+def test_a_prediction_is_asked_for_once_with_a_batch_that_has_a_plan():
+    asked = []
+    found = search(attempts(5, 1, 2, 100, []), lambda batch: batch <= 20, lambda known: asked.append(known) or 50, 100)
+    assert asked == [20] and max(tried.batch for tried in found if tried.plan) == 50
+
+
 def test_a_device_that_is_not_here_with_its_optimizer():
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(4)]).to(torch.bfloat16)
@@ -129,9 +161,11 @@ def test_search_finds_the_boundary_in_few_attempts(floor_each, more, still_more,
     lowest_each, plain_each = floor_each + more, floor_each + more + still_more
     seen = []
     attempt = attempts(plain_each, floor_each, lowest_each, budget, seen)
-    ahead = [lambda batch, each=each: batch * each <= foresight * budget for each in (plain_each, lowest_each)]
+    plain_ahead = lambda batch: batch * plain_each <= foresight * budget
+    predicted = lambda known: max(known, int(foresight * budget // lowest_each))
+    ahead = plain_ahead, predicted
     if lowest_each > budget:
-        with pytest.raises((InfeasibleBudgetError, NoScheduleFoundError), match="one sample does not fit"):
+        with pytest.raises((InfeasibleBudgetError, NoScheduleFoundError), match=r"^(too large|none found)$"):
             search(attempt, *ahead, budget)
         return
     found = MaxBatch(budget, search(attempt, *ahead, budget))

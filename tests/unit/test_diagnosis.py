@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import InputError, diagnosis, doctor
+from planner import GraphError, InputError, diagnosis, doctor
 
 X = torch.randn(4, 8)
 
@@ -107,3 +107,32 @@ def test_wrong_types_are_errors():
 def test_a_device_that_is_not_here():
     found = doctor(nn.Linear(8, 1), (X,), device="H100", progress=False)
     assert found.plannable and found.device == "H100-80GB" and found.calls_not_run == "the device is not here"
+
+
+def broken(*args, **kwargs):
+    raise GraphError("wrong by the planner")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("planner.diagnosis.captured", GraphError),
+        ("planner.verification.two_calls.step_digest", RuntimeError),  # in the child
+    ],
+)
+def test_a_fault_of_the_planner_is_no_answer(monkeypatch, name, kind):
+    monkeypatch.setattr(name, broken)
+    with pytest.raises(kind, match="wrong by the planner"):
+        doctor(nn.Linear(8, 1), (X,), progress=False)
+
+
+def test_a_fault_in_the_second_capture_is_no_answer(monkeypatch):
+    captures = iter([diagnosis.captured, broken])
+    monkeypatch.setattr(diagnosis, "captured", lambda *args: next(captures)(*args))
+    with pytest.raises(GraphError):
+        doctor(nn.Linear(8, 1), (X,), progress=False)
+
+
+def test_lack_of_memory_for_two_steps_is_a_reason_not_to_run_them(monkeypatch):
+    monkeypatch.setattr("planner.verification.two_calls.free_bytes", lambda: 0)
+    assert "0 B are free" in doctor(nn.Linear(8, 1), (X,), progress=False).calls_not_run

@@ -79,11 +79,23 @@ def test_the_parts_are_what_they_say_and_add_up():
     model, x = blocks()
     found = estimate(model, (x,), costs="estimate", optimizer="adamw", reserve="1MiB", **QUICK)
     weights = sum(p.nbytes for p in model.parameters())
-    parts = found.parts
+    parts, results = found.parts, model(x).nbytes
     assert parts.total_bytes == found.peak_bytes
-    assert (parts.parameters_bytes, parts.inputs_bytes, parts.reserved_bytes) == (weights, x.nbytes, 2**20)
+    assert (parts.parameters_bytes, parts.reserved_bytes) == (weights, 2**20)
+    assert parts.inputs_bytes == x.nbytes + 2 * results == graph_step(found.graph).parts.inputs_bytes
     assert parts.optimizer_bytes == 2 * weights + 4 * len(list(model.parameters()))
     assert parts.activations_bytes > 11 * x.nbytes and 0 < parts.temporaries_bytes < 6 * x.nbytes
+
+
+class DropsInTheForward(nn.Sequential):
+    def forward(self, x):
+        return super().forward((x @ x.T) @ x * 2 + 1).tanh()
+
+
+def test_the_own_step_and_the_graph_are_sorted_alike():
+    model, x = DropsInTheForward(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(512, 64)
+    found = estimate(model, (x,), costs="estimate", **QUICK)
+    assert found.parts == graph_step(found.graph).parts and found.parts.temporaries_bytes > x.nbytes
 
 
 def test_it_fits_planned_where_the_plain_step_does_not():

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.graph.graph import Graph
+from planner.graph.live import Span, spans
 from planner.graph.modules import module_of
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Ints, Timeline, simulate
-from planner.report.live import Span, spans
 from planner.report.stack import Stack
 
 OUTSIDE = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 from dataclasses import replace
@@ -24,6 +23,7 @@ from planner.limits import Limits
 from planner.report.tables import WIDTH
 from planner.results import plan_file
 from tests.support import graphs
+from tests.support.missing import hide
 from tests.support.models import Attention, Wrapped
 from tests.support.pictures import is_png, is_svg
 from tests.support.strategies import training_graphs
@@ -200,14 +200,7 @@ def test_one_point_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_a_missing_matplotlib_names_the_extra(swept: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    hide(monkeypatch, "matplotlib")
     with pytest.raises(PlotMissingError, match=r"checkpoint-planner\[plot\]"):
         swept.plot(tmp_path / "sweep.png")
 

@@ -4,7 +4,6 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ import torch
 from planner.cli import main
 from planner.cli.target import Target
 from planner.errors import InputError
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 MODEL = """
 import torch
 from torch import nn
@@ -165,6 +164,13 @@ def test_arguments_are_checked_before_torch_is_imported(command, wrong, capsys, 
     monkeypatch.setattr("planner.cli.target.Target.build", lambda _: pytest.fail("the file was run"))
     assert main([command[0], *wrong, *command[1:]]) == 1
     assert "Error: " in capsys.readouterr().err
+
+
+def test_meta_without_a_device_is_refused_before_the_file_is_run(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Target, "_load", lambda _: pytest.fail("the file was run"))
+    assert main(["estimate", "README.md:build", "--meta"]) == 1
+    assert "InputError: give --device NAME beside --meta" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

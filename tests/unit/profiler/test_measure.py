@@ -1,16 +1,21 @@
+import contextlib
 import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
 
 from planner.profiler import cache as cache_module
+from planner.profiler import measure as measure_module
+from planner.profiler import recheck
 from planner.profiler.cache import KernelCache
 from planner.profiler.forked import Failed, run_forked
 from planner.profiler.measure import measure
@@ -128,6 +133,7 @@ def test_cache_hit_runs_nothing_and_a_corrupt_file_is_replaced(tmp_path):
     (file,) = cache.glob("*.json")
     for junk in ("", "{", "[]", '{"conditions": 1}', file.read_text()[:-9], file.read_text().replace("[", "[-", 1)):
         file.write_text(junk)
+        KernelCache._settled.clear()  # as in another process
         num_runs = len(list(runs.iterdir()))
         assert all_measured(measure([made], CPU, cache_dir=cache))
         assert len(list(runs.iterdir())) > num_runs
@@ -193,9 +199,63 @@ def test_cache_folder_from_the_environment(tmp_path, monkeypatch):
     assert KernelCache(None, {}).path is None
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
-    (tmp_path / "file").touch()
-    assert all_measured(measure([mm(8)], CPU, cache_dir=tmp_path / "file" / "cache"))
+def unwritable(folder):
+    folder.touch()
+
+
+def removed(folder):
+    next(folder.glob("*.json")).unlink()
+
+
+def corrupt(folder):
+    next(folder.glob("*.json")).write_text("junk")
+
+
+@pytest.mark.parametrize("spoiled", [unwritable, removed, corrupt])
+def test_a_process_keeps_its_costs_whatever_becomes_of_the_file(tmp_path, spoiled):
+    folder, runs = tmp_path / "cache", tmp_path / "runs"
+    runs.mkdir()
+    if spoiled is unwritable:
+        spoiled(folder)
+    made = on_function(counting(runs))
+    first = measure([made], CPU, cache_dir=folder)
+    assert all_measured(first)
+    if spoiled is not unwritable:
+        spoiled(folder)
+    num_runs = len(list(runs.iterdir()))
+    assert measure([made], CPU, cache_dir=folder) == measure([made], CPU, cache_dir=folder, remeasure=False) == first
+    assert len(list(runs.iterdir())) == num_runs
+    measure([made], CPU, cache_dir=folder, remeasure=True)
+    assert len(list(runs.iterdir())) > num_runs
+
+
+def test_kernels_on_cuda_are_timed_alone_where_only_times_are_checked(monkeypatch):
+    """In place of the device: its functions do nothing, and an event says how many there were before it."""
+    events, calls = itertools.count(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at_ms = next(events)
+
+        def elapsed_time(self, other):
+            return other.at_ms - self.at_ms
+
+    nothing = lambda *args, **kwargs: None
+    for name in ("synchronize", "empty_cache", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", nothing)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=8))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *args, device=None, **kwargs: torch.zeros(*args, **kwargs))
+    made = on_function(lambda x: calls.append(x))
+    ((key, cost),) = measure_module._run({"it": made}, torch.device("cuda"), only_time=True)
+    assert key == "it" and (cost.time_ns, cost.workspace_bytes, cost.num_repeats) == (1_000_000, 0, 3)
+    assert len(calls) <= recheck._CALLS
 
 
 def test_crash_and_exception_fall_back_and_the_rest_is_measured(tmp_path):

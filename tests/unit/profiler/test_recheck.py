@@ -109,6 +109,20 @@ def test_measured_anew_the_faster_time_counts(monkeypatch, tmp_path):
     assert times(measure(made, CPU, cache_dir=tmp_path)) == [30_000, 500_000]
 
 
+def test_the_time_of_the_check_counts_too(monkeypatch, tmp_path):
+    made = nodes(100)
+    monkeypatch.setattr(measure_module, "_run", lambda kernels, *_, **__: ((key, cost(900, 0, 64)) for key in kernels))
+    measure(made, CPU, cache_dir=tmp_path)
+    answers = {True: cost(100), False: cost(500, 0, 32)}
+    again = lambda kernels, device, only_time=False: ((key, answers[only_time]) for key in kernels)
+    monkeypatch.setattr(measure_module, "_run", again)
+    next_process()
+    (found,) = measure(made, CPU, cache_dir=tmp_path).costs.values()
+    assert found == cost(100, 0, 64)
+    next_process()
+    assert set(measure(made, CPU, cache_dir=tmp_path, remeasure=False).costs.values()) == {found}, "not on file"
+
+
 def test_remeasure_false_times_nothing_again(monkeypatch, tmp_path):
     made, machine = nodes(100), Machine(monkeypatch, speed=3000)
     first = measure(made, CPU, cache_dir=tmp_path)
@@ -129,6 +143,19 @@ def test_a_kernel_that_cannot_be_timed_again_keeps_its_cost(monkeypatch, tmp_pat
     assert measure(made, CPU, cache_dir=tmp_path) == first
 
 
+def test_costs_on_file_are_not_called_estimated_where_measuring_anew_fails(monkeypatch, tmp_path, log):
+    made, machine = nodes(100), Machine(monkeypatch)
+    measure(made, CPU, cache_dir=tmp_path)
+    next_process()
+    machine.speed = 100
+    failing = lambda kernels, device, only_time=False: ((key, cost(10_000) if only_time else Failed("no")) for key in kernels)
+    monkeypatch.setattr(measure_module, "_run", failing)
+    found = measure(made, CPU, cache_dir=tmp_path)
+    assert found.num_estimated == 0 and times(found) == [10_000]
+    (said,) = [record.message for record in log.records if "could not be measured" in record.message]
+    assert "1 of 1 kernels" in said and "keep their costs on file" in said and "estimated" not in said
+
+
 def test_what_another_process_writes_changes_no_cost_in_use(monkeypatch, tmp_path):
     made = nodes(100)
     Machine(monkeypatch)
@@ -144,10 +171,10 @@ def test_the_check_is_bounded():
     minute = 60_000_000_000
     known = {f"{i}": cost(1000) for i in range(100)} | {"long": cost(minute)}
     counts = dict.fromkeys(known, 1)
-    assert recheck.chosen(known, counts) == ["0", "1", "10", "11", "12"]  # and not the one that takes minutes
+    assert recheck.kernels_to_recheck(known, counts) == ["0", "1", "10", "11", "12"]  # and not the one that takes minutes
     counts["7"] = 10**9
-    assert recheck.chosen({**known, "long": cost(1)}, counts) == ["7"]  # it is more than half of the step
-    assert recheck.chosen({}, {}) == [] and recheck.chosen({"a": cost(0)}, {"a": 3}) == []
+    assert recheck.kernels_to_recheck({**known, "long": cost(1)}, counts) == ["7"]  # it is more than half of the step
+    assert recheck.kernels_to_recheck({}, {}) == [] and recheck.kernels_to_recheck({"a": cost(0)}, {"a": 3}) == []
 
 
 @given(st.integers(1, 10**9), st.integers(1, 10**9), st.integers(0, 10**9), st.integers(0, 10**9))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.graph.live import spans
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.report import stack
-from planner.report.live import spans
 from planner.report.stack import NUM_MODULES, OTHER, Stack
 from tests.support import graphs
 from tests.support.strategies import schedules, training_graphs

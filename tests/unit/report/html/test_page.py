@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 from dataclasses import replace
@@ -23,6 +22,7 @@ from planner.results import html_report
 from planner.results.plan import Plan
 from planner.results.sweep import Sweep
 from tests.support import graphs
+from tests.support.missing import hide
 from tests.support.sweeps import plan_of, sweep_of
 
 EVIL = "</script><script>alert('x')</script>&<b>{{DATA}}"
@@ -190,13 +190,6 @@ def test_a_large_report_is_thinned_until_it_fits(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_missing_plotly_names_the_extra(swept: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("plotly"):
-            raise ImportError(name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    hide(monkeypatch, "plotly")
     with pytest.raises(PlotMissingError, match=r"checkpoint-planner\[report\]"):
         swept.html(tmp_path / "report.html")

@@ -1,17 +1,16 @@
-"""What is live at every step of a schedule, by what it is for."""
+"""What is live at every step of a schedule, by what it is for: tables, pictures and estimates add up the same spans."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
+from planner.graph.accumulation import HELD
 from planner.graph.graph import Graph, Kind
-from planner.graph.modules import fold, place_of
+from planner.graph.modules import place_of
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Ints, Simulator
 
@@ -26,7 +25,7 @@ class MemoryKind(StrEnum):
     IN_FLIGHT = "other forwards in flight"
     """What the other forwards of a pipeline saved."""
     GRADIENTS = "gradients"
-    """Those that the step returns."""
+    """Those that the step returns, and those of earlier micro-steps."""
     KEPT = "kept activations"
     """Written in the forward and alive when it ends."""
     RECOMPUTED = "recomputed"
@@ -65,15 +64,18 @@ class Span:
 def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
     """Everything that is live during a step. At each step the sum is what `simulate` says is live.
 
+    Without ops, what is resident is live at step 0.
+
     Args:
         schedule: valid for `graph`.
     """
-    steps, last = schedule.steps, len(schedule.steps) - 1
+    steps, last = schedule.steps, max(0, len(schedule.steps) - 1)
     boundary, again = schedule.boundary(graph), set(schedule.recomputes())
     simulator = Simulator(graph)
     for name in graph.inputs:
         value = graph.value[name]
-        yield Span(name, -1, "", _RESIDENT[value.kind], value.nbytes, boundary if value.kind is Kind.TANGENT else 0, last)
+        part = MemoryKind.GRADIENTS if name == HELD else _RESIDENT[value.kind]
+        yield Span(name, -1, "", part, value.nbytes, boundary if value.kind is Kind.TANGENT else 0, last)
     run = simulator.run(steps)
     if graph.in_flight > 1:
         across = (run.start < boundary) & (run.end >= boundary)
@@ -100,41 +102,9 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
 
 def live_parts(graph: Graph, schedule: Schedule) -> dict[MemoryKind, Ints]:
     """Bytes live while each step runs, by part."""
-    change = {part: np.zeros(len(schedule.steps) + 1, dtype=np.int64) for part in MemoryKind}
+    change = {part: np.zeros(max(1, len(schedule.steps)) + 1, dtype=np.int64) for part in MemoryKind}
     for span in spans(graph, schedule):
         if span.start <= span.end:
             change[span.part][span.start] += span.nbytes
             change[span.part][span.end + 1] -= span.nbytes
-    return {part: np.cumsum(changes[:-1]) for part, changes in change.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Values alike but for the number of their block: `count` of `nbytes` each. `place`: their modules, as one path."""
-
-    name: str
-    place: str
-    part: MemoryKind
-    nbytes: int
-    count: int
-
-
-def largest(graph: Graph, schedule: Schedule, step: int, count: int) -> list[Group]:
-    """What holds most at a step: values of equal blocks as one, the largest sum first."""
-    alike: defaultdict[tuple[str, MemoryKind, int], list[str]] = defaultdict(list)
-    for span in spans(graph, schedule):
-        if span.start <= step <= span.end and span.nbytes:
-            name = re.sub(r"_\d+$", "", span.name) if span.place else _given_name(span)
-            alike[name, span.part, span.nbytes if span.place else 0].append(span.place or str(span.nbytes))
-    groups = []
-    for (name, part, nbytes), places in alike.items():
-        if nbytes:
-            groups.append(Group(name, ", ".join(fold(dict.fromkeys(places, nbytes))), part, nbytes, len(places)))
-        else:  # what comes from outside is one entry, however many tensors it is
-            groups.append(Group(name, "", part, sum(map(int, places)), 1))
-    return sorted(groups, key=lambda group: (-group.count * group.nbytes, group.place, group.name))[:count]
-
-
-def _given_name(span: Span) -> str:
-    """What comes from outside is called after its kind; bytes that are set aside, after what they are for."""
-    return span.name.strip("()") if span.part is MemoryKind.RESERVED else span.part.value
+    return {part: np.cumsum(changes[:-1])[: len(schedule.steps)] for part, changes in change.items()}
