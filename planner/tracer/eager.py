@@ -190,10 +190,9 @@ class _LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = tensors_in(out)
-        if not made:
-            return out  # a question about a tensor, such as for its device, which C++ code may ask where no error can pass
         cost = self._costs.get(key_of(func, (args, kwargs or {})))
-        if cost is None and not self._all_known and may_hold_much(func):
+        # What makes no tensor may be a question, for a tensor's device say, which C++ code asks where no error can pass.
+        if cost is None and made and not self._all_known and may_hold_much(func):
             raise CaptureError(f"what {func} holds for itself, inside of a module that is not captured, is not known")
         cost = cost or _NO_COST
         for i, tensor in enumerate(made):
