@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
     They compare equal for equal states.
     """
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    einsum = torch.backends.opt_einsum
     return (
         ("deterministic algorithms", torch.get_deterministic_debug_mode()),
         ("fill_uninitialized_memory", getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)),
@@ -24,13 +26,15 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("sdpa: cudnn", cuda.cudnn_sdp_enabled()),
         ("sdpa: math in low precision", cuda.fp16_bf16_reduction_math_sdp_allowed()),
         ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
-        ("float32 matmul precision", torch.get_float32_matmul_precision()),
-        ("cuda tf32", cuda.matmul.allow_tf32),
+        ("float32 matmul precision", _legacy(torch.get_float32_matmul_precision)),
+        ("cuda tf32", _legacy(lambda: cuda.matmul.allow_tf32)),
+        ("float32 precision", tuple(torch._C._get_fp32_precision_getter(*pair) for pair in _FP32)),
         ("cuda fp16 reduction", cuda.matmul.allow_fp16_reduced_precision_reduction),
         ("cuda bf16 reduction", cuda.matmul.allow_bf16_reduced_precision_reduction),
-        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)),
+        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, _legacy(lambda: cudnn.allow_tf32))),
         ("mkldnn", torch._C._get_mkldnn_enabled()),
         ("mkldnn deterministic", getattr(mkldnn, "deterministic", None)),
+        ("opt_einsum", (einsum.enabled, einsum.strategy) if einsum.is_available() else None),
         ("default dtype", torch.get_default_dtype()),
         ("default device", str(torch.get_default_device())),
         ("autocast cache", torch.is_autocast_cache_enabled()),
@@ -43,6 +47,21 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("tracing", torch.jit.is_tracing() or torch.compiler.is_exporting()),
         ("tracing by fx", getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)),
     )
+
+
+_FP32 = (
+    ("generic", "all"),
+    *((backend, kernels) for backend in ("cuda", "mkldnn") for kernels in ("all", "matmul", "conv", "rnn")),
+)
+"""What has a float32 precision of its own (`torch.backends.cuda.matmul.fp32_precision`)."""
+
+
+def _legacy(switch: Callable[[], Any]) -> Any:
+    """A switch of the older names; None where the newer ones were set in a way that these cannot say: torch raises there."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
 
 
 def _device_modes() -> int:

@@ -164,7 +164,8 @@ def _capture(
             if replay is not None:
                 recording = Recording.of_replay(model, replay)
             elif has_data(model, tensors, fakes_run=target is None):
-                recording = inside(record, model, call, tensors, tuple(opaque), device, modules)
+                originals = {id(ours): theirs for ours, theirs in zip(tensors, given, strict=True) if ours is not theirs}
+                recording = inside(record, model, call, tensors, tuple(opaque), device, modules, originals)
             else:
                 recording = Recording()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from planner.tracer.casts import AutocastCasts
 from planner.tracer.constants import Constants
 from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.state import Effect
+from planner.tracer.host.tensor_places import TensorPlace
+from planner.tracer.host.tensor_reads import answered
 from planner.tracer.joint import Output
 from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.model_call import run_call
@@ -106,7 +108,8 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
         CaptureError: the model cannot be traced.
         Exception: errors of the model and of torch, as they are; `options.modules.last_kernel` says where.
     """
-    apart = {call.module for call in options.recording.calls.values()}
+    reads = options.recording.host.key.tensors
+    apart = {call.module for call in options.recording.calls.values()} | {m for r in reads for m in (r.module, r.place.module)}
     (module, exported), repeats = once.trace(options.model, apart, lambda units: _trace(options, tensors, units))
     assert module.found is not None
     return Trace(exported, module.names, module.found, repeats)
@@ -197,7 +200,8 @@ def _traced_forward(
         mode,
     ):
         _place_state(options, tensors, given)
-        out = run_call(model, options.call, tensors, weights)
+        with answered(recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.of_made, lambda: str(modules)):
+            out = run_call(model, options.call, tensors, weights)
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)
         for name, leaf in zip(names, leaves, strict=True):
@@ -209,6 +213,20 @@ def _traced_forward(
     reads = tuple(read for _, read in mode.read)
     found = TracedForward(outputs, out_spec, len(results.tensors), reads, left, effects)
     return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
+
+
+def _traced_tensors(
+    options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> Callable[[TensorPlace], Any]:
+    """A function that finds the traced tensor at a place; for one in Python state that kernels do not read, the real one."""
+    state = {path: tensors[len(options.call.tensors) + i] for i, path in enumerate(options.recording.host.state)}
+
+    def at(place: TensorPlace) -> Any:
+        if place.kind == "state":
+            return state[place.key] if place.key in state else place.key.get(options.model)
+        return tensors[place.key] if place.kind == "input" else weights[place.key]
+
+    return at
 
 
 def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:

@@ -18,6 +18,7 @@ from planner.runtime.codegen import boxed, picker, positions
 from planner.runtime.guards.call_key import Autocast, CallKey, argument_fingerprint, autocast_key, shared_storages
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.guards.model_state import ModelStateGuard
+from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
@@ -47,6 +48,7 @@ class CallGuard:
     def __init__(self, model: nn.Module, step: RewrittenStep) -> None:
         self._model, self._step = model, step
         self._model_state = ModelStateGuard(model, step.joint)
+        self._tensor_reads = TensorReadGuard(model, step.joint)
         self._select_inputs = picker(positions(step))
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 
@@ -81,6 +83,9 @@ class CallGuard:
         if held is None:
             return self._model_state.missing()
         mismatch = difference(key, self._model_state, held, tensors, joint.device, through_forward=through_forward)
+        if mismatch is not None:
+            return mismatch
+        mismatch = self._tensor_reads.mismatch(held, tensors)
         if mismatch is not None:
             return mismatch
         state = [path.get(self._model) for path in joint.host.state]

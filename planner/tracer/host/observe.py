@@ -28,6 +28,8 @@ from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
+from planner.tracer.host.tensor_places import TensorPlace, TensorRead
+from planner.tracer.host.tensor_reads import OfMade, TensorReads
 from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
 
 _RUNS = 4
@@ -61,6 +63,7 @@ class ObservedForward:
         preserved: puts Python state back as it was before the first run.
         written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
         settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
+        of_made: what tensors showed that the forward made.
     """
 
     run: Run
@@ -68,6 +71,7 @@ class ObservedForward:
     preserved: Preserved
     written: tuple[torch.Tensor, ...]
     settled: Mapping[Path, Any]
+    of_made: OfMade
 
 
 class Observer:
@@ -78,10 +82,17 @@ class Observer:
         modules: the stack of running submodules, followed by hooks.
         opaque: names of opaque modules, whose inner state is left out.
         written: weights and buffers that kernels may write into.
+        originals: by identity of a tensor that takes the place of one of the call's, that one.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Any, opaque: Sequence[str], device: torch.device, written: Sequence[torch.Tensor]
+        self,
+        model: nn.Module,
+        modules: Any,
+        opaque: Sequence[str],
+        device: torch.device,
+        written: Sequence[torch.Tensor],
+        originals: Mapping[int, torch.Tensor],
     ) -> None:
         self._model, self._modules, self._opaque = model, modules, tuple(opaque)
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -104,6 +115,7 @@ class Observer:
         self.kernels.know([*model.parameters(), *model.buffers()], _plain_tensors(model), written)
         self.preserved.finally_do(lambda: self.kernels.restore_contents(forms=True))
         self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
+        self.tensors = TensorReads(where, self.kernels.has_made, originals)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
         self._environment = dict(os.environ)
@@ -113,14 +125,14 @@ class Observer:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """While entered, an opaque module runs: nothing that it does is recorded."""
-        before = self.kernels.paused, self.reads.paused
-        self.kernels.paused = self.reads.paused = True
+        before = self.kernels.paused, self.reads.paused, self.tensors.paused
+        self.kernels.paused = self.reads.paused = self.tensors.paused = True
         host = self._generators.host()
         try:
             with iterators_copied():
                 yield
         finally:
-            self.kernels.paused, self.reads.paused = before
+            self.kernels.paused, self.reads.paused, self.tensors.paused = before
             now = self._generators.host()
             if now != host:
                 self._modules.drawn(now)
@@ -153,10 +165,13 @@ class Observer:
         state = self._state(snapshots[-2], outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
-        host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
+        of_tensors = self.tensors.found(self._places(inputs, snapshots[-2]), runs[-1].outside)
+        key = self._inside(lambda: self._key(reads, changes, left, of_tensors))
+        host = HostState(key, state, self._aliases(), changes.effects)
         weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
-        return ObservedForward(runs[-1], host, self.preserved, written, after if len(runs) == 2 else {})
+        settled = after if len(runs) == 2 else {}
+        return ObservedForward(runs[-1], host, self.preserved, written, settled, self.tensors.of_made)
 
     def _refuse_untracked_changes(self, is_first: bool) -> None:
         """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.
@@ -218,6 +233,7 @@ class Observer:
             torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
             self.kernels,
             self.reads.recording(),
+            self.tensors.recording(),
             self._modules.following(self._generators.host, self._opaque),
         ):
             try:
@@ -302,6 +318,15 @@ class Observer:
                 )
         return tuple(found.values())
 
+    def _places(self, inputs: Sequence[torch.Tensor], before: Mapping[Path, Any]) -> dict[int, TensorPlace]:
+        """Where the tensors are that existed before the last run, by identity."""
+        tensors = [(path, value) for path, value in before.items() if isinstance(value, torch.Tensor)]
+        weights = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        found = {id(tensor): TensorPlace("state", path) for path, tensor in reversed(tensors)}
+        found |= {id(tensor): TensorPlace("weight", name) for name, tensor in weights.items()}
+        given = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
+        return found | {id(given[i]): TensorPlace("input", i) for i in reversed(range(len(given)))}
+
     def _is_only_written(self, path: Path, touched: Reads) -> bool:
         if path.steps or path.scope is not None:
             return False
@@ -309,7 +334,7 @@ class Observer:
         reads = touched.attributes.get(kind, frozenset())
         return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
 
-    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path]) -> HostKey:
+    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path], of_tensors: tuple[TensorRead, ...]) -> HostKey:
         model = self._model
         names = named(model)
         left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
@@ -323,7 +348,7 @@ class Observer:
                 places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
         expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
-        return HostKey(reads, expected, self._opaque, left, environment)
+        return HostKey(reads, expected, self._opaque, left, environment, of_tensors)
 
 
 def named(model: nn.Module) -> dict[int, str]:

@@ -15,6 +15,7 @@ from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
+from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, rebuilt, text_of, with_member
 from planner.tracer.libraries import is_users_hook
 
@@ -227,6 +228,7 @@ class HostKey:
         opaque: names of opaque modules, whose state is not compared.
         left: places that the forward writes but that do not affect it, and lists that it appends to; not compared.
         environment: values of the environment variables it reads.
+        tensors: what it reads of tensors beside their data and form.
     """
 
     reads: Reads
@@ -234,6 +236,7 @@ class HostKey:
     opaque: tuple[str, ...] = ()
     left: tuple[Path, ...] = ()
     environment: tuple[tuple[str, str | None], ...] = ()
+    tensors: tuple[TensorRead, ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
