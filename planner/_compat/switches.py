@@ -28,7 +28,6 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
         ("float32 matmul precision", _legacy(torch.get_float32_matmul_precision)),
         ("cuda tf32", _legacy(lambda: cuda.matmul.allow_tf32)),
-        ("float32 precision", tuple(torch._C._get_fp32_precision_getter(*pair) for pair in _FP32)),
         ("cuda fp16 reduction", cuda.matmul.allow_fp16_reduced_precision_reduction),
         ("cuda bf16 reduction", cuda.matmul.allow_bf16_reduced_precision_reduction),
         ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, _legacy(lambda: cudnn.allow_tf32))),
@@ -57,11 +56,11 @@ _FP32 = (
 
 
 def _legacy(switch: Callable[[], Any]) -> Any:
-    """A switch of the older names; None where the newer ones were set in a way that these cannot say: torch raises there."""
+    """A switch of float32's precision. Where those of the newer names were set as this one cannot say, torch raises: all of them."""
     try:
         return switch()
     except RuntimeError:
-        return None
+        return tuple(torch._C._get_fp32_precision_getter(*pair) for pair in _FP32)
 
 
 def _device_modes() -> int:

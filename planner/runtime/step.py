@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from planner._compat.fake_tensors import forget_real_tensors
 from planner.results.plan import Plan
 from planner.rewriter import portable
 from planner.rewriter.partition import PartitionedStep, partition
@@ -103,7 +102,6 @@ def make_step(
     fraction: float | None = None,
 ) -> RewrittenStep:
     """The captured step, rewritten by a plan whose graph is its own."""
-    forget_real_tensors(node.meta.get("val") for node in joint.graph.nodes)
     partitioned = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
     key = call_key(tensors, joint)

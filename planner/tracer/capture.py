@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.fake_tensors import InPlaceCollectiveError
+from planner._compat.fake_tensors import InPlaceCollectiveError, forget_real_tensors
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
@@ -177,7 +177,10 @@ def _capture(
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     with collections_paused():
-        joint = _normalized(model, traced, recording, call, device)
+        try:
+            joint = _normalized(model, traced, recording, call, device)
+        finally:
+            forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     _check_weights(model, joint)
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.fake_tensors import fake_inputs, stand_ins
+from planner._compat.fake_tensors import fake_inputs, forget_real_tensors, stand_ins
 from planner._compat.joint_export import ExportedJoint, export_joint
 from planner._compat.kernels import kernels_replaced
 from planner.tracer import raising
@@ -121,8 +121,13 @@ def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units)
     given = [*tensors, *_state_inputs(options)]
     with opaque_traced.known(recording.calls), units.known(), kernels_replaced(raising.substitutes()):
         if target is None:
-            exported = export_joint(module, fake_inputs(given))
-            return module, units.spliced(exported, module.names)
+            fakes = fake_inputs(given)
+            try:
+                exported = export_joint(module, fakes)
+                return module, units.spliced(exported, module.names)
+            except BaseException:
+                forget_real_tensors(fakes)  # what an error's traceback holds holds no tensor of the model's
+                raise
         with target.autocasting():
             exported = export_joint(module, module.hold_fakes(given), target.choices)
         return module, target.corrected(units.spliced(exported, module.names))

@@ -154,6 +154,10 @@ def difference(
     changed = model_state.mismatch(through_forward=through_forward)
     if changed is not None:
         return changed
+    kinds = tuple(map(type, tensors))
+    if kinds != key.kinds:
+        i = next(i for i, kind in enumerate(kinds) if kind is not key.kinds[i])
+        return Mismatch("argument", f"the class of input {i}", kinds[i].__qualname__, key.kinds[i].__qualname__)
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
         if tensor_key(tensor) != expected:
             return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))

@@ -30,6 +30,7 @@ class CallKey:
         arguments: fingerprints of the call's other leaves; None for tensors.
         autocast: on the plan's device.
         switches: torch's global switches, by name.
+        kinds: classes of the tensor leaves.
     """
 
     inputs: tuple[TensorKey, ...]
@@ -38,6 +39,7 @@ class CallKey:
     arguments: tuple[Fingerprint | None, ...]
     autocast: Autocast
     switches: tuple[tuple[str, Any], ...]
+    kinds: tuple[type, ...]
 
 
 def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
@@ -49,6 +51,7 @@ def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
         arguments=tuple(argument_fingerprint(leaf) for leaf in joint.call.leaves),
         autocast=autocast_key(joint.device),
         switches=global_switches(),
+        kinds=tuple(map(type, tensors)),
     )
 
 

@@ -308,9 +308,19 @@ def _patched(
 ) -> Iterator[None]:
     """While entered, reads and writes of tensors' attributes that do not follow from their form go through these functions."""
 
+    of_library: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
+
     @calls_users_code
     def get(this: Any, name: str) -> Any:
-        return _getter(this, name) if name in _FORM else read(this, name, sys._getframe(1))
+        if name in _FORM:
+            return _getter(this, name)
+        frame = sys._getframe(1)
+        if name != "grad":  # torch's own code reads thousands of attributes of traced tensors
+            if id(frame.f_code) in of_library:
+                return _getter(this, name)
+            if is_library_code(frame.f_code):
+                of_library[id(frame.f_code)] = frame.f_code
+        return read(this, name, frame)
 
     @calls_users_code
     def put(this: Any, name: str, value: Any) -> None:
