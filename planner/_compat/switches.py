@@ -56,7 +56,7 @@ _FP32 = (
 
 
 def _legacy(switch: Callable[[], Any]) -> Any:
-    """A switch of float32's precision. Where those of the newer names were set as this one cannot say, torch raises: all of them."""
+    """A switch of float32's precision. Torch raises where those of the newer names say more: all of these."""
     try:
         return switch()
     except RuntimeError:
@@ -68,7 +68,14 @@ def _device_modes() -> int:
     return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
 
 
+_GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{kind}") for kind in MODULE_HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """There are hooks of all modules."""
+    return any(_GLOBAL_HOOKS) and _num_global_hooks() > 0
+
+
 def _num_global_hooks() -> int:
-    module = torch.nn.modules.module
-    hooks = [hook for kind in MODULE_HOOKS for hook in getattr(module, f"_global{kind}").values()]
+    hooks = [hook for held in _GLOBAL_HOOKS for hook in held.values()]
     return sum(not str(getattr(hook, "__module__", "")).startswith("planner.") for hook in hooks)  # another thread may capture

@@ -92,11 +92,26 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         out, mismatch = self.attempt(args, kwargs)
         if mismatch is None:
             return out
+        self._report(mismatch, args, kwargs)
+        return unplanned_forward(self._original)(*args, **kwargs)
+
+    def call_original(self, args: Any, kwargs: Any) -> Any:
+        """Call the model itself, with all its hooks, where there are hooks of all modules: they are to see the model."""
+        mismatch = self.mismatch(args, kwargs)
+        if mismatch is not None:
+            self._report(mismatch, args, kwargs)
+        return self._original(*args, **kwargs)
+
+    def _report(self, mismatch: Mismatch, args: Any, kwargs: Any) -> None:
+        """Say that this call runs unplanned, and why.
+
+        Raises:
+            MismatchError: it is a training call, and `strict`.
+        """
         self.count_unplanned(mismatch)
         larger = larger_than_all([module.step for module in (self, *self.alternatives)], args, kwargs)
         report_mismatch(self._original, mismatch, self._warned, self.strict, larger=larger)
         note_unplanned([*self._original.parameters()], self.device)
-        return unplanned_forward(self._original)(*args, **kwargs)
 
     def attempt(
         self, args: Any, kwargs: Any, *, unplanned: Callable[..., Any] | None = None, captures: bool = True

@@ -205,7 +205,9 @@ def _traced_forward(
         mode,
     ):
         _place_state(options, tensors, given)
-        with answered(recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.of_made, lambda: str(modules)):
+        with answered(
+            recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.of_made, lambda: str(modules)
+        ):
             out = run_call(model, options.call, tensors, weights)
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)

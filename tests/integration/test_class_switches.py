@@ -124,6 +124,20 @@ def test_planned_under_autocast_runs_planned_there():
     check(member("autocast", flow, steps=(Step(under=bf16),) * 3, plan_under=bf16, measured=True))
 
 
+def test_precisions_of_single_backends_are_compared():
+    """Torch raises where the older names are asked for what these cannot say."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        _, planned, x = loaded()
+        assert planned.mismatch((x,), {}) is None
+        conv.fp32_precision = before
+        assert "cudnn" in planned.mismatch((x,), {}).where
+    finally:
+        conv.fp32_precision = before
+
+
 def loaded(text="h = torch.tanh(h)"):
     home = Program("transforms", text).load()
     world.seed(1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
@@ -29,7 +30,7 @@ from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
 from planner.tracer.host.tensor_places import TensorPlace, TensorRead
-from planner.tracer.host.tensor_reads import OfMade, TensorReads
+from planner.tracer.host.tensor_reads import OfMade, TensorReads, refuse_marked
 from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
 
 _RUNS = 4
@@ -237,11 +238,12 @@ class Observer:
             self._modules.following(self._generators.host, self._opaque),
         ):
             try:
-                call()
+                out = call()
             except CaptureError as error:
                 error.module = error.module or str(self._modules)
                 raise
         self._refuse_other_generators()
+        refuse_marked(pytree.tree_leaves(out), self.kernels.has_made)
         return run
 
     def _refuse_other_generators(self) -> None:

@@ -1,4 +1,4 @@
-"""What a forward reads of tensors beside their data and form: gradients, versions, flags, addresses, attributes that a user set.
+"""What a forward reads of tensors beside their data and form: gradients, versions, flags, addresses, attributes of the user's.
 
 A traced tensor shows others than the real one: it has no gradient and no memory, and is a leaf where the real one is not. So
 reads of weights, of the call's tensors and of those in Python state are noted in the recording forward, answered in the trace,
@@ -195,8 +195,8 @@ class TensorReads:
             return
         what = "the gradient (.grad)" if name in ("grad", "_grad") else f"the attribute {name}"
         raise CaptureError(
-            f"the forward of {self._where() or 'the model'} sets {what} of a tensor that it has not made, which a plan would not "
-            "do: set it outside of the forward, or keep the value on the module",
+            f"the forward of {self._where() or 'the model'} sets {what} of a tensor that it has not made, which a plan would "
+            "not do: set it outside of the forward, or keep the value on the module",
             module=self._where(),
         )
 
@@ -211,9 +211,9 @@ class TensorReads:
             CaptureError: what was read changes during the forward, is itself a tensor that kernels read, or cannot be compared
                 at later calls.
         """
-        for key, (seen, module) in self._of_stand_ins.items():
-            if any(one not in self.of_made.get(key, ()) for one in seen):
-                raise _unlike(key[2], module, "while the submodule runs as it is inside of a plan")
+        for line, (seen, module) in self._of_stand_ins.items():
+            if any(one not in self.of_made.get(line, ()) for one in seen):
+                raise _unlike(line[2], module, "while the submodule runs as it is inside of a plan")
         reads = []
         for (key, name), note in self._notes.items():
             place = places.get(key)
@@ -224,8 +224,8 @@ class TensorReads:
                 text = f"{who}, which changes during the forward: a plan would repeat one value"
             elif any(id(tensor) in outside for tensor in _tensors_in(note.value)):
                 text = (
-                    f"{who}, a tensor that its kernels use, and a plan would use the same one for ever: pass it as an argument, "
-                    "or make it a buffer"
+                    f"{who}, a tensor that its kernels use, and a plan would use the same one for ever: pass it as an "
+                    "argument, or make it a buffer"
                 )
             elif place is None and note.value is not ABSENT:
                 text = (
@@ -240,9 +240,20 @@ class TensorReads:
         return tuple(reads)
 
 
+def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool]) -> None:
+    """Raise CaptureError where a tensor that the forward made and returns has attributes: those of a plan have none."""
+    for i, leaf in enumerate(outputs):
+        if isinstance(leaf, torch.Tensor) and (is_made(leaf) or leaf.grad_fn is not None) and vars(leaf):
+            raise CaptureError(
+                f"the model's forward sets the attribute {next(iter(vars(leaf)))} of its output {i}, which a plan would not "
+                "do: return the value beside the tensor"
+            )
+
+
 def _unlike(name: str, module: str, when: str) -> CaptureError:
     return CaptureError(
-        f"the forward of {module or 'the model'} reads {name} of a tensor, which is another one {when}: a plan cannot follow that",
+        f"the forward of {module or 'the model'} reads {name} of a tensor, which is another one {when}: a plan cannot follow "
+        "that",
         module=module,
     )
 
@@ -275,9 +286,10 @@ def answered(
         try:
             if (id(this), name) in answers:
                 return _answer(answers[id(this), name], name)
-            if of_made is not None and name in _OF_MADE and not is_library_code(frame.f_code):
-                if shown(this, name) not in of_made.get((frame.f_code, frame.f_lineno, name), ()):
-                    raise _unlike(name, where(), "while the forward is traced")
+            line = (frame.f_code, frame.f_lineno, name)
+            is_compared = name in _OF_MADE and not is_library_code(frame.f_code)
+            if is_compared and of_made is not None and shown(this, name) not in of_made.get(line, ()):
+                raise _unlike(name, where(), "while the forward is traced")
         finally:
             busy = False
         return _getter(this, name)
