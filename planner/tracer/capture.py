@@ -150,7 +150,8 @@ def _capture(
         check_absent_device(target)
         device = target.device
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
-    tensors = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given]
+    leaves_of = {id(tensor): tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given}
+    tensors = [leaves_of[id(tensor)] for tensor in given]
     caches_casts = torch.is_autocast_cache_enabled()
     modules = ModuleStack(model)
     with (

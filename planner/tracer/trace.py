@@ -119,6 +119,9 @@ def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units)
     recording, target = options.recording, options.target
     module = _TracedModule(options, units)
     given = [*tensors, *_state_inputs(options)]
+    module.same = tuple(range(len(given)))
+    if recording.host.key.compares_identities:  # else the inputs of later calls may be different tensors
+        module.same = tuple(next(j for j, other in enumerate(given) if other is tensor) for tensor in given)
     with opaque_traced.known(recording.calls), units.known(), kernels_replaced(raising.substitutes()):
         if target is None:
             fakes = fake_inputs(given)
@@ -145,6 +148,7 @@ class _TracedModule(nn.Module):
     Attributes:
         names: unique parameters' and buffers' names in the model, by their names here.
         found: by the last forward; torch runs more than one.
+        same: per tensor that it is called with, the position of the one that the model is given for it.
     """
 
     def __init__(self, options: TraceOptions, units: Units) -> None:
@@ -153,6 +157,7 @@ class _TracedModule(nn.Module):
         self._options = options  # a dataclass hides the model, which is no submodule: its parameters are not listed twice
         self.names: dict[str, str] = {}
         self.found: TracedForward | None = None
+        self.same: tuple[int, ...] = ()
         for i, (name, parameter) in enumerate(options.model.named_parameters()):
             self.register_parameter(f"p{i}", parameter)
             self.names[f"p{i}"] = name
@@ -174,7 +179,7 @@ class _TracedModule(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Results, then tensors that Python read."""
         weights = {name: getattr(self, here) for here, name in self.names.items()}
-        self.found, returned = _traced_forward(self._options, self._units, tensors, weights)
+        self.found, returned = _traced_forward(self._options, self._units, [tensors[i] for i in self.same], weights)
         return returned
 
 
@@ -243,3 +248,6 @@ def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights
         path.set(model, traced)
     for path, name in host.aliases:
         path.set(model, weights[name])
+    for path, i in host.key.inputs_at:
+        if i is not None:
+            path.set(model, tensors[i])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.members import ANY, GUARDED, check, ids, inside, member, sampled
+from tests.support.members import ANY, GUARDED, Member, check, ids, inside, member, sampled
 from tests.support.source import Step
 
 WITH_GRADIENTS = "for p in m.parameters():\n    p.grad = torch.ones_like(p)"
@@ -162,4 +162,79 @@ def test_what_a_submodule_reads_is_compared(of):
 
 @pytest.mark.parametrize("of", REFUSED, ids=ids(REFUSED))
 def test_what_a_plan_would_not_do_is_refused(of):
+    assert check(of, audit=False).verdict == "refused"
+
+
+PAIR = {"signature": "self, x, y", "given": "make()"}
+PAIRS = "KEEP = [torch.randn(16, 8) for _ in range(3)]\nUSED = {}\ndef make():\n    return (KEEP[USED[0]], KEEP[USED[1]])"
+ATTENTION = {"init": "self.m = nn.MultiheadAttention(8, 2)", "signature": "self, x, y"}
+IDENTITIES = [
+    member(
+        "inputs become one",
+        "h = h * (2 if x is y else 3)",
+        head=PAIRS.format([0, 1]),
+        steps=(Step(), Step(before="USED[1] = 0")),
+        **PAIR,
+    ),
+    member(
+        "inputs become two",
+        "h = h * (2 if x is y else 3)",
+        head=PAIRS.format([0, 0]),
+        steps=(Step(), Step(before="USED[1] = 1")),
+        **PAIR,
+    ),
+    member(
+        "attention of one",
+        "h = self.m(x, y, y)[0]",
+        head=PAIRS.format([0, 0]),
+        steps=(Step(), Step(before="USED[1] = 1")),
+        **{**ATTENTION, **PAIR},
+    ),
+    member(
+        "an input in a global list",
+        "h = h * (2 if x is KEEP[1] else 3)",
+        head=PAIRS.format([0, 2]),
+        steps=(Step(), Step(before="KEEP[1] = KEEP[0]")),
+        **PAIR,
+    ),
+    member(
+        "an input taken out of it",
+        "h = h * (2 if x is KEEP[1] else 3)",
+        head=PAIRS.format([1, 2]),
+        steps=(Step(), Step(before="USED[0] = 0")),
+        **PAIR,
+    ),
+    member(
+        "weights tied",
+        "h = h * (2 if self.b.weight is self.c.weight else 3)",
+        steps=(Step(), Step(before="part.b.weight = part.c.weight")),
+    ),
+]
+
+
+def guarded(of):
+    """The same, where the last step is another call than the planned one."""
+    return Member(of.program, GUARDED, planned_from=0, planned_to=1)
+
+
+@pytest.mark.parametrize("of", [guarded(of) for of in IDENTITIES], ids=ids(IDENTITIES))
+def test_which_tensors_are_the_same_is_compared_where_the_forward_asks(of):
+    assert check(of, audit=False).verdict == "mismatch"
+
+
+def test_the_same_tensor_given_twice_may_be_two_later():
+    steps = (Step(), Step(before="USED[1] = 1"), Step(before="USED[1] = 0"))
+    check(member("nobody asks", "h = h * y * y", head=PAIRS.format([0, 0]), steps=steps, **PAIR), audit=False)
+
+
+def test_code_that_asks_for_the_class_of_a_weight_is_refused():
+    fields = {"init": "self.b.weight = Mine(torch.ones(8, 8))", "head": "class Mine(nn.Parameter): pass"}
+    check(member("a class of weights", "h = h * 2", **fields), audit=False)
+    of = member(
+        "asked for",
+        "h = h * (2 if isinstance(self.b.weight, Mine) else 3)",
+        allowed=ANY,
+        word="the class of b.weight",
+        **fields,
+    )
     assert check(of, audit=False).verdict == "refused"

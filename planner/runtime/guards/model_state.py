@@ -36,6 +36,7 @@ class ModelStateGuard:
 
     def __init__(self, model: nn.Module, joint: Joint) -> None:
         self._model, self._reads = model, joint.host.key.reads.attributes
+        self.weight_classes = joint.host.key.weight_classes
         self.modules = tuple(model.modules())
         self._kinds: list[type] = [key.kind for key in joint.modules]
         self._names = [name or "the model" for name, _ in model.named_modules()]

@@ -25,7 +25,8 @@ class TensorReadGuard:
     """
 
     def __init__(self, model: nn.Module, joint: Joint) -> None:
-        self._model, self._reads = model, joint.host.key.tensors
+        self._model, self._reads, self._inputs_at = model, joint.host.key.tensors, joint.host.key.inputs_at
+        self._asks = joint.host.key.compares_identities
         self._position = {name: i for i, (name, _) in enumerate(joint.weights)}
 
     def mismatch(self, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Mismatch | None:
@@ -48,4 +49,13 @@ class TensorReadGuard:
             if not alike(read.expected, now, copied=True):
                 found = first_difference(read.expected, now, f"{place}.{read.name}")
                 return Mismatch(_KINDS[place.kind], found.where, found.now, found.planned, found.is_absent)
+        for path, planned in self._inputs_at:
+            value = path.get(self._model)
+            now = next((i for i, tensor in enumerate(tensors) if tensor is value), None)
+            if now != planned:
+                now_text, planned_text = ("no input" if i is None else f"input {i}" for i in (now, planned))
+                return Mismatch("host", str(path), now_text, planned_text)
+        if self._asks and len({*map(id, held)}) != len(held):
+            text = "weights are the same tensor that were two when the plan was made, and the forward asks which are"
+            return Mismatch("weight", "which weights are tied", text=text)
         return None

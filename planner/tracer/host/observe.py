@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
-from planner.tracer.host.tensor_places import TensorPlace, TensorRead
+from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
+from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import OfMade, TensorReads, refuse_marked
 from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
 
@@ -166,8 +167,12 @@ class Observer:
         state = self._state(snapshots[-2], outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
-        of_tensors = self.tensors.found(self._places(inputs, snapshots[-2]), runs[-1].outside)
+        users = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
+        of_tensors = self.tensors.found(places(self._model, users, snapshots[-2]), runs[-1].outside)
         key = self._inside(lambda: self._key(reads, changes, left, of_tensors))
+        key = replace(key, weight_classes=weight_classes(self._model, users, reads.names))
+        if self.reads.compares_identities:
+            key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, snapshots[-2], only_written))
         host = HostState(key, state, self._aliases(), changes.effects)
         weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
@@ -319,15 +324,6 @@ class Observer:
                     "parameters nor in its attributes (a cached tensor, a tensor of another module?). Make it a parameter"
                 )
         return tuple(found.values())
-
-    def _places(self, inputs: Sequence[torch.Tensor], before: Mapping[Path, Any]) -> dict[int, TensorPlace]:
-        """Where the tensors are that existed before the last run, by identity."""
-        tensors = [(path, value) for path, value in before.items() if isinstance(value, torch.Tensor)]
-        weights = dict((*self._model.named_parameters(), *self._model.named_buffers()))
-        found = {id(tensor): TensorPlace("state", path) for path, tensor in reversed(tensors)}
-        found |= {id(tensor): TensorPlace("weight", name) for name, tensor in weights.items()}
-        given = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
-        return found | {id(given[i]): TensorPlace("input", i) for i in reversed(range(len(given)))}
 
     def _is_only_written(self, path: Path, touched: Reads) -> bool:
         if path.steps or path.scope is not None:

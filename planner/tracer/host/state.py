@@ -229,6 +229,9 @@ class HostKey:
         left: places that the forward writes but that do not affect it, and lists that it appends to; not compared.
         environment: values of the environment variables it reads.
         tensors: what it reads of tensors beside their data and form.
+        compares_identities: it asks whether two tensors are the same one.
+        inputs_at: where it asks so, each tensor in Python state with the position of the call's tensor that it is, or None.
+        weight_classes: of weights whose classes are not torch's, by name.
     """
 
     reads: Reads
@@ -237,6 +240,9 @@ class HostKey:
     left: tuple[Path, ...] = ()
     environment: tuple[tuple[str, str | None], ...] = ()
     tensors: tuple[TensorRead, ...] = ()
+    compares_identities: bool = False
+    inputs_at: tuple[tuple[Path, int | None], ...] = ()
+    weight_classes: tuple[tuple[str, type], ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
