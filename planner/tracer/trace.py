@@ -16,6 +16,7 @@ from planner.tracer import raising
 from planner.tracer.call import CallSpec
 from planner.tracer.casts import AutocastCasts
 from planner.tracer.constants import Constants
+from planner.tracer.host.library_reads import check_traced
 from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.state import Effect
 from planner.tracer.host.tensor_places import TensorPlace
@@ -210,6 +211,7 @@ def _traced_forward(
         mode,
     ):
         _place_state(options, tensors, given)
+        check_traced(recording.host.key.libraries)
         with answered(
             recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.of_made, lambda: str(modules)
         ):

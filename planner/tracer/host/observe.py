@@ -170,7 +170,7 @@ class Observer:
         users = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
         of_tensors = self.tensors.found(places(self._model, users, snapshots[-2]), runs[-1].outside)
         key = self._inside(lambda: self._key(reads, changes, left, of_tensors))
-        key = replace(key, weight_classes=weight_classes(self._model, users, reads.names))
+        key = replace(key, weight_classes=weight_classes(self._model, users, reads.names), libraries=self.reads.libraries())
         if self.reads.compares_identities:
             key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, snapshots[-2], only_written))
         host = HostState(key, state, self._aliases(), changes.effects)

@@ -18,6 +18,7 @@ from torch import nn
 
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.scopes import PACKAGE, Reads, compares_identities, global_names, is_library_code, scopes_of
 from planner.tracer.host.values import attributes, is_foreign_class, own_class
@@ -112,6 +113,10 @@ class ReadRecorder:
             tuple(self._environment),
             scopes_of(self._opaque_codes),
         )
+
+    def libraries(self) -> tuple[LibraryRead, ...]:
+        """What the code that ran reads of libraries."""
+        return library_reads(self._codes)
 
     @property
     def written(self) -> dict[type, frozenset[str]]:

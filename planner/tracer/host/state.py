@@ -13,6 +13,7 @@ from torch import nn
 
 from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
+from planner.tracer.host.library_reads import LibraryRead
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
 from planner.tracer.host.tensor_places import TensorRead
@@ -232,6 +233,7 @@ class HostKey:
         compares_identities: it asks whether two tensors are the same one.
         inputs_at: where it asks so, each tensor in Python state with the position of the call's tensor that it is, or None.
         weight_classes: of weights whose classes are not torch's, by name.
+        libraries: what it reads of libraries.
     """
 
     reads: Reads
@@ -243,6 +245,7 @@ class HostKey:
     compares_identities: bool = False
     inputs_at: tuple[tuple[Path, int | None], ...] = ()
     weight_classes: tuple[tuple[str, type], ...] = ()
+    libraries: tuple[LibraryRead, ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
