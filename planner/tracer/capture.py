@@ -31,7 +31,7 @@ from planner.tracer.opaque.choose import opaque_from_start, widened
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
-from planner.tracer.recording import Recording, has_data, raises_too, record
+from planner.tracer.recording import Recording, has_data, record
 from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay
 from planner.tracer.target_device import TargetDevice
@@ -160,7 +160,7 @@ def _capture(
         _gradients_kept(model),
         _capturing() as inside,
     ):
-        with _explained(model, modules, lambda error: inside(raises_too, model, call, tensors, error)):
+        with _explained(model, modules):
             if replay is not None:
                 recording = Recording.of_replay(model, replay)
             elif has_data(model, tensors, fakes_run=target is None):
@@ -269,14 +269,8 @@ _IN_PLACE = (
 
 
 @contextmanager
-def _explained(
-    model: nn.Module, modules: ModuleStack, is_models_own: Callable[[Exception], bool] = lambda error: False
-) -> Iterator[None]:
-    """What the model or torch raises while it is captured becomes an error that names the user's line.
-
-    Args:
-        is_models_own: whether the model raises this error without the planner, too.
-    """
+def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
+    """What the model or torch raises while it is captured becomes an error that names the user's line."""
     try:
         yield
     except PlannerError:
@@ -288,4 +282,4 @@ def _explained(
         if not concerns_model(error):
             note(error, f"capturing {type(model).__name__}{f' (last at {where})' if where else ''}")
             raise
-        raise capture_error(error, where, is_models_own=is_models_own(error)) from error
+        raise capture_error(error, where, is_models_own=modules.fails_alone) from error
