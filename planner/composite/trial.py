@@ -30,8 +30,10 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
+from planner.tracer.host.observe import Observer
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss
+from planner.tracer.module_stack import ModuleStack
 from planner.tracer.refusal import own_words
 
 Made = tuple[RewrittenStep, Plan, Executable | None]
@@ -68,6 +70,8 @@ class Trial:
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
+        buffers = list(self.model.buffers())
+        self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
             self._observe()
         except PlannerError:
@@ -84,11 +88,12 @@ class Trial:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """Steps leave no trace in the copy, the call's tensors or the random state."""
+        """Steps leave no trace in the copy, the call's tensors, the random state, or what code shares with the model itself."""
         try:
             with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
                 yield
         finally:
+            self._observer.preserved.restore()
             self.step.clear_gradients()
 
     @contextlib.contextmanager
@@ -155,7 +160,8 @@ class Trial:
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             try:
-                self.step.run()
+                with self._observer.remembering():
+                    self.step.run()
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -25,6 +25,7 @@ from planner.runtime.backward_checks import (
     check_spare_inputs,
     check_unreached_inputs,
     check_views,
+    check_visited,
     modified_in_place,
     written_activations,
 )
@@ -144,6 +145,7 @@ class _Forward(torch.autograd.Function):
         del held, checked, gradients
         this.complete = []
         grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
+        check_visited(ctx, executable, 0, grads)
         token = torch.empty(0, device=executable.device) if ctx.has_token else None
         return (None, token, *grads)
 
@@ -159,6 +161,7 @@ class _Tap(torch.autograd.Function):
         this: StepRun = ctx.run
         alive, this.alive = this.alive, []
         grads = this.complete.pop(0) if this.complete else _run_stage(this, ctx.stage, alive)
+        check_visited(ctx, this.executable, ctx.stage, grads)
         return (None, None, torch.empty(0, device=this.executable.device) if ctx.has_token else None, *grads)
 
 
