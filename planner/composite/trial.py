@@ -28,6 +28,7 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
+from planner.tracer.call import without_history
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.observe import Observer
@@ -42,7 +43,7 @@ Made = tuple[RewrittenStep, Plan, Executable | None]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A submodule's one call in a step; tensors as they arrive, but leaves."""
+    """A submodule's one call in a step; tensors as they arrive, without what they were computed from."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -171,7 +172,7 @@ class Trial:
         found: dict[str, Call] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-            bare = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
+            bare = pytree.tree_map_only(torch.Tensor, without_history, (args, kwargs))
             found[name] = Call(bare[0], bare[1], Autocast.of(self.device))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
@@ -214,12 +215,12 @@ class Trial:
 
 
 def _own_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with tensors that share the user's storages, but are leaves of their own: theirs get no gradients by steps."""
+    """The call with tensors of its own in the memory of the user's, which get no gradients by steps."""
     memo: dict[int, torch.Tensor] = {}
 
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in memo:
-            memo[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+            memo[id(tensor)] = without_history(tensor)
         return memo[id(tensor)]
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
@@ -266,9 +267,11 @@ class _MarkedBackwards:
     others: BackwardFinder
     marked: Callable[[Boxed], Boxed]
 
-    def find(self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...]) -> OtherBackward | None:
+    def find(
+        self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...], leaves: tuple[bool, ...]
+    ) -> OtherBackward | None:
         """See `BackwardFinder`."""
-        found = self.others.find(key, gradients, written)
+        found = self.others.find(key, gradients, written, leaves)
         return None if found is None else replace(found, run=self.marked(found.run))
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:

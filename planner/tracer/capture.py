@@ -172,18 +172,22 @@ def _capture(
                 options = TraceOptions(model, call, loss, recording, modules, target, replay, caches_casts)
                 traced = inside(trace, options, tensors)
             weights, keys = weight_keys(model), module_keys(model)
+            held = [path.get(model) for path in recording.host.state]
         finally:
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     with collections_paused():
-        joint = _normalized(model, traced, recording, call, device)
+        joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
     _check_weights(model, joint)
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
     )
 
 
-def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device) -> Joint:
+def _normalized(
+    model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device, leaves: Sequence[bool]
+) -> Joint:
+    """`leaves`: as of TracedGraph."""
     forward = traced.forward
     with noting(f"bringing the graph of {type(model).__name__} into normal form"):
         graph = TracedGraph.of(
@@ -192,6 +196,7 @@ def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: Cal
             device=device,
             num_results=forward.num_results,
             reads=forward.reads,
+            leaves=leaves,
             moving=_moving(recording, forward, len(call.tensors)),
             calls=recording.calls,
         )
