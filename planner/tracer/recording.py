@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
 from planner.tracer.host.kernels import RecordedRead
-from planner.tracer.host.observe import ObservedForward, Observer
+from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.preserve import Preserved, model_preserved
 from planner.tracer.host.state import HostState, Path, remembered
 from planner.tracer.host.tensor_reads import OfMade
@@ -27,8 +26,6 @@ from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.hooks import refuse_collecting_hooks
 from planner.tracer.opaque.record import record_call, written_weights
 from planner.tracer.replay import Replay
-
-_NONE: Mapping[int, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ def record(
     opaque: Sequence[str],
     device: torch.device,
     modules: ModuleStack,
-    originals: Mapping[int, torch.Tensor] = _NONE,
+    originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
 ) -> Recording:
     """Run the model's forward until two runs do the same; run and measure the calls of opaque modules.
 
@@ -115,16 +112,14 @@ def record(
     return Recording(observed.host, calls, reads, observed.preserved, observed.written, observed.settled, observed.of_made)
 
 
-def raises_too(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], error: Exception) -> bool:
-    """Whether the model's forward, run as it is, raises what a recorded forward raised. All that it changes is restored.
+def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:
+    """Whether the model's forward, run as it is, raises what a recorded forward raised.
 
-    Args:
-        tensors: one per tensor leaf of the call.
-        error: what was raised.
+    What kernels write into tensors other than buffers and inputs is for the caller to restore.
     """
-    with model_preserved(model, [*model.buffers(), *tensors], guards_iterators=False), torch.no_grad(), CollectivesRefused(()):
+    with model_preserved(model, [*model.buffers(), *inputs], guards_iterators=False), torch.no_grad():
         try:
-            run_call(model, call, tensors)
+            call()
         except Exception as plain:
             return type(plain) is type(error)
     return False
@@ -168,8 +163,11 @@ def _observed(
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
             return observer.observe(run_model, inputs), calls
-    except BaseException:
+    except BaseException as error:
         observer.preserved.restore()
+        if isinstance(error, Exception) and not isinstance(error, PlannerError):
+            modules.fails_alone = _raises_too(model, call, inputs, error)
+            observer.preserved.restore()  # the recorded run met every tensor that this one has written
         raise
     finally:
         observer.kernels.restore_contents(forms=False)

@@ -10,6 +10,7 @@ import contextvars
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
+NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
+"""All of the call's tensors are the user's own."""
 
 
 @calls_users_code
@@ -85,6 +88,7 @@ class Observer:
         opaque: names of opaque modules, whose inner state is left out.
         written: weights and buffers that kernels may write into.
         originals: by identity of a tensor that takes the place of one of the call's, that one.
+        guards_iterators: refuse a forward that reads an iterator: a plan would repeat one item for ever.
     """
 
     def __init__(
@@ -94,11 +98,13 @@ class Observer:
         opaque: Sequence[str],
         device: torch.device,
         written: Sequence[torch.Tensor],
-        originals: Mapping[int, torch.Tensor],
+        originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
+        *,
+        guards_iterators: bool = True,
     ) -> None:
         self._model, self._modules, self._opaque = model, modules, tuple(opaque)
         self._names = {id(module): name for name, module in model.named_modules()}
-        self.preserved = Preserved()
+        self.preserved = Preserved(guards_iterators=guards_iterators)
         for module in model.modules():
             self.preserved.keep(module, self._names[id(module)])
             for held in list(vars(module).values()):
@@ -138,6 +144,15 @@ class Observer:
             now = self._generators.host()
             if now != host:
                 self._modules.drawn(now)
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While entered, `preserved` keeps what Python code reads and kernels write: globals and others' tensors, too.
+
+        Nothing is refused, whatever the code does.
+        """
+        with self.kernels, self.reads.recording():
+            yield
 
     def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> ObservedForward:
         """Run the forward until two runs do the same, and say what Python does in it.

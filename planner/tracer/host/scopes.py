@@ -88,7 +88,7 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def compares_identities(code: types.CodeType) -> bool:
-    """The code asks whether two objects are the same one (`key is value`); comparisons with constants and classes do not count.
+    """The code asks whether two objects are the same one (`key is value`); comparisons with constants, global and closure variables do not count.
 
     Of torch's own code, that of its layers and their functions is looked at (nn.MultiheadAttention asks).
     """
@@ -96,7 +96,7 @@ def compares_identities(code: types.CodeType) -> bool:
         return False
     steps = list(dis.get_instructions(code))
     return any(
-        step.opname == "IS_OP" and not before.opname.startswith(("LOAD_CONST", "LOAD_GLOBAL"))
+        step.opname == "IS_OP" and not before.opname.startswith(("LOAD_CONST", "LOAD_GLOBAL", "LOAD_DEREF"))
         for before, step in itertools.pairwise(steps)
     )
 

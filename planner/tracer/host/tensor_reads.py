@@ -67,13 +67,20 @@ _getter = torch.Tensor.__getattribute__
 _setter = torch.Tensor.__setattr__
 
 
+def shows_itself(name: str) -> bool:
+    """`shown` is the fingerprint of the attribute's own value."""
+    return name not in _METHODS and name not in ("grad_fn", "_base", "_backward_hooks", "_post_accumulate_grad_hooks")
+
+
 @calls_users_code
 def shown(tensor: torch.Tensor, name: str) -> Fingerprint:
     """What a tensor's attribute is, or its method returns, as a fingerprint."""
-    try:
-        value = _getter(tensor, name) if name not in _METHODS else _getter(tensor, name)()
-    except (AttributeError, RuntimeError):
-        value = getattr(tensor, name, ABSENT) if name not in _METHODS else ABSENT
+    value = getattr(tensor, name, ABSENT)
+    if name in _METHODS:
+        try:
+            value = value()
+        except RuntimeError:  # of a tensor without memory
+            value = ABSENT
     if name == "grad_fn":
         value = None if value is None else value.name()
     elif name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
