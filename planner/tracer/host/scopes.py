@@ -88,7 +88,9 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def compares_identities(code: types.CodeType) -> bool:
-    """The code asks whether two objects are the same one (`key is value`); comparisons with constants, global and closure variables do not count.
+    """The code asks whether two objects are the same one (`key is value`).
+
+    Comparisons with constants, global and closure variables do not count.
 
     Of torch's own code, that of its layers and their functions is looked at (nn.MultiheadAttention asks).
     """
