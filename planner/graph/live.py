@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -82,6 +82,7 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
         nbytes = (graph.in_flight - 1) * int(simulator.nbytes[run.value[across]].sum())
         yield Span(MemoryKind.IN_FLIGHT.value, -1, "", MemoryKind.IN_FLIGHT, nbytes, 0, last)
     forward_outputs, backward_outputs = set(graph.forward_outputs), set(graph.backward_outputs)
+    freed = [max(0, -graph.ops[i].workspace_bytes) for i in steps]  # bytes of what dies with a step that it frees as it goes
     for v, start, end in zip(run.value.tolist(), run.start.tolist(), run.end.tolist(), strict=True):
         name = simulator.names[v]
         if end > last and name in forward_outputs:
@@ -92,11 +93,17 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
             part = MemoryKind.RECOMPUTED
         else:
             part = MemoryKind.KEPT if start < boundary <= end else MemoryKind.TEMPORARY
-        i = steps[start]
-        yield Span(name, i, place_of(graph.ops[i]), part, graph.value[name].nbytes, start, min(end, last))
+        i, nbytes = steps[start], graph.value[name].nbytes
+        span = Span(name, i, place_of(graph.ops[i]), part, nbytes, start, min(end, last))
+        early = min(nbytes, freed[end]) if start < end <= last else 0
+        if early:
+            freed[end] -= early
+            yield replace(span, nbytes=nbytes - early, start=end)
+            span = replace(span, end=end - 1)
+        yield span
     for t, i in enumerate(steps):
         op = graph.ops[i]
-        if op.workspace_bytes:
+        if op.workspace_bytes > 0:
             yield Span(f"workspace of {op.name}", i, place_of(op), MemoryKind.TEMPORARY, op.workspace_bytes, t, t)
 
 

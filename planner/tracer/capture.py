@@ -27,7 +27,9 @@ from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
+from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.choose import opaque_from_start, widened
+from planner.tracer.opaque.measure import measured_calls
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
@@ -178,6 +180,9 @@ def _capture(
     with collections_paused():
         joint = _normalized(model, traced, recording, call, device)
     _check_weights(model, joint)
+    if recording.to_measure:
+        with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
+            joint = replace(joint, opaque_calls=inside(_measured, joint, model, recording))
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
     )
@@ -200,6 +205,14 @@ def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: Cal
     lazy = (*recording.host.lazy, *lazy_values(model, recording.settled, written))
     host = replace(recording.host, effects=forward.effects, lazy=lazy)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
+
+
+def _measured(joint: Joint, model: nn.Module, recording: Recording) -> dict[str, OpaqueCall]:
+    """The opaque calls with their costs. What running them changes outside of their modules is restored, too."""
+    found: dict[str, OpaqueCall] = {}
+    if recording.preserved is not None:
+        recording.preserved.changed_by(lambda: found.update(measured_calls(joint, model, recording.to_measure)))
+    return found
 
 
 def _moving(recording: Recording, forward: TracedForward, num_tensors: int) -> frozenset[int]:

@@ -23,7 +23,8 @@ from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.hooks import refuse_collecting_hooks
-from planner.tracer.opaque.record import record_call, written_weights
+from planner.tracer.opaque.measure import RecordedCall, written_weights
+from planner.tracer.opaque.record import record_call
 from planner.tracer.replay import Replay
 
 
@@ -34,6 +35,7 @@ class Recording:
     Attributes:
         host: what Python does beside the kernels.
         calls: calls of opaque modules, by key.
+        to_measure: these calls with their arguments.
         reads: (kernel, value) of every host read, in order; None where no forward was run.
         preserved: restores Python state as it was before the first forward; None where no forward was run.
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
@@ -46,6 +48,7 @@ class Recording:
     preserved: Preserved | None = None
     written: tuple[torch.Tensor, ...] = ()
     settled: Mapping[Path, Any] = field(default_factory=dict)
+    to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
 
     @classmethod
     def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
@@ -78,10 +81,11 @@ def record(
     device: torch.device,
     modules: ModuleStack,
 ) -> Recording:
-    """Run the model's forward until two runs do the same; run and measure the calls of opaque modules.
+    """Run the model's forward until two runs do the same; run the calls of opaque modules.
 
-    Nothing is kept for a backward, so it needs no more memory than an inference forward; an opaque module is run a few times
-    more, with its backward. Python state is left as the last run left it: `Recording.restore` restores it.
+    Nothing is kept for a backward but the arguments of opaque modules, so it needs little more memory than an inference
+    forward; an opaque module is run a few times more, with its backward. Python state is left as the last run left it:
+    `Recording.restore` restores it.
 
     Args:
         tensors: one per tensor leaf of the call.
@@ -104,7 +108,8 @@ def record(
         modules.last_kernel = modules.failed
         raise
     reads = tuple(observed.run.reads)
-    return Recording(observed.host, calls, reads, observed.preserved, observed.written, observed.settled)
+    specs = {key: recorded.spec for key, recorded in calls.items()}
+    return Recording(observed.host, specs, reads, observed.preserved, observed.written, observed.settled, calls)
 
 
 def raises_too(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], error: Exception) -> bool:
@@ -129,8 +134,8 @@ def _observed(
     opaque: Sequence[str],
     device: torch.device,
     modules: ModuleStack,
-) -> tuple[ObservedForward, dict[str, OpaqueCall]]:
-    calls: dict[str, OpaqueCall] = {}
+) -> tuple[ObservedForward, dict[str, RecordedCall]]:
+    calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)])
 
