@@ -187,19 +187,27 @@ def _check_ops(graph: Graph) -> None:
             if name in written:
                 raise GraphError(f"value {name} is written twice, the second time by op {op.name}")
             written.add(name)
-        if op.cost_ns < 0 or op.workspace_bytes < -_own_bytes(graph, op):
+        if op.cost_ns < 0 or op.workspace_bytes < -sum(freed_early(graph, op).values()):
             raise GraphError(f"op {op.name} has cost {op.cost_ns} ns and workspace {op.workspace_bytes} bytes")
     for name in graph.forward_outputs:
         if graph.producer.get(name, 0) >= graph.num_forward_ops:
             raise GraphError(f"forward output {name} is written by backward op {graph.ops[graph.producer[name]].name}")
 
 
-def _own_bytes(graph: Graph, op: Op) -> int:
-    """Bytes of the values that die with this op in every schedule: it alone reads them, and it runs once."""
-    if op.workspace_bytes >= 0 or op.recomputable:
-        return 0
+def read_alone(graph: Graph, op: Op) -> list[str]:
+    """Values that die with an op in every schedule: it runs once, and no other op reads them."""
     others = {name for other in graph.ops if other is not op for name in other.reads} | graph.pinned
-    return sum(graph.value[name].nbytes for name in set(op.reads) - others)
+    return [] if op.recomputable else [name for name in op.reads if name not in others]
+
+
+def freed_early(graph: Graph, op: Op) -> dict[str, int]:
+    """Bytes of what an op reads that are gone before it holds its most, by value: its negative workspace."""
+    freed: dict[str, int] = {}
+    todo = -op.workspace_bytes
+    for name in read_alone(graph, op) if todo > 0 else ():
+        freed[name] = min(todo, graph.value[name].nbytes)
+        todo -= freed[name]
+    return {name: nbytes for name, nbytes in freed.items() if nbytes}
 
 
 def _twice(names: object) -> str:

@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from planner.graph.accumulation import HELD
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph, Kind, freed_early
 from planner.graph.modules import place_of
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Ints, Simulator
@@ -82,7 +82,7 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
         nbytes = (graph.in_flight - 1) * int(simulator.nbytes[run.value[across]].sum())
         yield Span(MemoryKind.IN_FLIGHT.value, -1, "", MemoryKind.IN_FLIGHT, nbytes, 0, last)
     forward_outputs, backward_outputs = set(graph.forward_outputs), set(graph.backward_outputs)
-    freed = [max(0, -graph.ops[i].workspace_bytes) for i in steps]  # bytes of what dies with a step that it frees as it goes
+    early = {(name, i): nbytes for i, op in enumerate(graph.ops) for name, nbytes in freed_early(graph, op).items()}
     for v, start, end in zip(run.value.tolist(), run.start.tolist(), run.end.tolist(), strict=True):
         name = simulator.names[v]
         if end > last and name in forward_outputs:
@@ -93,13 +93,12 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
             part = MemoryKind.RECOMPUTED
         else:
             part = MemoryKind.KEPT if start < boundary <= end else MemoryKind.TEMPORARY
-        i, nbytes = steps[start], graph.value[name].nbytes
-        span = Span(name, i, place_of(graph.ops[i]), part, nbytes, start, min(end, last))
-        early = min(nbytes, freed[end]) if start < end <= last else 0
-        if early:
-            freed[end] -= early
-            yield replace(span, nbytes=nbytes - early, start=end)
-            span = replace(span, end=end - 1)
+        i = steps[start]
+        span = Span(name, i, place_of(graph.ops[i]), part, graph.value[name].nbytes, start, min(end, last))
+        freed = early.get((name, steps[span.end]), 0)
+        if freed:
+            yield replace(span, nbytes=span.nbytes - freed, start=span.end)
+            span = replace(span, end=span.end - 1)
         yield span
     for t, i in enumerate(steps):
         op = graph.ops[i]

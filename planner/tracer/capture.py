@@ -23,6 +23,7 @@ from planner.tracer.checks import check_absent_device, check_gradients_recorded,
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.lazy_values import lazy_values
+from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
@@ -211,7 +212,8 @@ def _measured(joint: Joint, model: nn.Module, recording: Recording) -> dict[str,
     """The opaque calls with their costs. What running them changes outside of their modules is restored, too."""
     found: dict[str, OpaqueCall] = {}
     if recording.preserved is not None:
-        recording.preserved.changed_by(lambda: found.update(measured_calls(joint, model, recording.to_measure)))
+        with contents_preserved(recording.written):
+            recording.preserved.changed_by(lambda: found.update(measured_calls(joint, model, recording.to_measure)))
     return found
 
 
