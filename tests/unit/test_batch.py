@@ -190,7 +190,7 @@ def test_a_larger_batch_is_foreseen_from_two():
 
 def test_what_an_op_frees_as_it_goes_grows_with_the_batch():
     one, two = graphs.freeing(10, -8), graphs.freeing(20, -16)
-    assert extrapolated(one, two, 3) == graphs.freeing(50, -40)
+    assert extrapolated(one, two, 3) == graphs.freeing(40, -32)
     assert extrapolated(one, graphs.freeing(11, -11), 30) == graphs.freeing(40, -40)  # it frees no more than there is
 
 
