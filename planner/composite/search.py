@@ -84,7 +84,7 @@ class UnitSearch:
             )
         saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
         try:
-            return from_measured(self.trial.resident_bytes, measured, saved, list(self.kinds))
+            return from_measured(self.trial.resident_bytes, measured, saved, list(self.kinds), self.trial.held_bytes)
         except OuterCodeError as error:
             raise CaptureError(
                 f"{error}: its planned backward does not run as it was captured. Name other submodules as units"

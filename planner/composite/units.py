@@ -36,6 +36,7 @@ from planner.results.unit_plan import UnitPlan
 from planner.runtime.step import DEFAULT_STAGES
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.loss import Loss
+from planner.tracer.lower import accumulating_as_eager
 
 
 def plan_units(
@@ -50,6 +51,7 @@ def plan_units(
     effort: float = DEFAULT_EFFORT,
     time_limit_s: float | None = None,
     num_stages: int = DEFAULT_STAGES,
+    accumulate: bool = False,
     compile: bool = False,
     progress: bool = True,
 ) -> PlannedUnits:
@@ -61,7 +63,7 @@ def plan_units(
     code holds is known from its graph; else it is measured, in a step of a copy of the model.
 
     Args:
-        model, args, kwargs, loss, costs, num_stages, progress: as for `plan`.
+        model, args, kwargs, loss, costs, num_stages, accumulate, progress: as for `plan`.
         budget: bytes, text ("6GiB"), or a float in (0, 1]: fraction of the plain step's measured peak.
         units: qualified names, or a class (or several), whose outermost instances are meant. Default: the repeated blocks;
             where there are none, the largest submodules that can be captured.
@@ -83,6 +85,7 @@ def plan_units(
         effort=effort,
         time_limit_s=time_limit_s,
         num_stages=num_stages,
+        accumulate=accumulate,
         compile=compile,
         progress=progress,
     )
@@ -110,7 +113,7 @@ def planned_units(
     args, kwargs = arguments.check_call(args, kwargs)
     units.check_budget(budget)
     names = None if wanted is None or isinstance(wanted, Largest) else named_units(model, wanted)
-    trial = Trial(model, args, kwargs, options.loss)
+    trial = Trial(model, args, kwargs, options.loss, accumulates=options.accumulate)
     with one_at_a_time():
         with stage("measure steps", options.progress):
             plain = trial.peak({})
@@ -146,7 +149,8 @@ def _kinds(
 def _whole(trial: Trial, options: PlanOptions) -> Graph | None:
     """The graph of the whole step; None where it cannot be captured."""
     try:
-        return profiled(trial.original, *trial.call, options).graph
+        found = profiled(trial.original, *trial.call, replace(options, accumulate=False))
+        return accumulating_as_eager(found.joint, found.graph) if options.accumulate else found.graph
     except (CaptureError, InputError) as error:
         PLANNER.info("the whole step cannot be captured, outer code is measured: %s", error)
         return None
@@ -206,7 +210,7 @@ def apply_units(
     missing = next((name for name in plan.units if name not in modules), None)
     if missing is not None:
         raise PlanFileError(f"the plan was made for another model: this one has no submodule {missing}. Make it again.")
-    trial = Trial(model, args, kwargs, options.loss)
+    trial = Trial(model, args, kwargs, options.loss, accumulates=plan.accumulates)
     made: dict[str, Made] = {}
     with one_at_a_time():
         for k, own in enumerate(plan.kinds):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from planner.graph.accumulation import num_stages
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterGraph
@@ -77,6 +78,11 @@ class PlannedUnitGraphs:
         check = NOT_RUN if self.measured_bytes is None else RUN
         solution = Solution(status, schedule, bound_ns, 0.0, "units")
         return PlannedGraph(graph, self.budget_bytes, 0, solution, self.provenance, self.measured_bytes, check)
+
+    @property
+    def accumulates(self) -> bool:
+        """Gradients of earlier micro-steps are counted."""
+        return any(num_stages(kind.graph) for kind in self.kinds)
 
     @property
     def provenance(self) -> Provenance | None:
