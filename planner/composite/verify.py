@@ -59,6 +59,7 @@ def verify_units(
             time_ratio=None,
             largest_difference=largest,
             num_steps=_NUM_STEPS,
+            compiled=any(module.step.is_compiled for module in planned.planned.values()),
             unplanned=tuple(
                 f"{name}: {module.num_unplanned_calls} of its calls"
                 for name, module in ours.modules.items()

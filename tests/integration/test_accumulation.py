@@ -208,7 +208,7 @@ def test_audited_calls_in_flight_keep_the_budget():
 
 
 def train(module, x, *, factor: float):
-    """Two iterations of two micro-steps, with a scaled loss and clipped gradients; (weights, scales, norms of the gradients)."""
+    """Two iterations of two micro-steps, with a scaled loss and clipped gradients; weights, norms of gradients, scales."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
     found = []

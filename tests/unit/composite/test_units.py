@@ -85,5 +85,5 @@ def test_equal_units_that_run_alike_are_compiled_once(monkeypatch, tmp_path):
 def test_a_compiled_step_that_needs_more_than_the_budget_is_an_error(monkeypatch):
     monkeypatch.setattr(compiled, "compile_boxed", Compiler(extra=10**6))
     model, call = blocks(2)
-    with pytest.raises(CompileError, match="compiled, the step peaks at .* Plan without compile=True"):
+    with pytest.raises(CompileError, match=r"compiled, the step peaks at .* Plan without compile=True"):
         plan_units(model, 0.9, call, compile=True, **QUICK)
