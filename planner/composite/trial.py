@@ -28,10 +28,13 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
+from planner.tracer.call import without_history
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
+from planner.tracer.host.observe import Observer
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss
+from planner.tracer.module_stack import ModuleStack
 from planner.tracer.refusal import own_words
 
 Made = tuple[RewrittenStep, Plan, Executable | None]
@@ -40,7 +43,7 @@ Made = tuple[RewrittenStep, Plan, Executable | None]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A submodule's one call in a step; tensors as they arrive, but leaves."""
+    """A submodule's one call in a step; tensors as they arrive, without what they were computed from."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -72,6 +75,8 @@ class Trial:
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.used: dict[str, list[int]] = {}
+        buffers = list(self.model.buffers())
+        self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
             self._observe()
         except PlannerError:
@@ -88,11 +93,12 @@ class Trial:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """Steps leave no trace in the copy, the call's tensors or the random state."""
+        """Steps leave no trace in the copy, the call's tensors, the random state, or what code shares with the model itself."""
         try:
             with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
                 yield
         finally:
+            self._observer.preserved.restore()
             self.step.clear_gradients()
 
     @contextlib.contextmanager
@@ -165,7 +171,8 @@ class Trial:
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             try:
-                self.step.run()
+                with self._observer.remembering():
+                    self.step.run()
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -175,7 +182,7 @@ class Trial:
         found: dict[str, Call] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-            bare = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
+            bare = pytree.tree_map_only(torch.Tensor, without_history, (args, kwargs))
             found[name] = Call(bare[0], bare[1], Autocast.of(self.device))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
@@ -218,12 +225,12 @@ class Trial:
 
 
 def _own_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with tensors that share the user's storages, but are leaves of their own: theirs get no gradients by steps."""
+    """The call with tensors of its own in the memory of the user's, which get no gradients by steps."""
     memo: dict[int, torch.Tensor] = {}
 
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in memo:
-            memo[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+            memo[id(tensor)] = without_history(tensor)
         return memo[id(tensor)]
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
@@ -270,9 +277,11 @@ class _MarkedBackwards:
     others: BackwardFinder
     marked: Callable[[Boxed], Boxed]
 
-    def find(self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...]) -> OtherBackward | None:
+    def find(
+        self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...], leaves: tuple[bool, ...]
+    ) -> OtherBackward | None:
         """See `BackwardFinder`."""
-        found = self.others.find(key, gradients, written)
+        found = self.others.find(key, gradients, written, leaves)
         return None if found is None else replace(found, run=self.marked(found.run))
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:

@@ -157,7 +157,17 @@ def watch(
     done: Callable[[PlannedAtFirstCall], None],
     failed: Callable[[Exception], None],
 ) -> FirstCall:
-    """Let a model be planned at its first call in training; arguments as of `FirstCall`."""
+    """Let a model be planned at its first call in training; arguments as of `FirstCall`.
+
+    What watches the model already is stopped, with a warning.
+    """
+    earlier = vars(model).get("forward")
+    if isinstance(earlier, FirstCall):
+        warn(
+            f"{type(model).__name__} was to be planned at its first call by another callback, or by plan_at_first_call: that "
+            "is stopped, and the later one plans it. Use one of them, or stop() the earlier one"
+        )
+        earlier.stop()
     first = FirstCall(model, make, vars(model).get("forward"), strict, done, failed)
     _set_forward(model, first)
     return first

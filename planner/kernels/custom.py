@@ -49,8 +49,16 @@ def noise(draws: torch.Tensor, keep: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 def laid_out(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
-    """A copy with the given strides: what the engine makes of a gradient it cannot take over as it is."""
-    return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    """A copy with the given strides: what the engine makes of a gradient it cannot take over as it is.
+
+    A dimension with stride 0 stays expanded.
+    """
+    expanded = [n > 1 and step == 0 for n, step in zip(size, stride, strict=True)]
+    if not any(expanded):
+        return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    once = tensor[tuple(slice(0, 1) if is_expanded else slice(None) for is_expanded in expanded)]
+    copy = torch.empty_strided(once.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(once)
+    return copy.expand(size)
 
 
 def add_gradients(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

@@ -25,6 +25,7 @@ from planner.runtime.backward_checks import (
     check_spare_inputs,
     check_unreached_inputs,
     check_views,
+    check_visited,
     modified_in_place,
     written_activations,
 )
@@ -36,9 +37,12 @@ class BackwardFinder(Protocol):
     """What a run asks its planned module for; see `planner.runtime.other_backwards`."""
 
     def find(
-        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]
+        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...], leaves: tuple[bool, ...]
     ) -> OtherBackward | None:
-        """The backward for these gradients, or after writes into saved activations; None: the planned one."""
+        """The backward for these gradients, or after writes into saved activations; None: the planned one.
+
+        `leaves`: per gradient of the joint graph, whether it is that of a leaf of autograd.
+        """
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
         """The name of the first tensor whose version has changed; "" if there is none."""
@@ -124,7 +128,7 @@ class _Forward(torch.autograd.Function):
         check_views(ctx, executable, gradients)
         key = backward_key(gradients)
         written = written_activations(ctx, executable)
-        other = None if key == executable.key and not written else this.backwards.find(key, gradients, written)
+        other = None if key == executable.key and not written else _find(ctx, this, key, gradients, written)
         if other is not None:
             check_unreached_inputs(ctx, executable, other)
             check_spare_inputs(ctx, executable, other)
@@ -144,6 +148,7 @@ class _Forward(torch.autograd.Function):
         del held, checked, gradients
         this.complete = []
         grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
+        check_visited(ctx, executable, 0, grads)
         token = torch.empty(0, device=executable.device) if ctx.has_token else None
         return (None, token, *grads)
 
@@ -159,7 +164,21 @@ class _Tap(torch.autograd.Function):
         this: StepRun = ctx.run
         alive, this.alive = this.alive, []
         grads = this.complete.pop(0) if this.complete else _run_stage(this, ctx.stage, alive)
+        check_visited(ctx, this.executable, ctx.stage, grads)
         return (None, None, torch.empty(0, device=this.executable.device) if ctx.has_token else None, *grads)
+
+
+def _find(
+    ctx: Any, this: StepRun, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]
+) -> OtherBackward | None:
+    leaves: dict[int, bool] = {}
+    node = ctx
+    for positions in this.executable.stage_gradients:
+        later = node.next_functions[0][0] if node.has_token else None
+        edges = [edge for edge, _ in node.next_functions][int(node.has_token) :]
+        leaves |= {i: edge is None or hasattr(edge, "variable") for i, edge in zip(positions, edges, strict=True)}
+        node = later
+    return this.backwards.find(key, gradients, written, tuple(leaves[i] for i in sorted(leaves)))
 
 
 def _saved(ctx: Any, executable: Executable, backwards: BackwardFinder) -> list[torch.Tensor]:

@@ -109,27 +109,38 @@ def check_spare_inputs(ctx: Any, executable: Executable, other: OtherBackward) -
 
 
 def check_unreached_inputs(ctx: Any, executable: Executable, other: OtherBackward) -> None:
-    """Refuse another backward where autograd would visibly visit an input that it computes no gradient for.
+    """Refuse another backward that computes no gradient for an input that autograd would visibly visit; see `check_visited`."""
+    if None not in other.gradients:
+        return
+    for stage, positions in enumerate(executable.stage_gradients):
+        later = ctx.next_functions[0][0] if ctx.has_token else None
+        check_visited(ctx, executable, stage, [other.gradients[i] for i in positions])
+        ctx = later
+
+
+def check_visited(ctx: Any, executable: Executable, stage: int, gradients: Sequence[object | None]) -> None:
+    """Refuse None as the gradient of an input where autograd would visibly visit it.
 
     Eager's graph does not contain that input. Here it gets None: a parameter's `grad` stays unchanged, but its tensor hooks
     would run, and so would the backward of the operation that produced an input.
 
+    Args:
+        ctx: the autograd node of the stage.
+        gradients: one per input of the stage.
+
     Raises:
         BackwardError: names the input.
     """
-    if None not in other.gradients:
+    if not any(gradient is None for gradient in gradients):
         return
-    for owned, gradients in zip(executable.owners, executable.stage_gradients, strict=True):
-        edges = [edge for edge, _ in ctx.next_functions]
-        later = edges.pop(0) if ctx.has_token else None
-        for position, gradient, edge in zip(owned, gradients, edges, strict=True):
-            if other.gradients[gradient] is not None or edge is None:
-                continue
-            leaf = getattr(edge, "variable", None)
-            why = "was computed by an earlier step" if leaf is None else "has a tensor hook" if leaf._backward_hooks else ""
-            if why:
-                raise BackwardError(
-                    f"this backward does not reach {executable.inputs[position]}, which {why}: eager would leave it alone, a "
-                    "planned module cannot. Use the original model for this step"
-                )
-        ctx = later
+    edges = [edge for edge, _ in ctx.next_functions][int(ctx.has_token) :]
+    for position, gradient, edge in zip(executable.owners[stage], gradients, edges, strict=True):
+        if gradient is not None or edge is None:
+            continue
+        leaf = getattr(edge, "variable", None)
+        why = "was computed by an earlier step" if leaf is None else "has a tensor hook" if leaf._backward_hooks else ""
+        if why:
+            raise BackwardError(
+                f"this backward does not reach {executable.inputs[position]}, which {why}: eager would leave it alone, a "
+                "planned module cannot. Use the original model for this step"
+            )

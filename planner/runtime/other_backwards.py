@@ -55,35 +55,36 @@ class OtherBackwards:
     def __init__(self, model: nn.Module, step: RewrittenStep, plan: Plan, compiled: Callable[[fx.Graph], Boxed]) -> None:
         """`compiled`: turns a backward graph into code."""
         self._model, self._step, self._plan, self._compiled = model, step, plan, compiled
-        self._known: dict[tuple[BackwardKey, tuple[int, ...]], OtherBackward] = {}
+        self._known: dict[tuple[BackwardKey, tuple[int, ...], tuple[bool, ...]], OtherBackward] = {}
 
     def find(
-        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...] = ()
+        self, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...], leaves: tuple[bool, ...]
     ) -> OtherBackward | None:
         """The backward for these gradients; None where the planned one is right for them.
 
         Args:
             written: positions of the saved activations that the caller has written into, which have to be recomputed.
+            leaves: per gradient of the planned step, whether it is that of a leaf of autograd.
 
         Raises:
             BackwardError: there is no exact one, or none fits the budget.
         """
-        known = self._known.get((key, written))
+        known = self._known.get((key, written, leaves))
         if known is None:
             key = normal(key, gradients)
             if not written and key == normal(self._step.backward_key, gradients):
                 return None
-            known = self._known.get((key, written))
+            known = self._known.get((key, written, leaves))
         if known is None:
             try:
-                known = self._capture(gradients, written)
+                known = self._capture(gradients, written, leaves)
             except BackwardError:
                 raise
             except PlannerError as error:
                 raise BackwardError(f"{self._described(gradients, written)}: {error}") from error
             if len(self._known) >= MOST_KEYS:
                 del self._known[next(iter(self._known))]
-            self._known[key, written] = known
+            self._known[key, written, leaves] = known
         return known
 
     def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
@@ -99,11 +100,13 @@ class OtherBackwards:
                 return name
         return ""
 
-    def _capture(self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]) -> OtherBackward:
+    def _capture(
+        self, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...], leaves: tuple[bool, ...]
+    ) -> OtherBackward:
         begun = time.monotonic()
         step, plan = self._step, self._plan
         strides = tuple(None if gradient is None else gradient.stride() for gradient in gradients)
-        joint = graft(step.joint, recaptured(step, self._model, strides))
+        joint = graft(step.joint, recaptured(step, self._model, strides, leaves))
         graph = _lowered(joint, plan, step)
         limits = _limits(graph, plan, step.fraction)
         storages = Storages(joint.graph)
@@ -201,8 +204,12 @@ def _limits(graph: Graph, plan: Plan, fraction: float | None) -> tuple[int, ...]
     return limit, max(limit, int(fraction * simulate(graph, keep_all(graph)).peak_bytes) - plan.margin_bytes)
 
 
-def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey) -> Joint:
+def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leaves: tuple[bool, ...]) -> Joint:
     """Capture the planned call again for other gradients; fake tensors stand for the call's.
+
+    Args:
+        strides: of the gradients that come.
+        leaves: per gradient of the planned step, whether it is that of a leaf of autograd.
 
     Raises:
         InputError, CaptureError: the model can no longer be captured.
@@ -213,10 +220,13 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey) -> J
             torch.empty_strided(shape, stride, dtype=dtype, device=device).requires_grad_(requires_grad)
             for shape, stride, dtype, device, requires_grad in step.key.inputs
         ]
-    leaves = list(call.leaves)
+        for (given, _), is_leaf in zip(step.joint.gradients, leaves, strict=True):
+            if given.kind is Kind.INPUT and not is_leaf and int(given.key) < len(made):
+                made[int(given.key)] = made[int(given.key)].view_as(made[int(given.key)])
+    arguments = list(call.leaves)
     for i, position in enumerate(call.tensors):
-        leaves[position] = made[step.same_inputs[i]]
-    args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
+        arguments[position] = made[step.same_inputs[i]]
+    args, kwargs = pytree.tree_unflatten(arguments, call.in_spec)
     opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values()))
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
         known = Replay(strides, step.joint.recorded, step.joint.opaque_calls, step.joint.host)

@@ -66,3 +66,30 @@ class CallSpec:
 
 def _restore_call(inputs: Any, outputs: Any, leaves: tuple[Any, ...], tensors: tuple[int, ...]) -> CallSpec:
     return CallSpec(pytree.tree_structure(inputs), leaves, tensors, pytree.tree_structure(outputs))
+
+
+def without_history(tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor that gets gradients as this one does, and hands them to no one; hooks are left out.
+
+    Like the given one it is a leaf of autograd or not: the two get gradients with different strides. Its own is in `grad`.
+
+    Args:
+        memory: what it shares the memory with; the tensor itself by default.
+    """
+    own = (tensor if memory is None else memory).detach().requires_grad_(tensor.requires_grad)
+    if tensor.is_leaf:
+        return own
+    with torch.enable_grad():
+        computed: torch.Tensor = _Computed.apply(own)
+    computed.retain_grad()
+    return computed
+
+
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.data  # which is no view, so it may be written into
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> None:
+        return None

@@ -34,7 +34,7 @@ from planner.tracer.opaque.measure import measured_calls
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
-from planner.tracer.recording import Recording, has_data, raises_too, record
+from planner.tracer.recording import Recording, has_data, record
 from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay
 from planner.tracer.target_device import TargetDevice
@@ -163,7 +163,7 @@ def _capture(
         _gradients_kept(model),
         _capturing() as inside,
     ):
-        with _explained(model, modules, lambda error: inside(raises_too, model, call, tensors, error)):
+        with _explained(model, modules):
             if replay is not None:
                 recording = Recording.of_replay(model, replay)
             elif has_data(model, tensors, fakes_run=target is None):
@@ -175,11 +175,12 @@ def _capture(
                 options = TraceOptions(model, call, loss, recording, modules, target, replay, caches_casts)
                 traced = inside(trace, options, tensors)
             weights, keys = weight_keys(model), module_keys(model)
+            held = [path.get(model) for path in recording.host.state]
         finally:
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     with collections_paused():
-        joint = _normalized(model, traced, recording, call, device)
+        joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
     _check_weights(model, joint)
     if recording.to_measure:
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
@@ -189,7 +190,10 @@ def _capture(
     )
 
 
-def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device) -> Joint:
+def _normalized(
+    model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device, leaves: Sequence[bool]
+) -> Joint:
+    """`leaves`: as of TracedGraph."""
     forward = traced.forward
     with noting(f"bringing the graph of {type(model).__name__} into normal form"):
         graph = TracedGraph.of(
@@ -198,6 +202,7 @@ def _normalized(model: nn.Module, traced: Trace, recording: Recording, call: Cal
             device=device,
             num_results=forward.num_results,
             reads=forward.reads,
+            leaves=leaves,
             moving=_moving(recording, forward, len(call.tensors)),
             calls=recording.calls,
         )
@@ -284,14 +289,8 @@ _IN_PLACE = (
 
 
 @contextmanager
-def _explained(
-    model: nn.Module, modules: ModuleStack, is_models_own: Callable[[Exception], bool] = lambda error: False
-) -> Iterator[None]:
-    """What the model or torch raises while it is captured becomes an error that names the user's line.
-
-    Args:
-        is_models_own: whether the model raises this error without the planner, too.
-    """
+def _explained(model: nn.Module, modules: ModuleStack) -> Iterator[None]:
+    """What the model or torch raises while it is captured becomes an error that names the user's line."""
     try:
         yield
     except PlannerError:
@@ -303,4 +302,4 @@ def _explained(
         if not concerns_model(error):
             note(error, f"capturing {type(model).__name__}{f' (last at {where})' if where else ''}")
             raise
-        raise capture_error(error, where, is_models_own=is_models_own(error)) from error
+        raise capture_error(error, where, is_models_own=modules.fails_alone) from error

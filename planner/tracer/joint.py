@@ -29,12 +29,14 @@ class Input:
             tensors of `Joint.host.state`; for the gradient of an output the position among the results; for a captured
             constant "constant:N".
         mutated: the forward writes into it (running statistics, in-place ops on inputs).
+        is_leaf: of autograd, in the captured call; None where its gradient is the same whether it is one or not.
     """
 
     node: str
     kind: Kind
     key: str | int
     mutated: bool = False
+    is_leaf: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ class ModuleStack:
     Attributes:
         drew: the innermost submodule that drew from a generator of the host's; None if none did.
         failed: the innermost submodule whose forward raised, with its class as the note; NOWHERE if none did.
+        fails_alone: the model's forward raises the same without the planner, too.
         last_kernel: the source of the kernel that was traced last; NOWHERE before the first one.
     """
 
@@ -28,6 +29,7 @@ class ModuleStack:
         self._states: list[Any] = []
         self.drew: str | None = None
         self.failed = NOWHERE
+        self.fails_alone = False
         self.last_kernel = NOWHERE
 
     def __str__(self) -> str:

@@ -112,16 +112,14 @@ def record(
     return Recording(observed.host, specs, reads, observed.preserved, observed.written, observed.settled, calls)
 
 
-def raises_too(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], error: Exception) -> bool:
-    """Whether the model's forward, run as it is, raises what a recorded forward raised. All that it changes is restored.
+def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:
+    """Whether the model's forward, run as it is, raises what a recorded forward raised.
 
-    Args:
-        tensors: one per tensor leaf of the call.
-        error: what was raised.
+    What kernels write into tensors other than buffers and inputs is for the caller to restore.
     """
-    with model_preserved(model, [*model.buffers(), *tensors], guards_iterators=False), torch.no_grad(), CollectivesRefused(()):
+    with model_preserved(model, [*model.buffers(), *inputs], guards_iterators=False), torch.no_grad():
         try:
-            run_call(model, call, tensors)
+            call()
         except Exception as plain:
             return type(plain) is type(error)
     return False
@@ -163,8 +161,11 @@ def _observed(
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
             return observer.observe(run_model, inputs), calls
-    except BaseException:
+    except BaseException as error:
         observer.preserved.restore()
+        if isinstance(error, Exception) and not isinstance(error, PlannerError):
+            modules.fails_alone = _raises_too(model, call, inputs, error)
+            observer.preserved.restore()  # the recorded run met every tensor that this one has written
         raise
     finally:
         observer.kernels.restore_contents(forms=False)

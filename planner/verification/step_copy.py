@@ -21,6 +21,7 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
+from planner.tracer.call import without_history
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.joint import Joint
 from planner.tracer.outputs import without_caches
@@ -57,7 +58,7 @@ def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
 
 
 def own_call(planned: CheckpointedModule, call: CallArguments) -> CallArguments:
-    """The call with new tensors: autograd leaves without hooks, in the same memory unless the step writes into them."""
+    """The call with new tensors, without history or hooks, in the same memory unless the step writes into them."""
     leaves, spec = pytree.tree_flatten(call)
     joint = planned.step.joint
     mutated = [int(given.key) for given in joint.inputs if given.kind is Kind.INPUT and given.mutated]
@@ -66,8 +67,7 @@ def own_call(planned: CheckpointedModule, call: CallArguments) -> CallArguments:
     own: dict[int, torch.Tensor] = {}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
-            fresh = _copied(leaf) if id(leaf) in written else leaf.detach()
-            own[id(leaf)] = fresh.requires_grad_(leaf.requires_grad)
+            own[id(leaf)] = without_history(leaf, _copied(leaf) if id(leaf) in written else None)
     args, kwargs = pytree.tree_unflatten([own.get(id(leaf), leaf) for leaf in leaves], spec)
     return tuple(args), dict(kwargs)
 

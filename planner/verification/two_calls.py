@@ -19,6 +19,7 @@ from planner.profiler.timing import free_bytes
 from planner.runtime.audit import difference
 from planner.runtime.install import uninstall
 from planner.runtime.planned_call import unplanned_forward
+from planner.tracer.call import without_history
 from planner.tracer.faults import is_fault, note
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
@@ -113,7 +114,7 @@ def _different(model: nn.Module, joint: Joint, call: CallArguments, cast: Any) -
     own: dict[int, torch.Tensor] = {}
     for leaf in pytree.tree_leaves(call):
         if isinstance(leaf, torch.Tensor) and id(leaf) not in own:
-            own[id(leaf)] = leaf.detach().requires_grad_(leaf.requires_grad)
+            own[id(leaf)] = without_history(leaf)
     args, kwargs = pytree.tree_map(lambda leaf: own.get(id(leaf), leaf), call)
     run = partial(step_digest, model, joint, (args, kwargs), lambda: unplanned_forward(model)(*args, **kwargs), autocast=cast)
     return difference(run(), run())

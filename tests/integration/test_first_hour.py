@@ -113,6 +113,27 @@ def test_what_the_model_itself_raises(args, kwargs, own):
     assert str(plainly.value) == str(error.__cause__)
 
 
+COUNTS = torch.zeros(6)
+
+
+class WritesThenFails(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.mean, self.held = torch.zeros(6), {"seen": [torch.zeros(6)]}
+        self.register_buffer("runs", torch.zeros(6))
+
+    def forward(self, x):
+        for tensor in (self.mean, self.held["seen"][0], COUNTS, self.runs, x):
+            tensor += 1
+        return super().forward(x) + torch.zeros(5, 5)
+
+
+def test_what_a_failing_forward_writes_is_restored():
+    model, x = WritesThenFails(6, 6), torch.zeros(6)
+    assert refused(CaptureError, "must match the size", model, 1.0, (x,)).is_models_own
+    assert not any(tensor.any() for tensor in (model.mean, model.held["seen"][0], COUNTS, model.runs, x))
+
+
 class Picks(nn.Linear):
     def forward(self, x):
         hidden = super().forward(x)

@@ -48,6 +48,7 @@ class CallGuard:
         self._model, self._step = model, step
         self._model_state = ModelStateGuard(model, step.joint)
         self._select_inputs = picker(positions(step))
+        self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 
     def match(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> MatchedCall | Mismatch:
@@ -87,9 +88,16 @@ class CallGuard:
         for path, found in zip(joint.host.state, state, strict=True):
             if not isinstance(found, torch.Tensor):
                 return Mismatch("host", str(path), type(found).__name__, "a tensor")
-        inputs = self._select_inputs((*held, *tensors, *state, *joint.constants.values()))
-        return reads_difference(joint, self._read_values, inputs) or MatchedCall([*tensors, *state], inputs)
+        given = [*tensors, *state]
+        for i, is_leaf in self._leaves:
+            if given[i].is_leaf != is_leaf:
+                return Mismatch("input", f"input {i}", _LEAF[given[i].is_leaf], _LEAF[is_leaf])
+        inputs = self._select_inputs((*held, *given, *joint.constants.values()))
+        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs)
 
+
+_LEAF = {True: "a leaf", False: "computed by an earlier step"}
+"""Of autograd: the two get gradients with different strides."""
 
 _FIRST_CALL = "The model's first call changes it: run a forward under torch.no_grad(), then plan"
 

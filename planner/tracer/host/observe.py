@@ -78,14 +78,22 @@ class Observer:
         modules: the stack of running submodules, followed by hooks.
         opaque: names of opaque modules, whose inner state is left out.
         written: weights and buffers that kernels may write into.
+        guards_iterators: refuse a forward that reads an iterator: a plan would repeat one item for ever.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Any, opaque: Sequence[str], device: torch.device, written: Sequence[torch.Tensor]
+        self,
+        model: nn.Module,
+        modules: Any,
+        opaque: Sequence[str],
+        device: torch.device,
+        written: Sequence[torch.Tensor],
+        *,
+        guards_iterators: bool = True,
     ) -> None:
         self._model, self._modules, self._opaque = model, modules, tuple(opaque)
         self._names = {id(module): name for name, module in model.named_modules()}
-        self.preserved = Preserved()
+        self.preserved = Preserved(guards_iterators=guards_iterators)
         for module in model.modules():
             self.preserved.keep(module, self._names[id(module)])
             for held in list(vars(module).values()):
@@ -124,6 +132,15 @@ class Observer:
             now = self._generators.host()
             if now != host:
                 self._modules.drawn(now)
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While entered, `preserved` keeps what Python code reads and kernels write: globals and others' tensors, too.
+
+        Nothing is refused, whatever the code does.
+        """
+        with self.kernels, self.reads.recording():
+            yield
 
     def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> ObservedForward:
         """Run the forward until two runs do the same, and say what Python does in it.

@@ -35,6 +35,7 @@ class TracedGraph:
         device: where the step runs.
         num_results: how many results of the traced function are outputs; tensors that Python read follow them.
         reads: what Python read of each of those.
+        leaves: per tensor leaf of the call, then per tensor of Python state, whether it is a leaf of autograd.
         moving: positions of the inputs whose place in Python state holds another tensor after the forward.
         calls: recorded calls of opaque modules, by key.
         sources: where in the user's code a node comes from.
@@ -55,6 +56,7 @@ class TracedGraph:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_results: int = 0
     reads: Sequence[TracedRead] = ()
+    leaves: Sequence[bool] = ()
     moving: Collection[int] = ()
     calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
     sources: dict[fx.Node, Source] = field(default_factory=dict)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from planner import InputError
 from planner.composite.trial import Trial
 from planner.profiler.memory import logical_peak
 
@@ -50,3 +51,34 @@ def test_a_call_with_tensors_that_are_no_leaves():
     trial = Trial(Doubles().train(), (x,), {}, None)
     assert trial.peak({}) is not None and leaf.grad is None
     x.sum().backward()  # its own graph is still there
+
+
+COUNT, RUNS, TOTAL = 0, [], torch.zeros(4)
+
+
+class SharesState(Doubles):
+    """A copy of it shares globals and what functions hold with the model."""
+
+    def __init__(self, held, fails=False):
+        super().__init__()
+        self.hold, self.fails = (lambda: held.add_(1)), fails
+
+    def forward(self, x):
+        global COUNT
+        COUNT += 1
+        RUNS.append(COUNT)
+        TOTAL.add_(1)
+        self.hold()
+        out = super().forward(x)
+        if self.fails:
+            raise ValueError("on purpose")
+        return out
+
+
+def test_steps_leave_no_trace_in_what_a_copy_shares_with_the_model():
+    held, x = torch.zeros(4), torch.randn(8, 16)
+    trial = Trial(SharesState(held).train(), (x,), {}, None)
+    assert trial.peak({}) is not None and trial.record(["layer"])
+    with pytest.raises(InputError, match="on purpose"):
+        Trial(SharesState(held, fails=True).train(), (x,), {}, None)
+    assert (COUNT, RUNS) == (0, []) and not TOTAL.any() and not held.any()

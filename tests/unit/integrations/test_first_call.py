@@ -94,6 +94,18 @@ def test_stop_gives_the_model_back():
         assert "forward" not in vars(model)
 
 
+def test_of_two_the_later_one_plans_and_nothing_stays():
+    model, x = network(), torch.randn(64, 16)
+    earlier = plan_at_first_call(model, 0.9, log=lambda table: pytest.fail("both planned"), **QUICK)
+    with pytest.warns(UserWarning, match="the later one plans it"):
+        later = plan_at_first_call(model, 1.0, log=lambda table: None, **QUICK)
+    gradients(model, x)
+    assert planned_calls(model) == 1
+    later.stop()
+    earlier.stop()
+    assert "forward" not in vars(model)
+
+
 def test_what_cannot_be_planned_trains_as_before_and_says_why():
     model, x = network(), torch.randn(64, 16)
     twin = copy.deepcopy(model)

@@ -534,3 +534,29 @@ def test_a_view_that_was_written_into(laid_out_alike):
     else:
         with pytest.raises(BackwardError, match="Write into a copy"):
             gradients(True)
+
+
+class TwoHalves(nn.Module):
+    """Runs as it is; a backward of one of its outputs does not reach the weights of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.left(x), self.right(x)
+
+
+def test_a_hook_never_gets_none_where_an_opaque_module_finds_no_gradient():
+    model = nn.Sequential(TwoHalves())
+    planned = plan(
+        model, 1.0, (torch.randn(3, 4),), opaque=("0",), loss=lambda out: list(out), costs="estimate", progress=False
+    )
+    seen = []
+    model[0].right.weight.register_hook(seen.append)
+    left, _ = planned(torch.randn(3, 4))
+    with pytest.raises(BackwardError, match=r"does not reach 0\.right\.weight, which has a tensor hook"):
+        left.sum().backward()
+    assert not seen
+    sum(out.sum() for out in planned(torch.randn(3, 4))).backward()
+    assert len(seen) == 1
