@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import make_step
 from planner.tracer.faults import is_fault, noting
 from planner.tracer.real_layouts import capture
+from planner.tracer.replay import Strides
 from planner.tracer.units.choice import structure
 
 
@@ -40,7 +41,7 @@ class UnitKind:
         graph: of that step, with costs.
         provenance: of the costs.
         call: the first unit's call.
-        used: positions of the outputs that get a gradient.
+        used: strides of the gradients of the first unit's outputs, by the outputs' positions.
         members: names of all units, the first one first.
     """
 
@@ -48,7 +49,7 @@ class UnitKind:
     graph: Graph
     provenance: Provenance | None
     call: Call
-    used: frozenset[int]
+    used: Mapping[int, Strides]
     members: list[str]
     _made: dict[tuple[Schedule, bool], Made] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ class UnitKind:
             self._made[schedule, is_compiled] = made, plan, CheckpointedModule(module, made, plan).executable
         return self._made[schedule, is_compiled]
 
-    def difference(self, module: nn.Module, call: Call, used: Collection[int]) -> str:
+    def difference(self, module: nn.Module, call: Call, used: Mapping[int, Strides]) -> str:
         """Why another unit is not of this kind; "" if it is.
 
         Everything that the capture held fixed is compared, as before each planned call: what the forward reads of Python's
@@ -88,8 +89,8 @@ class UnitKind:
         own = structure(self.captured.model)
         if own is None or own != structure(module):
             return "its parts, weights or buffers differ, or it has hooks"
-        if call.autocast != self.call.autocast or self.used != frozenset(used):
-            return "autocast differs, or which of its outputs get a gradient"
+        if call.autocast != self.call.autocast or self.used != used:
+            return "autocast differs, or which of its outputs get a gradient, or their strides"
         step, _, _ = self.made(keep_all(self.graph))
         with call.autocast.on(joint.device):
             found = CallGuard(module, step).match(call.args, call.kwargs)
@@ -178,7 +179,7 @@ def _add(
     kinds: list[UnitKind], name: str, module: nn.Module, call: Call, trial: Trial, options: PlanOptions, costs: CostsOf
 ) -> None:
     """Count a unit among the kind that it is of, or capture it as the first of a new one."""
-    used = frozenset(trial.used[name])
+    used = trial.used[name]
     for kind in kinds:
         different = kind.difference(module, call, used) if type(module) is type(kind.captured.model) else "another class"
         if not different:
@@ -202,7 +203,9 @@ def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
 
 
-def _captured(module: nn.Module, call: Call, used: Collection[int], device: torch.device, options: PlanOptions) -> CapturedStep:
+def _captured(
+    module: nn.Module, call: Call, used: Mapping[int, Strides], device: torch.device, options: PlanOptions
+) -> CapturedStep:
     if not used:
         raise CaptureError("nothing it returns gets a gradient")
 
@@ -211,5 +214,5 @@ def _captured(module: nn.Module, call: Call, used: Collection[int], device: torc
         return [leaves[i] for i in sorted(used)]
 
     with call.autocast.on(device):
-        joint = capture(module, call.args, call.kwargs, loss=loss)
+        joint = capture(module, call.args, call.kwargs, loss=loss, gradients=[used[i] for i in sorted(used)])
     return CapturedStep(module, call.args, call.kwargs, replace(options, loss=loss), joint)

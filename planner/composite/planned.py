@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ from planner import arguments
 from planner.composite.training_step import Autocast
 from planner.composite.trial import Made
 from planner.composite.verify import verify_units
+from planner.results.plan import Plan
 from planner.results.unit_plan import UnitPlan
 from planner.results.verify_report import VerifyReport
 from planner.runtime.found_gradients import FoundGradients
 from planner.runtime.install import install, uninstall, unplan
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.loss import Loss
+
+
+def _within(plan: Plan, spare_bytes: int) -> Plan:
+    """A unit's plan that may take what the step leaves: for gradients in other layouts, or an audit."""
+    return replace(plan, budget_bytes=plan.budget_bytes + spare_bytes)
 
 
 class PlannedUnits:
@@ -34,7 +41,9 @@ class PlannedUnits:
         self.model, self.plan, self._loss = model, plan, loss
         self._cast = autocast
         self.planned: dict[str, CheckpointedModule] = {
-            name: CheckpointedModule(model.get_submodule(name), step, own, executable=executable)
+            name: CheckpointedModule(
+                model.get_submodule(name), step, _within(own, plan.spare_bytes[name]), executable=executable
+            )
             for name, (step, own, executable) in made.items()
         }
         found = FoundGradients(plan.whole, type(model).__name__, list(model.parameters()))

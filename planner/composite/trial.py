@@ -36,6 +36,7 @@ from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.refusal import own_words
+from planner.tracer.replay import Strides
 
 Made = tuple[RewrittenStep, Plan, Executable | None]
 """What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
@@ -69,12 +70,12 @@ class Trial:
         for module in self.model.modules():
             uninstall(module)
         self._call = args, kwargs
-        self.step = TrainingStep(self.model, *_own_leaves(args, kwargs), loss, accumulates=accumulates)
+        self.step = TrainingStep(self.model, *_own_tensors(args, kwargs), loss, accumulates=accumulates)
         self.held_bytes = 0
         self.device = self.step.device
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
-        self.used: dict[str, list[int]] = {}
+        self.used: dict[str, dict[int, Strides]] = {}
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
@@ -154,16 +155,16 @@ class Trial:
         return self.step.resident_bytes
 
     def _observe(self) -> None:
-        """Run a step to see how often each submodule is called, and which leaves of what it returns get a gradient."""
+        """Run a step to see how often each submodule is called, and the strides of the gradients of what it returns."""
 
         def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
             self.calls[name] += 1
-            self.used[name] = []
+            self.used[name] = {}
             leaves, spec = pytree.tree_flatten(out)
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                     leaves[i] = leaf.view_as(leaf)  # what the submodule itself does with the leaf goes past this view
-                    leaves[i].register_hook(lambda _, i=i: self.used[name].append(i))
+                    leaves[i].register_hook(lambda gradient, i=i: self.used[name].__setitem__(i, gradient.stride()))
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
@@ -182,8 +183,7 @@ class Trial:
         found: dict[str, Call] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-            bare = pytree.tree_map_only(torch.Tensor, without_history, (args, kwargs))
-            found[name] = Call(bare[0], bare[1], Autocast.of(self.device))
+            found[name] = Call(*_own_tensors(args, kwargs), Autocast.of(self.device))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
@@ -224,16 +224,16 @@ class Trial:
         return found
 
 
-def _own_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with tensors of its own in the memory of the user's, which get no gradients by steps."""
+def _own_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with other tensors in the same memory: those given get no gradients by steps. The same ones stay the same."""
     memo: dict[int, torch.Tensor] = {}
 
-    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    def own(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in memo:
             memo[id(tensor)] = without_history(tensor)
         return memo[id(tensor)]
 
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, leaf, (args, kwargs))
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
     return found
 
 

@@ -79,6 +79,19 @@ class PlannedUnitGraphs:
         solution = Solution(status, schedule, bound_ns, 0.0, "units")
         return PlannedGraph(graph, self.budget_bytes, 0, solution, self.provenance, self.measured_bytes, check)
 
+    @cached_property
+    def spare_bytes(self) -> Mapping[str, int]:
+        """Per unit, what the budget leaves beside the step while the unit runs."""
+        planned = self.planned
+        at = {op: i for i, op in enumerate(planned.solution.schedule.steps)}
+        unforeseen = max(0, (self.measured_bytes or 0) - self.peak_bytes)
+        found: dict[str, int] = {}
+        for unit, (enter, leave, enter_again, leave_again) in self.composed.bounds.items():
+            inside = (*range(at[enter], at[leave] + 1), *range(at[enter_again], at[leave_again] + 1))
+            live = max(planned.timeline.live_bytes[i] for i in inside)
+            found[unit] = max(0, self.budget_bytes - live - unforeseen)
+        return found
+
     @property
     def accumulates(self) -> bool:
         """Gradients of earlier micro-steps are counted."""

@@ -36,7 +36,7 @@ from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
 from planner.tracer.recording import Recording, has_data, record
 from planner.tracer.refusal import capture_error
-from planner.tracer.replay import Replay
+from planner.tracer.replay import Replay, Strides
 from planner.tracer.target_device import TargetDevice
 from planner.tracer.trace import Trace, TracedForward, TraceOptions, trace
 
@@ -50,6 +50,7 @@ def capture(
     opaque: Collection[str] = (),
     target: TargetDevice | None = None,
     replay: Replay | None = None,
+    gradients: Sequence[Strides] | None = None,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
@@ -64,6 +65,8 @@ def capture(
         args, kwargs: an example call; tensors in any pytree, other leaves are held fixed.
         loss: which output backward starts from; see `planner.tracer.loss.loss_leaves`.
         opaque: qualified names of submodules to run as they are.
+        gradients: strides of the gradients that come through the outputs of `loss`, in order; None: as elementwise kernels
+            make them.
         target: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
         replay: an earlier capture of the call, which is captured again for other gradients; its tensors may then be fake. Used
             instead of `loss`, and no forward is run.
@@ -81,7 +84,7 @@ def capture(
         raise CaptureError(f"plan on {target.name}: opaque modules ({', '.join(opaque)}) must be measured there")
     while True:
         try:
-            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target)
+            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, gradients=gradients)
             return joint if first is None else replace(joint, refused=str(first))
         except CaptureError as error:
             if target is not None or error.is_models_own:
@@ -141,6 +144,7 @@ def _capture(
     opaque: Collection[str],
     target: TargetDevice | None,
     replay: Replay | None = None,
+    gradients: Sequence[Strides] | None = None,
 ) -> Joint:
     """One capture with these opaque modules: check, record, trace, bring into normal form, check."""
     leaves, in_spec = flatten_example(args, kwargs)
@@ -172,7 +176,7 @@ def _capture(
                 recording = Recording()
         try:
             with _explained(model, modules):
-                options = TraceOptions(model, call, loss, recording, modules, target, replay, caches_casts)
+                options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)
                 traced = inside(trace, options, tensors)
             weights, keys = weight_keys(model), module_keys(model)
             held = [path.get(model) for path in recording.host.state]

@@ -21,7 +21,7 @@ from planner.tracer.capture import Loss
 from planner.tracer.capture import capture as capture_once
 from planner.tracer.joint import Joint
 from planner.tracer.opaque.choose import widened
-from planner.tracer.replay import Replay
+from planner.tracer.replay import Replay, Strides
 from planner.tracer.storage import Storages
 from planner.tracer.target_device import TargetDevice
 
@@ -37,6 +37,7 @@ def capture(
     loss: Loss = None,
     opaque: Collection[str] = (),
     target: TargetDevice | None = None,
+    gradients: Sequence[Strides] | None = None,
 ) -> Joint:
     """As `planner.tracer.capture.capture`, with tensors laid out as in the real step.
 
@@ -48,7 +49,7 @@ def capture(
         InputError, CaptureError: as there; or a kernel's fake is wrong in a way that no trace can follow.
     """
     begun = time.monotonic()
-    traced = lambda opaque: capture_once(model, args, kwargs, loss=loss, opaque=opaque, target=target)
+    traced = lambda opaque: capture_once(model, args, kwargs, loss=loss, opaque=opaque, target=target, gradients=gradients)
     is_absent_gpu = target is not None and target.capability is not None
     joint = traced(opaque) if is_absent_gpu else _captured(model, opaque, traced)
     name, total = type(model).__name__, len(joint.graph.nodes)

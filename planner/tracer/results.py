@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,17 +51,17 @@ class Results:
         """Of a tensor that was added."""
         return list(self._tensors).index(id(tensor))
 
-    def add(self, tensor: torch.Tensor, name: str, is_start: bool) -> Output:
+    def add(self, tensor: torch.Tensor, name: str, is_start: bool, strides: Strides | None = None) -> Output:
         """Add a tensor, unless it was added before.
 
         Args:
             name: for messages.
             is_start: backward starts from it; not used with a replay.
+            strides: of its gradient then; None: its own.
         """
         position = self.position(tensor) if tensor in self else len(self._tensors)
-        if self._replay is None:
-            differentiated, strides = is_start, usual_strides(tensor)
-        else:
+        differentiated = is_start
+        if self._replay is not None:
             strides = self._replay.strides[position]
             differentiated = strides is not None
         if position == len(self._tensors):
@@ -70,14 +70,18 @@ class Results:
 
 
 def add_outputs(
-    results: Results, leaves: Sequence[Any], names: Sequence[str], starts: Collection[int], inputs: Sequence[torch.Tensor]
+    results: Results,
+    leaves: Sequence[Any],
+    names: Sequence[str],
+    starts: Mapping[int, Strides | None],
+    inputs: Sequence[torch.Tensor],
 ) -> tuple[Output, ...]:
     """One Output per leaf of the model's output: a result, an input that is returned unchanged, or a constant.
 
     Args:
         results: filled.
         names: of the leaves, for messages.
-        starts: identities of the leaves that backward starts from.
+        starts: the leaves that backward starts from, by identity: strides of their gradients, None where they are their own.
         inputs: the traced function's inputs.
     """
     outputs = []
@@ -88,7 +92,7 @@ def add_outputs(
         elif any(leaf is tensor for tensor in inputs):
             outputs.append(Output(name, None, input=next(i for i, tensor in enumerate(inputs) if leaf is tensor)))
         else:
-            outputs.append(results.add(leaf, name, id(leaf) in starts))
+            outputs.append(results.add(leaf, name, id(leaf) in starts, starts.get(id(leaf))))
     return tuple(outputs)
 
 
@@ -122,7 +126,7 @@ def add_left(
         if id(leaf) not in sources:
             if leaf not in results:
                 # the loop may add it to its loss; if it does not, that backward is captured when it first runs
-                left.append(results.add(leaf, str(path), leaf.requires_grad))
+                left.append(results.add(leaf, str(path), leaf.requires_grad, usual_strides(leaf)))
             sources[id(leaf)] = Ref("result", results.position(leaf))
         return sources[id(leaf)]
 

@@ -25,7 +25,7 @@ from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque import traced as opaque_traced
 from planner.tracer.outputs import check_constant
 from planner.tracer.recording import Recording
-from planner.tracer.replay import Replay
+from planner.tracer.replay import Replay, Strides, usual_strides
 from planner.tracer.results import Results, add_left, add_outputs, reassigned_buffers
 from planner.tracer.target_device import TargetDevice
 from planner.tracer.trace_mode import TracedRead, TraceMode
@@ -41,6 +41,7 @@ class TraceOptions:
         model: whose call it is.
         call: the call; its `out_spec` is not known yet.
         loss: which output backward starts from.
+        gradients: strides of the gradients that come through the outputs of `loss`; None: as elementwise kernels make them.
         recording: of real forwards.
         modules: the stack of running submodules.
         target: a device that is not here; None for this machine's.
@@ -51,6 +52,7 @@ class TraceOptions:
     model: nn.Module
     call: CallSpec
     loss: Loss
+    gradients: Sequence[Strides] | None
     recording: Recording
     modules: ModuleStack
     target: TargetDevice | None
@@ -203,8 +205,9 @@ def _traced_forward(
         for name, leaf in zip(names, leaves, strict=True):
             if not isinstance(leaf, torch.Tensor):
                 check_constant(leaf, name)
-        starts = {id(leaf) for leaf in loss_leaves(out, leaves, options.loss)}
-        outputs = add_outputs(results, leaves, names, starts, tensors)
+        starts = loss_leaves(out, leaves, options.loss)
+        strides = [usual_strides(leaf) for leaf in starts] if options.gradients is None else options.gradients
+        outputs = add_outputs(results, leaves, names, dict(zip(map(id, starts), strides, strict=True)), tensors)
         left, effects = add_left(results, model, recording.host, tensors, given, reassigned)
     reads = tuple(read for _, read in mode.read)
     found = TracedForward(outputs, out_spec, len(results.tensors), reads, left, effects)
