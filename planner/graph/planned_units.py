@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from planner.graph.accumulation import num_stages
+from planner.graph.accumulation import HELD
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterGraph
@@ -95,7 +95,7 @@ class PlannedUnitGraphs:
     @property
     def accumulates(self) -> bool:
         """Gradients of earlier micro-steps are counted."""
-        return any(num_stages(kind.graph) for kind in self.kinds)
+        return HELD in self.outer.graph.value
 
     @property
     def provenance(self) -> Provenance | None:

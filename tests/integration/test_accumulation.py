@@ -293,6 +293,7 @@ def test_units_count_the_gradients_that_are_there(picks, num_stages, tmp_path):
         twin(x).backward()
     expected = dict(twin.named_parameters())
     assert all(torch.equal(parameter.grad, expected[name].grad) for name, parameter in model.named_parameters())
+    assert units.plan.accumulates and "accumulated over several steps" in str(units)
     report = units.verify((x,))
     assert report.exact and report.measured_peak_bytes == second
     units.save(tmp_path / "units.json")
