@@ -100,6 +100,7 @@ IMPORTED = (
             "_disabled_torch_function_impl",
             "_dispatch_get_all_op_names",
             "_dispatch_has_kernel_for_dispatch_key",
+            "_get_fp32_precision_getter",
             "_get_mkldnn_enabled",
             "_get_sdp_priority_order",
             "_len_torch_dispatch_stack",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
     They compare equal for equal states.
     """
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    einsum = torch.backends.opt_einsum
     return (
         ("deterministic algorithms", torch.get_deterministic_debug_mode()),
         ("fill_uninitialized_memory", getattr(torch.utils.deterministic, "fill_uninitialized_memory", None)),
@@ -24,13 +26,14 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("sdpa: cudnn", cuda.cudnn_sdp_enabled()),
         ("sdpa: math in low precision", cuda.fp16_bf16_reduction_math_sdp_allowed()),
         ("sdpa: order of kernels", tuple(map(int, torch._C._get_sdp_priority_order()))),
-        ("float32 matmul precision", torch.get_float32_matmul_precision()),
-        ("cuda tf32", cuda.matmul.allow_tf32),
+        ("float32 matmul precision", _legacy(torch.get_float32_matmul_precision)),
+        ("cuda tf32", _legacy(lambda: cuda.matmul.allow_tf32)),
         ("cuda fp16 reduction", cuda.matmul.allow_fp16_reduced_precision_reduction),
         ("cuda bf16 reduction", cuda.matmul.allow_bf16_reduced_precision_reduction),
-        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)),
+        ("cudnn", (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, _legacy(lambda: cudnn.allow_tf32))),
         ("mkldnn", torch._C._get_mkldnn_enabled()),
         ("mkldnn deterministic", getattr(mkldnn, "deterministic", None)),
+        ("opt_einsum", (einsum.enabled, einsum.strategy) if einsum.is_available() else None),
         ("default dtype", torch.get_default_dtype()),
         ("default device", str(torch.get_default_device())),
         ("autocast cache", torch.is_autocast_cache_enabled()),
@@ -45,12 +48,34 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
     )
 
 
+_FP32 = (
+    ("generic", "all"),
+    *((backend, kernels) for backend in ("cuda", "mkldnn") for kernels in ("all", "matmul", "conv", "rnn")),
+)
+"""What has a float32 precision of its own (`torch.backends.cuda.matmul.fp32_precision`)."""
+
+
+def _legacy(switch: Callable[[], Any]) -> Any:
+    """A switch of float32's precision. Torch raises where those of the newer names say more: all of these."""
+    try:
+        return switch()
+    except RuntimeError:
+        return tuple(torch._C._get_fp32_precision_getter(*pair) for pair in _FP32)
+
+
 def _device_modes() -> int:
     """Number of active device contexts: a default device is a function mode, and is compared as `default device`."""
     return sum(type(mode).__name__ == "DeviceContext" for mode in torch.overrides._get_current_function_mode_stack())
 
 
+_GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{kind}") for kind in MODULE_HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """There are hooks of all modules."""
+    return any(_GLOBAL_HOOKS) and _num_global_hooks() > 0
+
+
 def _num_global_hooks() -> int:
-    module = torch.nn.modules.module
-    hooks = [hook for kind in MODULE_HOOKS for hook in getattr(module, f"_global{kind}").values()]
+    hooks = [hook for held in _GLOBAL_HOOKS for hook in held.values()]
     return sum(not str(getattr(hook, "__module__", "")).startswith("planner.") for hook in hooks)  # another thread may capture

@@ -84,6 +84,8 @@ class PlannedForward:
                     if mismatch is None:
                         return planned
                     mismatches.append(mismatch)
+        for module, mismatch in zip(self.planned, mismatches, strict=True):
+            module.count_unplanned(mismatch)
         steps = [one.step for module in self.planned for one in (module, *module.alternatives)]
         larger = larger_than_all(steps, args, kwargs)
         report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches), larger=larger)

@@ -92,10 +92,26 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
         out, mismatch = self.attempt(args, kwargs)
         if mismatch is None:
             return out
+        self._report(mismatch, args, kwargs)
+        return unplanned_forward(self._original)(*args, **kwargs)
+
+    def call_original(self, args: Any, kwargs: Any) -> Any:
+        """Call the model itself, with all its hooks, where there are hooks of all modules: they are to see the model."""
+        mismatch = self.mismatch(args, kwargs)
+        if mismatch is not None:
+            self._report(mismatch, args, kwargs)
+        return self._original(*args, **kwargs)
+
+    def _report(self, mismatch: Mismatch, args: Any, kwargs: Any) -> None:
+        """Say that this call runs unplanned, and why.
+
+        Raises:
+            MismatchError: it is a training call, and `strict`.
+        """
+        self.count_unplanned(mismatch)
         larger = larger_than_all([module.step for module in (self, *self.alternatives)], args, kwargs)
         report_mismatch(self._original, mismatch, self._warned, self.strict, larger=larger)
         note_unplanned([*self._original.parameters()], self.device)
-        return unplanned_forward(self._original)(*args, **kwargs)
 
     def attempt(
         self, args: Any, kwargs: Any, *, unplanned: Callable[..., Any] | None = None, captures: bool = True
@@ -104,16 +120,17 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
 
         Args:
             unplanned: the forward that the plan was installed over, where the call came through `model.forward`.
-            captures: a call of another size may be captured and planned (`dynamic=True`). Else a call that does not run planned
-                is not counted, either.
+            captures: a call of another size may be captured and planned (`dynamic=True`).
         """
         out, mismatch = self._attempt(args, kwargs, unplanned, captures)
         if mismatch is None:
             self.__dict__["num_planned_calls"] += 1
-        elif captures:  # else it is tried with another module
-            self.__dict__["num_unplanned_calls"] += 1
-            self._reasons[(mismatch.kind, mismatch.where) if trains(self._original) else EVALUATION] += 1
         return out, mismatch
+
+    def count_unplanned(self, mismatch: Mismatch) -> None:
+        """Count a call that no planned module ran, with the reason why this one did not."""
+        self.__dict__["num_unplanned_calls"] += 1
+        self._reasons[(mismatch.kind, mismatch.where) if trains(self._original) else EVALUATION] += 1
 
     def _attempt(
         self, args: Any, kwargs: Any, unplanned: Callable[..., Any] | None, captures: bool

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from planner._compat import pytree
-from planner._compat.fake_tensors import fake_mode, forget_real_tensors
+from planner._compat.fake_tensors import fake_mode
 from planner.errors import BackwardError, PlannerError
 from planner.graph.accumulation import num_stages
 from planner.graph.graph import Graph, Kind, Op
@@ -230,9 +230,7 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values()))
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
         known = Replay(strides, step.joint.recorded, step.joint.opaque_calls, step.joint.host)
-        joint = capture_again(model, args, kwargs, known, opaque)
-    forget_real_tensors(node.meta.get("val") for node in joint.graph.nodes)
-    return joint
+        return capture_again(model, args, kwargs, known, opaque)
 
 
 def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:

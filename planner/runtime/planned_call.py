@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.switches import has_global_hooks
+
 runs_as_planned: Callable[[Any], Any] = torch.compiler.disable(
     reason="a planned step runs as it was planned; to have it compiled, plan(..., compile=True)"
 )
@@ -62,7 +64,19 @@ def resemble(kind: type, model: nn.Module) -> None:
 
 
 class HooksOfModel:
-    """Shares with the model what torch keeps beside the dictionaries of hooks: whether its backward hooks are full ones."""
+    """Hooks as around a call of the model: it shares what torch keeps beside the dictionaries of hooks, and calls the model.
+
+    Hooks of all modules are given the module that is called. No plan runs under them, so that is the model.
+    """
+
+    @runs_as_planned
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the planned module; where there are hooks of all modules, the model."""
+        if has_global_hooks():
+            return self.call_original(args, kwargs)  # type: ignore[attr-defined]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    __call__.__signature__ = inspect.signature(nn.Module.__call__)  # type: ignore[attr-defined]
 
     @property
     def _is_full_backward_hook(self) -> bool | None:

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from planner._compat.fake_tensors import forget_real_tensors
 from planner.results.plan import Plan
 from planner.rewriter import portable
 from planner.rewriter.partition import PartitionedStep, partition
 from planner.runtime.backward_key import BackwardKey, captured_key
-from planner.runtime.guards.call_key import CallKey, call_key
+from planner.runtime.guards.call_key import CallKey, call_key, same_tensors
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8
@@ -103,9 +102,8 @@ def make_step(
     fraction: float | None = None,
 ) -> RewrittenStep:
     """The captured step, rewritten by a plan whose graph is its own."""
-    forget_real_tensors(node.meta.get("val") for node in joint.graph.nodes)
     partitioned = partition(joint, plan.graph, plan.solution.schedule)
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
     key = call_key(tensors, joint)
-    same = tuple(next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors)
+    same = same_tensors(tensors)
     return RewrittenStep(joint, partitioned, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)

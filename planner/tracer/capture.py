@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.fake_tensors import InPlaceCollectiveError
+from planner._compat.fake_tensors import InPlaceCollectiveError, forget_real_tensors
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
@@ -157,7 +157,8 @@ def _capture(
         check_absent_device(target)
         device = target.device
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
-    tensors = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given]
+    leaves_of = {id(tensor): tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given}
+    tensors = [leaves_of[id(tensor)] for tensor in given]
     caches_casts = torch.is_autocast_cache_enabled()
     modules = ModuleStack(model)
     with (
@@ -171,7 +172,8 @@ def _capture(
             if replay is not None:
                 recording = Recording.of_replay(model, replay)
             elif has_data(model, tensors, fakes_run=target is None):
-                recording = inside(record, model, call, tensors, tuple(opaque), device, modules)
+                originals = {id(ours): theirs for ours, theirs in zip(tensors, given, strict=True) if ours is not theirs}
+                recording = inside(record, model, call, tensors, tuple(opaque), device, modules, originals)
             else:
                 recording = Recording()
         try:
@@ -184,7 +186,10 @@ def _capture(
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     with collections_paused():
-        joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
+        try:
+            joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
+        finally:
+            forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     _check_weights(model, joint)
     if recording.to_measure:
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):

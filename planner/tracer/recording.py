@@ -16,9 +16,10 @@ from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
 from planner.tracer.host.kernels import RecordedRead
-from planner.tracer.host.observe import ObservedForward, Observer
+from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.preserve import Preserved, model_preserved
 from planner.tracer.host.state import HostState, Path, remembered
+from planner.tracer.host.tensor_reads import OfMade
 from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
@@ -40,6 +41,7 @@ class Recording:
         preserved: restores Python state as it was before the first forward; None where no forward was run.
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
         settled: every place that the forward reads or writes, as a second call leaves it; empty where the first one differs.
+        of_made: what tensors showed that the forward made; None where no forward was run.
     """
 
     host: HostState = field(default_factory=HostState)
@@ -48,6 +50,7 @@ class Recording:
     preserved: Preserved | None = None
     written: tuple[torch.Tensor, ...] = ()
     settled: Mapping[Path, Any] = field(default_factory=dict)
+    of_made: OfMade | None = None
     to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
 
     @classmethod
@@ -80,6 +83,7 @@ def record(
     opaque: Sequence[str],
     device: torch.device,
     modules: ModuleStack,
+    originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
 ) -> Recording:
     """Run the model's forward until two runs do the same; run the calls of opaque modules.
 
@@ -91,6 +95,7 @@ def record(
         tensors: one per tensor leaf of the call.
         opaque: names of opaque modules.
         modules: of the model; says after an error where it came from.
+        originals: by identity of one of `tensors` that takes the place of one of the user's, that one.
 
     Raises:
         CaptureError: the model, or an opaque module, takes, returns or does what no plan can hold.
@@ -101,7 +106,7 @@ def record(
             return run_call(model, call, tensors)
 
     try:
-        observed, calls = _observed(model, run, tensors, opaque, device, modules)
+        observed, calls = _observed(model, run, tensors, opaque, device, modules, originals)
     except PlannerError:
         raise
     except Exception:
@@ -109,7 +114,8 @@ def record(
         raise
     reads = tuple(observed.run.reads)
     specs = {key: recorded.spec for key, recorded in calls.items()}
-    return Recording(observed.host, specs, reads, observed.preserved, observed.written, observed.settled, calls)
+    state = (observed.preserved, observed.written, observed.settled, observed.of_made)
+    return Recording(observed.host, specs, reads, *state, calls)
 
 
 def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:
@@ -132,10 +138,11 @@ def _observed(
     opaque: Sequence[str],
     device: torch.device,
     modules: ModuleStack,
+    originals: Mapping[int, torch.Tensor],
 ) -> tuple[ObservedForward, dict[str, RecordedCall]]:
     calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
-    observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)])
+    observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
 
     def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
         return observer.preserved.changed_by(act) or observer.kernels.wrote_outside(module)
@@ -145,11 +152,12 @@ def _observed(
         key = f"{name}#{counts[name] - 1}"
         with observer.pause():
             if key not in calls:
-                calls[key] = record_call(
-                    module, name, key, args, kwargs, device, observer.kernels.has_made, lambda act: has_effects(act, module)
-                )
+                with observer.tensors.of_stand_ins():
+                    calls[key] = record_call(
+                        module, name, key, args, kwargs, device, observer.kernels.has_made, lambda act: has_effects(act, module)
+                    )
             given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            with observer.kernels.refusing_graphs_from_outside(name, given):
+            with observer.kernels.refusing_graphs_from_outside(name, given), observer.tensors.inside_opaque():
                 out = run()
             refuse_collecting_hooks(module, name)
             return out

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from planner._compat.fake_tensors import fake_inputs, stand_ins
+from planner._compat.fake_tensors import fake_inputs, forget_real_tensors, stand_ins
 from planner._compat.joint_export import ExportedJoint, export_joint
 from planner._compat.kernels import kernels_replaced
 from planner.tracer import raising
 from planner.tracer.call import CallSpec
 from planner.tracer.casts import AutocastCasts
 from planner.tracer.constants import Constants
+from planner.tracer.host.library_reads import check_traced
 from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.state import Effect
+from planner.tracer.host.tensor_places import TensorPlace
+from planner.tracer.host.tensor_reads import answered
 from planner.tracer.joint import Output
 from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.model_call import run_call
@@ -108,7 +111,8 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
         CaptureError: the model cannot be traced.
         Exception: errors of the model and of torch, as they are; `options.modules.last_kernel` says where.
     """
-    apart = {call.module for call in options.recording.calls.values()}
+    reads = options.recording.host.key.tensors
+    apart = {call.module for call in options.recording.calls.values()} | {m for r in reads for m in (r.module, r.place.module)}
     (module, exported), repeats = once.trace(options.model, apart, lambda units: _trace(options, tensors, units))
     assert module.found is not None
     return Trace(exported, module.names, module.found, repeats)
@@ -118,10 +122,18 @@ def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units)
     recording, target = options.recording, options.target
     module = _TracedModule(options, units)
     given = [*tensors, *_state_inputs(options)]
+    module.same = tuple(range(len(given)))
+    if recording.host.key.compares_identities:  # else the inputs of later calls may be different tensors
+        module.same = tuple(next(j for j, other in enumerate(given) if other is tensor) for tensor in given)
     with opaque_traced.known(recording.calls), units.known(), kernels_replaced(raising.substitutes()):
         if target is None:
-            exported = export_joint(module, fake_inputs(given))
-            return module, units.spliced(exported, module.names)
+            fakes = fake_inputs(given)
+            try:
+                exported = export_joint(module, fakes)
+                return module, units.spliced(exported, module.names)
+            except BaseException:
+                forget_real_tensors(fakes)  # what an error's traceback holds holds no tensor of the model's
+                raise
         with target.autocasting():
             exported = export_joint(module, module.hold_fakes(given), target.choices)
         return module, target.corrected(units.spliced(exported, module.names))
@@ -139,6 +151,7 @@ class _TracedModule(nn.Module):
     Attributes:
         names: unique parameters' and buffers' names in the model, by their names here.
         found: by the last forward; torch runs more than one.
+        same: per tensor that it is called with, the position of the one that the model is given for it.
     """
 
     def __init__(self, options: TraceOptions, units: Units) -> None:
@@ -147,6 +160,7 @@ class _TracedModule(nn.Module):
         self._options = options  # a dataclass hides the model, which is no submodule: its parameters are not listed twice
         self.names: dict[str, str] = {}
         self.found: TracedForward | None = None
+        self.same: tuple[int, ...] = ()
         for i, (name, parameter) in enumerate(options.model.named_parameters()):
             self.register_parameter(f"p{i}", parameter)
             self.names[f"p{i}"] = name
@@ -168,7 +182,7 @@ class _TracedModule(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Results, then tensors that Python read."""
         weights = {name: getattr(self, here) for here, name in self.names.items()}
-        self.found, returned = _traced_forward(self._options, self._units, tensors, weights)
+        self.found, returned = _traced_forward(self._options, self._units, [tensors[i] for i in self.same], weights)
         return returned
 
 
@@ -199,7 +213,11 @@ def _traced_forward(
         mode,
     ):
         _place_state(options, tensors, given)
-        out = run_call(model, options.call, tensors, weights)
+        check_traced(recording.host.key.libraries)
+        with answered(
+            recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.of_made, lambda: str(modules)
+        ):
+            out = run_call(model, options.call, tensors, weights)
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)
         for name, leaf in zip(names, leaves, strict=True):
@@ -214,6 +232,20 @@ def _traced_forward(
     return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
 
 
+def _traced_tensors(
+    options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> Callable[[TensorPlace], Any]:
+    """A function that finds the traced tensor at a place; for one in Python state that kernels do not read, the real one."""
+    state = {path: tensors[len(options.call.tensors) + i] for i, path in enumerate(options.recording.host.state)}
+
+    def at(place: TensorPlace) -> Any:
+        if place.kind == "state":
+            return state[place.key] if place.key in state else place.key.get(options.model)
+        return tensors[place.key] if place.kind == "input" else weights[place.key]
+
+    return at
+
+
 def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
     """Put traced tensors where Python state holds tensors."""
     host, model = options.recording.host, options.model
@@ -221,3 +253,6 @@ def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights
         path.set(model, traced)
     for path, name in host.aliases:
         path.set(model, weights[name])
+    for path, i in host.key.inputs_at:
+        if i is not None:
+            path.set(model, tensors[i])

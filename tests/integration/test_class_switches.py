@@ -124,6 +124,52 @@ def test_planned_under_autocast_runs_planned_there():
     check(member("autocast", flow, steps=(Step(under=bf16),) * 3, plan_under=bf16, measured=True))
 
 
+LIBRARY = {
+    "variable": ("h = h * colorsys.ONE_THIRD", "colorsys.ONE_THIRD = 2.0", "colorsys.ONE_THIRD = 0.5"),
+    "function": ("h = colorsys.mine(h)", "colorsys.mine = torch.cos", "colorsys.mine = torch.sin"),
+    "what a function returns": (
+        "h = h * colorsys.get_mine()",
+        "HELD[0] = 3",
+        "HELD = [2]\ncolorsys.get_mine = lambda: HELD[0]",
+    ),
+    "asked for": ("h = h * getattr(colorsys, 'other', 2)", "colorsys.other = 3", "vars(colorsys).pop('other', None)"),
+}
+
+
+def of_libraries():
+    """A planned step, a change of a library of Python's, two more steps."""
+    return [
+        member(
+            name,
+            text,
+            head=f"import colorsys\n{start}",
+            steps=(Step(), Step(before=change), Step()),
+            allowed=GUARDED,
+            planned_to=1,
+        )
+        for name, (text, change, start) in LIBRARY.items()
+    ]
+
+
+@pytest.mark.parametrize("of", of_libraries(), ids=ids(of_libraries()))
+def test_what_was_read_of_a_library_is_compared(of):
+    check(of, audit=False)
+
+
+def test_precisions_of_single_backends_are_compared():
+    """Torch raises where the older names are asked for what these cannot say."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        _, planned, x = loaded()
+        assert planned.mismatch((x,), {}) is None
+        conv.fp32_precision = before
+        assert "cudnn" in planned.mismatch((x,), {}).where
+    finally:
+        conv.fp32_precision = before
+
+
 def loaded(text="h = torch.tanh(h)"):
     home = Program("transforms", text).load()
     world.seed(1)

@@ -15,14 +15,23 @@ from planner.errors import first_line
 from planner.graph.graph import Kind
 from planner.log import RUNTIME
 from planner.runtime.codegen import boxed, picker, positions
-from planner.runtime.guards.call_key import Autocast, CallKey, argument_fingerprint, autocast_key, shared_storages
+from planner.runtime.guards.call_key import (
+    Autocast,
+    CallKey,
+    argument_fingerprint,
+    autocast_key,
+    same_tensors,
+    shared_storages,
+)
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.guards.model_state import ModelStateGuard
+from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
 from planner.tracer.host.lazy_values import values_set
 from planner.tracer.host.state import LazyValue
+from planner.tracer.host.tensor_identity import own_tensor_class
 from planner.tracer.joint import Joint
 
 
@@ -47,6 +56,7 @@ class CallGuard:
     def __init__(self, model: nn.Module, step: RewrittenStep) -> None:
         self._model, self._step = model, step
         self._model_state = ModelStateGuard(model, step.joint)
+        self._tensor_reads = TensorReadGuard(model, step.joint)
         self._select_inputs = picker(positions(step))
         self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
@@ -82,6 +92,9 @@ class CallGuard:
         if held is None:
             return self._model_state.missing()
         mismatch = difference(key, self._model_state, held, tensors, joint.device, through_forward=through_forward)
+        if mismatch is not None:
+            return mismatch
+        mismatch = self._tensor_reads.mismatch(held, tensors)
         if mismatch is not None:
             return mismatch
         state = [path.get(self._model) for path in joint.host.state]
@@ -157,16 +170,29 @@ def difference(
     changed = model_state.mismatch(through_forward=through_forward)
     if changed is not None:
         return changed
+    kinds = tuple(map(type, tensors))
+    if kinds != key.kinds:
+        i = next(i for i, kind in enumerate(kinds) if kind is not key.kinds[i])
+        return Mismatch("argument", f"the class of input {i}", kinds[i].__qualname__, key.kinds[i].__qualname__)
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
         if tensor_key(tensor) != expected:
             return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))
     if key.shared and shared_storages(tensors) != key.shared:
         text = "other inputs share their memory than in the planned call, and the forward writes into one"
         return Mismatch("argument", "which inputs share their memory", text=text)
+    if key.same and same_tensors(tensors) != key.same:
+        text = "other inputs are the same tensor than in the planned call, and the forward asks which are"
+        return Mismatch("argument", "which inputs are the same tensor", text=text)
     if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:
                 return Mismatch("weight", name, describe_tensor(tensor_key(tensor)), describe_tensor(expected))
+        classes = dict(model_state.weight_classes)
+        for (name, _), tensor in zip(key.weights, held, strict=True):
+            now, planned = own_tensor_class(tensor), classes.get(name)
+            if now is not planned:
+                now_text, planned_text = ("torch's" if kind is None else kind.__qualname__ for kind in (now, planned))
+                return Mismatch("weight", f"the class of {name}", now_text, planned_text)
         model_state.approve(held)
     untied = model_state.untied(held)
     if untied:

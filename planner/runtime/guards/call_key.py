@@ -30,6 +30,8 @@ class CallKey:
         arguments: fingerprints of the call's other leaves; None for tensors.
         autocast: on the plan's device.
         switches: torch's global switches, by name.
+        kinds: classes of the tensor leaves.
+        same: per input, the first input that is the same tensor; empty unless the forward asks which are the same.
     """
 
     inputs: tuple[TensorKey, ...]
@@ -38,6 +40,8 @@ class CallKey:
     arguments: tuple[Fingerprint | None, ...]
     autocast: Autocast
     switches: tuple[tuple[str, Any], ...]
+    kinds: tuple[type, ...]
+    same: tuple[int, ...] = ()
 
 
 def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
@@ -49,6 +53,8 @@ def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
         arguments=tuple(argument_fingerprint(leaf) for leaf in joint.call.leaves),
         autocast=autocast_key(joint.device),
         switches=global_switches(),
+        kinds=tuple(map(type, tensors)),
+        same=same_tensors(tensors) if joint.host.key.compares_identities else (),
     )
 
 
@@ -75,6 +81,12 @@ _EVERYTHING = Fingerprints({}, lambda _, name: True)
 def argument_fingerprint(leaf: Any) -> Fingerprint:
     """The fingerprint of a call's leaf that is no tensor, all attributes included."""
     return _EVERYTHING.of(leaf)
+
+
+def same_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Per tensor, the position of the first one that is the same."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))
 
 
 def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

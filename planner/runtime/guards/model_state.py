@@ -16,6 +16,7 @@ from torch import nn
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import tensors_alike
 from planner.runtime.guards.host_state import HostStateGuard
+from planner.runtime.guards.library import LibraryGuard
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.observe import named
 from planner.tracer.host.state import find_in_class
@@ -36,6 +37,7 @@ class ModelStateGuard:
 
     def __init__(self, model: nn.Module, joint: Joint) -> None:
         self._model, self._reads = model, joint.host.key.reads.attributes
+        self.weight_classes = joint.host.key.weight_classes
         self.modules = tuple(model.modules())
         self._kinds: list[type] = [key.kind for key in joint.modules]
         self._names = [name or "the model" for name, _ in model.named_modules()]
@@ -56,6 +58,7 @@ class ModelStateGuard:
             if name and kind not in had.get(name, ())
         ]
         self._alike: Any = None
+        self._libraries = LibraryGuard(joint.host.key.libraries)
         self._host = HostStateGuard(model, joint.host.key, lambda: named(model))
 
     def _submodules(self) -> tuple[list[int], list[nn.Module | None]]:
@@ -93,7 +96,7 @@ class ModelStateGuard:
             if any(is_users_hook(hook) for hooks in self._without_hooks for hook in hooks.values()):
                 return Mismatch("module", "a submodule's hooks", text="a submodule has a new hook, which a plan would not call")
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
-        return self._host.mismatch(through_forward=through_forward)
+        return self._libraries.mismatch() or self._host.mismatch(through_forward=through_forward)
 
     def _overrides(self, derived: type, kind: type) -> bool:
         """Whether a derived class overrides an attribute that the forward reads."""

@@ -9,12 +9,14 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
@@ -28,10 +30,15 @@ from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
+from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
+from planner.tracer.host.tensor_places import TensorRead
+from planner.tracer.host.tensor_reads import OfMade, TensorReads, refuse_marked
 from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
+NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
+"""All of the call's tensors are the user's own."""
 
 
 @calls_users_code
@@ -61,6 +68,7 @@ class ObservedForward:
         preserved: puts Python state back as it was before the first run.
         written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
         settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
+        of_made: what tensors showed that the forward made.
     """
 
     run: Run
@@ -68,6 +76,7 @@ class ObservedForward:
     preserved: Preserved
     written: tuple[torch.Tensor, ...]
     settled: Mapping[Path, Any]
+    of_made: OfMade
 
 
 class Observer:
@@ -78,6 +87,7 @@ class Observer:
         modules: the stack of running submodules, followed by hooks.
         opaque: names of opaque modules, whose inner state is left out.
         written: weights and buffers that kernels may write into.
+        originals: by identity of a tensor that takes the place of one of the call's, that one.
         guards_iterators: refuse a forward that reads an iterator: a plan would repeat one item for ever.
     """
 
@@ -88,6 +98,7 @@ class Observer:
         opaque: Sequence[str],
         device: torch.device,
         written: Sequence[torch.Tensor],
+        originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
         *,
         guards_iterators: bool = True,
     ) -> None:
@@ -112,6 +123,7 @@ class Observer:
         self.kernels.know([*model.parameters(), *model.buffers()], _plain_tensors(model), written)
         self.preserved.finally_do(lambda: self.kernels.restore_contents(forms=True))
         self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
+        self.tensors = TensorReads(where, self.kernels.has_made, originals)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
         self._environment = dict(os.environ)
@@ -121,14 +133,14 @@ class Observer:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """While entered, an opaque module runs: nothing that it does is recorded."""
-        before = self.kernels.paused, self.reads.paused
-        self.kernels.paused = self.reads.paused = True
+        before = self.kernels.paused, self.reads.paused, self.tensors.paused
+        self.kernels.paused = self.reads.paused = self.tensors.paused = True
         host = self._generators.host()
         try:
             with iterators_copied():
                 yield
         finally:
-            self.kernels.paused, self.reads.paused = before
+            self.kernels.paused, self.reads.paused, self.tensors.paused = before
             now = self._generators.host()
             if now != host:
                 self._modules.drawn(now)
@@ -170,10 +182,17 @@ class Observer:
         state = self._state(snapshots[-2], outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
-        host = HostState(self._inside(lambda: self._key(reads, changes, left)), state, self._aliases(), changes.effects)
+        users = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
+        of_tensors = self.tensors.found(places(self._model, users, snapshots[-2]), runs[-1].outside)
+        key = self._inside(lambda: self._key(reads, changes, left, of_tensors))
+        key = replace(key, weight_classes=weight_classes(self._model, users, reads.names), libraries=self.reads.libraries())
+        if self.reads.compares_identities:
+            key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, snapshots[-2], only_written))
+        host = HostState(key, state, self._aliases(), changes.effects)
         weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
-        return ObservedForward(runs[-1], host, self.preserved, written, after if len(runs) == 2 else {})
+        settled = after if len(runs) == 2 else {}
+        return ObservedForward(runs[-1], host, self.preserved, written, settled, self.tensors.of_made)
 
     def _refuse_untracked_changes(self, is_first: bool) -> None:
         """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.
@@ -235,14 +254,16 @@ class Observer:
             torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse),
             self.kernels,
             self.reads.recording(),
+            self.tensors.recording(),
             self._modules.following(self._generators.host, self._opaque),
         ):
             try:
-                call()
+                out = call()
             except CaptureError as error:
                 error.module = error.module or str(self._modules)
                 raise
         self._refuse_other_generators()
+        refuse_marked(pytree.tree_leaves(out), self.kernels.has_made)
         return run
 
     def _refuse_other_generators(self) -> None:
@@ -326,7 +347,7 @@ class Observer:
         reads = touched.attributes.get(kind, frozenset())
         return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
 
-    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path]) -> HostKey:
+    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path], of_tensors: tuple[TensorRead, ...]) -> HostKey:
         model = self._model
         names = named(model)
         left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
@@ -340,7 +361,7 @@ class Observer:
                 places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
         expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
-        return HostKey(reads, expected, self._opaque, left, environment)
+        return HostKey(reads, expected, self._opaque, left, environment, of_tensors)
 
 
 def named(model: nn.Module) -> dict[int, str]:

@@ -18,8 +18,9 @@ from torch import nn
 
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
-from planner.tracer.host.scopes import PACKAGE, Reads, global_names, is_library_code, scopes_of
+from planner.tracer.host.scopes import PACKAGE, Reads, compares_identities, global_names, is_library_code, scopes_of
 from planner.tracer.host.values import attributes, is_foreign_class, own_class
 
 _COMPILER = str(Path(torch.__file__).parent / "_dynamo")
@@ -60,6 +61,7 @@ class ReadRecorder:
     Attributes:
         controlled: the first call that controls torch's generator; None if there is none.
         drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
+        compares_identities: code asked whether two objects are the same one.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
 
@@ -89,6 +91,7 @@ class ReadRecorder:
         self._sizes: dict[int, int] = {}
         self.controlled: GeneratorCall | None = None
         self.drew: str | None = None
+        self.compares_identities = False
         self.paused = False
 
     def new_run(self) -> None:
@@ -110,6 +113,10 @@ class ReadRecorder:
             tuple(self._environment),
             scopes_of(self._opaque_codes),
         )
+
+    def libraries(self) -> tuple[LibraryRead, ...]:
+        """What the code that ran reads of libraries."""
+        return library_reads(self._codes)
 
     @property
     def written(self) -> dict[type, frozenset[str]]:
@@ -199,6 +206,7 @@ class ReadRecorder:
             if id(code) in self._known or (self.paused and code in self._opaque_codes):
                 return
             is_library = is_library_code(code)
+            self.compares_identities = self.compares_identities or compares_identities(code)
             if is_library or not self.paused:
                 self._known[id(code)] = code
             if not is_library:

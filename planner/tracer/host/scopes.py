@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import sys
 import sysconfig
 import types
@@ -17,6 +18,8 @@ import torch
 PACKAGE = str(Path(__file__).parents[2])
 _STDLIB = sysconfig.get_paths()["stdlib"]
 _TORCH = str(Path(torch.__file__).parent)
+_LAYERS = str(Path(torch.__file__).parent / "nn")
+_MODULE = str(Path(torch.nn.modules.module.__file__))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,23 @@ def global_names(code: types.CodeType) -> frozenset[str]:
     """Global variables that the code itself names."""
     kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
     return frozenset(str(ins.argval) for ins in dis.get_instructions(code) if ins.opname in kinds)
+
+
+@functools.lru_cache(maxsize=4096)
+def compares_identities(code: types.CodeType) -> bool:
+    """The code asks whether two objects are the same one (`key is value`).
+
+    Comparisons with constants, global and closure variables do not count.
+
+    Of torch's own code, that of its layers and their functions is looked at (nn.MultiheadAttention asks).
+    """
+    if code.co_filename == _MODULE or (is_library_code(code) and not code.co_filename.startswith(_LAYERS)):
+        return False
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.opname == "IS_OP" and not before.opname.startswith(("LOAD_CONST", "LOAD_GLOBAL", "LOAD_DEREF"))
+        for before, step in itertools.pairwise(steps)
+    )
 
 
 def is_library_code(code: types.CodeType) -> bool:

@@ -13,8 +13,10 @@ from torch import nn
 
 from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
+from planner.tracer.host.library_reads import LibraryRead
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
+from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, rebuilt, text_of, with_member
 from planner.tracer.libraries import is_users_hook
 
@@ -227,6 +229,11 @@ class HostKey:
         opaque: names of opaque modules, whose state is not compared.
         left: places that the forward writes but that do not affect it, and lists that it appends to; not compared.
         environment: values of the environment variables it reads.
+        tensors: what it reads of tensors beside their data and form.
+        compares_identities: it asks whether two tensors are the same one.
+        inputs_at: where it asks so, each tensor in Python state with the position of the call's tensor that it is, or None.
+        weight_classes: of weights whose classes are not torch's, by name.
+        libraries: what it reads of libraries.
     """
 
     reads: Reads
@@ -234,6 +241,11 @@ class HostKey:
     opaque: tuple[str, ...] = ()
     left: tuple[Path, ...] = ()
     environment: tuple[tuple[str, str | None], ...] = ()
+    tensors: tuple[TensorRead, ...] = ()
+    compares_identities: bool = False
+    inputs_at: tuple[tuple[Path, int | None], ...] = ()
+    weight_classes: tuple[tuple[str, type], ...] = ()
+    libraries: tuple[LibraryRead, ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:

@@ -154,3 +154,17 @@ def test_what_is_put_around_the_forward_later_is_entered_once_a_call():
     for batch in (x, x[:5]):
         assert torch.equal(model(batch), twin(batch))
         assert not torch.is_autocast_enabled("cpu") and model.forward is outer
+
+
+def test_calls_that_one_of_two_dynamic_plans_ran_count_as_planned():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    few, many = (planned(model, (torch.randn(rows, 8),), {}, 1.0, dynamic=True) for rows in (4, 16))
+    install(model, few, many)
+    for rows in (4, 16, 8, 2, 5):
+        model(torch.randn(rows, 8)).sum().backward()
+    assert (few.num_planned_calls, many.num_planned_calls) == (2, 3)
+    assert few.num_unplanned_calls == many.num_unplanned_calls == 0
+    model[1].eval()
+    with pytest.warns(MismatchWarning, match="training mode of 1"):
+        model(torch.randn(4, 8))
+    assert few.num_unplanned_calls == many.num_unplanned_calls == 1

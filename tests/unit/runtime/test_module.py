@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import BackwardError, CheckpointedModule, MismatchWarning, plan, verify
+from planner import BackwardError, CheckpointedModule, InfeasibleBudgetError, MismatchWarning, plan, profile, verify
 from planner.kernels import custom
 from planner.runtime.module import CheckpointedModule as Module
 from planner.tracer.passes.draw_as_eager import draw_as_eager
@@ -381,6 +381,16 @@ def test_buffers_of_a_planned_model_can_be_swapped():
     assert_same([*plain.state_dict().values()], [*model.state_dict().values()])
     assert_same([p.grad for p in plain.parameters()], [p.grad for p in model.parameters()])
     assert module.num_planned_calls == 2 and module.num_unplanned_calls == 0
+
+
+def test_weights_can_be_swapped_after_a_refusal_and_beside_a_profiled_step():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(4, 8)
+    with pytest.raises(InfeasibleBudgetError):
+        plan(model, 1, (x,), costs="estimate", progress=False)
+    profiled = profile(model, (x,), costs="estimate", progress=False)
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 2))
+    assert profiled.plan(1.0)(x).requires_grad
 
 
 def test_former_names_warn_and_work():

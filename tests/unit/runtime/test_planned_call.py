@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as modules
 
 from planner import CheckpointedModule, plan
 
@@ -75,3 +77,38 @@ def test_a_planned_call_is_still_one(planned):
 def test_its_own_class_can_be_set(planned):
     planned.__class__ = type("Sharded", (type(planned),), {})
     assert type(planned).__name__ == "Sharded" and isinstance(planned, CheckpointedModule)
+
+
+def own_class(module: nn.Module, args: object, out: torch.Tensor) -> torch.Tensor | None:
+    return out * 2 if isinstance(module, Net) else None
+
+
+def own_class_first(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+    return (args[0] * 2,) if isinstance(module, Net) else None
+
+
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        (modules.register_module_forward_hook, own_class),
+        (modules.register_module_forward_pre_hook, own_class_first),
+        (modules.register_module_full_backward_pre_hook, lambda module, g: (g[0] * 2,) if isinstance(module, Net) else None),
+    ],
+)
+def test_hooks_of_all_modules_are_given_the_model(register, hook):
+    net = Net()
+    planned, results = plan(net, 1.0, (X,), **QUICK), []
+    net.register_forward_hook(lambda module, args, out: out * 3)
+    handle = register(hook)
+    try:
+        for module in (net, planned):
+            net.zero_grad()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                out = module(X.clone().requires_grad_())
+            out.backward()
+            results.append((out.detach(), net.first.weight.grad))
+    finally:
+        handle.remove()
+    assert len(said) == 1 and "global module hooks" in str(said[0].message)
+    assert all(map(torch.equal, *results))
