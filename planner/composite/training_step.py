@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,17 @@ class TrainingStep:
         self.model, self.args, self.kwargs, self._loss = model, tuple(args), dict(kwargs), loss
         self.inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.device = self.inputs[0].device
+        self._inside = contextvars.copy_context().run  # context variables that a forward sets stay in there
 
     def clear_gradients(self) -> None:
         """Drop the gradients of the parameters and of the call's tensors."""
         self.model.zero_grad(set_to_none=True)
         for tensor in self.inputs:
             tensor.grad = None
+
+    def forward(self) -> Any:
+        """Run the model's forward."""
+        return self._inside(self.model, *self.args, **self.kwargs)
 
     def run(self, autocast: Autocast | None = None, *, is_first: bool = True) -> list[Any]:
         """Run the step as if it were the first in its autocast region; returns the leaves of the output.
@@ -71,7 +77,7 @@ class TrainingStep:
             tensor.grad = None
         torch.clear_autocast_cache()
         with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
-            out = self.model(*self.args, **self.kwargs)
+            out = self.forward()
         leaves = pytree.tree_leaves(out)
         starts = loss_leaves(out, leaves, self._loss)
         with torch.autocast(self.device.type, enabled=False):

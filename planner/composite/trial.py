@@ -189,7 +189,7 @@ class Trial:
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
-                self.model(*self.step.args, **self.step.kwargs)
+                self.step.forward()
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -217,7 +217,7 @@ class Trial:
                 for name, module in modules.items():
                     hooks[name] = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
                 try:
-                    self.model(*self.step.args, **self.step.kwargs)
+                    self.step.forward()
                 finally:
                     while hooks:
                         hooks.popitem()[1].remove()

@@ -1,5 +1,7 @@
 """Real steps of a copy of the model: what they hold is counted, and what they leave behind is nothing."""
 
+from contextvars import ContextVar
+
 import pytest
 import torch
 from torch import nn
@@ -53,7 +55,7 @@ def test_a_call_with_tensors_that_are_no_leaves():
     x.sum().backward()  # its own graph is still there
 
 
-COUNT, RUNS, TOTAL = 0, [], torch.zeros(4)
+COUNT, RUNS, TOTAL, LAST = 0, [], torch.zeros(4), ContextVar("last", default=None)
 
 
 class SharesState(Doubles):
@@ -68,6 +70,7 @@ class SharesState(Doubles):
         COUNT += 1
         RUNS.append(COUNT)
         TOTAL.add_(1)
+        LAST.set(COUNT)
         self.hold()
         out = super().forward(x)
         if self.fails:
@@ -81,4 +84,4 @@ def test_steps_leave_no_trace_in_what_a_copy_shares_with_the_model():
     assert trial.peak({}) is not None and trial.record(["layer"])
     with pytest.raises(InputError, match="on purpose"):
         Trial(SharesState(held, fails=True).train(), (x,), {}, None)
-    assert (COUNT, RUNS) == (0, []) and not TOTAL.any() and not held.any()
+    assert (COUNT, RUNS, LAST.get()) == (0, [], None) and not TOTAL.any() and not held.any()
