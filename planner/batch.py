@@ -16,7 +16,7 @@ from planner import arguments
 from planner.captured import captured
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.floor import floor
-from planner.graph.graph import Graph
+from planner.graph.graph import Graph, read_alone
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.structure import renamed, wiring
@@ -344,12 +344,14 @@ def extrapolated(smaller: Graph, larger: Graph, times: int) -> Graph | None:
     smaller = renamed(smaller, larger)
 
     def at(first: int, second: int) -> int:
-        return max(0, first + times * (second - first))
+        return first + times * (second - first)
 
     # `form` says sizes that are not extrapolated
-    values = (replace(v, nbytes=at(smaller.value[v.name].nbytes, v.nbytes), form="") for v in larger.values)
-    ops = (
-        replace(b, cost_ns=at(a.cost_ns, b.cost_ns), workspace_bytes=at(a.workspace_bytes, b.workspace_bytes))
-        for a, b in zip(smaller.ops, larger.ops, strict=True)
-    )
-    return replace(larger, values=tuple(values), ops=tuple(ops))
+    values = tuple(replace(v, nbytes=max(0, at(smaller.value[v.name].nbytes, v.nbytes)), form="") for v in larger.values)
+    nbytes = {value.name: value.nbytes for value in values}
+    ops = []
+    for a, b in zip(smaller.ops, larger.ops, strict=True):
+        least = -sum(nbytes[name] for name in read_alone(larger, b)) if b.workspace_bytes < 0 else 0
+        workspace = max(least, at(a.workspace_bytes, b.workspace_bytes))
+        ops.append(replace(b, cost_ns=max(0, at(a.cost_ns, b.cost_ns)), workspace_bytes=workspace))
+    return replace(larger, values=values, ops=tuple(ops))

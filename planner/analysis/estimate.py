@@ -250,7 +250,7 @@ def parts_at(graph: Graph, schedule: Schedule, step: int) -> Parts:
         if span.start <= step <= span.end:
             sizes[_part_of(graph, span)] += span.nbytes
     if schedule.steps:
-        sizes["workspace_bytes"] = graph.ops[schedule.steps[step]].workspace_bytes
+        sizes["workspace_bytes"] = max(0, graph.ops[schedule.steps[step]].workspace_bytes)
     return Parts(**sizes)
 
 

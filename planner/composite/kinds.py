@@ -51,24 +51,30 @@ class UnitKind:
     call: Call
     used: Mapping[int, Strides]
     members: list[str]
-    _made: dict[Schedule, Made] = field(default_factory=dict)
+    _made: dict[tuple[Schedule, bool], Made] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The units' class."""
         return type(self.captured.model).__name__
 
-    def made(self, schedule: Schedule) -> Made:
-        """What planned modules of the units are made of, for a schedule of the kind's graph; made once."""
-        if schedule not in self._made:
+    def made(self, schedule: Schedule, *, is_compiled: bool = False) -> Made:
+        """What planned modules of the units are made of, for a schedule of the kind's graph; made, and compiled, once.
+
+        Raises:
+            CompileError: inductor cannot compile it.
+        """
+        if (schedule, is_compiled) not in self._made:
             step, module, device = self.captured, self.captured.model, self.captured.joint.device
             solution = Solution("feasible", schedule, self.graph.plain_ns, 0.0, "plan_units")
             # its own peak as the budget: an audit, which runs the original forward as well, never takes more than the plan
             plan = Plan(self.graph, simulate(self.graph, schedule).peak_bytes, 0, solution, self.provenance)
             with self.call.autocast.on(device):
-                made = make_step(plan, step.joint, module, step.args, step.kwargs, step.options.num_stages)
-            self._made[schedule] = made, plan, CheckpointedModule(module, made, plan).executable
-        return self._made[schedule]
+                made = make_step(
+                    plan, step.joint, module, step.args, step.kwargs, step.options.num_stages, is_compiled=is_compiled
+                )
+            self._made[schedule, is_compiled] = made, plan, CheckpointedModule(module, made, plan).executable
+        return self._made[schedule, is_compiled]
 
     def difference(self, module: nn.Module, call: Call, used: Mapping[int, Strides]) -> str:
         """Why another unit is not of this kind; "" if it is.

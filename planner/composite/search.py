@@ -84,7 +84,7 @@ class UnitSearch:
             )
         saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
         try:
-            return from_measured(self.trial.resident_bytes, measured, saved, list(self.kinds))
+            return from_measured(self.trial.resident_bytes, measured, saved, list(self.kinds), self.trial.held_bytes)
         except OuterCodeError as error:
             raise CaptureError(
                 f"{error}: its planned backward does not run as it was captured. Name other submodules as units"
@@ -100,9 +100,14 @@ class UnitSearch:
         """What the outer code holds in each section of the step, and whose saved bytes are alive in it."""
         return sections(self.composed, {unit: own[0] for unit, own in self.fronts.items()})
 
-    def made(self, choice: Choice) -> dict[str, Made]:
-        """What the planned modules of a choice are made of."""
-        return {unit: self.kinds[unit].made(self.fronts[unit][at].schedule) for unit, at in choice.items()}
+    def made(self, choice: Choice, *, is_compiled: bool = False) -> dict[str, Made]:
+        """What the planned modules of a choice are made of; one code for all units of a kind at one point.
+
+        Raises:
+            CompileError: inductor cannot compile it.
+        """
+        schedules = {unit: self.fronts[unit][at].schedule for unit, at in choice.items()}
+        return {unit: self.kinds[unit].made(schedule, is_compiled=is_compiled) for unit, schedule in schedules.items()}
 
     def predicted_bytes(self, choice: Choice) -> int:
         """The peak of a choice, simulated."""

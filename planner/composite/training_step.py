@@ -33,17 +33,21 @@ class Autocast:
 
 
 class TrainingStep:
-    """Forward and backward of a model for one call, from empty gradients.
+    """Forward and backward of a model for one call.
 
     Attributes:
         model: whose forward runs.
         args, kwargs: of the call, with at least one tensor.
         inputs: the call's tensors.
         device: theirs.
+        accumulates: gradients are accumulated over several steps; else each begins without any.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Loss) -> None:
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], loss: Loss, *, accumulates: bool = False
+    ) -> None:
         """`loss`: the outputs that backward starts from."""
+        self.accumulates = accumulates
         self.model, self.args, self.kwargs, self._loss = model, tuple(args), dict(kwargs), loss
         self.inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.device = self.inputs[0].device
@@ -54,13 +58,17 @@ class TrainingStep:
         for tensor in self.inputs:
             tensor.grad = None
 
-    def run(self, autocast: Autocast | None = None) -> list[Any]:
+    def run(self, autocast: Autocast | None = None, *, is_first: bool = True) -> list[Any]:
         """Run the step as if it were the first in its autocast region; returns the leaves of the output.
 
         Args:
             autocast: of the forward; None: as it is now.
+            is_first: clear gradients before; else they are added to those that are there.
         """
-        self.clear_gradients()
+        if is_first:
+            self.clear_gradients()
+        for tensor in self.inputs:
+            tensor.grad = None
         torch.clear_autocast_cache()
         with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
             out = self.model(*self.args, **self.kwargs)
@@ -77,7 +85,19 @@ class TrainingStep:
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the parameters' gradients that are there."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        return sum(gradient.nbytes for gradient in gradients if gradient is not None)
+
     def peak(self, autocast: Autocast | None = None) -> int:
-        """The measured peak of the step, everything resident included."""
+        """The measured peak of the step, everything resident included; where it accumulates, of its first two micro-steps."""
         self.clear_gradients()
-        return self.resident_bytes + logical_peak(lambda: self.run(autocast), self.device)
+        peak = self.resident_bytes + logical_peak(lambda: self.run(autocast), self.device)
+        if self.accumulates:
+            held = self.resident_bytes + self.gradient_bytes
+            for tensor in self.inputs:
+                tensor.grad = None
+            peak = max(peak, held + logical_peak(lambda: self.run(autocast, is_first=False), self.device))
+        return peak

@@ -54,7 +54,10 @@ class Call:
 class Trial:
     """A copy of the model, to run real steps on."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss) -> None:
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, *, accumulates: bool = False
+    ) -> None:
+        """`accumulates`: gradients are accumulated over several steps, whose second one counts, too."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         check_gradients_recorded()
         check_trains(model, len(tensors))
@@ -67,7 +70,8 @@ class Trial:
         for module in self.model.modules():
             uninstall(module)
         self._call = args, kwargs
-        self.step = TrainingStep(self.model, *_own_tensors(args, kwargs), loss)
+        self.step = TrainingStep(self.model, *_own_tensors(args, kwargs), loss, accumulates=accumulates)
+        self.held_bytes = 0
         self.device = self.step.device
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
@@ -125,16 +129,22 @@ class Trial:
         return None
 
     def sections(self, made: Mapping[str, Made]) -> list[MeasuredSection] | None:
-        """What a step with these units planned holds, in order of time; None: out of memory."""
+        """What a step with these units planned holds, in order of time; None: out of memory.
+
+        Where gradients are accumulated, a second micro-step, above `held_bytes`.
+        """
         found: list[MeasuredSection] = []
         with self._planned(made) as modules, _none_without_memory() as fits:
             self.step.run()
-            self.step.clear_gradients()
+            is_first = not self.step.accumulates
+            if is_first:
+                self.step.clear_gradients()
+            self.held_bytes = self.step.gradient_bytes
 
             def run(mark: Mark) -> None:
                 for name, module in modules.items():
                     _marked(module, name, mark)
-                self.step.run()
+                self.step.run(is_first=is_first)
 
             found = marked_sections(run, self.device)
         return _joined(found) if fits else None

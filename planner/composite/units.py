@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from planner.composite.planned import PlannedUnits
 from planner.composite.search import Found, UnitSearch
 from planner.composite.trial import Made, Trial
 from planner.composite.unit_names import Largest, Units, largest, named_units, repeated
-from planner.errors import CaptureError, InputError, MeasuredPeakError, PlanFileError
+from planner.errors import CaptureError, CompileError, InputError, MeasuredPeakError, PlanFileError
 from planner.graph.graph import Graph
 from planner.graph.planned_units import PlannedKind
 from planner.graph.provenance import Provenance
@@ -34,6 +36,7 @@ from planner.results.unit_plan import UnitPlan
 from planner.runtime.step import DEFAULT_STAGES
 from planner.tracer.capture import one_at_a_time
 from planner.tracer.loss import Loss
+from planner.tracer.lower import accumulating_as_eager
 
 
 def plan_units(
@@ -48,6 +51,8 @@ def plan_units(
     effort: float = DEFAULT_EFFORT,
     time_limit_s: float | None = None,
     num_stages: int = DEFAULT_STAGES,
+    accumulate: bool = False,
+    compile: bool = False,
     progress: bool = True,
 ) -> PlannedUnits:
     """Plan each unit of a model on its own, and install the plans: the model trains with them, in place.
@@ -58,11 +63,12 @@ def plan_units(
     code holds is known from its graph; else it is measured, in a step of a copy of the model.
 
     Args:
-        model, args, kwargs, loss, costs, num_stages, progress: as for `plan`.
+        model, args, kwargs, loss, costs, num_stages, accumulate, progress: as for `plan`.
         budget: bytes, text ("6GiB"), or a float in (0, 1]: fraction of the plain step's measured peak.
         units: qualified names, or a class (or several), whose outermost instances are meant. Default: the repeated blocks;
             where there are none, the largest submodules that can be captured.
         effort, time_limit_s: for the solver, for all kinds of units together; see `plan`.
+        compile: let inductor compile the units, once for all units of a kind that run alike.
 
     Returns:
         PlannedUnits, installed. `planner.unplan(model)` undoes that.
@@ -70,10 +76,18 @@ def plan_units(
     Raises:
         BudgetError, InputError: as for `plan`; or `units` names what cannot be a unit.
         CaptureError: no unit can be captured; says why, for each.
+        CompileError: inductor cannot compile a unit, or makes of it what needs more than the budget.
         NoScheduleFoundError: the step peaks above the budget with every unit at its lowest.
     """
     options = PlanOptions(
-        loss=loss, costs=costs, effort=effort, time_limit_s=time_limit_s, num_stages=num_stages, progress=progress
+        loss=loss,
+        costs=costs,
+        effort=effort,
+        time_limit_s=time_limit_s,
+        num_stages=num_stages,
+        accumulate=accumulate,
+        compile=compile,
+        progress=progress,
     )
     found = planned_units(model, budget, args, kwargs, units, options)
     found.install()
@@ -99,7 +113,7 @@ def planned_units(
     args, kwargs = arguments.check_call(args, kwargs)
     units.check_budget(budget)
     names = None if wanted is None or isinstance(wanted, Largest) else named_units(model, wanted)
-    trial = Trial(model, args, kwargs, options.loss)
+    trial = Trial(model, args, kwargs, options.loss, accumulates=options.accumulate)
     with one_at_a_time():
         with stage("measure steps", options.progress):
             plain = trial.peak({})
@@ -113,8 +127,13 @@ def planned_units(
             search = UnitSearch(trial, kinds, options.limits, whole)
         with stage("measure steps", options.progress):
             found = search.within(budget_bytes)
+        made = search.made(found.points)
+        if options.compile:
+            with stage("compile", options.progress):
+                made = search.made(found.points, is_compiled=True)
+            found = replace(found, peak_bytes=_measured_within(budget_bytes, trial, made))
     plan = _plan(search, kinds, left, budget_bytes, plain, found)
-    return PlannedUnits(model, plan, search.made(found.points), options.loss, trial.autocast)
+    return PlannedUnits(model, plan, made, options.loss, trial.autocast)
 
 
 def _kinds(
@@ -130,7 +149,8 @@ def _kinds(
 def _whole(trial: Trial, options: PlanOptions) -> Graph | None:
     """The graph of the whole step; None where it cannot be captured."""
     try:
-        return profiled(trial.original, *trial.call, options).graph
+        found = profiled(trial.original, *trial.call, replace(options, accumulate=False))
+        return accumulating_as_eager(found.joint, found.graph) if options.accumulate else found.graph
     except (CaptureError, InputError) as error:
         PLANNER.info("the whole step cannot be captured, outer code is measured: %s", error)
         return None
@@ -162,6 +182,7 @@ def apply_units(
     *,
     loss: Loss = None,
     num_stages: int = DEFAULT_STAGES,
+    compile: bool = False,
     progress: bool = True,
 ) -> PlannedUnits:
     """Plan a model's units by a plan made before, without profiling or solving, and install them.
@@ -170,13 +191,13 @@ def apply_units(
 
     Args:
         plan: made for this model and call, here or elsewhere; or the name of the file that it was saved in.
-        model, args, kwargs, loss, num_stages, progress: as for `plan_units`.
+        model, args, kwargs, loss, num_stages, compile, progress: as for `plan_units`.
 
     Raises:
         InputError, CaptureError: what was given cannot be planned; says why.
         PlanFileError: the file cannot be read, or the model's units are not those that the plan was made for; names the first
             difference.
-        MeasuredPeakError: the step needs more than the plan's budget here.
+        MeasuredPeakError, CompileError: the step needs more than the plan's budget here; CompileError where it is compiled.
     """
     if isinstance(plan, (str, os.PathLike)):
         plan = UnitPlan.load(plan)
@@ -184,19 +205,22 @@ def apply_units(
         raise InputError(f"give planned.plan, or the name of its file: plan is {units.kind(plan)}, not a UnitPlan")
     arguments.check_model(model)
     args, kwargs = arguments.check_call(args, kwargs)
-    options = PlanOptions(loss=loss, num_stages=num_stages, progress=progress)
+    options = PlanOptions(loss=loss, num_stages=num_stages, compile=compile, progress=progress)
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = next((name for name in plan.units if name not in modules), None)
     if missing is not None:
         raise PlanFileError(f"the plan was made for another model: this one has no submodule {missing}. Make it again.")
-    trial = Trial(model, args, kwargs, options.loss)
+    trial = Trial(model, args, kwargs, options.loss, accumulates=plan.accumulates)
     made: dict[str, Made] = {}
     with one_at_a_time():
         for k, own in enumerate(plan.kinds):
             at = {name: at for name, (kind, at) in plan.units.items() if kind == k}
             with stage("capture", progress):
                 found, _ = kinds_of(trial, list(at), options, partial(_recorded_costs, own), descends=False)
-            made |= {name: kind.made(own.schedules[at[name]]) for kind in found for name in kind.members}
+            with stage("compile", progress) if compile else nullcontext():
+                for kind in found:
+                    schedules = {name: own.schedules[at[name]] for name in kind.members}
+                    made |= {name: kind.made(schedule, is_compiled=compile) for name, schedule in schedules.items()}
         with stage("measure steps", progress):
             peak = _measured_within(plan.budget_bytes, trial, made)
     fields = {name: getattr(plan, name) for name in ("kinds", "units", "outer", "budget_bytes", "plain_bytes")}
@@ -222,11 +246,16 @@ def _measured_within(budget_bytes: int, trial: Trial, made: Mapping[str, Made]) 
     """The measured peak of a step with these units planned.
 
     Raises:
-        MeasuredPeakError: it is above the budget.
+        MeasuredPeakError, CompileError: it is above the budget; CompileError where they are compiled.
     """
     peak = trial.peak(made)
     if peak is None or peak > budget_bytes:
         needs = "does not fit on the device" if peak is None else f"peaks at {units.format_bytes(peak)} ({peak} bytes)"
+        if any(step.is_compiled for step, _, _ in made.values()):
+            raise CompileError(
+                f"compiled, the step {needs}; the budget is {units.format_bytes(budget_bytes)}. "
+                "Plan without compile=True, which keeps the budget"
+            )
         raise MeasuredPeakError(
             f"measured, the step {needs}; the budget is {units.format_bytes(budget_bytes)}. Make the plan again here",
             budget_bytes=budget_bytes,

@@ -59,6 +59,7 @@ def verify_units(
             time_ratio=None,
             largest_difference=largest,
             num_steps=_NUM_STEPS,
+            compiled=any(module.step.is_compiled for module in planned.planned.values()),
             unplanned=tuple(
                 f"{name}: {module.num_unplanned_calls} of its calls"
                 for name, module in ours.modules.items()
@@ -91,7 +92,8 @@ class _Side:
         memo: dict[int, Any] = {}
         own = [_copied(leaf, memo) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(own, spec)
-        self.step, self.autocast = TrainingStep(model, own_args, own_kwargs, loss), autocast
+        accumulates = planned.plan.accumulates
+        self.step, self.autocast = TrainingStep(model, own_args, own_kwargs, loss, accumulates=accumulates), autocast
         self.modules: dict[str, CheckpointedModule] = {}
         for name, module in () if is_plain else planned.planned.items():
             self.modules[name] = CheckpointedModule(

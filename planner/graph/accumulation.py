@@ -18,7 +18,7 @@ STAGE_END = "(stage of the backward ends)"
 """The kernel of the ops that end stages."""
 
 
-def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_stages: int) -> Graph:
+def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_stages: int | None) -> Graph:
     """The graph of a step that adds its gradients to those of earlier micro-steps.
 
     Args:
@@ -26,13 +26,14 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
         gradients: per gradient of a parameter, the value that holds it.
         held_bytes: bytes of the gradients of earlier micro-steps.
         num_stages: maximum number of backward stages, each with about the same number of ops that write gradients. As many as
-            the graph then has give the same graph again.
+            the graph then has give the same graph again. None: without stages, each gradient is added once it is there, as by
+            eager.
     """
     order = sorted({graph.producer[name] for name in gradients if name in graph.producer})
-    count = max(1, min(num_stages, len(order)))
+    count = max(1, len(order) if num_stages is None else min(num_stages, len(order)))
     ends = [order[(k + 1) * len(order) // count - 1] for k in range(count)] if order else []
     ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
-    if ends:
+    if ends and num_stages is not None:
         ends[-1] = len(graph.ops) - 1  # what comes after the last gradient belongs to its stage
     mine = dict.fromkeys(name for name in gradients if name in graph.producer)
     for i in graph.backward_ops:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import InfeasibleBudgetError
-from planner.graph.graph import Graph, Kind, Op
+from planner.graph.graph import Graph, Kind, Op, freed_early
 from planner.units import enough_text, format_bytes
 
 _REMEDIES = (
@@ -136,8 +136,9 @@ def infeasible_text(budget: str, least: int, culprit: str, cure: str, advice: st
 def _own(graph: Graph, op: Op) -> dict[str, int]:
     """What an op reads, writes and works in, the largest first; what is resident or an output is left aside."""
     constant = {*graph.inputs, *graph.forward_outputs, *graph.backward_outputs}
-    sizes = {name: graph.value[name].nbytes for name in {*op.reads, *op.writes} - constant}
-    if op.workspace_bytes:
+    freed = freed_early(graph, op)
+    sizes = {name: graph.value[name].nbytes - freed.get(name, 0) for name in {*op.reads, *op.writes} - constant}
+    if op.workspace_bytes > 0:
         sizes["workspace"] = op.workspace_bytes
     return dict(sorted(sizes.items(), key=lambda entry: (-entry[1], entry[0])))
 

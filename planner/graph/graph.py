@@ -53,7 +53,8 @@ class Op:
         nodes: names of the fx nodes it stands for, the kernel's first.
         reads, writes: value names; a value is written by exactly one op.
         cost_ns: time of one execution.
-        workspace_bytes: what the kernel holds while it runs, above its reads and writes.
+        workspace_bytes: what the kernel holds at its peak above its reads and writes; negative where it frees, as it goes,
+            values that it alone reads, and holds less than they and its writes together. Such an op runs once.
         recomputable: False where a second execution could give another result (mutation, reads of a
             mutated buffer, random numbers without a saved state).
         source: where in the user's code it comes from; NOWHERE where that is not known.
@@ -186,11 +187,27 @@ def _check_ops(graph: Graph) -> None:
             if name in written:
                 raise GraphError(f"value {name} is written twice, the second time by op {op.name}")
             written.add(name)
-        if op.cost_ns < 0 or op.workspace_bytes < 0:
+        if op.cost_ns < 0 or op.workspace_bytes < -sum(freed_early(graph, op).values()):
             raise GraphError(f"op {op.name} has cost {op.cost_ns} ns and workspace {op.workspace_bytes} bytes")
     for name in graph.forward_outputs:
         if graph.producer.get(name, 0) >= graph.num_forward_ops:
             raise GraphError(f"forward output {name} is written by backward op {graph.ops[graph.producer[name]].name}")
+
+
+def read_alone(graph: Graph, op: Op) -> list[str]:
+    """Values that die with an op in every schedule: it runs once, and no other op reads them."""
+    others = {name for other in graph.ops if other is not op for name in other.reads} | graph.pinned
+    return [] if op.recomputable else [name for name in op.reads if name not in others]
+
+
+def freed_early(graph: Graph, op: Op) -> dict[str, int]:
+    """Bytes of what an op reads that are gone before it holds its most, by value: its negative workspace."""
+    freed: dict[str, int] = {}
+    todo = -op.workspace_bytes
+    for name in read_alone(graph, op) if todo > 0 else ():
+        freed[name] = min(todo, graph.value[name].nbytes)
+        todo -= freed[name]
+    return {name: nbytes for name, nbytes in freed.items() if nbytes}
 
 
 def _twice(names: object) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
 from planner.graph.accumulation import HELD
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph, Kind, freed_early
 from planner.graph.modules import place_of
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import Ints, Simulator
@@ -82,6 +82,7 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
         nbytes = (graph.in_flight - 1) * int(simulator.nbytes[run.value[across]].sum())
         yield Span(MemoryKind.IN_FLIGHT.value, -1, "", MemoryKind.IN_FLIGHT, nbytes, 0, last)
     forward_outputs, backward_outputs = set(graph.forward_outputs), set(graph.backward_outputs)
+    early = {(name, i): nbytes for i, op in enumerate(graph.ops) for name, nbytes in freed_early(graph, op).items()}
     for v, start, end in zip(run.value.tolist(), run.start.tolist(), run.end.tolist(), strict=True):
         name = simulator.names[v]
         if end > last and name in forward_outputs:
@@ -93,10 +94,15 @@ def spans(graph: Graph, schedule: Schedule) -> Iterator[Span]:
         else:
             part = MemoryKind.KEPT if start < boundary <= end else MemoryKind.TEMPORARY
         i = steps[start]
-        yield Span(name, i, place_of(graph.ops[i]), part, graph.value[name].nbytes, start, min(end, last))
+        span = Span(name, i, place_of(graph.ops[i]), part, graph.value[name].nbytes, start, min(end, last))
+        freed = early.get((name, steps[span.end]), 0)
+        if freed:
+            yield replace(span, nbytes=span.nbytes - freed, start=span.end)
+            span = replace(span, end=span.end - 1)
+        yield span
     for t, i in enumerate(steps):
         op = graph.ops[i]
-        if op.workspace_bytes:
+        if op.workspace_bytes > 0:
             yield Span(f"workspace of {op.name}", i, place_of(op), MemoryKind.TEMPORARY, op.workspace_bytes, t, t)
 
 

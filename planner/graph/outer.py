@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.errors import GraphError
+from planner.graph.accumulation import HELD, STAGE_END
 from planner.graph.graph import Graph, Kind, Op, Value, reserved_name
 
 FORWARD, BACKWARD = "(forward of a unit)", "(backward of a unit)"
@@ -56,7 +57,7 @@ def contracted(graph: Graph, units: Collection[str]) -> OuterGraph:
     """The graph of a whole step with the ops of each unit merged into two.
 
     Args:
-        graph: of one step, without accumulated gradients.
+        graph: of one step; if it accumulates gradients, with each added once it is there.
         units: qualified names; none inside another one.
 
     Raises:
@@ -126,8 +127,9 @@ class _Contraction:
 def _owners(graph: Graph, units: Collection[str]) -> list[str]:
     """Per op, the unit that it belongs to; "" for outer ops.
 
-    An op that no line of the user's code runs belongs to the unit around it. After a unit's backward these are sums of
-    gradients of what it was given: its own, where it knows all terms.
+    The end of a stage belongs to the unit that made its gradients. Any other op that no line of the user's code runs belongs to
+    the unit around it. After a unit's backward these are sums of gradients of what it was given: its own, where it knows all
+    terms.
     """
     prefixes = sorted(units, key=len, reverse=True)
     found = [
@@ -138,6 +140,8 @@ def _owners(graph: Graph, units: Collection[str]) -> list[str]:
     inside = ""
     for i, op in enumerate(graph.ops):
         is_forward = i < graph.num_forward_ops
+        if op.kernel == STAGE_END:
+            found[i] = found[graph.producer[op.reads[0]]]
         if found[i]:
             inside = found[i]
         elif inside and not op.source and (i < last.get((inside, is_forward), -1) or _knows(known, inside, op, is_forward)):
@@ -154,7 +158,11 @@ def _knows(known: Mapping[str, set[str]], unit: str, op: Op, is_forward: bool) -
 
 
 def from_measured(
-    resident_bytes: int, sections: Sequence[MeasuredSection], saved: Mapping[str, int], units: Collection[str]
+    resident_bytes: int,
+    sections: Sequence[MeasuredSection],
+    saved: Mapping[str, int],
+    units: Collection[str],
+    held_bytes: int = 0,
 ) -> OuterGraph:
     """What a measured step held beside what its units saved.
 
@@ -163,12 +171,15 @@ def from_measured(
         sections: of the step, in order of time; the first is the outer code's.
         saved: per unit, the bytes it kept for its backward in that step.
         units: every one has a forward and a backward among the sections.
+        held_bytes: gradients of earlier micro-steps, which that step found.
 
     Raises:
         OuterCodeError: a unit ran otherwise than once.
     """
     ops: list[Op] = []
     values = [Value(_RESIDENT, resident_bytes, Kind.RESERVED)]
+    values += [Value(HELD, held_bytes, Kind.RESERVED)] if held_bytes else []
+    resident = tuple(value.name for value in values)
     calls: dict[str, list[int]] = {unit: [] for unit in units}
     held, num_forward_ops = 0, None
     for k, section in enumerate(sections):
@@ -188,7 +199,7 @@ def from_measured(
         raise OuterCodeError(
             f"in a measured step, {wrong or 'no unit'} ran forward and backward {len(calls.get(wrong or '', ()))} times"
         )
-    graph = Graph(tuple(ops), tuple(values), (_RESIDENT,), (), (), num_forward_ops, backward_is_fixed=True)
+    graph = Graph(tuple(ops), tuple(values), resident, (), (), num_forward_ops, backward_is_fixed=True)
     return OuterGraph(graph, {unit: (at[0], at[1]) for unit, at in calls.items()}, is_measured=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from planner.graph.accumulation import HELD
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterGraph
@@ -90,6 +91,11 @@ class PlannedUnitGraphs:
             live = max(planned.timeline.live_bytes[i] for i in inside)
             found[unit] = max(0, self.budget_bytes - live - unforeseen)
         return found
+
+    @property
+    def accumulates(self) -> bool:
+        """Gradients of earlier micro-steps are counted."""
+        return HELD in self.outer.graph.value
 
     @property
     def provenance(self) -> Provenance | None:

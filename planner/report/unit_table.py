@@ -23,6 +23,7 @@ def text(plan: PlannedUnitGraphs) -> str:
         ("recompute", f"{format_ns(plan.recompute_ns)}, +{plan.overhead:.2%} of {of}{known}"),
         ("optimality", f"at most {plan.gap:.2%} from the best choice of the points that were found for the units"),
         ("outer code", f"{source}; it keeps all"),
+        *([("gradients", "accumulated over several steps: those of earlier ones are counted")] if plan.accumulates else []),
         ("costs", str(plan.provenance or "")),
     ]
     return render(facts(rows), "", _kinds(plan), *_left(plan))

@@ -14,7 +14,20 @@ from typing import Any, TypeVar
 
 from planner.arguments import check_path
 from planner.errors import GraphError, PlanFileError, ScheduleError
-from planner.graph.fields import boolean, choice, integer, number, parse, read_all, reason, rows, string, strings, table
+from planner.graph.fields import (
+    MOST_NUMBER,
+    boolean,
+    choice,
+    integer,
+    number,
+    parse,
+    read_all,
+    reason,
+    rows,
+    string,
+    strings,
+    table,
+)
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.planned import PlannedGraph
 from planner.graph.provenance import COSTS, Provenance
@@ -312,7 +325,7 @@ def read_graph(document: dict[str, Any], where: str) -> Graph:
             backward_is_fixed=boolean(fields["backward_is_fixed"], "backward_is_fixed"),
             in_flight=integer(fields.get("in_flight", 1), "in_flight", 1),
         )
-        if sum(value.nbytes for value in values) + sum(op.workspace_bytes for op in ops) > MOST_BYTES:
+        if sum(value.nbytes for value in values) + sum(max(0, op.workspace_bytes) for op in ops) > MOST_BYTES:
             raise ValueError("its sizes add up to more than 64 bits hold")
         stored = string(document["fingerprint"], "fingerprint")
     except (KeyError, ValueError, GraphError) as error:
@@ -345,7 +358,7 @@ def _op(row: Any) -> Op:
         strings(reads, f"the reads {where}"),
         strings(writes, f"the writes {where}"),
         integer(cost_ns, f"the time {where}"),
-        integer(workspace_bytes, f"the workspace {where}"),
+        integer(workspace_bytes, f"the workspace {where}", -MOST_NUMBER),
         boolean(recomputable, f"whether it is recomputable {where}"),
         source_from_json(source, f"the source {where}"),
         string(kernel, f"the kernel {where}"),

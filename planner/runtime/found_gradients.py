@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from planner.errors import warn
-from planner.graph.accumulation import num_stages
+from planner.graph.accumulation import HELD
 from planner.graph.graph import reserved_name
 from planner.results.plan import Plan
 from planner.runtime.executable import Executable
@@ -21,7 +21,7 @@ class FoundGradients:
     def __init__(self, plan: Plan, name: str, parameters: Sequence[torch.Tensor] = ()) -> None:
         """`parameters`: all that the plan's step trains, where a call has a part of them."""
         self._plan, self._name, self._parameters = plan, name, parameters
-        self._looks = not num_stages(plan.graph)
+        self._looks = HELD not in plan.graph.value
 
     @cached_property
     def _fitting_bytes(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from planner._compat import pytree
-from planner.errors import CaptureError, InputError, PlanAuditError, warn
+from planner.errors import CaptureError, InputError, PlanAuditError
 from planner.graph.graph import Kind
 from planner.results.call_stats import CallStats
 from planner.results.plan import Plan
@@ -26,6 +26,7 @@ from planner.runtime.codegen import backward_compiler, make_executable
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.executable import Executable
+from planner.runtime.former_names import FormerNames
 from planner.runtime.found_gradients import FoundGradients
 from planner.runtime.guards.call import CallGuard, MatchedCall
 from planner.runtime.guards.mismatch import Mismatch
@@ -39,7 +40,7 @@ from planner.runtime.step import RewrittenStep
 from planner.units import format_bytes
 
 
-class CheckpointedModule(HooksOfModel, fx.GraphModule):
+class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
     """A drop-in for the model it was made from: same signature, parameters, buffers and state_dict.
 
     In training, on calls it was planned for, it runs the planned step. Otherwise (eval, no_grad, other shapes, ...) it runs
@@ -336,17 +337,6 @@ class CheckpointedModule(HooksOfModel, fx.GraphModule):
     def executable(self) -> Executable | None:
         """The step's code, which copies of the model can share; None where it is bound to the model's opaque modules."""
         return None if self._step.joint.opaque_calls else self._executable
-
-    @property
-    def program(self) -> Executable | None:
-        """Former name of `executable`; deprecated."""
-        warn("CheckpointedModule.program is now called executable", DeprecationWarning)
-        return self.executable
-
-    def difference(self, args: Any, kwargs: Any) -> Mismatch | None:
-        """Former name of `mismatch`; deprecated."""
-        warn("CheckpointedModule.difference is now called mismatch", DeprecationWarning)
-        return self.mismatch(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

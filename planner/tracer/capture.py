@@ -23,11 +23,14 @@ from planner.tracer.checks import check_absent_device, check_gradients_recorded,
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.lazy_values import lazy_values
+from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
+from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.choose import opaque_from_start, widened
+from planner.tracer.opaque.measure import measured_calls
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
@@ -188,6 +191,9 @@ def _capture(
         finally:
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     _check_weights(model, joint)
+    if recording.to_measure:
+        with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
+            joint = replace(joint, opaque_calls=inside(_measured, joint, model, recording))
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
     )
@@ -214,6 +220,15 @@ def _normalized(
     lazy = (*recording.host.lazy, *lazy_values(model, recording.settled, written))
     host = replace(recording.host, effects=forward.effects, lazy=lazy)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
+
+
+def _measured(joint: Joint, model: nn.Module, recording: Recording) -> dict[str, OpaqueCall]:
+    """The opaque calls with their costs. What running them changes outside of their modules is restored, too."""
+    found: dict[str, OpaqueCall] = {}
+    if recording.preserved is not None:
+        with contents_preserved(recording.written):
+            recording.preserved.changed_by(lambda: found.update(measured_calls(joint, model, recording.to_measure)))
+    return found
 
 
 def _moving(recording: Recording, forward: TracedForward, num_tensors: int) -> frozenset[int]:

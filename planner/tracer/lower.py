@@ -58,6 +58,11 @@ def lower_like(joint: Joint, planned: Graph) -> Graph:
     return lower(joint, accumulate=num_stages(planned), in_flight=planned.in_flight)
 
 
+def accumulating_as_eager(joint: Joint, graph: Graph) -> Graph:
+    """The graph of a captured step that adds each gradient, once it is there, to that of earlier micro-steps."""
+    return accumulating(graph, *_Lowering(joint, None).parameter_gradients(), None)
+
+
 def never_recomputed(joint: Joint) -> dict[str, str]:
     """Forward ops that no plan runs twice, by name, and why. Those that save generator states, for others to run twice, are no
     such ops."""

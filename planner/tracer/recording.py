@@ -24,7 +24,8 @@ from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.hooks import refuse_collecting_hooks
-from planner.tracer.opaque.record import record_call, written_weights
+from planner.tracer.opaque.measure import RecordedCall, written_weights
+from planner.tracer.opaque.record import record_call
 from planner.tracer.replay import Replay
 
 
@@ -35,6 +36,7 @@ class Recording:
     Attributes:
         host: what Python does beside the kernels.
         calls: calls of opaque modules, by key.
+        to_measure: these calls with their arguments.
         reads: (kernel, value) of every host read, in order; None where no forward was run.
         preserved: restores Python state as it was before the first forward; None where no forward was run.
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
@@ -49,6 +51,7 @@ class Recording:
     written: tuple[torch.Tensor, ...] = ()
     settled: Mapping[Path, Any] = field(default_factory=dict)
     of_made: OfMade | None = None
+    to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
 
     @classmethod
     def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
@@ -82,10 +85,11 @@ def record(
     modules: ModuleStack,
     originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
 ) -> Recording:
-    """Run the model's forward until two runs do the same; run and measure the calls of opaque modules.
+    """Run the model's forward until two runs do the same; run the calls of opaque modules.
 
-    Nothing is kept for a backward, so it needs no more memory than an inference forward; an opaque module is run a few times
-    more, with its backward. Python state is left as the last run left it: `Recording.restore` restores it.
+    Nothing is kept for a backward but the arguments of opaque modules, so it needs little more memory than an inference
+    forward; an opaque module is run a few times more, with its backward. Python state is left as the last run left it:
+    `Recording.restore` restores it.
 
     Args:
         tensors: one per tensor leaf of the call.
@@ -109,7 +113,9 @@ def record(
         modules.last_kernel = modules.failed
         raise
     reads = tuple(observed.run.reads)
-    return Recording(observed.host, calls, reads, observed.preserved, observed.written, observed.settled, observed.of_made)
+    specs = {key: recorded.spec for key, recorded in calls.items()}
+    state = (observed.preserved, observed.written, observed.settled, observed.of_made)
+    return Recording(observed.host, specs, reads, *state, calls)
 
 
 def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:
@@ -133,8 +139,8 @@ def _observed(
     device: torch.device,
     modules: ModuleStack,
     originals: Mapping[int, torch.Tensor],
-) -> tuple[ObservedForward, dict[str, OpaqueCall]]:
-    calls: dict[str, OpaqueCall] = {}
+) -> tuple[ObservedForward, dict[str, RecordedCall]]:
+    calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import Plan, apply, plan, sweep, verify
+from planner import Plan, apply, apply_units, plan, plan_units, sweep, unplan, verify
 from planner.graph.graph import Kind
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -205,3 +205,97 @@ def test_audited_calls_in_flight_keep_the_budget():
 
     copy.deepcopy(planned)(x).sum().backward()  # what a first call allocates for good
     assert resident(made) + logical_peak(step, CPU) <= made.budget_bytes
+
+
+def train(module, x, *, factor: float):
+    """Two iterations of two micro-steps, with a scaled loss and clipped gradients; weights, norms of gradients, scales."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    found = []
+    for _ in range(2):
+        for rows in x.chunk(2):
+            scaler.scale(module(rows).square().mean() * factor).backward()
+        scaler.unscale_(optimizer)
+        found.append(nn.utils.clip_grad_norm_(module.parameters(), 0.1))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        found.append(torch.tensor(scaler.get_scale()))
+    return [*(parameter.detach() for parameter in module.parameters()), *found]
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0**126], ids=["", "overflows"])
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_scaled_losses_and_clipped_gradients_are_eagers(factor, share):
+    """The gradients that come in are other numbers in each micro-step; where they overflow, the step is skipped."""
+    model, x = deep()
+    twin = copy.deepcopy(model)
+    planned = plan(model, share, (x[:256],), accumulate=True, **QUICK)
+    ours, eagers = train(planned, x, factor=factor), train(twin, x, factor=factor)
+    assert all(torch.equal(one.view(torch.int32), other.view(torch.int32)) for one, other in zip(ours, eagers, strict=True))
+    assert planned.num_planned_calls == 4
+    assert (eagers[-1] < 2.0**10) == (factor > 1)  # the scale went down after an overflow, else up
+
+
+def test_unscaling_and_clipping_stay_within_the_budget():
+    model, x = wide()
+    planned = plan(model, 1.0, (x,), accumulate=True, **QUICK)
+    optimizer, scaler = torch.optim.SGD(planned.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+
+    def second_micro_step():
+        scaler.scale(planned(x).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(planned.parameters(), 0.1)
+
+    scaler.scale(planned(x).square().mean()).backward()
+    # of the loss, which the loop computes, the square and its gradient come on top
+    assert resident(planned.plan) + logical_peak(second_micro_step, CPU) <= planned.plan.budget_bytes + 4 * 32 * 4
+
+
+class Block(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Picks(nn.Module):
+    """Blocks between outer code whose shape may depend on the data."""
+
+    def __init__(self, picks):
+        super().__init__()
+        self.embed, self.head, self.picks = nn.Linear(8, 32), nn.Linear(32, 1), picks
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden[hidden[:, 0] > hidden[:, 0].median()] if self.picks else hidden).square().mean()
+
+
+@pytest.mark.parametrize("num_stages", [1, 8])
+@pytest.mark.parametrize("picks", [False, True], ids=["captured", "measured"])
+def test_units_count_the_gradients_that_are_there(picks, num_stages, tmp_path):
+    torch.manual_seed(0)
+    model, x = Picks(picks), torch.randn(256, 8)
+    twin = copy.deepcopy(model)
+    units = plan_units(model, 0.8, (x,), accumulate=True, effort=0.3, num_stages=num_stages, **QUICK)
+    assert units.plan.outer.is_measured == picks
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    model(x).backward()  # what a first call allocates for good
+    model.zero_grad(set_to_none=True)
+    first = weights + x.nbytes + logical_peak(lambda: model(x).backward(), CPU)
+    second = 2 * weights + x.nbytes + logical_peak(lambda: model(x).backward(), CPU)
+    assert first <= second == units.plan.peak_bytes == units.plan.measured_bytes <= units.plan.budget_bytes
+    for _ in range(2):
+        twin(x).backward()
+    expected = dict(twin.named_parameters())
+    assert all(torch.equal(parameter.grad, expected[name].grad) for name, parameter in model.named_parameters())
+    assert units.plan.accumulates and "accumulated over several steps" in str(units)
+    report = units.verify((x,))
+    assert report.exact and report.measured_peak_bytes == second
+    units.save(tmp_path / "units.json")
+    unplan(model)
+    assert apply_units(tmp_path / "units.json", model, (x,), num_stages=num_stages, progress=False).plan == units.plan

@@ -6,6 +6,7 @@ Sizes are single bytes and costs single nanoseconds, so that every number can be
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from planner.graph.graph import RESIDENT_KINDS, Graph, Kind, Op, Value
 from planner.graph.source import NOWHERE, Source
@@ -204,3 +205,16 @@ def many_modules(count: int) -> Graph:
 
 SMALL = {make.__name__: make for make in (chain, diamond, skip, two_outputs, statistics, dropout)}
 """All of the above by name."""
+
+
+def freeing(nbytes: int, workspace: int, *, recomputable: bool = False) -> Graph:
+    """x -> f -> a, h; b reads both, and frees the handle h of `nbytes` bytes as it goes."""
+    backward = replace(op("b", "a h t", "g", 1), workspace_bytes=workspace, recomputable=recomputable)
+    values = (
+        Value("x", 1, Kind.INPUT),
+        Value("t", 4, Kind.TANGENT),
+        Value("a", 4, Kind.ACTIVATION),
+        Value("h", nbytes, Kind.ACTIVATION),
+        Value("g", 3, Kind.GRADIENT),
+    )
+    return Graph((op("f", "x", "a h", 1), backward), values, ("x", "t"), ("a",), ("g",), 1)

@@ -1,7 +1,8 @@
 """Hypothesis strategies: graphs shaped like training steps, budgets between their floor and their plain peak, schedules.
 
 A plain random DAG hardly ever needs a recompute. These forwards are chains with skips, and every
-backward op reads gradients of its op's readers and forward values of its op, in reverse order.
+backward op reads gradients of its op's readers and forward values of its op, in reverse order. Some forward ops leave a
+handle, as opaque modules do: their backward alone reads it, and frees it as it goes.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def training_graphs(draw: Draw, max_forward: int = 5, all_recomputable: bool = F
         sizes = (_LARGE, _SMALL) if draw(st.sampled_from((False, False, True))) else (_LARGE,)
         wrote.append([step.value(f"a{i}_{k}", Kind.ACTIVATION, size) for k, size in enumerate(sizes)])
         again = all_recomputable or draw(st.sampled_from((True, True, True, True, False)))
-        step.forward.append(step.op(f"f{i}", reads, wrote[i], recomputable=again))
+        handle = [step.value(f"h{i}", Kind.ACTIVATION, _LARGE)] if draw(st.sampled_from((False, False, False, True))) else []
+        step.forward.append(step.op(f"f{i}", reads, [*wrote[i], *handle], recomputable=again))
     outputs = [wrote[-1][0]]
     if draw(st.sampled_from((False, False, True))):
         outputs.append(draw(st.sampled_from(wrote[0])))
@@ -96,7 +98,12 @@ def _draw_backward(step: _Step, wrote: list[list[str]], readers: list[list[int]]
         if f"w{i}" in step.forward[i].reads or not writes:
             gradients.append(step.value(f"dw{i}", Kind.GRADIENT, (1, 2)))
             writes.append(gradients[-1])
-        step.backward.append(step.op(f"b{i}", [*saved, *upstream], writes))
+        op = step.op(f"b{i}", [*saved, *upstream], writes)
+        handle = next((value for value in step.values if value.name == f"h{i}"), None)
+        if handle is not None:
+            freed = draw(st.integers(0, handle.nbytes))
+            op = replace(op, reads=(*op.reads, handle.name), workspace_bytes=-freed, recomputable=False)
+        step.backward.append(op)
     return gradients
 
 

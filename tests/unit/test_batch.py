@@ -188,6 +188,12 @@ def test_a_larger_batch_is_foreseen_from_two():
     assert extrapolated(one, plan(tanh_blocks(5), 1.0, *rows(2), costs="estimate", progress=False).plan.graph, 8) is None
 
 
+def test_what_an_op_frees_as_it_goes_grows_with_the_batch():
+    one, two = graphs.freeing(10, -8), graphs.freeing(20, -16)
+    assert extrapolated(one, two, 3) == graphs.freeing(40, -32)
+    assert extrapolated(one, graphs.freeing(11, -11), 30) == graphs.freeing(40, -40)  # it frees no more than there is
+
+
 def curve(*figures):
     """MaxBatch of (batch, recomputes, seconds or None): the last one does not fit."""
     tried = [Tried(b, 1, 1, RECOMPUTE if again else NO_RECOMPUTE, None, MeasuredBatch(s, 1)) for b, again, s in figures]

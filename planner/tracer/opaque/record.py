@@ -1,9 +1,7 @@
-"""A call of an opaque module, run for real: what it takes, returns, saves and draws, and what it costs."""
+"""A call of an opaque module, run for real: what it takes, returns, saves and draws."""
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,30 +13,18 @@ from planner._compat import pytree
 from planner._compat.tensors import storage_id
 from planner.errors import CaptureError
 from planner.kernels import custom
-from planner.profiler.memory import allocations_of
-from planner.profiler.profile import KernelCost
 from planner.tracer.call import CallSpec
 from planner.tracer.faults import concerns_model
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.kernels import graph_from_outside
-from planner.tracer.host.preserve import model_preserved
 from planner.tracer.host.restorers import same_bits
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.hooks import users_hooks
-from planner.tracer.opaque.module import OpaqueModule, detached_argument, run_under_autograd, weight_aliases
+from planner.tracer.opaque.measure import RecordedCall, as_it_was, handle_bytes
+from planner.tracer.opaque.module import detached_argument, run_under_autograd, weight_aliases
 from planner.tracer.opaque.saved import SavedHandle, find_reads, foreign_leaves
 
-_LONG_NS = 500_000_000
-"""A module that takes this long is timed once."""
-_DRAWS = 5
-"""Measurements of a module that draws random numbers, each with another seed; the most bytes count."""
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-
-
-def written_weights(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters that a forward of their module writes into."""
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    return [m.weight for m in model.modules() if isinstance(m, kinds) and m.max_norm is not None]
 
 
 def record_call(
@@ -50,8 +36,8 @@ def record_call(
     device: torch.device,
     is_made: Callable[[torch.Tensor], bool],
     run: Callable[[Callable[[], None]], bool],
-) -> OpaqueCall:
-    """Run a call of an opaque module several times, forward and backward, and measure it. The module is left as it was.
+) -> RecordedCall:
+    """Run a call of an opaque module several times, forward and backward. The module is left as it was.
 
     Args:
         name: the module's qualified name.
@@ -64,11 +50,12 @@ def record_call(
     """
     recorder = _CallRecorder(module, name, key, args, kwargs, device, is_made)
     has_effects = run(recorder.run)
-    return replace(recorder.spec, repeatable=recorder.spec.repeatable and not has_effects)
+    spec = replace(recorder.spec, repeatable=recorder.spec.repeatable and not has_effects)
+    return RecordedCall(spec, recorder.arguments, recorder.is_random)
 
 
 class _CallRecorder:
-    """One call, run and measured. `spec` is replaced as more becomes known, and is complete after `run`."""
+    """One call, run. `spec` is replaced as more becomes known, and is complete after `run`."""
 
     def __init__(
         self,
@@ -114,12 +101,10 @@ class _CallRecorder:
         self.is_random = False
 
     def run(self) -> None:
-        """Run the call several times, to learn and to measure."""
+        """Run the call several times, to learn and to measure what its forward leaves."""
         self._learn()
-        self._measure()
-
-    def _restored(self) -> Any:
-        return model_preserved(self.module, [*self.module.buffers(), *written_weights(self.module)])
+        recorded = RecordedCall(self.spec, self.arguments, self.is_random)
+        self.spec = replace(self.spec, saved_bytes=handle_bytes(recorded, self.module, self.device))
 
     def _learn(self) -> None:
         """Run it once and note what it takes, makes, draws and changes."""
@@ -134,7 +119,7 @@ class _CallRecorder:
         contents = {name: tensor.detach().clone() for name, tensor in self.state.items() if name in spec.buffers}
         host = Generators(self.device).host()
         inside = [dict(inner._modules) for inner in self.module.modules()]
-        with self._restored() as preserved:
+        with as_it_was(self.module) as preserved:
             before = _generators(self.device)
             handle, results, saved = run_under_autograd(
                 self.module, spec, arguments, state, lambda out: self._note_output(out, arguments)
@@ -219,65 +204,6 @@ class _CallRecorder:
                 dense = self.state[name].detach()
             specs.append(None if dense is None else replace(TensorSpec.of(dense), requires_grad=False))
         return tuple(specs)
-
-    def _measure(self) -> None:
-        """Time and bytes of both kernels, as a planned step will run them."""
-        opaque = OpaqueModule(self.module, self.spec)
-        tensors = [*self.arguments, *self.state.values()]
-        kept = forward_bytes = backward_bytes = 0
-        for seed in range(_DRAWS if self.is_random else 1):  # what is drawn may decide how much is run
-            with self._restored():
-                if seed:
-                    torch.manual_seed(seed)
-                    random.seed(seed)
-                made, alive, peak = allocations_of(lambda: opaque.forward(tensors), self.device)
-                own = sum(tensor.untyped_storage().nbytes() for tensor in made[:-1])
-                kept = max(kept, alive - own)
-                forward_bytes = max(forward_bytes, peak - alive)
-                del made
-                backward_bytes = max(backward_bytes, *(self._workspace_of_backward(opaque, tensors, e) for e in (False, True)))
-        best = [_LONG_NS * 1000] * 2
-        for _ in range(3):
-            with self._restored():
-                start = self._now()
-                made = opaque.forward(tensors)
-                middle = self._now()
-                run = self._backward_of(opaque, made)
-                ready = self._now()
-                run()
-                end = self._now()
-            best = [min(best[0], middle - start), min(best[1], end - ready)]
-            if end - start > _LONG_NS:
-                break
-        self.spec = replace(
-            self.spec,
-            saved_bytes=kept,
-            forward=KernelCost(best[0], forward_bytes),
-            backward=KernelCost(best[1], backward_bytes),
-        )
-
-    def _workspace_of_backward(self, opaque: OpaqueModule, tensors: Sequence[torch.Tensor], expanded: bool) -> int:
-        run = self._backward_of(opaque, opaque.forward(tensors), expanded)
-        grads, _, peak = allocations_of(run, self.device)
-        return max(0, peak - sum(grad.nbytes for grad in grads if grad is not None and grad.layout is torch.strided))
-
-    def _backward_of(self, opaque: OpaqueModule, made: Sequence[Any], expanded: bool = False) -> Callable[[], Sequence[Any]]:
-        """`expanded`: incoming gradients have stride 0, like those of a sum, and kernels have to copy them."""
-        spec, handle = self.spec, made[-1]
-        reads = [self.arguments[i] for i in spec.reads[0]] + [made[i] for i in spec.reads[1]]
-        ones = [torch.ones_like(t) if edge is not None else None for t, edge in zip(made[:-1], handle.results, strict=True)]
-        if expanded:
-            ones = [None if one is None else one.new_ones(()).expand(one.shape) for one in ones]
-        if not spec.differentiated or all(one is None for one in ones):
-            return list
-        return lambda: opaque.backward(ones, handle, reads, [None] * len(spec.differentiated))
-
-    def _now(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif torch.get_num_threads() == 1:
-            return time.thread_time_ns()
-        return time.perf_counter_ns()
 
 
 def _generators(device: torch.device) -> list[bytes]:

@@ -24,7 +24,7 @@ class Model(nn.Module):
 
 def search(peak=lambda made: 0, limits=LIMITS):
     """Of hand-drawn blocks; `peak(schedules)` is what a step measures."""
-    kind = SimpleNamespace(graph=block(), members=NAMES, made=lambda schedule: schedule)
+    kind = SimpleNamespace(graph=block(), members=NAMES, made=lambda schedule, is_compiled: schedule)
     return UnitSearch(SimpleNamespace(model=Model(), peak=peak), [kind], limits, whole(3))
 
 

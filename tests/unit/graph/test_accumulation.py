@@ -16,7 +16,7 @@ from tests.support import graphs
 from tests.support.strategies import schedules, training_graphs
 
 
-def with_stages(graph: Graph, stages: int) -> Graph:
+def with_stages(graph: Graph, stages: int | None) -> Graph:
     nbytes = sum(graph.value[name].nbytes for name in graph.backward_outputs)
     return accumulating(graph, graph.backward_outputs, nbytes, stages)
 
@@ -40,6 +40,16 @@ def test_a_gradient_dies_at_the_end_of_its_stage() -> None:
         later = {name for op in made.ops[step + 1 :] for name in op.reads}
         assert set(end.reads) - later == set(timeline.frees[step]) != set()
         assert all(made.producer[name] < step for name in end.reads)
+
+
+def test_without_stages_a_gradient_dies_once_it_is_there() -> None:
+    graph = many_gradients()
+    made = with_stages(graph, None)
+    assert [set(made.ops[i + 1].reads) for i, op in enumerate(made.ops) if set(op.writes) & set(graph.backward_outputs)] == [
+        set(graph.ops[i].writes) for i in graph.backward_ops
+    ]
+    last = made.ops[-2]  # of the backward; what follows in `graph` belongs to no stage
+    assert made.ops[-1].reads == last.writes
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 64])
