@@ -26,14 +26,12 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.limits import Limits
 from planner.solver.certificate import Certificate
-from planner.solver.coarsen import coarsen
-from planner.solver.keepset import KeepSet
 from planner.solver.reorder import reordered
 from planner.solver.solve import Solver
 from planner.solver.work import Work
 
 NAMES = ("gpt2-1", "gpt2-2", "gpt2-medium-eager", "gpt2-xl-eager", "gpt-96", "gpt-192")
-STAGES = ("simulate", "floor", "reorder", "coarsen", "program", "certificate", "solver", "plan")
+STAGES = ("simulate", "floor", "reorder", "certificate", "solver", "plan")
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -57,14 +55,11 @@ def measure(name: str) -> dict[str, Any]:
     row["simulate"], plain = timed(lambda: simulate(graph, keep_all(graph)))
     row["floor"], (least, _) = timed(lambda: floor(graph))
     row["reorder"], _ = timed(lambda: reordered(graph))
-    row["coarsen"], coarse = timed(lambda: coarsen(graph))
-    row["program"], _ = timed(lambda: KeepSet(coarse.graph, coarse.tiny))
     budget = (least + plain.peak_bytes) // 2
     row["certificate"], _ = timed(lambda: _first_bound(graph, budget))
     row["solver"], solver = timed(lambda: Solver(graph))
     row["plan"], solution = timed(lambda: solver.solve(budget, Limits(60.0, NEVER)))
     timeline = simulate(graph, solution.schedule)
-    row["coarse_ops"] = len(coarse.graph.ops)
     row["overhead"] = 100 * (timeline.time_ns / plain.time_ns - 1)
     row["gap"] = 100 * max(0, timeline.time_ns - solution.bound_ns) / plain.time_ns
     row["mebibytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -73,10 +68,10 @@ def measure(name: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """CPU seconds by stage; a line of slopes after each line but the first."""
-    head = ["graph", "ops (coarse)", *STAGES, "MiB", "overhead, gap"]
+    head = ["graph", "ops", *STAGES, "MiB", "overhead, gap"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for n, row in enumerate(rows):
-        cells = [row["graph"], f"{row['ops']} ({row['coarse_ops']})"]
+        cells = [row["graph"], str(row["ops"])]
         for stage in STAGES:
             cell = f"{row[stage]:.2f}"
             if n and row["ops"] > 1000 and min(row[stage], rows[n - 1][stage]) > 0.01:

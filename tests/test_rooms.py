@@ -55,7 +55,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "log": frozenset(),
     "units": frozenset(),
     "graph": _PLAIN,
-    "solver": _PLAIN | {"pulp", "highspy", "networkx"},
+    "solver": _PLAIN | {"pulp", "highspy"},
     "analysis": _PLAIN,
     "report": _PLAIN | {"rich", "matplotlib", "PIL", "plotly"},
     "results": _PLAIN | {"rich"},

@@ -96,6 +96,8 @@ class Simulator:
         reads, writes, workspace: per op; resident values are left out.
         outputs: per value, whether its first instance never dies.
         resident_bytes, tangent_bytes: alive from the start, and from the end of the forward on.
+        last_forward: the last op of the forward (-1: none).
+        others: forwards in flight beside the one that is simulated; each of them holds what it saves.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -107,8 +109,7 @@ class Simulator:
         self.writes = [tuple(number[name] for name in op.writes) for op in graph.ops]
         self.tangent_bytes, self.resident_bytes = graph.tangent_bytes, graph.resident_bytes
         self.workspace = np.array([op.workspace_bytes for op in graph.ops], dtype=np.int64)
-        self._last_forward = graph.num_forward_ops - 1
-        self._others = graph.in_flight - 1
+        self.last_forward, self.others = graph.num_forward_ops - 1, graph.in_flight - 1
         self.outputs = np.zeros(len(self.names), dtype=bool)
         self.outputs[[number[name] for name in (*graph.forward_outputs, *graph.backward_outputs)]] = True
         # Per op, its slice of one long list: reads first, then writes.
@@ -138,10 +139,10 @@ class Simulator:
         change = np.zeros(end + 2, dtype=np.int64)
         np.add.at(change, born, self.nbytes[owner])
         np.subtract.at(change, dies + 1, self.nbytes[owner])
-        ends_forward = np.flatnonzero(ops == self._last_forward)
-        boundary = int(ends_forward[0]) + 1 if self._last_forward >= 0 and len(ends_forward) else 0
+        ends_forward = np.flatnonzero(ops == self.last_forward)
+        boundary = int(ends_forward[0]) + 1 if self.last_forward >= 0 and len(ends_forward) else 0
         change[boundary] += self.tangent_bytes
         live = np.cumsum(change[:end]) + self.resident_bytes + self.workspace[ops]
-        if self._others:
-            live += self._others * int(self.nbytes[owner[(born < boundary) & (dies >= boundary)]].sum())
+        if self.others:
+            live += self.others * int(self.nbytes[owner[(born < boundary) & (dies >= boundary)]].sum())
         return Run(live, value, step, write, owner, born, dies)

@@ -7,10 +7,10 @@ gives them their turns, in counted `Work` (`work`); `solve` is what others call.
 - `reorder`: beforehand, backward ops move a few places where that lowers the plain step's peak.
 - `certificate` (`relaxation`, `watch_points`, `cuts`): where an op runs first (a cut), what is alive fits; a linear program
   says what that costs at least, in every schedule, and which values it would keep.
-- `keepset` (`copies`, `lifetimes`, `lazy`): the program over kept sets, on a coarser graph (`coarsen`), with exact copies of
-  the positions that break.
-- `segments` (`pieces`): dynamic programming over where to cut the forward, what to keep of each run and what to run again.
+- `segments` (`pieces`, `lifetimes`): dynamic programming over where to cut the forward, what to keep of each run and what to
+  run again.
 - `local_search` (`incremental`): a schedule is made to fit by evictions, then freed of recomputes it does not need.
-- `baselines`: reference schedules. `exhaustive`: every schedule of a graph of a few ops.
+- `forward_end`: several forwards in flight, and limits of what is saved.
+- `baselines`: reference schedules. `lazy`: the schedule that keeps these values and recomputes all others just before need.
 - `backend`: PuLP and HiGHS. `tuning`: the constants that were tuned.
 """

@@ -51,16 +51,15 @@ class Bound:
 class Certificate:
     """The certificate of one graph, for any number of budgets: programs are kept, and only their budget changes."""
 
-    def __init__(self, graph: Graph, simulator: Simulator | None = None) -> None:
-        self.graph = graph
-        self._simulator = simulator or Simulator(graph)
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self._simulator = graph, Simulator(graph)
         self.cuts = Cuts(graph, self._simulator)
         live = self._simulator.run(range(len(graph.ops))).live_bytes
         self._unit = max(1, int(live.max(initial=0))) / SCALE
         self.watch_points = WatchPoints(graph, live)
         self._models: dict[tuple[Cut, Cut], Relaxation] = {}
 
-    def bound(self, budget_bytes: int, cuts: Cut, work: Work, *, gap: float = 0.0, relax: bool) -> Bound:
+    def bound(self, budget_bytes: int, cuts: Cut, work: Work, *, gap: float = 0.0, relax: bool, known_ns: int = 0) -> Bound:
         """The least time of the relaxation with these cuts, in linear programs (`relax`) or in integers.
 
         Args:
@@ -69,16 +68,27 @@ class Certificate:
             work: what may be spent; the bound is valid whenever it stops.
             gap: how exact, as a fraction of the plain step's time.
             relax: drop integrality.
+            known_ns: what fewer cuts proved. A program whose linear optimum is lower gets the rows of `Relaxation.tie`.
         """
+        wants_candidate = len(cuts) == 1 or not relax
+        if self.graph.in_flight > 1:  # what is saved counts everywhere
+            cuts = _together(*cuts, self.graph.num_forward_ops - 1)
         model = self._model(cuts, () if relax else self.watch_points.after(cuts[0], budget_bytes))
         model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
+        if known_ns and not model.is_tied:
+            linear = model.program.solve(work, relax=True)
+            if linear.status == "optimal" and self._time_ns(linear.bound) < known_ns:
+                model.tie()
         watched = bool(self.watch_points.heavy) and len(cuts) > 1
         answer = model.program.solve(work, gap=gap * SCALE, relax=relax, prove=watched)
-        extra = max(0.0, answer.bound / SCALE)  # of the plain step; times are whole nanoseconds
-        plain = max(1, self.graph.plain_ns)
+        candidate = self._candidate(model, cuts, answer.values) if answer.values and wants_candidate else None
+        return Bound(self._time_ns(answer.bound), candidate, answer.status in ("optimal", "infeasible", "failed"))
+
+    def _time_ns(self, objective: float) -> int:
+        """What a bound of a program's objective says of the step's time, in whole nanoseconds."""
+        extra, plain = max(0.0, objective / SCALE), max(1, self.graph.plain_ns)
         more = NEVER_NS if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
-        candidate = self._candidate(model, cuts, answer.values) if answer.values and (len(cuts) == 1 or not relax) else None
-        return Bound(plain + more, candidate, answer.status in ("optimal", "infeasible", "failed"))
+        return plain + more
 
     def first_cuts(self, budget_bytes: int, best: int) -> Cut:
         """Cuts for the first round in integers: the best single cut, and ops that leave next to no room for anything else."""

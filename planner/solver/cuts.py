@@ -23,6 +23,7 @@ class Cuts:
         chosen = np.array(loose, dtype=bool) & ~simulator.outputs[run.value]
         self._value, self._start, self._end = run.value[chosen], run.start[chosen], run.end[chosen]
         self._size = simulator.nbytes[self._value].astype(np.float64)
+        self._size[self._end >= graph.num_forward_ops] *= graph.in_flight  # what is saved, each forward in flight holds
         cost = np.array([graph.ops[i].cost_ns for i in self._start.tolist()], dtype=np.float64)
         together = np.zeros(len(graph.ops) + 1)
         np.add.at(together, self._start, self._size)  # what one run makes comes together

@@ -26,6 +26,7 @@ class IncrementalSchedule:
         self._simulator = simulator
         self._run = simulator.run(steps)
         self.live_bytes = self._run.live_bytes.copy()
+        self._boundary = self.steps.index(simulator.last_forward) + 1 if simulator.last_forward >= 0 else 0
         self._offset = np.searchsorted(self._run.event_value, np.arange(len(simulator.names) + 1))
         self._events: dict[int, list[Event]] = {}
         seen: set[int] = set()
@@ -95,9 +96,12 @@ class IncrementalSchedule:
         return self._events[v]
 
     def _hold(self, live: np.typing.NDArray[np.int64], v: int, events: list[Event], sign: int) -> None:
-        """Add (or take away) the bytes of every instance of v."""
+        """Add (or take away) the bytes of every instance of v; those that are saved, for other forwards in flight too."""
         nbytes = sign * int(self._simulator.nbytes[v])
         begins = [k for k, (_, write) in enumerate(events) if write]
         for k, following in pairwise([*begins, len(events)]):
             forever = k == begins[0] and self._simulator.outputs[v]
-            live[events[k][0] : len(live) if forever else events[following - 1][0] + 1] += nbytes
+            start, stop = events[k][0], len(live) if forever else events[following - 1][0] + 1
+            live[start:stop] += nbytes
+            if start < self._boundary < stop:
+                live += self._simulator.others * nbytes

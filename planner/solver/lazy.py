@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class BackwardPosition:
-    """A position in the backward: while backward op `stage` runs, or while forward op `again` runs again for it."""
-
-    stage: int
-    again: int = -1
 
 
 def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Collection[str]] | None = None) -> Schedule:
@@ -44,17 +35,3 @@ def lazy_schedule(graph: Graph, kept: Collection[str], later: Mapping[int, Colle
             available &= constant.union(later[p])
         steps += [*sorted(reruns), p]
     return Schedule(tuple(steps))
-
-
-def backward_positions(graph: Graph, schedule: Schedule) -> dict[int, BackwardPosition]:
-    """The backward's steps as positions."""
-    found: dict[int, BackwardPosition] = {}
-    waiting: list[tuple[int, int]] = []
-    for t, i in enumerate(schedule.steps[graph.num_forward_ops :], graph.num_forward_ops):
-        if i < graph.num_forward_ops:
-            waiting.append((t, i))
-            continue
-        found |= {at: BackwardPosition(i, again) for at, again in waiting}
-        found[t] = BackwardPosition(i)
-        waiting = []
-    return found

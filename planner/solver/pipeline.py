@@ -22,10 +22,6 @@ def _always(problem: Problem, search: Search) -> bool:
     return True
 
 
-def _is_tiny(problem: Problem, search: Search) -> bool:
-    return len(problem.graph.ops) <= 10
-
-
 def _found(problem: Problem, search: Search) -> bool:
     return search.best is not None
 
@@ -54,20 +50,15 @@ class Stage:
 
 
 PIPELINE = (
-    # A few ops: every schedule, at once.
-    Stage("exhaustive", stages.exhaustive, applies=_is_tiny),
     # Bounds; what they keep is most often nearly optimal.
     Stage("certificate", stages.certificate),
-    # The optimum where each value is recomputed at most once.
-    Stage("keep set", stages.keep_set),
     # Long chains, and budgets that take more than one recompute of a value.
     Stage("segments", stages.segments, min_gap=5 * GAP, first_turn=1),
     # Where the gap is wide: a plan is then no slower than the reference schedules that fit.
     Stage("baselines", stages.baselines, min_gap=5 * GAP, first_turn=1),
     # Budgets near the lowest peak there is.
     Stage("descent", stages.descent, first_turn=1, applies=_not_found),
-    Stage("lowest peak", stages.lowest_peak, first_turn=1, applies=_not_found),
-    # What kept sets cannot say: a value made again several times, also within the forward.
+    # What cuts cannot say: a value made again several times, also within the forward.
     Stage("local search", stages.local_search, first_turn=2, applies=_found),
 )
 

@@ -9,8 +9,6 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 from planner.solver.baselines import fixed_baselines
 from planner.solver.certificate import Certificate
-from planner.solver.coarsen import Coarse, coarsen, uncoarsened
-from planner.solver.keepset import KeepSet
 from planner.solver.pieces import Pieces
 from planner.solver.tuning import GAP, PIECES
 
@@ -22,33 +20,9 @@ class Models:
         self.graph = graph
 
     @cached_property
-    def coarse(self) -> Coarse:
-        """The graph with neighbours merged."""
-        return coarsen(self.graph)
-
-    @cached_property
-    def fine(self) -> Coarse:
-        """The graph as it is."""
-        return uncoarsened(self.graph)
-
-    @cached_property
     def certificate(self) -> Certificate:
         """Lower bounds."""
-        return Certificate(self.graph, self.fine.simulator)
-
-    @cached_property
-    def keep_sets(self) -> list[tuple[KeepSet, Coarse]]:
-        """The program over kept sets, of the coarse graph and, where that has merged anything, of the graph as it is."""
-        return [(KeepSet(level.graph, level.tiny, simulator=level.simulator), level) for level in self._levels]
-
-    @cached_property
-    def lowest(self) -> list[tuple[KeepSet, Coarse]]:
-        """The same for the lowest peak; those that are finished are removed."""
-        return [(KeepSet(level.graph, level.tiny, lowest=True, simulator=level.simulator), level) for level in self._levels]
-
-    @property
-    def _levels(self) -> list[Coarse]:
-        return [self.coarse] + ([self.fine] if len(self.coarse.groups) < len(self.graph.ops) else [])
+        return Certificate(self.graph)
 
     @cached_property
     def baselines(self) -> list[tuple[str, Schedule]]:
@@ -57,8 +31,8 @@ class Models:
 
     @cached_property
     def pieces(self) -> tuple[Pieces, Pieces]:
-        """The coarse graph in pieces, and in half as many."""
-        return Pieces(self.coarse.graph, PIECES), Pieces(self.coarse.graph, PIECES // 2)
+        """The graph in pieces, and in half as many."""
+        return Pieces(self.graph, PIECES), Pieces(self.graph, PIECES // 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,11 +2,15 @@
 
 A cut is the moment at which an op runs for the first time. In captured order, everything before it
 has run and nothing after it has. Columns: a_{d,g}, value d is alive at cut g; r_{i,g}, op i runs again
-between cut g and the next (or the end). Whatever a schedule does, it obeys
+between cut g and the next (or the end); R_i, op i runs again at any time after the first cut. Every schedule obeys
 - for a read of d, from cut g up to the next: a_{d,g} + r_{pi(d),g} >= 1,
 - for every input d of an op that runs again: r_{i,g} <= a_{d,g} + r_{pi(d),g},
 - for d alive at the next cut: a_{d,g+1} <= a_{d,g} + r_{pi(d),g},
-- at the cut: what must be live while the op runs, and the values alive, fit the budget.
+- R_i <= sum_g r_{i,g}; a_{d,0} + R_{pi(d)} >= 1 for every d that is read, R_i <= a_{d,0} + R_{pi(d)} for every input d,
+  a_{d,g} + R_{pi(d)} >= 1 for every d that is read after cut g: without these, halves of a rerun in two intervals would do
+  with half of an input,
+- at the cut: what must be live while the op runs, the values alive and, of n forwards in flight, what the n - 1 others saved
+  (the values alive at the last forward op, `planner.solver.forward_end`, where it is a cut) fit the budget.
 With the a in integers the r are too, but HiGHS is twice as fast when it may branch on them.
 Ops that first run between two cuts may run again for nothing, and so may all ops before the first
 cut: that makes the program a relaxation. It assumes the captured order of first runs and the given costs.
@@ -15,6 +19,7 @@ cut: that makes the program a relaxation. It assumes the captured order of first
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +44,8 @@ class Relaxation:
     Attributes:
         budget: the column whose upper bound is the budget, in units of `unit` bytes.
         alive: a_d, cut by cut.
+        others: what the other forwards in flight hold, in units of `unit` bytes, beside what is in `fixed`.
+        ever: the R_i; without `tie` those of one cut.
     """
 
     def __init__(self, graph: Graph, cuts: Sequence[int], unit: float, heavy: Iterable[str] = ()) -> None:
@@ -57,11 +64,16 @@ class Relaxation:
             again = {i: self.rows.column(0.0 if i in makers else self.costs[i], binary=not heavy) for i in ops}
             self.intervals.append(Interval(cut, stop, alive, again))
         self.alive = [interval.alive for interval in self.intervals]
+        self._readers = readers(graph)
+        saved = next((interval.alive for interval in self.intervals if interval.cut == graph.num_forward_ops - 1), {})
+        others = graph.in_flight - 1
+        self.others = [(column, others * graph.value[name].nbytes / unit) for name, column in saved.items() if others]
         for g, interval in enumerate(self.intervals):
             self._at_cut(interval)
-            self.reads_and_inputs(interval)
+            self._reads_and_inputs(interval)
             if g > 0:
                 self._since(self.intervals[g - 1], interval)
+        self.ever = self.intervals[0].again
         self.program = backend.Model(self.rows)
 
     def here(self, interval: Interval, name: str) -> backend.Pairs:
@@ -70,7 +82,13 @@ class Relaxation:
         pairs = [(interval.alive[name], -1.0)] if name in interval.alive else []
         return [*pairs, (interval.again[i], -1.0)] if i in interval.again else pairs
 
-    def reads_and_inputs(self, interval: Interval) -> None:
+    def next_read(self, name: str, p: int) -> int:
+        """The first op from p on that reads it; past the last op where none does."""
+        reads = self._readers.get(name, [])
+        k = bisect_left(reads, p)
+        return reads[k] if k < len(reads) else len(self.graph.ops)
+
+    def _reads_and_inputs(self, interval: Interval) -> None:
         """What is read after the cut, by first runs and by others, was alive at it or is made again."""
         reads = {name for op in self.graph.ops[interval.cut : interval.stop] for name in op.reads}
         for name in sorted(reads & interval.alive.keys()):
@@ -84,7 +102,7 @@ class Relaxation:
         """What the op at the cut reads is alive, and what is alive fits the budget."""
         graph, alive = self.graph, interval.alive
         bytes_alive = [(column, graph.value[name].nbytes / self.unit) for name, column in alive.items()]
-        self.rows.row([*bytes_alive, (self.budget, -1.0)], -fixed(graph, interval.cut) / self.unit)
+        self.rows.row([*bytes_alive, *self.others, (self.budget, -1.0)], -fixed(graph, interval.cut) / self.unit)
         for name in dict.fromkeys(graph.ops[interval.cut].reads):
             if name in alive:
                 self.rows.row([(alive[name], -1.0)], -1.0)
@@ -94,6 +112,36 @@ class Relaxation:
         for name, column in interval.alive.items():
             if name not in self.heavy and self.graph.producer[name] < before.cut:
                 self.rows.row([(column, 1.0), *self.here(before, name)], 0.0)
+
+    @property
+    def is_tied(self) -> bool:
+        """The intervals are tied together."""
+        return len(self.intervals) == 1 or self.ever is not self.intervals[0].again
+
+    def tie(self) -> None:
+        """Tie the intervals together: add the R_i with their rows. A larger program, whose linear optimum is higher."""
+        if self.is_tied:
+            return
+        first, *others = self.intervals
+        ever = self.ever = {i: self.rows.column() for i in first.again}
+        self._reads_and_inputs(Interval(first.cut, len(self.graph.ops), first.alive, ever))
+        for i, column in ever.items():
+            runs = [(interval.again[i], -1.0) for interval in self.intervals if i in interval.again]
+            self.rows.row([(column, 1.0), *runs], 0.0)
+        for interval in others:
+            for name, column in interval.alive.items():
+                i = self.graph.producer[name]
+                if name not in self.heavy and i in ever and self.next_read(name, interval.cut) < len(self.graph.ops):
+                    self.rows.row([(column, -1.0), (ever[i], -1.0)], -1.0)
+
+
+def readers(graph: Graph) -> dict[str, list[int]]:
+    """The ops that read each value, in order."""
+    reads: dict[str, list[int]] = {}
+    for p, op in enumerate(graph.ops):
+        for name in dict.fromkeys(op.reads):
+            reads.setdefault(name, []).append(p)
+    return reads
 
 
 def wanted(graph: Graph, cut: int) -> tuple[list[str], list[int]]:
@@ -119,5 +167,6 @@ def fixed(graph: Graph, cut: int) -> int:
     op = graph.ops[cut]
     outputs = {*graph.forward_outputs, *graph.backward_outputs}
     resident = graph.resident_bytes + (graph.tangent_bytes if cut >= graph.num_forward_ops else 0)
+    resident += (graph.in_flight - 1) * sum(graph.value[n].nbytes for n in set(graph.forward_outputs) - set(graph.inputs))
     written = {name for name in outputs if name in graph.producer and graph.producer[name] <= cut}
     return resident + sum(graph.value[name].nbytes for name in written.union(op.writes)) + op.workspace_bytes

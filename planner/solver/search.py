@@ -13,7 +13,6 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, Timeline, simulate
 from planner.solver.certificate import NEVER_NS
-from planner.solver.coarsen import Coarse, expand
 from planner.solver.local_search import LocalSearch
 from planner.solver.tuning import EVENT_UNITS
 from planner.solver.work import Work
@@ -33,7 +32,7 @@ class Archive:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._simulator = Simulator(graph)
+        self.simulator = Simulator(graph)
         self._entries: list[Entry] = []
         self._bounds: dict[int, int] = {}
         self.offer(keep_all(graph), "keep all")
@@ -43,7 +42,7 @@ class Archive:
 
         They hold for one order of the backward, and a schedule may have another; or HiGHS was wrong.
         """
-        timeline = simulate(self.graph, schedule, self._simulator)
+        timeline = simulate(self.graph, schedule, self.simulator)
         peak, time_ns = timeline.peak_bytes, timeline.time_ns
         if all(e.timeline.peak_bytes > peak or e.timeline.time_ns > time_ns for e in self._entries):
             self._entries = [e for e in self._entries if e.timeline.peak_bytes < peak or e.timeline.time_ns < time_ns]
@@ -73,11 +72,15 @@ class Archive:
 
 
 class Search:
-    """The search for one budget."""
+    """The search for one budget.
+
+    Attributes:
+        local: local search for this budget.
+    """
 
     def __init__(self, archive: Archive, budget_bytes: int) -> None:
         self.archive, self.budget_bytes = archive, budget_bytes
-        self._local: dict[Coarse, LocalSearch] = {}
+        self.local = LocalSearch(archive.graph, budget_bytes, archive.simulator)
 
     @property
     def best(self) -> Entry | None:
@@ -111,36 +114,26 @@ class Search:
         self.archive.raise_bound(self.budget_bytes, time_ns)
         return self.bound_ns > before
 
-    def local(self, level: Coarse) -> LocalSearch:
-        """Local search on a level of the graph."""
-        if level not in self._local:
-            self._local[level] = LocalSearch(level.graph, self.budget_bytes, level.simulator)
-        return self._local[level]
+    def offer(self, steps: Sequence[int], source: str, work: Work) -> Timeline:
+        """Evaluate a schedule, and keep it if it is good."""
+        work.charge(40 * EVENT_UNITS * len(steps))  # with names of what dies
+        return self.archive.offer(Schedule(tuple(steps)), source)
 
-    def offer(self, steps: Sequence[int], level: Coarse, source: str, work: Work) -> Timeline:
-        """Evaluate a schedule of a level of the graph, and keep it if it is good."""
-        schedule = expand(Schedule(tuple(steps)), level.groups)
-        work.charge(40 * EVENT_UNITS * len(schedule.steps))  # with names of what dies
-        return self.archive.offer(schedule, source)
-
-    def fit(
-        self, steps: Sequence[int], level: Coarse, source: str, work: Work, *, near: float = float("inf")
-    ) -> list[int] | None:
+    def fit(self, steps: Sequence[int], source: str, work: Work, *, near: float = float("inf")) -> list[int] | None:
         """Make a schedule fit by local search, free it from what it need not recompute, and offer that.
 
         Args:
-            steps, level: the schedule, and the level of the graph whose ops it names.
+            steps: the schedule.
             source: who made it.
             work: what may be spent; None where it is over before the schedule fits.
             near: a schedule whose peak is above this multiple of the budget is left as it is.
         """
-        search = self.local(level)
-        useful, run = search.useful(list(steps))
-        self.offer(useful, level, source, work)
+        useful, run = self.local.useful(list(steps))
+        self.offer(useful, source, work)
         near_enough = int(run.live_bytes.max(initial=0)) <= near * self.budget_bytes
-        repaired = search.repair(useful, work) if near_enough else None
+        repaired = self.local.repair(useful, work) if near_enough else None
         if repaired is None:
             return None
-        made = search.shrink(repaired, work)
-        self.offer(made, level, f"{source}, local search", work)
+        made = self.local.shrink(repaired, work)
+        self.offer(made, f"{source}, local search", work)
         return made

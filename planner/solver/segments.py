@@ -97,7 +97,8 @@ class Segments:
             if least >= self.levels:
                 break
             for option in pieces.options(i, k, work):
-                less = round((option.nbytes + pieces.crossing_bytes(i, k)) / self.unit) if k < j else 0
+                kept = pieces.graph.in_flight * (option.nbytes + pieces.crossing_bytes(i, k))
+                less = round(kept / self.unit) if k < j else 0
                 cell.take(Choice(k, option, less), self._after(k, j, less) + option.cost_ns, least)
         for k in range(i + 1, j) if self._again else ():
             less = self._steps(pieces.crossing_bytes(i, k))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from planner.errors import NoScheduleFoundError
+from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import floor, infeasible
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, check
 from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.solver import in_flight, stages
 from planner.solver.baselines import fixed_baselines, greedy
-from planner.solver.in_flight import Outcome
+from planner.solver.forward_end import with_forward_end
 from planner.solver.pipeline import BudgetSearch, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
@@ -23,6 +22,9 @@ from planner.solver.work import Meter, Work, begin
 from planner.units import enough_text, format_bytes
 
 __all__ = ["Solver", "floor", "lowest_peak", "solve", "sweep"]
+
+Outcome = Solution | InfeasibleBudgetError | NoScheduleFoundError
+"""Of the search for one budget: a schedule, or why there is none."""
 
 
 def solve(graph: Graph, budget_bytes: int, limits: Limits | None = None, *, gap: float = GAP, reorder: bool = True) -> Solution:
@@ -64,7 +66,13 @@ class Solver:
     def __init__(self, graph: Graph, *, reorder: bool = True) -> None:
         """`reorder`: backward ops may move a few places where that lowers the plain step's peak (`planner.solver.reorder`)."""
         self._captured = graph
-        self.graph, self._order = reordered(graph) if reorder else (graph, tuple(range(len(graph.ops))))
+        several = graph.in_flight > 1
+        marked = with_forward_end(graph) if several else graph
+        self.graph, order = reordered(marked) if reorder else (marked, tuple(range(len(marked.ops))))
+        self._is_moved = self.graph is not marked
+        # For each op of the graph that is searched, its index in the captured one; -1: the op at the end of the forward.
+        end = graph.num_forward_ops
+        self._order = tuple(-1 if i == end else i - (i > end) for i in order) if several else order
         self.models, self.archive = Models(self.graph), Archive(self.graph)
         self._unmoved: Solver | None = None
         self._has_baselines = False
@@ -76,7 +84,7 @@ class Solver:
 
     def offer_baselines(self, budget_bytes: int) -> None:
         """Evaluate the reference schedules: on the moved graph, and on the captured one in the moved graph's numbers."""
-        for graph, renumbered in ((self.graph, False), *([(self._captured, True)] if self.graph is not self._captured else [])):
+        for graph, renumbered in ((self.graph, False), *([(self._captured, True)] if self._is_moved else [])):
             for name, schedule in [
                 ("greedy", greedy(graph, budget_bytes)),
                 *(() if self._has_baselines else fixed_baselines(graph)),
@@ -94,9 +102,16 @@ class Solver:
         return self.archive.offer(self._renumbered(schedule), source).peak_bytes
 
     def _renumbered(self, schedule: Schedule) -> Schedule:
-        """A schedule of the captured graph in the numbers of the moved one."""
+        """A schedule of the captured graph in the numbers of the graph that is searched."""
         here = {i: n for n, i in enumerate(self._order)}
-        return Schedule(tuple(here[i] for i in schedule.steps))
+        steps = [here[i] for i in schedule.steps]
+        if -1 in here:
+            steps.insert(schedule.boundary(self._captured), here[-1])
+        return Schedule(tuple(steps))
+
+    def _as_captured(self, schedule: Schedule) -> Schedule:
+        """The other way round."""
+        return Schedule(tuple(self._order[i] for i in schedule.steps if self._order[i] >= 0))
 
     def solve(self, budget_bytes: int, limits: Limits | None = None, *, gap: float = GAP) -> Solution:
         """As the function `solve`."""
@@ -113,8 +128,6 @@ class Solver:
             limits: for all budgets together.
             gap: how far from the optimum to stop, as a fraction of the plain step's time.
         """
-        if self._captured.in_flight > 1:
-            return self._several_in_flight(sorted(set(budgets_bytes)), limits or Limits(), gap)
         work = begin(limits or Limits())
         outcomes: dict[int, Outcome] = {}
         runs: dict[int, tuple[Solver, BudgetSearch]] = {}
@@ -131,57 +144,17 @@ class Solver:
                 self.archive.offer(self._renumbered(outcome.schedule), outcome.solver)
         return outcomes
 
-    def _several_in_flight(self, budgets_bytes: Sequence[int], limits: Limits, gap: float) -> dict[int, Outcome]:
-        """`sweep` where several forwards come before the first backward."""
-        outcomes: dict[int, Outcome] = {}
-        for budget in budgets_bytes:
-            if self.floor_bytes > budget:
-                outcomes[budget] = infeasible(self._captured, budget)
-                continue
-            found = in_flight.find(self._captured, budget, limits.share(1 / len(budgets_bytes)), gap, Solver)
-            if found.schedule is not None:
-                self.archive.offer(self._renumbered(found.schedule), found.source)
-            elif self.archive.cheapest(budget) is None:
-                self.lowest_peak(limits.share(1 / len(budgets_bytes)))
-            best = self.archive.cheapest(budget)
-            if best is None:
-                lowest = self.archive.lowest.timeline.peak_bytes
-                outcomes[budget] = not_found(budget, lowest, self.floor_bytes, found.solve_s)
-                continue
-            time_ns = best.timeline.time_ns
-            bound_ns = min(time_ns, self.graph.plain_ns if found.bound_ns is None else found.bound_ns)
-            status = "optimal" if time_ns - bound_ns <= gap * self.graph.plain_ns else "feasible"
-            steps = Schedule(tuple(self._order[i] for i in best.schedule.steps))
-            outcomes[budget] = Solution(status, steps, bound_ns, found.solve_s, best.source, found.work, found.limit)
-        return outcomes
-
-    def lowest(self, limits: Limits | None = None) -> Schedule:
-        """The schedule with the lowest peak that is found."""
-        self.lowest_peak(limits)
-        return Schedule(tuple(self._order[i] for i in self.archive.lowest.schedule.steps))
-
     def lowest_peak(self, limits: Limits | None = None) -> int:
         """As the function `lowest_peak`."""
-        if self._captured.in_flight > 1:
-            self.archive.offer(self._renumbered(in_flight.lowest(self._captured, limits or Limits(), Solver)), "lowest peak")
-            return self.archive.lowest.timeline.peak_bytes
         work = begin(limits or Limits())
         lowest = self._lowest(work.share(work.left / 2) if self._is_moved else work)
         if self._is_moved and floor(self._captured)[0] < lowest:
             lowest = min(lowest, Solver(self._captured, reorder=False)._lowest(work))
         return lowest
 
-    @property
-    def _is_moved(self) -> bool:
-        return self._order != tuple(range(len(self._order)))
-
     def _lowest(self, work: Work) -> int:
         """Whether anything fits is asked of the stages: for the floor, then by bisection, each with a share of the work."""
         asked = low = least = floor(self.graph)[0]
-        share, first = work.share(work.left / 4), self._run(asked, math.inf)
-        for _ in stages.lowest_peak(first.problem, first.search, share):
-            if share.is_over:
-                break
         self.offer_baselines(asked)
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
@@ -215,7 +188,7 @@ class Solver:
         if best is None:
             return not_found(search.budget_bytes, self.archive.lowest.timeline.peak_bytes, floor(self.graph)[0], seconds)
         status = "optimal" if search.gap <= one.problem.gap else "feasible"
-        schedule = Schedule(tuple(self._order[i] for i in best.schedule.steps))
+        schedule = self._as_captured(best.schedule)
         bound_ns = min(search.bound_ns, best.timeline.time_ns)
         limit = "time" if meter.is_late and not one.is_done else ""
         return Solution(status, schedule, bound_ns, seconds, best.source, one.spent, limit)

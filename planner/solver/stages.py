@@ -11,12 +11,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from planner.graph.schedule import Schedule
-from planner.graph.simulate import Timeline
 from planner.solver.baselines import greedy
-from planner.solver.coarsen import Coarse
-from planner.solver.exhaustive import Rules
-from planner.solver.exhaustive import exhaustive as exhaustive_search
-from planner.solver.keepset import KeepSet
 from planner.solver.local_search import LocalSearch
 from planner.solver.problem import Problem
 from planner.solver.search import Search
@@ -36,17 +31,9 @@ class Progress(enum.Enum):
 Strategy = Callable[[Problem, Search, Work], Iterator[Progress]]
 
 
-def exhaustive(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Every schedule; only for graphs of a few ops."""
-    best = exhaustive_search(problem.graph, problem.budget_bytes, Rules(backward_ops=False))
-    if best is not None:
-        search.archive.offer(best, "exhaustive search")
-    yield Progress.IMPROVED
-
-
 def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Linear programs of the best single cuts; then integer programs with more and more cuts. Each gives a candidate."""
-    bounds, budget, level = problem.models.certificate, problem.budget_bytes, problem.models.fine
+    bounds, budget = problem.models.certificate, problem.budget_bytes
     best, best_ns = -1, -1
     for cut in bounds.cuts.ranked(budget)[:FEW]:
         found = bounds.bound(budget, (cut,), work, relax=True)
@@ -56,47 +43,24 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         if found.time_ns > best_ns:
             best, best_ns = cut, found.time_ns
         if search.raise_bound(found.time_ns) and found.candidate is not None:
-            yield from _fit(search, found.candidate.steps, level, "certificate", work)
+            yield from _fit(search, found.candidate.steps, "certificate", work)
         yield Progress.IMPROVED
     cuts, candidate_before = bounds.first_cuts(budget, best) if best >= 0 else (), None
+    known_ns = search.bound_ns  # by fewer cuts
     while cuts:
-        found = bounds.bound(budget, cuts, work, gap=problem.precision / 2, relax=False)
+        found = bounds.bound(budget, cuts, work, gap=problem.precision / 2, relax=False, known_ns=known_ns)
         search.raise_bound(found.time_ns)
         if found.candidate is not None and found.candidate != candidate_before:
             candidate_before = found.candidate
-            yield from _fit(search, found.candidate.steps, level, "certificate", work)
+            yield from _fit(search, found.candidate.steps, "certificate", work)
         yield Progress.IMPROVED if found.is_final else Progress.OUT_OF_WORK
         if found.is_final:
             more = bounds.next_cuts(budget, cuts, found.candidate)
-            cuts = more if more != cuts else ()
-
-
-def keep_set(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """The program over kept sets: linear, then in integers, on the coarse graph and on the graph as it is."""
-    for n, (program, level) in enumerate(problem.models.keep_sets):
-        if n == 0:
-            yield from _rounds(program, level, problem, search, work, problem.precision, relax=True)
-        # Copies make the program slow: the positions that matter are found with a wider gap.
-        for gap in (2 * problem.precision, problem.precision) if program.num_copies else (problem.precision,):
-            yield from _rounds(program, level, problem, search, work, gap, relax=False)
-
-
-def _rounds(
-    program: KeepSet, level: Coarse, problem: Problem, search: Search, work: Work, gap: float, *, relax: bool
-) -> Iterator[Progress]:
-    """Offer the schedules of a program; one that needs exact copies, or that rounding broke, is made to fit."""
-
-    def evaluate(schedule: Schedule) -> Timeline:
-        return search.offer(schedule.steps, level, "keep set", work)
-
-    for found in program.rounds(problem.budget_bytes, work, gap=gap, evaluate=evaluate, relax=relax):
-        if found.schedule is not None and (found.grew or found.is_last):
-            yield from _fit(search, found.schedule.steps, level, "keep set", work)
-        yield Progress.UNCHANGED if found.is_last else Progress.IMPROVED
+            cuts, known_ns = more if more != cuts else (), search.bound_ns
 
 
 def segments(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Dynamic programming over the forward in pieces, for many shares of the budget; the coarse ones first."""
+    """Dynamic programming over the forward in pieces, for many shares of the budget, in coarse steps first."""
     pieces, fewer = problem.models.pieces
     for again in (False, True):
         table = Segments(fewer if again else pieces, problem.budget_bytes, again=again)
@@ -114,16 +78,15 @@ def _best_factor(
 
     The largest shares come last: `FEW` in a row that are no better than what fitted, and the rest will not be either.
     """
-    level, tried = problem.models.coarse, set[Schedule]()
-    worse, least_ns = 0, math.inf
+    tried, worse, least_ns = set[Schedule](), 0, math.inf
     best = next((factor for factor in factors if table.schedule(factor) is not None), factors[0])
     for factor in factors:
         schedule = table.schedule(factor)
         if schedule is None or schedule in tried:
             continue
         tried.add(schedule)
-        steps = yield from _fit(search, schedule.steps, level, "segments", work, near=1 + SLACK)
-        time_ns = math.inf if steps is None else search.local(level).time_ns(steps)
+        steps = yield from _fit(search, schedule.steps, "segments", work, near=1 + SLACK)
+        time_ns = math.inf if steps is None else search.local.time_ns(steps)
         found_before = least_ns < math.inf
         worse, best, least_ns = (0, factor, time_ns) if time_ns < least_ns else (worse + found_before, best, least_ns)
         if worse == FEW:
@@ -133,11 +96,11 @@ def _best_factor(
 
 
 def _fit(
-    search: Search, steps: Sequence[int], level: Coarse, source: str, work: Work, *, near: float = math.inf
+    search: Search, steps: Sequence[int], source: str, work: Work, *, near: float = math.inf
 ) -> Generator[Progress, None, list[int] | None]:
     """`Search.fit`; what was cut short is tried again with more work, a few times: some schedules are beyond repair."""
     for _ in range(FEW):
-        made = search.fit(steps, level, source, work, near=near)
+        made = search.fit(steps, source, work, near=near)
         if made is not None or not work.is_over:
             return made
         yield Progress.OUT_OF_WORK
@@ -146,43 +109,28 @@ def _fit(
 
 def baselines(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Reference schedules, made to fit where nothing else does."""
-    level, budget = problem.models.fine, problem.budget_bytes
-    found = [("greedy", greedy(problem.graph, budget)), *problem.models.baselines]
+    found = [("greedy", greedy(problem.graph, problem.budget_bytes)), *problem.models.baselines]
     for name, schedule in found:
-        search.offer(schedule.steps, level, name, work)
+        search.offer(schedule.steps, name, work)
         yield Progress.UNCHANGED
     for name, schedule in found:
         if search.best is not None:
             return
-        yield from _fit(search, schedule.steps, level, name, work)
+        yield from _fit(search, schedule.steps, name, work)
         yield Progress.UNCHANGED
-
-
-def lowest_peak(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Programs that minimise the peak, where nothing fits yet."""
-    models = problem.models
-    while models.lowest:
-        program, level = models.lowest[0]
-
-        def evaluate(schedule: Schedule, level: Coarse = level) -> Timeline:
-            return search.offer(schedule.steps, level, "lowest peak", work)
-
-        for found in program.rounds(None, work, gap=problem.precision, evaluate=evaluate):
-            yield Progress.IMPROVED if found.schedule is not None else Progress.OUT_OF_WORK
-        models.lowest = [other for other in models.lowest if other[0] is not program]
 
 
 def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Make the lowest schedule lower, step by step: what local search cannot do at once it may do in two steps."""
-    archive, level, asked = search.archive, problem.models.fine, problem.budget_bytes
+    archive, asked = search.archive, problem.budget_bytes
     for _ in range(FEW):  # times that it may be cut short in a row
         while archive.lowest.timeline.peak_bytes - asked > archive.lowest.timeline.peak_bytes // 1000:
-            local = LocalSearch(level.graph, asked, level.simulator)
+            local = LocalSearch(archive.graph, asked, archive.simulator)
             steps = local.repair(list(archive.lowest.schedule.steps), work)
             if steps is None and work.is_over:
                 break
             if steps is not None:
-                search.offer(steps, level, "lowest peak, local search", work)
+                search.offer(steps, "lowest peak, local search", work)
             asked = problem.budget_bytes if steps is not None else (asked + archive.lowest.timeline.peak_bytes) // 2
             yield Progress.IMPROVED
         else:
@@ -192,8 +140,7 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
 
 def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """From the best schedule, delete one recompute after the other, and evict something else."""
-    level = problem.models.fine
-    local = search.local(level)
+    local = search.local
     for squeezed in (False, True):
         assert search.best is not None
         steps = list(search.best.schedule.steps)
@@ -203,5 +150,5 @@ def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progr
         for better in local.improve(steps, work):
             if better != steps:
                 steps = better
-                search.offer(steps, level, "local search", work)
+                search.offer(steps, "local search", work)
             yield Progress.OUT_OF_WORK if work.is_over else Progress.UNCHANGED

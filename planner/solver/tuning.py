@@ -26,7 +26,7 @@ BACKSTOP = 30.0
 
 # How closely to look.
 FEW = 3
-"""Cuts, rows, copies, schedules that are looked at together: of more, the later ones hardly ever bring anything."""
+"""Cuts, schedules, tries that are looked at together: of more, the later ones hardly ever bring anything."""
 SLACK = 0.1
 """Share of the budget by which a schedule may miss it and still be worth making fit, or by which a cut may leave room."""
 PIECES = 100

@@ -1,28 +1,32 @@
 """The Pareto front of a unit: what it can save for its backward, what it needs beyond that, and what that costs.
 
 A step with units holds, during the backward of one, what all earlier ones saved: a unit's own peak does not limit that. So
-each point has both terms. They are found as in `planner.solver.in_flight`: an op at the end of the forward that takes no time
-and has a workspace of w bytes lets a budget of resident + saved + w bound the saved bytes, and the peak by saved + w.
+each point has both terms. They are found with an op at the end of the forward (`planner.solver.forward_end`) whose workspace is
+w bytes: a budget of resident + saved + w then bounds the saved bytes, and the peak by saved + w.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Simulator
+from planner.graph.simulate import Simulator, simulate
 from planner.graph.solution import Solution
 from planner.graph.unit_point import Point, point
 from planner.limits import Limits
 from planner.solver.baselines import fixed_baselines
-from planner.solver.in_flight import needs, with_saved_limit, without_saved_limit
+from planner.solver.forward_end import with_forward_end, without_forward_end
 from planner.solver.solve import Solver
 from planner.solver.tuning import GAP
 
 _NUM_SAVED = 16
 """Limits of the saved bytes that are tried, between the least and those of the plain step: with 8, units took
 1.1 points more recompute than a plan of the whole GPT-2 at half its peak, with 16 0.5."""
+
+_NUM_NEEDS = 5
+"""Values that are tried for what is needed beyond the saved bytes."""
 
 
 def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tuple[Point, ...]:
@@ -41,18 +45,26 @@ def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tu
     return pareto(found)
 
 
+def _needs(graph: Graph) -> tuple[int, ...]:
+    """Bytes needed beyond the saved ones, to try, up to what the plain step takes above its resident bytes."""
+    most = max(1, simulate(graph, keep_all(graph)).peak_bytes - graph.resident_bytes)
+    least = max(1, (floor(graph)[0] - graph.resident_bytes) // 2)
+    ratio = max(1.0, most / least) ** (1 / _NUM_NEEDS)
+    return tuple(sorted({most, *(round(least * ratio**k) for k in range(_NUM_NEEDS))}))
+
+
 def _searched(graph: Graph, plain: Point, found: Sequence[Point], limits: Limits, gap: float) -> Iterator[tuple[str, Schedule]]:
     """The cheapest schedules within limits of the saved bytes, for each of a few needs beyond them."""
     outputs = sum(graph.value[name].nbytes for name in dict.fromkeys(graph.forward_outputs))
     least = min(one.saved_bytes for one in found)
     kept = sorted({least + (plain.saved_bytes - least) * k // _NUM_SAVED for k in range(_NUM_SAVED + 1)})
-    tried = needs(graph)[1:]  # nothing fits without any
+    tried = _needs(graph)
     for need in tried:
         budgets = [graph.resident_bytes + outputs + saved + need for saved in kept]
-        outcomes = Solver(with_saved_limit(graph, need)).sweep(budgets, limits.share(1 / len(tried)), gap=gap)
+        outcomes = Solver(with_forward_end(graph, need)).sweep(budgets, limits.share(1 / len(tried)), gap=gap)
         for outcome in outcomes.values():
             if isinstance(outcome, Solution):
-                yield outcome.solver, without_saved_limit(outcome.schedule, graph)
+                yield outcome.solver, without_forward_end(outcome.schedule, graph)
 
 
 def pareto(points: Iterable[Point]) -> tuple[Point, ...]:

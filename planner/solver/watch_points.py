@@ -2,8 +2,7 @@
 
 A recurrent net reads its embedded input in every time step, in the backward too. It may have to go after every read, but each
 cut sees one of these. So between cuts there are watch points: ops at which the heavy value alone has columns of its own. Of the
-others, what is read later and does not run again is alive there. With R_i, op i runs again at any time after the first cut,
-- R_i <= sum_g r_{i,g}; a_{d,0} + R_pi(d) >= 1 for every d that is read, R_i <= a_{d,0} + R_pi(d) for every input d,
+others, what is read later and does not run again is alive there:
 - c_{d,g} >= a_{d,g+1} - r_{pi(d),g}, and c_{d,g} >= 1 - R_pi(d) for d that is read after cut g + 1: d is held from cut to cut,
 - at a watch point after cut g: what must be live while the op runs, s_d (1 - r_{pi(d),g}) for d that is read between it and cut
   g + 1, s_d c_{d,g} for the others and s_h for each heavy h that is alive fit the budget,
@@ -12,7 +11,6 @@ others, what is read later and does not run again is alive there. With R_i, op i
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 
 from planner.graph.graph import Graph
 from planner.solver import backend
-from planner.solver.relaxation import Interval, Relaxation, fixed, wanted
+from planner.solver.relaxation import Relaxation, fixed, readers, wanted
 from planner.solver.tuning import FEW, SLACK
 
 _OFTEN = 4 * FEW
@@ -38,7 +36,7 @@ class WatchPoints:
     def __init__(self, graph: Graph, live_bytes: NDArray[np.int64]) -> None:
         """`live_bytes`: the plain step's, op by op."""
         self._live, peak, forward_end = live_bytes, int(live_bytes.max(initial=0)), graph.num_forward_ops
-        self._reads = _reads(graph)
+        self._reads = readers(graph)
         late = {name: sum(p >= forward_end for p in reads) for name, reads in self._reads.items()}
         self.heavy = tuple(name for name, count in late.items() if count >= _OFTEN and self._may_go(graph, name, peak))
 
@@ -76,9 +74,8 @@ class RelaxationWithWatchPoints(Relaxation):
         to_the_last = {*wanted(graph, cuts[-1])[0]}
         by_maker = {graph.producer[name]: name for name in heavy if name in to_the_last}  # what one run makes is paid for once
         super().__init__(graph, cuts, unit, [name for i, name in by_maker.items() if i < cuts[0]])
-        self._reads = _reads(graph)
+        self.tie()
         self._crossing: list[dict[str, int]] = [{} for _ in cuts]
-        self._ever = self._at_any_time()
         inside = [[p for p in watched if interval.cut < p < interval.stop] for interval in self.intervals]
         there = [{p: dict[str, int]() for p in ops} for ops in inside]
         for name in sorted(self.heavy):
@@ -86,29 +83,6 @@ class RelaxationWithWatchPoints(Relaxation):
         for g, ops in enumerate(there):
             for p, alive in ops.items():
                 self._at_moment(p, g, alive)
-
-    def _next_read(self, name: str, p: int) -> int:
-        """The first op from p on that reads it; past the last op where none does."""
-        reads = self._reads.get(name, [])
-        k = bisect_left(reads, p)
-        return reads[k] if k < len(reads) else len(self.graph.ops)
-
-    def _at_any_time(self) -> dict[int, int]:
-        """The R_i."""
-        first, *others = self.intervals
-        if not others:
-            return first.again
-        ever = {i: self.rows.column() for i in first.again}
-        self.reads_and_inputs(Interval(first.cut, len(self.graph.ops), first.alive, ever))
-        for i, column in ever.items():
-            runs = [(interval.again[i], -1.0) for interval in self.intervals if i in interval.again]
-            self.rows.row([(column, 1.0), *runs], 0.0)
-        for interval in others:
-            for name, column in interval.alive.items():
-                i = self.graph.producer[name]
-                if name not in self.heavy and i in ever and self._next_read(name, interval.cut) < len(self.graph.ops):
-                    self.rows.row([(column, -1.0), (ever[i], -1.0)], -1.0)
-        return ever
 
     def _comes_and_goes(self, name: str, there: list[dict[int, dict[str, int]]]) -> None:
         """Columns of a heavy value: alive at every watch point (put there), made again between each and the next."""
@@ -122,11 +96,11 @@ class RelaxationWithWatchPoints(Relaxation):
                     rows.row([(alive, 1.0), *before], 0.0)
                 if p != interval.cut:
                     ops[p][name] = alive
-                    if self._next_read(name, p) == p:
+                    if self.next_read(name, p) == p:
                         rows.row([(alive, -1.0)], -1.0)
                 runs.append(rows.column(self.costs[maker], binary=True))
                 before = [(alive, -1.0), (runs[-1], -1.0)]
-                if self._next_read(name, p + 1) < following:
+                if self.next_read(name, p + 1) < following:
                     rows.row(before, -1.0)
             rows.row([(interval.again[maker], 1.0), *((column, -1.0) for column in runs)], 0.0)
             for column in runs:
@@ -137,7 +111,7 @@ class RelaxationWithWatchPoints(Relaxation):
         graph, interval = self.graph, self.intervals[g]
         held, pairs = fixed(graph, p), list[tuple[int, float]]()
         for name in wanted(graph, p)[0]:
-            i, nbytes, read = graph.producer[name], graph.value[name].nbytes, self._next_read(name, p)
+            i, nbytes, read = graph.producer[name], graph.value[name].nbytes, self.next_read(name, p)
             if name in alive:
                 pairs.append((alive[name], nbytes / self.unit))
             elif read == p or (read < len(graph.ops) and not graph.ops[i].recomputable):
@@ -147,7 +121,7 @@ class RelaxationWithWatchPoints(Relaxation):
                 pairs.append((interval.again[i], -nbytes / self.unit))
             elif i in interval.again and g + 1 < len(self.intervals):
                 pairs += [(column, nbytes / self.unit) for column in self._crosses(name, g)]
-        self.rows.row([*pairs, (self.budget, -1.0)], -held / self.unit)
+        self.rows.row([*pairs, *self.others, (self.budget, -1.0)], -held / self.unit)
 
     def _crosses(self, name: str, g: int) -> list[int]:
         """c_d from cut g to the next, where it is wanted there."""
@@ -157,15 +131,6 @@ class RelaxationWithWatchPoints(Relaxation):
         if name not in self._crossing[g]:
             column = self._crossing[g][name] = self.rows.column()
             self.rows.row([(following.alive[name], 1.0), (self.intervals[g].again[i], -1.0), (column, -1.0)], 0.0)
-            if i in self._ever and self._next_read(name, following.cut) < len(self.graph.ops):
-                self.rows.row([(self._ever[i], -1.0), (column, -1.0)], -1.0)
+            if i in self.ever and self.next_read(name, following.cut) < len(self.graph.ops):
+                self.rows.row([(self.ever[i], -1.0), (column, -1.0)], -1.0)
         return [self._crossing[g][name]]
-
-
-def _reads(graph: Graph) -> dict[str, list[int]]:
-    """The ops that read each value, in order."""
-    reads: dict[str, list[int]] = {}
-    for p, op in enumerate(graph.ops):
-        for name in dict.fromkeys(op.reads):
-            reads.setdefault(name, []).append(p)
-    return reads

@@ -10,7 +10,7 @@ import pytest
 from planner.graph.graph import Graph
 from planner.graph.simulate import simulate
 from planner.solver import backend
-from planner.solver.exhaustive import exhaustive
+from tests.support.exhaustive import exhaustive
 
 
 def without_highs(monkeypatch: pytest.MonkeyPatch) -> None:

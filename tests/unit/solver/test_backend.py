@@ -79,14 +79,12 @@ def test_relaxing_and_fixing_is_within_the_gap_and_leaves_the_program_as_it_was(
     assert again.bound == pytest.approx(expected, abs=1e-5)
 
 
-def test_relaxing_and_fixing_solves_less_than_the_whole_where_it_can(monkeypatch) -> None:
-    runs = []
-    real = Model.solve
-    monkeypatch.setattr(Model, "solve", lambda self, work, **how: (runs.append(dict(self._fixed)), real(self, work, **how))[1])
-    model = Model(knapsack([3, 1, 1, 9], [3, 5, 5, 2], 11))
-    answer = model.relax_and_fix(Work(), gap=2.5)
-    assert answer.status == "optimal" and [round(v) for v in answer.values] == [1, 1, 1, 0]
-    assert runs == [{}, {1: 1, 2: 1, 3: 0}]  # the relaxation buys a third of the first
+def test_relaxing_and_fixing_takes_less_work_than_the_whole_where_a_gap_allows_it() -> None:
+    fixed, whole = Work(), Work()
+    answer, best = Model(hard()).relax_and_fix(fixed, gap=30.0), backend.solve(hard(), whole, gap=0.0)
+    assert answer.status == best.status == "optimal"
+    assert answer.bound <= best.bound <= answer.bound + answer.gap <= answer.bound + 30.0
+    assert fixed.meter.spent < 0.2 * whole.meter.spent
 
 
 def test_the_bound_never_exceeds_the_optimum_whatever_the_gap() -> None:
@@ -205,30 +203,21 @@ def test_a_linear_program_cut_short_proves_nothing_and_goes_on_to_the_optimum() 
 
 @pytest.mark.parametrize("units", [math.inf, 0.05])
 @pytest.mark.parametrize("relax", [False, True])
-def test_the_same_program_gives_the_same_answer_for_the_same_work(units: float, relax: bool, monkeypatch) -> None:
-    counters: list[Any] = []
-
-    class Recorded(backend._Calls):
-        def __init__(self, most: int) -> None:
-            super().__init__(most)
-            counters.append(self)
-
-    monkeypatch.setattr(backend, "_Calls", Recorded)
+def test_the_same_program_gives_the_same_answer_for_the_same_work(units: float, relax: bool) -> None:
     works = [Work(units), Work(units)]
     first, second = (backend.solve(hard(), work, relax=relax) for work in works)
     assert first == second
     assert works[0].meter.spent == works[1].meter.spent > 0
-    assert len(counters) == (0 if relax else 2)
-    assert len({counter.count for counter in counters}) == len(counters) / 2
-    assert all(counter.count > 20 for counter in counters)
+    assert relax or works[0].meter.spent > 0.9 * min(units, 0.05), "too little to say much"
 
 
-def test_no_run_gets_more_seconds_than_are_left_to_the_backstop_and_a_linear_one_gets_them_whatever_ran_before() -> None:
-    model = Model(knapsack([4, 3], [4, 2], 5))
-    for relax in (False, True, True):
-        spent = model._highs.getRunTime() if model._highs else 0.0
-        model.solve(Work(meter=Meter(time.monotonic() + 7)), relax=relax)
-        assert spent < model._highs.getOptionValue("time_limit")[1] <= spent + 7
+def test_a_run_that_is_given_a_backstop_ends_whatever_ran_before_and_none_is_ended_by_the_time_of_earlier_ones() -> None:
+    model = Model(hard())
+    assert model.solve(Work(meter=Meter(time.monotonic() + 600))).status == "optimal"
+    for relax in (True, False, True):
+        late = Work(meter=Meter(time.monotonic() - 1))
+        assert relax or model.solve(late).status in ("feasible", "unknown")
+        assert model.solve(Work(meter=Meter(time.monotonic() + 600)), relax=relax).status == "optimal"
 
 
 def test_a_backstop_that_has_passed_leaves_a_valid_bound() -> None:

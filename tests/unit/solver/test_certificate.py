@@ -14,13 +14,13 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import Simulator, simulate
 from planner.solver import stages
 from planner.solver.certificate import Certificate
-from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.lazy import lazy_schedule
 from planner.solver.problem import Models, Problem
 from planner.solver.search import Archive, Search
 from planner.solver.solve import solve
 from planner.solver.work import Meter, Work
 from tests.support import graphs
+from tests.support.exhaustive import Rules, exhaustive
 from tests.support.solvers import optimum
 from tests.support.strategies import budgets, training_graphs
 

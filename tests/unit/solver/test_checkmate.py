@@ -14,11 +14,11 @@ from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.results.plan_file import load_graph
-from planner.solver.coarsen import coarsen
-from planner.solver.exhaustive import Rules, exhaustive
 from planner.solver.solve import Solver
 from tests.support import graphs
 from tests.support.checkmate import Reference, checkmate
+from tests.support.exhaustive import Rules, exhaustive
+from tests.support.merged import merged
 from tests.support.paths import ROOT
 from tests.support.strategies import budgets, training_graphs
 
@@ -130,8 +130,8 @@ def test_a_second_instance_of_an_output_is_held_or_made_once_more() -> None:
 
 
 def gpt2(num_layers: int, share: float) -> tuple[Graph, int]:
-    """The coarsened graph, and a budget at this share of the way from its floor to its plain peak."""
-    graph = coarsen(load_graph(GRAPHS / f"gpt2-{num_layers}.json.gz")).graph
+    """The graph with neighbours merged, and a budget at this share of the way from its floor to its plain peak."""
+    graph = merged(load_graph(GRAPHS / f"gpt2-{num_layers}.json.gz"))
     least, plain = floor(graph)[0], simulate(graph, keep_all(graph)).peak_bytes
     return graph, round(least + share * (plain - least))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ from tests.support.strategies import random_schedule, training_graphs
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_deleting_recomputes_keeps_the_count_of_a_new_simulation(data: st.DataObject) -> None:
-    graph = data.draw(training_graphs(max_forward=8))
+    graph = replace(data.draw(training_graphs(max_forward=8)), in_flight=data.draw(st.sampled_from((1, 1, 3))))
     draft = IncrementalSchedule(Simulator(graph), random_schedule(data.draw, graph).steps)
     assume(draft.again())
     deleted = 0

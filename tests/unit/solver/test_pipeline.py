@@ -17,7 +17,6 @@ from planner.graph.solution import Solution
 from planner.limits import Limits
 from planner.solver import pipeline, work
 from planner.solver.baselines import all_baselines
-from planner.solver.exhaustive import exhaustive
 from planner.solver.pipeline import BudgetSearch, Stage, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.search import Archive, Search
@@ -26,6 +25,7 @@ from planner.solver.stages import Progress
 from planner.solver.tuning import FIRST_SLICE, PATIENCE
 from planner.solver.work import Work, begin
 from tests.support import graphs
+from tests.support.exhaustive import exhaustive
 from tests.support.strategies import budgets, training_graphs
 
 BUDGET = 24
@@ -314,7 +314,6 @@ def clock(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 5, 10, 20, 40])
 def test_the_clock_ends_a_search_wherever_it_is(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "PIPELINE", pipeline.PIPELINE[1:])  # no exhaustive search
     for make in graphs.SMALL.values():
         graph = make()
         plain = simulate(graph, keep_all(graph)).peak_bytes

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
-from planner.solver.coarsen import coarsen
 from planner.solver.search import Archive, Search
 from planner.solver.work import Work
 from tests.support import graphs
@@ -122,21 +121,21 @@ def test_the_gap_is_that_between_the_best_and_the_bound(archive: Archive) -> Non
 @given(st.data())
 def test_what_was_made_to_fit_fits_and_is_in_the_archive(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=7))
-    budget_bytes, level = data.draw(budgets(graph)), coarsen(graph)
+    budget_bytes = data.draw(budgets(graph))
     search = Search(Archive(graph), budget_bytes)
-    steps = search.fit(list(range(len(level.graph.ops))), level, "a test", Work())
+    steps = search.fit(list(range(len(graph.ops))), "a test", Work())
     event(f"fits: {steps is not None}")
     if steps is None:
         return
-    assert simulate(level.graph, Schedule(tuple(steps))).peak_bytes <= budget_bytes
+    assert simulate(graph, Schedule(tuple(steps))).peak_bytes <= budget_bytes
     assert search.best is not None
-    assert search.best.timeline.time_ns <= simulate(level.graph, Schedule(tuple(steps))).time_ns
+    assert search.best.timeline.time_ns <= simulate(graph, Schedule(tuple(steps))).time_ns
 
 
 def test_without_work_and_for_what_is_far_off_nothing_is_made_to_fit() -> None:
     graph = graphs.chain()
-    plain, level = list(range(len(graph.ops))), coarsen(graph)
-    assert Search(Archive(graph), 23).fit(plain, level, "a test", Work()) is not None
-    assert Search(Archive(graph), 23).fit(plain, level, "a test", Work(0.0)) is None
-    assert Search(Archive(graph), 23).fit(plain, level, "a test", Work(), near=1.1) is None
-    assert Search(Archive(graph), 23).fit(plain, level, "a test", Work(), near=1.5) is not None
+    plain = list(range(len(graph.ops)))
+    assert Search(Archive(graph), 23).fit(plain, "a test", Work()) is not None
+    assert Search(Archive(graph), 23).fit(plain, "a test", Work(0.0)) is None
+    assert Search(Archive(graph), 23).fit(plain, "a test", Work(), near=1.1) is None
+    assert Search(Archive(graph), 23).fit(plain, "a test", Work(), near=1.5) is not None

@@ -19,22 +19,17 @@ from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.solver import pipeline
 from planner.solver.baselines import all_baselines
-from planner.solver.exhaustive import Rules, exhaustive
-from planner.solver.keepset import KeepSet
 from planner.solver.lazy import lazy_schedule
 from planner.solver.lifetimes import lifetimes
 from planner.solver.search import Archive
 from planner.solver.solve import Solver, floor, lowest_peak, solve
-from planner.solver.work import Work
 from tests.support import graphs
+from tests.support.exhaustive import Rules, exhaustive
 from tests.support.solvers import without_highs
 from tests.support.strategies import budgets, training_graphs
 
 EXACT = 1e-6
-TINY_OPS = 10
-"""Up to so many ops, every schedule is looked at."""
 SMALL = [pytest.param(make(), id=name) for name, make in graphs.SMALL.items()]
 
 
@@ -51,96 +46,33 @@ def attempt(graph: Graph, budget_bytes: int) -> Solution | None:
     return solution
 
 
-def kept_sets(graph: Graph, *, strict: bool) -> Iterator[Timeline]:
-    """The schedules of the program's class, one by one: a set of values is kept until its last use, every other one is
-    recomputed right before its first need and then kept until its last use.
-
-    Where an op runs again for one of its values, a kept sibling is replaced by a new instance, and the old one dies
-    early: a way to hold a value twice with nothing in between, which the program does not count on. `strict` leaves
-    those sets out.
-    """
+def kept_sets(graph: Graph) -> Iterator[Timeline]:
+    """Every set of values that are kept until their last use; every other value is recomputed right before its first need and
+    then kept until its last use."""
     names = lifetimes(graph).names
     for count in range(len(names) + 1):
         for kept in combinations(names, count):
-            schedule = lazy_schedule(graph, kept)
-            again = {schedule.steps[t] for t in schedule.recomputes()}
-            if not strict or not any(again.intersection([graph.producer[name]]) for name in kept):
-                yield simulate(graph, schedule)
+            yield simulate(graph, lazy_schedule(graph, kept))
 
 
-def cheapest_kept_set(graph: Graph, budget_bytes: int, *, strict: bool) -> float:
-    fitting = (timeline.time_ns for timeline in kept_sets(graph, strict=strict) if timeline.peak_bytes <= budget_bytes)
+def cheapest_kept_set(graph: Graph, budget_bytes: int) -> float:
+    fitting = (timeline.time_ns for timeline in kept_sets(graph) if timeline.peak_bytes <= budget_bytes)
     return min(fitting, default=math.inf)
-
-
-def of_program(program: KeepSet, budget_bytes: int, *, relax: bool = False, slice: float = math.inf) -> float:
-    """The time of the schedule that the program over kept sets ends with; a slice of work that is over is doubled."""
-    work = Work(slice)
-    for found in program.rounds(budget_bytes, work, gap=EXACT, relax=relax):
-        if found.schedule is not None and found.is_last:
-            timeline = simulate(program.graph, found.schedule)
-            assert (timeline.peak_bytes <= budget_bytes) == found.fits
-            return timeline.time_ns if timeline.peak_bytes <= budget_bytes else math.inf
-        if work.is_over:
-            slice *= 2  # a program in integers starts anew
-            work.until = work.meter.spent + slice
-    return math.inf
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_the_program_finds_the_optimum_of_its_class_and_solve_nothing_dearer(data: st.DataObject) -> None:
+def test_no_kept_set_that_fits_is_cheaper_than_the_plan(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(min_forward=5, max_forward=7))
     budget_bytes = data.draw(budgets(graph))
     assume(floor(graph)[0] <= budget_bytes)
-    assume(len(graph.ops) > TINY_OPS)
-    of_class = of_program(KeepSet(graph), budget_bytes)
-    best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
-    event(f"one optimum: {best == strictly_best}")
-    assert best <= of_class <= strictly_best
-    solution = attempt(graph, budget_bytes)
+    best, solution = cheapest_kept_set(graph, budget_bytes), attempt(graph, budget_bytes)
     found = math.inf if solution is None else simulate(graph, solution.schedule).time_ns
     event(f"recompute happens: {solution is not None and bool(solution.schedule.recomputes())}")
-    event(f"better than the class: {found < best}")
-    assert found <= strictly_best
+    event(f"better than every kept set: {found < best}")
+    assert found <= best
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_one_program_serves_many_budgets_cut_short_or_not(data: st.DataObject) -> None:
-    """Rows and copies of one budget stay for the next, and what is over the budget in one only is in no other's way."""
-    graph = data.draw(training_graphs(min_forward=4, max_forward=6))
-    program, asked = KeepSet(graph), data.draw(st.lists(budgets(graph), min_size=2, max_size=4))
-    slice = data.draw(st.sampled_from((math.inf, 2e-4)))
-    for budget_bytes in asked:
-        best, strictly_best = (cheapest_kept_set(graph, budget_bytes, strict=strict) for strict in (False, True))
-        assert best <= of_program(program, budget_bytes, relax=True)
-        found = of_program(program, budget_bytes, slice=slice)
-        event(f"recompute happens: {math.inf > found > sum(op.cost_ns for op in graph.ops)}")
-        assert best <= found <= strictly_best
-    event(f"copies: {program.num_copies}, cut short: {slice < math.inf}")
-
-
-@pytest.fixture
-def nothing_is_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small graphs are planned as large ones are."""
-    monkeypatch.setattr(pipeline, "PIPELINE", tuple(stage for stage in pipeline.PIPELINE if stage.name != "exhaustive"))
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_the_plan_of_a_tiny_graph_is_the_true_optimum(data: st.DataObject) -> None:
-    graph = data.draw(training_graphs(max_forward=5))
-    assume(len(graph.ops) <= TINY_OPS)
-    budget_bytes = data.draw(budgets(graph))
-    best, solution = exhaustive(graph, budget_bytes, Rules(backward_ops=False)), attempt(graph, budget_bytes)
-    assert (best is None) == (solution is None)
-    event(f"a plan: {best is not None}")
-    if best is not None and solution is not None:
-        assert simulate(graph, solution.schedule).time_ns == simulate(graph, best).time_ns
-
-
-@pytest.mark.usefixtures("nothing_is_tiny")
 def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
     """Counted, because search proves nothing: of every valid schedule that runs no backward op again, as no plan does.
 
@@ -324,7 +256,7 @@ def test_the_lowest_peak_can_be_met(data: st.DataObject) -> None:
     assert lowest >= floor(graph)[0]
     assert attempt(graph, lowest) is not None
     assert Solver(graph).lowest_peak() <= lowest
-    assert lowest <= min(timeline.peak_bytes for timeline in kept_sets(graph, strict=True)) + 1
+    assert lowest <= min(timeline.peak_bytes for timeline in kept_sets(graph)) + 1
 
 
 def test_a_budget_that_fits_everything_is_the_plain_step() -> None:
@@ -361,13 +293,11 @@ def test_the_large_output_of_a_normalisation_is_recomputed() -> None:
 def test_a_skip_is_dropped_between_its_two_ends() -> None:
     """The first value of a U is wanted at both ends. Dropped in between it fits 26 bytes, which keeping sets cannot do."""
     graph = graphs.skip()
-    assert cheapest_kept_set(graph, 26, strict=False) == math.inf
+    assert cheapest_kept_set(graph, 26) == math.inf
     solution = solve(graph, 26)
     assert 0 in [solution.schedule.steps[t] for t in solution.schedule.recomputes()]
-    assert solution.solver.startswith("exhaustive search")
 
 
-@pytest.mark.usefixtures("nothing_is_tiny")
 def test_a_small_graph_that_is_planned_as_a_large_one_meets_its_lowest_peak() -> None:
     for make in graphs.SMALL.values():
         graph = make()

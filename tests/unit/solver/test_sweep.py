@@ -12,7 +12,7 @@ from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
 from planner.limits import Limits
-from planner.solver import backend, problem
+from planner.solver import backend
 from planner.solver.baselines import all_baselines
 from planner.solver.solve import Solver, floor, sweep
 from tests.support import graphs
@@ -49,28 +49,22 @@ def spread(name: str, count: int) -> tuple[graphs.Graph, list[int]]:
     return graph, [low + (high - low) * (30 + 65 * n // count) // 100 for n in range(count)]
 
 
-def test_twenty_budgets_share_the_coarse_graph_and_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_budgets_share_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, asked = spread("vit-l", 20)
-    built, coarse = [], []
-    make, coarsen = backend.Model.__init__, problem.coarsen
+    built, make = [], backend.Model.__init__
     monkeypatch.setattr(backend.Model, "__init__", lambda self, program: (built.append(program), make(self, program))[1])
-    monkeypatch.setattr(problem, "coarsen", lambda graph: (coarse.append(graph), coarsen(graph))[1])
     found = Solver(graph).sweep(asked, Limits(effort=20.0))
     plans = [solution for solution in found.values() if isinstance(solution, Solution)]
     assert len(plans) == 20
     plain_ns = simulate(graph, keep_all(graph)).time_ns
     assert all(simulate(graph, plan.schedule).time_ns - plan.bound_ns <= 0.005 * plain_ns for plan in plans)
-    assert len(coarse) <= 1
     assert len(built) <= 16
 
 
-def test_what_a_sweep_found_helps_the_next_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_sweep_found_helps_the_next_budget() -> None:
     graph, asked = spread("unet-4", 4)
-    coarse, coarsen = [], problem.coarsen
-    monkeypatch.setattr(problem, "coarsen", lambda graph: (coarse.append(graph), coarsen(graph))[1])
     solver = Solver(graph)
     solver.sweep(asked[1:], Limits(effort=2.0))
-    assert len(coarse) == 1
     smaller = solver.archive.cheapest(asked[1])
     assert smaller is not None
     between = solver.solve((asked[1] + asked[2]) // 2, Limits(effort=0.0))

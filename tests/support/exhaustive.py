@@ -1,6 +1,6 @@
-"""Exact search on tiny graphs, the reference of the tests: shortest path over the sets of values that are alive.
+"""Exact search on tiny graphs, a reference: shortest path over the sets of values that are alive.
 
-Written without the program of keepset.py and without the simulator: it moves from state to state by
+Written without the programs of the solver and without the simulator: it moves from state to state by
 the rules of the language (planner/graph/simulate.py, first sentence of `simulate`).
 """
 
