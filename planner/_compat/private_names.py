@@ -19,6 +19,8 @@ from planner.errors import UnsupportedTorchError
 
 SUPPORTED_TORCH = ">=2.11,<2.16"
 """The releases that the tests have passed on, as in pyproject.toml."""
+READ_BY_TORCH = frozenset({"_wrapped_number"})
+"""Attributes that torch's C++ looks up on tensors while the user's Python code is what runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,11 @@ ATTRIBUTES = (
     Names("torch.UntypedStorage", ("_cdata",), lambda: torch.zeros(1).untyped_storage()),
     Names("torch._subclasses.fake_tensor.FakeTensorMode", ("cache_enabled", "dispatch"), _fake_mode),
     Names("torch.autograd.Function", ("maybe_clear_saved_tensors",)),
-    Names("torch.nn.Module", (*MODULE_STATE, *MODULE_HOOKS, "_compiled_call_impl", "_non_persistent_buffers_set"), nn.Module),
+    Names(
+        "torch.nn.Module",
+        (*MODULE_STATE, *MODULE_HOOKS, "_apply", "_compiled_call_impl", "_non_persistent_buffers_set"),
+        nn.Module,
+    ),
     Names("torch.fx.GraphModule", ("_graph",), lambda: fx.GraphModule({}, fx.Graph())),
     Names("torch._ops.OpOverload", ("_dispatch_cache", "_schema", "py_kernels"), lambda: torch.ops.aten.relu.default),
     Names("torch.library.Library", ("_destroy",)),

@@ -18,7 +18,8 @@ class IncrementalSchedule:
 
     Attributes:
         steps: op indices, -1 where a step was deleted.
-        live_bytes: per step, as `simulate` counts them; a hole holds what lives across it.
+        live_bytes: per step, as `simulate` counts them; what stands in a hole means nothing.
+        kept: per step, whether it is no hole.
     """
 
     def __init__(self, simulator: Simulator, steps: Sequence[int]) -> None:
@@ -26,6 +27,7 @@ class IncrementalSchedule:
         self._simulator = simulator
         self._run = simulator.run(steps)
         self.live_bytes = self._run.live_bytes.copy()
+        self.kept = np.ones(len(self.steps), dtype=bool)
         self._boundary = self.steps.index(simulator.last_forward) + 1 if simulator.last_forward >= 0 else 0
         self._offset = np.searchsorted(self._run.event_value, np.arange(len(simulator.names) + 1))
         self._events: dict[int, list[Event]] = {}
@@ -47,15 +49,14 @@ class IncrementalSchedule:
         """
         changed: dict[int, list[Event]] = {}
         holes = self._unravel(t, changed)
-        live = self.live_bytes.copy()
+        live, kept = self.live_bytes.copy(), self.kept.copy()
+        kept[list(holes)] = False
         for v, events in changed.items():
             self._hold(live, v, self._touches(v), -1)
             self._hold(live, v, events, +1)
-        for hole in holes:
-            live[hole] -= self._simulator.workspace[self.steps[hole]]
-        if budget_bytes is not None and int(live.max()) > budget_bytes:
+        if budget_bytes is not None and int(live[kept].max()) > budget_bytes:
             return False
-        self.live_bytes = live
+        self.live_bytes, self.kept = live, kept
         self._events.update(changed)
         self._again.difference_update(holes)
         for hole in holes:

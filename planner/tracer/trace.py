@@ -112,7 +112,9 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
         Exception: errors of the model and of torch, as they are; `options.modules.last_kernel` says where.
     """
     reads = options.recording.host.key.tensors
-    apart = {call.module for call in options.recording.calls.values()} | {m for r in reads for m in (r.module, r.place.module)}
+    opaque = {call.module for call in options.recording.calls.values()}
+    inside = {f"{name}.{inner}".strip(".") for name in opaque for inner, _ in options.model.get_submodule(name).named_modules()}
+    apart = inside | {name for read in reads for name in (read.module, read.place.module)}
     (module, exported), repeats = once.trace(options.model, apart, lambda units: _trace(options, tensors, units))
     assert module.found is not None
     return Trace(exported, module.names, module.found, repeats)

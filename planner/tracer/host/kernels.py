@@ -18,7 +18,7 @@ from planner._compat.tensors import storage_id
 from planner.errors import InputError
 from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone
-from planner.tracer.host.restorers import restore_tensors, same_bits
+from planner.tracer.host.restorers import form_of, memory_of, restore_tensors, same_bits, unguarded_of
 
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that return a tensor's value to Python: host reads."""
@@ -76,7 +76,7 @@ class RecordKernels(TorchDispatchMode):
     def new_run(self) -> Run:
         """Begin another run."""
         self.run, self._made = Run(), WeakValueDictionary()
-        self._at_start = {key: _memory(tensor) for key, (tensor, _) in self._data.items()}
+        self._at_start = {key: memory_of(tensor) for key, (tensor, _) in self._data.items()}
         return self.run
 
     def know(self, weights: Sequence[torch.Tensor], others: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
@@ -89,12 +89,12 @@ class RecordKernels(TorchDispatchMode):
     @property
     def has_swapped_data(self) -> bool:
         """The last run gave other memory to a tensor that was there before (`tensor.data = other`), or another form."""
-        return any(_memory(tensor) != self._at_start.get(key, _memory(data)) for key, (tensor, data) in self._data.items())
+        return any(memory_of(tensor) != self._at_start.get(key, memory_of(data)) for key, (tensor, data) in self._data.items())
 
     @property
     def has_unguarded_changes(self) -> bool:
         """A tensor from before the forward is lazily conjugated or negated now, or has another offset: guards miss that."""
-        return any(_unguarded(tensor) != _unguarded(data) for tensor, data in self._data.values())
+        return any(unguarded_of(tensor) != unguarded_of(data) for tensor, data in self._data.values())
 
     def restore_contents(self, *, forms: bool) -> None:
         """Put back what kernels wrote into tensors that were there before, and their memory.
@@ -104,7 +104,7 @@ class RecordKernels(TorchDispatchMode):
         """
         with torch.no_grad():
             for tensor, data in self._data.values():
-                if _memory(tensor) != _memory(data) and (forms or _form(tensor) == _form(data)):
+                if memory_of(tensor) != memory_of(data) and (forms or form_of(tensor) == form_of(data)):
                     tensor.data = data
             for tensor, required in reversed(self._flags):
                 if not tensor.is_leaf:  # a graph of ours was written into it
@@ -213,18 +213,6 @@ def graph_from_outside(name: str) -> InputError:
         "(one that an earlier call left, or another module's): a plan knows no gradient there. Hand it in as an "
         "argument, register it as a parameter, or keep it detached"
     )
-
-
-def _form(tensor: torch.Tensor) -> object:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-
-def _memory(tensor: torch.Tensor) -> object:
-    return storage_id(tensor), _form(tensor), _unguarded(tensor)
-
-
-def _unguarded(tensor: torch.Tensor) -> object:
-    return tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
 
 
 def _without_communication(func: Any, args: Any, kwargs: Any) -> Any:

@@ -19,13 +19,12 @@ from torch import nn
 from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
-from planner.tracer.faults import calls_users_code
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
-from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model
+from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
@@ -33,29 +32,12 @@ from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_p
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import OfMade, TensorReads, refuse_marked
-from planner.tracer.host.values import ABSENT, MODULE_STATE, is_code, is_foreign_class, members
+from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
 NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
 """All of the call's tensors are the user's own."""
-
-
-@calls_users_code
-def _plain_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Tensors among the attributes of a model's modules, and in the containers that these hold."""
-    held = [value for module in model.modules() for name, value in vars(module).items() if name not in MODULE_STATE]
-    found, seen = [], set[int]()
-    while held:
-        value = held.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple, dict)):
-            held += [item for _, item in members(value, lambda _, __: True)]
-    return found
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,7 @@ class Observer:
             self.preserved.keep(tensor)
         where = lambda: str(modules)
         self.kernels = RecordKernels(where, self.pause)
-        self.kernels.know([*model.parameters(), *model.buffers()], _plain_tensors(model), written)
+        self.kernels.know([*model.parameters(), *model.buffers()], plain_tensors(model), written)
         self.preserved.finally_do(lambda: self.kernels.restore_contents(forms=True))
         self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
         self.tensors = TensorReads(where, self.kernels.has_made, originals)

@@ -17,8 +17,18 @@ from planner._compat.dispatch import untraced
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, is_used_up
-from planner.tracer.host.restorers import content_of, restore_tensors, restorer
-from planner.tracer.host.values import ABSENT, attributes, is_code, is_foreign_class, is_object, items_of, own_class
+from planner.tracer.host.restorers import content_of, memory_of, restore_tensors, restorer
+from planner.tracer.host.values import (
+    ABSENT,
+    MODULE_STATE,
+    attributes,
+    is_code,
+    is_foreign_class,
+    is_object,
+    items_of,
+    members,
+    own_class,
+)
 
 
 class Preserved:
@@ -123,6 +133,38 @@ def contents_preserved(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         restore_tensors(contents)
 
 
+@contextlib.contextmanager
+def _memory_preserved(model: nn.Module) -> Iterator[None]:
+    """At exit, tensors of the model to which code gave other memory (`tensor.data = other`) have their own again."""
+    with untraced():
+        tensors = (*model.parameters(), *model.buffers(), *plain_tensors(model))
+        own = [(tensor, tensor.detach()) for tensor in tensors if tensor.layout is torch.strided]
+    try:
+        yield
+    finally:
+        with untraced(), torch.no_grad():
+            for tensor, data in own:
+                if memory_of(tensor) != memory_of(data):
+                    tensor.data = data
+
+
+@calls_users_code
+def plain_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Tensors among the attributes of a model's modules, and in the containers that these hold."""
+    held = [value for module in model.modules() for name, value in vars(module).items() if name not in MODULE_STATE]
+    found, seen = [], set[int]()
+    while held:
+        value = held.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            held += [item for _, item in members(value, lambda _, __: True)]
+    return found
+
+
 def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = ()) -> Preserved:
     """Remember a model's attributes, and the containers and objects that they, or `objects`, lead to."""
     names = {id(module): "" for module in model.modules()}
@@ -206,11 +248,12 @@ def model_preserved(
 ) -> Iterator[Preserved]:
     """At exit, restore what running a model may change: attributes, containers, objects in them, generators, `tensors`.
 
-    What is yielded says with `restore()` whether something of it was changed so far.
+    Tensors of the model get back the memory and form that they had. What is yielded says with `restore()` whether something
+    of it was changed so far.
     """
     preserved = keep_model(model, Preserved(guards_iterators=guards_iterators))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with Generators(device).preserved(), contents_preserved(tensors):
+    with Generators(device).preserved(), contents_preserved(tensors), _memory_preserved(model):
         try:
             yield preserved
         finally:

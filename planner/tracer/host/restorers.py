@@ -19,6 +19,7 @@ from torch import nn
 
 from planner._compat.dispatch import untraced
 from planner._compat.fake_tensors import FakeTensor
+from planner._compat.tensors import storage_id
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
@@ -47,6 +48,21 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
     return dense.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def form_of(tensor: torch.Tensor) -> object:
+    """What the form of a strided tensor is."""
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def unguarded_of(tensor: torch.Tensor) -> object:
+    """What guards do not compare of where a strided tensor is in its memory, and how it is read from there."""
+    return tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
+
+
+def memory_of(tensor: torch.Tensor) -> object:
+    """Which memory a strided tensor has, and how it is laid out there."""
+    return storage_id(tensor), form_of(tensor), unguarded_of(tensor)
 
 
 def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:

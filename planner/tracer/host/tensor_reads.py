@@ -8,6 +8,7 @@ and compared at each call. What tensors that the forward makes show is compared 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import types
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.fake_tensors import FakeTensor
+from planner._compat.private_names import READ_BY_TORCH
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike
-from planner.tracer.host.scopes import PACKAGE, is_library_code
+from planner.tracer.host.scopes import is_library_code
 from planner.tracer.host.tensor_places import LOST, TensorPlace, TensorRead
 from planner.tracer.host.values import ABSENT, members
 
@@ -58,10 +61,14 @@ _METHODS = frozenset(
     }
 )
 """Methods without arguments whose results count as read where they are looked up."""
-_FORM = frozenset(dir(torch.Tensor)) - _VALUES - _METHODS
+_FORM = frozenset(dir(torch.Tensor)) - _VALUES - _METHODS | READ_BY_TORCH
 """What follows from a tensor's form, which the key of a plan holds, or computes: not noted."""
 _OF_MADE = frozenset({"grad", "grad_fn", "is_leaf", "retains_grad", "_version", "_base", "storage_offset", "_is_view"})
 """What a traced tensor may show otherwise than the real one that the forward makes."""
+_READ_GRADIENTS = tuple(f"{package.__path__[0]}{os.sep}" for package in (torch.nn, torch.optim))
+"""Code of torch that acts on gradients."""
+_APPLY = nn.Module._apply.__code__
+"""Moves weights and their gradients (`module.to(...)`): the gradient decides about nothing but itself."""
 _EVERYTHING = Fingerprints({}, lambda _, name: True)
 _getter = torch.Tensor.__getattribute__
 _setter = torch.Tensor.__setattr__
@@ -250,7 +257,9 @@ class TensorReads:
 def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool]) -> None:
     """Raise CaptureError where a tensor that the forward made and returns has attributes: those of a plan have none."""
     for i, leaf in enumerate(outputs):
-        if isinstance(leaf, torch.Tensor) and (is_made(leaf) or leaf.grad_fn is not None) and vars(leaf):
+        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, FakeTensor):  # a fake one has attributes of torch's own
+            continue
+        if (is_made(leaf) or leaf.grad_fn is not None) and vars(leaf):
             raise CaptureError(
                 f"the model's forward sets the attribute {next(iter(vars(leaf)))} of its output {i}, which a plan would not "
                 "do: return the value beside the tensor"
@@ -315,9 +324,11 @@ def _answer(value: Any, name: str) -> Any:
 
 
 def _counts(name: str, frame: types.FrameType) -> bool:
-    """A read in this frame is the model's: of its own code, or of a gradient by torch's functions (clip_grad_norm_)."""
+    """A read in this frame is the model's: of its own code, or of a gradient by torch.nn's (clip_grad_norm_) or optimizers'."""
     code = frame.f_code
-    return not is_library_code(code) or (name == "grad" and not code.co_filename.startswith(PACKAGE))
+    if not is_library_code(code):
+        return True
+    return name == "grad" and code is not _APPLY and code.co_filename.startswith(_READ_GRADIENTS)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def candidates(model: nn.Module, apart: Collection[str]) -> dict[nn.Module, str]
     """Submodules that may be units, by name: those of one class in one container, none inside of another one.
 
     Args:
-        apart: submodules, or places in them, that no unit may contain: opaque ones, and those with Python state.
+        apart: submodules that no unit may be or contain: opaque ones and all in them, and those with Python state.
     """
     found: dict[nn.Module, str] = {}
     for name, container in model.named_modules():
@@ -73,9 +73,7 @@ def candidates(model: nn.Module, apart: Collection[str]) -> dict[nn.Module, str]
                 found[child] = place
     tied = _tied(model, found)
     return {
-        module: name
-        for module, name in found.items()
-        if name not in tied and not any(_inside(other, name) or _inside(name, other) for other in apart if other)
+        module: name for module, name in found.items() if name not in tied and not any(_inside(other, name) for other in apart)
     }
 
 

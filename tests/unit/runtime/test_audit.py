@@ -12,6 +12,7 @@ from planner.profiler.memory import logical_peak
 from planner.runtime.audit import is_due
 from planner.runtime.guards import call
 from planner.runtime.guards.host_state import HostStateGuard
+from planner.runtime.guards.library import LibraryGuard
 from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.host.fingerprint import Fingerprints
@@ -194,6 +195,7 @@ def test_what_is_never_the_same_is_no_accusation(planned, monkeypatch):
     honest = Fingerprints.of
     monkeypatch.setattr(Fingerprints, "of", lambda self, value: (honest(self, value), next(draws)))
     monkeypatch.setattr(HostStateGuard, "mismatch", lambda self, **_: None)
+    monkeypatch.setattr(LibraryGuard, "mismatch", lambda self: None)
     monkeypatch.setattr(call, "alike", lambda expected, now: True)
     planned.__dict__["num_runs"] = 1
     planned(X, power=2, mask=torch.zeros(2) > 0)  # digests differ from run to run: nothing can be said
