@@ -185,7 +185,10 @@ class _Model:
         return frees
 
     def add_memory(self, t: int, budget_bytes: int, frees: dict[int, list[tuple[Column, float]]]) -> None:
-        """U of stage t: carried in, plus what every run writes, less what the runs before it freed."""
+        """U of stage t: carried in, plus what every run writes, less what the runs before it freed.
+
+        Where op t holds less than is carried in, because it frees as it goes, U may exceed the budget at ops that do not run.
+        """
         graph = self.graph
         held = sum(graph.value[name].nbytes for name in graph.inputs)
         if t < graph.num_forward_ops:
@@ -198,9 +201,11 @@ class _Model:
         for (before, now), (k, i) in zip(pairwise(live), pairwise(slots), strict=True):
             gone = [(column, -size) for column, size in frees.get(k, [])]
             self.row([(before, 1), *gone, (self.runs[t, i], self._written(i)), (now, -1)], 0)
+        freed = max(0, -graph.ops[t].workspace_bytes)
         for column, i in zip(live, slots, strict=True):
-            workspace = graph.ops[i].workspace_bytes / self.byte_unit
-            self.row([(column, 1), (self.runs[t, i], workspace)], (budget_bytes - held) / self.byte_unit)
+            more = freed if i < t else 0
+            factor = (graph.ops[i].workspace_bytes + more) / self.byte_unit
+            self.row([(column, 1), (self.runs[t, i], factor)], (budget_bytes - held + more) / self.byte_unit)
 
     def _written(self, i: int) -> float:
         return sum(self.size(name) for name in self.graph.ops[i].writes)
