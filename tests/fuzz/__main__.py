@@ -18,14 +18,15 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=200, help="number of seeds")
     parser.add_argument("--shrink", action="store_true", help="make failing cases as small as possible (slow)")
     parser.add_argument("--lines", action="store_true", help="one line of JSON per case, in this process")
+    parser.add_argument("--units", action="store_true", help="plan every unit of a model on its own")
     given = parser.parse_args()
     if given.seed is not None:
-        return _one(given.seed, given.shrink)
+        return _one(given.seed, given.shrink, given.units)
     if given.lines:
-        print_lines(range(given.start, given.start + given.cases), shrink=given.shrink)
+        print_lines(range(given.start, given.start + given.cases), shrink=given.shrink, in_units=given.units)
         return 0
     results = []
-    for result in run_many(given.start, given.cases, shrink=given.shrink):
+    for result in run_many(given.start, given.cases, shrink=given.shrink, in_units=given.units):
         results.append(result)
         if result.failed or len(results) % 100 == 0:
             print(f"{len(results)}: seed {result.seed}: {result.verdict}", file=sys.stderr, flush=True)
@@ -33,14 +34,14 @@ def main() -> int:
     return int(any(result.failed for result in results))
 
 
-def _one(seed: int, shrink: bool) -> int:
+def _one(seed: int, shrink: bool, in_units: bool) -> int:
     case = case_of(seed)
     print("\n".join(case.features), "\n")
     try:
-        found = run_case(case)
+        found = run_case(case, in_units=in_units)
     except Different as error:
         if shrink:
-            case, error = smallest(case, error)
+            case, error = smallest(case, error, in_units=in_units)
         print(" + ".join(case.features), "\n")
         print(error)
         return 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.fuzz.generate import Case, case_of
 from tests.support.harness import Different, Outcome, outcome
+from tests.support.itself import by_units
 
 LIMIT_S = 60
 CHUNK = 200
@@ -31,13 +32,18 @@ class Result:
     benign: bool = False
 
 
-def run_case(case: Case) -> Outcome:
+def run_case(case: Case, *, in_units: bool = False) -> Outcome:
     """Train it both ways.
+
+    Args:
+        in_units: plan every unit of the model on its own (`plan_units`), instead of the whole model.
 
     Raises:
         Different: the outcome is not allowed; or a case made of what a plan must hold was refused, or ran unplanned.
     """
     program = case.program()
+    if in_units:
+        return outcome(program, budget=case.budget, make=by_units)
     found = outcome(program, budget=case.budget, measure=case.measured)
     if case.benign and (found.verdict != "same" or not all(found.planned)):
         reason = found.messages[0] if found.messages else f"planned: {found.planned}"
@@ -47,14 +53,14 @@ def run_case(case: Case) -> Outcome:
     return found
 
 
-def smallest(case: Case, error: Different) -> tuple[Case, Different]:
+def smallest(case: Case, error: Different, *, in_units: bool = False) -> tuple[Case, Different]:
     """Leave out piece after piece while the same kind of failure stays."""
     progress = True
     while progress:
         progress = False
         for smaller in case.smaller():
             try:
-                run_case(smaller)
+                run_case(smaller, in_units=in_units)
             except Different as again:
                 if again.kind == error.kind:
                     case, error, progress = smaller, again, True
@@ -64,7 +70,7 @@ def smallest(case: Case, error: Different) -> tuple[Case, Different]:
     return case, error
 
 
-def result_of(seed: int, *, shrink: bool = False) -> Result:
+def result_of(seed: int, *, shrink: bool = False, in_units: bool = False) -> Result:
     """Run the case of a seed."""
     case = case_of(seed)
 
@@ -74,13 +80,13 @@ def result_of(seed: int, *, shrink: bool = False) -> Result:
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(LIMIT_S)
     try:
-        found = run_case(case)
+        found = run_case(case, in_units=in_units)
         planned = bool(found.planned) and found.planned[0]
         return Result(seed, found.verdict, False, "; ".join(found.messages)[:200], tuple(case.features), planned, case.benign)
     except Different as error:
         if shrink:
             signal.alarm(LIMIT_S * 5)
-            case, error = smallest(case, error)
+            case, error = smallest(case, error, in_units=in_units)
         return Result(seed, error.kind, True, error.detail[:400], tuple(case.features), benign=case.benign)
     except Exception as error:
         return Result(seed, "the test itself", True, f"{type(error).__name__}: {error}"[:400], tuple(case.features))
@@ -88,14 +94,17 @@ def result_of(seed: int, *, shrink: bool = False) -> Result:
         signal.alarm(0)
 
 
-def run_many(first: int, count: int, *, shrink: bool = False) -> Iterator[Result]:
+def run_many(first: int, count: int, *, shrink: bool = False, in_units: bool = False) -> Iterator[Result]:
     """Results of consecutive seeds. Each process runs a few; one that dies is a result, too."""
     last = first + count
     while first < last:
         size = min(CHUNK, last - first)
         command = [sys.executable, "-m", "tests.fuzz", "--lines", "--start", str(first), "--cases", str(size)]
         child = subprocess.Popen(
-            [*command, *(["--shrink"] * shrink)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, *["--shrink"] * shrink, *["--units"] * in_units],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         done = 0
         for line in child.stdout or ():
@@ -110,10 +119,10 @@ def run_many(first: int, count: int, *, shrink: bool = False) -> Iterator[Result
         first += done
 
 
-def print_lines(seeds: Iterable[int], *, shrink: bool) -> None:
+def print_lines(seeds: Iterable[int], *, shrink: bool, in_units: bool = False) -> None:
     """One line of JSON per case, for `run_many`."""
     for seed in seeds:
-        print(json.dumps(asdict(result_of(seed, shrink=shrink))), flush=True)
+        print(json.dumps(asdict(result_of(seed, shrink=shrink, in_units=in_units))), flush=True)
 
 
 def summary(results: list[Result]) -> str:

@@ -9,12 +9,16 @@ from tests.support.itself import itself
 
 FIRST, COUNT, EACH = 0, 120, 20
 MANY = 2_000
+FIRST_IN_UNITS, COUNT_IN_UNITS = 29, 12
+MANY_IN_UNITS = 400
 
 
-def check(first: int, count: int) -> list[Result]:
+def check(first: int, count: int, *, in_units: bool = False) -> list[Result]:
     """Run consecutive seeds; every failure is told, with how to repeat it."""
-    results = [result_of(seed) for seed in range(first, first + count)]
-    failed = [f"python -m tests.fuzz --seed {r.seed}: {r.verdict}: {r.detail}" for r in results if r.failed]
+    results = [result_of(seed, in_units=in_units) for seed in range(first, first + count)]
+    failed = [
+        f"python -m tests.fuzz{' --units' * in_units} --seed {r.seed}: {r.verdict}: {r.detail}" for r in results if r.failed
+    ]
     assert not failed, "\n".join([f"{len(failed)} of seeds {first} to {first + count - 1}", *failed])
     planned = sum(result.first_planned for result in results)
     assert planned >= count * 0.3, f"seeds {first} to {first + count - 1}: only {planned} of {count} ran planned"
@@ -30,6 +34,17 @@ def test_random_models(first):
 @pytest.mark.parametrize("first", range(100_000, 100_000 + MANY, 100))
 def test_many_random_models(first):
     check(first, 100)
+
+
+@pytest.mark.parametrize("first", range(FIRST_IN_UNITS, FIRST_IN_UNITS + COUNT_IN_UNITS, 4))
+def test_random_models_in_units(first):
+    check(first, 4, in_units=True)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("first", range(200_000, 200_000 + MANY_IN_UNITS, 40))
+def test_many_random_models_in_units(first):
+    check(first, 40, in_units=True)
 
 
 def test_cases_are_reproducible_and_varied():
