@@ -183,12 +183,15 @@ def _add(
     for kind in kinds:
         different = kind.difference(module, call, used) if type(module) is type(kind.captured.model) else "another class"
         if not different:
+            _check_inputs(trial, name, kind)
             kind.members.append(name)
             PLANNER.info("%s: the same as %s", name, kind.members[0])
             return
         PLANNER.debug("%s: not the same as %s: %s", name, kind.members[0], different)
     step = _captured(module, call, used, trial.device, options)
-    kinds.append(UnitKind(step, *costs(step), call, used, [name]))
+    kind = UnitKind(step, *costs(step), call, used, [name])
+    _check_inputs(trial, name, kind)
+    kinds.append(kind)
     PLANNER.info("%s: captured by itself", name)
 
 
@@ -201,6 +204,27 @@ def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in others]
     if shared:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
+    inside = lambda user: user == name or user.startswith(f"{name}.")
+    for weight, users in trial.weight_users.items():
+        outside = [user for user in users if not inside(user)]
+        if inside(weight.rpartition(".")[0]) and outside:
+            raise CaptureError(
+                f"its {weight.removeprefix(f'{name}.')} is also used by the forward of {outside[0] or 'the model'}, and the "
+                "order in which gradients add up would change"
+            )
+
+
+def _check_inputs(trial: Trial, name: str, kind: UnitKind) -> None:
+    """Raise CaptureError where a unit uses an input several times, and code after it does, too."""
+    executable = kind.made(keep_all(kind.graph))[2]
+    if executable is None:
+        return
+    for i in sorted(trial.used_later[name]):
+        if any(executable.inputs[k] == f"input {i}" for k in executable.summed - executable.separated):
+            raise CaptureError(
+                f"it uses its input {i} several times, which is used again after it, and the order in which gradients add up "
+                "would change"
+            )
 
 
 def _captured(

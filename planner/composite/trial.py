@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
 from planner.composite.training_step import Autocast, TrainingStep
+from planner.composite.uses import Uses
 from planner.errors import CaptureError, InputError, MismatchError, PlannerError
 from planner.graph.outer import MeasuredSection
 from planner.profiler.marks import Mark, marked_sections
@@ -76,6 +77,8 @@ class Trial:
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.used: dict[str, dict[int, Strides]] = {}
+        self.weight_users: Mapping[str, set[str]] = {}
+        self.used_later: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
@@ -117,6 +120,12 @@ class Trial:
         except MismatchError as error:
             name = next(name for name, module in modules.items() if module.num_unplanned_calls)
             raise CaptureError(f"leave {name} out of the units: in a further step, the model calls it otherwise") from error
+        except Exception as error:
+            if isinstance(error, PlannerError) or not concerns_model(error):
+                raise
+            raise CaptureError(
+                f"correct the model, or plan a submodule of it: a further step {own_words(error)}; the first one did not"
+            ) from error
         finally:
             for module in modules.values():
                 uninstall(module.original)
@@ -155,9 +164,15 @@ class Trial:
         return self.step.resident_bytes
 
     def _observe(self) -> None:
-        """Run a step to see how often each submodule is called, and the strides of the gradients of what it returns."""
+        """Run a step: how often submodules are called, strides of their outputs' gradients, others' uses of their tensors."""
+
+        uses = Uses(self.model)
+
+        def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            return uses.enter(name, args, kwargs)
 
         def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
+            uses.leave()
             self.calls[name] += 1
             self.used[name] = {}
             leaves, spec = pytree.tree_flatten(out)
@@ -171,12 +186,14 @@ class Trial:
         with self.untouched(), torch.autograd.graph.save_on_cpu():
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
+            hooks += [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in named]
             try:
-                with self._observer.remembering():
+                with self._observer.remembering(), uses:
                     self.step.run()
             finally:
                 for hook in hooks:
                     hook.remove()
+        self.weight_users, self.used_later = uses.of_weights, uses.later
 
     def record(self, names: Sequence[str]) -> dict[str, Call]:
         """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""

@@ -19,6 +19,7 @@ from planner.graph.graph import Graph, Kind
 from planner.graph.schedule import Schedule, check
 from planner.kernels import custom
 from planner.kernels.batch_norm import unread_in_recompute, updates_statistics
+from planner.rewriter.sums import separable
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed
 from planner.tracer.storage import Storages, items
@@ -47,6 +48,7 @@ class PartitionedStep:
         spare: names of further inputs, from which another backward may recompute more.
         stage_ends: where the schedule ends stages of the backward: numbers of leading nodes of `backward`; empty where it does
             not say.
+        separable: names of the gradients whose terms can be returned one by one; see rewriter/sums.py.
     """
 
     forward: fx.Graph
@@ -59,6 +61,7 @@ class PartitionedStep:
     exposed: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
     stage_ends: tuple[int, ...] = ()
+    separable: tuple[str, ...] = ()
 
 
 def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep:
@@ -116,8 +119,19 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep
     mutated = {given.node for given in joint.inputs if given.mutated}
     spare = tuple(n for n in given_before if storages.root[nodes[n]] in reread and n not in {*saved_inputs, *mutated})
     handed = tuple(int(given.key) for given in output_gradients)
-    graphs = before.out, after.out
-    return PartitionedStep(*graphs, saved, saved_inputs, handed, aliased, tuple(roots), exposed, spare, after.stage_ends)
+    return PartitionedStep(
+        before.out,
+        after.out,
+        saved,
+        saved_inputs,
+        handed,
+        aliased,
+        tuple(roots),
+        exposed,
+        spare,
+        after.stage_ends,
+        separable(joint, graph, schedule),
+    )
 
 
 def _exposed(graph: Graph, saved: Sequence[str], results: Collection[str]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from planner.runtime.backward_checks import (
     check_views,
     check_visited,
     modified_in_place,
+    watch_sums,
     written_activations,
 )
 from planner.runtime.backward_key import BackwardKey, backward_key
@@ -149,6 +150,7 @@ class _Forward(torch.autograd.Function):
         this.complete = []
         grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
         check_visited(ctx, executable, 0, grads)
+        watch_sums(ctx, executable, 0, grads, is_other=other is not None)
         token = torch.empty(0, device=executable.device) if ctx.has_token else None
         return (None, token, *grads)
 
@@ -163,8 +165,10 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
         this: StepRun = ctx.run
         alive, this.alive = this.alive, []
-        grads = this.complete.pop(0) if this.complete else _run_stage(this, ctx.stage, alive)
+        is_other = bool(this.complete)
+        grads = this.complete.pop(0) if is_other else _run_stage(this, ctx.stage, alive)
         check_visited(ctx, this.executable, ctx.stage, grads)
+        watch_sums(ctx, this.executable, ctx.stage, grads, is_other=is_other)
         return (None, None, torch.empty(0, device=this.executable.device) if ctx.has_token else None, *grads)
 
 
@@ -178,7 +182,7 @@ def _find(
         edges = [edge for edge, _ in node.next_functions][int(node.has_token) :]
         leaves |= {i: edge is None or hasattr(edge, "variable") for i, edge in zip(positions, edges, strict=True)}
         node = later
-    return this.backwards.find(key, gradients, written, tuple(leaves[i] for i in sorted(leaves)))
+    return this.backwards.find(key, gradients, written, tuple(leaves[i] for i in range(this.executable.num_gradients)))
 
 
 def _saved(ctx: Any, executable: Executable, backwards: BackwardFinder) -> list[torch.Tensor]:
@@ -215,7 +219,6 @@ def _run_other(this: StepRun, other: OtherBackward, alive: list[torch.Tensor]) -
         results = other.run(alive)
     this.alive = []
     this.complete = [
-        tuple(None if (at := other.gradients[i]) is None else results[at] for i in stage)
-        for stage in executable.stage_gradients
+        tuple(None if (at := other.position(i)) is None else results[at] for i in stage) for stage in executable.stage_gradients
     ]
     return this.complete.pop(0)

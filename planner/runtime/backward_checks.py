@@ -114,7 +114,7 @@ def check_unreached_inputs(ctx: Any, executable: Executable, other: OtherBackwar
         return
     for stage, positions in enumerate(executable.stage_gradients):
         later = ctx.next_functions[0][0] if ctx.has_token else None
-        check_visited(ctx, executable, stage, [other.gradients[i] for i in positions])
+        check_visited(ctx, executable, stage, [other.position(i) for i in positions])
         ctx = later
 
 
@@ -134,8 +134,9 @@ def check_visited(ctx: Any, executable: Executable, stage: int, gradients: Seque
     if not any(gradient is None for gradient in gradients):
         return
     edges = [edge for edge, _ in ctx.next_functions][int(ctx.has_token) :]
-    for position, gradient, edge in zip(executable.owners[stage], gradients, edges, strict=True):
-        if gradient is not None or edge is None:
+    positions = executable.stage_gradients[stage]
+    for position, i, gradient, edge in zip(executable.owners[stage], positions, gradients, edges, strict=True):
+        if gradient is not None or edge is None or i >= executable.num_gradients:
             continue
         leaf = getattr(edge, "variable", None)
         why = "was computed by an earlier step" if leaf is None else "has a tensor hook" if leaf._backward_hooks else ""
@@ -144,3 +145,43 @@ def check_visited(ctx: Any, executable: Executable, stage: int, gradients: Seque
                 f"this backward does not reach {executable.inputs[position]}, which {why}: eager would leave it alone, a "
                 "planned module cannot. Use the original model for this step"
             )
+
+
+def watch_sums(
+    ctx: Any, executable: Executable, stage: int, gradients: Sequence[torch.Tensor | None], *, is_other: bool
+) -> None:
+    """Refuse, when autograd hands it on, the gradient of an input that the plan uses several times and others have used later.
+
+    Eager adds up one use after the other, last use first, and floating-point sums depend on the order. A planned backward
+    returns the sum over its own uses, so what autograd has before (of later uses) comes to it as one term more. Autograd adds
+    in place, so the memory says whose gradient was the first.
+
+    Args:
+        ctx: the autograd node of the stage.
+        gradients: one per input of the stage.
+        is_other: an OtherBackward has computed them, which returns no terms.
+    """
+    summed = executable.summed if is_other else executable.summed - executable.separated
+    if not summed:
+        return
+    edges = ctx.next_functions[int(ctx.has_token) :]
+    for position, gradient, (node, i) in zip(executable.owners[stage], gradients, edges, strict=True):
+        if position in summed and gradient is not None and node is not None:
+            leaf = getattr(node, "variable", None)
+            if leaf is None or not leaf._backward_hooks:  # which may return another tensor
+                _watch_sum(node, i, gradient.data_ptr(), executable.inputs[position])
+
+
+def _watch_sum(node: Any, i: int, address: int, name: str) -> None:
+    def check(gradients: Sequence[torch.Tensor | None]) -> None:
+        handle.remove()
+        found = gradients[i]
+        if found is not None and found.data_ptr() != address:
+            raise BackwardError(
+                f"call backward() once for each call, or plan one module whose forward does all of it: {name} is used several "
+                "times in a planned call, and used again after it (by another call, or by the loss) within one backward. Eager "
+                "adds up these gradients one by one, and a plan's come as one sum, so the bits would differ. Gradients that "
+                "were accumulated so far are incomplete: clear them"
+            )
+
+    handle = node.register_prehook(check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from operator import getitem, itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from planner.graph.graph import Kind
 from planner.kernels import custom
 from planner.rewriter.compiled import CompiledGraph
 from planner.rewriter.stages import cut_stages
+from planner.rewriter.sums import is_sum, separated
 from planner.runtime.executable import Boxed, Executable
 from planner.runtime.step import RewrittenStep
 from planner.tracer.casts import is_cast
@@ -33,9 +34,11 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
     compiled_for = joint.device if step.is_compiled else None
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     position = {given.node: i for i, given in enumerate(inputs)}
-    owned = [position[given.node] for given, _ in joint.gradients]
-    owners = [given.node.replace(".", "_") for given, _ in joint.gradients]
-    stages = cut_stages(backward, step.num_stages, owners, partitioned.stage_ends)
+    terms = separated(backward, partitioned.separable, partitioned.stage_ends)
+    of = [*joint.gradients, *(joint.gradients[i] for i in terms.owners)]
+    owned = [position[given.node] for given, _ in of]
+    owners = [given.node.replace(".", "_") for given, _ in of]
+    stages = cut_stages(terms.graph, step.num_stages, owners, terms.ends)
     nodes = {node.name: node for node in joint.graph.nodes}
     leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Executable(
@@ -50,6 +53,7 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
         swaps=tuple(any(node.target is custom.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
         stage_gradients=tuple(stage.gradients for stage in stages),
+        num_gradients=len(joint.gradients),
         inputs=tuple(f"input {given.key}" if given.kind is Kind.INPUT else str(given.key) for given in inputs),
         key=step.backward_key,
         spare=tuple(position[name] for name in partitioned.spare),
@@ -58,9 +62,19 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
             for given, _ in joint.gradients
             if given.kind is Kind.PARAM and is_cast(nodes[given.node], joint.opaque_calls)
         ),
+        summed=frozenset(position[given.node] for given, name in joint.gradients if _is_sum(nodes[name])),
+        separated=frozenset(owned[i] for i in terms.owners),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         **_saved_fields(step, inputs, position),
     )
+
+
+def _is_sum(gradient: fx.Node) -> bool:
+    """The gradient is that of several uses, which have been added up."""
+    if gradient.target is getitem and gradient.args[0].target is custom.opaque_backward:  # type: ignore[union-attr]
+        call, i = gradient.args
+        return call.args[-1][i] is not None  # type: ignore[union-attr,index]
+    return is_sum(gradient)
 
 
 def _saved_fields(step: RewrittenStep, inputs: Sequence[Input], position: Mapping[str, int]) -> dict[str, Any]:

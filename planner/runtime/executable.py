@@ -36,7 +36,9 @@ class Executable:
         names: per result, its name in errors.
         swaps: per stage: it recomputes under an earlier state of the random generator.
         device: where the step runs.
-        stage_gradients: per stage, positions of its gradients among the joint graph's.
+        stage_gradients: per stage, positions of its gradients among the joint graph's; from `num_gradients` on further terms of
+            these, see rewriter/sums.py.
+        num_gradients: of the joint graph.
         inputs: names of the inputs in errors.
         call_inputs: positions of the checked inputs that belong to the call instead of the model.
         key: the gradients that the stages are right for.
@@ -49,6 +51,8 @@ class Executable:
         spare: positions of inputs that the planned backward does not read but another backward may recompute from.
         views: positions of the results that are views in eager.
         cast: positions of the trained weights that autocast casts.
+        summed: positions of the inputs whose gradient is a sum over several uses.
+        separated: those of them whose terms the stages return one by one.
     """
 
     forward: Boxed
@@ -67,6 +71,7 @@ class Executable:
     swaps: tuple[bool, ...]
     device: torch.device
     stage_gradients: tuple[tuple[int, ...], ...]
+    num_gradients: int
     inputs: tuple[str, ...]
     call_inputs: tuple[int, ...]
     key: BackwardKey
@@ -76,6 +81,8 @@ class Executable:
     spare: tuple[int, ...] = ()
     views: tuple[int, ...] = ()
     cast: tuple[int, ...] = ()
+    summed: frozenset[int] = frozenset()
+    separated: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +104,7 @@ class OtherBackward:
     gradients: tuple[int | None, ...]
     swaps: bool
     peak_bytes: int
+
+    def position(self, i: int) -> int | None:
+        """Position here of a stage's gradient; further terms of sums, which have none, come with the first."""
+        return self.gradients[i] if i < len(self.gradients) else None

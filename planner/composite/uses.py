@@ -1,0 +1,85 @@
+"""What code around a unit does with tensors that the unit uses, too: its weights, and its inputs after its call.
+
+Autograd adds up the gradients of several uses one by one, the last use first. A planned unit returns the sum over its own uses,
+so that a sum over others' uses as well may have other bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner._compat import pytree
+from planner._compat.backward_state import in_backward
+from planner._compat.dispatch import TorchDispatchMode
+from planner._compat.tensors import storage_id
+
+
+class Uses(TorchDispatchMode):
+    """While entered, notes which submodules' code uses each parameter, and which of their inputs are used after them.
+
+    Attributes:
+        of_weights: by a parameter's name, names of the submodules whose own code uses it where its gradient is needed.
+        later: by a submodule's name, positions of those among the tensors of its call that are used again after it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.of_weights: dict[str, set[str]] = {}
+        self.later: dict[str, set[int]] = {}
+        self._weights = {storage_id(p): name for name, p in model.named_parameters() if p.layout is torch.strided}
+        self._casts: list[torch.Tensor] = []  # alive, so that no other tensor gets their memory
+        self._inside = [""]
+
+    def enter(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """A submodule is called: what to call it with instead."""
+        self._inside.append(name)
+        self.later[name] = set()
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        views: dict[int, torch.Tensor] = {}
+        i = -1
+        for k, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                i += 1
+                if leaf.requires_grad and id(leaf) not in views:
+                    views[id(leaf)] = self._watched(leaf, name, i)
+                leaves[k] = views.get(id(leaf), leaf)
+        found: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
+        return found
+
+    def leave(self) -> None:
+        """It returned."""
+        self._inside.pop()
+
+    def _watched(self, tensor: torch.Tensor, name: str, i: int) -> torch.Tensor:
+        """A view for the submodule alone. Autograd adds in place: the first gradient's memory holds the sum."""
+        view = tensor.view_as(tensor)
+        first: list[int] = []
+        view.register_hook(lambda gradient: first.append(gradient.data_ptr()))
+
+        def all_of_it(gradient: torch.Tensor) -> None:
+            if first and gradient.data_ptr() != first[0]:
+                self.later[name].add(i)
+
+        tensor.register_hook(all_of_it)
+        return view
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled() and not in_backward() and func is not torch.ops.aten.detach.default:
+            for tensor in pytree.tree_leaves((args, kwargs)):
+                name = self._weight(tensor)
+                if name is not None:
+                    self.of_weights.setdefault(name, set()).add(self._inside[-1])
+                    if func is torch.ops.aten._to_copy.default:  # autocast's, which all uses share
+                        self._weights[storage_id(out)] = name
+                        self._casts.append(out)
+        return out
+
+    def _weight(self, tensor: Any) -> str | None:
+        if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad or tensor.layout is not torch.strided:
+            return None
+        return self._weights.get(storage_id(tensor))

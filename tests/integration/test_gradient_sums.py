@@ -1,0 +1,175 @@
+"""Tensors that a planned call uses several times, and the caller as well: autograd adds up one use after the other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from planner import BackwardError, CaptureError, plan, plan_units
+from planner.profiler.memory import logical_peak
+
+X = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+
+
+class Uses(nn.Module):
+    """Uses one weight, and its input, this many times."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.a, self.b, self.count = nn.Linear(32, 32, bias=False), nn.Linear(32, 32), count
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.b(x))
+        for _ in range(self.count):
+            h = torch.tanh(F.linear(h, self.a.weight)) * x
+        return h.square().mean()
+
+
+CALLER = {
+    "penalty after": lambda call, net, x: call(x) + 0.01 * net.a.weight.pow(2).sum(),
+    "penalty before": lambda call, net, x: 0.01 * net.a.weight.pow(2).sum() + call(x),
+    "linear after": lambda call, net, x: call(x) + F.linear(x, net.a.weight).sin().mean(),
+    "called twice": lambda call, net, x: call(x) + call(x * 0.5),
+    "input after": lambda call, net, x: call(x) + x.sin().mean(),
+    "all of it": lambda call, net, x: call(x) + call(x.cos()) + x.sin().mean() + net.a.weight.norm(),
+}
+
+
+def gradients(call: nn.Module, net: Uses, how: str, *, is_leaf: bool) -> list[torch.Tensor]:
+    found = []
+    for i in range(2):
+        net.zero_grad()
+        given = (X + i).requires_grad_()
+        x = given if is_leaf else given * 1.5
+        CALLER[how](call, net, x).backward()
+        found += [given.grad, *(p.grad.clone() for p in net.parameters())]
+    return found
+
+
+@pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "computed"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("how", CALLER)
+def test_uses_by_the_caller(how, count, is_leaf):
+    torch.manual_seed(0)
+    net = Uses(count)
+    plain = copy.deepcopy(net)
+    x = X.clone().requires_grad_()
+    planned = plan(net, 1.0, (x if is_leaf else x * 1.5,), progress=False, costs="estimate")
+    expected = gradients(plain, plain, how, is_leaf=is_leaf)
+    try:
+        found = gradients(planned, net, how, is_leaf=is_leaf)
+    except BackwardError as error:
+        assert "adds up these gradients one by one" in str(error)
+        assert count > 1  # what one use contributes is a sum of its own already
+        return
+    assert planned.num_unplanned_calls == 0
+    assert all(map(torch.equal, expected, found))
+
+
+def test_terms_that_are_returned_one_by_one_need_no_more_memory_than_planned():
+    torch.manual_seed(0)
+    net = Uses(2)
+    planned = plan(net, 0.9, (X,), progress=False)
+    assert len(planned.executable.separated) == 1
+
+    def step():
+        planned(X).backward()
+
+    step()
+    planned.zero_grad(set_to_none=True)
+    peak = planned.plan.graph.resident_bytes + logical_peak(step, torch.device("cpu"))
+    assert peak <= planned.plan.peak_bytes
+
+
+def test_a_hook_of_the_weight_gets_the_whole_sum():
+    torch.manual_seed(0)
+    net = Uses(2)
+    plain, seen = copy.deepcopy(net), []
+    for module in (plain, net):
+        module.a.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    planned = plan(net, 1.0, (X,), progress=False, costs="estimate")
+    seen.clear()
+    for call, model in ((plain, plain), (planned, net)):
+        (call(X) + model.a.weight.pow(2).sum()).backward()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    assert torch.equal(plain.a.weight.grad, net.a.weight.grad)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(torch.tanh(self.a(x)))
+
+
+class Around(nn.Module):
+    """Code around blocks that uses what they use."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks, self.head, self.how = nn.ModuleList(Block() for _ in range(3)), nn.Linear(32, 1), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for block in self.blocks:
+            kept.append(x)
+            x = block(x)
+        if self.how == "skips":
+            x = x + torch.stack(kept).sin().sum(0)
+        if self.how == "a block's weight":
+            x = torch.tanh(F.linear(x, self.blocks[1].a.weight))
+        if self.how == "a block's weight, without gradients":
+            x = x / self.blocks[1].a.weight.detach().norm()
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [
+        ("nothing", ()),
+        ("skips", ()),
+        ("a block's weight", ("blocks.1.a",)),
+        ("a block's weight, without gradients", ()),
+    ],
+)
+def test_units(how, left, autocast):
+    torch.manual_seed(0)
+    net = Around(how)
+    plain, found = copy.deepcopy(net), []
+    for model in (plain, net):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            planned = plan_units(net, 1.0, (X,), progress=False, costs="estimate") if model is net else None
+        for i in range(2):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(X + i)
+            loss.backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+        if planned is not None:
+            assert tuple(planned.plan.left) == left
+    for expected, own in zip(found[:2], found[2:], strict=True):
+        assert all(map(torch.equal, expected, own))
+
+
+class CarriesAGraph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.state = nn.Sequential(Block(), Block()), torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.blocks(x) + self.state
+        self.state = h.mean()
+        return h.square().mean()
+
+
+def test_a_model_whose_second_step_fails_is_refused_with_its_own_words():
+    with pytest.raises(CaptureError, match="a further step raises RuntimeError: Trying to backward through the graph a second"):
+        plan_units(CarriesAGraph(), 1.0, (X,), progress=False, costs="estimate")
