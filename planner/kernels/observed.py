@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from planner._compat import pytree
 from planner.kernels.calls import call_key, tensors_in
 
 TRACED = "planner_call"
@@ -111,7 +112,7 @@ def as_observed(
 
     def replaced(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return type(value)(map(replaced, value))
+            return pytree.like(value, map(replaced, value))
         if not isinstance(value, torch.Tensor):
             return value
         layout = next(rest)

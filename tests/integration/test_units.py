@@ -276,3 +276,27 @@ def test_plan_children_is_the_former_name():
     assert any("forward" in vars(module) for module in model.modules())
     uninstall(model)
     unplan(model)
+
+
+class NormalizedFirst(nn.Module):
+    """A layer norm whose results have other strides than their fakes: under autocast, of a transposed gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.norm(self.a(x)))).transpose(1, 2)
+
+
+def test_a_kernel_with_a_named_tuple_of_results_that_are_not_laid_out_as_their_fakes():
+    model, x = NormalizedFirst(), torch.randn(4, 5, 8)
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan_units(model, 1.0, (x,), **QUICK)
+        outs = [module(x) for module in (model, twin)]
+    assert torch.equal(*outs)
+    for module, out in zip((model, twin), outs, strict=True):
+        out.float().sum().backward()
+        assert module.a.weight.grad is not None
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat import pytree
 from planner._compat.private_names import MODULE_STATE
 from planner.tracer.faults import calls_users_code
 
@@ -238,7 +239,7 @@ def with_member(value: Any, step: PathStep, new: Any) -> Any:
         return value
     if kind == "item" and isinstance(value, tuple):
         items = [*value[:key], new, *value[key + 1 :]]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return pytree.like(value, items)
     if kind == "cell":
         value.__closure__[key].cell_contents = new
         return value
@@ -277,7 +278,7 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return leaf(value)
     if isinstance(value, tuple):
         items = [rebuilt(item, leaf) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return pytree.like(value, items)
     made = copy.copy(value)
     if isinstance(value, (list, deque)):
         for i, item in items_of(value):

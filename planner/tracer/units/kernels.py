@@ -185,7 +185,7 @@ class Recording(_Watching):
 
     def _noted(self, value: Any, number: int, counter: Iterator[int]) -> Any:
         if isinstance(value, (tuple, list)):
-            return type(value)(self._noted(item, number, counter) for item in value)
+            return pytree.like(value, (self._noted(item, number, counter) for item in value))
         if not isinstance(value, torch.Tensor):
             return value
         if value in self.places:
