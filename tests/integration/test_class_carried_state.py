@@ -273,11 +273,13 @@ NUMBERS = [
 """What is no tensor and changes from call to call: refused by name, or run as it is in a submodule."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", TENSORS, ids=ids(TENSORS))
 def test_tensors_are_carried(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", sampled(TENSORS))
 def test_tensors_are_carried_in_a_submodule(of):
     check(inside(of))

@@ -132,6 +132,7 @@ def arguments():
     return made
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", unexpected(), ids=ids(unexpected()))
 def test_a_guard_that_raises_is_a_mismatch(of):
     check(of)
@@ -269,6 +270,7 @@ def installable(before):
     return Program("installed", text, init, "G = 2.0", steps=(Step(before=before),)).load()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("when", ["after install", "between plan and install"])
 @pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
 def test_a_change_before_the_first_installed_call_is_seen(change, when):

@@ -114,6 +114,7 @@ def changed_modules():
     ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", SCALED, ids=ids(SCALED))
 def test_a_changed_setting_is_noticed(of):
     check(of)
@@ -124,6 +125,7 @@ def test_a_changed_setting_of_a_submodule_is_noticed(of):
     check(inside(of))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", [*TYPED, *USED], ids=ids([*TYPED, *USED]))
 def test_whatever_a_setting_is_used_for(of):
     check(of)

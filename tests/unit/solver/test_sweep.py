@@ -80,7 +80,7 @@ def test_the_table_names_the_change_from_row_to_row() -> None:
     assert "for this backward order at these costs" in text
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=7)
 @given(st.data())
 def test_the_lowest_peak_is_not_above_what_people_do_today(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=6))

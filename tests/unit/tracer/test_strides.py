@@ -82,6 +82,7 @@ class Frozen(nn.Module):
         return F.batch_norm(x, self.mean, self.var, self.weight, None, training=False)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_on_permuted_inputs_train_bit_exactly(name: str) -> None:
     torch.manual_seed(0)
@@ -114,6 +115,7 @@ NORMS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_in_mixed_precision_memory_is_as_predicted(name: str, dtype: torch.dtype) -> None:
