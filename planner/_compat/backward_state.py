@@ -8,9 +8,14 @@ import torch
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 
+def backward_id() -> int:
+    """A number of the backward that autograd's engine runs in this thread; -1 where it runs none."""
+    return int(torch._C._current_graph_task_id())
+
+
 def in_backward() -> bool:
     """Autograd's engine is running a backward in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_id() != -1
 
 
 KEEPS_GRAPH_IMPORT = "from torch._C._autograd import _get_current_graph_task_keep_graph"

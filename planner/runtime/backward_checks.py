@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from planner._compat.backward_state import backward_id
 from planner.errors import BackwardError
 from planner.runtime.executable import Executable, OtherBackward
 
@@ -173,9 +174,11 @@ def watch_sums(
 
 
 def _watch_sum(node: Any, i: int, address: int, name: str) -> None:
+    this = backward_id()
+
     def check(gradients: Sequence[torch.Tensor | None]) -> None:
         handle.remove()
-        found = gradients[i]
+        found = gradients[i] if backward_id() == this else None  # this one may have ended before it came here
         if found is not None and found.data_ptr() != address:
             raise BackwardError(
                 f"call backward() once for each call, or plan one module whose forward does all of it: {name} is used several "

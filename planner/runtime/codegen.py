@@ -20,6 +20,7 @@ from planner.runtime.executable import Boxed, Executable
 from planner.runtime.step import RewrittenStep
 from planner.tracer.casts import is_cast
 from planner.tracer.joint import Input
+from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.module import OpaqueModule
 
 
@@ -62,18 +63,20 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
             for given, _ in joint.gradients
             if given.kind is Kind.PARAM and is_cast(nodes[given.node], joint.opaque_calls)
         ),
-        summed=frozenset(position[given.node] for given, name in joint.gradients if _is_sum(nodes[name])),
+        summed=frozenset(position[given.node] for given, name in joint.gradients if _is_sum(nodes[name], joint.opaque_calls)),
         separated=frozenset(owned[i] for i in terms.owners),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         **_saved_fields(step, inputs, position),
     )
 
 
-def _is_sum(gradient: fx.Node) -> bool:
-    """The gradient is that of several uses, which have been added up."""
-    if gradient.target is getitem and gradient.args[0].target is custom.opaque_backward:  # type: ignore[union-attr]
-        call, i = gradient.args
-        return call.args[-1][i] is not None  # type: ignore[union-attr,index]
+def _is_sum(gradient: fx.Node, calls: Mapping[str, OpaqueCall]) -> bool:
+    """The gradient is that of several uses, which have been added up. `calls`: of opaque modules, by key."""
+    if gradient.target is getitem and gradient.all_input_nodes[0].target is custom.opaque_backward:
+        node, i = gradient.all_input_nodes[0], gradient.args[1]
+        call = calls[str(node.args[0])]
+        partial_sums: Any = node.args[-1]
+        return partial_sums[i] is not None or call.differentiated[i] in call.several_uses  # type: ignore[index]
     return is_sum(gradient)
 
 

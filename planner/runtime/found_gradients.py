@@ -41,7 +41,8 @@ class FoundGradients:
         if self._parameters:
             gradients = [parameter.grad for parameter in self._parameters]
         else:
-            gradients = [inputs[i].grad for owned in executable.owners for i in owned if inputs[i].is_leaf]
+            owned = {i for stage in executable.owners for i in stage}
+            gradients = [inputs[i].grad for i in owned if inputs[i].is_leaf]
         nbytes = sum(gradient.nbytes for gradient in gradients if gradient is not None and gradient.layout is torch.strided)
         if not nbytes or nbytes <= self._fitting_bytes:
             return

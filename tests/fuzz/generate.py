@@ -52,7 +52,7 @@ SIMPLE = (
 )
 OTHERS = (
     *("joint", "partial", "last_output", "one_at_a_time", "written", "written_by_autograd", "evaluated", "no_grad", "smaller"),
-    *("bad_shape", "interrupted", "non_contiguous", "input_gradients", "copied"),
+    *("bad_shape", "interrupted", "non_contiguous", "input_gradients", "copied", "penalized", "used_again"),
 )
 OTHER_LAYOUTS = ("transposed", "expanded", "broadcast", "sliced", "transposed_loss", "frozen_update")
 """The gradient of these outputs may come in another layout than planned; a tight budget may have no room for its copy."""
@@ -190,8 +190,7 @@ def _behaviour(rng: random.Random, benign: bool) -> Unit:
 
 
 def _happening(rng: random.Random, units: tuple[Unit, ...], benign: bool, under: str) -> Happening:
-    several = any(unit.several for unit in units)
-    kinds = SIMPLE if benign else tuple(kind for kind in (*SIMPLE, *OTHERS) if kind != "joint" or not several)
+    kinds = SIMPLE if benign else (*SIMPLE, *OTHERS)
     kind = "train" if rng.random() < 0.4 else rng.choice(kinds)
     changes: list[tuple[str, str]] = []
     own = [(f"{unit.name}: {name}", text) for unit in units for name, text in unit.changes.items()]

@@ -16,7 +16,6 @@ class Unit:
         benign: a plan must hold it, from the first call on.
         losses: an expression of tensors that it leaves on the `part`.
         changes: what the loop may do to it, by name.
-        several: it uses a weight more than once in a forward.
     """
 
     name: str
@@ -27,17 +26,16 @@ class Unit:
     benign: bool = False
     losses: str = ""
     changes: dict[str, str] = field(default_factory=dict)
-    several: bool = False
 
     def called(self, name: str) -> Unit:
         """The same under a name of its own."""
         texts = {key: named(getattr(self, key), name) for key in ("forward", "init", "head", "losses")}
         changes = {key: named(text, name) for key, text in self.changes.items()}
-        return Unit(self.name, group=self.group, benign=self.benign, changes=changes, several=self.several, **texts)
+        return Unit(self.name, group=self.group, benign=self.benign, changes=changes, **texts)
 
 
 def _layer(name: str, forward: str, init: str = "", benign: bool = True, **more: str) -> Unit:
-    return Unit(name, forward, init, benign=benign, several=name in ("tied", "GRU"), **more)
+    return Unit(name, forward, init, benign=benign, **more)
 
 
 LAYERS = [

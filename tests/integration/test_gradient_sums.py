@@ -101,6 +101,54 @@ def test_a_hook_of_the_weight_gets_the_whole_sum():
     assert torch.equal(plain.a.weight.grad, net.a.weight.grad)
 
 
+class Recurrent(nn.Module):
+    """A kernel that uses its weights once for each time step, in a submodule that runs as it is."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a = getattr(nn, kind)(32, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x)[0].square().mean()
+
+
+@pytest.mark.parametrize("how", ["penalty", "twice", "alone"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_weights_of_a_submodule_that_runs_as_it_is(kind, how):
+    torch.manual_seed(0)
+    net, x = Recurrent(kind), X.reshape(8, 8, 32)
+    plain = copy.deepcopy(net)
+    planned = plan(net, 1.0, (x,), progress=False, costs="estimate")
+    found = []
+    for call, model in ((plain, plain), (planned, net)):
+        loss = call(x)
+        if how == "penalty":
+            loss = loss + sum(p.pow(2).sum() for p in model.parameters())
+        if how == "twice":
+            loss = loss + call(x * 0.5)
+        try:
+            loss.backward()
+        except BackwardError as error:
+            assert "adds up these gradients one by one" in str(error)
+            assert kind != "LSTM" and how != "alone"  # whose weights one kernel uses
+            return
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_backward_that_ends_before_the_weight_leaves_nothing_for_the_next():
+    torch.manual_seed(0)
+    net = Recurrent("GRU")
+    planned, x = plan(net, 1.0, (X.reshape(8, 8, 32),), progress=False, costs="estimate"), X.reshape(8, 8, 32)
+    alive = planned(x)
+    torch.autograd.grad(planned(x), list(net.parameters()))
+    alive.backward()
+    plain = copy.deepcopy(net)
+    plain.zero_grad()
+    plain(x).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), net.parameters(), strict=True))
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

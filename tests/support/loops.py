@@ -52,6 +52,23 @@ def joint(run: Any) -> None:
     run.update()
 
 
+def penalized(run: Any) -> None:
+    """A loss that uses the weights again."""
+    loss = run.loss(run.call(*run.inputs()))
+    run.backward(loss + sum(p.square().sum() for p in run.model.parameters() if p.requires_grad) * 0.01)
+    run.update()
+
+
+def used_again(run: Any) -> None:
+    """Arguments that were computed, and that the loss uses, too."""
+    given = [leaf.requires_grad_() if isinstance(leaf, torch.Tensor) else leaf for leaf in copy.deepcopy(run.inputs())]
+    args = [leaf * 1.5 if isinstance(leaf, torch.Tensor) else leaf for leaf in given]
+    loss = run.loss(run.call(*args))
+    run.backward(loss + sum(leaf.sin().mean() for leaf in args if isinstance(leaf, torch.Tensor)))
+    run.see("gradients of what was given", [leaf.grad for leaf in given if isinstance(leaf, torch.Tensor)])
+    run.update()
+
+
 def dropped(run: Any) -> None:
     """A forward whose outputs nobody uses."""
     run.call(*run.inputs())

@@ -61,6 +61,7 @@ class OpaqueCall:
         draws: it draws random numbers from the device's generator (forward, backward).
         mutates: names in the submodule of the parameters and buffers that it writes into.
         repeatable: with the generator in the same state, a second run gives the same bits and changes nothing else.
+        several_uses: positions, among arguments and parameters, of those that it uses several times: their gradients are sums.
         own_leaves: number of tensors that the module itself creates with requires_grad, for a backward inside of its forward.
     """
 
@@ -82,6 +83,7 @@ class OpaqueCall:
     draws: tuple[bool, bool] = (False, False)
     mutates: tuple[str, ...] = ()
     repeatable: bool = True
+    several_uses: frozenset[int] = frozenset()
     own_leaves: int = 0
 
     @property

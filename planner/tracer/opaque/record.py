@@ -22,7 +22,7 @@ from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.hooks import users_hooks
 from planner.tracer.opaque.measure import RecordedCall, as_it_was, handle_bytes
 from planner.tracer.opaque.module import detached_argument, run_under_autograd, weight_aliases
-from planner.tracer.opaque.saved import SavedHandle, find_reads, foreign_leaves
+from planner.tracer.opaque.saved import SavedHandle, find_reads, foreign_leaves, used_several_times
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
@@ -129,6 +129,7 @@ class _CallRecorder:
             slots = [*arguments, *results]
             reads = find_reads(saved, slots)
             del saved
+            several_uses = used_several_times(handle)
             found = self._differentiate(handle, results, slots)
             after = _generators(self.device)
             written = [tensor._version != version for tensor, version in zip(given, versions, strict=True)]
@@ -157,6 +158,7 @@ class _CallRecorder:
             gradients=self._gradient_specs(found),
             draws=(before != between, between != after),
             mutates=tuple(sorted(mutates | set(changed))),
+            several_uses=several_uses,
             own_leaves=len(leaves),
             repeatable=not (mutates or changed or left_changed or drew_on_host or hooked or host_drawn),
         )

@@ -90,6 +90,24 @@ def foreign_leaves(handle: SavedHandle) -> list[torch.Tensor]:
     return found
 
 
+def used_several_times(handle: SavedHandle) -> frozenset[int]:
+    """Positions of the sources whose gradient is a sum: several operations, or calls of one, lead to them."""
+    counts = {(edge.node, edge.output_nr): 0 for edge in handle.sources if edge is not None}
+    todo, seen = [edge.node for edge in handle.results if edge is not None], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for edge in node.next_functions:
+            if edge in counts:
+                counts[edge] += 1
+            elif edge[0] is not None:
+                todo.append(edge[0])
+    several = [edge for edge, count in counts.items() if count > 1]
+    return frozenset(i for i, edge in enumerate(handle.sources) if edge is not None and (edge.node, edge.output_nr) in several)
+
+
 def own_storages(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The results, each in a storage of its own that holds nothing else."""
     seen: set[int] = set()
