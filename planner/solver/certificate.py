@@ -25,12 +25,13 @@ from planner.solver.tuning import FEW, SLACK
 from planner.solver.watch_points import RelaxationWithWatchPoints, WatchPoints
 from planner.solver.work import Work
 
-_SLACK = 1e-6
+_TOLERANCE = 1e-6
 """Relative slack given to the budget and taken from the bound, above HiGHS's tolerances."""
 NEVER_NS = 2**62
 """Nanoseconds added where the relaxation has no solution at all: nothing fits."""
 
-Cut = tuple[int, ...]
+CutSet = tuple[int, ...]
+"""Ops, in order, at whose first runs a program looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,9 @@ class Certificate:
         live = self._simulator.run(range(len(graph.ops))).live_bytes
         self._unit = max(1, int(live.max(initial=0))) / SCALE
         self.watch_points = WatchPoints(graph, live)
-        self._models: dict[tuple[Cut, Cut], Relaxation] = {}
+        self._relaxations: dict[tuple[CutSet, CutSet], Relaxation] = {}
 
-    def bound(self, budget_bytes: int, cuts: Cut, work: Work, *, gap: float = 0.0, relax: bool, known_ns: int = 0) -> Bound:
+    def bound(self, budget_bytes: int, cuts: CutSet, work: Work, *, gap: float = 0.0, relax: bool, known_ns: int = 0) -> Bound:
         """The least time of the relaxation with these cuts, in linear programs (`relax`) or in integers.
 
         Args:
@@ -73,28 +74,28 @@ class Certificate:
         wants_candidate = len(cuts) == 1 or not relax
         if self.graph.in_flight > 1:  # what is saved counts everywhere
             cuts = _together(*cuts, self.graph.num_forward_ops - 1)
-        model = self._model(cuts, () if relax else self.watch_points.after(cuts[0], budget_bytes))
-        model.program.upper(model.budget, budget_bytes * (1 + _SLACK) / self._unit)
-        if known_ns and not model.is_tied:
-            linear = model.program.solve(work, relax=True)
+        relaxation = self._relaxation(cuts, () if relax else self.watch_points.after(cuts[0], budget_bytes))
+        relaxation.model.upper(relaxation.budget, budget_bytes * (1 + _TOLERANCE) / self._unit)
+        bound_only = bool(self.watch_points.heavy) and len(cuts) > 1
+        if known_ns and not relaxation.is_tied:
+            linear = relaxation.model.solve(work, relax=True)
             if linear.status == "optimal" and self._time_ns(linear.bound) < known_ns:
-                model.tie()
-        watched = bool(self.watch_points.heavy) and len(cuts) > 1
-        answer = model.program.solve(work, gap=gap * SCALE, relax=relax, prove=watched)
-        candidate = self._candidate(model, cuts, answer.values) if answer.values and wants_candidate else None
+                relaxation.tie()
+        answer = relaxation.model.solve(work, gap=gap * SCALE, relax=relax, prove=bound_only)
+        candidate = self._candidate(relaxation, cuts, answer.values) if answer.values and wants_candidate else None
         return Bound(self._time_ns(answer.bound), candidate, answer.status in ("optimal", "infeasible", "failed"))
 
     def _time_ns(self, objective: float) -> int:
         """What a bound of a program's objective says of the step's time, in whole nanoseconds."""
         extra, plain = max(0.0, objective / SCALE), max(1, self.graph.plain_ns)
-        more = NEVER_NS if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _SLACK) - plain * 1e-9 - 1e-3))
+        more = NEVER_NS if math.isinf(extra) else max(0, math.ceil(extra * plain * (1 - _TOLERANCE) - plain * 1e-9 - 1e-3))
         return plain + more
 
-    def first_cuts(self, budget_bytes: int, best: int) -> Cut:
+    def first_cuts(self, budget_bytes: int, best: int) -> CutSet:
         """Cuts for the first round in integers: the best single cut, and ops that leave next to no room for anything else."""
         return _together(best, *self._crowded(budget_bytes))
 
-    def next_cuts(self, budget_bytes: int, cuts: Cut, candidate: Schedule | None) -> Cut:
+    def next_cuts(self, budget_bytes: int, cuts: CutSet, candidate: Schedule | None) -> CutSet:
         """The cuts of the next round: where the candidate breaks the budget; the same ones where nothing is left to say."""
         middle = self.watch_points.middle(cuts[0], budget_bytes)
         more = middle if middle and len(cuts) == 1 else self._broken(budget_bytes, cuts, candidate)
@@ -106,7 +107,7 @@ class Certificate:
         order = np.argsort(-needs, kind="stable").tolist()
         return _apart((p for p in order if needs[p] >= (1 - SLACK) * budget_bytes), 2 * FEW)
 
-    def _broken(self, budget_bytes: int, cuts: Cut, candidate: Schedule | None) -> list[int]:
+    def _broken(self, budget_bytes: int, cuts: CutSet, candidate: Schedule | None) -> list[int]:
         """Ops to cut at next: where the candidate breaks the budget, or before the first cut, where reruns were free."""
         if candidate is None:
             return []
@@ -129,23 +130,24 @@ class Certificate:
                 where[following] = max(where.get(following, 0), int(excess[t]))
         return first, again
 
-    def _candidate(self, model: Relaxation, cuts: Cut, values: tuple[float, ...]) -> Schedule:
+    def _candidate(self, relaxation: Relaxation, cuts: CutSet, values: tuple[float, ...]) -> Schedule:
         """The schedule with that alive at the cuts which the answer has."""
         forward_end = self.graph.num_forward_ops
-        held = [{name for name, column in alive.items() if values[column] > 0.5} for alive in model.alive]
+        held = [{name for name, column in alive.items() if values[column] > 0.5} for alive in relaxation.alive]
         for cut, names in zip(cuts, held, strict=True):  # the forward goes on after a cut in it
             names.update(name for op in self.graph.ops[cut:forward_end] for name in op.writes)
-        kept = [names for cut, names in zip(cuts, held, strict=True) if cut < forward_end][-1:] or held[:1]
+        in_forward = [names for cut, names in zip(cuts, held, strict=True) if cut < forward_end]
+        kept = in_forward[-1] if in_forward else held[0]
         later = {cut: names for cut, names in zip(cuts, held, strict=True) if cut >= forward_end}
-        return lazy_schedule(self.graph, kept[0], later)
+        return lazy_schedule(self.graph, kept, later)
 
-    def _model(self, cuts: Cut, watched: Cut) -> Relaxation:
-        if (cuts, watched) not in self._models:
+    def _relaxation(self, cuts: CutSet, watched: CutSet) -> Relaxation:
+        if (cuts, watched) not in self._relaxations:
             graph, unit, heavy = self.graph, self._unit, self.watch_points.heavy
-            self._models[cuts, watched] = (
+            self._relaxations[cuts, watched] = (
                 RelaxationWithWatchPoints(graph, cuts, unit, heavy, watched) if watched else Relaxation(graph, cuts, unit)
             )
-        return self._models[cuts, watched]
+        return self._relaxations[cuts, watched]
 
 
 def _apart(cuts: Iterable[int], most: int) -> list[int]:
@@ -157,5 +159,5 @@ def _apart(cuts: Iterable[int], most: int) -> list[int]:
     return chosen
 
 
-def _together(*cuts: int) -> Cut:
+def _together(*cuts: int) -> CutSet:
     return tuple(sorted(set(cuts)))

@@ -168,9 +168,9 @@ class LocalSearch:
         return float(np.clip(live[start:stop] + nbytes - self.budget_bytes, 0, nbytes).sum())
 
     def _recompute_sets(self, i: int, t: int, spans: _Spans) -> Iterator[Steps]:
-        """Ops to run before step t so that op i can run there: inputs that are gone are made, too, 0, 1, 2, 4, ... ops back.
+        """Ops to run before step t so that op i can run there: inputs that are gone are made, too, 0, 1, 2, 4, ... levels back.
 
-        What is nearer than that and gone is kept until then instead.
+        Inputs of these that are gone, one level farther back, have to be held until t instead.
         """
         reads, reruns, front, depth, yielded = self.simulator.reads, {i}, [i], 0, 0
         while front or len(reruns) > yielded:

@@ -151,7 +151,12 @@ class Pieces:
 
 
 class _OptionProgram:
-    """The program of one run of pieces: which values to keep, at a price for every byte."""
+    """The program of one run of pieces: which values to keep, at a price for every byte.
+
+    Columns: k_d, value d is kept; r_i, op i runs again. pi(d) is the op that makes d.
+    - for every d that the backward reads: k_d + r_{pi(d)} >= 1,
+    - for every input d, made in these pieces, of an op that runs again: r_i <= k_d + r_{pi(d)}.
+    """
 
     def __init__(self, pieces: Pieces, ops: range, work: Work) -> None:
         graph, life = pieces.graph, pieces.life
@@ -176,7 +181,7 @@ class _OptionProgram:
         self._model = backend.Model(program) if mine else None
 
     def _here(self, d: int, maker: int) -> backend.Pairs:
-        """-(k_d + r_pi(d))."""
+        """-(k_d + r_{pi(d)})."""
         return [(self._keep[d], -1.0), *((self._again[i], -1.0) for i in (maker,) if i in self._again)]
 
     def option(self, price: float) -> Option:

@@ -1,8 +1,13 @@
-"""The order of the stages, and the one loop that gives them their state.
+"""The order of the stages, and the one loop that gives them their turns.
 
 A turn gives a slice of work to every stage that does not wait; each slice of a stage is twice as large as its last one. So a
-stage that needs little ends early, and one that needs much gets it after the others ran. A search stops at its gap, at its
-work, when no stage is left to run, or when the gap that is left is not worth the work spent so far.
+stage that needs little ends early, and one that needs much gets it after the others ran.
+
+A search stops when
+- its gap is reached, or it is proven that nothing fits (`BudgetSearch._is_good`, looked at after every yield of a stage),
+- its gap is at most 5 * GAP and not worth more than the work spent so far (`BudgetSearch.is_done`, looked at between slices),
+- every stage waits in a turn in which all of them may run (`BudgetSearch.turn`),
+- the work, or as a backstop the clock, has run out (`Work.is_over`).
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ class Stage:
     """A strategy and when it has its turn.
 
     Attributes:
-        name: for the log.
+        name: for the log; no two stages have the same.
         run: the strategy.
         min_gap: it waits while the gap, as a fraction of the plain step's time, is smaller.
         first_turn: the number of turns that it waits; the slices of the other stages double in each of them.
@@ -133,7 +138,7 @@ class BudgetSearch:
         while not state.work.is_over and not self._is_good:
             state.work.charge(300 * EVENT_UNITS)  # so that a slice ends even if the stage charges nothing
             try:
-                progressed = next(state.generator) is not stages.Progress.UNCHANGED or progressed
+                progressed = next(state.generator) is not stages.Progress.TRIED or progressed
             except StopIteration:
                 self._ended.add(stage.name)
                 break

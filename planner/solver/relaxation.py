@@ -2,7 +2,8 @@
 
 A cut is the moment at which an op runs for the first time. In captured order, everything before it
 has run and nothing after it has. Columns: a_{d,g}, value d is alive at cut g; r_{i,g}, op i runs again
-between cut g and the next (or the end); R_i, op i runs again at any time after the first cut. Every schedule obeys
+between cut g and the next (or the end); R_i, op i runs again at any time after the first cut. pi(d) is the op that makes d,
+s_d are its bytes. Every schedule obeys
 - for a read of d, from cut g up to the next: a_{d,g} + r_{pi(d),g} >= 1,
 - for every input d of an op that runs again: r_{i,g} <= a_{d,g} + r_{pi(d),g},
 - for d alive at the next cut: a_{d,g+1} <= a_{d,g} + r_{pi(d),g},
@@ -51,8 +52,8 @@ class Relaxation:
     def __init__(self, graph: Graph, cuts: Sequence[int], unit: float, heavy: Iterable[str] = ()) -> None:
         """`heavy`: values of which a subclass says how they get from cut to cut; only their columns are integers then."""
         self.graph, self.unit = graph, unit
-        self.rows = backend.Program()
-        self.budget = self.rows.column(upper=math.inf)
+        self.program = backend.Program()
+        self.budget = self.program.column(upper=math.inf)
         plain = max(1, graph.plain_ns)
         self.costs = [op.cost_ns / plain * SCALE for op in graph.ops]
         self.intervals: list[Interval] = []
@@ -60,8 +61,9 @@ class Relaxation:
         makers = {graph.producer[name] for name in self.heavy}
         for cut, stop in zip(cuts, [*cuts[1:], len(graph.ops)], strict=True):
             values, ops = wanted(graph, cut)
-            alive = {name: self.rows.column(binary=not heavy or name in self.heavy) for name in values}
-            again = {i: self.rows.column(0.0 if i in makers else self.costs[i], binary=not heavy) for i in ops}
+            alive = {name: self.program.column(binary=not heavy or name in self.heavy) for name in values}
+            # runs of makers of heavy values are paid for watch point by watch point, by the subclass
+            again = {i: self.program.column(0.0 if i in makers else self.costs[i], binary=not heavy) for i in ops}
             self.intervals.append(Interval(cut, stop, alive, again))
         self.alive = [interval.alive for interval in self.intervals]
         self._readers = readers(graph)
@@ -74,7 +76,7 @@ class Relaxation:
             if g > 0:
                 self._since(self.intervals[g - 1], interval)
         self.ever = self.intervals[0].again
-        self.program = backend.Model(self.rows)
+        self.model = backend.Model(self.program)
 
     def here(self, interval: Interval, name: str) -> backend.Pairs:
         """-(a_d + r_pi(d)): the value is alive at the cut, or its op runs again after it."""
@@ -92,26 +94,26 @@ class Relaxation:
         """What is read after the cut, by first runs and by others, was alive at it or is made again."""
         reads = {name for op in self.graph.ops[interval.cut : interval.stop] for name in op.reads}
         for name in sorted(reads & interval.alive.keys()):
-            self.rows.row(self.here(interval, name), -1.0)
+            self.program.row(self.here(interval, name), -1.0)
         for i, column in interval.again.items():
             for name in dict.fromkeys(self.graph.ops[i].reads):
                 if name in interval.alive:
-                    self.rows.row([(column, 1.0), *self.here(interval, name)], 0.0)
+                    self.program.row([(column, 1.0), *self.here(interval, name)], 0.0)
 
     def _at_cut(self, interval: Interval) -> None:
         """What the op at the cut reads is alive, and what is alive fits the budget."""
         graph, alive = self.graph, interval.alive
         bytes_alive = [(column, graph.value[name].nbytes / self.unit) for name, column in alive.items()]
-        self.rows.row([*bytes_alive, *self.others, (self.budget, -1.0)], -fixed(graph, interval.cut) / self.unit)
+        self.program.row([*bytes_alive, *self.others, (self.budget, -1.0)], -fixed(graph, interval.cut) / self.unit)
         for name in dict.fromkeys(graph.ops[interval.cut].reads):
             if name in alive:
-                self.rows.row([(alive[name], -1.0)], -1.0)
+                self.program.row([(alive[name], -1.0)], -1.0)
 
     def _since(self, before: Interval, interval: Interval) -> None:
-        """What is alive at a cut was alive at the one before, or its op has run since."""
+        """What is alive at a cut was alive at the one before, or its op has run since; what was first made since is free."""
         for name, column in interval.alive.items():
             if name not in self.heavy and self.graph.producer[name] < before.cut:
-                self.rows.row([(column, 1.0), *self.here(before, name)], 0.0)
+                self.program.row([(column, 1.0), *self.here(before, name)], 0.0)
 
     @property
     def is_tied(self) -> bool:
@@ -123,16 +125,16 @@ class Relaxation:
         if self.is_tied:
             return
         first, *others = self.intervals
-        ever = self.ever = {i: self.rows.column() for i in first.again}
+        ever = self.ever = {i: self.program.column() for i in first.again}
         self._reads_and_inputs(Interval(first.cut, len(self.graph.ops), first.alive, ever))
         for i, column in ever.items():
             runs = [(interval.again[i], -1.0) for interval in self.intervals if i in interval.again]
-            self.rows.row([(column, 1.0), *runs], 0.0)
+            self.program.row([(column, 1.0), *runs], 0.0)
         for interval in others:
             for name, column in interval.alive.items():
                 i = self.graph.producer[name]
                 if name not in self.heavy and i in ever and self.next_read(name, interval.cut) < len(self.graph.ops):
-                    self.rows.row([(column, -1.0), (ever[i], -1.0)], -1.0)
+                    self.program.row([(column, -1.0), (ever[i], -1.0)], -1.0)
 
 
 def readers(graph: Graph) -> dict[str, list[int]]:

@@ -1,6 +1,6 @@
 """All that was found: schedules that nothing beats, proven bounds, and how far these are apart.
 
-The only place that evaluates schedules, makes them fit and keeps them. A plan for a small budget is a plan for a larger one, a
+The only place that keeps schedules, by figures of its own. A plan for a small budget is a plan for a larger one, a
 bound for a large budget holds for a smaller one.
 """
 
@@ -125,8 +125,11 @@ class Search:
         Args:
             steps: the schedule.
             source: who made it.
-            work: what may be spent; None where it is over before the schedule fits.
+            work: what may be spent.
             near: a schedule whose peak is above this multiple of the budget is left as it is.
+
+        Returns:
+            None where it does not fit: too far from it, beyond repair, or the work was over before.
         """
         useful, run = self.local.useful(list(steps))
         self.offer(useful, source, work)

@@ -101,7 +101,7 @@ class Segments:
                 less = round(kept / self.unit) if k < j else 0
                 cell.take(Choice(k, option, less), self._after(k, j, less) + option.cost_ns, least)
         for k in range(i + 1, j) if self._again else ():
-            less = self._steps(pieces.crossing_bytes(i, k))
+            less = self._steps(pieces.crossing_bytes(i, k))  # an estimate: what others in flight hold of it is left out
             costs = self._after(k, j, less) + self._cells[i, k].best + pieces.forward_ns(i, k)
             cell.take(Choice(k, None, less), costs, self._steps(pieces.forward_bytes(i, k)))
         work.charge(EVENT_UNITS * self.levels / 10 * (1 + len(cell.choices)))

@@ -136,7 +136,7 @@ class Solver:
             if solver is None:
                 outcomes[budget] = infeasible(min(self.graph, self._captured, key=lambda graph: floor(graph)[0]), budget)
             else:
-                runs[budget] = solver, solver._run(budget, gap)
+                runs[budget] = solver, solver._new_search(budget, gap)
         search_all([one for _, one in reversed(runs.values())], work)
         for budget, (solver, one) in runs.items():
             outcome = outcomes[budget] = solver._outcome(one, work.meter)
@@ -158,7 +158,7 @@ class Solver:
         self.offer_baselines(asked)
         high = self.archive.lowest.timeline.peak_bytes
         while high > low and not work.is_over:
-            search_all([self._run(asked, math.inf)], work.share(work.left / 4))
+            search_all([self._new_search(asked, math.inf)], work.share(work.left / 4))
             high = self.archive.lowest.timeline.peak_bytes
             low = least if high <= asked else asked + 1  # from a lower start, what failed before may succeed
             if high - low <= high // 1000:
@@ -166,7 +166,7 @@ class Solver:
             asked = (low + high) // 2
         return high
 
-    def _run(self, budget_bytes: int, gap: float) -> BudgetSearch:
+    def _new_search(self, budget_bytes: int, gap: float) -> BudgetSearch:
         return BudgetSearch(Problem(self.models, budget_bytes, gap), Search(self.archive, budget_bytes))
 
     def _of_order(self, budget_bytes: int) -> Solver | None:

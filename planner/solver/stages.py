@@ -21,11 +21,11 @@ from planner.solver.work import Work
 
 
 class Progress(enum.Enum):
-    """What a strategy has reached since it last yielded."""
+    """What a strategy has reached since it last yielded. That the best schedule or the bound changed, `Search.state` says."""
 
-    OUT_OF_WORK = "with more work it may progress"
-    IMPROVED = "a schedule, a bound or its own state is better than before"
-    UNCHANGED = "it tried something, which improved nothing"
+    OUT_OF_WORK = "in the middle of something, which it goes on with next time"
+    ADVANCED = "it is a step further: another program, another schedule to start from"
+    TRIED = "it tried one of several starts"
 
 
 Strategy = Callable[[Problem, Search, Work], Iterator[Progress]]
@@ -44,7 +44,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
             best, best_ns = cut, found.time_ns
         if search.raise_bound(found.time_ns) and found.candidate is not None:
             yield from _fit(search, found.candidate.steps, "certificate", work)
-        yield Progress.IMPROVED
+        yield Progress.ADVANCED
     cuts, candidate_before = bounds.first_cuts(budget, best) if best >= 0 else (), None
     known_ns = search.bound_ns  # by fewer cuts
     while cuts:
@@ -53,7 +53,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         if found.candidate is not None and found.candidate != candidate_before:
             candidate_before = found.candidate
             yield from _fit(search, found.candidate.steps, "certificate", work)
-        yield Progress.IMPROVED if found.is_final else Progress.OUT_OF_WORK
+        yield Progress.ADVANCED if found.is_final else Progress.OUT_OF_WORK
         if found.is_final:
             more = bounds.next_cuts(budget, cuts, found.candidate)
             cuts, known_ns = more if more != cuts else (), search.bound_ns
@@ -91,7 +91,7 @@ def _best_factor(
         worse, best, least_ns = (0, factor, time_ns) if time_ns < least_ns else (worse + found_before, best, least_ns)
         if worse == FEW:
             break
-        yield Progress.UNCHANGED
+        yield Progress.TRIED
     return best
 
 
@@ -112,18 +112,18 @@ def baselines(problem: Problem, search: Search, work: Work) -> Iterator[Progress
     found = [("greedy", greedy(problem.graph, problem.budget_bytes)), *problem.models.baselines]
     for name, schedule in found:
         search.offer(schedule.steps, name, work)
-        yield Progress.UNCHANGED
+        yield Progress.TRIED
     for name, schedule in found:
         if search.best is not None:
             return
         yield from _fit(search, schedule.steps, name, work)
-        yield Progress.UNCHANGED
+        yield Progress.TRIED
 
 
 def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Make the lowest schedule lower, step by step: what local search cannot do at once it may do in two steps."""
     archive, asked = search.archive, problem.budget_bytes
-    for _ in range(FEW):  # times that it may be cut short in a row
+    for _ in range(FEW):  # times that it may be cut short in all; a thousandth above is left to others
         while archive.lowest.timeline.peak_bytes - asked > archive.lowest.timeline.peak_bytes // 1000:
             local = LocalSearch(archive.graph, asked, archive.simulator)
             steps = local.repair(list(archive.lowest.schedule.steps), work)
@@ -132,7 +132,7 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
             if steps is not None:
                 search.offer(steps, "lowest peak, local search", work)
             asked = problem.budget_bytes if steps is not None else (asked + archive.lowest.timeline.peak_bytes) // 2
-            yield Progress.IMPROVED
+            yield Progress.ADVANCED
         else:
             return
         yield Progress.OUT_OF_WORK
@@ -146,9 +146,9 @@ def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progr
         steps = list(search.best.schedule.steps)
         if squeezed:
             steps = local.squeeze(steps, work)
-            yield Progress.UNCHANGED
+            yield Progress.TRIED
         for better in local.improve(steps, work):
             if better != steps:
                 steps = better
                 search.offer(steps, "local search", work)
-            yield Progress.OUT_OF_WORK if work.is_over else Progress.UNCHANGED
+            yield Progress.OUT_OF_WORK if work.is_over else Progress.TRIED

@@ -23,14 +23,13 @@ from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point
 from planner.limits import Limits
 from planner.solver.backend import SCALE, Model, Program
+from planner.solver.tuning import GAP
 from planner.solver.work import begin
 
 Fronts = Mapping[str, Sequence[Point]]
 """The front of each unit, by name."""
 Choice = Mapping[str, int]
 """The position in its front that each unit takes."""
-GAP = 0.0005
-"""How far from the best choice to stop, as a fraction of the plain step's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def choose(
             _row(section, fronts, columns, budget_bytes), SCALE * (budget_bytes - section.outer_bytes) / max(1, budget_bytes)
         )
     work = begin(limits or Limits())
-    answer = Model(program).relax_and_fix(work, gap=GAP * plain_ns / unit_ns)
+    answer = Model(program).relax_and_fix(work, gap=GAP / 2 * plain_ns / unit_ns)
     if not answer.values:
         return None
     made = _read(columns, answer.values)
@@ -140,6 +139,7 @@ def lowest(sections: Sequence[Section], fronts: Fronts, limits: Limits | None = 
     scale = max(peak_bytes(section, {unit: front[0] for unit, front in fronts.items()}) for section in sections)
     peak = program.column(1.0, upper=SCALE)
     for section in sections:
+        # what the section holds <= peak, which is minimised
         row = [*_row(section, fronts, columns, scale), (peak, -1.0)]
         program.row(row, -SCALE * section.outer_bytes / max(1, scale))
     answer = Model(program).relax_and_fix(begin(limits or Limits()), gap=SCALE / 10_000)

@@ -23,7 +23,7 @@ from planner.solver.relaxation import Relaxation, fixed, readers, wanted
 from planner.solver.tuning import FEW, SLACK
 
 _OFTEN = 4 * FEW
-"""Reads by the backward that make a value one to watch, and reads that are watch points, each before what follows it."""
+"""How often the backward reads a value that is watched, at least; and how many of its reads after a cut are watch points."""
 
 
 class WatchPoints:
@@ -77,37 +77,42 @@ class RelaxationWithWatchPoints(Relaxation):
         self.tie()
         self._crossing: list[dict[str, int]] = [{} for _ in cuts]
         inside = [[p for p in watched if interval.cut < p < interval.stop] for interval in self.intervals]
-        there = [{p: dict[str, int]() for p in ops} for ops in inside]
+        alive_at = [{p: dict[str, int]() for p in ops} for ops in inside]
         for name in sorted(self.heavy):
-            self._comes_and_goes(name, there)
-        for g, ops in enumerate(there):
+            self._add_heavy(name, alive_at)
+        for g, ops in enumerate(alive_at):
             for p, alive in ops.items():
                 self._at_moment(p, g, alive)
 
-    def _comes_and_goes(self, name: str, there: list[dict[int, dict[str, int]]]) -> None:
-        """Columns of a heavy value: alive at every watch point (put there), made again between each and the next."""
-        maker, rows = self.graph.producer[name], self.rows
+    def _add_heavy(self, name: str, alive_at: list[dict[int, dict[str, int]]]) -> None:
+        """Columns and rows of a heavy value h: a_{h,p}, alive at watch point p, and r_{h,p}, made again between p and the next.
+
+        Args:
+            alive_at: filled in; per cut and watch point after it, the a_{h,p} by value.
+        """
+        maker, program = self.graph.producer[name], self.program
         before: backend.Pairs = []
-        for interval, ops in zip(self.intervals, there, strict=True):
+        for interval, ops in zip(self.intervals, alive_at, strict=True):
             runs: list[int] = []
             for p, following in pairwise([interval.cut, *ops, interval.stop]):
-                alive = interval.alive[name] if p == interval.cut else rows.column(binary=True)
-                if before:
-                    rows.row([(alive, 1.0), *before], 0.0)
+                alive = interval.alive[name] if p == interval.cut else program.column(binary=True)
+                if before:  # a_{h,p+1} <= a_{h,p} + r_{h,p}
+                    program.row([(alive, 1.0), *before], 0.0)
                 if p != interval.cut:
                     ops[p][name] = alive
-                    if self.next_read(name, p) == p:
-                        rows.row([(alive, -1.0)], -1.0)
-                runs.append(rows.column(self.costs[maker], binary=True))
+                    if self.next_read(name, p) == p:  # a_{h,p} >= 1
+                        program.row([(alive, -1.0)], -1.0)
+                runs.append(program.column(self.costs[maker], binary=True))
                 before = [(alive, -1.0), (runs[-1], -1.0)]
-                if self.next_read(name, p + 1) < following:
-                    rows.row(before, -1.0)
-            rows.row([(interval.again[maker], 1.0), *((column, -1.0) for column in runs)], 0.0)
+                if self.next_read(name, p + 1) < following:  # a_{h,p} + r_{h,p} >= 1
+                    program.row(before, -1.0)
+            # r_{pi(h),g} is the most of the r_{h,p} after cut g: no more than their sum, no less than each
+            program.row([(interval.again[maker], 1.0), *((column, -1.0) for column in runs)], 0.0)
             for column in runs:
-                rows.row([(column, 1.0), (interval.again[maker], -1.0)], 0.0)
+                program.row([(column, 1.0), (interval.again[maker], -1.0)], 0.0)
 
     def _at_moment(self, p: int, g: int, alive: dict[str, int]) -> None:
-        """The memory row of a watch point after cut g."""
+        """The memory row of a watch point p after cut g: what is live while p runs fits the budget."""
         graph, interval = self.graph, self.intervals[g]
         held, pairs = fixed(graph, p), list[tuple[int, float]]()
         for name in wanted(graph, p)[0]:
@@ -121,16 +126,16 @@ class RelaxationWithWatchPoints(Relaxation):
                 pairs.append((interval.again[i], -nbytes / self.unit))
             elif i in interval.again and g + 1 < len(self.intervals):
                 pairs += [(column, nbytes / self.unit) for column in self._crosses(name, g)]
-        self.rows.row([*pairs, *self.others, (self.budget, -1.0)], -held / self.unit)
+        self.program.row([*pairs, *self.others, (self.budget, -1.0)], -held / self.unit)
 
     def _crosses(self, name: str, g: int) -> list[int]:
-        """c_d from cut g to the next, where it is wanted there."""
+        """c_{d,g}, where d is wanted at cut g + 1, with c_{d,g} >= a_{d,g+1} - r_{pi(d),g} and c_{d,g} >= 1 - R_pi(d)."""
         following, i = self.intervals[g + 1], self.graph.producer[name]
         if name not in following.alive:
             return []
         if name not in self._crossing[g]:
-            column = self._crossing[g][name] = self.rows.column()
-            self.rows.row([(following.alive[name], 1.0), (self.intervals[g].again[i], -1.0), (column, -1.0)], 0.0)
+            column = self._crossing[g][name] = self.program.column()
+            self.program.row([(following.alive[name], 1.0), (self.intervals[g].again[i], -1.0), (column, -1.0)], 0.0)
             if i in self.ever and self.next_read(name, following.cut) < len(self.graph.ops):
-                self.rows.row([(self.ever[i], -1.0), (column, -1.0)], -1.0)
+                self.program.row([(self.ever[i], -1.0), (column, -1.0)], -1.0)
         return [self._crossing[g][name]]

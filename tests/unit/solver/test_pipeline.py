@@ -69,7 +69,7 @@ class Recorded:
             for n in range(slices):
                 self.asked.append((name, round(work.left / FIRST_SLICE, 2)))
                 work.charge(work.left)
-                yield Progress.IMPROVED if says(search, n) else Progress.UNCHANGED
+                yield Progress.ADVANCED if says(search, n) else Progress.TRIED
 
         self.stages.append(Stage(name, strategy, **when))  # type: ignore[arg-type]
 
@@ -147,7 +147,7 @@ def test_an_ended_stage_is_not_asked_again(record: Recorded, monkeypatch: pytest
 
     def short(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
         started.append(1)
-        yield Progress.IMPROVED
+        yield Progress.ADVANCED
 
     record.stages.append(Stage("short", short))
     record.stage("b", bounds_in(0, 1, 2), slices=4)
@@ -241,7 +241,7 @@ def test_many_searches_take_turns_the_widest_gap_first_and_who_is_done_has_no_mo
             work.charge(work.left)
             if n == 1 and problem.budget_bytes == 24:
                 search.raise_bound(25)
-            yield Progress.IMPROVED
+            yield Progress.ADVANCED
 
     monkeypatch.setattr(pipeline, "PIPELINE", (Stage("a", strategy),))
     archive, models = Archive(graphs.chain()), Models(graphs.chain())

@@ -17,8 +17,8 @@ from tests.support.strategies import budgets, training_graphs
 
 
 def bound_ns(program: Relaxation, graph: Graph, budget_bytes: int, *, relax: bool) -> float:
-    program.program.upper(program.budget, float(budget_bytes))
-    return graph.plain_ns * (1 + program.program.solve(Work(), relax=relax).bound / SCALE)
+    program.model.upper(program.budget, float(budget_bytes))
+    return graph.plain_ns * (1 + program.model.solve(Work(), relax=relax).bound / SCALE)
 
 
 @settings(deadline=None, max_examples=80)

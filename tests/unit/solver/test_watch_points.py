@@ -40,8 +40,8 @@ def watch_points(graph: Graph) -> WatchPoints:
 
 def bound(program: Relaxation, graph: Graph, budget_bytes: int, *, relax: bool = False) -> float:
     """The time, in ns, that the program proves."""
-    program.program.upper(program.budget, float(budget_bytes))
-    answer = program.program.solve(Work(), relax=relax)
+    program.model.upper(program.budget, float(budget_bytes))
+    answer = program.model.solve(Work(), relax=relax)
     return simulate(graph, keep_all(graph)).time_ns * (1 + answer.bound / SCALE)
 
 
