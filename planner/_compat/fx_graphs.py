@@ -7,6 +7,9 @@ from typing import Any
 from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
+IS_GRADIENT_SUM = "is_gradient_acc"
+"""Metadata that torch's tracer leaves on additions of the autograd engine itself. Without it no gradient counts as one."""
+
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:
     """The nodes (or None) that a graph returns."""

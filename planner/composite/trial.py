@@ -30,6 +30,7 @@ from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import without_history
+from planner.tracer.capture import running_steps
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.observe import Observer
@@ -112,13 +113,15 @@ class Trial:
             name: CheckpointedModule(self.model.get_submodule(name), step, plan, executable=executable, audits=False)
             for name, (step, plan, executable) in made.items()
         }
-        for module in modules.values():
-            install(module.original, module, strict=True)
         try:
-            with self.untouched():
+            for module in modules.values():
+                install(module.original, module, strict=True)
+            with self.untouched(), running_steps():
                 yield modules
         except MismatchError as error:
-            name = next(name for name, module in modules.items() if module.num_unplanned_calls)
+            name = next((name for name, module in modules.items() if module.num_unplanned_calls), "")
+            if not name:
+                raise
             raise CaptureError(f"leave {name} out of the units: in a further step, the model calls it otherwise") from error
         except Exception as error:
             if isinstance(error, PlannerError) or not concerns_model(error):
@@ -171,8 +174,10 @@ class Trial:
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return uses.enter(name, args, kwargs)
 
-        def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
+        def left(_module: nn.Module, _args: Any, _out: Any) -> None:
             uses.leave()
+
+        def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
             self.calls[name] += 1
             self.used[name] = {}
             leaves, spec = pytree.tree_flatten(out)
@@ -187,12 +192,14 @@ class Trial:
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             hooks += [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in named]
+            hooks += [module.register_forward_hook(left, always_call=True) for _, module in named]
             try:
                 with self._observer.remembering(), uses:
                     self.step.run()
             finally:
                 for hook in hooks:
                     hook.remove()
+                uses.close()
         self.weight_users, self.used_later = uses.of_weights, uses.later
 
     def record(self, names: Sequence[str]) -> dict[str, Call]:

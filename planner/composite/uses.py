@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
 from planner._compat.backward_state import in_backward
@@ -33,6 +34,13 @@ class Uses(TorchDispatchMode):
         self._weights = {storage_id(p): name for name, p in model.named_parameters() if p.layout is torch.strided}
         self._casts: list[torch.Tensor] = []  # alive, so that no other tensor gets their memory
         self._inside = [""]
+        self._hooks: list[RemovableHandle] = []
+
+    def close(self) -> None:
+        """The step is over: tensors that live on are watched no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._casts.clear()
 
     def enter(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """A submodule is called: what to call it with instead."""
@@ -58,13 +66,13 @@ class Uses(TorchDispatchMode):
         """A view for the submodule alone. Autograd adds in place: the first gradient's memory holds the sum."""
         view = tensor.view_as(tensor)
         first: list[int] = []
-        view.register_hook(lambda gradient: first.append(gradient.data_ptr()))
+        self._hooks.append(view.register_hook(lambda gradient: first.append(gradient.data_ptr())))
 
         def all_of_it(gradient: torch.Tensor) -> None:
             if first and gradient.data_ptr() != first[0]:
                 self.later[name].add(i)
 
-        tensor.register_hook(all_of_it)
+        self._hooks.append(tensor.register_hook(all_of_it))
         return view
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

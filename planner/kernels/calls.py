@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -213,3 +213,8 @@ def _tile(memory: torch.Tensor, block: torch.Tensor) -> None:
     whole = rows * block.numel()
     memory[:whole].view(rows, block.numel()).copy_(block)
     memory[whole:].copy_(block[: memory.numel() - whole])
+
+
+def like(value: Any, items: Iterable[Any]) -> Any:
+    """A list or tuple of the same class, with other items; a namedtuple's class takes them one by one."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

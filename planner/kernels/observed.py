@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planner._compat import pytree
-from planner.kernels.calls import call_key, tensors_in
+from planner.kernels.calls import call_key, like, tensors_in
 
 TRACED = "planner_call"
 """Key of the `call_key` of the call that a node was traced from, in its `meta`: passes change the node's arguments.
@@ -112,7 +111,7 @@ def as_observed(
 
     def replaced(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return pytree.like(value, map(replaced, value))
+            return like(value, map(replaced, value))
         if not isinstance(value, torch.Tensor):
             return value
         layout = next(rest)

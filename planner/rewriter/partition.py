@@ -6,8 +6,8 @@ after its last use, which frees the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class PartitionedStep:
         spare: names of further inputs, from which another backward may recompute more.
         stage_ends: where the schedule ends stages of the backward: numbers of leading nodes of `backward`; empty where it does
             not say.
-        separable: names of the gradients whose terms can be returned one by one; see rewriter/sums.py.
+        separable: gradients whose terms can be returned one by one; see rewriter/sums.py.
     """
 
     forward: fx.Graph
@@ -61,7 +61,7 @@ class PartitionedStep:
     exposed: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
     stage_ends: tuple[int, ...] = ()
-    separable: tuple[str, ...] = ()
+    separable: Mapping[str, int] = field(default_factory=dict)
 
 
 def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep:

@@ -7,14 +7,15 @@ the terms one by one, each for an edge of its own, where memory allows that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import fx
 
-from planner._compat.fx_graphs import results
+from planner._compat.fx_graphs import IS_GRADIENT_SUM, results
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule
 from planner.graph.simulate import simulate
@@ -24,15 +25,8 @@ from planner.tracer.storage import Storages
 _ADD = torch.ops.aten.add.Tensor
 
 
-def is_sum(gradient: fx.Node) -> bool:
-    """The node adds up what several uses of an input contribute to its gradient; so does a clone of it."""
-    while gradient.target is torch.ops.aten.clone.default:
-        gradient = gradient.all_input_nodes[0]
-    return gradient.target is _ADD
-
-
-def separable(joint: Joint, graph: Graph, schedule: Schedule) -> tuple[str, ...]:
-    """Names of the gradients whose terms the backward can return one by one without a higher peak.
+def separable(joint: Joint, graph: Graph, schedule: Schedule) -> dict[str, int]:
+    """Gradients whose terms the backward can return one by one without a higher peak, by name: the number of additions.
 
     The terms live until the backward ends, and autograd may need as much again for their sum.
 
@@ -42,16 +36,15 @@ def separable(joint: Joint, graph: Graph, schedule: Schedule) -> tuple[str, ...]
         schedule: valid for `graph`.
     """
     nodes = {node.name: node for node in joint.graph.nodes}
-    forward = set(list(joint.graph.nodes)[: joint.num_forward_nodes])
     timeline = simulate(graph, schedule)
     live = np.array((*timeline.live_bytes, timeline.live_bytes[-1]), dtype=np.int64)  # and when autograd has the terms
     step_of = {name: t for t, i in enumerate(schedule.steps) for name in graph.ops[i].nodes}
     root = Storages(joint.graph).root
-    found = []
+    found: dict[str, int] = {}
     for given, name in joint.gradients:
-        sums = list(_chain(nodes[name]))
-        uses = sum(user in forward for user in nodes[given.node].users)
-        if not sums or uses != len(sums) + 1 or any(node.name not in step_of for node in sums):
+        uses = joint.uses.get(given.node, 0)
+        sums = list(itertools.islice(_additions(nodes[name]), max(0, uses - 1)))
+        if not sums or len(sums) != uses - 1 or any(node.name not in step_of for node in sums):
             continue
         first = min(step_of[node.name] for node in sums)
         nbytes = graph.value[root[nodes[name]]].nbytes
@@ -62,13 +55,13 @@ def separable(joint: Joint, graph: Graph, schedule: Schedule) -> tuple[str, ...]
             extra[-1] = 0  # that step held two terms and their sum already
         if int((live + extra).max()) <= timeline.peak_bytes:
             live += extra
-            found.append(name)
-    return tuple(found)
+            found[name] = len(sums)
+    return found
 
 
-def _chain(gradient: fx.Node) -> Iterator[fx.Node]:
-    """The additions of a sum, last one first; nothing where it is another kind of sum."""
-    while gradient.target is _ADD and not gradient.kwargs and len(gradient.users) == 1:
+def _additions(gradient: fx.Node) -> Iterator[fx.Node]:
+    """Autograd's own additions that a gradient ends with, last one first."""
+    while gradient.target is _ADD and gradient.meta.get(IS_GRADIENT_SUM) and not gradient.kwargs and len(gradient.users) == 1:
         first, second = gradient.args
         if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
             return
@@ -97,12 +90,12 @@ class Terms:
     ends: tuple[int, ...]
 
 
-def separated(backward: fx.Graph, names: Collection[str], ends: Sequence[int]) -> Terms:
+def separated(backward: fx.Graph, additions: Mapping[str, int], ends: Sequence[int]) -> Terms:
     """Return the terms of these gradients one by one, first terms first.
 
     Args:
         backward: results are gradients.
-        names: of results that are sums; others are passed over.
+        additions: from `separable`; others are passed over, as in a graph that users have edited.
         ends: numbers of leading nodes where stages end.
     """
     graph = fx.Graph()
@@ -114,8 +107,9 @@ def separated(backward: fx.Graph, names: Collection[str], ends: Sequence[int]) -
     removed: list[fx.Node] = []
     for i, gradient in enumerate(results(backward)):
         terms: list[fx.Node] = []
-        is_separate = gradient.name in names
-        while is_separate and gradient.target is _ADD and len(gradient.users) == 1:
+        for _ in range(additions.get(gradient.name, 0)):
+            if gradient.target is not _ADD or len(gradient.users) != 1:
+                break
             first, second = gradient.args
             terms.insert(0, second)
             removed.append(gradient)

@@ -15,7 +15,7 @@ from planner.graph.graph import Kind
 from planner.kernels import custom
 from planner.rewriter.compiled import CompiledGraph
 from planner.rewriter.stages import cut_stages
-from planner.rewriter.sums import is_sum, separated
+from planner.rewriter.sums import separated
 from planner.runtime.executable import Boxed, Executable
 from planner.runtime.step import RewrittenStep
 from planner.tracer.casts import is_cast
@@ -63,21 +63,26 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
             for given, _ in joint.gradients
             if given.kind is Kind.PARAM and is_cast(nodes[given.node], joint.opaque_calls)
         ),
-        summed=frozenset(position[given.node] for given, name in joint.gradients if _is_sum(nodes[name], joint.opaque_calls)),
+        summed=frozenset(
+            position[given.node]
+            for given, name in joint.gradients
+            if _is_sum(joint.uses.get(given.node, 0), nodes[name], joint.opaque_calls)
+        ),
         separated=frozenset(owned[i] for i in terms.owners),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         **_saved_fields(step, inputs, position),
     )
 
 
-def _is_sum(gradient: fx.Node, calls: Mapping[str, OpaqueCall]) -> bool:
-    """The gradient is that of several uses, which have been added up. `calls`: of opaque modules, by key."""
-    if gradient.target is getitem and gradient.all_input_nodes[0].target is custom.opaque_backward:
-        node, i = gradient.all_input_nodes[0], gradient.args[1]
-        call = calls[str(node.args[0])]
-        partial_sums: Any = node.args[-1]
-        return partial_sums[i] is not None or call.differentiated[i] in call.several_uses  # type: ignore[index]
-    return is_sum(gradient)
+def _is_sum(uses: int, gradient: fx.Node, calls: Mapping[str, OpaqueCall]) -> bool:
+    """A gradient adds up terms of several uses. `calls`: of opaque modules, by key, inside of which there may be several."""
+    base = gradient
+    while base.target in (custom.laid_out, torch.ops.aten.clone.default):
+        base = base.all_input_nodes[0]
+    if base.target is getitem and base.all_input_nodes[0].target is custom.opaque_backward:
+        call = calls[str(base.all_input_nodes[0].args[0])]
+        return uses > 1 or call.differentiated[base.args[1]] in call.several_uses  # type: ignore[index]
+    return uses > 1
 
 
 def _saved_fields(step: RewrittenStep, inputs: Sequence[Input], position: Mapping[str, int]) -> dict[str, Any]:

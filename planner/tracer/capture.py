@@ -105,10 +105,27 @@ def one_at_a_time() -> Iterator[None]:
     """While one thread plans, the others wait.
 
     Capturing patches classes and kernels of the whole process. And a process that is forked while another thread runs kernels
-    may hang: a lock that the thread holds stays locked in the child.
+    may hang: a lock that the thread holds stays locked in the child. A thread of autograd's, which runs the backward of a step
+    that the planning thread waits for, does not wait.
     """
+    if _steps and isinstance(threading.current_thread(), threading._DummyThread):
+        yield
+        return
     with _lock:
         yield
+
+
+_steps: list[None] = []
+
+
+@contextmanager
+def running_steps() -> Iterator[None]:
+    """While entered, the thread that plans runs real steps."""
+    _steps.append(None)
+    try:
+        yield
+    finally:
+        _steps.pop()
 
 
 @contextmanager
@@ -212,6 +229,7 @@ def _normalized(
             num_results=forward.num_results,
             reads=forward.reads,
             leaves=leaves,
+            uses=traced.uses,
             moving=_moving(recording, forward, len(call.tensors)),
             calls=recording.calls,
         )

@@ -85,6 +85,7 @@ class Joint:
         outputs: one per leaf of the model's output.
         results: nodes of the forward's results, in the graph's output order.
         gradients: (input, node name) of every input that gets a gradient.
+        uses: by the placeholder of an input with a gradient, how many operations' gradients reach it: eager adds them up.
         rng_states: random forward node -> node that saved the generator's state before it.
         num_forward_nodes: graph nodes up to and including the forward's last one.
         constants: tensors that the model holds as plain attributes, by placeholder name.
@@ -118,6 +119,7 @@ class Joint:
     call: CallSpec
     sources: dict[str, Source]
     device: torch.device
+    uses: Mapping[str, int] = field(default_factory=dict)
     weights: tuple[tuple[str, TensorKey], ...] = ()
     modules: tuple[ModuleKey, ...] = ()
     left: tuple[Output, ...] = ()

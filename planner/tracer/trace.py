@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +93,14 @@ class Trace:
         exported: the joint graph as torch made it.
         names: the model's parameter and buffer names by the names in `exported`.
         forward: what the traced forward found.
+        uses: by a parameter's or buffer's name, or a position among the tensors, how many operations' gradients reach it.
         repeats: kind of equal blocks that were traced once -> their names.
     """
 
     exported: ExportedJoint
     names: Mapping[str, str]
     forward: TracedForward
+    uses: Mapping[str | int, int]
     repeats: Mapping[str, tuple[str, ...]]
 
 
@@ -117,7 +120,11 @@ def trace(options: TraceOptions, tensors: Sequence[torch.Tensor]) -> Trace:
     apart = inside | {name for read in reads for name in (read.module, read.place.module)}
     (module, exported), repeats = once.trace(options.model, apart, lambda units: _trace(options, tensors, units))
     assert module.found is not None
-    return Trace(exported, module.names, module.found, repeats)
+    uses = dict(module.uses)
+    for template, *others in repeats.values():  # which were not traced
+        own = {str(name).removeprefix(template): n for name, n in module.uses.items() if str(name).startswith(f"{template}.")}
+        uses |= {f"{other}{name}": n for other in others for name, n in own.items()}
+    return Trace(exported, module.names, module.found, uses, repeats)
 
 
 def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units) -> tuple[_TracedModule, ExportedJoint]:
@@ -153,6 +160,7 @@ class _TracedModule(nn.Module):
     Attributes:
         names: unique parameters' and buffers' names in the model, by their names here.
         found: by the last forward; torch runs more than one.
+        uses: in the last forward; see Trace.
         same: per tensor that it is called with, the position of the one that the model is given for it.
     """
 
@@ -162,6 +170,7 @@ class _TracedModule(nn.Module):
         self._options = options  # a dataclass hides the model, which is no submodule: its parameters are not listed twice
         self.names: dict[str, str] = {}
         self.found: TracedForward | None = None
+        self.uses: dict[str | int, int] = {}
         self.same: tuple[int, ...] = ()
         for i, (name, parameter) in enumerate(options.model.named_parameters()):
             self.register_parameter(f"p{i}", parameter)
@@ -185,7 +194,23 @@ class _TracedModule(nn.Module):
         """Results, then tensors that Python read."""
         weights = {name: getattr(self, here) for here, name in self.names.items()}
         self.found, returned = _traced_forward(self._options, self._units, [tensors[i] for i in self.same], weights)
+        self.uses = _uses(returned, [*weights.items(), *enumerate(tensors)])
         return returned
+
+
+def _uses(results: Sequence[torch.Tensor], inputs: Iterable[tuple[str | int, torch.Tensor]]) -> dict[str | int, int]:
+    """By the inputs' names, the number of edges that lead to each in the autograd graph of the results."""
+    found: Counter[Any] = Counter()
+    todo, seen = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            for following, i in node.next_functions:
+                leaf = getattr(following, "variable", None)
+                found[(following, i) if leaf is None else id(leaf)] += 1
+                todo += [following] if following is not None else []
+    return {name: found[id(t) if t.grad_fn is None else (t.grad_fn, t.output_nr)] for name, t in inputs}
 
 
 def _traced_forward(

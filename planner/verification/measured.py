@@ -14,7 +14,7 @@ from planner.graph.planned import NOT_RUN, RUN
 from planner.log import VERIFICATION
 from planner.report.progress import stage
 from planner.runtime.module import CheckpointedModule
-from planner.tracer.capture import one_at_a_time
+from planner.tracer.capture import one_at_a_time, running_steps
 from planner.units import enough_text, format_bytes
 from planner.verification.check_step import NotRunError, run_step
 from planner.verification.step_copy import CopyError, StepCopy, check_call, copy_of
@@ -71,7 +71,7 @@ def step_peak(planned: CheckpointedModule, args: Sequence[Any] = (), kwargs: Map
     Raises:
         NotRunError, CopyError, PlanCheckError: as `run_step`.
     """
-    with one_at_a_time():
+    with one_at_a_time(), running_steps():
         return run_step(planned, (tuple(args), dict(kwargs or {})))
 
 

@@ -12,7 +12,7 @@ import torch
 from planner._compat.switches import global_switches
 from planner._compat.tensors import storage_id
 from planner.graph.graph import Kind
-from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, tensor_key
+from planner.tracer.host.fingerprint import Fingerprint, TensorKey, everything, tensor_key
 from planner.tracer.joint import Joint
 
 Autocast = torch.dtype | None
@@ -75,12 +75,9 @@ def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContex
     return torch.autocast(device.type, key.autocast, enabled=is_on, cache_enabled=dict(key.switches)["autocast cache"])
 
 
-_EVERYTHING = Fingerprints({}, lambda _, name: True)
-
-
 def argument_fingerprint(leaf: Any) -> Fingerprint:
     """The fingerprint of a call's leaf that is no tensor, all attributes included."""
-    return _EVERYTHING.of(leaf)
+    return everything().of(leaf)
 
 
 def same_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ class LibraryGuard:
     """
 
     def __init__(self, reads: Sequence[LibraryRead]) -> None:
-        held = tuple(read for read in reads if read.arguments is None and read.value() is not ABSENT)
+        held = tuple(read for read in reads if read.arguments is None and _keeps_its_value(read.value()))
         self._held, self._values = held, list[Any]()
         self._others = [read for read in reads if read not in held]
         self._read: Callable[[], tuple[Any, ...]] = reader(held) if held else tuple
@@ -41,6 +41,11 @@ class LibraryGuard:
             return self._read()
         except AttributeError:  # one was deleted
             return None
+
+
+def _keeps_its_value(value: Any) -> bool:
+    """The same object is the same value; what a list holds may change."""
+    return value is not ABSENT and not isinstance(value, list)
 
 
 def _first(reads: Sequence[LibraryRead]) -> Mismatch | None:

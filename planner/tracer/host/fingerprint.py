@@ -65,6 +65,11 @@ class Same:
         return self.kind if self.held is ABSENT else _short(self.held)
 
 
+def everything() -> Fingerprints:
+    """Fingerprints that look into every attribute; for one thread."""
+    return Fingerprints({}, lambda _, name: True)
+
+
 def alike(expected: Fingerprint, now: Fingerprint, *, copied: bool = False) -> bool:
     """Whether two fingerprints are equal.
 

@@ -13,21 +13,22 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from planner.errors import CaptureError
-from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike
+from planner.tracer.host.fingerprint import Fingerprint, alike, everything
 from planner.tracer.host.values import ABSENT, is_foreign_class
 
 _ASKS = re.compile(r"_?(get|is|are|has)(_|[a-z]+$)|\w*_(enabled|available|allowed|initialized)$")
 """Names of functions that return a state and change none."""
+_ASKED = ("torch", "numpy", "os", "sys", "threading", "platform", "locale", "warnings", "logging")
+"""Packages whose functions are called for an answer. Planning calls them even where the code that ran did not come by them."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
-_EVERYTHING = Fingerprints({}, lambda _, name: True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class LibraryRead:
 
     def now(self) -> Fingerprint:
         """The fingerprint of `value`."""
-        return _EVERYTHING.of(self.value())
+        return everything().of(self.value())
 
 
 def library_reads(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tuple[LibraryRead, ...]:
@@ -77,12 +78,19 @@ def library_reads(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) ->
             if root is None:
                 continue
             module, path = root[0], (*root[1], *attributes)
-            called = arguments is not None and bool(path) and _ASKS.match(path[-1]) is not None
+            called = arguments is not None and _may_be_called(module, path)
             key = (module, path, arguments if called else None)
             if attributes or called:
                 with contextlib.suppress(TypeError):  # an argument that cannot be a key
                     found.setdefault(key, LibraryRead(*key, None, where))
     return tuple(_read(found.values()))
+
+
+def _may_be_called(module: str, path: Sequence[str]) -> bool:
+    """The function only answers. What would initialize a device does more."""
+    if not path or not _ASKS.match(path[-1]) or module.partition(".")[0] not in _ASKED:
+        return False
+    return torch.cuda.is_initialized() or not ".".join((module, *path)).startswith("torch.cuda.get_")
 
 
 def check_traced(reads: Iterable[LibraryRead]) -> None:

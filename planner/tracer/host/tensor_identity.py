@@ -59,12 +59,17 @@ def weight_classes(model: nn.Module, inputs: Sequence[torch.Tensor], names: Coll
     """
     found = [(name, own_tensor_class(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
     for name, kind in (*found, *((f"input {i}", own_tensor_class(tensor)) for i, tensor in enumerate(inputs))):
-        if kind is not None and kind.__name__ in names:
+        if kind is not None and any(base.__name__ in names for base in _own_bases(kind)):
             raise CaptureError(
                 f"the model's forward asks for the class of {name} ({kind.__qualname__}), which a traced tensor does not "
                 "have: keep what it decides in an attribute of the module"
             )
     return tuple((name, kind) for name, kind in found if kind is not None)
+
+
+def _own_bases(kind: type) -> list[type]:
+    """The class and those it is derived from, down to torch's."""
+    return [base for base in kind.__mro__ if issubclass(base, torch.Tensor) and base.__module__.partition(".")[0] != "torch"]
 
 
 def own_tensor_class(tensor: torch.Tensor) -> type | None:

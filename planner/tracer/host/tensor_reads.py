@@ -23,7 +23,7 @@ from planner._compat.fake_tensors import FakeTensor
 from planner._compat.private_names import READ_BY_TORCH
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike
+from planner.tracer.host.fingerprint import Fingerprint, alike, everything
 from planner.tracer.host.scopes import is_library_code
 from planner.tracer.host.tensor_places import LOST, TensorPlace, TensorRead
 from planner.tracer.host.values import ABSENT, members
@@ -69,7 +69,6 @@ _READ_GRADIENTS = tuple(f"{package.__path__[0]}{os.sep}" for package in (torch.n
 """Code of torch that acts on gradients."""
 _APPLY = nn.Module._apply.__code__
 """Moves weights and their gradients (`module.to(...)`): the gradient decides about nothing but itself."""
-_EVERYTHING = Fingerprints({}, lambda _, name: True)
 _getter = torch.Tensor.__getattribute__
 _setter = torch.Tensor.__setattr__
 
@@ -96,7 +95,7 @@ def shown(tensor: torch.Tensor, name: str) -> Fingerprint:
         value = value is None
     elif isinstance(value, (torch.UntypedStorage, torch.TypedStorage)):
         value = (value.data_ptr(), value.nbytes())
-    return _EVERYTHING.of(value)
+    return everything().of(value)
 
 
 OfMade = Mapping[tuple[types.CodeType, int, str], Sequence[Fingerprint]]
@@ -187,7 +186,7 @@ class TensorReads:
                 seen = self.of_made.setdefault((frame.f_code, frame.f_lineno, name), [])
                 if not self._is_made(source):
                     self._note(source, name, found)
-            if found not in seen:
+            if not _is_among(found, seen):
                 seen.append(found)
         finally:
             self.paused = False
@@ -226,7 +225,7 @@ class TensorReads:
                 at later calls.
         """
         for line, (seen, module) in self._of_stand_ins.items():
-            if any(one not in self.of_made.get(line, ()) for one in seen):
+            if not all(_is_among(one, self.of_made.get(line, ())) for one in seen):
                 raise _unlike(line[2], module, "while the submodule runs as it is inside of a plan")
         reads = []
         for (key, name), note in self._notes.items():
@@ -264,6 +263,10 @@ def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool
                 f"the model's forward sets the attribute {next(iter(vars(leaf)))} of its output {i}, which a plan would not "
                 "do: return the value beside the tensor"
             )
+
+
+def _is_among(found: Fingerprint, seen: Sequence[Fingerprint]) -> bool:
+    return any(alike(one, found) for one in seen)
 
 
 def _unlike(name: str, module: str, when: str) -> CaptureError:
@@ -304,7 +307,7 @@ def answered(
                 return _answer(answers[id(this), name], name)
             line = (frame.f_code, frame.f_lineno, name)
             is_compared = name in _OF_MADE and not is_library_code(frame.f_code)
-            if is_compared and of_made is not None and shown(this, name) not in of_made.get(line, ()):
+            if is_compared and of_made is not None and not _is_among(shown(this, name), of_made.get(line, ())):
                 raise _unlike(name, where(), "while the forward is traced")
         finally:
             busy = False

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat import pytree
 from planner._compat.private_names import MODULE_STATE
+from planner.kernels.calls import like
 from planner.tracer.faults import calls_users_code
 
 PathStep = tuple[str, Any]
@@ -239,7 +239,7 @@ def with_member(value: Any, step: PathStep, new: Any) -> Any:
         return value
     if kind == "item" and isinstance(value, tuple):
         items = [*value[:key], new, *value[key + 1 :]]
-        return pytree.like(value, items)
+        return like(value, items)
     if kind == "cell":
         value.__closure__[key].cell_contents = new
         return value
@@ -278,7 +278,7 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return leaf(value)
     if isinstance(value, tuple):
         items = [rebuilt(item, leaf) for item in value]
-        return pytree.like(value, items)
+        return like(value, items)
     made = copy.copy(value)
     if isinstance(value, (list, deque)):
         for i, item in items_of(value):

@@ -36,6 +36,7 @@ class TracedGraph:
         num_results: how many results of the traced function are outputs; tensors that Python read follow them.
         reads: what Python read of each of those.
         leaves: per tensor leaf of the call, then per tensor of Python state, whether it is a leaf of autograd.
+        uses: per placeholder, how many operations' gradients reach it; its gradient is their sum.
         moving: positions of the inputs whose place in Python state holds another tensor after the forward.
         calls: recorded calls of opaque modules, by key.
         sources: where in the user's code a node comes from.
@@ -57,6 +58,7 @@ class TracedGraph:
     num_results: int = 0
     reads: Sequence[TracedRead] = ()
     leaves: Sequence[bool] = ()
+    uses: dict[fx.Node, int] = field(default_factory=dict)
     moving: Collection[int] = ()
     calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
     sources: dict[fx.Node, Source] = field(default_factory=dict)
@@ -70,18 +72,22 @@ class TracedGraph:
     rng_states: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, exported: ExportedJoint, names: Mapping[str, str], **facts: Any) -> TracedGraph:
+    def of(
+        cls, exported: ExportedJoint, names: Mapping[str, str], uses: Mapping[str | int, int] | None = None, **facts: Any
+    ) -> TracedGraph:
         """Take over an exported graph, and what the trace noted on its nodes.
 
         Args:
             names: the model's parameter and buffer names by the names in `exported`.
+            uses: as of `planner.tracer.trace.Trace`.
             facts: further attributes.
         """
         graph = exported.graph_module.graph
         sources, casts = take_marks(graph)
         placeholders = dict(zip(exported.inputs, graph.find_nodes(op="placeholder"), strict=True))
         inputs = {n: Input(n.name, _KINDS[role[0]], names.get(role[1], role[1])) for role, n in placeholders.items()}
-        return cls(graph, placeholders, list(exported.outputs), inputs, sources=sources, casts=casts, **facts)
+        counts = {node: (uses or {}).get(given.key, 0) for node, given in inputs.items()}
+        return cls(graph, placeholders, list(exported.outputs), inputs, sources=sources, casts=casts, uses=counts, **facts)
 
     @property
     def results(self) -> tuple[Any, ...]:

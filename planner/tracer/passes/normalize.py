@@ -77,6 +77,7 @@ def normalize(traced: TracedGraph, call: CallSpec, outputs: tuple[Output, ...]) 
         outputs=outputs,
         results=tuple(node.name for node in returned[: traced.num_results]),
         gradients=tuple((traced.inputs[node], returned[i].name) for node, i in traced.gradients),
+        uses={node.name: traced.uses.get(node, 0) for node, _ in traced.gradients},
         rng_states={node.name: state.name for node, state in traced.rng_states.items()},
         num_forward_nodes=nodes.index(last) + 1 if last is not None else 0,
         constants={node.name: tensor for node, tensor in traced.constants.items()},

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from planner._compat import pytree
 from planner._compat.dispatch import TorchDispatchMode, written
 from planner._compat.units import blank, has_saved_tensor_hooks
+from planner.kernels.calls import like
 from planner.tracer.host.kernels import HOST_READS
 from planner.tracer.units.choice import Form, is_plain
 from planner.tracer.units.refused import Refused
@@ -185,7 +186,7 @@ class Recording(_Watching):
 
     def _noted(self, value: Any, number: int, counter: Iterator[int]) -> Any:
         if isinstance(value, (tuple, list)):
-            return pytree.like(value, (self._noted(item, number, counter) for item in value))
+            return like(value, (self._noted(item, number, counter) for item in value))
         if not isinstance(value, torch.Tensor):
             return value
         if value in self.places:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from planner._compat import pytree
-from planner._compat.fx_graphs import results
+from planner._compat.fx_graphs import IS_GRADIENT_SUM, results
 from planner._compat.joint_export import ExportedJoint
 from planner._compat.tensors import storage_id
 from planner._compat.units import fake_view
@@ -197,7 +197,7 @@ class _Copy:
         val = node.meta.get("val")
         is_tensor = isinstance(val, torch.Tensor)
         meta: dict[str, Any] = {"val": self._fake(val) if is_tensor else pytree.tree_map(self._fake, val)}
-        for key in ("seq_nr", observed.TRACED):
+        for key in ("seq_nr", IS_GRADIENT_SUM, observed.TRACED):
             if key in node.meta:
                 meta[key] = node.meta[key]
         custom = {key: value for key, value in (node.meta.get("custom") or {}).items() if key != GATE}
