@@ -187,11 +187,12 @@ def _add(
             kind.members.append(name)
             PLANNER.info("%s: the same as %s", name, kind.members[0])
             return
-        PLANNER.debug("%s: not the same as %s: %s", name, kind.members[0], different)
+        PLANNER.debug("%s: not of the same kind as the first %s: %s", name, kind.name, different)
     step = _captured(module, call, used, trial.device, options)
-    kind = UnitKind(step, *costs(step), call, used, [name])
+    kind = UnitKind(step, *costs(step), call, used, [])
+    kinds.append(kind)  # without members if it is refused now: the next unit like it is not captured again
     _check_inputs(trial, name, kind)
-    kinds.append(kind)
+    kind.members.append(name)
     PLANNER.info("%s: captured by itself", name)
 
 

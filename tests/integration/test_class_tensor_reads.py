@@ -227,6 +227,34 @@ def test_the_same_tensor_given_twice_may_be_two_later():
     check(member("nobody asks", "h = h * y * y", head=PAIRS.format([0, 0]), steps=steps, **PAIR), audit=False)
 
 
+def test_a_list_of_a_library_is_compared_by_what_it_holds():
+    steps = (Step(), Step(), Step(before="sys.argv.append('--planned')"), Step(before="sys.argv.pop()"))
+    of = member("a list", "h = h * (2 if '--planned' in sys.argv else 3)", head="import sys", steps=steps)
+    assert check(Member(of.program, GUARDED, planned_from=0, planned_to=2), audit=False).verdict == "mismatch"
+
+
+def test_planning_asks_no_function_that_does_more_than_answer():
+    head = "import getpass, random"
+    code = "h = h * 2\nif x.shape[0] > 99:\n    h = h * random.getrandbits(8) * len(getpass.getpass())"
+    check(member("code that did not run", code, head=head), audit=False)
+
+
+def test_code_that_asks_for_a_base_class_of_a_weight_is_refused():
+    fields = {
+        "init": "self.b.weight = Mine(torch.ones(8, 8))",
+        "head": "class Base(nn.Parameter): pass\nclass Mine(Base): pass",
+    }
+    code = "h = h * (2 if isinstance(self.b.weight, Base) else 3)"
+    of = member("asked for its base", code, allowed=ANY, word="the class of b.weight", **fields)
+    assert check(of, audit=False).verdict == "refused"
+
+
+def test_a_submodule_that_runs_as_it_is_may_read_containers_of_a_weight():
+    code = "h, _ = self.r(h)\nh = h * len(vars(self.r.weight_ih_l0))"
+    fields = {"init": "self.r = nn.GRU(8, 8, batch_first=True)\nself.r.weight_ih_l0.mine = {'a': [1]}"}
+    check(member("attributes of a weight", code, allowed=ANY, **fields), audit=False)
+
+
 def test_code_that_asks_for_the_class_of_a_weight_is_refused():
     fields = {"init": "self.b.weight = Mine(torch.ones(8, 8))", "head": "class Mine(nn.Parameter): pass"}
     check(member("a class of weights", "h = h * 2", **fields), audit=False)

@@ -101,6 +101,57 @@ def test_a_hook_of_the_weight_gets_the_whole_sum():
     assert torch.equal(plain.a.weight.grad, net.a.weight.grad)
 
 
+class Weighted(torch.autograd.Function):
+    """A product whose own backward adds, in ways that autograd's engine does not."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (scale,) = ctx.saved_tensors
+        return torch.add(gradient * scale, gradient, alpha=2) + gradient * 0.3, None
+
+
+class AddsItself(nn.Module):
+    """Its input reaches the loss in one way or two; where only Python asks about it, that is no use."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.how = nn.Linear(32, 32, bias=False), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "a mask":
+            return torch.tanh(self.a(Weighted.apply(x, (x > 0).float()))).square().mean()
+        if self.how == "a sum before":
+            h = x + 1
+            return (torch.tanh(self.a(h)) * h).mean() + (x > 0).sum() * 0
+        if self.how == "no gradient of one":
+            return (torch.tanh(self.a(Weighted.apply(x, x.detach()))) + x.floor()).mean()
+        return (torch.tanh(self.a(Weighted.apply(x, torch.ones_like(x)))) * x).mean()
+
+
+@pytest.mark.parametrize("how", ["a mask", "a sum before", "no gradient of one", "twice"])
+def test_what_is_added_inside_of_one_use_is_one_term(how):
+    torch.manual_seed(0)
+    net = AddsItself(how)
+    plain, x = copy.deepcopy(net), (X * 1.5).requires_grad_()
+    planned = plan(net, 1.0, (x * 2,), progress=False, costs="estimate")
+    found = []
+    for call in (plain, planned):
+        given = (X * 1.5).requires_grad_()
+        h = given * 2
+        try:
+            (call(h) + h.sin().mean() + h.pow(3).mean()).backward()
+        except BackwardError as error:
+            assert "adds up these gradients one by one" in str(error)
+            return
+        found.append(given.grad)
+    assert torch.equal(*found)
+
+
 class Recurrent(nn.Module):
     """A kernel that uses its weights once for each time step, in a submodule that runs as it is."""
 
