@@ -220,7 +220,7 @@ def _check_inputs(trial: Trial, name: str, kind: UnitKind) -> None:
     executable = kind.made(keep_all(kind.graph))[2]
     if executable is None:
         return
-    for i in sorted(trial.used_later[name]):
+    for i in sorted(trial.inputs_used_after[name]):
         if any(executable.inputs[k] == f"input {i}" for k in executable.summed - executable.separated):
             raise CaptureError(
                 f"it uses its input {i} several times, which is used again after it, and the order in which gradients add up "

@@ -79,7 +79,7 @@ class Trial:
         self.calls: Counter[str] = Counter()
         self.used: dict[str, dict[int, Strides]] = {}
         self.weight_users: Mapping[str, set[str]] = {}
-        self.used_later: Mapping[str, set[int]] = {}
+        self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
@@ -200,7 +200,7 @@ class Trial:
                 for hook in hooks:
                     hook.remove()
                 uses.close()
-        self.weight_users, self.used_later = uses.of_weights, uses.later
+        self.weight_users, self.inputs_used_after = uses.weight_users, uses.inputs_used_after
 
     def record(self, names: Sequence[str]) -> dict[str, Call]:
         """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""

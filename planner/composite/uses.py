@@ -23,14 +23,14 @@ class Uses(TorchDispatchMode):
     """While entered, notes which submodules' code uses each parameter, and which of their inputs are used after them.
 
     Attributes:
-        of_weights: by a parameter's name, names of the submodules whose own code uses it where its gradient is needed.
-        later: by a submodule's name, positions of those among the tensors of its call that are used again after it.
+        weight_users: by a parameter's name, names of the submodules whose own code uses it where its gradient is needed.
+        inputs_used_after: by a submodule's name, positions of those among the tensors of its call that are used again after it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.of_weights: dict[str, set[str]] = {}
-        self.later: dict[str, set[int]] = {}
+        self.weight_users: dict[str, set[str]] = {}
+        self.inputs_used_after: dict[str, set[int]] = {}
         self._weights = {storage_id(p): name for name, p in model.named_parameters() if p.layout is torch.strided}
         self._casts: list[torch.Tensor] = []  # alive, so that no other tensor gets their memory
         self._inside = [""]
@@ -45,7 +45,7 @@ class Uses(TorchDispatchMode):
     def enter(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """A submodule is called: what to call it with instead."""
         self._inside.append(name)
-        self.later[name] = set()
+        self.inputs_used_after[name] = set()
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         views: dict[int, torch.Tensor] = {}
         i = -1
@@ -70,7 +70,7 @@ class Uses(TorchDispatchMode):
 
         def all_of_it(gradient: torch.Tensor) -> None:
             if first and gradient.data_ptr() != first[0]:
-                self.later[name].add(i)
+                self.inputs_used_after[name].add(i)
 
         self._hooks.append(tensor.register_hook(all_of_it))
         return view
@@ -81,7 +81,7 @@ class Uses(TorchDispatchMode):
             for tensor in pytree.tree_leaves((args, kwargs)):
                 name = self._weight(tensor)
                 if name is not None:
-                    self.of_weights.setdefault(name, set()).add(self._inside[-1])
+                    self.weight_users.setdefault(name, set()).add(self._inside[-1])
                     if func is torch.ops.aten._to_copy.default:  # autocast's, which all uses share
                         self._weights[storage_id(out)] = name
                         self._casts.append(out)

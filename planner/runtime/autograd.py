@@ -27,11 +27,11 @@ from planner.runtime.backward_checks import (
     check_views,
     check_visited,
     modified_in_place,
-    watch_sums,
     written_activations,
 )
 from planner.runtime.backward_key import BackwardKey, backward_key
 from planner.runtime.executable import Executable, OtherBackward
+from planner.runtime.gradient_sums import watch_sums
 
 
 class BackwardFinder(Protocol):

@@ -19,7 +19,7 @@ from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.preserve import Preserved, model_preserved
 from planner.tracer.host.state import HostState, Path, remembered
-from planner.tracer.host.tensor_reads import OfMade
+from planner.tracer.host.tensor_reads import SeenByLine
 from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
@@ -41,7 +41,7 @@ class Recording:
         preserved: restores Python state as it was before the first forward; None where no forward was run.
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
         settled: every place that the forward reads or writes, as a second call leaves it; empty where the first one differs.
-        of_made: what tensors showed that the forward made; None where no forward was run.
+        seen_by_line: what tensors showed that the forward made; None where no forward was run.
     """
 
     host: HostState = field(default_factory=HostState)
@@ -50,7 +50,7 @@ class Recording:
     preserved: Preserved | None = None
     written: tuple[torch.Tensor, ...] = ()
     settled: Mapping[Path, Any] = field(default_factory=dict)
-    of_made: OfMade | None = None
+    seen_by_line: SeenByLine | None = None
     to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
 
     @classmethod
@@ -114,7 +114,7 @@ def record(
         raise
     reads = tuple(observed.run.reads)
     specs = {key: recorded.spec for key, recorded in calls.items()}
-    state = (observed.preserved, observed.written, observed.settled, observed.of_made)
+    state = (observed.preserved, observed.written, observed.settled, observed.seen_by_line)
     return Recording(observed.host, specs, reads, *state, calls)
 
 

@@ -242,7 +242,7 @@ def _traced_forward(
         _place_state(options, tensors, given)
         check_traced(recording.host.key.libraries)
         with answered(
-            recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.of_made, lambda: str(modules)
+            recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.seen_by_line, lambda: str(modules)
         ):
             out = run_call(model, options.call, tensors, weights)
         reassigned = reassigned_buffers(given, weights)

@@ -14,6 +14,7 @@ GRADIENTS = {
     "its norm": "g = self.b.weight.grad\nh = h * (2 if g is None else 1 + g.norm())",
     "of all": "h = h * (1 + sum(p.grad is not None for p in self.parameters()))",
     "cleared": "self.zero_grad()",
+    "deleted": "if self.b.weight.grad is not None:\n    del self.b.weight.grad",
     "clipped": "h = h * (1 + nn.utils.clip_grad_norm_(self.parameters(), 1.0))",
     "scaled": "if self.b.weight.grad is not None:\n    self.b.weight.grad.mul_(2)",
 }

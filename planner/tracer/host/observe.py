@@ -31,7 +31,7 @@ from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
-from planner.tracer.host.tensor_reads import OfMade, TensorReads, refuse_marked
+from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 
 _RUNS = 4
@@ -50,7 +50,7 @@ class ObservedForward:
         preserved: puts Python state back as it was before the first run.
         written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
         settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
-        of_made: what tensors showed that the forward made.
+        seen_by_line: what tensors showed that the forward made.
     """
 
     run: Run
@@ -58,7 +58,7 @@ class ObservedForward:
     preserved: Preserved
     written: tuple[torch.Tensor, ...]
     settled: Mapping[Path, Any]
-    of_made: OfMade
+    seen_by_line: SeenByLine
 
 
 class Observer:
@@ -174,7 +174,7 @@ class Observer:
         weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if len(runs) == 2 else {}
-        return ObservedForward(runs[-1], host, self.preserved, written, settled, self.tensors.of_made)
+        return ObservedForward(runs[-1], host, self.preserved, written, settled, self.tensors.seen_by_line)
 
     def _refuse_untracked_changes(self, is_first: bool) -> None:
         """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,69 +19,34 @@ import torch
 from torch import nn
 
 from planner._compat.fake_tensors import FakeTensor
-from planner._compat.private_names import READ_BY_TORCH
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import Fingerprint, alike, everything
 from planner.tracer.host.scopes import is_library_code
+from planner.tracer.host.tensor_patches import METHODS, get_attribute, patched
 from planner.tracer.host.tensor_places import LOST, TensorPlace, TensorRead
 from planner.tracer.host.values import ABSENT, members
 
-_VALUES = frozenset(
-    {
-        "grad",
-        "_grad",
-        "grad_fn",
-        "is_leaf",
-        "retains_grad",
-        "output_nr",
-        "names",
-        "name",
-        "_version",
-        "_base",
-        "_cdata",
-        "_backward_hooks",
-        "_post_accumulate_grad_hooks",
-        "__dict__",
-    }
+_COMPARED_WITH_TRACE = frozenset(
+    {"grad", "grad_fn", "is_leaf", "retains_grad", "_version", "_base", "storage_offset", "_is_view"}
 )
-_METHODS = frozenset(
-    {
-        "data_ptr",
-        "storage_offset",
-        "storage",
-        "untyped_storage",
-        "is_shared",
-        "is_pinned",
-        "is_inference",
-        "is_conj",
-        "is_neg",
-        "_is_view",
-    }
-)
-"""Methods without arguments whose results count as read where they are looked up."""
-_FORM = frozenset(dir(torch.Tensor)) - _VALUES - _METHODS | READ_BY_TORCH
-"""What follows from a tensor's form, which the key of a plan holds, or computes: not noted."""
-_OF_MADE = frozenset({"grad", "grad_fn", "is_leaf", "retains_grad", "_version", "_base", "storage_offset", "_is_view"})
 """What a traced tensor may show otherwise than the real one that the forward makes."""
 _READ_GRADIENTS = tuple(f"{package.__path__[0]}{os.sep}" for package in (torch.nn, torch.optim))
 """Code of torch that acts on gradients."""
 _APPLY = nn.Module._apply.__code__
 """Moves weights and their gradients (`module.to(...)`): the gradient decides about nothing but itself."""
-_getter = torch.Tensor.__getattribute__
-_setter = torch.Tensor.__setattr__
 
 
 def shows_itself(name: str) -> bool:
     """`shown` is the fingerprint of the attribute's own value."""
-    return name not in _METHODS and name not in ("grad_fn", "_base", "_backward_hooks", "_post_accumulate_grad_hooks")
+    return name not in METHODS and name not in ("grad_fn", "_base", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @calls_users_code
 def shown(tensor: torch.Tensor, name: str) -> Fingerprint:
     """What a tensor's attribute is, or its method returns, as a fingerprint."""
     value = getattr(tensor, name, ABSENT)
-    if name in _METHODS:
+    if name in METHODS:
         try:
             value = value()
         except RuntimeError:  # of a tensor without memory
@@ -98,8 +62,8 @@ def shown(tensor: torch.Tensor, name: str) -> Fingerprint:
     return everything().of(value)
 
 
-OfMade = Mapping[tuple[types.CodeType, int, str], Sequence[Fingerprint]]
-"""What tensors showed that a forward made, by the line of code that read it."""
+SeenByLine = Mapping[tuple[types.CodeType, int, str], Sequence[Fingerprint]]
+"""What tensors showed, by the line of code that read it and the attribute."""
 
 
 @dataclass(slots=True)
@@ -131,14 +95,14 @@ class TensorReads:
 
     Attributes:
         paused: nothing is noted.
-        of_made: what tensors showed that the forward made.
+        seen_by_line: what tensors showed, by the line of code that read it and the attribute.
     """
 
     def __init__(
         self, where: Callable[[], str], is_made: Callable[[torch.Tensor], bool], originals: Mapping[int, torch.Tensor]
     ) -> None:
         self.originals, self.paused = originals, False
-        self.of_made: dict[tuple[types.CodeType, int, str], list[Fingerprint]] = {}
+        self.seen_by_line: dict[tuple[types.CodeType, int, str], list[Fingerprint]] = {}
         self._where, self._is_made = where, is_made
         self._of_stand_ins: dict[tuple[types.CodeType, int, str], tuple[list[Fingerprint], str]] = {}
         self._notes: dict[tuple[int, str], _Note] = {}
@@ -148,7 +112,7 @@ class TensorReads:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """While entered, reads are noted; attributes that are set on tensors from before the forward are refused."""
-        with _patched(self._read, self._write):
+        with patched(self._read, self._write):
             yield
 
     @contextlib.contextmanager
@@ -175,7 +139,7 @@ class TensorReads:
     @calls_users_code
     def _read(self, this: torch.Tensor, name: str, frame: types.FrameType) -> Any:
         if self.paused or threading.get_ident() != self._thread or not _counts(name, frame):
-            return _getter(this, name)
+            return get_attribute(this, name)
         self.paused = True
         try:
             source = self.originals.get(id(this), this)
@@ -183,14 +147,14 @@ class TensorReads:
             if self._mode == "stand-ins":
                 seen, _ = self._of_stand_ins.setdefault((frame.f_code, frame.f_lineno, name), ([], self._where()))
             else:
-                seen = self.of_made.setdefault((frame.f_code, frame.f_lineno, name), [])
+                seen = self.seen_by_line.setdefault((frame.f_code, frame.f_lineno, name), [])
                 if not self._is_made(source):
                     self._note(source, name, found)
             if not _is_among(found, seen):
                 seen.append(found)
         finally:
             self.paused = False
-        return _getter(source, name)
+        return get_attribute(source, name)
 
     def _note(self, tensor: torch.Tensor, name: str, found: Fingerprint) -> None:
         known = self._notes.get((id(tensor), name))
@@ -198,7 +162,7 @@ class TensorReads:
             known.is_steady &= alike(known.print, found)
             return
         value = getattr(tensor, name, ABSENT)
-        self._notes[id(tensor), name] = _Note(tensor, value() if name in _METHODS else value, found, self._where())
+        self._notes[id(tensor), name] = _Note(tensor, value() if name in METHODS else value, found, self._where())
 
     @calls_users_code
     def _write(self, this: torch.Tensor, name: str, frame: types.FrameType) -> None:
@@ -225,12 +189,12 @@ class TensorReads:
                 at later calls.
         """
         for line, (seen, module) in self._of_stand_ins.items():
-            if not all(_is_among(one, self.of_made.get(line, ())) for one in seen):
+            if not all(_is_among(one, self.seen_by_line.get(line, ())) for one in seen):
                 raise _unlike(line[2], module, "while the submodule runs as it is inside of a plan")
         reads = []
         for (key, name), note in self._notes.items():
             place = places.get(key)
-            if place is None and name in _OF_MADE and (note.tensor.grad_fn is not None or note.tensor._is_view()):
+            if place is None and name in _COMPARED_WITH_TRACE and (note.tensor.grad_fn is not None or note.tensor._is_view()):
                 continue  # a view that the forward has made
             who = f"the forward of {note.module or 'the model'} reads {name} of {'a tensor' if place is None else place}"
             if not note.is_steady or not alike(note.print, shown(note.tensor, name)):
@@ -247,10 +211,15 @@ class TensorReads:
                 )
             else:
                 if place is not None:
-                    reads.append(TensorRead(place, name, note.print, note.module, note.value))
+                    reads.append(TensorRead(place, name, note.print, note.module, _without_memory(note.value)))
                 continue
             raise CaptureError(text, module=note.module)
         return tuple(reads)
+
+
+def _without_memory(value: Any) -> Any:
+    """A gradient's form instead of its data, which no kernel uses: a plan outlives the step that it was made in."""
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
 
 def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool]) -> None:
@@ -281,14 +250,14 @@ def _unlike(name: str, module: str, when: str) -> CaptureError:
 def answered(
     reads: Sequence[TensorRead],
     tensor_of: Callable[[TensorPlace], torch.Tensor | None],
-    of_made: OfMade | None,
+    seen_by_line: SeenByLine | None,
     where: Callable[[], str],
 ) -> Iterator[None]:
     """While entered, code that reads attributes of traced tensors gets what the real ones showed.
 
     Args:
         tensor_of: the traced tensor at a place.
-        of_made: what tensors showed that the forward made; None where no forward was recorded.
+        seen_by_line: what tensors showed in the recorded forward; None where none was recorded.
 
     Raises:
         CaptureError: a traced tensor shows something that no real one did.
@@ -300,20 +269,20 @@ def answered(
     def read(this: torch.Tensor, name: str, frame: types.FrameType) -> Any:
         nonlocal busy
         if busy or threading.get_ident() != thread or not _counts(name, frame):
-            return _getter(this, name)
+            return get_attribute(this, name)
         busy = True
         try:
             if (id(this), name) in answers:
                 return _answer(answers[id(this), name], name)
             line = (frame.f_code, frame.f_lineno, name)
-            is_compared = name in _OF_MADE and not is_library_code(frame.f_code)
-            if is_compared and of_made is not None and not _is_among(shown(this, name), of_made.get(line, ())):
+            is_compared = name in _COMPARED_WITH_TRACE and not is_library_code(frame.f_code)
+            if is_compared and seen_by_line is not None and not _is_among(shown(this, name), seen_by_line.get(line, ())):
                 raise _unlike(name, where(), "while the forward is traced")
         finally:
             busy = False
-        return _getter(this, name)
+        return get_attribute(this, name)
 
-    with _patched(read, lambda this, name, frame: None):
+    with patched(read, lambda this, name, frame: None):
         yield
 
 
@@ -323,7 +292,7 @@ def _answer(value: Any, name: str) -> Any:
         raise CaptureError(f"the forward reads {name} of a tensor, whose value was lost when the plan was pickled: plan again")
     if value is ABSENT:
         raise AttributeError(name)
-    return (lambda: value) if name in _METHODS else value
+    return (lambda: value) if name in METHODS else value
 
 
 def _counts(name: str, frame: types.FrameType) -> bool:
@@ -332,41 +301,6 @@ def _counts(name: str, frame: types.FrameType) -> bool:
     if not is_library_code(code):
         return True
     return name == "grad" and code is not _APPLY and code.co_filename.startswith(_READ_GRADIENTS)
-
-
-@contextlib.contextmanager
-def _patched(
-    read: Callable[[torch.Tensor, str, types.FrameType], Any],
-    write: Callable[[torch.Tensor, str, types.FrameType], None],
-) -> Iterator[None]:
-    """While entered, reads and writes of tensors' attributes that do not follow from their form go through these functions."""
-
-    of_library: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
-
-    @calls_users_code
-    def get(this: Any, name: str) -> Any:
-        if name in _FORM:
-            return _getter(this, name)
-        frame = sys._getframe(1)
-        if name != "grad":  # torch's own code reads thousands of attributes of traced tensors
-            if id(frame.f_code) in of_library:
-                return _getter(this, name)
-            if is_library_code(frame.f_code):
-                of_library[id(frame.f_code)] = frame.f_code
-        return read(this, name, frame)
-
-    @calls_users_code
-    def put(this: Any, name: str, value: Any) -> None:
-        if name not in _FORM:
-            write(this, name, sys._getframe(1))
-        _setter(this, name, value)
-
-    kind: Any = torch.Tensor
-    kind.__getattribute__, kind.__setattr__ = get, put
-    try:
-        yield
-    finally:
-        del kind.__getattribute__, kind.__setattr__
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
