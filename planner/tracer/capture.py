@@ -108,7 +108,7 @@ def one_at_a_time() -> Iterator[None]:
     may hang: a lock that the thread holds stays locked in the child. A thread of autograd's, which runs the backward of a step
     that the planning thread waits for, does not wait.
     """
-    if _steps and isinstance(threading.current_thread(), threading._DummyThread):
+    if _steps and threading.current_thread().name.startswith("Dummy"):  # which Python has not started
         yield
         return
     with _lock:
