@@ -15,7 +15,7 @@ from torch import nn
 
 from planner._compat.backward_state import keeps_graph, release_saved
 from planner.kernels.custom import rng_put_back_on_error, rng_state, swap_rng_state
-from planner.runtime.backward_checks import check_backward
+from planner.runtime.backward_checks import check_backward, check_modes
 
 Named = dict[str, torch.Tensor]
 
@@ -300,6 +300,7 @@ EMBEDDED = (
     _check,
     _check_values,
     TrainingStep,
+    check_modes,
     check_backward,
     keeps_graph,
     release_saved,

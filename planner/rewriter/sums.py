@@ -81,12 +81,12 @@ class Terms:
 
     Attributes:
         graph: results are as many as before, of a sum its first term; then the other terms.
-        owners: per further result, the position of the gradient that it is a term of.
+        gradient_of: per further result, the position of the gradient that it is a term of.
         ends: as of `PartitionedStep.stage_ends`.
     """
 
     graph: fx.Graph
-    owners: tuple[int, ...]
+    gradient_of: tuple[int, ...]
     ends: tuple[int, ...]
 
 

@@ -21,7 +21,7 @@ from planner._compat.backward_state import keeps_graph, release_saved
 from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_checks import (
-    check_backward,
+    check_modes,
     check_spare_inputs,
     check_unreached_inputs,
     check_views,
@@ -105,10 +105,8 @@ class _Forward(torch.autograd.Function):
         )
         saved = list(results[executable.num_outputs :])
         ctx.kept_on_ctx = {i: saved.pop(i) for i in reversed(executable.kept_on_ctx)}
-        for i in executable.exposed:
-            ctx.kept_on_ctx[i] = ctx.kept_on_ctx[
-                i
-            ].detach()  # the output itself on ctx would be a cycle: output -> grad_fn -> ctx
+        for i in executable.exposed:  # the output itself on ctx would be a cycle: output -> grad_fn -> ctx
+            ctx.kept_on_ctx[i] = ctx.kept_on_ctx[i].detach()
         ctx.spare = spare
         # detach() shares the output's version counter; other tensors in its storage, such as `out.data`, have their own
         ctx.version_checked = [outputs[i].detach() for i, _ in executable.version_checked]
@@ -124,8 +122,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         this: StepRun = ctx.run
         executable = this.executable
-        differentiated = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        check_backward(gradients, differentiated, executable.names, executable.device)
+        check_modes(executable.device)
         check_views(ctx, executable, gradients)
         key = backward_key(gradients)
         written = written_activations(ctx, executable)

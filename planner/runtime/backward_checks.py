@@ -1,4 +1,4 @@
-"""Refusals of a planned backward, before it changes anything: BackwardErrors that say what to do instead."""
+"""Refusals of a planned backward: BackwardErrors that say what to do instead. Most come before it changes anything."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from planner.errors import BackwardError
 from planner.runtime.executable import Executable, OtherBackward
 
 
-def check_backward(
-    gradients: Sequence[torch.Tensor | None], differentiated: Sequence[int], names: Sequence[str], device: torch.device
-) -> None:
-    """Refuse what a planned backward cannot do.
-
-    Args:
-        gradients: per output, its gradient; None where none came.
-        differentiated: positions of the outputs that the plan differentiates.
-        names: of the outputs.
+def check_modes(device: torch.device) -> None:
+    """Refuse what no planned backward can do.
 
     Raises:
-        BackwardError: second derivatives, autocast, or gradients of other outputs; says what to do instead.
+        BackwardError: second derivatives, or autocast; says what to do instead.
     """
     if torch.is_grad_enabled():
         raise BackwardError(
@@ -34,6 +27,22 @@ def check_backward(
             "leave the autocast context before calling backward(): inside autocast eager casts the backward's kernels, and "
             "a plan's are not cast."
         )
+
+
+def check_backward(
+    gradients: Sequence[torch.Tensor | None], differentiated: Sequence[int], names: Sequence[str], device: torch.device
+) -> None:
+    """Refuse what a backward cannot do that was written for one set of outputs, as an exported file's.
+
+    Args:
+        gradients: per output, its gradient; None where none came.
+        differentiated: positions of the outputs that the plan differentiates.
+        names: of the outputs.
+
+    Raises:
+        BackwardError: as `check_modes`, or gradients of other outputs; says what to do instead.
+    """
+    check_modes(device)
     for i, gradient in enumerate(gradients):
         if gradient is not None and i not in differentiated:
             raise BackwardError(

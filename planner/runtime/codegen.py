@@ -36,21 +36,21 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
     inputs = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     position = {given.node: i for i, given in enumerate(inputs)}
     terms = separated(backward, partitioned.separable, partitioned.stage_ends)
-    of = [*joint.gradients, *(joint.gradients[i] for i in terms.owners)]
-    owned = [position[given.node] for given, _ in of]
-    owners = [given.node.replace(".", "_") for given, _ in of]
-    stages = cut_stages(terms.graph, step.num_stages, owners, terms.ends)
+    returned = [given for given, _ in (*joint.gradients, *(joint.gradients[i] for i in terms.gradient_of))]
+    input_of_gradient = [position[given.node] for given in returned]
+    owner_names = [given.node.replace(".", "_") for given in returned]
+    stages = cut_stages(terms.graph, step.num_stages, owner_names, terms.ends)
     nodes = {node.name: node for node in joint.graph.nodes}
-    leaf = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
+    output_of_result = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
     return Executable(
         forward=boxed(forward, opaque, compiled_for),
         stages=tuple(boxed(stage.graph, opaque, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
         num_saved=len(partitioned.saved),
-        differentiable=tuple(leaf[i].requires_grad for i in range(len(joint.results))),
+        differentiable=tuple(output_of_result[i].requires_grad for i in range(len(joint.results))),
         output_gradients=partitioned.output_gradients,
-        owners=tuple(tuple(owned[i] for i in stage.gradients) for stage in stages),
-        names=tuple(leaf[i].name for i in range(len(joint.results))),
+        owners=tuple(tuple(input_of_gradient[i] for i in stage.gradients) for stage in stages),
+        names=tuple(output_of_result[i].name for i in range(len(joint.results))),
         swaps=tuple(any(node.target is custom.swap_rng_state for node in stage.graph.nodes) for stage in stages),
         device=joint.device,
         stage_gradients=tuple(stage.gradients for stage in stages),
@@ -68,7 +68,7 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
             for given, name in joint.gradients
             if _is_sum(joint.uses.get(given.node, 0), nodes[name], joint.opaque_calls)
         ),
-        separated=frozenset(owned[i] for i in terms.owners),
+        separated=frozenset(input_of_gradient[i] for i in range(len(joint.gradients), len(returned))),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         **_saved_fields(step, inputs, position),
     )
