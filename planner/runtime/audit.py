@@ -39,10 +39,6 @@ def is_due(num_calls: int) -> bool:
     return num_calls == 2 or (num_calls >= 10 and set(str(num_calls)[1:]) == {"0"} and str(num_calls)[0] == "1")
 
 
-_UNCOUNTED_BYTES = 4096
-"""Copies of written tensors (running statistics) up to this size are not counted: the budget's margin covers them."""
-
-
 def can_audit(step: RewrittenStep) -> bool:
     """Whether the original forward may run a second time, and has to give the same bits: it has no effects outside."""
     hooked = any(not spec.repeatable for spec in step.joint.opaque_calls.values())
@@ -59,7 +55,7 @@ def audit_fits(plan: Plan, written_bytes: int) -> bool:
     """
     boundary = plan.solution.schedule.boundary(plan.graph)
     forward = max(plan.timeline.live_bytes[: boundary + 1], default=0)
-    return forward + max(0, written_bytes - _UNCOUNTED_BYTES) <= plan.budget_bytes
+    return forward + max(0, written_bytes - plan.margin_bytes) <= plan.budget_bytes
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
+from planner._compat.fake_tensors import FakeTensor
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer.joint import Input
@@ -18,17 +20,27 @@ def lift_constants(traced: TracedGraph) -> None:
     """
     graph = traced.graph
     first = next(iter(graph.nodes))
+    known: dict[int, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
         tensor = getattr(graph.owning_module, node.target, None)
         if not isinstance(tensor, torch.Tensor):
             raise CaptureError(
                 f"the graph holds {node.target}, a {type(tensor).__name__}: higher-order operators cannot be planned"
             )
+        if id(tensor) in known:
+            node.replace_all_uses_with(known[id(tensor)])
+            graph.erase_node(node)
+            continue
         number = len(traced.constants)
         with graph.inserting_before(first):
-            placeholder = graph.placeholder(f"constant_{number}")
-        placeholder.meta["val"] = node.meta.get("val", tensor)
+            placeholder = known[id(tensor)] = graph.placeholder(f"constant_{number}")
+        placeholder.meta["val"] = _as_traced(tensor, node.meta.get("val", tensor))
         node.replace_all_uses_with(placeholder)
         graph.erase_node(node)
         traced.inputs[placeholder] = Input(placeholder.name, Kind.BUFFER, f"constant:{number}")
         traced.constants[placeholder] = tensor
+
+
+def _as_traced(tensor: torch.Tensor, val: torch.Tensor) -> torch.Tensor:
+    """The fake tensor that the trace used for a constant: views of it share its storage, not that of the node's own fake."""
+    return val.fake_mode.from_tensor(tensor) if isinstance(val, FakeTensor) and not isinstance(tensor, FakeTensor) else val

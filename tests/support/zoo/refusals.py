@@ -13,6 +13,7 @@ REFUSED: dict[str, str] = {
 
 FILLED_BY_THE_FIRST_CALL = {
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),  # install hooks that record the router's outputs
+    "segformer",  # installs hooks that record hidden states
 }
 """Models whose first call changes what the forward reads: that call runs unplanned, with a warning."""
 
