@@ -216,10 +216,7 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     """
     call = step.joint.call
     with fake_mode():
-        made = [
-            torch.empty_strided(shape, stride, dtype=dtype, device=device).requires_grad_(requires_grad)
-            for shape, stride, dtype, device, requires_grad in step.key.inputs
-        ]
+        made = _inputs_like(step)
         for (given, _), is_leaf in zip(step.joint.gradients, leaves, strict=True):
             if given.kind is Kind.INPUT and not is_leaf and int(given.key) < len(made):
                 made[int(given.key)] = made[int(given.key)].view_as(made[int(given.key)])
@@ -231,6 +228,24 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
         known = Replay(strides, step.joint.recorded, step.joint.opaque_calls, step.joint.host)
         return capture_again(model, args, kwargs, known, opaque)
+
+
+def _inputs_like(step: RewrittenStep) -> list[torch.Tensor]:
+    """Tensors like those of the planned call; those that shared a storage do so."""
+    sizes = [
+        1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+        for shape, strides, *_ in step.key.inputs
+    ]
+    memory: dict[int, torch.Tensor] = {}
+    made = []
+    for i, (shape, strides, dtype, device, requires_grad) in enumerate(step.key.inputs):
+        at = step.storages[i]
+        if at not in memory:
+            size = max(size for size, storage in zip(sizes, step.storages, strict=True) if storage == at)
+            memory[at] = torch.empty(size, dtype=dtype, device=device)
+        own = memory[at] if memory[at].dtype == dtype else torch.empty(sizes[i], dtype=dtype, device=device)
+        made.append(own.as_strided(shape, strides).requires_grad_(requires_grad))
+    return made
 
 
 def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:

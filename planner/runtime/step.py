@@ -12,7 +12,7 @@ from planner.results.plan import Plan
 from planner.rewriter import portable
 from planner.rewriter.partition import PartitionedStep, partition
 from planner.runtime.backward_key import BackwardKey, captured_key
-from planner.runtime.guards.call_key import CallKey, call_key, same_tensors
+from planner.runtime.guards.call_key import CallKey, call_key, same_tensors, shared_storages
 from planner.tracer.joint import Joint
 
 DEFAULT_STAGES = 8
@@ -48,6 +48,7 @@ class RewrittenStep:
         is_compiled: inductor compiles the graphs (`compile=True`).
         backward_key: the gradients that the backward graph is right for; by default those of the capture.
         same_inputs: per tensor leaf of the call, the first leaf that was the same tensor; by default its own position.
+        storages: per tensor leaf of the call, the first leaf in the same storage; by default its own position.
         fraction: the budget as a fraction of the plain step's peak, where it was given as one.
     """
 
@@ -60,12 +61,15 @@ class RewrittenStep:
     backward_key: BackwardKey = ()
     same_inputs: tuple[int, ...] = ()
     fraction: float | None = None
+    storages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.backward_key:
             object.__setattr__(self, "backward_key", captured_key(self.joint))
         if not self.same_inputs:
             object.__setattr__(self, "same_inputs", tuple(range(len(self.key.inputs))))
+        if not self.storages:
+            object.__setattr__(self, "storages", tuple(range(len(self.key.inputs))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         joint, partitioned = self.joint, self.partitioned
@@ -73,7 +77,7 @@ class RewrittenStep:
         rows = tuple(None if graph is None else portable.to_rows(graph, with_specs=self.is_compiled) for graph in graphs)
         bare = (replace(joint, graph=None, guards=None), replace(partitioned, forward=None, backward=None))  # type: ignore[arg-type]
         plain = (self.key, self.num_stages, self.recapture, self.is_compiled)
-        return _restore_step, (*bare, rows, *plain, self.backward_key, self.same_inputs, self.fraction)
+        return _restore_step, (*bare, rows, *plain, self.backward_key, self.same_inputs, self.fraction, self.storages)
 
 
 def _restore_step(
@@ -106,4 +110,14 @@ def make_step(
     tensors = joint.call.tensor_leaves(tuple(args), dict(kwargs or {}))
     key = call_key(tensors, joint)
     same = same_tensors(tensors)
-    return RewrittenStep(joint, partitioned, key, num_stages, recapture, is_compiled, same_inputs=same, fraction=fraction)
+    return RewrittenStep(
+        joint,
+        partitioned,
+        key,
+        num_stages,
+        recapture,
+        is_compiled,
+        same_inputs=same,
+        fraction=fraction,
+        storages=shared_storages(tensors),
+    )

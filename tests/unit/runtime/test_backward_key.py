@@ -562,3 +562,27 @@ def test_a_hook_never_gets_none_where_an_opaque_module_finds_no_gradient():
     assert not seen
     sum(out.sum() for out in planned(torch.randn(3, 4))).backward()
     assert len(seen) == 1
+
+
+class TwoLosses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+    def forward(self, tokens, targets):
+        logits = self.head(torch.tanh(self.embed(tokens)))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits.square().mean()
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("pick", [lambda out: out[1], lambda out: out[1] + out[2]], ids=["one", "both"])
+def test_other_backwards_of_a_call_whose_inputs_are_views_of_one_tensor(pick, pickled):
+    model, data = TwoLosses(), torch.randint(16, (4, 9))
+    call = data[:, :-1], data[:, 1:]
+    twin = copy.deepcopy(model)
+    planned = plan(model, 1.0, call, progress=False, costs="estimate")
+    if pickled:
+        planned = pickle.loads(pickle.dumps(planned))
+    for module in (planned, twin):
+        pick(module(*call)).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(planned.parameters(), twin.parameters(), strict=True))
