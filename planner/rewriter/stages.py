@@ -35,7 +35,8 @@ class Stage:
 def cut_stages(backward: fx.Graph, num_stages: int, owners: Sequence[str] = (), ends: Sequence[int] = ()) -> tuple[Stage, ...]:
     """Cut after gradients, about as many in every stage; order and count of the nodes stay as they are.
 
-    A gradient is returned after the last read of its parameter: an optimizer may step inside the backward.
+    A gradient is returned after the last read of its parameter: an optimizer may step inside the backward. Where there are
+    several of one parameter, autograd adds them up in the order in which they are returned, which is the one given.
 
     Args:
         backward: with one output node of a tuple of gradients.
@@ -93,7 +94,13 @@ def _stages_of_gradients(backward: fx.Graph, stage_of: Mapping[fx.Node, int], ow
     read_until = _read_until(backward, _last_use(stage_of))
     gradients: Sequence[fx.Node] = results(backward)
     known = [*owners, *[""] * (len(gradients) - len(owners))]
-    return [max(stage_of[node], read_until.get(owner, 0)) for node, owner in zip(gradients, known, strict=True)]
+    found: list[int] = []
+    last: dict[str, int] = {}
+    for node, owner in zip(gradients, known, strict=True):
+        found.append(max(stage_of[node], read_until.get(owner, 0), last.get(owner, 0)))
+        if owner:
+            last[owner] = found[-1]
+    return found
 
 
 def _read_until(backward: fx.Graph, last_use: Mapping[fx.Node, int]) -> dict[str, int]:

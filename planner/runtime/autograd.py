@@ -57,6 +57,7 @@ class StepRun:
         inputs: of the forward graph; emptied once it has run.
         backwards: finds backwards for gradients that are not as planned.
         alive: tensors passed from one backward stage to the next.
+        summed: the inputs whose gradients are sums, by position.
         complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
             tuple instead of running its stage.
     """
@@ -65,6 +66,7 @@ class StepRun:
     inputs: list[torch.Tensor]
     backwards: BackwardFinder
     alive: list[torch.Tensor] = field(default_factory=list)
+    summed: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
 
 
@@ -97,6 +99,7 @@ class _Forward(torch.autograd.Function):
         ctx.versions = [tensor._version for tensor in checked]
         spare = [inputs[i] for i in executable.spare]
         ctx.given = {i: weakref.ref(inputs[i]) for i in executable.call_inputs}
+        this.summed = {i: weakref.ref(inputs[i]) for i in executable.summed}
         this.inputs = []
         results = executable.forward(inputs)
         outputs = tuple(
@@ -147,7 +150,7 @@ class _Forward(torch.autograd.Function):
         this.complete = []
         grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
         check_visited(ctx, executable, 0, grads)
-        watch_sums(ctx, executable, 0, grads, is_other=other is not None)
+        watch_sums(ctx, this.summed, executable, 0, grads, is_other=other is not None)
         token = torch.empty(0, device=executable.device) if ctx.has_token else None
         return (None, token, *grads)
 
@@ -165,7 +168,7 @@ class _Tap(torch.autograd.Function):
         is_other = bool(this.complete)
         grads = this.complete.pop(0) if is_other else _run_stage(this, ctx.stage, alive)
         check_visited(ctx, this.executable, ctx.stage, grads)
-        watch_sums(ctx, this.executable, ctx.stage, grads, is_other=is_other)
+        watch_sums(ctx, this.summed, this.executable, ctx.stage, grads, is_other=is_other)
         return (None, None, torch.empty(0, device=this.executable.device) if ctx.has_token else None, *grads)
 
 

@@ -81,8 +81,8 @@ def _is_sum(uses: int, gradient: fx.Node, calls: Mapping[str, OpaqueCall]) -> bo
         base = base.all_input_nodes[0]
     if base.target is getitem and base.all_input_nodes[0].target is custom.opaque_backward:
         call = calls[str(base.all_input_nodes[0].args[0])]
-        return uses > 1 or call.differentiated[base.args[1]] in call.several_uses  # type: ignore[index]
-    return uses > 1
+        return abs(uses) > 1 or call.differentiated[base.args[1]] in call.several_uses  # type: ignore[index]
+    return abs(uses) > 1
 
 
 def _saved_fields(step: RewrittenStep, inputs: Sequence[Input], position: Mapping[str, int]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from planner.runtime.executable import Executable
 
 
 def watch_sums(
-    ctx: Any, executable: Executable, stage: int, gradients: Sequence[torch.Tensor | None], *, is_other: bool
+    ctx: Any,
+    inputs: Mapping[int, weakref.ref[torch.Tensor]],
+    executable: Executable,
+    stage: int,
+    gradients: Sequence[torch.Tensor | None],
+    *,
+    is_other: bool,
 ) -> None:
     """Refuse, when autograd hands it on, the gradient of an input that the plan uses several times and others have used later.
 
@@ -23,6 +30,9 @@ def watch_sums(
 
     Args:
         ctx: the autograd node of the stage.
+        inputs: those whose gradients are sums, by position.
+        executable: of the planned step.
+        stage: whose gradients are handed on.
         gradients: one per input of the stage.
         is_other: an OtherBackward has computed them, which returns no terms.
     """
@@ -32,8 +42,8 @@ def watch_sums(
     edges = ctx.next_functions[int(ctx.has_token) :]
     for position, gradient, (node, i) in zip(executable.owners[stage], gradients, edges, strict=True):
         if position in summed and gradient is not None and node is not None:
-            leaf = getattr(node, "variable", None)
-            if leaf is None or not leaf._backward_hooks:  # which may return another tensor
+            given = inputs[position]()
+            if given is None or not given._backward_hooks:  # which may return another tensor
                 _watch_sum(node, i, gradient.data_ptr(), executable.inputs[position])
 
 

@@ -168,6 +168,7 @@ def _capture(
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))
+    _check_no_weights(model, given)
     if target is None:
         device = one_device(model, given)
     else:
@@ -214,6 +215,17 @@ def _capture(
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
     )
+
+
+def _check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
+    """Raise CaptureError where an argument is a parameter of the model: its gradients are a sum over both ways to it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for i, tensor in enumerate(given):
+        if id(tensor) in names:
+            raise CaptureError(
+                f"input {i} is the model's own parameter {names[id(tensor)]}: let the forward read it from the module, or pass "
+                "a tensor computed from it"
+            )
 
 
 def _normalized(

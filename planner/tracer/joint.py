@@ -85,7 +85,8 @@ class Joint:
         outputs: one per leaf of the model's output.
         results: nodes of the forward's results, in the graph's output order.
         gradients: (input, node name) of every input that gets a gradient.
-        uses: by the placeholder of an input with a gradient, how many operations' gradients reach it: eager adds them up.
+        uses: by the placeholder of an input with a gradient, how many operations' gradients reach it, which eager adds up;
+            negative where one of them may be none, or a sum itself.
         rng_states: random forward node -> node that saved the generator's state before it.
         num_forward_nodes: graph nodes up to and including the forward's last one.
         constants: tensors that the model holds as plain attributes, by placeholder name.

@@ -131,9 +131,11 @@ def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units)
     recording, target = options.recording, options.target
     module = _TracedModule(options, units)
     given = [*tensors, *_state_inputs(options)]
-    module.same = tuple(range(len(given)))
-    if recording.host.key.compares_identities:  # else the inputs of later calls may be different tensors
-        module.same = tuple(next(j for j, other in enumerate(given) if other is tensor) for tensor in given)
+    asks = recording.host.key.compares_identities
+    module.same = tuple(
+        next(j for j, other in enumerate(given) if other is tensor) if asks or tensor.requires_grad else i
+        for i, tensor in enumerate(given)  # else the inputs of later calls may be different tensors
+    )
     with opaque_traced.known(recording.calls), units.known(), kernels_replaced(raising.substitutes()):
         if target is None:
             fakes = fake_inputs(given)
@@ -199,8 +201,12 @@ class _TracedModule(nn.Module):
 
 
 def _uses(results: Sequence[torch.Tensor], inputs: Iterable[tuple[str | int, torch.Tensor]]) -> dict[str | int, int]:
-    """By the inputs' names, the number of edges that lead to each in the autograd graph of the results."""
+    """By the inputs' names, the number of edges that lead to each in the autograd graph of the results.
+
+    Negative where one of them comes from a Function in Python, which may return no gradient, or a sum of several.
+    """
     found: Counter[Any] = Counter()
+    from_python: set[Any] = set()
     todo, seen = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None], set[Any]()
     while todo:
         node = todo.pop()
@@ -208,9 +214,13 @@ def _uses(results: Sequence[torch.Tensor], inputs: Iterable[tuple[str | int, tor
             seen.add(node)
             for following, i in node.next_functions:
                 leaf = getattr(following, "variable", None)
-                found[(following, i) if leaf is None else id(leaf)] += 1
+                edge = (following, i) if leaf is None else id(leaf)
+                found[edge] += 1
+                if isinstance(node, torch.autograd.function.BackwardCFunction):
+                    from_python.add(edge)
                 todo += [following] if following is not None else []
-    return {name: found[id(t) if t.grad_fn is None else (t.grad_fn, t.output_nr)] for name, t in inputs}
+    edges = {name: id(t) if t.grad_fn is None else (t.grad_fn, t.output_nr) for name, t in inputs}
+    return {name: -found[edge] if edge in from_python else found[edge] for name, edge in edges.items()}
 
 
 def _traced_forward(

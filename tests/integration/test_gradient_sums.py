@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import BackwardError, CaptureError, plan, plan_units
+from planner import BackwardError, CaptureError, MismatchWarning, plan, plan_units
 from planner.profiler.memory import logical_peak
 
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
@@ -273,3 +273,126 @@ class CarriesAGraph(nn.Module):
 def test_a_model_whose_second_step_fails_is_refused_with_its_own_words():
     with pytest.raises(CaptureError, match="a further step raises RuntimeError: Trying to backward through the graph a second"):
         plan_units(CarriesAGraph(), 1.0, (X,), progress=False, costs="estimate")
+
+
+class InOrder(nn.Module):
+    """Terms of one input that the captured graph makes in another order than they add up, or that views come late of."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.pre, self.deep = nn.LayerNorm(32), nn.Linear(32, 32), nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.v, self.how = nn.Parameter(torch.ones(32)), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pre(x) if self.how == "of a weight" else x
+        if self.how == "passed through":
+            h = torch.sin(torch.sin((x + self.v) * torch.tanh(x)))
+        elif self.how == "three":
+            h = torch.sin((x + self.v) * torch.tanh(x) + x.cos())
+        else:
+            h = self.norm(x)
+            for layer in self.deep:
+                h = torch.tanh(layer(h))
+            h = h * self.norm.weight + torch.cat([self.v, self.norm.weight])[:32]
+        for layer in self.deep:
+            h = torch.tanh(layer(h))
+        return h.square().mean()
+
+
+@pytest.mark.parametrize("num_stages", [1, 8])
+@pytest.mark.parametrize("caller", ["alone", "twice", "used again"])
+@pytest.mark.parametrize("how", ["passed through", "three", "of a weight", "views"])
+def test_terms_add_up_in_eagers_order_whatever_the_stages(how, caller, num_stages):
+    torch.manual_seed(0)
+    net, found = InOrder(how), []
+    plain = copy.deepcopy(net)
+    planned = plan(
+        net, 1.0, (X * 2 * torch.ones(1, requires_grad=True),), progress=False, costs="estimate", num_stages=num_stages
+    )
+    for call, model in ((plain, plain), (planned, net)):
+        given = X.clone().requires_grad_()
+        x = given * 2
+        loss = call(x)
+        if caller == "twice":
+            loss = loss + call(x)
+        if caller == "used again":
+            loss = loss + x.cos().mean() + model.norm.weight.norm()
+        try:
+            loss.backward()
+        except BackwardError as error:
+            assert "adds up these gradients one by one" in str(error) and caller != "alone"
+            return
+        found.append([given.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(map(torch.equal, *found))
+
+
+def test_terms_of_units_add_up_in_eagers_order():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pre, self.units = nn.Linear(32, 32), nn.ModuleList(InOrder("three") for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(unit(self.pre(x)) for unit in self.units)
+
+    torch.manual_seed(0)
+    net = Net()
+    plain, found = copy.deepcopy(net), []
+    plan_units(net, 1.0, (X,), progress=False, costs="estimate")
+    for model in (plain, net):
+        model(X).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *found))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.w = nn.Linear(32, 32), nn.Linear(32, 32), nn.Parameter(torch.ones(32))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(self.q(x)) * torch.tanh(self.k(y)) * x.sin() * self.w).square().mean()
+
+
+@pytest.mark.parametrize("called_same", [False, True])
+@pytest.mark.parametrize("planned_same", [False, True])
+def test_one_tensor_given_twice_is_planned_or_said_to_be_another_call(planned_same, called_same):
+    torch.manual_seed(0)
+    net, found = Attends(), []
+    plain = copy.deepcopy(net)
+    x = X.clone().requires_grad_()
+    planned = plan(net, 1.0, (x, x if planned_same else x * 2), progress=False, costs="estimate")
+    for call, model in ((plain, plain), (planned, net)):
+        given = X.clone().requires_grad_()
+        other = given if called_same else given * 2
+        if call is planned and planned_same != called_same:
+            with pytest.warns(MismatchWarning, match="the same inputs are one tensor"):
+                out = call(given, other)
+        else:
+            out = call(given, other)
+        out.backward()
+        found.append([given.grad, *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_parameter_of_the_model_as_its_argument():
+    net = Attends()
+    with pytest.raises(CaptureError, match="input 1 is the model's own parameter w"):
+        plan(net, 1.0, (X, net.w), progress=False, costs="estimate")
+    planned = plan(net, 1.0, (X, nn.Parameter(torch.ones(32))), progress=False, costs="estimate")
+    with pytest.warns(MismatchWarning, match="input 1 is one of the model's own parameters"):
+        planned(X, net.w).backward()
+
+
+def test_a_hook_on_an_input_is_no_second_use():
+    torch.manual_seed(0)
+    net = Uses(2)
+    plain, found = copy.deepcopy(net), []
+    planned = plan(net, 1.0, (X * torch.ones(1, requires_grad=True),), progress=False, costs="estimate")
+    for call in (plain, planned):
+        given = X.clone().requires_grad_()
+        x = given * 1.0
+        x.register_hook(lambda gradient: gradient * 2)
+        call(x).backward()
+        found.append(given.grad)
+    assert torch.equal(*found)

@@ -18,9 +18,9 @@ from planner.runtime.codegen import boxed, picker, positions
 from planner.runtime.guards.call_key import (
     Autocast,
     CallKey,
+    are_same,
     argument_fingerprint,
     autocast_key,
-    same_tensors,
     shared_storages,
 )
 from planner.runtime.guards.mismatch import Mismatch
@@ -180,9 +180,15 @@ def difference(
     if key.shared and shared_storages(tensors) != key.shared:
         text = "other inputs share their memory than in the planned call, and the forward writes into one"
         return Mismatch("argument", "which inputs share their memory", text=text)
-    if key.same and same_tensors(tensors) != key.same:
-        text = "other inputs are the same tensor than in the planned call, and the forward asks which are"
-        return Mismatch("argument", "which inputs are the same tensor", text=text)
+    if max(key.same, default=-1) >= 0:
+        if not are_same(key.same, tensors):
+            text = "not the same inputs are one tensor as in the planned call, which decides how gradients add up"
+            return Mismatch("argument", "which inputs are the same tensor", text=text)
+        weights = {id(tensor) for tensor in held if tensor.requires_grad}
+        own = next((i for i, tensor in enumerate(tensors) if id(tensor) in weights), None)
+        if own is not None:
+            text = f"input {own} is one of the model's own parameters, whose gradients would add up in another order"
+            return Mismatch("argument", f"input {own}", text=text)
     if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:

@@ -31,7 +31,8 @@ class CallKey:
         autocast: on the plan's device.
         switches: torch's global switches, by name.
         kinds: classes of the tensor leaves.
-        same: per input, the first input that is the same tensor; empty unless the forward asks which are the same.
+        same: per input, the first input that is the same tensor, where the forward asks or gradients of one tensor add up; -1
+            where it may be any.
     """
 
     inputs: tuple[TensorKey, ...]
@@ -54,7 +55,10 @@ def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
         autocast=autocast_key(joint.device),
         switches=global_switches(),
         kinds=tuple(map(type, tensors)),
-        same=same_tensors(tensors) if joint.host.key.compares_identities else (),
+        same=tuple(
+            first if joint.host.key.compares_identities or tensor.requires_grad else -1
+            for first, tensor in zip(same_tensors(tensors), tensors, strict=True)
+        ),
     )
 
 
@@ -84,6 +88,11 @@ def same_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Per tensor, the position of the first one that is the same."""
     first: dict[int, int] = {}
     return tuple(first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors))
+
+
+def are_same(expected: Sequence[int], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the same tensors are the same as a key says."""
+    return all(first in (-1, now) for first, now in zip(expected, same_tensors(tensors), strict=True))
 
 
 def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

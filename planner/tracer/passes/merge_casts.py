@@ -52,7 +52,8 @@ def _merge(traced: TracedGraph, leaf: fx.Node, casts: Sequence[fx.Node], positio
             f"{leaf.name} is used several times under autocast and several times without; the order in which eager sums its "
             "gradients cannot be told from the trace. Use autocast(..., cache_enabled=False)"
         )
-    traced.uses[leaf] = traced.uses.get(leaf, 0) - len(back) + 1
+    if traced.uses.get(leaf, 0) > 0:
+        traced.uses[leaf] += 1 - len(back)
     total = back[0].all_input_nodes[0]
     for before, term in itertools.pairwise(back):
         with graph.inserting_after(max(before, term, key=order.__getitem__)):
