@@ -75,6 +75,8 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
         NoScheduleFoundError: for that batch none was found with the effort given; carries the lowest peak that was found.
     """
     checked = read_options(options, MaxBatchKeywords, "max_batch")
+    if isinstance(make_inputs, nn.Module):
+        raise InputError("the order of arguments is max_batch(make_inputs, model, budget): the first one is a model")
     arguments.check_function(make_inputs, "make_inputs", "args, kwargs = make_inputs(batch)")
     arguments.check_model(model)
     if is_fraction(budget):

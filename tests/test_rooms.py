@@ -45,6 +45,7 @@ ROOMS = (
     "children",
     "integrations",
     "cli",
+    "__main__",
 )
 """From the bottom up: a file imports files of its own room, and of rooms before it."""
 TORCH_SIDE = ("kernels", "_compat", "profiler", "tracer", "rewriter", "runtime", "export", "verification")

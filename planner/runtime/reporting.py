@@ -59,7 +59,8 @@ def _cure(mismatch: Mismatch) -> str:
     if mismatch.cure:
         return ""
     if mismatch.kind in ("input", "argument") and not mismatch.text:
-        return ". To plan both: plan(..., also=[(args, kwargs)])"
+        sizes = ", or for sizes as they come dynamic=True" if mismatch.kind == "input" else ""
+        return f". To plan both: plan(..., also=[(args, kwargs)]){sizes}"
     if mismatch.kind == "host" and mismatch.is_absent:
         return ". The first call fills it: run the model once before planning"
     return ""

@@ -179,7 +179,9 @@ def _listed(out: Any) -> str:
         return f"It returns {kind(out)} without a tensor"
     lines = [_row(argument, leaf) for argument, leaf in rows[:_MOST_LISTED]]
     more = f"; {len(rows) - _MOST_LISTED} more" if len(rows) > _MOST_LISTED else ""
-    able = next((argument for argument, leaf in rows if leaf.requires_grad), None)
+    trained = [(argument, leaf) for argument, leaf in rows if leaf.requires_grad]
+    scalars = [argument for argument, leaf in trained if leaf.dim() == 0]
+    able = scalars[0] if scalars else trained[0][0] if trained else None
     cure = "" if able is None else f". Pass the one that backward starts from (at the shell, --loss {able})"
     return f"Its outputs: {'; '.join(lines)}{more}{cure}"
 

@@ -114,7 +114,7 @@ def test_an_error_lists_the_outputs_and_what_to_pass():
     assert message == (
         "the model's output has no position 7. Its outputs: loss=0: float32[6, 3], requires grad; loss=1: float32[], does not "
         "require grad; loss=2: float32[], requires grad; loss=\"[3]['n']\": float32[3], requires grad. Pass the one that "
-        "backward starts from (at the shell, --loss 0)"
+        "backward starts from (at the shell, --loss 2)"
     )
     message = refusal(lambda logits, loss: {"logits": logits, "n": loss.detach()}, loss="n")
     assert "the output named by loss='n' does not require grad" in message and "loss='logits': float32[6, 3]" in message
@@ -172,7 +172,7 @@ def build():
 """
 
 
-@pytest.mark.parametrize(("loss", "code", "said"), [("1", 0, "peak"), ("[2]", 0, "peak"), ("9", 1, "--loss 0")])
+@pytest.mark.parametrize(("loss", "code", "said"), [("1", 0, "peak"), ("[2]", 0, "peak"), ("9", 1, "--loss 1")])
 def test_at_the_shell(tmp_path, capsys, loss, code, said):
     file = tmp_path / f"net_{code}.py"
     file.write_text(MODEL)
