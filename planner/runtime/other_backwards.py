@@ -231,21 +231,25 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
 
 
 def _inputs_like(step: RewrittenStep) -> list[torch.Tensor]:
-    """Tensors like those of the planned call; those that shared a storage do so."""
-    sizes = [
-        1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
-        for shape, strides, *_ in step.key.inputs
-    ]
+    """Tensors like those of the planned call; those without gradients share a storage where they did."""
+    inputs, storages = step.key.inputs, step.storages
     memory: dict[int, torch.Tensor] = {}
     made = []
-    for i, (shape, strides, dtype, device, requires_grad) in enumerate(step.key.inputs):
-        at = step.storages[i]
-        if at not in memory:
-            size = max(size for size, storage in zip(sizes, step.storages, strict=True) if storage == at)
-            memory[at] = torch.empty(size, dtype=dtype, device=device)
-        own = memory[at] if memory[at].dtype == dtype else torch.empty(sizes[i], dtype=dtype, device=device)
-        made.append(own.as_strided(shape, strides).requires_grad_(requires_grad))
+    for i, (shape, strides, dtype, device, requires_grad) in enumerate(inputs):
+        group = [k for k in range(len(inputs)) if storages[k] == storages[i]]
+        if len(group) == 1 or any(inputs[k][2] != dtype or inputs[k][4] for k in group):
+            made.append(torch.empty_strided(shape, strides, dtype=dtype, device=device).requires_grad_(requires_grad))
+            continue
+        if storages[i] not in memory:
+            size = max(_extent(*inputs[k][:2]) for k in group)
+            memory[storages[i]] = torch.empty(size, dtype=dtype, device=device)
+        made.append(memory[storages[i]].as_strided(shape, strides))
     return made
+
+
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last one of a strided tensor."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _lowered(joint: Joint, plan: Plan, step: RewrittenStep) -> Graph:
