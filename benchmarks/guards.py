@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=0.95, help="of the plain peak")
+    parser.add_argument("--budget", type=float, default=1.0, help="of the plain peak")
     parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
     torch.set_num_threads(1)
