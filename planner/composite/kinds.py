@@ -29,7 +29,7 @@ from planner.runtime.step import make_step
 from planner.tracer.faults import is_fault, noting
 from planner.tracer.real_layouts import capture
 from planner.tracer.replay import Strides
-from planner.tracer.units.choice import structure
+from planner.tracer.units.choice import is_inside, structure
 
 
 @dataclass(eq=False)
@@ -205,10 +205,9 @@ def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in others]
     if shared:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
-    inside = lambda user: user == name or user.startswith(f"{name}.")
     for weight, users in trial.weight_users.items():
-        outside = [user for user in users if not inside(user)]
-        if inside(weight.rpartition(".")[0]) and outside:
+        outside = [user for user in users if not is_inside(user, name)]
+        if is_inside(weight.rpartition(".")[0], name) and outside:
             raise CaptureError(
                 f"its {weight.removeprefix(f'{name}.')} is also used by the forward of {outside[0] or 'the model'}, and the "
                 "order in which gradients add up would change"

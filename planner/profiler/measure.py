@@ -61,8 +61,7 @@ def measure(
     before = {} if remeasure else {**cache.load(), **cache.settled}  # what this process has used stays as it is
     known = {key: before[key] for key in example if key in before}
     measurable = [key for key in example if not is_collective(example[key])]  # of a collective, the other ranks run none
-    again: set[str] = set()
-    fresh: dict[str, KernelCost] = {}
+    again, fresh = set[str](), dict[str, KernelCost]()
     if remeasure is None:
         unsure = {key: known[key] for key in measurable if key in known and key not in cache.settled}
         again, fresh = _rechecked(unsure, counts, example, device)

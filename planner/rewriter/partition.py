@@ -92,9 +92,7 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep
     before = _Writer(joint, graph, storages, rerun)
     for name in given_before:
         before.take(nodes[name], name)
-    for i in schedule.steps[:boundary]:
-        before.run(nodes[graph.ops[i].name], again=i in ran)
-        ran.add(i)
+    before.run_all(schedule.steps[:boundary], ran)
     before.finish([before.get(node) for node in results] + [before.root(nodes[name]) for name in saved])
 
     after = _Writer(joint, graph, storages, rerun)
@@ -102,15 +100,10 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep
         after.take(nodes[name], f"saved_{name}")
     for name in saved_inputs:
         after.take(nodes[name], name)
-    output_gradients = [given for given in joint.inputs if given.kind is Kind.TANGENT]
-    for given in output_gradients:
+    handed = [given for given in joint.inputs if given.kind is Kind.TANGENT]
+    for given in handed:
         after.take(nodes[given.node], given.node)
-    for i in schedule.steps[boundary:]:
-        if graph.ops[i].kernel == STAGE_END:
-            after.end_stage()
-            continue
-        after.run(nodes[graph.ops[i].name], again=i in ran)
-        ran.add(i)
+    after.run_all(schedule.steps[boundary:], ran)
     after.finish([after.get(node) for node in gradients])
     roots = [storages.root[node] for node in results]
     aliased = tuple(nodes[root].op == "placeholder" or root in roots[:i] for i, root in enumerate(roots))
@@ -118,13 +111,12 @@ def partition(joint: Joint, graph: Graph, schedule: Schedule) -> PartitionedStep
     reread = {name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.reads}
     mutated = {given.node for given in joint.inputs if given.mutated}
     spare = tuple(n for n in given_before if storages.root[nodes[n]] in reread and n not in {*saved_inputs, *mutated})
-    handed = tuple(int(given.key) for given in output_gradients)
     return PartitionedStep(
         before.out,
         after.out,
         saved,
         saved_inputs,
-        handed,
+        tuple(int(given.key) for given in handed),
         aliased,
         tuple(roots),
         exposed,
@@ -170,7 +162,7 @@ class _Writer:
 
     def __init__(self, joint: Joint, graph: Graph, storages: Storages, rerun: frozenset[int]) -> None:
         self.out = fx.Graph()
-        self._joint, self._storages = joint, storages
+        self._joint, self._graph, self._storages = joint, graph, storages
         self._rerun = {graph.ops[i].name for i in rerun}
         self._now: dict[fx.Node, fx.Node] = {}
         self._views: dict[str, list[fx.Node]] = {}
@@ -205,6 +197,16 @@ class _Writer:
                 base = next(self._storages.root[arg] for arg in node.all_input_nodes if arg in self._storages.root)
                 self._views.setdefault(base, []).append(node)
         return self._now[node]
+
+    def run_all(self, steps: Sequence[int], ran: set[int]) -> None:
+        """Write steps of a schedule. `ran`: the ops that have run before; grows."""
+        for i in steps:
+            op = self._graph.ops[i]
+            if op.kernel == STAGE_END:
+                self.end_stage()
+            else:
+                self.run(self._nodes[op.name], again=i in ran)
+                ran.add(i)
 
     def run(self, node: fx.Node, *, again: bool = False) -> None:
         """Write one execution of the kernel `node`.

@@ -17,7 +17,7 @@ GAP = 0.001
 """How far from the optimum to stop, as a fraction of the plain step's time: a thousandth is within the noise of a step."""
 PATIENCE = 32.0
 """Units of work for a gap of one percent of the plain step: a gap of g percent is accepted after PATIENCE * g**2, for g up to
-0.5. Half the gap takes about four times the work in the corpus; a search with a wider one goes on until its work is spent."""
+0.5, so that the smaller the gap, the sooner the search ends. With a wider one it goes on until its work is spent."""
 FIRST_SLICE = 0.1
 """Work of each stage's first slice, about one linear program; each further slice is twice as large as the last."""
 BACKSTOP = 30.0
@@ -31,7 +31,7 @@ SLACK = 0.1
 """Share of the budget: a schedule that misses it by less is worth making fit, a cut that leaves less room makes a program easy;
 half of it is what a value takes that is heavy."""
 PIECES = 100
-"""Into how many pieces a forward is cut at most, for a table of about a second; half as many where each may be recomputed more
+"""Into how many pieces a forward is cut at most; half as many where each may be recomputed more
 than once. Both tables count memory in twenty times as many steps."""
 NARROW = 1.02
 """Bytes that cross a place in the forward, over the fewest around it, up to which it may be cut there: a recurrent net carries

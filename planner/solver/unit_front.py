@@ -26,7 +26,7 @@ _NUM_SAVED = 16
 1.1 points more recompute than a plan of the whole GPT-2 at half its peak, with 16 0.5."""
 
 _NUM_NEEDS = 5
-"""Values that are tried for what is needed beyond the saved bytes, beside what the plain step needs: they change little."""
+"""Values that are tried for what is needed beyond the saved bytes, beside what the plain step needs."""
 
 
 def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tuple[Point, ...]:

@@ -169,11 +169,7 @@ def _capture(
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))
     _check_no_weights(model, given)
-    if target is None:
-        device = one_device(model, given)
-    else:
-        check_absent_device(target)
-        device = target.device
+    device = _device(model, given, target)
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
     leaves_of = {id(tensor): tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given}
     tensors = [leaves_of[id(tensor)] for tensor in given]
@@ -215,6 +211,14 @@ def _capture(
     return replace(
         joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
     )
+
+
+def _device(model: nn.Module, given: Sequence[torch.Tensor], target: TargetDevice | None) -> torch.device:
+    """Where the step runs: on the model's and the call's one device, or on an absent one."""
+    if target is None:
+        return one_device(model, given)
+    check_absent_device(target)
+    return target.device
 
 
 def _check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:

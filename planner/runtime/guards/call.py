@@ -180,15 +180,9 @@ def difference(
     if key.shared and shared_storages(tensors) != key.shared:
         text = "other inputs share their memory than in the planned call, and the forward writes into one"
         return Mismatch("argument", "which inputs share their memory", text=text)
-    if max(key.same, default=-1) >= 0:
-        if not are_same(key.same, tensors):
-            text = "not the same inputs are one tensor as in the planned call, which decides how gradients add up"
-            return Mismatch("argument", "which inputs are the same tensor", text=text)
-        weights = {id(tensor) for tensor in held if tensor.requires_grad}
-        own = next((i for i, tensor in enumerate(tensors) if id(tensor) in weights), None)
-        if own is not None:
-            text = f"input {own} is one of the model's own parameters, whose gradients would add up in another order"
-            return Mismatch("argument", f"input {own}", text=text)
+    other = _other_identities(key, held, tensors)
+    if other is not None:
+        return other
     if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:
@@ -206,6 +200,21 @@ def difference(
     if autocast_key(device) != key.autocast:
         return Mismatch("mode", "autocast", _autocast_text(autocast_key(device)), _autocast_text(key.autocast))
     return None
+
+
+def _other_identities(key: CallKey, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Mismatch | None:
+    """Inputs that are one tensor, or a parameter, and were not in the planned call: gradients would add up in another order."""
+    if max(key.same, default=-1) < 0:
+        return None
+    if not are_same(key.same, tensors):
+        text = "not the same inputs are one tensor as in the planned call, which decides how gradients add up"
+        return Mismatch("argument", "which inputs are the same tensor", text=text)
+    weights = {id(tensor) for tensor in held if tensor.requires_grad}
+    own = next((i for i, tensor in enumerate(tensors) if id(tensor) in weights), None)
+    if own is None:
+        return None
+    text = f"input {own} is one of the model's own parameters, whose gradients would add up in another order"
+    return Mismatch("argument", f"input {own}", text=text)
 
 
 def _autocast_text(autocast: Autocast) -> str:

@@ -131,7 +131,7 @@ class Observer:
     def remembering(self) -> Iterator[None]:
         """While entered, `preserved` keeps what Python code reads and kernels write: globals and others' tensors, too.
 
-        Nothing is refused, whatever the code does.
+        Here code may do what `observe` refuses.
         """
         with self.kernels, self.reads.recording():
             yield

@@ -64,7 +64,7 @@ def candidates(model: nn.Module, apart: Collection[str]) -> dict[nn.Module, str]
     """
     found: dict[nn.Module, str] = {}
     for name, container in model.named_modules():
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or any(_inside(name, other) for other in found.values()):
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or any(is_inside(name, other) for other in found.values()):
             continue
         children = [(f"{name}.{key}".lstrip("."), child) for key, child in container.named_children()]
         counts = Counter(type(child) for _, child in children)
@@ -73,11 +73,14 @@ def candidates(model: nn.Module, apart: Collection[str]) -> dict[nn.Module, str]
                 found[child] = place
     tied = _tied(model, found)
     return {
-        module: name for module, name in found.items() if name not in tied and not any(_inside(other, name) for other in apart)
+        module: name
+        for module, name in found.items()
+        if name not in tied and not any(is_inside(other, name) for other in apart)
     }
 
 
-def _inside(name: str, other: str) -> bool:
+def is_inside(name: str, other: str) -> bool:
+    """The submodule `name` is `other`, or one of its submodules."""
     return name == other or name.startswith(f"{other}.")
 
 

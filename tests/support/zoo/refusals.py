@@ -17,8 +17,5 @@ FILLED_BY_THE_FIRST_CALL = {
 }
 """Models whose first call changes what the forward reads: that call runs unplanned, with a warning."""
 
-ROUTED_AT_RANDOM = {"mixtral-eager"}
-"""Models whose experts, which run as they are, get tokens by a router that dropout changes: no peak is guaranteed."""
-
 MAY_LACK_A_KERNEL = {("lstm", "bf16"), ("lstm_bidirectional_dropout", "bf16")}
 """Models that the plain step of some processors has no kernel for, so that there is nothing to compare with."""
