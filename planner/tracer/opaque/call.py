@@ -57,6 +57,7 @@ class OpaqueCall:
         reads: positions of the (arguments, results) that autograd saves.
         gradients: per argument, then per parameter: the gradient's TensorSpec, or None where there is none.
         saved_bytes: what the autograd graph holds besides arguments, results and parameters.
+        saved_tensor_bytes: those of the tensors that autograd saved, as `SavedHandle` counts them; None before it was measured.
         forward, backward: measured costs of the two kernels.
         draws: it draws random numbers from the device's generator (forward, backward).
         mutates: names in the submodule of the parameters and buffers that it writes into.
@@ -78,6 +79,7 @@ class OpaqueCall:
     reads: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     gradients: tuple[TensorSpec | None, ...] = ()
     saved_bytes: int = 0
+    saved_tensor_bytes: int | None = None
     forward: KernelCost = _UNMEASURED
     backward: KernelCost = _UNMEASURED
     draws: tuple[bool, bool] = (False, False)

@@ -15,10 +15,19 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from planner._compat import pytree
-from planner.errors import BackwardError, OpaqueModuleError
+from planner.errors import BackwardError, OpaqueModuleError, warn
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
-from planner.tracer.opaque.saved import SavedHandle, SavedTensor, foreign_leaves, own_storages, release_slots, saving_hooks
+from planner.tracer.opaque.saved import (
+    SavedHandle,
+    SavedTensor,
+    foreign_leaves,
+    held_bytes,
+    own_storages,
+    release_slots,
+    saving_hooks,
+)
 from planner.tracer.opaque.weight_attributes import weights_restored
+from planner.units import format_bytes
 
 _ADVICE = "make a larger part opaque: plan(..., opaque=[its parent])"
 
@@ -40,6 +49,7 @@ class OpaqueModule:
 
     def __init__(self, module: nn.Module, spec: OpaqueCall) -> None:
         self.module, self.spec = module, spec
+        self._warns = spec.saved_tensor_bytes is not None
 
     def forward(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """Results, then the SavedHandle. `tensors`: arguments, parameters, buffers.
@@ -60,7 +70,20 @@ class OpaqueModule:
                 "eager would differentiate that call once more, a plan cannot. Keep it detached, or train this model unplanned"
             )
         release_slots(saved, [*tensors[:num_arguments], *results], spec)
+        handle.saved_bytes = held_bytes(saved, [*tensors, *weights.values(), *results])
+        self._compare_bytes(handle.saved_bytes)
         return (*results, handle)
+
+    def _compare_bytes(self, saved: int) -> None:
+        """Warn, once, where autograd saves more than when the module was measured."""
+        expected = self.spec.saved_tensor_bytes
+        if self._warns and expected is not None and saved > expected:
+            self._warns = False
+            warn(
+                f"{self.spec.module}, which runs as it is, saves {format_bytes(saved)} for its backward on this data, and at "
+                f"most {format_bytes(expected)} on the data it was planned with: this step may need "
+                f"{format_bytes(saved - expected)} more than its budget. Plan with a batch for which it saves as much"
+            )
 
     def _results(self, out: Any) -> list[torch.Tensor]:
         leaves, out_spec = pytree.tree_flatten(out)

@@ -20,7 +20,7 @@ from planner.tracer.host.kernels import graph_from_outside
 from planner.tracer.host.restorers import same_bits
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.hooks import users_hooks
-from planner.tracer.opaque.measure import RecordedCall, as_it_was, handle_bytes
+from planner.tracer.opaque.measure import RecordedCall, as_it_was, kept_bytes
 from planner.tracer.opaque.module import detached_argument, run_under_autograd, weight_aliases
 from planner.tracer.opaque.saved import SavedHandle, find_reads, foreign_leaves, used_several_times
 
@@ -104,7 +104,8 @@ class _CallRecorder:
         """Run the call several times, to learn and to measure what its forward leaves."""
         self._learn()
         recorded = RecordedCall(self.spec, self.arguments, self.is_random)
-        self.spec = replace(self.spec, saved_bytes=handle_bytes(recorded, self.module, self.device))
+        kept, of_tensors = kept_bytes(recorded, self.module, self.device)
+        self.spec = replace(self.spec, saved_bytes=kept, saved_tensor_bytes=of_tensors)
 
     def _learn(self) -> None:
         """Run it once and note what it takes, makes, draws and changes."""

@@ -46,11 +46,13 @@ class SavedHandle:
         results: where backward starts, per result; None where it does not require grad.
         sources: where gradients come out, per argument and parameter; None where none is wanted.
         slots: where saved arguments and results are looked up.
+        saved_bytes: of the saved tensors, those aside that are arguments, results, parameters or buffers.
     """
 
     results: list[GradientEdge | None] = field(default_factory=list)
     sources: list[GradientEdge | None] = field(default_factory=list)
     slots: Slots = field(default_factory=Slots)
+    saved_bytes: int = 0
 
 
 def saving_hooks(
@@ -131,6 +133,14 @@ def find_reads(saved: Sequence[SavedTensor], slots: Sequence[torch.Tensor]) -> l
 def _is_in_slot(tensor: torch.Tensor, owner: dict[int, int], slots: Sequence[torch.Tensor]) -> bool:
     slot = owner.get(storage_id(tensor))
     return slot is not None and tensor.dtype is slots[slot].dtype and not tensor.is_conj() and not tensor.is_neg()
+
+
+def held_bytes(saved: Sequence[SavedTensor], given: Sequence[torch.Tensor]) -> int:
+    """Bytes of the saved tensors' storages, but for those of the tensors that were `given`."""
+    known = {storage_id(tensor) for tensor in given}
+    tensors = (held.tensor for held in saved if held.tensor is not None and held.tensor.layout is torch.strided)
+    own = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(nbytes for storage, nbytes in own.items() if storage not in known)
 
 
 def release_slots(saved: Sequence[SavedTensor], slots: Sequence[torch.Tensor], spec: OpaqueCall) -> None:

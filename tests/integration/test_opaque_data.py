@@ -1,0 +1,130 @@
+"""Opaque modules whose kernels depend on the data: the budget holds for other batches of the kind, or a warning says more."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from planner import plan
+from planner.profiler.memory import logical_peak
+from planner.tracer.opaque.resample import resampled
+
+
+class Routed(nn.Module):
+    """Each expert runs on the tokens that the router sends it; what arrives where is decided inside of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 16 * (i + 1)), nn.GELU(), nn.Linear(16 * (i + 1), 16)) for i in range(3)
+        )
+
+    def forward(self, x):
+        out, chosen = torch.zeros_like(x), self.gate(x).argmax(-1)
+        for i, expert in enumerate(self.experts):
+            token = (chosen == i).nonzero(as_tuple=True)[0]
+            out = out.index_add(0, token, expert(x[token]))
+        return out
+
+
+class Selected(nn.Module):
+    """Runs on the rows that a mask selects; how many they are depends on their contents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x):
+        mask = x[:, 0] > 0
+        return x.masked_scatter(mask[:, None], self.body(x[mask]))
+
+
+class Unique(nn.Module):
+    """Embeds each distinct token once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(64, 16), nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x):
+        tokens, places = (x[:, 0].detach() * 8 + 32).long().clamp(0, 63).unique(return_inverse=True)
+        return F.embedding(places, self.body(self.table(tokens))) + x
+
+
+class Net(nn.Module):
+    """Two opaque modules in a row, and a loss."""
+
+    def __init__(self, core: type[nn.Module]) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.cores = nn.ModuleList([core(), core()])
+
+    def forward(self, x):
+        x = self.before(x)
+        for core in self.cores:
+            x = x + torch.tanh(core(x))
+        return self.after(x).square().mean()
+
+
+def planned(core: type[nn.Module]):
+    torch.manual_seed(0)
+    module = plan(Net(core), 1.0, (torch.randn(96, 16),), progress=False, costs="estimate")
+    assert module.plan.provenance.opaque == ("cores.0", "cores.1")
+    return module
+
+
+def peak_of(module, batch: torch.Tensor) -> int:
+    """The measured peak of a step, with parameters and batch."""
+    module.zero_grad(set_to_none=True)
+    resident = sum(parameter.nbytes for parameter in module.parameters()) + batch.nbytes
+    return logical_peak(lambda: module(batch).backward(), module.device) + resident
+
+
+@pytest.mark.parametrize("core", [Routed, Selected])
+def test_the_budget_holds_for_other_batches_of_the_kind(core):
+    module = planned(core)
+    peaks = [peak_of(module, torch.randn(96, 16)) for _ in range(12)]
+    assert len({*peaks}) > 1
+    assert max(peaks) <= module.plan.budget_bytes
+
+
+@pytest.mark.parametrize("core", [Selected, Unique])
+def test_a_batch_of_another_kind_that_saves_more_is_announced_once(core):
+    module = planned(core)
+    batch = torch.linspace(-4, 4, 96)[:, None].expand(96, 16).contiguous()
+    with torch.no_grad():
+        module.before.weight.copy_(torch.eye(16))
+        module.before.bias.fill_(4.01 if core is Selected else 0.0)
+    saves_more = r"cores\.\d, which runs as it is, saves .* at most .* may need .* more than its budget"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            module.zero_grad(set_to_none=True)
+            module(batch).backward()
+    calls = [str(warning.message).partition(",")[0] for warning in said]
+    assert calls and len({*calls}) == len(calls)
+    assert all(re.match(saves_more, str(warning.message)) for warning in said)
+
+
+def test_rows_are_drawn_alike_from_arguments_that_have_the_same_ones():
+    x, index = torch.arange(24.0).reshape(2, 3, 4), torch.arange(6).reshape(2, 3)
+    other, offsets = torch.arange(5), torch.zeros(2, 3, 1).expand(2, 3, 4)
+    drawn = resampled([x, index, other, offsets, x.transpose(0, 1).contiguous().transpose(0, 1)], 1)
+    assert torch.equal(drawn[0][..., 0] / 4, drawn[1].float())
+    assert len(drawn[1].unique()) < 6 and drawn[1].flatten().tolist() == sorted(drawn[1].flatten().tolist())
+    assert drawn[2] is other and drawn[3] is offsets
+    assert drawn[4].stride() == (4, 8, 1) and torch.equal(drawn[4], drawn[0])
+    assert all(torch.equal(a, b) for a, b in zip(resampled([x], 1), drawn, strict=False))
+
+
+def test_nothing_is_drawn_from_what_has_no_rows():
+    scalar, single = torch.tensor(1.0), torch.randn(1, 4)
+    assert resampled([scalar], 1)[0] is scalar
+    assert resampled([single], 1)[0] is single
+    assert resampled([], 1) == []
