@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.field.case import Batch, Case, seed_all
-from benchmarks.field.loop import SEED, Trajectory, cast, fresh, train
+from benchmarks.field.loop import SEED, Trajectory, cast, first_difference, fresh, train
 from benchmarks.field.outcome import Outcome
 from benchmarks.field.peak import resident_bytes, step_peak
 from benchmarks.field.state import differences, generators, module_state, same
-from planner import InfeasibleBudgetError, NoScheduleFoundError, PlannerError, plan
+from benchmarks.field.units import in_units
+from planner import CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlannerError, plan
 
 BUDGET = 0.7
 ABOVE_THE_FLOOR = (1.0, 1.002, 1.02, 1.1)
@@ -32,7 +33,7 @@ def check(case: Case, precision: str, stage: Callable[[str], None] = lambda name
     eager, again = (_eager(case, precision) for _ in range(2))
     if eager.error is not None or again.error is not None:
         return replace(base, reason=f"eager: {failure(eager.error or again.error)}")
-    unstable = _first_difference(eager, again)
+    unstable = first_difference(eager, again)
     if unstable:
         return replace(base, reason=f"eager differs from itself: {unstable}")
     stage("planning")
@@ -45,7 +46,11 @@ def check(case: Case, precision: str, stage: Callable[[str], None] = lambda name
         base = replace(base, reason=failure(error), seconds=time.perf_counter() - start)
         if not isinstance(error, PlannerError):
             return replace(base, outcome="crashed")
-        return _judge_refusal(base, eager, case, setup, model, precision, stage)
+        verdict = _judge_refusal(base, eager, case, setup, model, precision, stage)
+        if verdict.outcome == "refused" and isinstance(error, CaptureError):  # whose message advises plan_units
+            stage("planning in units")
+            verdict = in_units(verdict, eager, case, precision)
+        return verdict
     base = replace(base, seconds=time.perf_counter() - start, steps=len(setup.batches), notes=notes, **_figures(planned))
     changed = _changed_by_planning(before, module_state(model) | generators(), eager)
     if changed:
@@ -127,7 +132,7 @@ def _figures(planned: Any) -> dict[str, Any]:
 
 
 def _judge(base: Outcome, eager: Trajectory, run: Trajectory) -> Outcome:
-    different = _first_difference(eager, run)
+    different = first_difference(eager, run)
     if different:
         return replace(base, outcome="different", reason=different)
     if run.error is not None:
@@ -148,7 +153,7 @@ def _judge_refusal(
     refusal = base.reason
     if run.error is not None:
         return replace(base, outcome="crashed", reason=f"after the refusal ({refusal}): {failure(run.error)}")
-    different = _first_difference(eager, run)
+    different = first_difference(eager, run)
     if different:
         return replace(base, outcome="different", reason=f"after the refusal ({refusal}): {different}")
     return _judge_afterwards(replace(base, outcome="refused"), eager, case, precision)
@@ -159,7 +164,7 @@ def _judge_afterwards(verdict: Outcome, eager: Trajectory, case: Case, precision
     later = _eager(case, precision)
     if later.error is not None:
         return replace(verdict, outcome="crashed", reason=f"eager after planning: {failure(later.error)}")
-    different = _first_difference(eager, later)
+    different = first_difference(eager, later)
     return replace(verdict, outcome="different", reason=f"eager after planning: {different}") if different else verdict
 
 
@@ -175,18 +180,6 @@ def _judge_peak(verdict: Outcome, case: Case, setup: Any, planned: Any, precisio
         over = f"{peak_bytes} bytes measured, {verdict.predicted_bytes} predicted, {verdict.budget_bytes} in the budget"
         return replace(verdict, outcome="over budget", reason=over)
     return verdict
-
-
-def _first_difference(expected: Trajectory, found: Trajectory) -> str:
-    """What differs in the first step in which anything does; '' if nothing does. Says so where it is attributes alone."""
-    steps = [differences(one, other) for one, other in zip(expected.steps, found.steps, strict=False)]
-    first = next((i for i, off in enumerate(steps) if off), None)
-    if first is None:
-        return ""
-    off = steps[first]
-    more = f" and {len(off) - 4} more" if len(off) > 4 else ""
-    alone = all(name.startswith("attribute ") for names in steps for name in names)
-    return f"step {first}: {', '.join(off[:4])}{more}{'; all else is equal in all steps' if alone else ''}"
 
 
 def failure(error: BaseException | None) -> str:

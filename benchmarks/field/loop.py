@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.field.case import Batch, Case, Setup, seed_all
-from benchmarks.field.state import flat, generators, gradients, module_state
+from benchmarks.field.state import differences, flat, generators, gradients, module_state
 
 SEED = 7
 
@@ -107,3 +107,15 @@ def _planner_warnings() -> Iterator[list[tuple[str, str]]]:
         for warning in caught
         if warning.category.__module__.partition(".")[0] == "planner"
     ]
+
+
+def first_difference(expected: Trajectory, found: Trajectory) -> str:
+    """What differs in the first step in which anything does; '' if nothing does. Says so where it is attributes alone."""
+    steps = [differences(one, other) for one, other in zip(expected.steps, found.steps, strict=False)]
+    first = next((i for i, off in enumerate(steps) if off), None)
+    if first is None:
+        return ""
+    off = steps[first]
+    more = f" and {len(off) - 4} more" if len(off) > 4 else ""
+    alone = all(name.startswith("attribute ") for names in steps for name in names)
+    return f"step {first}: {', '.join(off[:4])}{more}{'; all else is equal in all steps' if alone else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OUTCOMES = ("exact", "unplanned", "refused", "different", "over budget", "crashed", "broken")
+OUTCOMES = ("exact", "in units", "unplanned", "refused", "different", "over budget", "crashed", "broken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,9 @@ class Outcome:
 
     Attributes:
         outcome: "exact": every step ran planned, bit-equal, within the budget.
-            "unplanned": equal, but some steps were mismatches, which ran the original forward with a warning.
+            "in units": refused as a whole; what `plan_units` plans of its submodules trained bit-equal, within the budget.
+            Calls of units may be mismatches, which ran the original forward with a warning.
+        "unplanned": equal, but some steps were mismatches, which ran the original forward with a warning.
             "refused": a PlannerError, before training or in it.
             "different": something is not bit-equal; also what planning itself changed.
             "over budget": equal, but the measured peak is above the budget.
@@ -24,6 +26,7 @@ class Outcome:
         plain_bytes: measured peak of the plain step.
         budget_bytes, predicted_bytes, peak_bytes: of the plan; the last as measured; 0 where it was not.
         overhead: predicted share of the plain step's time.
+        units: number of submodules that were planned; 0 where the whole model was.
         opaque: submodules that run as they are.
         seconds: wall time of planning; of everything for a refusal or a crash.
     """
@@ -41,6 +44,7 @@ class Outcome:
     predicted_bytes: int = 0
     peak_bytes: int = 0
     overhead: float = 0.0
+    units: int = 0
     opaque: str = ""
     notes: str = ""
     seconds: float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from benchmarks.field.case import PRECISIONS
 from benchmarks.field.outcome import OUTCOMES, Outcome
@@ -12,15 +12,11 @@ from planner.units import format_bytes
 MOST_REASON = 300
 
 
-def exact_share(outcomes: Iterable[Outcome]) -> float:
-    """Share of all training steps that ran planned and bit-equal within the budget; a row that is neither has none."""
+def exact_share(outcomes: Iterable[Outcome], kinds: Sequence[str] = ("exact", "unplanned")) -> float:
+    """Share of all training steps that ran planned and bit-equal within the budget; a row of no such kind has none."""
     outcomes = [o for o in outcomes if o.outcome != "broken"]
-    steps = sum(_steps_exact(o) / (o.steps or 1) for o in outcomes)
+    steps = sum(o.planned_steps / (o.steps or 1) for o in outcomes if o.outcome in kinds)
     return steps / len(outcomes) if outcomes else 0.0
-
-
-def _steps_exact(outcome: Outcome) -> int:
-    return outcome.planned_steps if outcome.outcome in ("exact", "unplanned") else 0
 
 
 def table(outcomes: Iterable[Outcome], date: str, command: str) -> str:
@@ -37,7 +33,8 @@ def table(outcomes: Iterable[Outcome], date: str, command: str) -> str:
         "",
         f"`{command}`, torch {', '.join(versions)}. {len(by_case)} models of {len(packages)} packages, {len(outcomes)} rows "
         f"(fp32 and bf16 autocast): {', '.join(f'{counts[kind]} {kind}' for kind in OUTCOMES if counts[kind])}. "
-        f"{exact_share(outcomes):.1%} of all steps ran planned, bit-equal, within the budget.",
+        f"{exact_share(outcomes):.1%} of all steps ran planned, bit-equal, within the budget; "
+        f"{exact_share(outcomes, ('exact', 'unplanned', 'in units')):.1%} with `plan_units` where the whole model is refused.",
         "",
         "Three AdamW steps in training mode with new data each, planned and plain from the same seeds: outputs, gradients, "
         "parameters, buffers, attributes, and the states of torch's, Python's and numpy's generators compared bit for bit. "
@@ -71,10 +68,12 @@ def _cell(outcome: Outcome | None) -> str:
         return ""
     if outcome.outcome == "unplanned":
         return f"unplanned ({outcome.planned_steps} of {outcome.steps} steps planned)"
-    if outcome.outcome != "exact":
+    if outcome.outcome not in ("exact", "in units"):
         return outcome.outcome
+    how = f"{outcome.units} units" if outcome.units else "exact"
     opaque = f"; as it is: {outcome.opaque[:60]}" if outcome.opaque else ""
     if not outcome.peak_bytes:
-        return f"exact, peak not measured{opaque}"
+        return f"{how}, peak not measured{opaque}"
     plain, peak, budget = (format_bytes(n) for n in (outcome.plain_bytes, outcome.peak_bytes, outcome.budget_bytes))
-    return f"exact, {plain} -> {peak} ({budget}), +{100 * outcome.overhead:.1f} %{opaque}"
+    overhead = "" if outcome.units else f", +{100 * outcome.overhead:.1f} %"
+    return f"{how}, {plain} -> {peak} ({budget}){overhead}{opaque}"

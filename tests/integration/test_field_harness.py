@@ -33,6 +33,7 @@ EXPECTED = {
     "aborts": ("crashed", r"ended with SIGABRT, while training\. .*faulty_field\.py"),
     "hangs": ("crashed", "no end within 15 s"),
     "refused": ("refused", "BudgetError: costs='made up' is not known"),
+    "in_units": ("in units", "CaptureError: .*calls"),
     "unplanned": ("unplanned", r"step 1: .* runs unplanned: .*\[65, 8\]"),
     "eager_raises": ("broken", "eager: RuntimeError: mat1 and mat2"),
     "eager_varies": ("broken", "eager differs from itself: step 0: "),
@@ -54,6 +55,9 @@ def test_each_fault_is_seen():
     assert exact.planned_steps == exact.steps == 3
     assert 0 < exact.peak_bytes <= exact.budget_bytes < exact.plain_bytes
     assert outcomes["unplanned"].planned_steps == 2
+    units = outcomes["in_units"]
+    assert units.units >= 1 and units.planned_steps == 3
+    assert 0 < units.peak_bytes <= units.budget_bytes <= units.plain_bytes
 
 
 def test_the_table_counts_steps_and_names_reasons(tmp_path):

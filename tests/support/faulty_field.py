@@ -82,6 +82,24 @@ def hangs() -> Setup:
     return setup(before_step=lambda module, step: time.sleep(600) if hasattr(module, "plan") else None)
 
 
+class Counted(nn.Module):
+    """Its own forward counts its calls and reads the count, so that only what is inside can be planned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 64), *(nn.GELU() for _ in range(6)), nn.Linear(64, 8))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.body(x) / self.calls
+
+
+@CASES("torch")
+def in_units() -> Setup:
+    return setup(Counted())
+
+
 @CASES("torch")
 def refused() -> Setup:
     return setup(plan={"costs": "made up"})
