@@ -135,7 +135,7 @@ def kinds_of(
             try:
                 _check_alone(trial, name, module)
                 if name not in calls:
-                    raise CaptureError("a second forward did not call it: what runs is drawn at random in each forward")
+                    raise CaptureError("a second forward with the same random numbers did not call it")
                 with noting(f"capturing the submodule {name}"):
                     _add(kinds, name, module, calls.pop(name), trial, options, costs)
             except PlannerError as error:
@@ -147,7 +147,8 @@ def kinds_of(
                     raise InputError(f"units: {name} cannot be a unit: {error}") from error
                 children = [f"{name}.{child}" for child, _ in module.named_children()]
                 below += children
-                if trial.calls[name] and not (children and trial.calls[name] == 1):
+                is_skipped = trial.is_random and not trial.calls[name] and name in names
+                if is_skipped or (trial.calls[name] and not (children and trial.calls[name] == 1)):
                     left[name] = str(error)
                     PLANNER.warning("%s: left as it is, unplanned: %s", name, error)
                 else:
@@ -198,6 +199,8 @@ def _add(
 
 def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
+    if not trial.calls[name] and trial.is_random:
+        raise CaptureError("it is called at random, and in no step that was tried")
     if trial.calls[name] != 1:
         raise CaptureError(f"it is called {trial.calls[name]} times in a step")
     mine = {id(inner) for inner in module.modules()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.profiler.memory import logical_peak
+from planner.tracer.host.generators import Generators
 from planner.tracer.loss import Loss, loss_leaves
 
 
@@ -42,6 +43,7 @@ class TrainingStep:
         inputs: the call's tensors.
         device: theirs.
         accumulates: gradients are accumulated over several steps; else each begins without any.
+        numbers: what sets the random numbers that each step begins with; empty: those that come next.
     """
 
     def __init__(
@@ -53,6 +55,16 @@ class TrainingStep:
         self.inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.device = self.inputs[0].device
         self._inside = contextvars.copy_context().run  # context variables that a forward sets stay in there
+        self.numbers: Sequence[Callable[[], Any]] = ()
+
+    def keep_numbers(self) -> None:
+        """From now on, each step begins with the random numbers that come next now: the steps are alike."""
+        self.numbers = Generators(self.device).restorers()
+
+    def restart_numbers(self) -> None:
+        """Begin with these random numbers again."""
+        for restore in self.numbers:
+            restore()
 
     def clear_gradients(self) -> None:
         """Drop the gradients of the parameters and of the call's tensors."""
@@ -76,6 +88,7 @@ class TrainingStep:
         for tensor in self.inputs:
             tensor.grad = None
         torch.clear_autocast_cache()
+        self.restart_numbers()
         with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
             out = self.forward()
         leaves = pytree.tree_leaves(out)

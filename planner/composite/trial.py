@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from planner.tracer.call import without_history
 from planner.tracer.capture import running_steps
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
+from planner.tracer.host.generators import Generators
 from planner.tracer.host.observe import Observer
 from planner.tracer.host.preserve import model_preserved
 from planner.tracer.loss import Loss
@@ -40,6 +41,8 @@ from planner.tracer.module_stack import ModuleStack
 from planner.tracer.refusal import own_words
 from planner.tracer.replay import Strides
 
+_SEEDS = 32
+"""Random numbers that are tried for a step that calls all submodules."""
 Made = tuple[RewrittenStep, Plan, Executable | None]
 """What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
 
@@ -77,13 +80,18 @@ class Trial:
         self.device = self.step.device
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
+        self.is_random = False
         self.used: dict[str, dict[int, Strides]] = {}
         self.weight_users: Mapping[str, set[str]] = {}
         self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
-            self._observe()
+            self.step.keep_numbers()
+            self.is_random = self._observe()
+            if self.is_random and not self._all_are_in(self.calls):
+                self._choose_numbers()
+                self._observe()
         except PlannerError:
             raise
         except Exception as error:
@@ -166,10 +174,54 @@ class Trial:
         """Bytes of parameters, buffers and inputs, each storage once."""
         return self.step.resident_bytes
 
-    def _observe(self) -> None:
-        """Run a step: how often submodules are called, strides of their outputs' gradients, others' uses of their tensors."""
+    def _choose_numbers(self) -> None:
+        """Let steps draw random numbers with which the model calls as many of its submodules as it ever does.
 
-        uses = Uses(self.model)
+        A layer that is skipped at random (LayerDrop, stochastic depth) is then a unit as well, and counts in the peak.
+        """
+        most, best = len(self.calls), self.step.numbers
+        for seed in range(_SEEDS):
+            with Generators(self.device).preserved():
+                Generators(self.device).seed(seed)
+                self.step.keep_numbers()
+            calls = self._calls_of_forward()
+            if len(calls) > most:
+                most, best = len(calls), self.step.numbers
+            if self._all_are_in(calls):
+                break
+        self.step.numbers = best
+
+    def _all_are_in(self, calls: Collection[str]) -> bool:
+        """Every submodule with weights of its own was called."""
+        return all(name in calls for name, module in self.model.named_modules() if name and module._parameters)
+
+    def _calls_of_forward(self) -> set[str]:
+        """The submodules that a forward calls where gradients are recorded; it keeps nothing for a backward."""
+        calls: set[str] = set()
+
+        def before(name: str, _module: nn.Module, _args: Any) -> None:
+            if torch.is_grad_enabled():
+                calls.add(name)
+
+        named = [(name, module) for name, module in self.model.named_modules() if name]
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            hooks = [module.register_forward_pre_hook(partial(before, name)) for name, module in named]
+            try:
+                with self._observer.remembering():
+                    self.step.restart_numbers()
+                    self.step.forward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return calls
+
+    def _observe(self) -> bool:
+        """Run a step: how often submodules are called, strides of their outputs' gradients, others' uses of their tensors.
+
+        Calls without gradients do not count: they run as they are. Returns whether the step draws random numbers.
+        """
+        uses, generators = Uses(self.model), Generators(self.device)
+        self.calls.clear()
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return uses.enter(name, args, kwargs)
@@ -178,6 +230,8 @@ class Trial:
             uses.leave()
 
         def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return out
             self.calls[name] += 1
             self.used[name] = {}
             leaves, spec = pytree.tree_flatten(out)
@@ -195,24 +249,29 @@ class Trial:
             hooks += [module.register_forward_hook(left, always_call=True) for _, module in named]
             try:
                 with self._observer.remembering(), uses:
+                    before_step = generators.of_torch(), generators.host()
                     self.step.run()
+                    draws = before_step != (generators.of_torch(), generators.host())
             finally:
                 for hook in hooks:
                     hook.remove()
                 uses.close()
         self.weight_users, self.inputs_used_after = uses.weight_users, uses.inputs_used_after
+        return draws
 
     def record(self, names: Sequence[str]) -> dict[str, Call]:
         """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""
         found: dict[str, Call] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-            found[name] = Call(*_own_tensors(args, kwargs), Autocast.of(self.device))
+            if torch.is_grad_enabled():
+                found[name] = Call(*_own_tensors(args, kwargs), Autocast.of(self.device))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
+                self.step.restart_numbers()
                 self.step.forward()
             finally:
                 for hook in hooks:
@@ -231,6 +290,8 @@ class Trial:
         hooks: dict[str, RemovableHandle] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
             hooks.pop(name).remove()  # a hook is a difference of its own
             match = guards[name].match(args, kwargs)
             if isinstance(match, Mismatch):

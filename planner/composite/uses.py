@@ -45,7 +45,8 @@ class Uses(TorchDispatchMode):
     def enter(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """A submodule is called: what to call it with instead."""
         self._inside.append(name)
-        self.inputs_used_after[name] = set()
+        if torch.is_grad_enabled() or name not in self.inputs_used_after:
+            self.inputs_used_after[name] = set()
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         views: dict[int, torch.Tensor] = {}
         i = -1

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def rewound(model: nn.Module, key: HostKey, written: Sequence[torch.Tensor], dev
     Args:
         written: the tensors that the forward writes into.
     """
-    states = _generator_states(device)
+    states = Generators(device).restorers()
     with contents_preserved(written):
         preserved = remembered(model, key)
         try:
@@ -96,27 +95,6 @@ def repeatable_difference(
     return different if different and not difference(expected, run(original)) and not difference(found, run(planned)) else ()
 
 
-def _generator_states(device: torch.device) -> list[Callable[[], Any]]:
-    generators = Generators(device)
-    restored: list[Callable[[], Any]] = [partial(_set_state, _bytes_of_state(), None), generators.remembered()]
-    restored += [partial(_set_state, _bytes_of_state(index), index) for index in generators.devices()]
-    return restored
-
-
-def _bytes_of_state(index: int | None = None) -> bytes:
-    """State of the CPU generator or of a CUDA device's, as bytes: a tensor would count as memory of the step."""
-    state = torch.get_rng_state() if index is None else torch.cuda.get_rng_state(index)
-    return state.numpy().tobytes()
-
-
-def _set_state(content: bytes, index: int | None) -> None:
-    state = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    if index is None:
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, index)
-
-
 def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run the model's own forward with gradients enabled (for training's kernels); nothing is saved for a backward.
 
@@ -142,7 +120,7 @@ def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: t
             if attribute not in _NOT_STATE and attribute not in MODULE_HOOKS:
                 found[f"{name}.{attribute}".lstrip(".")] = prints.of(value)
     generators = Generators(device)
-    found["random state"] = (_bytes_of_state(), *map(_bytes_of_state, generators.devices()), repr(generators.host()))
+    found["random state"] = (*generators.of_torch(), repr(generators.host()))
     return found
 
 

@@ -307,19 +307,34 @@ class Ragged(nn.Module):
         return x[x[:, 0] > 0]
 
 
+class Outliers(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[: 32 if (x > 100).any() else 64] * random.uniform(0.9, 1.1)
+
+
+class Picks(nn.Module):
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core, self.head = core, nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(self.core(x))
+
+
+def test_a_result_whose_shape_depends_on_the_data_is_refused_because_training_would_end_at_another_batch():
+    model = Wrapped(Picks(Ragged()))
+    with pytest.raises(CaptureError, match=r"nonzero.* at body\.core .*shape depends on the data"):
+        planned_of(model)
+    for batch in (X, torch.ones(64, 16)):
+        model(batch)["loss"].backward()
+
+
 def test_a_result_of_another_shape_than_planned_is_a_clear_error():
-    class Picks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.core, self.head = Ragged(), nn.Linear(16, 1)
-
-        def forward(self, x):
-            return self.head(self.core(x))
-
-    module = planned_of(Wrapped(Picks()))
+    """Where nothing in the example shows that there is another shape."""
+    module = planned_of(Wrapped(Picks(Outliers())))
     module(X)["loss"].backward()
     with pytest.raises(OpaqueModuleError, match=r"body\.core returned float32\[.*when it was planned.*larger part opaque"):
-        module(torch.ones(64, 16))
+        module(torch.full((64, 16), 101.0))
 
 
 def test_names_must_be_submodules():

@@ -7,6 +7,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,3 +72,33 @@ class Generators:
                 yield
             finally:
                 restore()
+
+    def of_torch(self) -> tuple[bytes, ...]:
+        """States of torch's default generators, of the host and of the devices in use."""
+        return (_bytes_of_state(), *map(_bytes_of_state, self.devices()))
+
+    def restorers(self) -> list[Callable[[], Any]]:
+        """Functions that restore the present states of all of them whenever they are called; they hold no tensors."""
+        restored: list[Callable[[], Any]] = [partial(_set_state, _bytes_of_state(), None), self.remembered()]
+        return restored + [partial(_set_state, _bytes_of_state(index), index) for index in self.devices()]
+
+    def seed(self, seed: int) -> None:
+        """Seed all of them."""
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed)
+
+
+def _bytes_of_state(index: int | None = None) -> bytes:
+    """State of the CPU generator or of a CUDA device's, as bytes: a tensor would count as memory of the step."""
+    state = torch.get_rng_state() if index is None else torch.cuda.get_rng_state(index)
+    return state.numpy().tobytes()
+
+
+def _set_state(content: bytes, index: int | None) -> None:
+    state = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    if index is None:
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, index)

@@ -1,5 +1,6 @@
-"""Lazy values: plain values that the first call of a forward sets, and that later calls find (a mode, a flag, a shape).
+"""Lazy values: plain values that the first call of a forward sets, and that later calls find.
 
+A mode, a flag, a shape, a list or dictionary of such.
 transformers' image classifiers set `config.problem_type` from the labels, for example. Where a first and a second forward run
 the same kernels, a planned first call is right, too, once it has set these values.
 """
@@ -7,6 +8,7 @@ the same kernels, a planned first call is right, too, once it has set these valu
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -31,14 +33,14 @@ def lazy_values(model: nn.Module, settled: Mapping[Path, Any], written: Sequence
         written: places that every call writes.
     """
     found: list[LazyValue] = []
-    for path, after in settled.items():
+    for path, after in sorted(settled.items(), key=lambda item: len(item[0].steps)):  # a list before its items
         if any(path.is_inside(other) for other in (*written, *(value.path for value in found))):
             continue
         before = path.get(model)
         if before is after or not (_is_plain(after) and (before is ABSENT or _is_plain(before))):
             continue
         if not alike(bare_fingerprint(before), bare_fingerprint(after)) and _is_held_in_place(model, path):
-            found.append(LazyValue(path, bare_fingerprint(before), after))
+            found.append(LazyValue(path, bare_fingerprint(before), copy.deepcopy(after)))
     return tuple(found)
 
 
@@ -74,6 +76,8 @@ def _is_held_in_place(model: nn.Module, path: Path) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) is tuple:
+    if type(value) in (tuple, list):
         return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, (*value, *value.values())))
     return type(value) in _PLAIN or isinstance(value, Enum)

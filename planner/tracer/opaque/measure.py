@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from planner.errors import first_line
+from planner.errors import BackwardError, CaptureError, OpaqueModuleError, first_line
 from planner.kernels import custom
 from planner.log import TRACER
 from planner.profiler.marks import Mark, marked_sections
 from planner.profiler.profile import KernelCost
+from planner.tracer.host.generators import Generators
 from planner.tracer.host.preserve import Preserved, model_preserved
 from planner.tracer.joint import Joint
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
@@ -110,6 +110,7 @@ def measured_calls(joint: Joint, model: nn.Module, calls: Mapping[str, RecordedC
 
     Raises:
         OpaqueModuleError, BackwardError: a call does something else than when it was recorded.
+        CaptureError: what it returns, or gives a gradient to, depends on the data.
     """
     given = incoming_gradients(joint)
     return {
@@ -166,6 +167,9 @@ class _Run:
         """An upper bound from several runs, which differ in random numbers and data; of each kind on its own.
 
         Runs that fail on made-up data do not count.
+
+        Raises:
+            CaptureError: what the module returns, or gives a gradient to, depends on the data: a step would fail on such data.
         """
         enough = _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
         found = [self._bytes_of(self.call.arguments, 0)]
@@ -174,6 +178,9 @@ class _Run:
                 break
             try:
                 found.append(self._bytes_of(resampled(self.call.arguments, draw), draw))
+            except (OpaqueModuleError, BackwardError) as error:
+                text = f"with other data, drawn from the example's, or other random numbers: {error}"
+                raise CaptureError(text, module=self.call.spec.module) from error
             except Exception as error:
                 TRACER.debug("%s does not run on other data: %s", self.call.spec.module, first_line(error))
         return _Bytes(*map(_upper_bound, zip(*found, strict=True)))
@@ -202,8 +209,7 @@ class _Run:
 
         with as_it_was(self.module):
             if seed:
-                torch.manual_seed(seed)
-                random.seed(seed)
+                Generators(self.device).seed(seed)
             _, forward, between, backward, _ = marked_sections(step, self.device)
         gradients = sum(_storage_bytes(spec) for spec in self.call.spec.gradients if spec is not None)
         alive, peak = between.start_bytes - forward.start_bytes, forward.peak_bytes - forward.start_bytes
