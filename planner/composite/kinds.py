@@ -200,7 +200,7 @@ def _add(
 def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
     if not trial.calls[name] and trial.is_random:
-        raise CaptureError("it is called at random, and in no step that was tried")
+        raise CaptureError("no step that was tried calls it with gradients")
     if trial.calls[name] != 1:
         raise CaptureError(f"it is called {trial.calls[name]} times in a step")
     mine = {id(inner) for inner in module.modules()}

@@ -87,4 +87,4 @@ def test_a_block_that_no_step_calls_is_left_and_named():
     model.num_called = 4
     found = plan_units(model, 0.9, (torch.randn(64, 16),), progress=False, costs="estimate", effort=0.3)
     assert len(found.planned) == 4
-    assert found.left == {"blocks.4": "it is called at random, and in no step that was tried"}
+    assert found.left == {"blocks.4": "no step that was tried calls it with gradients"}
