@@ -155,7 +155,8 @@ class ProfiledStep(CapturedStep):
         """
         lowest = Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2))
         margin = _margin_of(self.graph)
-        return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest)
+        plain_bytes = self.plain_bytes if units.is_fraction(budget) else None
+        return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest, plain_bytes)
 
     def _planned(self, budget: Budget) -> CheckpointedModule:
         """The planned module for this call alone."""
@@ -349,4 +350,5 @@ def _provenance(step: CapturedStep, profile: Profile) -> Provenance:
         torch=str(torch.__version__),
         date=time.strftime("%Y-%m-%d"),
         module=type(step.model).__name__,
+        loss=tuple(output.name for output in step.joint.outputs if output.differentiated),
     )

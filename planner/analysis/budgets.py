@@ -35,7 +35,12 @@ def smallest_budget(needed_bytes: int, margin: Callable[[int], int]) -> int:
 
 
 def restated(
-    error: Refusal, budget: str, budget_bytes: int, margin: Callable[[int], int], lowest_bytes: int | None = None
+    error: Refusal,
+    budget: str,
+    budget_bytes: int,
+    margin: Callable[[int], int],
+    lowest_bytes: int | None = None,
+    plain_bytes: int | None = None,
 ) -> Refusal:
     """A solver's refusal in the user's terms: the budget as it was given, and one that can be met, margin included.
 
@@ -44,6 +49,7 @@ def restated(
         budget: what was asked for, in words.
         margin: see `smallest_budget`.
         lowest_bytes: the lowest peak that is known to be reached.
+        plain_bytes: of which the budget was given as a fraction; None where it was given in bytes.
     """
     free = margin(budget_bytes)
     needed = error.floor_bytes if isinstance(error, InfeasibleBudgetError) else error.lowest_bytes or 0
@@ -51,7 +57,7 @@ def restated(
         budget = f"{budget}, of which {format_bytes(free)} are left free for the allocator,"
     if isinstance(error, InfeasibleBudgetError):
         enough = smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin)
-        cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes)"
+        cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes){_as_fraction(enough, plain_bytes)}"
         message = infeasible_text(f"budget {budget}", error.floor_bytes, error.culprit, cure, error.advice)
         return InfeasibleBudgetError(
             message,
@@ -63,6 +69,12 @@ def restated(
     lowest = min(known for known in (error.lowest_bytes, lowest_bytes, MOST_BYTES) if known is not None)
     message = not_found_text(budget, lowest, error.floor_bytes, error.solve_s, smallest_budget(lowest, margin))
     return NoScheduleFoundError(message, lowest_bytes=lowest, floor_bytes=error.floor_bytes, solve_s=error.solve_s)
+
+
+def _as_fraction(nbytes: int, plain_bytes: int | None) -> str:
+    """A budget as a fraction of the plain peak to type in, rounded up; "" where it is none, or no fraction was asked for."""
+    thousandths = -(-1000 * nbytes // plain_bytes) if plain_bytes else 1001
+    return f", {thousandths / 1000:g} of the plain step's peak" if thousandths <= 1000 else ""
 
 
 def check_budgets(budgets: Sequence[Budget] | None, points: int, low: Budget | None, high: Budget | None) -> None:

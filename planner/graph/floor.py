@@ -156,8 +156,10 @@ def _culprit(graph: Graph, i: int, least: int) -> str:
 
 def _advice(graph: Graph, i: int, least: int) -> str:
     """What would lower the floor: the batch, another kernel for the op that holds it, or what is resident."""
+    reserves = any(graph.value[name].kind is Kind.RESERVED for name in graph.inputs)
+    less = ", or reserve less" if reserves else ""
     if i < 0:
-        return "reserve less"
+        return f"use a smaller model{less}"
     op = graph.ops[i]
     own = sum(_own(graph, op).values())
     # Activations grow with the batch; parameters, gradients and what is reserved do not.
@@ -173,7 +175,7 @@ def _advice(graph: Graph, i: int, least: int) -> str:
             advice += f", or {remedy} (the next to hold most, {after})"
     if least - own > least // 2:
         rest = format_bytes(least - own)
-        advice += f"; {rest} of it do not depend on the batch: use fewer bytes a parameter, or reserve less"
+        advice += f"; {rest} of it do not depend on the batch: use fewer bytes a parameter{less}"
     return advice
 
 

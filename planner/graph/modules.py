@@ -36,6 +36,21 @@ def kind_of(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
+def kinds_of(paths: Iterable[str]) -> dict[str, str]:
+    """Per path, what it has in common with its equals: as `kind_of`, but a number at its end stays, unless modules lie below.
+
+    "blocks.0" and "blocks.1" of a net of blocks are equals; "net.0" and "net.1" of a Sequential may be a Linear and a GELU.
+    """
+    paths = set(paths)
+    around = {path[:at] for path in paths for at, sign in enumerate(path) if sign == "."}
+    return {path: _kind(path) if path not in around else kind_of(path) for path in paths}
+
+
+def _kind(path: str) -> str:
+    parent, _, last = path.rpartition(".")
+    return f"{kind_of(parent)}.{last}" if parent and last.isdecimal() else kind_of(path)
+
+
 def fold(rows: Mapping[str, Hashable]) -> dict[str, tuple[str, ...]]:
     """Paths that differ in one number and have equal rows, as one: {"h.0-11.mlp": ("h.0.mlp", "h.1.mlp", ...)}.
 

@@ -25,6 +25,7 @@ class Provenance:
         torch: its version.
         date: year-month-day.
         module: class of the model; "" where it is not known (files of earlier versions).
+        loss: names of the outputs that backward starts from; empty where they are not known (likewise).
     """
 
     costs: Costs
@@ -39,6 +40,7 @@ class Provenance:
     torch: str = ""
     date: str = ""
     module: str = ""
+    loss: tuple[str, ...] = ()
 
     @property
     def is_estimated(self) -> bool:

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from planner.graph.graph import Graph, Kind
-from planner.graph.modules import kind_of, module_of
+from planner.graph.modules import kinds_of, module_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import Timeline
 from planner.report.tables import facts, number, render, table, words
 from planner.units import format_bytes, format_ns
 
 MODULE_ROWS = 12
+MOST_OUTPUTS = 4
 ASSUMING = "for this backward order at these costs"
 STOPPED = "by the limit of wall-clock time: another run may give another plan"
 
@@ -32,6 +33,7 @@ def text(plan: PlannedGraph) -> str:
             f"{_measured(plan)}",
         ),
         ("peak at", _where(plan)),
+        ("backward", _starts(plan)),
         (
             "step time",
             f"{format_ns(plain.time_ns)} plain -> {format_ns(timeline.time_ns)} planned (+{plan.overhead:.2%}){known}",
@@ -56,6 +58,15 @@ def _measured(plan: PlannedGraph) -> str:
         return f"{format_bytes(plan.measured_bytes)} measured{f', MORE than the budget{why}' if over else ''}"
     _, _, reason = plan.check.partition(": ")
     return f"not measured{reason and f' ({reason})'}"
+
+
+def _starts(plan: PlannedGraph) -> str:
+    """The outputs that backward starts from; "" where there is only one output, or they are not known."""
+    names = plan.provenance.loss if plan.provenance else ()
+    if len(names) == 1:
+        return "" if names == ("the output",) else f"from the output {names[0]}"
+    more = f", {len(names) - MOST_OUTPUTS} more" if len(names) > MOST_OUTPUTS else ""
+    return f"from the outputs {', '.join(names[:MOST_OUTPUTS])}{more} (loss=... chooses one)" if names else ""
 
 
 def _where(plan: PlannedGraph) -> str:
@@ -97,9 +108,10 @@ def _modules(plan: PlannedGraph, timeline: Timeline) -> Table:
     again_bytes: defaultdict[str, int] = defaultdict(int)
     again_ns: defaultdict[str, int] = defaultdict(int)
     numbers: defaultdict[str, set[str]] = defaultdict(set)
+    kinds = kinds_of(map(module_of, graph.ops))
     for i, op in enumerate(graph.ops[: graph.num_forward_ops]):
         path = module_of(op)
-        row = kind_of(path)
+        row = kinds[path]
         numbers[row].add(path)
         kept_bytes[row] += _total(graph, (name for name in op.writes if name in saved))
         if again[i]:

@@ -267,6 +267,7 @@ def read_provenance(value: Any) -> Provenance | None:
         torch=string(fields["torch"], "torch"),
         date=string(fields["date"], "date"),
         module=string(fields.get("module", ""), "module"),
+        loss=strings(fields.get("loss", []), "loss"),
     )
 
 
