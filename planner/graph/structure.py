@@ -13,6 +13,7 @@ from planner.graph.graph import Graph, Kind
 Place = tuple[int, int]
 """Where a value comes from: (op that writes it, position among its results); for an input (-1, position among the inputs)."""
 _SHOWN = 60
+_CAST = "aten._to_copy.default"
 
 
 def places(graph: Graph) -> dict[str, Place]:
@@ -72,8 +73,51 @@ def renamed(graph: Graph, like: Graph) -> Graph:
     )
 
 
+_GIVEN = {Kind.INPUT: "input", Kind.PARAM: "parameter", Kind.BUFFER: "buffer"}
+
+
 def first_difference(planned: Graph, captured: Graph) -> str:
-    """Where two graphs of unequal fingerprints differ first, in words: kernels and wiring, then sizes, then arguments."""
+    """Where two graphs of unequal fingerprints differ first, in words.
+
+    What a user knows of the call comes first: its inputs, autocast, the model's parameters and buffers, and how many of them
+    get gradients. Then kernels and wiring, sizes, arguments.
+    """
+    said = _difference_of_inputs(planned, captured, Kind.INPUT) or _difference_of_casts(planned, captured)
+    said = said or _difference_of_inputs(planned, captured, Kind.PARAM) or _difference_of_inputs(planned, captured, Kind.BUFFER)
+    numbers = len(planned.backward_outputs), len(captured.backward_outputs)
+    if not said and numbers[0] != numbers[1]:
+        said = f"{numbers[0]} parameters and inputs get a gradient in the plan, {numbers[1]} in the model"
+    return said or _difference_of_kernels(planned, captured)
+
+
+def _difference_of_inputs(planned: Graph, captured: Graph, kind: Kind) -> str:
+    """How the inputs of a kind differ, in number, or in dtype and shape."""
+    ours, theirs = (
+        [graph.value[name] for name in graph.inputs if graph.value[name].kind is kind] for graph in (planned, captured)
+    )
+    what = _GIVEN[kind]
+    if len(ours) != len(theirs):
+        return f"the plan has {len(ours)} {what}{'' if len(ours) == 1 else 's'}, the model {len(theirs)}"
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    i, (one, other) = next(
+        ((i, pair) for i, pair in pairs if pair[0].form != pair[1].form and all(v.form for v in pair)), (0, (None, None))
+    )
+    return "" if one is None or other is None else f"{what} {i} is {one.form} in the plan and {other.form} in the model"
+
+
+def _difference_of_casts(planned: Graph, captured: Graph) -> str:
+    """One of the two was captured under autocast, or under autocast to another dtype."""
+    ours, theirs = (
+        {op.arguments.rpartition("dtype=")[2] for op in graph.ops[: graph.num_forward_ops] if op.kernel == _CAST}
+        for graph in (planned, captured)
+    )
+    if ours == theirs:
+        return ""
+    texts = [f"casts to {', '.join(sorted(found))}" if found else "casts nothing" for found in (ours, theirs)]
+    return f"the plan {texts[0]} and the model {texts[1]}: apply it under the autocast that it was made under"
+
+
+def _difference_of_kernels(planned: Graph, captured: Graph) -> str:
     theirs_at = {place: name for name, place in places(captured).items()}
     place, place_there = places(planned), places(captured)
     for ours, theirs in zip(planned.ops, captured.ops, strict=False):

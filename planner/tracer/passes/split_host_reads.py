@@ -60,10 +60,14 @@ def _guards(traced: TracedGraph, reads: Sequence[tuple[fx.Node, TracedRead]]) ->
 
 
 def _check_computable(traced: TracedGraph, node: fx.Node, read: TracedRead) -> None:
-    for n in ancestors([node]):
+    found = ancestors([node])
+    is_activation = any(n.op != "call_function" for n in found)  # not a draw that decides by itself
+    for n in found:
         if n.op != "call_function" or not (traced.draws(n) or is_traced_call(n)):
             continue
         why = "random numbers" if traced.draws(n) else f"the opaque module {traced.calls[str(n.args[1])].module}"
+        if traced.draws(n) and is_activation:
+            why += ", by way of an activation"
         cure = "put the branch into a submodule of its own, which then runs as it is"
         if read.is_validation:
             cure = "set validate_args=False in torch.distributions there"

@@ -20,7 +20,9 @@ def refusal(floor_bytes: int, plain_bytes: int | None) -> str:
 def test_what_it_names_is_enough(floor_bytes, more):
     plain_bytes = 2 * floor_bytes + more
     text = refusal(floor_bytes, plain_bytes)
-    size, exact, fraction = re.match(r"Raise the budget to (.*?) \((\d+) bytes\), (\S+) of the plain step's peak: ", text).groups()
+    size, exact, fraction = re.match(
+        r"Raise the budget to (.*?) \((\d+) bytes\), (\S+) of the plain step's peak: ", text
+    ).groups()
     for named in (size, int(exact), float(fraction)):
         budget = parse_budget(named, plain_bytes)
         assert budget - budget // 100 >= floor_bytes

@@ -93,7 +93,7 @@ DIFFERENT = {
     "a shape": (with_op(BASE, 1, arguments="%0:float32[9], 2.0"), "float32[9], 2.0 in the model"),
     "bytes of a result": (with_value(BASE, "e", nbytes=9), "e has 8 bytes in the plan and 9 in the model"),
     "bytes of a parameter": (with_value(BASE, "w", nbytes=9), "w has 2 bytes in the plan and 9 in the model"),
-    "a kind": (with_value(BASE, "w", kind=Kind.BUFFER), "their inputs or outputs differ"),
+    "a kind": (with_value(BASE, "w", kind=Kind.BUFFER), "the plan has 1 parameter, the model 0"),
     "what is read": (with_op(BASE, 2, reads=("x",)), "op f2 () of the plan reads a where the model's f2 reads x"),
     "which of two is read": (with_op(BASE, 4, reads=("a", "t1")), "reads e, t1 where the model's b3 reads a, t1"),
     "the order of reads": (with_op(BASE, 5, reads=("ge", "a")), "op b2 () of the plan reads a, ge where the model's"),
@@ -113,8 +113,23 @@ def test_structure_counts_and_the_first_difference_is_said(other: Graph, said: s
 
 
 def test_ops_that_are_missing_are_counted() -> None:
-    first = replace(BASE, ops=BASE.ops[:-1], backward_outputs=(), values=tuple(v for v in BASE.values if v.name[0] != "d"))
-    assert first_difference(first, BASE) == "the plan has 7 ops, the model 8"
+    last = BASE.ops[-1]
+    again = Value("again", 1, Kind.GRADIENT)
+    longer = replace(BASE, ops=(*BASE.ops, replace(last, name="again", writes=("again",))), values=(*BASE.values, again))
+    assert first_difference(BASE, longer) == "the plan has 8 ops, the model 9"
+
+
+def test_what_the_user_knows_of_a_call_comes_first() -> None:
+    formed = with_value(with_value(BASE, "x", form="float32[8, 2]"), "w", form="float32[2, 2]")
+    other_batch = with_op(with_value(formed, "x", form="float32[4, 2]", nbytes=1), 1, kernel="aten.relu.default")
+    assert first_difference(formed, other_batch) == "input 0 is float32[8, 2] in the plan and float32[4, 2] in the model"
+    other_width = with_op(with_value(formed, "w", form="float32[4, 2]", nbytes=1), 1, kernel="aten.relu.default")
+    assert first_difference(formed, other_width) == "parameter 0 is float32[2, 2] in the plan and float32[4, 2] in the model"
+    cast = with_op(formed, 1, kernel="aten._to_copy.default", arguments="%0:float32[1], dtype=bfloat16")
+    assert first_difference(formed, cast).startswith("the plan casts nothing and the model casts to bfloat16: apply it under")
+    assert first_difference(cast, formed).startswith("the plan casts to bfloat16 and the model casts nothing")
+    frozen = replace(BASE, backward_outputs=("dx",))
+    assert first_difference(BASE, frozen) == "2 parameters and inputs get a gradient in the plan, 1 in the model"
 
 
 def test_long_arguments_are_shown_where_they_part() -> None:
