@@ -104,9 +104,18 @@ class Rate:
     samples_per_s: float
     noise: float = 0.0
 
+    @property
+    def figure(self) -> str:
+        """The samples a second, as printed."""
+        return f"{self.samples_per_s:,.0f}" if self.samples_per_s >= 1000 else f"{self.samples_per_s:.3g}"
+
+    @property
+    def doubt(self) -> str:
+        """The noise, as printed; "" where there is hardly any."""
+        return f" ±{self.noise:.0%}" if self.noise >= 0.005 else ""
+
     def __str__(self) -> str:
-        shown = f"{self.samples_per_s:,.0f}" if self.samples_per_s >= 1000 else f"{self.samples_per_s:.3g}"
-        return f"{shown} samples/s" + (f" ±{self.noise:.0%}" if self.noise >= 0.005 else "")
+        return f"{self.figure} samples/s{self.doubt}"
 
     def gain_on(self, other: Rate) -> float:
         """How much more it is than another one, relative to that."""
@@ -249,6 +258,11 @@ class MaxBatch:
         seen = (replace(t, measured=measured[t.batch]) if t.batch in measured else t for t in self.tried)
         return replace(self, tried=tuple(seen))
 
+    def _mark(self, tried: Tried) -> str:
+        """What a row of the table is: the largest, the fastest by what is compared, or both."""
+        marks = [name for name, one in (("largest", self.largest), ("fastest", self.fastest)) if tried.batch == one.batch]
+        return " ".join(["<-", *marks]) if marks else ""
+
     def summary(self) -> dict[str, Any]:
         """The figures for machines, without graphs and schedules: what `planner max-batch --json` prints."""
         return {
@@ -273,12 +287,17 @@ class MaxBatch:
             ("doubt", self.doubt),
             ("costs", str(self.plan.provenance or "unknown")),
         ]
-        columns = [*map(number, ("batch", "plain peak", "peak", "step time", "overhead", "throughput")), words("")]
-        rows = [_row(tried, "<- largest" if tried is self.largest else "") for tried in self.tried]
-        parts: list[Block] = [facts(head), "", table(columns, rows), "throughput of forward and backward alone, as predicted"]
+        columns = [*map(number, ("batch", "plain peak", "peak", "step time", "overhead", "samples/s")), words("")]
+        rows = [_row(tried, self._mark(tried)) for tried in self.tried]
+        parts: list[Block] = [
+            facts(head),
+            "",
+            table(columns, rows),
+            "samples a second of forward and backward alone, as predicted",
+        ]
         measured = [tried for tried in self.tried if tried.measured is not None]
         if measured:
-            columns = [*map(number, ("batch", "measured peak", "measured time", "measured throughput"))]
+            columns = [*map(number, ("batch", "measured peak", "measured time", "measured samples/s"))]
             parts += ["", table(columns, map(_measured_row, measured))]
         return render(*parts)
 
@@ -292,13 +311,13 @@ def _row(tried: Tried, mark: str) -> tuple[str, ...]:
     if tried.plan is None:
         return (*head, "", "", "", "", "cannot fit" if isinstance(tried.error, InfeasibleBudgetError) else "none found")
     step = (format_bytes(tried.plan.peak_bytes), format_ns(tried.plan.timeline.time_ns), f"{tried.plan.overhead:.2%}")
-    return (*head, *step, str(tried.predicted), mark)
+    return (*head, *step, f"{tried.predicted.figure}{tried.predicted.doubt}", mark)
 
 
 def _measured_row(tried: Tried) -> tuple[str, ...]:
-    assert tried.measured is not None
+    assert tried.measured is not None and tried.ran is not None
     step = (format_bytes(tried.measured.peak_bytes), format_ns(tried.measured.step_s * 1e9))
-    return (str(tried.batch), *step, str(tried.ran))
+    return (str(tried.batch), *step, f"{tried.ran.figure}{tried.ran.doubt}")
 
 
 def _figures(tried: Tried) -> dict[str, Any]:

@@ -146,6 +146,8 @@ class OtherSizes(Generic[Planned]):
         if recapture is None or recapture.plan is None:
             raise reasons[0]
         RUNTIME.info("planned anew: %s", reasons[0])
+        shapes = shapes_text(call_sizes(base.step, args, kwargs))
+        say(f"planner: {type(base.original).__name__}: planning {shapes} while training waits", recapture.progress)
         made = recapture.plan(base.original, args, kwargs, joint, base.plan)
         self.planned_anew.append(made)
         return made, "planned"

@@ -87,8 +87,10 @@ def loss_leaves(out: Any, leaves: Sequence[Any], loss: Loss) -> list[torch.Tenso
     for leaf in chosen:
         if not isinstance(leaf, torch.Tensor) or not any(leaf is other for other in leaves):
             named = f"loss={_text(loss)} does not name a tensor of the model's output"
-            found = "a tensor that is not among its outputs" if isinstance(leaf, torch.Tensor) else kind(leaf)
-            raise InputError(f"{named} (found {found}). {_listed(out)}")
+            if isinstance(leaf, torch.Tensor):
+                cure = "loss= chooses among the outputs; what computes a loss of them is criterion=..."
+                raise InputError(f"{named} (found a tensor that is not among its outputs): {cure}. {_listed(out)}")
+            raise InputError(f"{named} (found {kind(leaf)}). {_listed(out)}")
         if not leaf.requires_grad:
             which = "its loss" if loss is None else f"the output named by loss={_text(loss)}"
             raise InputError(f"{which} does not require grad: nothing to differentiate. {_listed(out)}")

@@ -71,7 +71,7 @@ def test_steps_are_run_and_timed_where_the_device_is_here():
         assert tried.measured.step_s > 0 and tried.measured.peak_bytes <= found.budget_bytes
         assert tried.measured.peak_bytes == pytest.approx(tried.plan.peak_bytes, rel=0.01)
         assert seen.rates[tried.batch].samples_per_s == tried.batch / tried.measured.step_s
-    assert "measured throughput" in str(seen) and seen.verdict.endswith("(measured)")
+    assert "measured samples/s" in str(seen) and seen.verdict.endswith("(measured)")
     assert not any(tried.measured for tried in found.tried)
     with pytest.raises(InputError, match="at least 1"):
         found.verify(0)
@@ -246,7 +246,7 @@ def test_the_verdict_says_nothing_that_the_table_does_not(data):
     rates = found.rates
     assert all(rate == (t.ran if found.is_measured else t.predicted) for t in found.fitting if (rate := rates.get(t.batch)))
     assert found.is_measured == ({4, 9} <= run)
-    said = re.findall(r"batch (\d+) at ([\d.,]+ samples/s)", found.verdict)
+    said = re.findall(r"batch (\d+) at ([\d.,]+) samples/s", found.verdict)
     text = unwrapped(found)
     for batch, rate in said:
         assert str(rates[int(batch)]).startswith(rate) and text.count(rate) >= 2

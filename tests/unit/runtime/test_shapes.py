@@ -135,8 +135,9 @@ def test_a_size_at_which_the_graph_is_another_one_is_planned_anew(capsys):
     expected = trajectory(copy.deepcopy(model), (x,), {})
     assert_same(expected, trajectory(copy.deepcopy(module), (x,), {}))
     module(x), module(x), module(x[:1]), module(torch.randn(3, 8))
-    said = capsys.readouterr().err.splitlines()[-3:]
-    assert [line.rpartition(" in ")[0] for line in said] == [
+    said = capsys.readouterr().err.splitlines()[-4:]
+    assert said[0] == "planner: Alternates: planning (2, 8) while training waits"
+    assert [line.rpartition(" in ")[0] for line in said[1:]] == [
         "planner: Alternates: planned (2, 8), the second size,",
         "planner: Alternates: captured (1, 8), the third size,",
         "planner: Alternates: captured (3, 8), the fourth size,",
