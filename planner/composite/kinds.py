@@ -128,14 +128,14 @@ def kinds_of(
     left: dict[str, str] = {}
     frontier = list(names)
     while frontier:
-        calls = trial.record([name for name in frontier if trial.calls[name] == 1])
+        calls = trial.record([name for name in frontier if trial.calls[name]])
         below = []
         for name in frontier:
             module = trial.original.get_submodule(name)
             try:
                 _check_alone(trial, name, module)
-                if name not in calls:
-                    raise CaptureError("a second forward with the same random numbers did not call it")
+                if len(calls.get(name, ())) != trial.calls[name]:
+                    raise CaptureError("a second forward with the same random numbers calls it another number of times")
                 with noting(f"capturing the submodule {name}"):
                     _add(kinds, name, module, calls.pop(name), trial, options, costs)
             except PlannerError as error:
@@ -148,7 +148,7 @@ def kinds_of(
                 children = [f"{name}.{child}" for child, _ in module.named_children()]
                 below += children
                 is_skipped = trial.is_random and not trial.calls[name] and name in names
-                if is_skipped or (trial.calls[name] and not (children and trial.calls[name] == 1)):
+                if is_skipped or (trial.calls[name] and not children):
                     left[name] = str(error)
                     PLANNER.warning("%s: left as it is, unplanned: %s", name, error)
                 else:
@@ -177,13 +177,20 @@ def _called_as_captured(kinds: Sequence[UnitKind], trial: Trial, left: dict[str,
 
 
 def _add(
-    kinds: list[UnitKind], name: str, module: nn.Module, call: Call, trial: Trial, options: PlanOptions, costs: CostsOf
+    kinds: list[UnitKind],
+    name: str,
+    module: nn.Module,
+    calls: Sequence[Call],
+    trial: Trial,
+    options: PlanOptions,
+    costs: CostsOf,
 ) -> None:
     """Count a unit among the kind that it is of, or capture it as the first of a new one."""
-    used = trial.used[name]
+    call, used = calls[0], trial.used[name][0]
     for kind in kinds:
         different = kind.difference(module, call, used) if type(module) is type(kind.captured.model) else "another class"
         if not different:
+            _check_calls(trial, name, calls, kind)
             _check_inputs(trial, name, kind)
             kind.members.append(name)
             PLANNER.info("%s: the same as %s", name, kind.members[0])
@@ -192,6 +199,7 @@ def _add(
     step = _captured(module, call, used, trial.device, options)
     kind = UnitKind(step, *costs(step), call, used, [])
     kinds.append(kind)  # without members if it is refused now: the next unit like it is not captured again
+    _check_calls(trial, name, calls, kind)
     _check_inputs(trial, name, kind)
     kind.members.append(name)
     PLANNER.info("%s: captured by itself", name)
@@ -201,8 +209,8 @@ def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
     if not trial.calls[name] and trial.is_random:
         raise CaptureError("no step that was tried calls it with gradients")
-    if trial.calls[name] != 1:
-        raise CaptureError(f"it is called {trial.calls[name]} times in a step")
+    if not trial.calls[name]:
+        raise CaptureError("it is called 0 times in a step with gradients")
     mine = {id(inner) for inner in module.modules()}
     others = {id(p) for m in trial.original.modules() if id(m) not in mine for p in m._parameters.values() if p is not None}
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in others]
@@ -215,6 +223,30 @@ def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
                 f"its {weight.removeprefix(f'{name}.')} is also used by the forward of {outside[0] or 'the model'}, and the "
                 "order in which gradients add up would change"
             )
+
+
+def _check_calls(trial: Trial, name: str, calls: Sequence[Call], kind: UnitKind) -> None:
+    """Raise CaptureError where a unit's calls in a step differ, or eager adds up over them what a plan does not.
+
+    Under autocast the calls share a cast of each weight, whose gradient is added up before it is cast back.
+    """
+    if len(calls) == 1:
+        return
+    times = f"it is called {len(calls)} times in a step"
+    module = trial.original.get_submodule(name)
+    for call, used in zip(calls[1:], trial.used[name][1:], strict=True):
+        different = kind.difference(module, call, used)
+        if different:
+            raise CaptureError(f"{times}, and not alike: {different}")
+    executable = kind.made(keep_all(kind.graph))[2]
+    if executable is not None and executable.cast and torch.is_autocast_cache_enabled():
+        raise CaptureError(f"{times}, and autocast casts its {executable.inputs[executable.cast[0]]} once for all of them")
+    several = sorted(executable.summed - executable.separated) if executable is not None else []
+    if several:
+        which = executable.inputs[several[0]] if executable is not None else ""
+        raise CaptureError(
+            f"{times}, and uses its {which} several times in each: the order in which gradients add up would change"
+        )
 
 
 def _check_inputs(trial: Trial, name: str, kind: UnitKind) -> None:

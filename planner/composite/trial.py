@@ -18,7 +18,7 @@ from planner._compat import pytree
 from planner.composite.training_step import Autocast, TrainingStep
 from planner.composite.uses import Uses
 from planner.errors import CaptureError, InputError, MismatchError, PlannerError
-from planner.graph.outer import MeasuredSection
+from planner.graph.outer import MeasuredSection, call_key
 from planner.profiler.marks import Mark, marked_sections
 from planner.results.plan import Plan
 from planner.runtime.autograd import BackwardFinder
@@ -49,7 +49,7 @@ Made = tuple[RewrittenStep, Plan, Executable | None]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A submodule's one call in a step; tensors as they arrive, without what they were computed from."""
+    """A submodule's call in a step; tensors as they arrive, without what they were computed from."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -81,7 +81,7 @@ class Trial:
         self.autocast = Autocast.of(self.device)
         self.calls: Counter[str] = Counter()
         self.is_random = False
-        self.used: dict[str, dict[int, Strides]] = {}
+        self.used: dict[str, list[dict[int, Strides]]] = {}
         self.weight_users: Mapping[str, set[str]] = {}
         self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
@@ -222,6 +222,7 @@ class Trial:
         """
         uses, generators = Uses(self.model), Generators(self.device)
         self.calls.clear()
+        self.used.clear()
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return uses.enter(name, args, kwargs)
@@ -233,12 +234,13 @@ class Trial:
             if not torch.is_grad_enabled():
                 return out
             self.calls[name] += 1
-            self.used[name] = {}
+            used: dict[int, Strides] = {}
+            self.used.setdefault(name, []).append(used)
             leaves, spec = pytree.tree_flatten(out)
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                     leaves[i] = leaf.view_as(leaf)  # what the submodule itself does with the leaf goes past this view
-                    leaves[i].register_hook(lambda gradient, i=i: self.used[name].__setitem__(i, gradient.stride()))
+                    leaves[i].register_hook(lambda gradient, i=i: used.__setitem__(i, gradient.stride()))
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
@@ -259,13 +261,13 @@ class Trial:
         self.weight_users, self.inputs_used_after = uses.weight_users, uses.inputs_used_after
         return draws
 
-    def record(self, names: Sequence[str]) -> dict[str, Call]:
-        """Run a forward that keeps nothing for a backward, but the arguments of these submodules."""
-        found: dict[str, Call] = {}
+    def record(self, names: Sequence[str]) -> dict[str, list[Call]]:
+        """Run a forward that keeps nothing for a backward, but the arguments of each call of these submodules."""
+        found: dict[str, list[Call]] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled():
-                found[name] = Call(*_own_tensors(args, kwargs), Autocast.of(self.device))
+                found.setdefault(name, []).append(Call(*_own_tensors(args, kwargs), Autocast.of(self.device)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
@@ -339,20 +341,37 @@ def _none_without_memory() -> Iterator[list[bool]]:
 
 
 def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
-    """Mark the forward and the backward of a trial's planned module."""
+    """Mark the forwards and the backwards of a trial's planned module: the last call's backward runs first."""
+    number = 0
+    waiting: list[str] = []
+    running = ""
 
-    def inside(is_forward: bool, code: Boxed) -> Boxed:
+    def forward(code: Boxed) -> Boxed:
         def run(inputs: list[Any]) -> tuple[Any, ...]:
-            with mark(name, is_forward):
+            nonlocal number
+            call = call_key(name, number)
+            number += 1
+            waiting.append(call)
+            with mark(call, True):
+                return code(inputs)
+
+        return run
+
+    def backward(code: Boxed, is_first: bool = True) -> Boxed:
+        def run(inputs: list[Any]) -> tuple[Any, ...]:
+            nonlocal running
+            if is_first and waiting:
+                running = waiting.pop()
+            with mark(running, False):
                 return code(inputs)
 
         return run
 
     code: Executable = module.__dict__["_executable"]
-    stages = tuple(inside(False, stage) for stage in code.stages)
-    module.__dict__["_executable"] = replace(code, forward=inside(True, code.forward), stages=stages)
+    stages = tuple(backward(stage, k == 0) for k, stage in enumerate(code.stages))
+    module.__dict__["_executable"] = replace(code, forward=forward(code.forward), stages=stages)
     others: BackwardFinder = module.__dict__["_other_backwards"]
-    module.__dict__["_other_backwards"] = _MarkedBackwards(others, partial(inside, False))
+    module.__dict__["_other_backwards"] = _MarkedBackwards(others, backward)
 
 
 @dataclass(frozen=True, slots=True)

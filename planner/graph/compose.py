@@ -20,9 +20,9 @@ class Composed:
 
     Attributes:
         graph: all ops.
-        units: per unit, its own graph.
-        places: per unit, for each op of its own graph the index in `graph`.
-        bounds: per unit, the indices of the ops that enter and leave its forward, then its backward.
+        units: per call of a unit, its own graph.
+        places: per call, for each op of its own graph the index in `graph`.
+        bounds: per call, the indices of the ops that enter and leave its forward, then its backward.
     """
 
     graph: Graph
@@ -31,7 +31,7 @@ class Composed:
     bounds: Mapping[str, tuple[int, int, int, int]]
 
     def schedule(self, schedules: Mapping[str, Schedule]) -> Schedule:
-        """The step in which each unit runs by its own schedule; without one, it keeps all."""
+        """The step in which each call of a unit runs by its own schedule; without one, it keeps all."""
         inside: dict[int, Sequence[int]] = {}
         for unit, graph in self.units.items():
             own = schedules.get(unit) or keep_all(graph)
@@ -53,7 +53,7 @@ class Composed:
 
 
 def compose(outer: OuterGraph, units: Mapping[str, Graph]) -> Composed:
-    """Put each unit's ops in the place of its two ops.
+    """Put each unit's ops in the place of its two ops; `units`: per call, the unit's graph.
 
     What a unit is given (parameters, buffers, inputs, gradients of its outputs) is the outer graph's. What it returns is its
     own value, under the outer graph's name where the two have equal bytes; the outer graph's others exist from the beginning

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from planner.errors import GraphError
 from planner.graph.accumulation import HELD, STAGE_END
 from planner.graph.graph import Graph, Kind, Op, Value, reserved_name
+
+Each = TypeVar("Each")
 
 FORWARD, BACKWARD = "(forward of a unit)", "(backward of a unit)"
 """Kernels of the ops that stand for units."""
@@ -21,13 +24,27 @@ class OuterCodeError(GraphError):
     """What lies around units cannot be told from the graph of the whole step, or from a measured step."""
 
 
+_CALL = "#"
+"""Between a unit's name and the number of its call."""
+
+
+def call_key(unit: str, number: int) -> str:
+    """The key of a unit's call, by its number in the forward: of the first one the unit's name, of the second "blocks.0#1"."""
+    return f"{unit}{_CALL}{number}" if number else unit
+
+
+def unit_of(call: str) -> str:
+    """The unit that a call is of."""
+    return call.partition(_CALL)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class OuterGraph:
-    """A step in which each unit is two ops; they take no time of their own.
+    """A step in which each call of a unit is two ops; they take no time of their own.
 
     Attributes:
         graph: outer ops, and the units' ops.
-        calls: per unit, the indices of its two ops.
+        calls: per call of a unit, the indices of its two ops.
         is_measured: bytes were measured in a step; then outer ops have no time.
     """
 
@@ -35,13 +52,17 @@ class OuterGraph:
     calls: Mapping[str, tuple[int, int]]
     is_measured: bool = False
 
+    def per_call(self, of_units: Mapping[str, Each]) -> dict[str, Each]:
+        """What is known of the units, for each of their calls."""
+        return {call: of_units[unit_of(call)] for call in self.calls}
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSection:
     """A stretch of a measured step.
 
     Attributes:
-        unit: whose forward or backward it is; "" for what lies between two of them.
+        unit: the call whose forward or backward it is; "" for what lies between two of them.
         is_forward: of a unit's section, that it is its forward.
         start_bytes: live at its start, above what is resident.
         peak_bytes: the most live in it, likewise.
@@ -54,7 +75,7 @@ class MeasuredSection:
 
 
 def contracted(graph: Graph, units: Collection[str]) -> OuterGraph:
-    """The graph of a whole step with the ops of each unit merged into two.
+    """The graph of a whole step with the ops of each unit, which is called once, merged into two.
 
     Args:
         graph: of one step; if it accumulates gradients, with each added once it is there.
@@ -161,7 +182,7 @@ def from_measured(
     resident_bytes: int,
     sections: Sequence[MeasuredSection],
     saved: Mapping[str, int],
-    units: Collection[str],
+    expected: Collection[str],
     held_bytes: int = 0,
 ) -> OuterGraph:
     """What a measured step held beside what its units saved.
@@ -169,18 +190,18 @@ def from_measured(
     Args:
         resident_bytes: parameters, buffers and inputs.
         sections: of the step, in order of time; the first is the outer code's.
-        saved: per unit, the bytes it kept for its backward in that step.
-        units: every one has a forward and a backward among the sections.
+        saved: per unit, the bytes that each of its calls kept for its backward in that step.
+        expected: the calls of units; every one has a forward and a backward among the sections.
         held_bytes: gradients of earlier micro-steps, which that step found.
 
     Raises:
-        OuterCodeError: a unit ran otherwise than once.
+        OuterCodeError: a call of a unit ran otherwise than once.
     """
     ops: list[Op] = []
     values = [Value(_RESIDENT, resident_bytes, Kind.RESERVED)]
     values += [Value(HELD, held_bytes, Kind.RESERVED)] if held_bytes else []
     resident = tuple(value.name for value in values)
-    calls: dict[str, list[int]] = {unit: [] for unit in units}
+    calls: dict[str, list[int]] = {call: [] for call in expected}
     held, num_forward_ops = 0, None
     for k, section in enumerate(sections):
         if not section.unit:
@@ -191,16 +212,16 @@ def from_measured(
         around = Value(f"(held around {section.unit}, {k})", max(0, section.start_bytes - held), _kind(section.is_forward))
         values.append(around)
         ops.append(Op(f"(enter {k})", (), (), (around.name,), 0, recomputable=False))
-        calls[section.unit].append(len(ops))
+        calls.setdefault(section.unit, []).append(len(ops))
         ops.append(_unit_op(section.unit, section.is_forward, (around.name,), ()))
-        held += saved[section.unit] if section.is_forward else -saved[section.unit]
-    wrong = next((unit for unit, at in calls.items() if len(at) != 2), None)
+        held += saved[unit_of(section.unit)] if section.is_forward else -saved[unit_of(section.unit)]
+    wrong = next((call for call, at in calls.items() if len(at) != 2 or call not in expected), None)
     if wrong is not None or num_forward_ops is None:
         raise OuterCodeError(
             f"in a measured step, {wrong or 'no unit'} ran forward and backward {len(calls.get(wrong or '', ()))} times"
         )
     graph = Graph(tuple(ops), tuple(values), resident, (), (), num_forward_ops, backward_is_fixed=True)
-    return OuterGraph(graph, {unit: (at[0], at[1]) for unit, at in calls.items()}, is_measured=True)
+    return OuterGraph(graph, {call: (at[0], at[1]) for call, at in calls.items()}, is_measured=True)
 
 
 def _kind(is_forward: bool) -> Kind:

@@ -9,7 +9,7 @@ from functools import cached_property
 from planner.graph.accumulation import HELD
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
-from planner.graph.outer import OuterGraph
+from planner.graph.outer import OuterGraph, unit_of
 from planner.graph.planned import NOT_RUN, RUN, PlannedGraph
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule
@@ -66,13 +66,16 @@ class PlannedUnitGraphs:
     @cached_property
     def composed(self) -> Composed:
         """Outer code and units as one graph."""
-        return compose(self.outer, {unit: self.kinds[kind].graph for unit, (kind, _) in self.units.items()})
+        return compose(
+            self.outer, self.outer.per_call({unit: self.kinds[kind].graph for unit, (kind, _) in self.units.items()})
+        )
 
     @cached_property
     def planned(self) -> PlannedGraph:
         """The whole step as one planned graph, in which recompute is confined to units."""
         graph = self.composed.graph
-        schedule = self.composed.schedule({unit: self.kinds[kind].schedules[at] for unit, (kind, at) in self.units.items()})
+        schedules = {unit: self.kinds[kind].schedules[at] for unit, (kind, at) in self.units.items()}
+        schedule = self.composed.schedule(self.outer.per_call(schedules))
         bound_ns = graph.plain_ns + self.bound_ns
         status = "optimal" if self.recompute_ns <= self.bound_ns else "feasible"
         check = NOT_RUN if self.measured_bytes is None else RUN
@@ -81,15 +84,16 @@ class PlannedUnitGraphs:
 
     @cached_property
     def spare_bytes(self) -> Mapping[str, int]:
-        """Per unit, what the budget leaves beside the step while the unit runs."""
+        """Per unit, what the budget leaves beside the step while the unit runs; the least of its calls."""
         planned = self.planned
         at = {op: i for i, op in enumerate(planned.solution.schedule.steps)}
         unforeseen = max(0, (self.measured_bytes or 0) - self.peak_bytes)
         found: dict[str, int] = {}
-        for unit, (enter, leave, enter_again, leave_again) in self.composed.bounds.items():
+        for call, (enter, leave, enter_again, leave_again) in self.composed.bounds.items():
             inside = (*range(at[enter], at[leave] + 1), *range(at[enter_again], at[leave_again] + 1))
             live = max(planned.timeline.live_bytes[i] for i in inside)
-            found[unit] = max(0, self.budget_bytes - live - unforeseen)
+            spare = max(0, self.budget_bytes - live - unforeseen)
+            found[unit_of(call)] = min(spare, found.get(unit_of(call), spare))
         return found
 
     @property
@@ -110,7 +114,7 @@ class PlannedUnitGraphs:
     @property
     def recompute_ns(self) -> int:
         """Predicted time of all recomputes."""
-        return sum(self.kinds[kind].points[at].time_ns for kind, at in self.units.values())
+        return sum(self.kinds[kind].points[at].time_ns for kind, at in self.outer.per_call(self.units).values())
 
     @property
     def plain_ns(self) -> int:

@@ -1,7 +1,7 @@
 """A plan of units as JSON: a graph file (planner/results/plan_file.py) of the outer code, with the section "units".
 
 Its fields: `schema`, `kinds` (one a line: {"name", "fingerprint", "graph", "schedules", "provenance"}), `units` (per unit its
-kind and schedule), `calls` (per unit the ops of the outer graph that stand for it), `is_measured`, `budget_bytes`,
+kind and schedule), `calls` (per call of a unit the ops of the outer graph that stand for it), `is_measured`, `budget_bytes`,
 `plain_bytes`, `measured_bytes`, `bound_ns`, `left`. Predicted peaks and times are not stored: `simulate` gives them.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from planner.errors import GraphError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, reason, rows, string, table
 from planner.graph.graph import Graph
-from planner.graph.outer import OuterGraph
+from planner.graph.outer import OuterGraph, unit_of
 from planner.graph.planned_units import PlannedKind, PlannedUnitGraphs
 from planner.graph.schedule import Schedule
 from planner.graph.structure import fingerprint
@@ -90,7 +90,9 @@ def loads(text: str, kind: type[P], where: str = "plan") -> P:
             unit: _pair(row, f"the ops of {unit}", len(graph.ops)) for unit, row in table(fields["calls"], "calls").items()
         }
         units = {unit: _pair(row, f"the plan of {unit}", MOST_BYTES) for unit, row in table(fields["units"], "units").items()}
-        if units.keys() != calls.keys() or any(k >= len(kinds) or at >= len(kinds[k].schedules) for k, at in units.values()):
+        if units.keys() != {unit_of(call) for call in calls} or any(
+            k >= len(kinds) or at >= len(kinds[k].schedules) for k, at in units.values()
+        ):
             raise ValueError("its units, their ops and their kinds do not go together")
         plan = kind(
             kinds,

@@ -3,22 +3,25 @@
 A step holds, besides what the outer code o holds, what units keep from their forward to their backward (s) and what the unit
 that runs adds (in its forward f, in its backward t, its own s included):
 
-    minimise    sum of time[u, p] x[u, p]
+    minimise    sum of calls[u] time[u, p] x[u, p]
     for each u:                 sum over p of x[u, p] = 1
     in the outer code:          o + sum over units kept of s[u, p] x[u, p]                              <= budget
     in a unit's forward:        o + sum over units kept of s[u, p] x[u, p] + sum of f[v, p] x[v, p]     <= budget
     in a unit v's backward:     o + sum over other units kept of s[u, p] x[u, p] + sum of t[v, p] x[v, p] <= budget
 
+A unit that is called several times takes one point for all calls; the sums are over calls, then, with the column of their unit.
 The o are read off a simulated step, in which they are what is left of the live bytes.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.graph.compose import Composed
+from planner.graph.outer import unit_of
 from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point
 from planner.limits import Limits
@@ -38,8 +41,8 @@ class Section:
 
     Attributes:
         outer_bytes: the most that the outer code holds in it, everything resident included.
-        kept: units whose forward has run and whose backward has not begun.
-        unit: whose forward or backward it is; "" for outer code.
+        kept: calls of units whose forward has run and whose backward has not begun.
+        unit: the call whose forward or backward it is; "" for outer code.
         is_forward: of a unit's, that it is its forward.
     """
 
@@ -54,7 +57,7 @@ def sections(composed: Composed, points: Mapping[str, Point]) -> tuple[Section, 
 
     Args:
         composed: outer code and units.
-        points: a point for each unit; which does not matter.
+        points: a point for each call; which does not matter.
     """
     schedule = composed.schedule({unit: one.schedule for unit, one in points.items()})
     live = simulate(composed.graph, schedule).live_bytes
@@ -80,11 +83,16 @@ def sections(composed: Composed, points: Mapping[str, Point]) -> tuple[Section, 
 
 
 def peak_bytes(section: Section, points: Mapping[str, Point]) -> int:
-    """The most that is live in a section of the step; the largest of all sections is what `simulate` finds."""
+    """The most that is live in a section of the step; the largest of all sections is what `simulate` finds.
+
+    Args:
+        points: one for each unit.
+    """
     own = 0
     if section.unit:
-        own = points[section.unit].forward_bytes if section.is_forward else points[section.unit].backward_bytes
-    return section.outer_bytes + own + sum(points[unit].saved_bytes for unit in section.kept)
+        one = points[unit_of(section.unit)]
+        own = one.forward_bytes if section.is_forward else one.backward_bytes
+    return section.outer_bytes + own + sum(points[unit_of(call)].saved_bytes for call in section.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +122,12 @@ def choose(
         plain_ns: the plain step's time, which says how exact the choice has to be.
     """
     program, columns = _program(fronts)
+    calls = Counter(unit_of(call) for call in {section.unit for section in sections if section.unit})
     largest = max((one.time_ns for front in fronts.values() for one in front), default=0)
-    unit_ns = max(1, largest * max(1, len(fronts))) / SCALE
+    unit_ns = max(1, largest * max(1, calls.total())) / SCALE
     for unit, front in fronts.items():
         for column, one in zip(columns[unit], front, strict=True):
-            program.costs[column] = one.time_ns / unit_ns
+            program.costs[column] = calls[unit] * one.time_ns / unit_ns
     for section in sections:
         program.row(
             _row(section, fronts, columns, budget_bytes), SCALE * (budget_bytes - section.outer_bytes) / max(1, budget_bytes)
@@ -128,7 +137,7 @@ def choose(
     if not answer.values:
         return None
     made = _read(columns, answer.values)
-    spent = sum(fronts[unit][at].time_ns for unit, at in made.items())
+    spent = sum(calls[unit] * fronts[unit][at].time_ns for unit, at in made.items())
     bound = 0 if math.isinf(answer.bound) else math.floor(max(0.0, answer.bound) * unit_ns)
     return Chosen(made, min(spent, bound), work.meter.spent)
 
@@ -160,16 +169,15 @@ def _program(fronts: Fronts) -> tuple[Program, dict[str, list[int]]]:
 
 def _row(section: Section, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int) -> list[tuple[int, float]]:
     """Bytes of the units in a section of the step, SCALE for `scale` bytes."""
-    row = [
-        (column, SCALE * one.saved_bytes / max(1, scale))
-        for unit in sorted(section.kept)
-        for column, one in zip(columns[unit], fronts[unit], strict=True)
-    ]
+    nbytes: dict[int, int] = defaultdict(int)
+    for unit in map(unit_of, section.kept):
+        for column, one in zip(columns[unit], fronts[unit], strict=True):
+            nbytes[column] += one.saved_bytes
     if section.unit:
-        for column, one in zip(columns[section.unit], fronts[section.unit], strict=True):
-            own = one.forward_bytes if section.is_forward else one.backward_bytes
-            row.append((column, SCALE * own / max(1, scale)))
-    return row
+        unit = unit_of(section.unit)
+        for column, one in zip(columns[unit], fronts[unit], strict=True):
+            nbytes[column] += one.forward_bytes if section.is_forward else one.backward_bytes
+    return [(column, SCALE * nbytes[column] / max(1, scale)) for column in sorted(nbytes)]
 
 
 def _read(columns: Mapping[str, Sequence[int]], values: Sequence[float]) -> dict[str, int]:

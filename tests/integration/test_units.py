@@ -213,12 +213,13 @@ def test_names_and_classes():
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.twice, self.idle = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first, self.unlike, self.idle = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.tied = nn.Linear(8, 8)
         self.tied.weight = self.first.weight
 
     def forward(self, x):
-        return self.tied(self.twice(self.twice(self.first(x)))).square().mean()
+        hidden = self.first(x)
+        return self.tied(self.unlike(hidden) + self.unlike(hidden[:1])).square().mean()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ class Odd(nn.Module):
         ([], "units is empty"),
         (3, "units is an int: give qualified names"),
         ([3], "units holds an int"),
-        ("twice", "twice cannot be a unit: it is called 2 times in a step"),
+        ("unlike", "unlike cannot be a unit: it is called 2 times in a step, and not alike: input 0"),
         ("idle", "idle cannot be a unit: it is called 0 times in a step"),
         ("first", "first cannot be a unit: its weight is also another module's"),
     ],

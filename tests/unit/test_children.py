@@ -119,8 +119,7 @@ def test_it_goes_down_to_what_can_be_planned_and_names_the_rest():
     model, args = Outer().train(), (torch.randn(256, 32),)
     expected = trajectory(copy.deepcopy(model), args, {})
     made = planned(model, 1.0, args)
-    assert set(made.planned) == {"first", "inner.body"}
-    assert "2 times" in made.left["twice"]
+    assert set(made.planned) == {"first", "inner.body", "twice"}
     assert "weight" in made.left["tied"] and "weight" in made.left["again"]
     assert "first" in str(made) and "twice" in str(made)
     made.install(strict=True)
@@ -166,6 +165,7 @@ class Moody(nn.Module):
 
 
 def test_what_is_not_called_every_time_is_left():
-    model, args = Moody(iter([0] + 20 * [1])).train(), (torch.randn(64, 32),)
-    with pytest.raises(CaptureError, match="a second forward did not call it"):
+    first = 34  # two observed steps, and 32 forwards between them with other random numbers
+    model, args = Moody(iter(first * [0] + 1000 * [1])).train(), (torch.randn(64, 32),)
+    with pytest.raises(CaptureError, match="a second forward with the same random numbers calls it another number of times"):
         planned(model, 1.0, args)

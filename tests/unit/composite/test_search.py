@@ -1,5 +1,6 @@
 """A point for each unit: what the bound is of, what the search spends, and which steps it runs."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ class Model(nn.Module):
 def search(peak=lambda made: 0, limits=LIMITS):
     """Of hand-drawn blocks; `peak(schedules)` is what a step measures."""
     kind = SimpleNamespace(graph=block(), members=NAMES, made=lambda schedule, is_compiled: schedule)
-    return UnitSearch(SimpleNamespace(model=Model(), peak=peak), [kind], limits, whole(3))
+    return UnitSearch(SimpleNamespace(model=Model(), peak=peak, calls=Counter(NAMES)), [kind], limits, whole(3))
 
 
 def test_the_bound_is_that_of_the_budget_even_where_a_choice_for_less_is_taken(monkeypatch):
