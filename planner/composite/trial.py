@@ -196,7 +196,7 @@ class Trial:
         return all(name in calls for name, module in self.model.named_modules() if name and module._parameters)
 
     def _calls_of_forward(self) -> set[str]:
-        """The submodules that a forward calls where gradients are recorded; it keeps nothing for a backward."""
+        """The submodules that a forward calls where gradients are recorded; what it saves lies in the host's memory."""
         calls: set[str] = set()
 
         def before(name: str, _module: nn.Module, _args: Any) -> None:
@@ -204,7 +204,7 @@ class Trial:
                 calls.add(name)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
-        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+        with self.untouched(), torch.autograd.graph.save_on_cpu():
             hooks = [module.register_forward_pre_hook(partial(before, name)) for name, module in named]
             try:
                 with self._observer.remembering():
@@ -262,7 +262,7 @@ class Trial:
         return draws
 
     def record(self, names: Sequence[str]) -> dict[str, list[Call]]:
-        """Run a forward that keeps nothing for a backward, but the arguments of each call of these submodules."""
+        """Run a forward, and keep the arguments of each call of these submodules; what it saves lies in the host's memory."""
         found: dict[str, list[Call]] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -270,7 +270,7 @@ class Trial:
                 found.setdefault(name, []).append(Call(*_own_tensors(args, kwargs), Autocast.of(self.device)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
-        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+        with self.untouched(), torch.autograd.graph.save_on_cpu():
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
                 self.step.restart_numbers()
@@ -299,7 +299,7 @@ class Trial:
             if isinstance(match, Mismatch):
                 found.setdefault(name, match)
 
-        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+        with self.untouched(), torch.autograd.graph.save_on_cpu():
             for _ in range(2):
                 for name, module in modules.items():
                     hooks[name] = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
@@ -322,10 +322,6 @@ def _own_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
     return found
-
-
-def _nothing(_: Any) -> Any:
-    """What is kept of a saved tensor where no backward follows."""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ stage that needs little ends early, and one that needs much gets it after the ot
 
 A search stops when
 - its gap is reached, or it is proven that nothing fits (`BudgetSearch._is_good`, looked at after every yield of a stage),
-- its gap is at most 5 * GAP and not worth more than the work spent so far (`BudgetSearch.is_done`, looked at between slices),
+- its gap is at most LOOSE_GAP and not worth more than the work spent so far (`BudgetSearch.is_done`, looked at between slices),
 - every stage waits in a turn in which all of them may run (`BudgetSearch.turn`),
 - the work, or as a backstop the clock, has run out (`Work.is_over`).
 """
@@ -19,7 +19,7 @@ from planner.log import SOLVER
 from planner.solver import stages
 from planner.solver.problem import Problem
 from planner.solver.search import Search
-from planner.solver.tuning import EVENT_UNITS, FIRST_SLICE, GAP, PATIENCE
+from planner.solver.tuning import EVENT_UNITS, FIRST_SLICE, LOOSE_GAP, PATIENCE
 from planner.solver.work import Work
 
 
@@ -58,11 +58,12 @@ PIPELINE = (
     # Bounds; what they keep is most often nearly optimal.
     Stage("certificate", stages.certificate),
     # Long chains, and budgets that take more than one recompute of a value.
-    Stage("segments", stages.segments, min_gap=5 * GAP, first_turn=1),
+    Stage("segments", stages.segments, min_gap=LOOSE_GAP, first_turn=1),
     # Where the gap is wide: a plan is then no slower than the reference schedules that fit.
-    Stage("baselines", stages.baselines, min_gap=5 * GAP, first_turn=1),
+    Stage("baselines", stages.baselines, min_gap=LOOSE_GAP, first_turn=1),
     # Budgets near the lowest peak there is.
     Stage("descent", stages.descent, first_turn=1, applies=_not_found),
+    Stage("exchange", stages.exchange, first_turn=2, applies=_not_found),
     # What cuts cannot say: a value made again several times, also within the forward.
     Stage("local search", stages.local_search, first_turn=2, applies=_found),
 )
@@ -99,7 +100,7 @@ class BudgetSearch:
     def is_done(self) -> bool:
         """The plan is good enough, nothing can fit, or nothing is left to try."""
         gap = self.search.gap
-        is_enough = gap <= 5 * GAP and self.spent >= PATIENCE * (100 * gap) ** 2
+        is_enough = gap <= LOOSE_GAP and self.spent >= PATIENCE * (100 * gap) ** 2
         return self._is_good or is_enough or not self._has_more
 
     @property

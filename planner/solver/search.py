@@ -6,12 +6,13 @@ bound for a large budget holds for a smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Simulator, Timeline, simulate
+from planner.log import SOLVER
 from planner.solver.certificate import NEVER_NS
 from planner.solver.local_search import LocalSearch
 from planner.solver.tuning import EVENT_UNITS
@@ -47,7 +48,10 @@ class Archive:
         if all(e.timeline.peak_bytes > peak or e.timeline.time_ns > time_ns for e in self._entries):
             self._entries = [e for e in self._entries if e.timeline.peak_bytes < peak or e.timeline.time_ns < time_ns]
             self._entries.append(Entry(schedule, timeline, source))
-            self._bounds = {budget: ns for budget, ns in self._bounds.items() if budget < peak or ns <= time_ns}
+            wrong = [budget for budget, ns in self._bounds.items() if budget >= peak and ns > time_ns]
+            for budget in wrong:
+                text = "%s takes %d ns in %d bytes: forget that nothing takes less than %d ns in %d"
+                SOLVER.info(text, source, time_ns, peak, self._bounds.pop(budget), budget)
         return timeline
 
     def cheapest(self, budget_bytes: int) -> Entry | None:
@@ -60,11 +64,19 @@ class Archive:
         """The schedule with the lowest peak."""
         return min(self._entries, key=lambda entry: entry.timeline.peak_bytes)
 
+    def lowest_except(self, schedules: Collection[Schedule]) -> Entry | None:
+        """The schedule with the lowest peak but for these; None where there is no other."""
+        others = [entry for entry in self._entries if entry.schedule not in schedules]
+        return min(others, key=lambda entry: entry.timeline.peak_bytes, default=None)
+
     def raise_bound(self, budget_bytes: int, time_ns: int) -> None:
         """Record a proven bound: nothing that fits takes less. Dropped where a known schedule contradicts it."""
         best = self.cheapest(budget_bytes)
         if best is None or time_ns <= best.timeline.time_ns:
             self._bounds[budget_bytes] = max(time_ns, self._bounds.get(budget_bytes, 0))
+        else:
+            text = "a bound of %d ns in %d bytes is left out: %s takes %d ns"
+            SOLVER.info(text, time_ns, budget_bytes, best.source, best.timeline.time_ns)
 
     def bound_ns(self, budget_bytes: int) -> int:
         """The least time, in ns, that a schedule within the budget can take, as far as was proven."""

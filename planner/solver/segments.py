@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from planner.graph.schedule import Schedule
 from planner.solver.lazy import lazy_schedule
 from planner.solver.pieces import Option, Pieces
-from planner.solver.tuning import EVENT_UNITS, PIECES
+from planner.solver.tuning import EVENT_UNITS, LEVELS
 from planner.solver.work import Work
 
 _LENGTHS = (1, 2, 3, 5, 8, 13, 21)
@@ -63,8 +63,8 @@ class Segments:
     def __init__(self, pieces: Pieces, budget_bytes: int, *, again: bool) -> None:
         """`again`: pieces may be recomputed more than once."""
         self.pieces, self._again = pieces, again
-        self.unit = max(1, budget_bytes) / (20 * PIECES)
-        self.levels = 40 * PIECES  # up to twice the budget
+        self.unit = max(1, budget_bytes) / LEVELS
+        self.levels = 2 * LEVELS  # up to twice the budget
         self._cells: dict[tuple[int, int], _Cell] = {}
         count = len(pieces)
         ends = range(count, 0, -1) if again else [count]
@@ -81,7 +81,7 @@ class Segments:
 
     def schedule(self, factor: float) -> Schedule | None:
         """The table's best schedule with this share of the budget, at most twice; None where there is none."""
-        level, end = min(round(factor * 20 * PIECES), self.levels - 1), len(self.pieces)
+        level, end = min(round(factor * LEVELS), self.levels - 1), len(self.pieces)
         if not np.isfinite(self._cells[0, end].best[level]):
             return None
         choices = list(self._path(0, end, level))

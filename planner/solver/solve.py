@@ -17,7 +17,7 @@ from planner.solver.pipeline import BudgetSearch, search_all
 from planner.solver.problem import Models, Problem
 from planner.solver.reorder import reordered
 from planner.solver.search import Archive, Search
-from planner.solver.tuning import GAP
+from planner.solver.tuning import GAP, LOOSE_GAP
 from planner.solver.work import Meter, Work, begin
 from planner.units import enough_text, format_bytes
 
@@ -161,7 +161,7 @@ class Solver:
             search_all([self._new_search(asked, math.inf)], work.share(work.left / 4))
             high = self.archive.lowest.timeline.peak_bytes
             low = least if high <= asked else asked + 1  # from a lower start, what failed before may succeed
-            if high - low <= high // 1000:
+            if high - low <= GAP * high:
                 break
             asked = (low + high) // 2
         return high
@@ -182,7 +182,7 @@ class Solver:
     def _outcome(self, one: BudgetSearch, meter: Meter) -> Solution | NoScheduleFoundError:
         search = one.search
         seconds = meter.elapsed_s * (one.spent / meter.spent if meter.spent else 1.0)
-        if search.gap > 5 * GAP:  # however little was spent, the plan is no slower than the reference schedules
+        if search.gap > LOOSE_GAP:  # however little was spent, the plan is no slower than the reference schedules
             self.offer_baselines(search.budget_bytes)
         best = search.best
         if best is None:

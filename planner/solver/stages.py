@@ -9,14 +9,16 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import product
 
 from planner.graph.schedule import Schedule
 from planner.solver.baselines import greedy
+from planner.solver.lazy import lazy_schedule
 from planner.solver.local_search import LocalSearch
 from planner.solver.problem import Problem
 from planner.solver.search import Search
 from planner.solver.segments import Segments
-from planner.solver.tuning import FEW, SLACK
+from planner.solver.tuning import FEW, GAP, SLACK
 from planner.solver.work import Work
 
 
@@ -124,7 +126,7 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """Make the lowest schedule lower, step by step: what local search cannot do at once it may do in two steps."""
     archive, asked = search.archive, problem.budget_bytes
     for _ in range(FEW):  # times that it may be cut short in all; a thousandth above is left to others
-        while archive.lowest.timeline.peak_bytes - asked > archive.lowest.timeline.peak_bytes // 1000:
+        while archive.lowest.timeline.peak_bytes - asked > GAP * archive.lowest.timeline.peak_bytes:
             local = LocalSearch(archive.graph, asked, archive.simulator)
             steps = local.repair(list(archive.lowest.schedule.steps), work)
             if steps is None and work.is_over:
@@ -136,6 +138,21 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
         else:
             return
         yield Progress.OUT_OF_WORK
+
+
+def exchange(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
+    """Keep an op's results in place of another's, from each schedule on: all that lies between the two may be higher."""
+    graph, tried = problem.graph, set[Schedule]()
+    ops = [op for op in graph.ops[: graph.num_forward_ops] if op.recomputable and op.writes]
+    heavy = sorted(ops, key=lambda op: -sum(graph.value[name].nbytes for name in op.writes))[: 4 * FEW]
+    while (start := search.archive.lowest_except(tried)) is not None:
+        tried.add(start.schedule)
+        saved = set(start.timeline.saved)
+        kept = [op.writes for op in heavy if not saved.isdisjoint(op.writes)]
+        others = [op.writes for op in heavy if not saved.issuperset(op.writes)]
+        for old, new in product([(), *kept], [(), *others]):
+            search.offer(lazy_schedule(graph, saved.difference(old).union(new)).steps, "lowest peak, exchange", work)
+            yield Progress.OUT_OF_WORK if work.is_over else Progress.TRIED
 
 
 def local_search(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:

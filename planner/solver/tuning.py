@@ -26,13 +26,18 @@ BACKSTOP = 30.0
 # How closely to look.
 FEW = 3
 """How many cuts, schedules or tries are looked at where one is not enough, and how many ops apart or around count as near: of
-more, the later ones hardly ever bring anything."""
+more, the later ones hardly ever bring anything. Lists that are cheap to look at are some `FEW` long."""
 SLACK = 0.1
 """Share of the budget: a schedule that misses it by less is worth making fit, a cut that leaves less room makes a program easy;
 half of it is what a value takes that is heavy."""
 PIECES = 100
-"""Into how many pieces a forward is cut at most; half as many where each may be recomputed more
-than once. Both tables count memory in twenty times as many steps."""
+"""Into how many pieces a forward is cut at most; half as many where each may be recomputed more than once."""
 NARROW = 1.02
 """Bytes that cross a place in the forward, over the fewest around it, up to which it may be cut there: a recurrent net carries
 a little more from step to step."""
+
+# Derived.
+LOOSE_GAP = 5 * GAP
+"""A gap that is good enough once `PATIENCE` for it is spent; below it no further stage is begun."""
+LEVELS = 20 * PIECES
+"""Steps in which the tables over pieces count a budget."""

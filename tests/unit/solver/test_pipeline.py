@@ -190,7 +190,7 @@ def test_what_is_left_of_the_gap_may_not_be_worth_what_was_spent(record: Recorde
     """The gap is a quarter until the bound is one nanosecond, a twentieth of the step, from the plan."""
     record.stage("a", bounds_in(0, 1, 2, 3), slices=100)
     record.stage("b", something)
-    monkeypatch.setattr(pipeline, "GAP", 0.011)  # five times that is a gap which is not worth everything
+    monkeypatch.setattr(pipeline, "LOOSE_GAP", 0.055)  # not worth everything
     patience = PATIENCE * 5.0**2
     one = record.run(monkeypatch, effort=1e9)
     assert one.search.gap == pytest.approx(0.05)
