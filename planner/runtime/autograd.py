@@ -82,7 +82,10 @@ def run(executable: Executable, inputs: Sequence[torch.Tensor], backwards: Backw
 def run_without_backward(executable: Executable, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Results of the forward alone; nothing is saved for a backward."""
     with torch.no_grad():
-        found = list(executable.forward([tensor.detach() for tensor in inputs])[: executable.num_outputs])
+        given = [tensor.detach() for tensor in inputs]
+        for i in executable.uncounted:
+            given[i] = inputs[i].data
+        found = list(executable.forward(given)[: executable.num_outputs])
     for i, can in enumerate(executable.differentiable):
         found[i] = found[i].detach().requires_grad_(can)
     return found
@@ -101,6 +104,8 @@ class _Forward(torch.autograd.Function):
         ctx.given = {i: weakref.ref(inputs[i]) for i in executable.call_inputs}
         this.summed = {i: weakref.ref(inputs[i]) for i in executable.summed}
         this.inputs = []
+        for i in executable.uncounted:
+            inputs[i] = inputs[i].data  # a tensor with a version of its own
         results = executable.forward(inputs)
         outputs = tuple(
             out.data if alone and out._is_view() else out.detach() if aliased else out

@@ -13,6 +13,7 @@ from planner._compat.backward_state import keeps_graph
 from planner._compat.fx_graphs import box
 from planner.graph.graph import Kind
 from planner.kernels import custom
+from planner.kernels.batch_norm import source_of_statistic
 from planner.rewriter.compiled import CompiledGraph
 from planner.rewriter.stages import cut_stages
 from planner.rewriter.sums import separated
@@ -69,9 +70,16 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
             if _is_sum(joint.uses.get(given.node, 0), nodes[name], joint.opaque_calls)
         ),
         separated=frozenset(input_of_gradient[i] for i in range(len(joint.gradients), len(returned))),
+        uncounted=tuple(position[node.args[0].name] for node in nodes.values() if _writes_statistic(node)),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         **_saved_fields(step, inputs, position),
     )
+
+
+def _writes_statistic(node: fx.Node) -> bool:
+    """A write of a running statistic into its buffer: batch norm's own kernel does not count it as a new version."""
+    is_write = node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"  # type: ignore[union-attr]
+    return is_write and source_of_statistic(node.args[1]) is not None
 
 
 def _is_sum(uses: int, gradient: fx.Node, calls: Mapping[str, OpaqueCall]) -> bool:

@@ -35,7 +35,7 @@ def restore_tensors(contents: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> No
     with untraced(), torch.no_grad():  # recorders must not see this write
         for tensor, content in contents:
             if tensor.shape == content.shape and (isinstance(tensor, FakeTensor) or not same_bits(tensor, content)):
-                tensor.copy_(content)
+                tensor.data.copy_(content)  # no new version: an autograd graph that saved the tensor may be alive
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
