@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import product
+from itertools import combinations
 
 from planner.graph.schedule import Schedule
 from planner.solver.baselines import greedy
@@ -141,17 +141,15 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
 
 
 def exchange(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """Keep an op's results in place of another's, from each schedule on: all that lies between the two may be higher."""
+    """From each schedule on, keep one or two more values or fewer: all that lies between two schedules may be higher."""
     graph, tried = problem.graph, set[Schedule]()
-    ops = [op for op in graph.ops[: graph.num_forward_ops] if op.recomputable and op.writes]
-    heavy = sorted(ops, key=lambda op: -sum(graph.value[name].nbytes for name in op.writes))[: 4 * FEW]
+    written = [name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.writes]
+    heavy = sorted(written, key=lambda name: -graph.value[name].nbytes)[: 4 * FEW]
     while (start := search.archive.lowest_except(tried)) is not None:
         tried.add(start.schedule)
-        saved = set(start.timeline.saved)
-        kept = [op.writes for op in heavy if not saved.isdisjoint(op.writes)]
-        others = [op.writes for op in heavy if not saved.issuperset(op.writes)]
-        for old, new in product([(), *kept], [(), *others]):
-            search.offer(lazy_schedule(graph, saved.difference(old).union(new)).steps, "lowest peak, exchange", work)
+        for names in (*combinations(heavy, 1), *combinations(heavy, 2)):
+            kept = set(start.timeline.saved).symmetric_difference(names)
+            search.offer(lazy_schedule(graph, kept).steps, "lowest peak, exchange", work)
             yield Progress.OUT_OF_WORK if work.is_over else Progress.TRIED
 
 
