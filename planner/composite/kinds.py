@@ -208,7 +208,7 @@ def _add(
 def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
     if not trial.calls[name] and trial.is_random:
-        raise CaptureError("no step that was tried calls it with gradients")
+        raise CaptureError("the measured step, of those tried the one that saves most, does not call it with gradients")
     if not trial.calls[name]:
         raise CaptureError("it is called 0 times in a step with gradients")
     mine = {id(inner) for inner in module.modules()}

@@ -14,6 +14,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.profiler.memory import logical_peak
 from planner.tracer.host.generators import Generators
+from planner.tracer.host.restorers import restorer
 from planner.tracer.loss import Loss, loss_leaves
 
 
@@ -57,9 +58,14 @@ class TrainingStep:
         self._inside = contextvars.copy_context().run  # context variables that a forward sets stay in there
         self.numbers: Sequence[Callable[[], Any]] = ()
 
-    def keep_numbers(self) -> None:
-        """From now on, each step begins with the random numbers that come next now: the steps are alike."""
-        self.numbers = Generators(self.device).restorers()
+    def keep_numbers(self, own: Sequence[Any] = ()) -> None:
+        """From now on, each step begins with the random numbers that come next now: the steps are alike.
+
+        Args:
+            own: generators that the model's code holds itself.
+        """
+        held = [restore for generator in own if (restore := restorer(generator, None)) is not None]
+        self.numbers = [*Generators(self.device).restorers(), *held]
 
     def restart_numbers(self) -> None:
         """Begin with these random numbers again."""

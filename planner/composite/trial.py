@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
+from planner.composite.marked import joined, mark_module
 from planner.composite.training_step import Autocast, TrainingStep
 from planner.composite.uses import Uses
 from planner.errors import CaptureError, InputError, MismatchError, PlannerError
-from planner.graph.outer import MeasuredSection, call_key
+from planner.graph.outer import MeasuredSection
 from planner.profiler.marks import Mark, marked_sections
 from planner.results.plan import Plan
-from planner.runtime.autograd import BackwardFinder
-from planner.runtime.backward_key import BackwardKey
-from planner.runtime.executable import Boxed, Executable, OtherBackward
+from planner.runtime.executable import Executable
 from planner.runtime.guards.call import CallGuard
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import install, uninstall
@@ -33,16 +33,17 @@ from planner.tracer.call import without_history
 from planner.tracer.capture import running_steps
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.faults import concerns_model, is_out_of_memory
-from planner.tracer.host.generators import Generators
+from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.generators import Generators, seed_own
 from planner.tracer.host.observe import Observer
-from planner.tracer.host.preserve import model_preserved
+from planner.tracer.host.preserve import Preserved, keep_model, model_preserved
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.refusal import own_words
 from planner.tracer.replay import Strides
 
-_SEEDS = 32
-"""Random numbers that are tried for a step that calls all submodules."""
+_FIRST_SEEDS, _SEEDS = 4, 32
+"""Random numbers that are tried for the step that saves most; the first ones are all if they make no difference."""
 Made = tuple[RewrittenStep, Plan, Executable | None]
 """What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
 
@@ -89,8 +90,8 @@ class Trial:
         try:
             self.step.keep_numbers()
             self.is_random = self._observe()
-            if self.is_random and not self._all_are_in(self.calls):
-                self._choose_numbers()
+            if self._choose_numbers():
+                self.is_random = True
                 self._observe()
         except PlannerError:
             raise
@@ -107,12 +108,16 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors, the random state, or what code shares with the model itself."""
+        environment = dict(os.environ)
         try:
             with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
                 yield
         finally:
             self._observer.preserved.restore()
             self.step.clear_gradients()
+            if environment != dict(os.environ):
+                os.environ.clear()
+                os.environ.update(environment)
 
     @contextlib.contextmanager
     def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:
@@ -163,62 +168,67 @@ class Trial:
 
             def run(mark: Mark) -> None:
                 for name, module in modules.items():
-                    _marked(module, name, mark)
+                    mark_module(module, name, mark)
                 self.step.run(is_first=is_first)
 
             found = marked_sections(run, self.device)
-        return _joined(found) if fits else None
+        return joined(found) if fits else None
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters, buffers and inputs, each storage once."""
         return self.step.resident_bytes
 
-    def _choose_numbers(self) -> None:
-        """Let steps draw random numbers with which the model calls as many of its submodules as it ever does.
+    def _choose_numbers(self) -> bool:
+        """Let steps draw the random numbers, of those that are tried, for which a forward saves most; whether they are others.
 
-        A layer that is skipped at random (LayerDrop, stochastic depth) is then a unit as well, and counts in the peak.
+        What a model skips at random (LayerDrop, stochastic depth), or calls once more, then counts in the peak, and is a unit.
         """
-        most, best = len(self.calls), self.step.numbers
+        own = self._own_generators()
+        self.step.keep_numbers(own)
+        first = best = self.step.numbers
+        most = least = self._saved_bytes()
         for seed in range(_SEEDS):
-            with Generators(self.device).preserved():
-                Generators(self.device).seed(seed)
-                self.step.keep_numbers()
-            calls = self._calls_of_forward()
-            if len(calls) > most:
-                most, best = len(calls), self.step.numbers
-            if self._all_are_in(calls):
+            if seed == _FIRST_SEEDS and most == least:
                 break
+            with self.untouched():
+                Generators(self.device).seed(seed)
+                for generator in own:
+                    seed_own(generator, seed)
+                self.step.keep_numbers(own)
+            saved = self._saved_bytes()
+            least = min(least, saved)
+            if saved > most:
+                most, best = saved, self.step.numbers
         self.step.numbers = best
+        return best is not first
 
-    def _all_are_in(self, calls: Collection[str]) -> bool:
-        """Every submodule with weights of its own was called."""
-        return all(name in calls for name, module in self.model.named_modules() if name and module._parameters)
+    def _own_generators(self) -> list[Any]:
+        """Generators that the model's code holds itself, in attributes, containers and the variables that it reads."""
+        held = (*keep_model(self.model, Preserved(guards_iterators=False)).held, *self._observer.preserved.held)
+        return list({id(value): value for value in held if is_generator(value)}.values())
 
-    def _calls_of_forward(self) -> set[str]:
-        """The submodules that a forward calls where gradients are recorded; what it saves lies in the host's memory."""
-        calls: set[str] = set()
+    def _saved_bytes(self) -> int:
+        """Bytes that a forward saves for its backward; they lie in the host's memory."""
+        nbytes = 0
 
-        def before(name: str, _module: nn.Module, _args: Any) -> None:
-            if torch.is_grad_enabled():
-                calls.add(name)
+        def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+            nonlocal nbytes
+            nbytes += tensor.numel() * tensor.element_size()
+            return tensor.device, tensor.cpu()
 
-        named = [(name, module) for name, module in self.model.named_modules() if name]
-        with self.untouched(), torch.autograd.graph.save_on_cpu():
-            hooks = [module.register_forward_pre_hook(partial(before, name)) for name, module in named]
-            try:
-                with self._observer.remembering():
-                    self.step.restart_numbers()
-                    self.step.forward()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        return calls
+        def unpack(held: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+            return held[1].to(held[0])
+
+        with self.untouched(), torch.autograd.graph.saved_tensors_hooks(pack, unpack), self._observer.remembering():
+            self.step.restart_numbers()
+            self.step.forward()
+        return nbytes
 
     def _observe(self) -> bool:
         """Run a step: how often submodules are called, strides of their outputs' gradients, others' uses of their tensors.
 
-        Calls without gradients do not count: they run as they are. Returns whether the step draws random numbers.
+        Calls without gradients do not count: they run as they are. Returns whether the step draws from the default generators.
         """
         uses, generators = Uses(self.model), Generators(self.device)
         self.calls.clear()
@@ -334,69 +344,3 @@ def _none_without_memory() -> Iterator[list[bool]]:
         if not is_out_of_memory(error):
             raise
         fits.clear()
-
-
-def _marked(module: CheckpointedModule, name: str, mark: Mark) -> None:
-    """Mark the forwards and the backwards of a trial's planned module: the last call's backward runs first."""
-    number = 0
-    waiting: list[str] = []
-    running = ""
-
-    def forward(code: Boxed) -> Boxed:
-        def run(inputs: list[Any]) -> tuple[Any, ...]:
-            nonlocal number
-            call = call_key(name, number)
-            number += 1
-            waiting.append(call)
-            with mark(call, True):
-                return code(inputs)
-
-        return run
-
-    def backward(code: Boxed, is_first: bool = True) -> Boxed:
-        def run(inputs: list[Any]) -> tuple[Any, ...]:
-            nonlocal running
-            if is_first and waiting:
-                running = waiting.pop()
-            with mark(running, False):
-                return code(inputs)
-
-        return run
-
-    code: Executable = module.__dict__["_executable"]
-    stages = tuple(backward(stage, k == 0) for k, stage in enumerate(code.stages))
-    module.__dict__["_executable"] = replace(code, forward=forward(code.forward), stages=stages)
-    others: BackwardFinder = module.__dict__["_other_backwards"]
-    module.__dict__["_other_backwards"] = _MarkedBackwards(others, backward)
-
-
-@dataclass(frozen=True, slots=True)
-class _MarkedBackwards:
-    """Finds backwards for gradients that are not as planned, and marks them."""
-
-    others: BackwardFinder
-    marked: Callable[[Boxed], Boxed]
-
-    def find(
-        self, key: BackwardKey, gradients: Sequence[Any], written: tuple[int, ...], leaves: tuple[bool, ...]
-    ) -> OtherBackward | None:
-        """See `BackwardFinder`."""
-        found = self.others.find(key, gradients, written, leaves)
-        return None if found is None else replace(found, run=self.marked(found.run))
-
-    def modified(self, read: Iterable[tuple[str, int, torch.Tensor | None]]) -> str:
-        """See `BackwardFinder`."""
-        return self.others.modified(read)
-
-
-def _joined(found: Sequence[MeasuredSection]) -> list[MeasuredSection]:
-    """Sections with the stages of one backward, and what runs between them, as one."""
-    places = [(one.unit, one.is_forward) for one in found]
-    last = {place: k for k, place in enumerate(places)}
-    joined: list[MeasuredSection] = []
-    end = -1
-    for k, (one, place) in enumerate(zip(found, places, strict=True)):
-        if k > end:
-            joined.append(one)
-            end = last[place] if one.unit else k
-    return joined

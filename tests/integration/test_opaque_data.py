@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 import warnings
 
@@ -10,9 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import plan
+from planner import CaptureError, PlannerError, plan, plan_units
 from planner.profiler.memory import logical_peak
+from planner.tracer.host.generators import Generators
 from planner.tracer.opaque.resample import resampled
+from tests.support.training import assert_same
 
 
 class Routed(nn.Module):
@@ -113,10 +117,10 @@ def test_a_batch_of_another_kind_that_saves_more_is_announced_once(core):
 
 
 def test_rows_are_drawn_alike_from_arguments_that_have_the_same_ones():
-    x, index = torch.arange(24.0).reshape(2, 3, 4), torch.arange(6).reshape(2, 3)
+    x, index = torch.arange(24.0).reshape(2, 3, 4), torch.arange(6.0).reshape(2, 3)
     other, offsets = torch.arange(5), torch.zeros(2, 3, 1).expand(2, 3, 4)
     drawn = resampled([x, index, other, offsets, x.transpose(0, 1).contiguous().transpose(0, 1)], 1)
-    assert torch.equal(drawn[0][..., 0] / 4, drawn[1].float())
+    assert torch.equal(drawn[0][..., 0] / 4, drawn[1])
     assert len(drawn[1].unique()) < 6 and drawn[1].flatten().tolist() == sorted(drawn[1].flatten().tolist())
     assert drawn[2] is other and drawn[3] is offsets
     assert drawn[4].stride() == (4, 8, 1) and torch.equal(drawn[4], drawn[0])
@@ -128,3 +132,113 @@ def test_nothing_is_drawn_from_what_has_no_rows():
     assert resampled([scalar], 1)[0] is scalar
     assert resampled([single], 1)[0] is single
     assert resampled([], 1) == []
+
+
+def test_integers_that_may_point_to_rows_are_left():
+    x, parents, table = torch.randn(16, 4), torch.arange(16).clamp(min=1) - 1, torch.arange(32).reshape(16, 2) // 2
+    kinds = torch.arange(32).reshape(16, 2) % 4
+    drawn = resampled([x, parents, table, kinds], 1)
+    assert drawn[1] is parents and drawn[2] is table
+    assert not torch.equal(drawn[0], x) and not torch.equal(drawn[3], kinds)
+
+
+class Momentum(nn.Module):
+    """A teacher that the forward moves towards its weights, by kernels that count and by one that does not."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.own, self.teacher, self.how = nn.Linear(16, 16), nn.Linear(16, 16).requires_grad_(False), how
+
+    def forward(self, x):
+        with torch.no_grad():
+            for mine, slow in zip(self.own.parameters(), self.teacher.parameters(), strict=True):
+                self.how(slow, mine)
+        mask = x[:, 0] > 0
+        return (x + self.teacher(x)).masked_scatter(mask[:, None], self.own(x[mask]))
+
+
+HOWS = {
+    "lerp_": lambda slow, mine: slow.lerp_(mine, 0.1),
+    "data": lambda slow, mine: slow.data.mul_(0.9).add_(mine.data, alpha=0.1),
+    "its own weight": lambda slow, mine: mine.data.mul_(0.99),
+}
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("planner", [plan, plan_units])
+def test_weights_that_an_opaque_module_writes_are_as_before(how, planner):
+    torch.manual_seed(0)
+    model, x = Net(lambda: Momentum(HOWS[how])), torch.randn(96, 16)
+    before = copy.deepcopy(model)
+    try:
+        planned = planner(model, 1.0, (x,), progress=False, costs="estimate", effort=0.3)
+    except PlannerError:
+        planned = None
+    assert_same([*before.state_dict().values()], [*model.state_dict().values()])
+    net = planned if planner is plan and planned is not None else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            for each in (before, net):
+                each.zero_grad(set_to_none=True)
+                each(x).backward()
+    assert_same([*before.state_dict().values()], [*model.state_dict().values()])
+    grads = [[p.grad for p in each.parameters() if p.grad is not None] for each in (before, model)]
+    assert_same(*grads)
+
+
+class Schedule(Selected):
+    """Reads an iterator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = iter(range(1000))
+
+    def forward(self, x):
+        self.now = next(self.steps)
+        return super().forward(x)
+
+
+def test_an_iterator_of_an_opaque_module_is_put_back_after_a_refusal():
+    model, x = Net(Schedule), torch.randn(96, 16)
+    with pytest.raises(CaptureError, match="reads an iterator"):
+        plan(model, 1.0, (x,), opaque=["cores.0", "cores.1"], progress=False, costs="estimate")
+    model(x).backward()
+    assert [core.now for core in model.cores] == [0, 0]
+
+
+class Doubles(Selected):
+    """Works in another default dtype, and does not come to the end where more rows are positive than it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = None
+
+    def forward(self, x):
+        torch.set_default_dtype(torch.float64)
+        if self.most is None:
+            self.most = int((x[:, 0] > 0).sum())
+        if int((x[:, 0] > 0).sum()) != self.most:
+            raise ValueError("other rows")
+        torch.set_default_dtype(torch.float32)
+        return super().forward(x)
+
+
+def test_a_run_on_other_data_that_fails_leaves_the_default_dtype():
+    model = Net(Doubles)
+    for core in model.cores:
+        core.most = None
+    with contextlib.suppress(PlannerError):
+        plan(model, 1.0, (torch.randn(96, 16),), progress=False, costs="estimate")
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_measuring_leaves_no_seed_for_a_device_that_is_not_in_use(monkeypatch):
+    def refuse(seed):
+        raise AssertionError("this seed is kept for CUDA")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    generators = Generators(torch.device("cpu"))
+    with generators.preserved():
+        generators.seed(5)
+        assert torch.initial_seed() == 5

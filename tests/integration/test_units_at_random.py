@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from planner import plan_units
 from planner.profiler.memory import logical_peak
+from tests.support.training import assert_same
 
 DRAWS = {"torch": lambda: torch.rand(()).item(), "python": random.random, "numpy": np.random.rand}
 
@@ -87,4 +89,86 @@ def test_a_block_that_no_step_calls_is_left_and_named():
     model.num_called = 4
     found = plan_units(model, 0.9, (torch.randn(64, 16),), progress=False, costs="estimate", effort=0.3)
     assert len(found.planned) == 4
-    assert found.left == {"blocks.4": "no step that was tried calls it with gradients"}
+    assert found.left == {
+        "blocks.4": "the measured step, of those tried the one that saves most, does not call it with gradients"
+    }
+
+
+class Passes(nn.Module):
+    """Runs its blocks once or twice, with gradients each time."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.draw = nn.Linear(16, 16), nn.ModuleList(Block() for _ in range(3)), draw
+
+    def forward(self, x):
+        x = self.embed(x)
+        for _ in range(1 + (self.draw() < 0.5)):
+            for block in self.blocks:
+                x = block(x)
+        return x.square().mean()
+
+
+class Branches(nn.Module):
+    """Three small blocks, or a wide one that saves far more."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.draw = nn.Linear(16, 16), nn.ModuleList(Block() for _ in range(3)), draw
+        self.wide = nn.Sequential(nn.Linear(16, 1024), nn.GELU(), nn.Linear(1024, 16))
+
+    def forward(self, x):
+        x = self.embed(x)
+        if self.draw() < 0.5:
+            return self.wide(x).square().mean()
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class Drops(Passes):
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            if self.draw() > 0.2:
+                x = block(x)
+        return x.square().mean()
+
+
+class Draw:
+    """A generator of the model's own."""
+
+    def __init__(self, generator) -> None:
+        self.generator = generator
+
+    def __call__(self) -> float:
+        own = self.generator
+        return torch.rand((), generator=own).item() if isinstance(own, torch.Generator) else own.random()
+
+
+OWN = {
+    "default": lambda: DRAWS["torch"],
+    "torch": lambda: Draw(torch.Generator().manual_seed(3)),
+    "python": lambda: Draw(random.Random(3)),
+    "numpy": lambda: Draw(np.random.default_rng(3)),
+    "legacy numpy": lambda: Draw(np.random.RandomState(3)),
+}
+
+
+@pytest.mark.parametrize("kind", [Passes, Branches, Drops])
+@pytest.mark.parametrize("own", OWN)
+def test_the_budget_holds_for_other_draws(kind, own):
+    torch.manual_seed(0)
+    model, x = kind(OWN[own]()), torch.randn(64, 16)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budget = 1.0 if kind is Branches else 0.9  # the wide branch is one unit, which has nothing to recompute
+        found = plan_units(model, budget, (x,), progress=False, costs="estimate", effort=0.3)
+        resident = sum(tensor.nbytes for tensor in (*model.parameters(), x))
+        for seed in range(10):
+            seeded(seed), model.zero_grad(set_to_none=True), twin.zero_grad(set_to_none=True)
+            assert logical_peak(lambda: model(x).backward(), x.device) + resident <= found.budget_bytes
+            seeded(seed)
+            twin(x).backward()  # with the numbers that planning left in its generator
+            assert_same(*([p.grad for p in each.parameters() if p.grad is not None] for each in (twin, model)))

@@ -84,10 +84,22 @@ class Generators:
 
     def seed(self, seed: int) -> None:
         """Seed all of them."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would leave its seed for a CUDA that is not in use yet
+        for index in self.devices():
+            torch.cuda.default_generators[index].manual_seed(seed)
         random.seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed)
+
+
+def seed_own(generator: Any, seed: int) -> None:
+    """Seed a generator that code holds itself: Python's, numpy's of both kinds, or torch's."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed)
 
 
 def _bytes_of_state(index: int | None = None) -> bytes:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from torch import nn
+
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.values import is_iterator
@@ -58,6 +60,22 @@ class GuardedIterator:
                 f"the model's forward reads an iterator ({self.where}, a {type(self.held).__name__}), which cannot be copied, "
                 "so that planning would use it up. Pass the item to the model as an argument"
             ) from error
+
+
+def unguard(model: nn.Module) -> None:
+    """Put back the iterators of a model's attributes, and of lists and dictionaries in them, that are still guarded."""
+    seen: set[int] = set()
+    todo: list[Any] = [vars(module) for module in model.modules()]
+    while todo:
+        held = todo.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        for key, item in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            if isinstance(item, GuardedIterator):
+                held[key] = item.held
+            elif isinstance(item, (list, dict)):
+                todo.append(item)
 
 
 def is_used_up(value: Any) -> bool:

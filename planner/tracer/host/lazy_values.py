@@ -1,6 +1,6 @@
-"""Lazy values: plain values that the first call of a forward sets, and that later calls find.
+"""Lazy values: plain values that the first call of a forward sets, and that later calls find (a mode, a flag, a shape).
 
-A mode, a flag, a shape, a list or dictionary of such.
+Lists and dictionaries are left to the model's own first call: which other places hold the same one is not known.
 transformers' image classifiers set `config.problem_type` from the labels, for example. Where a first and a second forward run
 the same kernels, a planned first call is right, too, once it has set these values.
 """
@@ -8,7 +8,7 @@ the same kernels, a planned first call is right, too, once it has set these valu
 from __future__ import annotations
 
 import contextlib
-import copy
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -33,14 +33,14 @@ def lazy_values(model: nn.Module, settled: Mapping[Path, Any], written: Sequence
         written: places that every call writes.
     """
     found: list[LazyValue] = []
-    for path, after in sorted(settled.items(), key=lambda item: len(item[0].steps)):  # a list before its items
+    for path, after in settled.items():
         if any(path.is_inside(other) for other in (*written, *(value.path for value in found))):
             continue
         before = path.get(model)
         if before is after or not (_is_plain(after) and (before is ABSENT or _is_plain(before))):
             continue
         if not alike(bare_fingerprint(before), bare_fingerprint(after)) and _is_held_in_place(model, path):
-            found.append(LazyValue(path, bare_fingerprint(before), copy.deepcopy(after)))
+            found.append(LazyValue(path, bare_fingerprint(before), after))
     return tuple(found)
 
 
@@ -71,13 +71,12 @@ def _holder(model: nn.Module, path: Path) -> Any:
 def _is_held_in_place(model: nn.Module, path: Path) -> bool:
     """Whether the value is written into an object, a dictionary or a list, or is a global variable."""
     if path.steps:
-        return path.steps[-1][0] in ("item", "attr") and not isinstance(_holder(model, path), (tuple, type))
+        holder, kind = _holder(model, path), path.steps[-1][0]
+        return isinstance(holder, (list, dict, deque)) if kind == "item" else kind == "attr" and not isinstance(holder, type)
     return path.scope is not None or path.name.isidentifier()
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) in (tuple, list):
+    if type(value) is tuple:
         return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(map(_is_plain, (*value, *value.values())))
     return type(value) in _PLAIN or isinstance(value, Enum)

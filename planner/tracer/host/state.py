@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,7 +266,7 @@ class LazyValue:
     Attributes:
         path: where.
         before: fingerprint of what a first call finds there.
-        after: the value that it sets: plain, or a list or dictionary of plain ones.
+        after: the value that it sets; plain, so that copies of the model share it.
     """
 
     path: Path
@@ -280,7 +279,7 @@ class LazyValue:
 
     def set(self, model: nn.Module) -> None:
         """Set it, as a first call does."""
-        self.path.set(model, copy.deepcopy(self.after))  # copies of the model share this object
+        self.path.set(model, self.after)
 
 
 @dataclass(frozen=True, slots=True)

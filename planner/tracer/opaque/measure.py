@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,9 +94,14 @@ def written_weights(model: nn.Module) -> list[torch.Tensor]:
     return [m.weight for m in model.modules() if isinstance(m, kinds) and m.max_norm is not None]
 
 
-def as_it_was(module: nn.Module) -> AbstractContextManager[Preserved]:
-    """At exit, restore what running the module may change."""
-    return model_preserved(module, [*module.buffers(), *written_weights(module)])
+def as_it_was(module: nn.Module, weights: Collection[str] | None = None) -> AbstractContextManager[Preserved]:
+    """At exit, restore what running the module may change.
+
+    Args:
+        weights: names of the parameters that it writes into; None where they are not known: all are kept.
+    """
+    written = [tensor for name, tensor in module.named_parameters() if weights is None or name in weights]
+    return model_preserved(module, [*module.buffers(), *written])
 
 
 def kept_bytes(call: RecordedCall, module: nn.Module, device: torch.device) -> tuple[int, int]:
@@ -171,6 +176,7 @@ class _Run:
         Raises:
             CaptureError: what the module returns, or gives a gradient to, depends on the data: a step would fail on such data.
         """
+        dtype = torch.get_default_dtype()
         enough = _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
         found = [self._bytes_of(self.call.arguments, 0)]
         for draw in range(1, _DRAWS):
@@ -182,6 +188,7 @@ class _Run:
                 text = f"with other data, drawn from the example's, or other random numbers: {error}"
                 raise CaptureError(text, module=self.call.spec.module) from error
             except Exception as error:
+                torch.set_default_dtype(dtype)  # a module may change it, and could not change it back
                 TRACER.debug("%s does not run on other data: %s", self.call.spec.module, first_line(error))
         return _Bytes(*map(_upper_bound, zip(*found, strict=True)))
 
@@ -207,7 +214,7 @@ class _Run:
                 grads = run()
             del grads
 
-        with as_it_was(self.module):
+        with as_it_was(self.module, self.call.spec.mutates):
             if seed:
                 Generators(self.device).seed(seed)
             _, forward, between, backward, _ = marked_sections(step, self.device)
@@ -219,7 +226,7 @@ class _Run:
         """Nanoseconds of the forward and of the backward: the least of three runs."""
         best = [_LONG_NS * 1000] * 2
         for _ in range(3):
-            with as_it_was(self.module):
+            with as_it_was(self.module, self.call.spec.mutates):
                 start = self._now()
                 made = self.opaque.forward([*self.call.arguments, *self.state])
                 middle = self._now()

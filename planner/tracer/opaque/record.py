@@ -117,7 +117,7 @@ class _CallRecorder:
         ]
         given = [*arguments, *state.values()]
         versions = [tensor._version for tensor in given]
-        contents = {name: tensor.detach().clone() for name, tensor in self.state.items() if name in spec.buffers}
+        contents = {name: tensor.detach().clone() for name, tensor in self.state.items()}
         host = Generators(self.device).host()
         inside = [dict(inner._modules) for inner in self.module.modules()]
         with as_it_was(self.module) as preserved:
@@ -134,7 +134,7 @@ class _CallRecorder:
             found = self._differentiate(handle, results, slots)
             after = _generators(self.device)
             written = [tensor._version != version for tensor, version in zip(given, versions, strict=True)]
-            held = dict(self.module.named_buffers())
+            held = dict((*self.module.named_parameters(), *self.module.named_buffers()))
             is_as_it_was = lambda name: held.get(name) is self.state[name] and same_bits(contents[name], held[name])
             changed = [name for name in contents if not is_as_it_was(name)]
             drew_on_host = Generators(self.device).host() != host

@@ -18,7 +18,7 @@ def resampled(arguments: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor
     """The arguments with rows drawn from their own; those that have other rows than the first one stay as they are.
 
     The rows of (batch, tokens, channels) are the tokens of all samples; of integers, like (batch, tokens), each is a row. The
-    rows that are drawn keep their order, so that lengths and offsets that increase still do.
+    rows that are drawn keep their order. Integers are drawn only where they are categories: others may point to rows.
 
     Args:
         seed: for other rows; the generators of torch are not used.
@@ -28,6 +28,13 @@ def resampled(arguments: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor
         return list(arguments)
     chosen = torch.randint(number, (number,), generator=torch.Generator().manual_seed(seed)).sort().values
     return [_with_rows(tensor, chosen) for tensor in arguments]
+
+
+def _is_feature(tensor: torch.Tensor, number: int) -> bool:
+    """Integers say something of their row alone: a few categories in columns. Others may point to rows, which change places."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+        return True
+    return tensor.ndim > 1 and 4 * tensor.unique().numel() <= number
 
 
 def _num_rows(arguments: Sequence[torch.Tensor]) -> int:
@@ -41,7 +48,7 @@ def _num_rows(arguments: Sequence[torch.Tensor]) -> int:
 def _with_rows(tensor: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     number = len(chosen)
     leading = next((k for k in range(1, tensor.ndim + 1) if math.prod(tensor.shape[:k]) == number), 0)
-    if not leading or 0 in tensor.stride() or not tensor.numel():
+    if not leading or 0 in tensor.stride() or not tensor.numel() or not _is_feature(tensor, number):
         return tensor
     rows = tensor.reshape(number, *tensor.shape[leading:])[chosen.to(tensor.device)]
     return TensorSpec.of(tensor).empty(tensor.device).copy_(rows.reshape(tensor.shape))
