@@ -71,9 +71,10 @@ def unguard(model: nn.Module) -> None:
         if id(held) in seen:
             continue
         seen.add(id(held))
-        for key, item in list(held.items() if isinstance(held, dict) else enumerate(held)):
+        kind: Any = dict if isinstance(held, dict) else list  # a class derived from it may have other methods
+        for key, item in list(kind.items(held) if kind is dict else enumerate(kind.__iter__(held))):
             if isinstance(item, GuardedIterator):
-                held[key] = item.held
+                kind.__setitem__(held, key, item.held)
             elif isinstance(item, (list, dict)):
                 todo.append(item)
 
