@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from planner.graph.outer import MeasuredSection, call_key
+from planner.graph.outer import MeasuredSection, UnitCall
 from planner.profiler.marks import Mark
 from planner.runtime.autograd import BackwardFinder
 from planner.runtime.backward_key import BackwardKey
@@ -19,13 +19,13 @@ from planner.runtime.module import CheckpointedModule
 def mark_module(module: CheckpointedModule, name: str, mark: Mark) -> None:
     """Mark the forwards and the backwards of a trial's planned module: the last call's backward runs first."""
     number = 0
-    waiting: list[str] = []
-    running = ""
+    waiting: list[UnitCall] = []
+    running = UnitCall(name)
 
     def forward(code: Boxed) -> Boxed:
         def run(inputs: list[Any]) -> tuple[Any, ...]:
             nonlocal number
-            call = call_key(name, number)
+            call = UnitCall(name, number)
             number += 1
             waiting.append(call)
             with mark(call, True):
@@ -71,12 +71,12 @@ class _MarkedBackwards:
 
 def joined(found: Sequence[MeasuredSection]) -> list[MeasuredSection]:
     """Sections with the stages of one backward, and what runs between them, as one."""
-    places = [(one.unit, one.is_forward) for one in found]
+    places = [(one.call, one.is_forward) for one in found]
     last = {place: k for k, place in enumerate(places)}
-    joined: list[MeasuredSection] = []
+    made: list[MeasuredSection] = []
     end = -1
     for k, (one, place) in enumerate(zip(found, places, strict=True)):
         if k > end:
-            joined.append(one)
-            end = last[place] if one.unit else k
-    return joined
+            made.append(one)
+            end = k if one.call is None else last[place]
+    return made

@@ -16,7 +16,7 @@ from planner.composite.trial import Made, Trial
 from planner.errors import CaptureError, NoScheduleFoundError
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
-from planner.graph.outer import OuterCodeError, OuterGraph, call_key, contracted, from_measured
+from planner.graph.outer import OuterCodeError, OuterGraph, UnitCall, contracted, from_measured
 from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point
 from planner.limits import Limits, Spending
@@ -72,7 +72,7 @@ class UnitSearch:
         if whole is not None and all(self.trial.calls[unit] == 1 for unit in self.kinds):
             try:
                 outer = contracted(whole, list(self.kinds))
-                compose(outer, outer.per_call(self._graphs))
+                compose(outer, self._graphs)
                 return outer
             except OuterCodeError as error:
                 PLANNER.info("outer code is measured: %s", error)
@@ -84,7 +84,7 @@ class UnitSearch:
             )
         saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
         try:
-            calls = [call_key(unit, k) for unit in self.kinds for k in range(self.trial.calls[unit])]
+            calls = [UnitCall(unit, k) for unit in self.kinds for k in range(self.trial.calls[unit])]
             return from_measured(self.trial.resident_bytes, measured, saved, calls, self.trial.held_bytes)
         except OuterCodeError as error:
             raise CaptureError(
@@ -94,7 +94,7 @@ class UnitSearch:
     @cached_property
     def composed(self) -> Composed:
         """Outer code and units as one graph."""
-        return compose(self.outer, self.outer.per_call(self._graphs))
+        return compose(self.outer, self._graphs)
 
     @property
     def _graphs(self) -> Mapping[str, Graph]:
@@ -103,7 +103,7 @@ class UnitSearch:
     @cached_property
     def sections(self) -> tuple[Section, ...]:
         """What the outer code holds in each section of the step, and whose saved bytes are alive in it."""
-        return sections(self.composed, self.outer.per_call({unit: own[0] for unit, own in self.fronts.items()}))
+        return sections(self.composed, {unit: own[0] for unit, own in self.fronts.items()})
 
     def made(self, choice: Choice, *, is_compiled: bool = False) -> dict[str, Made]:
         """What the planned modules of a choice are made of; one code for all units of a kind at one point.
@@ -117,7 +117,7 @@ class UnitSearch:
     def predicted_bytes(self, choice: Choice) -> int:
         """The peak of a choice, simulated."""
         schedules = {unit: self.fronts[unit][at].schedule for unit, at in choice.items()}
-        return simulate(self.composed.graph, self.composed.schedule(self.outer.per_call(schedules))).peak_bytes
+        return simulate(self.composed.graph, self.composed.schedule(schedules)).peak_bytes
 
     def chosen(self, budget_bytes: int) -> Chosen | None:
         """The choice with the least recompute that is found whose simulated peak is within a budget; None where none is.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.errors import GraphError
 from planner.graph.graph import Graph, Op
-from planner.graph.outer import OuterCodeError, OuterGraph
+from planner.graph.outer import OuterCodeError, OuterGraph, UnitCall
 from planner.graph.schedule import Schedule, keep_all
 
 
@@ -20,26 +20,23 @@ class Composed:
 
     Attributes:
         graph: all ops.
-        units: per call of a unit, its own graph.
-        places: per call, for each op of its own graph the index in `graph`.
+        units: per unit, its own graph.
+        places: per call of a unit, for each op of its own graph the index in `graph`.
         bounds: per call, the indices of the ops that enter and leave its forward, then its backward.
     """
 
     graph: Graph
     units: Mapping[str, Graph]
-    places: Mapping[str, tuple[int, ...]]
-    bounds: Mapping[str, tuple[int, int, int, int]]
+    places: Mapping[UnitCall, tuple[int, ...]]
+    bounds: Mapping[UnitCall, tuple[int, int, int, int]]
 
     def schedule(self, schedules: Mapping[str, Schedule]) -> Schedule:
-        """The step in which each call of a unit runs by its own schedule; without one, it keeps all."""
+        """The step in which each unit runs by its own schedule, in all of its calls; without one, it keeps all."""
         inside: dict[int, Sequence[int]] = {}
-        for unit, graph in self.units.items():
-            own = schedules.get(unit) or keep_all(graph)
-            place, boundary, (enter, leave, enter_again, leave_again) = (
-                self.places[unit],
-                own.boundary(graph),
-                self.bounds[unit],
-            )
+        for call, place in self.places.items():
+            graph = self.units[call.unit]
+            own = schedules.get(call.unit) or keep_all(graph)
+            boundary, (enter, leave, enter_again, leave_again) = own.boundary(graph), self.bounds[call]
             inside[enter] = [enter, *(place[i] for i in own.steps[:boundary]), leave]
             inside[enter_again] = [enter_again, *(place[i] for i in own.steps[boundary:]), leave_again]
         units = {i for steps in inside.values() for i in steps} | {i for place in self.places.values() for i in place}
@@ -53,7 +50,7 @@ class Composed:
 
 
 def compose(outer: OuterGraph, units: Mapping[str, Graph]) -> Composed:
-    """Put each unit's ops in the place of its two ops; `units`: per call, the unit's graph.
+    """Put each unit's ops in the place of the two ops of each of its calls.
 
     What a unit is given (parameters, buffers, inputs, gradients of its outputs) is the outer graph's. What it returns is its
     own value, under the outer graph's name where the two have equal bytes; the outer graph's others exist from the beginning
@@ -76,10 +73,10 @@ class _Builder:
         self.outer, self.units = outer, dict(units)
         self.ops: list[Op] = []
         self.values = {value.name: value for value in outer.graph.values}
-        self.bounds: dict[str, list[int]] = {unit: [] for unit in units}
-        self.places: dict[str, dict[int, int]] = {unit: {} for unit in units}
-        self.names: dict[str, dict[str, str | None]] = {}
-        self.at = {i: (unit, k == 0) for unit, pair in outer.calls.items() for k, i in enumerate(pair)}
+        self.bounds: dict[UnitCall, list[int]] = {call: [] for call in outer.calls}
+        self.places: dict[UnitCall, dict[int, int]] = {call: {} for call in outer.calls}
+        self.names: dict[UnitCall, dict[str, str | None]] = {}
+        self.at = {i: (call, k == 0) for call, pair in outer.calls.items() for k, i in enumerate(pair)}
         self.num_forward_ops = 0
 
     def add(self, i: int, op: Op) -> None:
@@ -90,36 +87,36 @@ class _Builder:
         if i < self.outer.graph.num_forward_ops:
             self.num_forward_ops = len(self.ops)
 
-    def _section(self, unit: str, is_forward: bool, op: Op) -> None:
-        graph = self.units[unit]
+    def _section(self, call: UnitCall, is_forward: bool, op: Op) -> None:
+        graph = self.units[call.unit]
         own = range(graph.num_forward_ops) if is_forward else graph.backward_ops
         results = [name for name in (graph.forward_outputs if is_forward else graph.backward_outputs) if name in graph.producer]
-        names = self.names.setdefault(unit, dict.fromkeys(graph.inputs))  # None: what the outer graph holds
+        names = self.names.setdefault(call, dict.fromkeys(graph.inputs))  # None: what the outer graph holds
         matched = _matched(results, graph, op.writes, self.outer.graph)
         for j in own:
             for name in graph.ops[j].writes:
-                names[name] = matched.get(name) or f"{unit}: {name}"
+                names[name] = matched.get(name) or f"{call}: {name}"
                 if name not in matched:
-                    self.values[f"{unit}: {name}"] = replace(graph.value[name], name=f"{unit}: {name}")
+                    self.values[f"{call}: {name}"] = replace(graph.value[name], name=f"{call}: {name}")
         theirs = tuple(name for name in op.writes if name not in matched.values())
         self._boundary(f"enter {op.name}", op, op.reads, theirs)
         for j in own:
-            self.places[unit][j] = len(self.ops)
-            self.ops.append(self._renamed(unit, graph.ops[j], names))
+            self.places[call][j] = len(self.ops)
+            self.ops.append(self._renamed(call, graph.ops[j], names))
         returned = tuple(named for name in results if (named := names[name]) is not None)
         self._boundary(f"leave {op.name}", op, tuple(dict.fromkeys((*op.reads, *returned))), ())
-        self.bounds[unit] += [self.places[unit][own[0]] - 1 if len(own) else len(self.ops) - 2, len(self.ops) - 1]
+        self.bounds[call] += [self.places[call][own[0]] - 1 if len(own) else len(self.ops) - 2, len(self.ops) - 1]
         if is_forward:
             names.update((name, None) for name in results if name not in matched)
 
     def _boundary(self, name: str, op: Op, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
         self.ops.append(replace(op, name=name, reads=reads, writes=writes))
 
-    def _renamed(self, unit: str, op: Op, names: Mapping[str, str | None]) -> Op:
-        source = replace(op.source, module=f"{unit}.{op.source.module}".rstrip("."))
+    def _renamed(self, call: UnitCall, op: Op, names: Mapping[str, str | None]) -> Op:
+        source = replace(op.source, module=f"{call.unit}.{op.source.module}".rstrip("."))
         return replace(
             op,
-            name=f"{unit}: {op.name}",
+            name=f"{call}: {op.name}",
             nodes=(),
             reads=tuple(dict.fromkeys(named for name in op.reads if (named := names[name]) is not None)),
             writes=tuple(named for name in op.writes if (named := names[name]) is not None),
@@ -140,8 +137,8 @@ class _Builder:
                 backward_is_fixed=True,
             ),
             self.units,
-            {unit: tuple(at[j] for j in range(len(self.units[unit].ops))) for unit, at in self.places.items()},
-            {unit: (at[0], at[1], at[2], at[3]) for unit, at in self.bounds.items()},
+            {call: tuple(at[j] for j in range(len(self.units[call.unit].ops))) for call, at in self.places.items()},
+            {call: (at[0], at[1], at[2], at[3]) for call, at in self.bounds.items()},
         )
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple
 
 from planner.errors import GraphError
 from planner.graph.accumulation import HELD, STAGE_END
 from planner.graph.graph import Graph, Kind, Op, Value, reserved_name
-
-Each = TypeVar("Each")
 
 FORWARD, BACKWARD = "(forward of a unit)", "(backward of a unit)"
 """Kernels of the ops that stand for units."""
@@ -24,18 +22,20 @@ class OuterCodeError(GraphError):
     """What lies around units cannot be told from the graph of the whole step, or from a measured step."""
 
 
-_CALL = "#"
-"""Between a unit's name and the number of its call."""
+class UnitCall(NamedTuple):
+    """A call of a unit in a step.
 
+    Attributes:
+        unit: its qualified name.
+        number: of the call, in the order of the forward.
+    """
 
-def call_key(unit: str, number: int) -> str:
-    """The key of a unit's call, by its number in the forward: of the first one the unit's name, of the second "blocks.0#1"."""
-    return f"{unit}{_CALL}{number}" if number else unit
+    unit: str
+    number: int = 0
 
-
-def unit_of(call: str) -> str:
-    """The unit that a call is of."""
-    return call.partition(_CALL)[0]
+    def __str__(self) -> str:
+        # as a submodule of the unit, which is no unit itself: no other call has this name
+        return f"{self.unit}.(call {self.number + 1})" if self.number else self.unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,8 @@ class OuterGraph:
     """
 
     graph: Graph
-    calls: Mapping[str, tuple[int, int]]
+    calls: Mapping[UnitCall, tuple[int, int]]
     is_measured: bool = False
-
-    def per_call(self, of_units: Mapping[str, Each]) -> dict[str, Each]:
-        """What is known of the units, for each of their calls."""
-        return {call: of_units[unit_of(call)] for call in self.calls}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +58,13 @@ class MeasuredSection:
     """A stretch of a measured step.
 
     Attributes:
-        unit: the call whose forward or backward it is; "" for what lies between two of them.
-        is_forward: of a unit's section, that it is its forward.
+        call: whose forward or backward it is; None for what lies between two of them.
+        is_forward: of a call's section, that it is its forward.
         start_bytes: live at its start, above what is resident.
         peak_bytes: the most live in it, likewise.
     """
 
-    unit: str
+    call: UnitCall | None
     is_forward: bool
     start_bytes: int
     peak_bytes: int
@@ -123,7 +119,8 @@ class _Contraction:
             if unit:
                 calls[unit].append(len(ops))
             ops.append(self._merged(unit, is_forward) if unit else op)
-        return OuterGraph(_with_ops(self.graph, ops, num_forward_ops), {unit: (at[0], at[1]) for unit, at in calls.items()})
+        found = {UnitCall(unit): (at[0], at[1]) for unit, at in calls.items()}
+        return OuterGraph(_with_ops(self.graph, ops, num_forward_ops), found)
 
     def _merged(self, unit: str, is_forward: bool) -> Op:
         """A unit's forward or backward as one op. Its backward reads what its forward was given, which it may need again."""
@@ -132,7 +129,7 @@ class _Contraction:
             given, theirs = self._interface(unit, True)
             reads = [*(name for name in reads if name not in theirs or self._is_seen(name, unit)), *given]
         writes = tuple(name for name in wrote if self._is_seen(name, unit))
-        return _unit_op(unit, is_forward, tuple(dict.fromkeys(reads)), writes)
+        return _unit_op(UnitCall(unit), is_forward, tuple(dict.fromkeys(reads)), writes)
 
     def _interface(self, unit: str, is_forward: bool) -> tuple[list[str], dict[str, None]]:
         """What a unit's ops read of others' values, and what they write."""
@@ -182,7 +179,7 @@ def from_measured(
     resident_bytes: int,
     sections: Sequence[MeasuredSection],
     saved: Mapping[str, int],
-    expected: Collection[str],
+    expected: Collection[UnitCall],
     held_bytes: int = 0,
 ) -> OuterGraph:
     """What a measured step held beside what its units saved.
@@ -191,7 +188,7 @@ def from_measured(
         resident_bytes: parameters, buffers and inputs.
         sections: of the step, in order of time; the first is the outer code's.
         saved: per unit, the bytes that each of its calls kept for its backward in that step.
-        expected: the calls of units; every one has a forward and a backward among the sections.
+        expected: the calls of units; each of them has a forward and a backward among the sections.
         held_bytes: gradients of earlier micro-steps, which that step found.
 
     Raises:
@@ -201,25 +198,25 @@ def from_measured(
     values = [Value(_RESIDENT, resident_bytes, Kind.RESERVED)]
     values += [Value(HELD, held_bytes, Kind.RESERVED)] if held_bytes else []
     resident = tuple(value.name for value in values)
-    calls: dict[str, list[int]] = {call: [] for call in expected}
+    calls: dict[UnitCall, list[int]] = {call: [] for call in expected}
     held, num_forward_ops = 0, None
     for k, section in enumerate(sections):
-        if not section.unit:
+        call = section.call
+        if call is None:
             ops.append(Op(f"(outer code {k})", (), (), (), 0, max(0, section.peak_bytes - held), recomputable=False))
             continue
         if not section.is_forward and num_forward_ops is None:
             num_forward_ops = len(ops)
-        around = Value(f"(held around {section.unit}, {k})", max(0, section.start_bytes - held), _kind(section.is_forward))
+        around = Value(f"(held around {call}, {k})", max(0, section.start_bytes - held), _kind(section.is_forward))
         values.append(around)
         ops.append(Op(f"(enter {k})", (), (), (around.name,), 0, recomputable=False))
-        calls.setdefault(section.unit, []).append(len(ops))
-        ops.append(_unit_op(section.unit, section.is_forward, (around.name,), ()))
-        held += saved[unit_of(section.unit)] if section.is_forward else -saved[unit_of(section.unit)]
+        calls.setdefault(call, []).append(len(ops))
+        ops.append(_unit_op(call, section.is_forward, (around.name,), ()))
+        held += saved[call.unit] if section.is_forward else -saved[call.unit]
     wrong = next((call for call, at in calls.items() if len(at) != 2 or call not in expected), None)
     if wrong is not None or num_forward_ops is None:
-        raise OuterCodeError(
-            f"in a measured step, {wrong or 'no unit'} ran forward and backward {len(calls.get(wrong or '', ()))} times"
-        )
+        times = 0 if wrong is None else len(calls[wrong])
+        raise OuterCodeError(f"in a measured step, {wrong or 'no unit'} ran forward and backward {times} times")
     graph = Graph(tuple(ops), tuple(values), resident, (), (), num_forward_ops, backward_is_fixed=True)
     return OuterGraph(graph, {call: (at[0], at[1]) for call, at in calls.items()}, is_measured=True)
 
@@ -228,9 +225,9 @@ def _kind(is_forward: bool) -> Kind:
     return Kind.ACTIVATION if is_forward else Kind.GRADIENT
 
 
-def _unit_op(unit: str, is_forward: bool, reads: tuple[str, ...], writes: tuple[str, ...]) -> Op:
+def _unit_op(call: UnitCall, is_forward: bool, reads: tuple[str, ...], writes: tuple[str, ...]) -> Op:
     kernel = FORWARD if is_forward else BACKWARD
-    return Op(f"{unit} {kernel}", (), reads, writes, 0, recomputable=False, kernel=kernel)
+    return Op(f"{call} {kernel}", (), reads, writes, 0, recomputable=False, kernel=kernel)
 
 
 def _with_ops(graph: Graph, ops: Sequence[Op], num_forward_ops: int) -> Graph:

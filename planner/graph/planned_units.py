@@ -9,7 +9,7 @@ from functools import cached_property
 from planner.graph.accumulation import HELD
 from planner.graph.compose import Composed, compose
 from planner.graph.graph import Graph
-from planner.graph.outer import OuterGraph, unit_of
+from planner.graph.outer import OuterGraph
 from planner.graph.planned import NOT_RUN, RUN, PlannedGraph
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule
@@ -66,16 +66,13 @@ class PlannedUnitGraphs:
     @cached_property
     def composed(self) -> Composed:
         """Outer code and units as one graph."""
-        return compose(
-            self.outer, self.outer.per_call({unit: self.kinds[kind].graph for unit, (kind, _) in self.units.items()})
-        )
+        return compose(self.outer, {unit: self.kinds[kind].graph for unit, (kind, _) in self.units.items()})
 
     @cached_property
     def planned(self) -> PlannedGraph:
         """The whole step as one planned graph, in which recompute is confined to units."""
         graph = self.composed.graph
-        schedules = {unit: self.kinds[kind].schedules[at] for unit, (kind, at) in self.units.items()}
-        schedule = self.composed.schedule(self.outer.per_call(schedules))
+        schedule = self.composed.schedule({unit: self.kinds[kind].schedules[at] for unit, (kind, at) in self.units.items()})
         bound_ns = graph.plain_ns + self.bound_ns
         status = "optimal" if self.recompute_ns <= self.bound_ns else "feasible"
         check = NOT_RUN if self.measured_bytes is None else RUN
@@ -93,7 +90,7 @@ class PlannedUnitGraphs:
             inside = (*range(at[enter], at[leave] + 1), *range(at[enter_again], at[leave_again] + 1))
             live = max(planned.timeline.live_bytes[i] for i in inside)
             spare = max(0, self.budget_bytes - live - unforeseen)
-            found[unit_of(call)] = min(spare, found.get(unit_of(call), spare))
+            found[call.unit] = min(spare, found.get(call.unit, spare))
         return found
 
     @property
@@ -114,7 +111,8 @@ class PlannedUnitGraphs:
     @property
     def recompute_ns(self) -> int:
         """Predicted time of all recomputes."""
-        return sum(self.kinds[kind].points[at].time_ns for kind, at in self.outer.per_call(self.units).values())
+        treated = (self.units[call.unit] for call in self.outer.calls)
+        return sum(self.kinds[kind].points[at].time_ns for kind, at in treated)
 
     @property
     def plain_ns(self) -> int:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from planner.graph.outer import MeasuredSection
+from planner.graph.outer import MeasuredSection, UnitCall
 from planner.profiler.memory import cpu_trace, is_allocation
 
-Mark = Callable[[str, bool], AbstractContextManager[Any]]
-"""`mark(unit, is_forward)`: while its context is entered, this unit's forward or backward runs."""
-_OUTSIDE = ("", False)
+Mark = Callable[[UnitCall, bool], AbstractContextManager[Any]]
+"""`mark(call, is_forward)`: while its context is entered, this call's forward or backward runs."""
+_Place = tuple[UnitCall | None, bool]
+"""(call, is its forward)."""
+_OUTSIDE: _Place = (None, False)
 """Outside of all units."""
 
 
@@ -28,14 +30,14 @@ def marked_sections(run: Callable[[Mark], Any], device: torch.device) -> list[Me
 
 
 def _of_cpu(run: Callable[[Mark], Any]) -> list[MeasuredSection]:
-    places: dict[str, tuple[str, bool]] = {}
+    places: dict[str, _Place] = {}
 
-    def mark(unit: str, is_forward: bool) -> AbstractContextManager[Any]:
+    def mark(call: UnitCall, is_forward: bool) -> AbstractContextManager[Any]:
         event = f"checkpoint_planner, place {len(places)}"
-        places[event] = unit, is_forward
+        places[event] = call, is_forward
         return record_function(event)
 
-    events: list[tuple[float, tuple[str, bool] | None, int, int]] = []  # time, place or None for its end, address, bytes
+    events: list[tuple[float, _Place | None, int, int]] = []  # time, place (None: its end), address, bytes
     for event in cpu_trace(lambda: run(mark)):
         if is_allocation(event):
             events.append((event["ts"], _OUTSIDE, event["args"]["Addr"], event["args"]["Bytes"]))
@@ -68,9 +70,9 @@ def _of_cuda(run: Callable[[Mark], Any], device: torch.device) -> list[MeasuredS
         starts.append(torch.cuda.memory_allocated(device) - begin)
 
     @contextmanager
-    def mark(unit: str, is_forward: bool) -> Iterator[None]:
+    def mark(call: UnitCall, is_forward: bool) -> Iterator[None]:
         boundary()
-        entered.append((unit, is_forward))
+        entered.append((call, is_forward))
         try:
             yield
         finally:

@@ -1,20 +1,23 @@
 """A plan of units as JSON: a graph file (planner/results/plan_file.py) of the outer code, with the section "units".
 
 Its fields: `schema`, `kinds` (one a line: {"name", "fingerprint", "graph", "schedules", "provenance"}), `units` (per unit its
-kind and schedule), `calls` (per call of a unit the ops of the outer graph that stand for it), `is_measured`, `budget_bytes`,
-`plain_bytes`, `measured_bytes`, `bound_ns`, `left`. Predicted peaks and times are not stored: `simulate` gives them.
+kind and schedule), `calls` (per unit, the two ops of the outer graph that stand for each of its calls), `is_measured`,
+`budget_bytes`, `plain_bytes`, `measured_bytes`, `bound_ns`, `left`. Predicted peaks and times are not stored: `simulate` gives
+them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from planner.errors import GraphError, PlanFileError, ScheduleError
 from planner.graph.fields import boolean, integer, reason, rows, string, table
 from planner.graph.graph import Graph
-from planner.graph.outer import OuterGraph, unit_of
+from planner.graph.outer import OuterGraph, UnitCall
 from planner.graph.planned_units import PlannedKind, PlannedUnitGraphs
 from planner.graph.schedule import Schedule
 from planner.graph.structure import fingerprint
@@ -43,7 +46,7 @@ def dumps(plan: PlannedUnitGraphs) -> str:
         "schema": SCHEMA,
         "kinds": plan_file.Lines(_kind_fields(kind) for kind in plan.kinds),
         "units": {unit: list(positions) for unit, positions in plan.units.items()},
-        "calls": {unit: list(at) for unit, at in plan.outer.calls.items()},
+        "calls": {unit: [i for call, at in plan.outer.calls.items() if call.unit == unit for i in at] for unit in plan.units},
         "is_measured": plan.outer.is_measured,
         "budget_bytes": plan.budget_bytes,
         "plain_bytes": plan.plain_bytes,
@@ -86,11 +89,9 @@ def loads(text: str, kind: type[P], where: str = "plan") -> P:
         if schema != SCHEMA:
             raise ValueError(f"the section units has schema {schema}; this release reads schema {SCHEMA}")
         kinds = tuple(_kind(table(row, "a kind"), where) for row in rows(fields["kinds"], "kinds"))
-        calls = {
-            unit: _pair(row, f"the ops of {unit}", len(graph.ops)) for unit, row in table(fields["calls"], "calls").items()
-        }
+        calls = dict(chain.from_iterable(_calls(*row, len(graph.ops)) for row in table(fields["calls"], "calls").items()))
         units = {unit: _pair(row, f"the plan of {unit}", MOST_BYTES) for unit, row in table(fields["units"], "units").items()}
-        if units.keys() != {unit_of(call) for call in calls} or any(
+        if units.keys() != {call.unit for call in calls} or any(
             k >= len(kinds) or at >= len(kinds[k].schedules) for k, at in units.values()
         ):
             raise ValueError("its units, their ops and their kinds do not go together")
@@ -114,6 +115,16 @@ def loads(text: str, kind: type[P], where: str = "plan") -> P:
 
 def _bytes(value: Any, what: str) -> int | None:
     return None if value is None else integer(value, what, 0, MOST_BYTES)
+
+
+def _calls(unit: str, row: Any, end: int) -> Iterator[tuple[UnitCall, tuple[int, int]]]:
+    """The ops of a unit's calls: forward, backward, forward, backward, ..."""
+    what = f"the ops of {unit}"
+    fields = rows(row, what)
+    if not fields or len(fields) % 2:
+        raise ValueError(f"{what} are {len(fields)}, not two for each call")
+    for number, k in enumerate(range(0, len(fields), 2)):
+        yield UnitCall(unit, number), _pair(fields[k : k + 2], what, end)
 
 
 def _pair(row: Any, what: str, end: int) -> tuple[int, int]:

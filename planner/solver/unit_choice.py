@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.graph.compose import Composed
-from planner.graph.outer import unit_of
+from planner.graph.outer import UnitCall
 from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point
 from planner.limits import Limits
@@ -42,13 +42,13 @@ class Section:
     Attributes:
         outer_bytes: the most that the outer code holds in it, everything resident included.
         kept: calls of units whose forward has run and whose backward has not begun.
-        unit: the call whose forward or backward it is; "" for outer code.
-        is_forward: of a unit's, that it is its forward.
+        call: whose forward or backward it is; None for outer code.
+        is_forward: of a call's, that it is its forward.
     """
 
     outer_bytes: int
-    kept: frozenset[str]
-    unit: str = ""
+    kept: frozenset[UnitCall]
+    call: UnitCall | None = None
     is_forward: bool = False
 
 
@@ -57,27 +57,27 @@ def sections(composed: Composed, points: Mapping[str, Point]) -> tuple[Section, 
 
     Args:
         composed: outer code and units.
-        points: a point for each call; which does not matter.
+        points: a point for each unit; which does not matter.
     """
     schedule = composed.schedule({unit: one.schedule for unit, one in points.items()})
     live = simulate(composed.graph, schedule).live_bytes
-    begins = {bounds[2 * k]: (unit, k == 0) for unit, bounds in composed.bounds.items() for k in range(2)}
+    begins = {bounds[2 * k]: (call, k == 0) for call, bounds in composed.bounds.items() for k in range(2)}
     ends = {bounds[2 * k + 1] for bounds in composed.bounds.values() for k in range(2)}
-    kept: dict[str, int] = {}
-    outer: dict[tuple[frozenset[str], str, bool], int] = {}
-    inside: tuple[str, bool] | None = None
+    kept: dict[UnitCall, int] = {}
+    outer: dict[tuple[frozenset[UnitCall], UnitCall | None, bool], int] = {}
+    inside: tuple[UnitCall, bool] | None = None
     for step, i in enumerate(schedule.steps):
         if i in begins:
-            unit, is_forward = inside = begins[i]
-            outer[frozenset(kept.keys() - {unit}), unit, is_forward] = live[step] - sum(kept.values())
+            call, is_forward = inside = begins[i]
+            outer[frozenset(kept.keys() - {call}), call, is_forward] = live[step] - sum(kept.values())
             if not is_forward:
-                del kept[unit]
+                del kept[call]
         if inside is None:
-            key = frozenset(kept), "", False
+            key = frozenset(kept), None, False
             outer[key] = max(outer.get(key, 0), live[step] - sum(kept.values()))
         if i in ends and inside is not None:
             if inside[1]:
-                kept[inside[0]] = points[inside[0]].saved_bytes
+                kept[inside[0]] = points[inside[0].unit].saved_bytes
             inside = None
     return tuple(Section(nbytes, *key) for key, nbytes in outer.items())
 
@@ -89,10 +89,10 @@ def peak_bytes(section: Section, points: Mapping[str, Point]) -> int:
         points: one for each unit.
     """
     own = 0
-    if section.unit:
-        one = points[unit_of(section.unit)]
+    if section.call is not None:
+        one = points[section.call.unit]
         own = one.forward_bytes if section.is_forward else one.backward_bytes
-    return section.outer_bytes + own + sum(points[unit_of(call)].saved_bytes for call in section.kept)
+    return section.outer_bytes + own + sum(points[call.unit].saved_bytes for call in section.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def choose(
         plain_ns: the plain step's time, which says how exact the choice has to be.
     """
     program, columns = _program(fronts)
-    calls = Counter(unit_of(call) for call in {section.unit for section in sections if section.unit})
+    calls = Counter(call.unit for call in {section.call for section in sections} if call is not None)
     largest = max((one.time_ns for front in fronts.values() for one in front), default=0)
     unit_ns = max(1, largest * max(1, calls.total())) / SCALE
     for unit, front in fronts.items():
@@ -170,11 +170,11 @@ def _program(fronts: Fronts) -> tuple[Program, dict[str, list[int]]]:
 def _row(section: Section, fronts: Fronts, columns: Mapping[str, Sequence[int]], scale: int) -> list[tuple[int, float]]:
     """Bytes of the units in a section of the step, SCALE for `scale` bytes."""
     nbytes: dict[int, int] = defaultdict(int)
-    for unit in map(unit_of, section.kept):
-        for column, one in zip(columns[unit], fronts[unit], strict=True):
+    for call in section.kept:
+        for column, one in zip(columns[call.unit], fronts[call.unit], strict=True):
             nbytes[column] += one.saved_bytes
-    if section.unit:
-        unit = unit_of(section.unit)
+    if section.call is not None:
+        unit = section.call.unit
         for column, one in zip(columns[unit], fronts[unit], strict=True):
             nbytes[column] += one.forward_bytes if section.is_forward else one.backward_bytes
     return [(column, SCALE * nbytes[column] / max(1, scale)) for column in sorted(nbytes)]

@@ -120,6 +120,37 @@ def test_gradients_are_accumulated_over_calls_and_steps(kind):
     assert found.peak_bytes <= found.budget_bytes
 
 
+class Numbered(nn.Module):
+    """Names with a number sign: of the second block, not of the first one's second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        for name in ("b", "b#1", "b (call 2)"):
+            self.add_module(name, Block())
+
+    def forward(self, x):
+        x = self.embed(x)
+        for name in ("b", "b#1", "b", "b (call 2)"):
+            x = getattr(self, name)(x)
+        return x[x.sum(-1) > 0].square().mean()
+
+
+def test_names_of_units_are_not_read_as_calls(tmp_path):
+    torch.manual_seed(0)
+    model, args = Numbered(), (torch.randn(64, 8),)
+    expected = trajectory(copy.deepcopy(model), args, {})
+    found = plan_units(model, 0.85, args, units=Block, **QUICK)
+    assert {name: sum(call.unit == name for call in found.plan.outer.calls) for name in found.planned} == {
+        "b": 2,
+        "b#1": 1,
+        "b (call 2)": 1,
+    }
+    assert_same(expected, trajectory(model, args, {}))
+    found.save(tmp_path / "units.json")
+    assert UnitPlan.load(tmp_path / "units.json") == found.plan
+
+
 def test_calls_that_share_a_cast_are_no_unit():
     model, args = Siamese(), (torch.randn(64, 8),)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="2 times in a step, and autocast casts its"):

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from planner.errors import BackwardError, CaptureError, OpaqueModuleError, first_line
+from planner.graph.outer import UnitCall
 from planner.kernels import custom
 from planner.log import TRACER
 from planner.profiler.marks import Mark, marked_sections
@@ -205,12 +206,12 @@ class _Run:
 
         def step(mark: Mark) -> None:
             nonlocal own, saved
-            with mark(self.call.spec.key, True):
+            with mark(UnitCall(self.call.spec.module), True):
                 made = self.opaque.forward([*arguments, *self.state])
             own = sum(tensor.untyped_storage().nbytes() for tensor in made[:-1])
             saved = made[-1].saved_bytes
             run = self._backward(arguments, made)
-            with mark(self.call.spec.key, False):
+            with mark(UnitCall(self.call.spec.module), False):
                 grads = run()
             del grads
 

@@ -7,7 +7,7 @@ import pytest
 
 from planner.errors import GraphError
 from planner.graph.compose import compose
-from planner.graph.outer import MeasuredSection, contracted, from_measured
+from planner.graph.outer import MeasuredSection, UnitCall, contracted, from_measured
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import simulate
 from planner.graph.source import Source
@@ -31,7 +31,7 @@ def test_each_unit_becomes_two_ops_around_what_others_see():
     ops = {op.name.partition(" ")[0]: op for op in outer.graph.ops[: outer.graph.num_forward_ops]}
     assert list(ops) == ["embed", *NAMES, "head"]
     assert ops["blocks.1"].reads == ("blocks.0a3", "blocks.1w") and ops["blocks.1"].writes == ("blocks.1a3",)
-    back = outer.graph.ops[outer.calls["blocks.1"][1]]
+    back = outer.graph.ops[outer.calls[UnitCall("blocks.1")][1]]
     assert {"blocks.2dx", "blocks.0a3", "blocks.1a3"} <= set(back.reads) and set(back.writes) == {"blocks.1dx", "blocks.1dw"}
 
 
@@ -76,17 +76,17 @@ def measured_sections(graph, schedules):
     schedule = made.schedule(schedules)
     live = simulate(made.graph, schedule).live_bytes
     resident = made.graph.resident_bytes
-    bounds = {made.bounds[name][2 * k]: (name, k == 0, made.bounds[name][2 * k + 1]) for name in NAMES for k in range(2)}
+    bounds = {at[2 * k]: (call, k == 0, at[2 * k + 1]) for call, at in made.bounds.items() for k in range(2)}
     sections, end = [], None
     for step, i in enumerate(schedule.steps):
         if i in bounds:
-            name, is_forward, end = bounds[i]
-            sections.append(MeasuredSection(name, is_forward, live[step] - resident, live[step] - resident))
+            call, is_forward, end = bounds[i]
+            sections.append(MeasuredSection(call, is_forward, live[step] - resident, live[step] - resident))
         elif end is None:
             peak = live[step] - resident
-            if sections and not sections[-1].unit:
+            if sections and sections[-1].call is None:
                 peak = max(peak, sections.pop().peak_bytes)
-            sections.append(MeasuredSection("", False, 0, peak))
+            sections.append(MeasuredSection(None, False, 0, peak))
         end = None if i == end else end
     return resident, sections
 
@@ -95,7 +95,7 @@ def test_measured_bytes_around_units_give_the_peak_of_any_other_choice():
     own = block()
     low = recompute_all(own)
     resident, sections = measured_sections(whole(3), dict.fromkeys(NAMES, low))
-    outer = from_measured(resident, sections, dict.fromkeys(NAMES, point(own, low).saved_bytes), NAMES)
+    outer = from_measured(resident, sections, dict.fromkeys(NAMES, point(own, low).saved_bytes), [*map(UnitCall, NAMES)])
     made, exact = compose(outer, dict.fromkeys(NAMES, own)), composed()
     for schedules in ({}, dict.fromkeys(NAMES, low), {"blocks.1": low}, {"blocks.0": low, "blocks.2": low}):
         peaks = [simulate(each.graph, each.schedule(schedules)).peak_bytes for each in (made, exact)]
@@ -104,4 +104,4 @@ def test_measured_bytes_around_units_give_the_peak_of_any_other_choice():
 
 def test_a_unit_that_runs_twice_is_an_error():
     with pytest.raises(GraphError, match=r"a ran forward and backward 1 times"):
-        from_measured(1, [MeasuredSection("a", True, 0, 0)], {"a": 0}, ["a"])
+        from_measured(1, [MeasuredSection(UnitCall("a"), True, 0, 0)], {"a": 0}, [UnitCall("a")])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.graph.compose import compose
-from planner.graph.outer import contracted
+from planner.graph.outer import UnitCall, contracted
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
 from planner.graph.unit_point import Point, point
@@ -73,7 +73,7 @@ def test_what_a_choice_holds_is_what_simulate_finds():
 
 @st.composite
 def problems(draw):
-    """Random units, each with a few points, and random outer bytes: forward, loss, backward in reverse."""
+    """Random units, each with a few points and called once or twice, and random outer bytes; the backward is in reverse."""
     seeded = random.Random(draw(st.integers(0, 10**6)))
     count = seeded.randint(1, 3)
     names = [f"u{i}" for i in range(count)]
@@ -85,10 +85,11 @@ def problems(draw):
 
     fronts = {name: pareto(one() for _ in range(seeded.randint(1, 4))) for name in names}
     places = []
-    for i, name in enumerate(names):
-        places.append(Section(seeded.randint(0, 5), frozenset(names[:i]), name, True))
-        places.append(Section(seeded.randint(0, 5), frozenset(names[: i + 1])))
-        places.append(Section(seeded.randint(0, 5), frozenset(names[:i]), name, False))
+    calls = [UnitCall(name, k) for k in range(2) for name in names if k == 0 or seeded.random() < 0.5]
+    for i, call in enumerate(calls):
+        places.append(Section(seeded.randint(0, 5), frozenset(calls[:i]), call, True))
+        places.append(Section(seeded.randint(0, 5), frozenset(calls[: i + 1])))
+        places.append(Section(seeded.randint(0, 5), frozenset(calls[:i]), call, False))
     return fronts, places, seeded.randint(5, 40)
 
 
@@ -105,7 +106,8 @@ def test_the_choice_is_the_best_of_all(problem):
         return max(peak_bytes(section, taken(choice)) for section in places)
 
     def spent(choice):
-        return sum(one.time_ns for one in taken(choice).values())
+        calls = {section.call for section in places if section.call is not None}
+        return sum(taken(choice)[call.unit].time_ns for call in calls)
 
     fitting = [spent(choice) for choice in choices if peak(choice) <= budget]
     found = choose(places, fronts, budget, plain_ns=1)
