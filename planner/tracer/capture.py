@@ -22,7 +22,7 @@ from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
-from planner.tracer.host.iterators import unguard
+from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
 from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import module_keys, weight_keys
@@ -77,32 +77,15 @@ def capture(
         CaptureError: the model cannot be traced; names the operation and the user's line.
         Exception: lack of memory, and faults of the planner, as they are; see `planner.tracer.faults`.
     """
-    try:
-        return _captured(model, tuple(args), dict(kwargs or {}), loss, opaque, target, replay, gradients)
-    finally:
-        unguard(model)  # what was first seen while an opaque module ran may hold its guarded iterators
-
-
-def _captured(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    loss: Loss,
-    opaque: Collection[str],
-    target: TargetDevice | None,
-    replay: Replay | None,
-    gradients: Sequence[Strides] | None,
-) -> Joint:
-    """Capture with more and more opaque modules, until nothing is left that cannot be captured."""
     if replay is not None:
-        return _capture(model, args, kwargs, loss, opaque, target, replay)
+        return _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, replay)
     check_gradients_recorded()
     opaque, first = opaque_from_start(model, opaque), None
     if target is not None and opaque:
         raise CaptureError(f"plan on {target.name}: opaque modules ({', '.join(opaque)}) must be measured there")
     while True:
         try:
-            joint = _capture(model, args, kwargs, loss, opaque, target, gradients=gradients)
+            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, gradients=gradients)
             return joint if first is None else replace(joint, refused=str(first))
         except CaptureError as error:
             if target is not None or error.is_models_own:
@@ -278,7 +261,7 @@ def _measured(joint: Joint, model: nn.Module, recording: Recording) -> dict[str,
     """The opaque calls with their costs. What running them changes outside of their modules is restored, too."""
     found: dict[str, OpaqueCall] = {}
     if recording.preserved is not None:
-        with contents_preserved(recording.written):
+        with contents_preserved(recording.written), iterators_copied():
             recording.preserved.changed_by(lambda: found.update(measured_calls(joint, model, recording.to_measure)))
     return found
 

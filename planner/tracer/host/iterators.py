@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
-
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.values import is_iterator
@@ -60,23 +58,6 @@ class GuardedIterator:
                 f"the model's forward reads an iterator ({self.where}, a {type(self.held).__name__}), which cannot be copied, "
                 "so that planning would use it up. Pass the item to the model as an argument"
             ) from error
-
-
-def unguard(model: nn.Module) -> None:
-    """Put back the iterators of a model's attributes, and of lists and dictionaries in them, that are still guarded."""
-    seen: set[int] = set()
-    todo: list[Any] = [vars(module) for module in model.modules()]
-    while todo:
-        held = todo.pop()
-        if id(held) in seen:
-            continue
-        seen.add(id(held))
-        kind: Any = dict if isinstance(held, dict) else list  # a class derived from it may have other methods
-        for key, item in list(kind.items(held) if kind is dict else enumerate(kind.__iter__(held))):
-            if isinstance(item, GuardedIterator):
-                kind.__setitem__(held, key, item.held)
-            elif isinstance(item, (list, dict)):
-                todo.append(item)
 
 
 def is_used_up(value: Any) -> bool:

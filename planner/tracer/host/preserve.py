@@ -92,10 +92,12 @@ class Preserved:
             now.restore()
 
     def changed_by(self, run: Callable[[], Any]) -> bool:
-        """Whether a call changes anything that is kept, or first kept in it. It is restored, except after an error."""
+        """Whether a call changes anything that is kept, or first kept in it. It is restored; after an error, what was kept."""
         now = self._as_it_is_now()
-        run()
-        changed = now.restore()
+        try:
+            run()
+        finally:
+            changed = now.restore()
         for scope, name, value in list(self._variables.values()):
             if (id(scope), name) not in now._variables and scope.get(name, ABSENT) is not value:
                 _put_variable(scope, name, value)
