@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,29 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("tracing", torch.jit.is_tracing() or torch.compiler.is_exporting()),
         ("tracing by fx", getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)),
     )
+
+
+_SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+)
+"""(how it stands, how to set it) of the switches that forwards set for a part of their code."""
+
+
+@contextlib.contextmanager
+def switches_preserved() -> Iterator[None]:
+    """At exit, put back what code that did not come to its end left in another state."""
+    before = [(get, put, _legacy(get)) for get, put in _SETTABLE]
+    try:
+        yield
+    finally:
+        for get, put, state in before:
+            if _legacy(get) != state:
+                put(state)
 
 
 _FP32 = (

@@ -15,6 +15,7 @@ from planner._compat.module_calls import calls_intercepted
 from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
+from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.preserve import Preserved, model_preserved
@@ -123,7 +124,7 @@ def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torc
 
     What kernels write into tensors other than buffers and inputs is for the caller to restore.
     """
-    with model_preserved(model, [*model.buffers(), *inputs], guards_iterators=False), torch.no_grad():
+    with model_preserved(model, [*model.buffers(), *inputs]), iterators_copied(), torch.no_grad():
         try:
             call()
         except Exception as plain:

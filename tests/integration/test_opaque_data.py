@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 import warnings
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from planner import CaptureError, PlannerError, plan, plan_units
 from planner.profiler.memory import logical_peak
 from planner.tracer.host.generators import Generators
+from planner.tracer.opaque.measure import as_it_was
 from planner.tracer.opaque.resample import resampled
 from tests.support.training import assert_same
 
@@ -187,50 +189,87 @@ def test_weights_that_an_opaque_module_writes_are_as_before(how, planner):
     assert_same(*grads)
 
 
-class Schedule(Selected):
-    """Reads an iterator."""
+class Holder:
+    """An object, and a module's global variable, that hold an iterator."""
 
-    def __init__(self) -> None:
+    steps = None
+
+
+class Schedule(Selected):
+    """Reads an iterator, which `place` puts somewhere; what it returns is how to read it."""
+
+    def __init__(self, place) -> None:
         super().__init__()
-        self.steps = iter(range(1000))
+        self.read = place(self, iter(range(1000)))
 
     def forward(self, x):
-        self.now = next(self.steps)
+        self.now = self.read()
         return super().forward(x)
 
 
-def test_an_iterator_of_an_opaque_module_is_put_back_after_a_refusal():
-    model, x = Net(Schedule), torch.randn(96, 16)
-    with pytest.raises(CaptureError, match="reads an iterator"):
-        plan(model, 1.0, (x,), opaque=["cores.0", "cores.1"], progress=False, costs="estimate")
+def in_object(module, steps):
+    module.held = Holder()
+    module.held.steps = steps
+    return lambda: next(module.held.steps)
+
+
+def in_attribute(module, steps):
+    module.steps = steps
+    return lambda: next(module.steps)
+
+
+def in_list(module, steps):
+    module.steps = {"k": [steps]}
+    return lambda: next(module.steps["k"][0])
+
+
+def in_tuple(module, steps):
+    module.steps = (1, ([2], steps))
+    return lambda: next(module.steps[1][1])
+
+
+PLACES = {
+    "attribute": in_attribute,
+    "object": in_object,
+    "list": in_list,
+    "tuple": in_tuple,
+    "closure": lambda module, steps: lambda: next(steps),
+    "partial": lambda module, steps: functools.partial(next, steps),
+}
+
+
+AS_OPAQUE = ("cores.0", "cores.1")
+
+
+@pytest.mark.parametrize(
+    ("place", "opaque"), [*((place, AS_OPAQUE) for place in PLACES), *((place, ()) for place in PLACES if place != "object")]
+)
+def test_an_iterator_stands_where_it_stood_after_planning(place, opaque):
+    model, x = Net(lambda: Schedule(PLACES[place])), torch.randn(96, 16)
+    with contextlib.suppress(CaptureError):  # a refusal leaves it, too
+        plan(model, 1.0, (x,), opaque=opaque, progress=False, costs="estimate")
     model(x).backward()
     assert [core.now for core in model.cores] == [0, 0]
 
 
-class Doubles(Selected):
-    """Works in another default dtype, and does not come to the end where more rows are positive than it has seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = None
-
-    def forward(self, x):
-        torch.set_default_dtype(torch.float64)
-        if self.most is None:
-            self.most = int((x[:, 0] > 0).sum())
-        if int((x[:, 0] > 0).sum()) != self.most:
-            raise ValueError("other rows")
-        torch.set_default_dtype(torch.float32)
-        return super().forward(x)
+SWITCHES = {
+    "dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "deterministic": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    "matmul": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+    "grad": (torch.is_grad_enabled, torch.set_grad_enabled, False),
+    "threads": (torch.get_num_threads, torch.set_num_threads, torch.get_num_threads() + 1),
+}
 
 
-def test_a_run_on_other_data_that_fails_leaves_the_default_dtype():
-    model = Net(Doubles)
-    for core in model.cores:
-        core.most = None
-    with contextlib.suppress(PlannerError):
-        plan(model, 1.0, (torch.randn(96, 16),), progress=False, costs="estimate")
-    assert torch.get_default_dtype() is torch.float32
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_run_that_fails_before_it_sets_a_switch_back_leaves_it(name):
+    get, put, other = SWITCHES[name]
+    before = get()
+    with contextlib.suppress(ValueError), as_it_was(nn.Linear(1, 1)):
+        put(other)
+        assert get() != before
+        raise ValueError("other rows")
+    assert get() == before
 
 
 def test_measuring_leaves_no_seed_for_a_device_that_is_not_in_use(monkeypatch):

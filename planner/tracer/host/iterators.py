@@ -12,7 +12,7 @@ from typing import Any
 
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.values import is_iterator
+from planner.tracer.host.values import is_iterator, like
 
 _READS_COPIES: ContextVar[bool] = ContextVar("reads_copies", default=False)
 
@@ -58,6 +58,17 @@ class GuardedIterator:
                 f"the model's forward reads an iterator ({self.where}, a {type(self.held).__name__}), which cannot be copied, "
                 "so that planning would use it up. Pass the item to the model as an argument"
             ) from error
+
+
+def guarded(value: Any, where: str) -> Any:
+    """A guard in the place of an iterator; a tuple with guards in the place of its iterators; any other value itself."""
+    if is_used_up(value):
+        return GuardedIterator(value, where)
+    if isinstance(value, tuple):
+        items = [guarded(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        if any(item is not own for item, own in zip(items, value, strict=True)):
+            return like(value, items)
+    return value
 
 
 def is_used_up(value: Any) -> bool:

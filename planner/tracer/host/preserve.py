@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from planner._compat.dispatch import untraced
+from planner._compat.switches import switches_preserved
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.generators import Generators
-from planner.tracer.host.iterators import GuardedIterator, is_used_up
+from planner.tracer.host.iterators import GuardedIterator, guarded
 from planner.tracer.host.restorers import content_of, memory_of, restore_tensors, restorer
 from planner.tracer.host.values import (
     ABSENT,
@@ -62,8 +63,8 @@ class Preserved:
         """Remember a global variable."""
         value = scope.get(name, ABSENT)
         self._variables.setdefault((id(scope), name), (scope, name, value))
-        if self._guards_iterators and is_used_up(value):
-            scope[name] = GuardedIterator(value, f"the global variable {name}")
+        if self._guards_iterators and (replaced := guarded(value, f"the global variable {name}")) is not value:
+            scope[name] = replaced
 
     @property
     def held(self) -> tuple[Any, ...]:
@@ -248,14 +249,14 @@ def class_containers(kind: type) -> list[tuple[str, Any]]:
 def model_preserved(
     model: nn.Module, tensors: Sequence[torch.Tensor] = (), *, guards_iterators: bool = True
 ) -> Iterator[Preserved]:
-    """At exit, restore what running a model may change: attributes, containers, objects in them, generators, `tensors`.
+    """At exit, restore what running a model may change: attributes, containers, objects, generators, switches, `tensors`.
 
     Tensors of the model get back the memory and form that they had. What is yielded says with `restore()` whether something
     of it was changed so far.
     """
     preserved = keep_model(model, Preserved(guards_iterators=guards_iterators))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with Generators(device).preserved(), contents_preserved(tensors), _memory_preserved(model):
+    with Generators(device).preserved(), switches_preserved(), contents_preserved(tensors), _memory_preserved(model):
         try:
             yield preserved
         finally:

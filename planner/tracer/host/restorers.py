@@ -23,7 +23,7 @@ from planner._compat.tensors import storage_id
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
-from planner.tracer.host.iterators import GuardedIterator, is_used_up
+from planner.tracer.host.iterators import guarded
 from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, own_dict
 
 _COPIED_BYTES = 2**26
@@ -75,7 +75,7 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
     if isinstance(value, types.FunctionType):
         return _restorer_of_function(value, where)
     if isinstance(value, functools.partial):
-        return _restorer_of_partial(value)
+        return _restorer_of_partial(value, where)
     if isinstance(value, functools._lru_cache_wrapper):
         return _restorer_of_cache(value)
     if is_generator(value):
@@ -96,8 +96,8 @@ def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
     content = _shallow(value)
     kept = dict(own_dict(value) or {})
     for key, item in _items(value):
-        if where is not None and is_used_up(item):
-            value[key] = GuardedIterator(item, f"{where}[{key!r}]")
+        if where is not None and (replaced := guarded(item, f"{where}[{key!r}]")) is not item:
+            value[key] = replaced
 
     def restore() -> bool:
         changed = not _same_items(value, content)
@@ -179,8 +179,10 @@ def _same_items(value: Any, content: Any) -> bool:
     return all(a is not None and b is not None and a[1] is b[1] for a, b in pairs)
 
 
-def _restorer_of_partial(value: functools.partial[Any]) -> Callable[[], bool]:
+def _restorer_of_partial(value: functools.partial[Any], where: str | None) -> Callable[[], bool]:
     parts = (value.func, value.args, value.keywords)
+    if where is not None and (args := guarded(value.args, f"{where}.args")) is not value.args:
+        value.__setstate__((value.func, args, value.keywords, vars(value)))  # type: ignore[attr-defined]
 
     def restore() -> bool:
         changed = value.func is not parts[0] or value.args is not parts[1]
@@ -195,8 +197,9 @@ def _restorer_of_function(value: types.FunctionType, where: str | None) -> Calla
     cells = [(cell, content_of(cell)) for cell in value.__closure__ or ()]
     held, defaults = dict(vars(value)), (value.__defaults__, value.__kwdefaults__)
     for cell, content in cells:
-        if where is not None and is_used_up(content):
-            cell.cell_contents = GuardedIterator(content, f"a closure variable of {value.__qualname__}")
+        place = f"a closure variable of {value.__qualname__}"
+        if where is not None and (replaced := guarded(content, place)) is not content:
+            cell.cell_contents = replaced
 
     def restore() -> bool:
         changed = False
@@ -281,8 +284,8 @@ def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     held = dict(inner or {})
     slots = {name: item for name, item in attributes(value).items() if name not in held}
     for name, item in held.items():
-        if inner is not None and where is not None and is_used_up(item):
-            inner[name] = GuardedIterator(item, f"{where}.{name}".lstrip("."))
+        if inner is not None and where is not None:
+            inner[name] = guarded(item, f"{where}.{name}".lstrip("."))
 
     state = [_restorer_of_container(held[kind], None) for kind in MODULE_STATE] if isinstance(value, nn.Module) else []
 

@@ -177,7 +177,6 @@ class _Run:
         Raises:
             CaptureError: what the module returns, or gives a gradient to, depends on the data: a step would fail on such data.
         """
-        dtype = torch.get_default_dtype()
         enough = _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
         found = [self._bytes_of(self.call.arguments, 0)]
         for draw in range(1, _DRAWS):
@@ -189,7 +188,6 @@ class _Run:
                 text = f"with other data, drawn from the example's, or other random numbers: {error}"
                 raise CaptureError(text, module=self.call.spec.module) from error
             except Exception as error:
-                torch.set_default_dtype(dtype)  # a module may change it, and could not change it back
                 TRACER.debug("%s does not run on other data: %s", self.call.spec.module, first_line(error))
         return _Bytes(*map(_upper_bound, zip(*found, strict=True)))
 
