@@ -13,18 +13,16 @@ from typing import Any
 import torch
 
 from benchmarks.field.case import Batch, Case, seed_all
-from benchmarks.field.loop import SEED, Trajectory, cast, first_difference, fresh, train
+from benchmarks.field.loop import BUDGET, SEED, SOLVER_S, Trajectory, cast, first_difference, fresh, train
 from benchmarks.field.outcome import Outcome
 from benchmarks.field.peak import resident_bytes, step_peak
 from benchmarks.field.state import differences, generators, module_state, same
 from benchmarks.field.units import in_units
 from planner import CaptureError, InfeasibleBudgetError, MeasuredPeakError, NoScheduleFoundError, PlannerError, plan
 
-BUDGET = 0.7
 ABOVE_THE_FLOOR = (1.0, 1.002, 1.02, 1.1)
 ABOVE_THE_MEASURED = 1.1
 """Of a measured peak that was above the budget: by about as much the error raises it."""
-SOLVER_S = 3.0
 
 
 def check(case: Case, precision: str, stage: Callable[[str], None] = lambda name: None) -> Outcome:

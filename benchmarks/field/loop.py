@@ -17,6 +17,10 @@ from benchmarks.field.case import Batch, Case, Setup, seed_all
 from benchmarks.field.state import differences, flat, generators, gradients, module_state
 
 SEED = 7
+BUDGET = 0.7
+"""Share of the plain step's peak that models are planned for."""
+SOLVER_S = 3.0
+"""Effort of the solver for one model."""
 
 
 @dataclass

@@ -9,13 +9,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.field.case import Batch, Case, seed_all
-from benchmarks.field.loop import SEED, Trajectory, cast, first_difference, fresh, train
+from benchmarks.field.loop import BUDGET, SEED, SOLVER_S, Trajectory, cast, first_difference, fresh, train
 from benchmarks.field.outcome import Outcome
 from benchmarks.field.peak import step_peak
 from planner import InfeasibleBudgetError, NoScheduleFoundError, PlannerError, plan_units
-
-BUDGET = 0.7
-SOLVER_S = 3.0
 
 
 def in_units(refused: Outcome, eager: Trajectory, case: Case, precision: str) -> Outcome:

@@ -239,13 +239,15 @@ def _check_calls(trial: Trial, name: str, calls: Sequence[Call], kind: UnitKind)
         if different:
             raise CaptureError(f"{times}, and not alike: {different}")
     executable = kind.made(keep_all(kind.graph))[2]
-    if executable is not None and executable.cast and torch.is_autocast_cache_enabled():
+    if executable is None:  # the code is bound to opaque modules, and no kind of several units
+        return
+    if executable.cast and torch.is_autocast_cache_enabled():
         raise CaptureError(f"{times}, and autocast casts its {executable.inputs[executable.cast[0]]} once for all of them")
-    several = sorted(executable.summed - executable.separated) if executable is not None else []
+    several = sorted(executable.summed - executable.separated)
     if several:
-        which = executable.inputs[several[0]] if executable is not None else ""
         raise CaptureError(
-            f"{times}, and uses its {which} several times in each: the order in which gradients add up would change"
+            f"{times}, and uses its {executable.inputs[several[0]]} several times in each: the order in which gradients add up "
+            "would change"
         )
 
 

@@ -44,7 +44,7 @@ class TrainingStep:
         inputs: the call's tensors.
         device: theirs.
         accumulates: gradients are accumulated over several steps; else each begins without any.
-        numbers: what sets the random numbers that each step begins with; empty: those that come next.
+        random_state: what sets the state of the random generators that each step begins with; empty: it goes on from the last.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class TrainingStep:
         self.inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         self.device = self.inputs[0].device
         self._inside = contextvars.copy_context().run  # context variables that a forward sets stay in there
-        self.numbers: Sequence[Callable[[], Any]] = ()
+        self.random_state: Sequence[Callable[[], Any]] = ()
 
-    def keep_numbers(self, own: Sequence[Any] = ()) -> None:
-        """From now on, each step begins with the random numbers that come next now: the steps are alike.
+    def fix_random_state(self, own: Sequence[Any] = ()) -> None:
+        """From now on, each step begins with the random state as it is now: the steps are alike.
 
         Args:
             own: generators that the model's code holds itself.
         """
         held = [restore for generator in own if (restore := restorer(generator, None)) is not None]
-        self.numbers = [*Generators(self.device).restorers(), *held]
+        self.random_state = [*Generators(self.device).restorers(), *held]
 
-    def restart_numbers(self) -> None:
-        """Begin with these random numbers again."""
-        for restore in self.numbers:
+    def restore_random_state(self) -> None:
+        """Set the random generators to the fixed state; nothing where none is fixed."""
+        for restore in self.random_state:
             restore()
 
     def clear_gradients(self) -> None:
@@ -94,7 +94,7 @@ class TrainingStep:
         for tensor in self.inputs:
             tensor.grad = None
         torch.clear_autocast_cache()
-        self.restart_numbers()
+        self.restore_random_state()
         with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
             out = self.forward()
         leaves = pytree.tree_leaves(out)

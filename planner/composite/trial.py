@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from planner.tracer.refusal import own_words
 from planner.tracer.replay import Strides
 
 _FIRST_SEEDS, _SEEDS = 4, 32
-"""Random numbers that are tried for the step that saves most; the first ones are all if they make no difference."""
+"""Seeds that are tried for the step that saves most; the first ones are all if they make no difference."""
 Made = tuple[RewrittenStep, Plan, Executable | None]
 """What a planned module of a unit is made of, beside the unit; the code is shared by units that run the same step."""
 
@@ -88,9 +87,9 @@ class Trial:
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
-            self.step.keep_numbers()
+            self.step.fix_random_state()
             self.is_random = self._observe()
-            if self._choose_numbers():
+            if self._choose_random_state():
                 self.is_random = True
                 self._observe()
         except PlannerError:
@@ -108,16 +107,12 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors, the random state, or what code shares with the model itself."""
-        environment = dict(os.environ)
         try:
             with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
                 yield
         finally:
             self._observer.preserved.restore()
             self.step.clear_gradients()
-            if environment != dict(os.environ):
-                os.environ.clear()
-                os.environ.update(environment)
 
     @contextlib.contextmanager
     def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:
@@ -179,14 +174,14 @@ class Trial:
         """Bytes of parameters, buffers and inputs, each storage once."""
         return self.step.resident_bytes
 
-    def _choose_numbers(self) -> bool:
-        """Let steps draw the random numbers, of those that are tried, for which a forward saves most; whether they are others.
+    def _choose_random_state(self) -> bool:
+        """Fix the random state, of those that are tried, for which a forward saves most; whether it is another one than now.
 
         What a model skips at random (LayerDrop, stochastic depth), or calls once more, then counts in the peak, and is a unit.
         """
         own = self._own_generators()
-        self.step.keep_numbers(own)
-        first = best = self.step.numbers
+        self.step.fix_random_state(own)
+        first = best = self.step.random_state
         most = least = self._saved_bytes()
         for seed in range(_SEEDS):
             if seed == _FIRST_SEEDS and most == least:
@@ -195,12 +190,12 @@ class Trial:
                 Generators(self.device).seed(seed)
                 for generator in own:
                     seed_own(generator, seed)
-                self.step.keep_numbers(own)
+                self.step.fix_random_state(own)
             saved = self._saved_bytes()
             least = min(least, saved)
             if saved > most:
-                most, best = saved, self.step.numbers
-        self.step.numbers = best
+                most, best = saved, self.step.random_state
+        self.step.random_state = best
         return best is not first
 
     def _own_generators(self) -> list[Any]:
@@ -221,7 +216,7 @@ class Trial:
             return held[1].to(held[0])
 
         with self.untouched(), torch.autograd.graph.saved_tensors_hooks(pack, unpack), self._observer.remembering():
-            self.step.restart_numbers()
+            self.step.restore_random_state()
             self.step.forward()
         return nbytes
 
@@ -283,7 +278,7 @@ class Trial:
         with self.untouched(), torch.autograd.graph.save_on_cpu():
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
-                self.step.restart_numbers()
+                self.step.restore_random_state()
                 self.step.forward()
             finally:
                 for hook in hooks:

@@ -31,24 +31,21 @@ def block_of(path: str) -> str:
     return "" if number is None else ".".join(parts[: number + 1])
 
 
-def kind_of(path: str) -> str:
-    """What a module has in common with its equals in other layers: "h.*.mlp" of "h.0.mlp"."""
-    return re.sub(r"\d+", "*", path)
-
-
 def kinds_of(paths: Iterable[str]) -> dict[str, str]:
-    """Per path, what it has in common with its equals: as `kind_of`, but a number at its end stays, unless modules lie below.
+    """Per path, what the module has in common with its equals in other layers: "h.*.mlp" of "h.0.mlp".
 
-    "blocks.0" and "blocks.1" of a net of blocks are equals; "net.0" and "net.1" of a Sequential may be a Linear and a GELU.
+    A number at the end of a path stays, unless modules lie below: "h.0" around "h.0.mlp" is a block like "h.1", but "net.0" and
+    "net.1" of a Sequential may be a Linear and a GELU.
     """
     paths = set(paths)
     around = {path[:at] for path in paths for at, sign in enumerate(path) if sign == "."}
-    return {path: _kind(path) if path not in around else kind_of(path) for path in paths}
+    return {path: _kind(path, is_block=path in around) for path in paths}
 
 
-def _kind(path: str) -> str:
-    parent, _, last = path.rpartition(".")
-    return f"{kind_of(parent)}.{last}" if parent and last.isdecimal() else kind_of(path)
+def _kind(path: str, *, is_block: bool) -> str:
+    parent, dot, last = path.rpartition(".")
+    is_member = bool(parent) and last.isdecimal() and not is_block
+    return re.sub(r"\d+", "*", parent if is_member else path) + (f"{dot}{last}" if is_member else "")
 
 
 def fold(rows: Mapping[str, Hashable]) -> dict[str, tuple[str, ...]]:

@@ -14,6 +14,7 @@ Place = tuple[int, int]
 """Where a value comes from: (op that writes it, position among its results); for an input (-1, position among the inputs)."""
 _SHOWN = 60
 _CAST = "aten._to_copy.default"
+"""The kernel by which autocast casts."""
 
 
 def places(graph: Graph) -> dict[str, Place]:
@@ -98,11 +99,10 @@ def _difference_of_inputs(planned: Graph, captured: Graph, kind: Kind) -> str:
     what = _GIVEN[kind]
     if len(ours) != len(theirs):
         return f"the plan has {len(ours)} {what}{'' if len(ours) == 1 else 's'}, the model {len(theirs)}"
-    pairs = enumerate(zip(ours, theirs, strict=True))
-    i, (one, other) = next(
-        ((i, pair) for i, pair in pairs if pair[0].form != pair[1].form and all(v.form for v in pair)), (0, (None, None))
-    )
-    return "" if one is None or other is None else f"{what} {i} is {one.form} in the plan and {other.form} in the model"
+    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        if one.form and other.form and one.form != other.form:
+            return f"{what} {i} is {one.form} in the plan and {other.form} in the model"
+    return ""
 
 
 def _difference_of_casts(planned: Graph, captured: Graph) -> str:

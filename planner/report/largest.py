@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph
 from planner.graph.live import MemoryKind, Span, spans
-from planner.graph.modules import fold, kind_of
+from planner.graph.modules import fold, kinds_of, place_of
 from planner.graph.schedule import Schedule
 
 
@@ -34,14 +34,15 @@ class Group:
 def largest(graph: Graph, schedule: Schedule, step: int, count: int) -> list[Group]:
     """What holds most at a step, the largest sum first."""
     alike: defaultdict[Hashable, list[Span]] = defaultdict(list)
+    kinds = kinds_of(map(place_of, graph.ops))
     for span in spans(graph, schedule):
         if span.start <= step <= span.end and span.nbytes:
-            alike[_likeness(graph, span)].append(span)
+            alike[_likeness(graph, span, kinds)].append(span)
     groups = [_group(found) for found in alike.values()]
     return sorted(groups, key=lambda group: (-group.count * group.nbytes, group.place, group.name))[:count]
 
 
-def _likeness(graph: Graph, span: Span) -> Hashable:
+def _likeness(graph: Graph, span: Span, kinds: Mapping[str, str]) -> Hashable:
     """What a span has in common with those of equal blocks: kernel, which of its outputs (or its workspace), kind and bytes.
 
     Of graphs that were not captured, which name no kernels, the kind of module.
@@ -50,7 +51,7 @@ def _likeness(graph: Graph, span: Span) -> Hashable:
         return _given_name(span), span.part
     op = graph.ops[span.op]
     number = op.writes.index(span.name) if span.name in op.writes else None
-    return op.kernel or kind_of(span.place), number, span.part, span.nbytes
+    return op.kernel or kinds[span.place], number, span.part, span.nbytes
 
 
 def _group(found: list[Span]) -> Group:

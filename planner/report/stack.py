@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from planner.graph.graph import Graph
 from planner.graph.live import MemoryKind, Span, spans
-from planner.graph.modules import kind_of, module_of
+from planner.graph.modules import kinds_of, module_of
 from planner.graph.schedule import Schedule
 from planner.report.picture import shortened
 
@@ -64,7 +64,8 @@ class Stack:
     """
 
     def __init__(self, graph: Graph, schedules: Iterable[Schedule]) -> None:
-        self._kinds = [kind_of(module_of(op)) for op in graph.ops]
+        kinds = kinds_of(map(module_of, graph.ops))
+        self._kinds = [kinds[module_of(op)] for op in graph.ops]
         kept, parts = Counter[str](), set[MemoryKind]()
         for schedule in schedules:
             for span in spans(graph, schedule):

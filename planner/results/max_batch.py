@@ -104,18 +104,13 @@ class Rate:
     samples_per_s: float
     noise: float = 0.0
 
-    @property
-    def figure(self) -> str:
-        """The samples a second, as printed."""
-        return f"{self.samples_per_s:,.0f}" if self.samples_per_s >= 1000 else f"{self.samples_per_s:.3g}"
-
-    @property
-    def doubt(self) -> str:
-        """The noise, as printed; "" where there is hardly any."""
-        return f" ±{self.noise:.0%}" if self.noise >= 0.005 else ""
+    def text(self, unit: str = "") -> str:
+        """The samples a second, with a unit behind them and the noise, if there is any to speak of."""
+        shown = f"{self.samples_per_s:,.0f}" if self.samples_per_s >= 1000 else f"{self.samples_per_s:.3g}"
+        return shown + unit + (f" ±{self.noise:.0%}" if self.noise >= 0.005 else "")
 
     def __str__(self) -> str:
-        return f"{self.figure} samples/s{self.doubt}"
+        return self.text(" samples/s")
 
     def gain_on(self, other: Rate) -> float:
         """How much more it is than another one, relative to that."""
@@ -311,13 +306,13 @@ def _row(tried: Tried, mark: str) -> tuple[str, ...]:
     if tried.plan is None:
         return (*head, "", "", "", "", "cannot fit" if isinstance(tried.error, InfeasibleBudgetError) else "none found")
     step = (format_bytes(tried.plan.peak_bytes), format_ns(tried.plan.timeline.time_ns), f"{tried.plan.overhead:.2%}")
-    return (*head, *step, f"{tried.predicted.figure}{tried.predicted.doubt}", mark)
+    return (*head, *step, tried.predicted.text(), mark)
 
 
 def _measured_row(tried: Tried) -> tuple[str, ...]:
     assert tried.measured is not None and tried.ran is not None
     step = (format_bytes(tried.measured.peak_bytes), format_ns(tried.measured.step_s * 1e9))
-    return (str(tried.batch), *step, f"{tried.ran.figure}{tried.ran.doubt}")
+    return (str(tried.batch), *step, tried.ran.text())
 
 
 def _figures(tried: Tried) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def run_without_backward(executable: Executable, inputs: Sequence[torch.Tensor])
     """Results of the forward alone; nothing is saved for a backward."""
     with torch.no_grad():
         given = [tensor.detach() for tensor in inputs]
-        for i in executable.uncounted:
+        for i in executable.unversioned:
             given[i] = inputs[i].data
         found = list(executable.forward(given)[: executable.num_outputs])
     for i, can in enumerate(executable.differentiable):
@@ -104,7 +104,7 @@ class _Forward(torch.autograd.Function):
         ctx.given = {i: weakref.ref(inputs[i]) for i in executable.call_inputs}
         this.summed = {i: weakref.ref(inputs[i]) for i in executable.summed}
         this.inputs = []
-        for i in executable.uncounted:
+        for i in executable.unversioned:
             inputs[i] = inputs[i].data  # a tensor with a version of its own
         results = executable.forward(inputs)
         outputs = tuple(

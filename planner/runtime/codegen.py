@@ -70,7 +70,7 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
             if _is_sum(joint.uses.get(given.node, 0), nodes[name], joint.opaque_calls)
         ),
         separated=frozenset(input_of_gradient[i] for i in range(len(joint.gradients), len(returned))),
-        uncounted=tuple(position[node.args[0].name] for node in nodes.values() if _writes_statistic(node)),
+        unversioned=tuple(position[node.args[0].name] for node in nodes.values() if _writes_statistic(node)),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         **_saved_fields(step, inputs, position),
     )

@@ -53,7 +53,7 @@ class Executable:
         cast: positions of the trained weights that autocast casts.
         summed: positions of the inputs whose gradient is a sum over several uses.
         separated: those of them whose terms the stages return one by one.
-        uncounted: positions of the inputs that eager's kernels write into without a new version: batch norm's statistics.
+        unversioned: positions of the inputs that eager's kernels write into without a new version: batch norm's statistics.
     """
 
     forward: Boxed
@@ -84,7 +84,7 @@ class Executable:
     cast: tuple[int, ...] = ()
     summed: frozenset[int] = frozenset()
     separated: frozenset[int] = frozenset()
-    uncounted: tuple[int, ...] = ()
+    unversioned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,6 +138,18 @@ def contents_preserved(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _environment_preserved() -> Iterator[None]:
+    """At exit, restore the environment variables."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if dict(os.environ) != before:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
 def _memory_preserved(model: nn.Module) -> Iterator[None]:
     """At exit, tensors of the model to which code gave other memory (`tensor.data = other`) have their own again."""
     with untraced():
@@ -249,14 +262,20 @@ def class_containers(kind: type) -> list[tuple[str, Any]]:
 def model_preserved(
     model: nn.Module, tensors: Sequence[torch.Tensor] = (), *, guards_iterators: bool = True
 ) -> Iterator[Preserved]:
-    """At exit, restore what running a model may change: attributes, containers, objects, generators, switches, `tensors`.
+    """At exit, restore what running a model may change: attributes, containers, objects, generators, switches, variables.
 
     Tensors of the model get back the memory and form that they had. What is yielded says with `restore()` whether something
     of it was changed so far.
     """
     preserved = keep_model(model, Preserved(guards_iterators=guards_iterators))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with Generators(device).preserved(), switches_preserved(), contents_preserved(tensors), _memory_preserved(model):
+    with (
+        Generators(device).preserved(),
+        switches_preserved(),
+        _environment_preserved(),
+        contents_preserved(tensors),
+        _memory_preserved(model),
+    ):
         try:
             yield preserved
         finally:

@@ -38,8 +38,8 @@ _DRAWS = 12
 _SPREADS = 3
 """Standard deviations of the measured bytes by which other data may need more than the most that was measured.
 
-If bytes are normally distributed over batches, and over the batches drawn from one batch, 0.6 % of other batches exceed this
-bound of twelve measurements (simulated 60,000 times); 12 % or more would exceed the most.
+If bytes are normally distributed over batches, and over the batches drawn from one batch, 0.7 % of other batches exceed this
+bound of twelve measurements, and 15 % the most of these (simulated 60,000 times).
 """
 
 

@@ -1,6 +1,6 @@
 """Rows of equal modules."""
 
-from planner.graph.modules import kind_of, kinds_of
+from planner.graph.modules import kinds_of
 
 
 def test_numbers_stand_for_layers_and_not_for_the_members_of_a_sequential():
@@ -19,6 +19,5 @@ def test_numbers_stand_for_layers_and_not_for_the_members_of_a_sequential():
     }
 
 
-def test_a_path_alone_tells_nothing_of_what_lies_below():
-    assert kind_of("h.0") == "h.*"
+def test_numbers_at_the_top():
     assert kinds_of(["0", "1.0"]) == {"0": "*", "1.0": "*.0"}
