@@ -88,9 +88,8 @@ class Trial:
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
             self.step.fix_random_state()
-            self.is_random = self._observe()
-            if self._choose_random_state():
-                self.is_random = True
+            self.is_random = self._observe() or bool(self._own_generators())
+            if self.is_random and self._choose_random_state():
                 self._observe()
         except PlannerError:
             raise

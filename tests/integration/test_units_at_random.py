@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 import warnings
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from planner import plan_units
+from planner.composite.training_step import TrainingStep
+from planner.composite.trial import Trial
 from planner.profiler.memory import logical_peak
 from tests.support.training import assert_same
 
@@ -172,3 +175,13 @@ def test_the_budget_holds_for_other_draws(kind, own):
             seeded(seed)
             twin(x).backward()  # with the numbers that planning left in its generator
             assert_same(*([p.grad for p in each.parameters() if p.grad is not None] for each in (twin, model)))
+
+
+@pytest.mark.parametrize(("p", "num_forwards"), [(0.0, 1), (0.1, 6)])
+def test_other_random_states_are_tried_for_a_model_that_draws_alone(p, num_forwards, monkeypatch):
+    """One observed step; and where dropout draws, a forward of it and four with other states, which save no more."""
+    noted, forward = io.StringIO(), TrainingStep.forward  # a list would be put back after each of them
+    monkeypatch.setattr(TrainingStep, "forward", lambda step: (noted.write("."), forward(step))[1])
+    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(p) if p else nn.Tanh(), nn.Linear(16, 1))
+    Trial(model, (torch.randn(4, 16),), {}, None)
+    assert len(noted.getvalue()) == num_forwards
