@@ -1,6 +1,7 @@
 """plan_units on models end to end: bits over three steps, measured peaks within the budget, in place and undone."""
 
 import copy
+import os
 import re
 import warnings
 
@@ -301,3 +302,18 @@ def test_a_kernel_with_a_named_tuple_of_results_that_are_not_laid_out_as_their_f
         out.float().sum().backward()
         assert module.a.weight.grad is not None
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+class InEnvironment(Net):
+    """Counts its calls where the whole process sees it."""
+
+    def forward(self, x):
+        os.environ["NUM_CALLS"] = str(int(os.environ["NUM_CALLS"]) + 1)
+        return super().forward(x)
+
+
+def test_environment_variables_stay(monkeypatch):
+    monkeypatch.setenv("NUM_CALLS", "0")
+    model = InEnvironment(picks=True).train()
+    plan_units(model, 1.0, (torch.randn(16, 8),), **QUICK)
+    assert os.environ["NUM_CALLS"] == "0"
