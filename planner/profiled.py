@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from planner import arguments, units
 from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
-from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError
+from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlannerError
 from planner.graph.accumulation import HELD
 from planner.graph.graph import Graph, Kind
 from planner.graph.planned import NOT_RUN
@@ -24,6 +24,7 @@ from planner.graph.simulate import simulate
 from planner.limits import Limits
 from planner.log import PLANNER
 from planner.options import PlanOptions
+from planner.other_states import other_states
 from planner.profiler.devices import find_device
 from planner.profiler.estimate import DeviceModel, estimate
 from planner.profiler.measure import measure
@@ -40,6 +41,7 @@ from planner.tracer.capture import one_at_a_time
 from planner.tracer.faults import noting
 from planner.tracer.joint import Joint
 from planner.tracer.lower import kernel_nodes, lower
+from planner.tracer.real_layouts import capture
 from planner.tracer.target_device import TargetDevice
 from planner.verification.measured import measured, measured_within, noted
 from planner.verification.verify import verify
@@ -68,6 +70,7 @@ class ProfiledStep(CapturedStep):
         units.check_budget(budget)
         with one_at_a_time():
             planned = self._planned(budget)
+            planned.alternatives.extend(self._of_other_states(planned))
             for args, kwargs in self.options.also:
                 other = profiled(self.model, args, kwargs, self.options)
                 planned.alternatives.append(other._planned(planned.plan.budget_bytes))
@@ -78,11 +81,14 @@ class ProfiledStep(CapturedStep):
     @property
     def plan_anew(self) -> Callable[..., CheckpointedModule]:
         """What plans calls of other sizes, as this one was planned."""
-        # bytes set aside are passed on as their number: an optimizer is no part of a planned module's pickle
+        return PlanAnew(replace(self._of_further_calls, check=False))
+
+    @property
+    def _of_further_calls(self) -> PlanOptions:
+        """The options for other calls of the model: bytes set aside are a number, no optimizer, which copies would hold."""
         reserved = [value for value in self.graph.values if value.kind is Kind.RESERVED]
         aside = sum(value.nbytes for value in reserved if value.name != HELD)  # those gradients are counted by `accumulate`
-        options = replace(self.options, reserve=aside, optimizer=None, master_weights=False)
-        return PlanAnew(replace(options, also=(), sizes=(), check=False))
+        return replace(self.options, reserve=aside, optimizer=None, master_weights=False, also=(), sizes=())
 
     def sweep(
         self,
@@ -177,6 +183,23 @@ class ProfiledStep(CapturedStep):
             made = self.solved(aim_bytes, self.options.limits)
         made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
         return self.rewritten(made, fraction)
+
+    def _of_other_states(self, planned: CheckpointedModule) -> Iterator[CheckpointedModule]:
+        """Planned modules for calls that find other Python state; those that cannot be planned run unplanned."""
+        if self.joint.absent_device or communicates(self.joint):
+            return
+        options = replace(self._of_further_calls, dynamic=False)
+        for state in other_states(self, planned):
+            try:
+                with stage(f"plan for {state.calls}", options.progress), state.entered:
+                    joint = capture(self.model, self.args, self.kwargs, loss=options.loss, opaque=options.opaque, as_found=True)
+                    step = with_costs(
+                        CapturedStep(self.model, self.args, self.kwargs, options, joint), set_aside(self.model, options, None)
+                    )
+                    step = replace(step, provenance=replace(step.provenance, call=state.calls))
+                    yield step._planned(planned.plan.budget_bytes)
+            except PlannerError as error:
+                PLANNER.info("no plan for %s: %s", state.calls, error)
 
     def planned_like(self, plan: Plan) -> CheckpointedModule:
         """The planned module for the budget of a plan of another call, with the margin that its measured step needed.

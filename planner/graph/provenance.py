@@ -26,6 +26,7 @@ class Provenance:
         date: year-month-day.
         module: class of the model; "" where it is not known (files of earlier versions).
         loss: names of the outputs that backward starts from; empty where they are not known (likewise).
+        call: which calls it is a plan for, for people, where it is for those alone that find certain Python state; else "".
     """
 
     costs: Costs
@@ -41,6 +42,7 @@ class Provenance:
     date: str = ""
     module: str = ""
     loss: tuple[str, ...] = ()
+    call: str = ""
 
     @property
     def is_estimated(self) -> bool:

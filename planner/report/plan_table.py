@@ -33,6 +33,7 @@ def text(plan: PlannedGraph) -> str:
             f"{_measured(plan)}",
         ),
         ("peak at", _where(plan)),
+        ("for", plan.provenance.call if plan.provenance else ""),
         ("backward", _starts(plan)),
         (
             "step time",

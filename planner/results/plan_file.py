@@ -268,6 +268,7 @@ def read_provenance(value: Any) -> Provenance | None:
         date=string(fields["date"], "date"),
         module=string(fields.get("module", ""), "module"),
         loss=strings(fields.get("loss", []), "loss"),
+        call=string(fields.get("call", ""), "call"),
     )
 
 

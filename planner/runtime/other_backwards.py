@@ -34,6 +34,7 @@ from planner.runtime.executable import Boxed, OtherBackward
 from planner.runtime.guards.call_key import autocast_of
 from planner.runtime.step import RewrittenStep
 from planner.tracer.graft import graft
+from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from planner.tracer.real_layouts import capture_again
@@ -216,9 +217,9 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     """
     call = step.joint.call
     with fake_mode():
-        made = _inputs_like(step)
+        made = [*_inputs_like(step), *map(_tensor_like, step.joint.host.state_keys)]
         for (given, _), is_leaf in zip(step.joint.gradients, leaves, strict=True):
-            if given.kind is Kind.INPUT and not is_leaf and int(given.key) < len(made):
+            if given.kind is Kind.INPUT and not is_leaf:
                 made[int(given.key)] = made[int(given.key)].view_as(made[int(given.key)])
     arguments = list(call.leaves)
     for i, position in enumerate(call.tensors):
@@ -226,7 +227,8 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     args, kwargs = pytree.tree_unflatten(arguments, call.in_spec)
     opaque = tuple(dict.fromkeys(spec.module for spec in step.joint.opaque_calls.values()))
     with torch.enable_grad(), autocast_of(step.key, step.joint.device):
-        known = Replay(strides, step.joint.recorded, step.joint.opaque_calls, step.joint.host)
+        state = made[len(call.tensors) :]
+        known = Replay(strides, step.joint.recorded, step.joint.opaque_calls, step.joint.host, state)
         return capture_again(model, args, kwargs, known, opaque)
 
 
@@ -235,16 +237,21 @@ def _inputs_like(step: RewrittenStep) -> list[torch.Tensor]:
     inputs, storages = step.key.inputs, step.storages
     memory: dict[int, torch.Tensor] = {}
     made = []
-    for i, (shape, strides, dtype, device, requires_grad) in enumerate(inputs):
+    for i, (shape, strides, dtype, device, _) in enumerate(inputs):
         group = [k for k in range(len(inputs)) if storages[k] == storages[i]]
         if len(group) == 1 or any(inputs[k][2] != dtype or inputs[k][4] for k in group):
-            made.append(torch.empty_strided(shape, strides, dtype=dtype, device=device).requires_grad_(requires_grad))
+            made.append(_tensor_like(inputs[i]))
             continue
         if storages[i] not in memory:
             size = max(_extent(*inputs[k][:2]) for k in group)
             memory[storages[i]] = torch.empty(size, dtype=dtype, device=device)
         made.append(memory[storages[i]].as_strided(shape, strides))
     return made
+
+
+def _tensor_like(key: TensorKey) -> torch.Tensor:
+    shape, strides, dtype, device, requires_grad = key
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device).requires_grad_(requires_grad)
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -39,7 +39,7 @@ from planner.tracer.recording import Recording, has_data, record
 from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay, Strides
 from planner.tracer.target_device import TargetDevice
-from planner.tracer.trace import Trace, TracedForward, TraceOptions, trace
+from planner.tracer.trace import Trace, TracedForward, TraceOptions, state_tensors, trace
 
 
 def capture(
@@ -52,6 +52,7 @@ def capture(
     target: TargetDevice | None = None,
     replay: Replay | None = None,
     gradients: Sequence[Strides] | None = None,
+    as_found: bool = False,
 ) -> Joint:
     """Capture one training step of `model(*args, **kwargs)` as a joint graph.
 
@@ -71,6 +72,8 @@ def capture(
         target: a device that is not here, to capture for. The model and its inputs may then be on the meta device.
         replay: an earlier capture of the call, which is captured again for other gradients; its tensors may then be fake. Used
             instead of `loss`, and no forward is run.
+        as_found: capture what a call does in the Python state that is found now, as a first one does that fills a cache; by
+            default what later calls do, each of which finds what the one before left.
 
     Raises:
         InputError: the model or the inputs cannot be planned as they are.
@@ -85,7 +88,7 @@ def capture(
         raise CaptureError(f"plan on {target.name}: opaque modules ({', '.join(opaque)}) must be measured there")
     while True:
         try:
-            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, gradients=gradients)
+            joint = _capture(model, tuple(args), dict(kwargs or {}), loss, opaque, target, None, gradients, as_found)
             return joint if first is None else replace(joint, refused=str(first))
         except CaptureError as error:
             if target is not None or error.is_models_own:
@@ -163,6 +166,7 @@ def _capture(
     target: TargetDevice | None,
     replay: Replay | None = None,
     gradients: Sequence[Strides] | None = None,
+    as_found: bool = False,
 ) -> Joint:
     """One capture with these opaque modules: check, record, trace, bring into normal form, check."""
     leaves, in_spec = flatten_example(args, kwargs)
@@ -188,7 +192,8 @@ def _capture(
                 recording = Recording.of_replay(model, replay)
             elif has_data(model, tensors, fakes_run=target is None):
                 originals = {id(ours): theirs for ours, theirs in zip(tensors, given, strict=True) if ours is not theirs}
-                recording = inside(record, model, call, tensors, tuple(opaque), device, modules, originals)
+                known = (tuple(opaque), device, modules, originals)
+                recording = inside(record, model, call, tensors, *known, as_found=as_found)
             else:
                 recording = Recording()
         try:
@@ -196,7 +201,7 @@ def _capture(
                 options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)
                 traced = inside(trace, options, tensors)
             weights, keys = weight_keys(model), module_keys(model)
-            held = [path.get(model) for path in recording.host.state]
+            held = state_tensors(model, recording, replay)
         finally:
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
@@ -206,6 +211,7 @@ def _capture(
         finally:
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     _check_weights(model, joint)
+    _check_constants(joint, recording)
     if recording.to_measure:
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
             joint = replace(joint, opaque_calls=inside(_measured, joint, model, recording))
@@ -300,6 +306,17 @@ def _check_weights(model: nn.Module, joint: Joint) -> None:
         raise CaptureError(
             f"the model's backward reads {again} by itself, as an autograd.Function does that calls a module in its backward: "
             "a plan would hold it as a constant. Hand the weight to the function as an argument"
+        )
+
+
+def _check_constants(joint: Joint, recording: Recording) -> None:
+    """Raise CaptureError where the trace found a tensor in Python state in another place than the real forward."""
+    found = next((recording.held[id(tensor)] for tensor in joint.constants.values() if id(tensor) in recording.held), None)
+    if found is not None:
+        raise CaptureError(
+            f"the model's forward reads {found} in one call and another place in the next, where the same tensor was; a plan "
+            "would read one for ever. Keep the tensors in buffers",
+            module=found.module,
         )
 
 

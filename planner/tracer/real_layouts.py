@@ -38,6 +38,7 @@ def capture(
     opaque: Collection[str] = (),
     target: TargetDevice | None = None,
     gradients: Sequence[Strides] | None = None,
+    as_found: bool = False,
 ) -> Joint:
     """As `planner.tracer.capture.capture`, with tensors laid out as in the real step.
 
@@ -49,7 +50,12 @@ def capture(
         InputError, CaptureError: as there; or a kernel's fake is wrong in a way that no trace can follow.
     """
     begun = time.monotonic()
-    traced = lambda opaque: capture_once(model, args, kwargs, loss=loss, opaque=opaque, target=target, gradients=gradients)
+
+    def traced(opaque: Collection[str]) -> Joint:
+        return capture_once(
+            model, args, kwargs, loss=loss, opaque=opaque, target=target, gradients=gradients, as_found=as_found
+        )
+
     is_absent_gpu = target is not None and target.capability is not None
     joint = traced(opaque) if is_absent_gpu else _captured(model, opaque, traced)
     name, total = type(model).__name__, len(joint.graph.nodes)

@@ -43,6 +43,7 @@ class Recording:
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
         settled: every place that the forward reads or writes, as a second call leaves it; empty where the first one differs.
         seen_by_line: what tensors showed that the forward made; None where no forward was run.
+        held: where Python state holds tensors, by identity.
     """
 
     host: HostState = field(default_factory=HostState)
@@ -53,6 +54,7 @@ class Recording:
     settled: Mapping[Path, Any] = field(default_factory=dict)
     seen_by_line: SeenByLine | None = None
     to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
+    held: Mapping[int, Path] = field(default_factory=dict)
 
     @classmethod
     def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
@@ -85,6 +87,8 @@ def record(
     device: torch.device,
     modules: ModuleStack,
     originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
+    *,
+    as_found: bool = False,
 ) -> Recording:
     """Run the model's forward until two runs do the same; run the calls of opaque modules.
 
@@ -97,6 +101,7 @@ def record(
         opaque: names of opaque modules.
         modules: of the model; says after an error where it came from.
         originals: by identity of one of `tensors` that takes the place of one of the user's, that one.
+        as_found: see `Observer.observe`.
 
     Raises:
         CaptureError: the model, or an opaque module, takes, returns or does what no plan can hold.
@@ -107,7 +112,7 @@ def record(
             return run_call(model, call, tensors)
 
     try:
-        observed, calls = _observed(model, run, tensors, opaque, device, modules, originals)
+        observed, calls = _observed(model, run, tensors, opaque, device, modules, originals, as_found)
     except PlannerError:
         raise
     except Exception:
@@ -116,7 +121,7 @@ def record(
     reads = tuple(observed.run.reads)
     specs = {key: recorded.spec for key, recorded in calls.items()}
     state = (observed.preserved, observed.written, observed.settled, observed.seen_by_line)
-    return Recording(observed.host, specs, reads, *state, calls)
+    return Recording(observed.host, specs, reads, *state, calls, observed.held)
 
 
 def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:
@@ -140,6 +145,7 @@ def _observed(
     device: torch.device,
     modules: ModuleStack,
     originals: Mapping[int, torch.Tensor],
+    as_found: bool,
 ) -> tuple[ObservedForward, dict[str, RecordedCall]]:
     calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
@@ -169,7 +175,7 @@ def _observed(
 
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
-            return observer.observe(run_model, inputs), calls
+            return observer.observe(run_model, inputs, as_found=as_found), calls
     except BaseException as error:
         observer.preserved.restore()
         if isinstance(error, Exception) and not isinstance(error, PlannerError):

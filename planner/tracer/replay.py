@@ -40,12 +40,14 @@ class Replay:
         recorded: (kernel, value) that answer the model's host reads; None where no forward was recorded.
         calls: recorded calls of opaque modules, by key.
         host: what Python does beside the kernels.
+        state: tensors like those that the call found in Python state, in the order of `HostState.state`.
     """
 
     strides: tuple[Strides | None, ...]
     recorded: Sequence[RecordedRead] | None = None
     calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
     host: HostState = field(default_factory=HostState)
+    state: Sequence[torch.Tensor] = ()
 
 
 def usual_strides(output: torch.Tensor) -> Strides | None:

@@ -152,8 +152,13 @@ def _trace(options: TraceOptions, tensors: Sequence[torch.Tensor], units: Units)
 
 def _state_inputs(options: TraceOptions) -> list[torch.Tensor]:
     """The tensors of Python state, as leaves of autograd."""
-    found = [path.get(options.model) for path in options.recording.host.state]
+    found = state_tensors(options.model, options.recording, options.replay)
     return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in found]
+
+
+def state_tensors(model: nn.Module, recording: Recording, replay: Replay | None) -> Sequence[torch.Tensor]:
+    """The tensors of Python state that the call finds; of a replay, tensors like them."""
+    return [path.get(model) for path in recording.host.state] if replay is None else replay.state
 
 
 class _TracedModule(nn.Module):
@@ -284,8 +289,10 @@ def _traced_tensors(
 
 
 def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """Put traced tensors where Python state holds tensors."""
+    """Put traced tensors where Python state holds tensors, and what a first call finds where it finds other values."""
     host, model = options.recording.host, options.model
+    for path, found in host.found:
+        path.set(model, found)
     for path, traced in zip(host.state, tensors[len(options.call.tensors) :], strict=True):
         path.set(model, traced)
     for path, name in host.aliases:

@@ -35,6 +35,7 @@ from planner.units import format_bytes
 from planner.verification.bits import different_results
 from planner.verification.state import strides_that_matter
 from planner.verification.step_copy import (
+    FILLED_IN,
     CallArguments,
     StepCopy,
     aligned,
@@ -42,7 +43,9 @@ from planner.verification.step_copy import (
     backward_of_ones,
     copy_of,
     own_call,
+    renew_history,
     resident_bytes,
+    state_found,
 )
 
 _TIMEOUT_S, _TIMEOUT_STEPS = 60.0, 50.0
@@ -161,20 +164,29 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
     detach_from_parent(planned.original, planned.step.joint)
     own = own_call(planned, call)
     planned.__dict__["audits"] = False  # an audit would count as part of the step
+    found = state_found(planned)
+    wrong: list[str] = []
+
+    def check() -> None:
+        found.restore()
+        renew_history(planned, planned.original)
+        wrong.append(_check(planned, own))
+
     try:
         _settle(planned, own)
-        wrong: list[str] = []
         if num_stages(planned.plan.graph):  # what is measured finds the gradients of this one
-            wrong.append(_check(planned, own))
-        above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
+            check()
+        above = logical_peak(check, planned.device)
         if not wrong[0] and resident_bytes(planned) + above > planned.plan.budget_bytes:
             if not num_stages(planned.plan.graph):
                 _clear(planned, own)
             # what a first call allocates for good is not part of a step
-            above = logical_peak(lambda: wrong.append(_check(planned, own)), planned.device)
+            above = logical_peak(check, planned.device)
         if any(wrong):
             yield {"wrong": next(filter(None, wrong)), "where": [], "last": True}
         else:
+            found.restore()
+            renew_history(planned, planned.original)
             yield {"peak_bytes": resident_bytes(planned) + above}
             yield {"last": True, "where": []} | _bits_differ(planned, own)
         return
@@ -214,13 +226,14 @@ def _settle(planned: CheckpointedModule, call: CallArguments) -> None:
     """Run the model's own forward once if Python state is not as planned yet: a first call fills a cache, or a None."""
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(*call)
-        if mismatch is not None and mismatch.kind == "host":
+        if mismatch is not None and mismatch.kind in FILLED_IN:
             run_original(unplanned_forward(planned.original), *call)
 
 
 def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
     """{"not run": ...} where the model's own step fails in a forked process, too; else {}."""
     _clear(planned, call)
+    renew_history(planned, planned.original)
     try:
         uninstall(planned.original)
         with autocast_of(planned):

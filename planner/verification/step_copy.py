@@ -23,11 +23,16 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.call import without_history
 from planner.tracer.faults import is_out_of_memory
+from planner.tracer.host.preserve import Preserved
+from planner.tracer.host.state import remembered
 from planner.tracer.joint import Joint
 from planner.tracer.outputs import without_caches
 from planner.verification.state import generators, set_generators, state_of
 
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+FILLED_IN = ("host", "weight")
+"""Kinds of mismatches that a first forward may remove: it fills in Python state, or a buffer that is None."""
 
 
 class CopyError(InputError):
@@ -96,9 +101,26 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
     call = (tuple(args), dict(kwargs or {}))
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(*call)
-    if mismatch is not None and mismatch.kind != "host":  # Python state that a first forward fills in: see `StepCopy.settle`
+    if mismatch is not None and mismatch.kind not in FILLED_IN:  # see `StepCopy.settle`
         raise InputError(f"{what} the call that was planned for: {mismatch.explained}")
     return call
+
+
+def state_found(planned: CheckpointedModule) -> Preserved:
+    """Restores the Python state that a planned call finds, before it is run again, where it leaves another one."""
+    host = planned.step.joint.host
+    return remembered(planned.original, host.key) if host.as_found else Preserved()
+
+
+def renew_history(planned: CheckpointedModule, model: nn.Module) -> None:
+    """Give the tensors that a call of this model left with its autograd graph graphs of their own.
+
+    A call finds them as within one training step of several calls; a backward can run through them again and again.
+    """
+    for path in planned.step.joint.host.state:
+        left = path.get(model)
+        if isinstance(left, torch.Tensor) and left.grad_fn is not None:
+            path.set(model, left.detach().requires_grad_().view_as(left))
 
 
 def resident_bytes(planned: CheckpointedModule) -> int:
@@ -118,6 +140,7 @@ class StepCopy:
         self.module, self.call, self._planned, self._given = module, own_call(planned, call), planned, call
         self._device = planned.device
         self._model: nn.Module = module.original if isinstance(module, CheckpointedModule) else module
+        self._found = state_found(module) if isinstance(module, CheckpointedModule) else Preserved()
         if isinstance(module, CheckpointedModule):
             module.__dict__["audits"] = False  # an audit would count as part of the step
         else:
@@ -129,7 +152,9 @@ class StepCopy:
         return [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
 
     def prepare(self) -> None:
-        """Reset gradients to None and inputs to their first values."""
+        """Reset gradients to None, inputs to their first values, and Python state as of `state_found`, `renew_history`."""
+        self._found.restore()
+        renew_history(self._planned, self._model)
         self.module.zero_grad(set_to_none=True)
         given = [leaf for leaf in pytree.tree_leaves(self._given) if isinstance(leaf, torch.Tensor)]
         for own, original in zip(self.inputs, given, strict=True):
@@ -144,6 +169,7 @@ class StepCopy:
         before = generators()
         with autocast_of(self._planned):
             run_original(unplanned_forward(self._model), *self.call)
+        renew_history(self._planned, self._model)
         set_generators(before)
 
     def mismatch(self) -> Mismatch | None:

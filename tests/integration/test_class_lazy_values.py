@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from planner import plan
-from tests.support.members import GUARDED, check, ids, inside, member
+from tests.support.members import check, ids, inside, member
 
 CONFIG = "class Config:\n    def __init__(self):\n        self.mode = None\n"
 MODE = "if {0} is None:\n    {0} = 'double'\nh = h * 2 if {0} == 'double' else h * 3"
@@ -50,43 +50,6 @@ def test_the_first_call_runs_planned(of):
 @pytest.mark.parametrize("of", SET[::3], ids=ids(SET[::3]))
 def test_the_first_call_runs_planned_in_a_submodule(of):
     check(inside(of))
-
-
-OTHER_FIRST_CALL = [
-    member(
-        "first call runs other kernels",
-        "if self.mode is None:\n    self.mode = 'double'\n    h = h + 1\nh = h * 2 if self.mode == 'double' else h",
-        init="self.mode = None",
-        allowed=GUARDED,
-        planned_from=1,
-    ),
-    member(
-        "first call draws",
-        "if self.mode is None:\n    self.mode = 'double'\n    torch.rand(2)\nh = F.dropout(h, 0.5)",
-        init="self.mode = None",
-        allowed=GUARDED,
-        planned_from=1,
-    ),
-    member(
-        "list",  # which other places hold the same one is not known
-        "if self.rows is None:\n    self.rows = [*x.shape]\nh = h * self.rows[0]",
-        init="self.rows = None",
-        allowed=GUARDED,
-        planned_from=1,
-    ),
-    member(
-        "tensor",
-        "if self.k is None:\n    self.k = torch.full((8,), 2.0)\nh = h * self.k",
-        init="self.k = None",
-        allowed=GUARDED,
-        planned_from=1,
-    ),
-]
-
-
-@pytest.mark.parametrize("of", OTHER_FIRST_CALL, ids=ids(OTHER_FIRST_CALL))
-def test_another_first_call_runs_unplanned(of):
-    check(of)
 
 
 class Net(nn.Module):

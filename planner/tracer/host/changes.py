@@ -14,20 +14,22 @@ from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.state import Effect, Path
-from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, is_plain, items_of
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a steady forward changes.
+    """What a forward changes.
 
     Attributes:
         effects: what is written; the templates hold the tensors of the last recording forward.
         moved: ids of tensors that existed before the forward and are stored in another place after it.
+        found: of one call: (place, plain value that it finds there) of the effects that find no tensor.
     """
 
     effects: tuple[Effect, ...] = ()
     moved: frozenset[int] = frozenset()
+    found: tuple[tuple[Path, Any], ...] = ()
 
 
 def find_changes(
@@ -38,8 +40,10 @@ def find_changes(
     known: Collection[int] = (),
     inputs: Collection[int] = (),
     only_written: Callable[[Path], bool] = lambda path: False,
+    *,
+    as_found: bool = False,
 ) -> Changes:
-    """Compare two snapshots of successive steady forwards.
+    """Compare two snapshots: of successive steady forwards, or of what one call finds and leaves.
 
     Args:
         before, after: every place that the forward reads or writes, with its value.
@@ -48,15 +52,17 @@ def find_changes(
         inputs: identities of the call's tensors, which every call replaces.
         only_written: whether every forward writes an attribute before reading it; planned calls then write it even if its
             value is equal.
+        as_found: of one call: plain values may change, and containers of tensors and plain values may take their place.
 
     Raises:
         CaptureError: something that is no tensor changes from call to call, or a container that cannot be written.
     """
-    finder = _Finder(model, before, after, outside, inputs, only_written)
+    finder = (_OneCall if as_found else _Finder)(model, before, after, outside, inputs, only_written)
     effects = tuple(finder.find())
     old = {id(value) for value in before.values() if isinstance(value, torch.Tensor)} - set(known)
     moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old)
-    return Changes(effects, moved)
+    found = ((effect.path, before.get(effect.path, ABSENT)) for effect in effects if as_found)
+    return Changes(effects, moved, tuple((path, value) for path, value in found if value is ABSENT or is_plain(value)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,16 @@ class _Finder:
         if read or any(a is not b for a, b in zip(kept, new, strict=False)):
             raise _refusal(path, f"{old} items", f"{len(new)} items")
         self._done.append(path)
-        yield Effect(path, _tensors_only(path, grown), appends=True)
+        self._check_appended(path, grown)
+        yield Effect(path, grown, appends=True)
+
+    def _check_appended(self, path: Path, items: list[Any]) -> None:
+        """Raise CaptureError unless every call may append these: tensors, and what is the same for all of them."""
+        for leaf in (leaf for item in items for leaf in _leaves(item)):
+            if not isinstance(leaf, (torch.Tensor, str, int, float, bool, type(None))):
+                raise _refusal(path, "shorter", "longer")
+            if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+                raise _refusal(path, "shorter", f"longer by a {type(leaf).__name__}, which a plan would repeat")
 
     def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
         """Another tensor in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
@@ -185,6 +200,51 @@ class _Finder:
         return path
 
 
+class _OneCall(_Finder):
+    """Finds what a call changes that other calls need not find: it fills a cache, or sets a mode."""
+
+    def _fresh(self, path: Path, was: Any, now: Any) -> Any:
+        self._check_made(path, was, now)
+        return now
+
+    def _check_appended(self, path: Path, items: list[Any]) -> None:
+        for item in items:
+            self._check_made(path, "shorter", item)
+
+    def _check_made(self, path: Path, was: Any, now: Any) -> None:
+        """Raise CaptureError unless a plan can make this value at each call."""
+        if not all(map(_is_settable, _parts(now))):
+            raise _refusal(path, was, now)
+        made = {id(part) for part in _parts(now) if isinstance(part, _CONTAINERS) and not isinstance(part, tuple)}
+        known = {id(value) for value in self._before.values()}
+        held = Counter(id(value) for value in self._after.values() if id(value) in made)
+        if made & known or max(held.values(), default=0) > 1:  # a plan would put another container into each place
+            raise _refusal(path, was, now)
+
+    def _writable(self, path: Path) -> Path:
+        if not path.steps and path.scope is None:
+            buffers = vars(self._model.get_submodule(path.module))["_buffers"]
+            if path.name in buffers and path in self._before and self._before[path] is not ABSENT:
+                return path  # a buffer that was None
+        return super()._writable(path)
+
+
+_CONTAINERS = (list, tuple, dict, deque)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value, and every key and item of Python's own containers in it."""
+    yield value
+    if type(value) in _CONTAINERS:
+        for key, item in items_of(value):
+            yield key
+            yield from _parts(item)
+
+
+def _is_settable(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) or type(part) in _CONTAINERS or is_plain(part)
+
+
 def _root(path: Path) -> tuple[Any, ...]:
     return (path.module, path.name, id(path.scope.variables) if path.scope is not None else None)
 
@@ -220,15 +280,6 @@ def _holds_tensors(value: Any) -> bool:
 
 def _tensor_ids(template: Any) -> Iterator[int]:
     yield from (id(leaf) for leaf in _leaves(template) if isinstance(leaf, torch.Tensor))
-
-
-def _tensors_only(path: Path, items: list[Any]) -> list[Any]:
-    for leaf in (leaf for item in items for leaf in _leaves(item)):
-        if not isinstance(leaf, (torch.Tensor, str, int, float, bool, type(None))):
-            raise _refusal(path, "shorter", "longer")
-        if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
-            raise _refusal(path, "shorter", f"longer by a {type(leaf).__name__}, which a plan would repeat")
-    return items
 
 
 def _text(value: Any) -> str:

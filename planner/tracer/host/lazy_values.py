@@ -10,18 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
-import torch
 from torch import nn
 
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.state import LazyValue, Path, bare_fingerprint
-from planner.tracer.host.values import ABSENT
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+from planner.tracer.host.values import ABSENT, is_plain
 
 
 def lazy_values(model: nn.Module, settled: Mapping[Path, Any], written: Sequence[Path]) -> tuple[LazyValue, ...]:
@@ -37,7 +33,7 @@ def lazy_values(model: nn.Module, settled: Mapping[Path, Any], written: Sequence
         if any(path.is_inside(other) for other in (*written, *(value.path for value in found))):
             continue
         before = path.get(model)
-        if before is after or not (_is_plain(after) and (before is ABSENT or _is_plain(before))):
+        if before is after or not (is_plain(after) and (before is ABSENT or is_plain(before))):
             continue
         if not alike(bare_fingerprint(before), bare_fingerprint(after)) and _is_held_in_place(model, path):
             found.append(LazyValue(path, bare_fingerprint(before), after))
@@ -74,9 +70,3 @@ def _is_held_in_place(model: nn.Module, path: Path) -> bool:
         holder, kind = _holder(model, path), path.steps[-1][0]
         return isinstance(holder, (list, dict, deque)) if kind == "item" else kind == "attr" and not isinstance(holder, type)
     return path.scope is not None or path.name.isidentifier()
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) is tuple:
-        return all(map(_is_plain, value))
-    return type(value) in _PLAIN or isinstance(value, Enum)

@@ -20,22 +20,20 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
-from planner.tracer.host.fingerprint import Fingerprints
+from planner.tracer.host.fingerprint import Fingerprints, tensor_key
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
-from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.scopes import Reads
-from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
+from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
+from planner.tracer.host.steady import leave_to_next_call, run_twice, run_until_steady
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 
-_RUNS = 4
-"""Maximum number of runs; the first ones may fill caches and initial state."""
 NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
 """All of the call's tensors are the user's own."""
 
@@ -51,6 +49,7 @@ class ObservedForward:
         written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
         settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
         seen_by_line: what tensors showed that the forward made.
+        held: where Python state holds tensors as the trace will find it, by identity.
     """
 
     run: Run
@@ -59,6 +58,7 @@ class ObservedForward:
     written: tuple[torch.Tensor, ...]
     settled: Mapping[Path, Any]
     seen_by_line: SeenByLine
+    held: Mapping[int, Path]
 
 
 class Observer:
@@ -84,7 +84,8 @@ class Observer:
         *,
         guards_iterators: bool = True,
     ) -> None:
-        self._model, self._modules, self._opaque = model, modules, tuple(opaque)
+        self.model, self._modules, self._opaque = model, modules, tuple(opaque)
+        self._weights = _weight_places(model)  # what becomes of these is in the graph
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved(guards_iterators=guards_iterators)
         for module in model.modules():
@@ -136,48 +137,65 @@ class Observer:
         with self.kernels, self.reads.recording():
             yield
 
-    def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> ObservedForward:
+    def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor], *, as_found: bool = False) -> ObservedForward:
         """Run the forward until two runs do the same, and say what Python does in it.
+
+        Args:
+            as_found: both start from the Python state that is found now; else each starts from what the one before left.
 
         Raises:
             CaptureError: it does something that a plan cannot repeat; names it, and the submodule.
         """
-        runs: list[Run] = []
-        snapshots: list[Mapping[Path, Any]] = []
-        contents = [(tensor, tensor.detach().clone()) for tensor in inputs]
-        while len(runs) < 2 or not _same(runs[-2], runs[-1]):
-            if len(runs) == _RUNS:
-                find_changes(self._model, snapshots[-2], snapshots[-1])  # names the attribute, if it is one
-                raise _unsteady(runs[-2], runs[-1])
-            restore_tensors(contents)
-            runs.append(self._inside(lambda: self._run(call)))
-            self._refuse_untracked_changes(is_first=len(runs) == 1)
-            snapshots.append(self._inside(self._snapshot))
+        runs = (run_twice if as_found else run_until_steady)(self, call, inputs)
+        last, before = runs.runs[-1], runs.before
         reads = self.reads.reads()
-        known = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers(), *inputs)}
-        outside = {key: tensor for key, tensor in runs[-1].outside.items() if key not in known}
         given = {id(tensor) for tensor in inputs}
-        after = self._inside(self._snapshot)
         touched = self.reads.reads()
         only_written = lambda path: self._is_only_written(path, touched)
-        changes = find_changes(self._model, snapshots[-2], after, outside, known, given, only_written)
-        state = self._state(snapshots[-2], outside, changes)
+        after = self.snapshot()
+        known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
+        outside = {key: tensor for key, tensor in last.outside.items() if key not in known}
+        changes = find_changes(self.model, before, after, outside, known, given, only_written, as_found=as_found)
+        if as_found:
+            self.preserved.restore()
+        leave_to_next_call(self, inputs)
+        state = self._state(before, outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
-        left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if len(runs) == 2 else ()
+        is_steady = runs.are_alike and not as_found
+        left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if is_steady else ()
         users = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
-        of_tensors = self.tensors.found(places(self._model, users, snapshots[-2]), runs[-1].outside)
+        of_tensors = self.tensors.found(places(self.model, users, before), last.outside)
         key = self._inside(lambda: self._key(reads, changes, left, of_tensors))
-        key = replace(key, weight_classes=weight_classes(self._model, users, reads.names), libraries=self.reads.libraries())
+        key = replace(key, weight_classes=weight_classes(self.model, users, reads.names), libraries=self.reads.libraries())
         if self.reads.compares_identities:
-            key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, snapshots[-2], only_written))
-        host = HostState(key, state, self._aliases(), changes.effects)
-        weights = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
+            key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, before, only_written))
+        state_keys = tuple(tensor_key(before[path]) for path in state)
+        host = HostState(key, state, state_keys, self._aliases(), changes.effects, as_found=as_found, found=changes.found)
+        weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
-        settled = after if len(runs) == 2 else {}
-        return ObservedForward(runs[-1], host, self.preserved, written, settled, self.tensors.seen_by_line)
+        settled = after if is_steady else {}
+        held = {id(value): path for path, value in self.snapshot().items() if isinstance(value, torch.Tensor)}
+        return ObservedForward(last, host, self.preserved, written, settled, self.tensors.seen_by_line, held)
 
-    def _refuse_untracked_changes(self, is_first: bool) -> None:
-        """Raise CaptureError where the last run changed what no Path covers. A first run may initialize weights from its data.
+    def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:
+        """Run the forward; `may_initialize`: it may give weights other memory, as a first call does."""
+        run = self._inside(lambda: self._run(call))
+        self._refuse_untracked_changes(may_initialize=may_initialize)
+        return run
+
+    def snapshot(self) -> dict[Path, Any]:
+        """Every place that the forward reads or writes, as far as runs have shown, with its value."""
+        return self._inside(self._snapshot)
+
+    def replace_tensors(self, copies: Mapping[int, torch.Tensor]) -> None:
+        """Put other tensors into the places that hold these, by identity."""
+        for path, value in self.snapshot().items():
+            if id(value) in copies:
+                self._inside(path.set, self.model, copies[id(value)])
+
+    def _refuse_untracked_changes(self, may_initialize: bool) -> None:
+        """Raise CaptureError where the last run changed what no Path covers. With
+        `may_initialize` it may have given weights other memory.
 
         Environment variables, a tensor's memory, attributes of tensors, class attributes.
         """
@@ -186,18 +204,18 @@ class Observer:
             os.environ.clear()
             os.environ.update(self._environment)
             raise CaptureError(f"the model's forward changes environment variables ({', '.join(sorted(changed))[:80]})")
-        if self.kernels.has_unguarded_changes or (self.kernels.has_swapped_data and not is_first):
+        if self.kernels.has_unguarded_changes or (self.kernels.has_swapped_data and not may_initialize):
             raise CaptureError(
                 "the model's forward gives a tensor other memory (tensor.data = ...): write into it, or assign it"
             )
-        for name, tensor in self._model.named_parameters():
+        for name, tensor in self.model.named_parameters():
             if vars(tensor).keys() ^ self._on_tensors.get(id(tensor), {}).keys() or any(
                 vars(tensor)[key] is not held for key, held in self._on_tensors.get(id(tensor), {}).items()
             ):
                 raise CaptureError(f"the model's forward sets an attribute on the tensor {name}: keep it on the module")
         for (kind, attribute), held in self._class_data().items():
             if self._of_classes.get((kind, attribute)) is not held and held is not ABSENT:
-                module = next(name for name, module in self._model.named_modules() if isinstance(module, kind))
+                module = next(name for name, module in self.model.named_modules() if isinstance(module, kind))
                 raise CaptureError(
                     f"the model's forward changes the class attribute {kind.__name__}.{attribute}, which a plan would not do: "
                     "keep it in the module, or in a buffer",
@@ -206,7 +224,7 @@ class Observer:
 
     def _class_data(self) -> dict[tuple[type, str], Any]:
         """What the classes of the model's modules hold, but for their code."""
-        kinds = {base for module in self._model.modules() for base in type(module).__mro__}
+        kinds = {base for module in self.model.modules() for base in type(module).__mro__}
         return {
             (kind, name): ABSENT if is_code(value) else value
             for kind in kinds
@@ -220,7 +238,7 @@ class Observer:
         found: dict[type, set[str]] = {}
         for (kind, name), value in self._class_data().items():
             if name in names and value is not ABSENT:
-                for other in {type(module) for module in self._model.modules()}:
+                for other in {type(module) for module in self.model.modules()}:
                     found.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
         return found
 
@@ -274,7 +292,6 @@ class Observer:
             raise _draws(drew)
 
     def _snapshot(self) -> dict[Path, Any]:
-        """Every place that the forward reads or writes, with its value."""
         reads = self.reads.reads()
         merged = {kind: reads.attributes.get(kind, frozenset()) | names for kind, names in self.reads.written.items()}
         both = Reads({**reads.attributes, **merged}, reads.names, reads.scopes)
@@ -282,10 +299,10 @@ class Observer:
         seen: set[int] = set()
         of_classes = self._class_attributes(both.names)
         names = lambda kind: both.attributes.get(kind, frozenset()) | of_classes.get(kind, set())
-        for path in roots(self._model, names, both, self._opaque, self._touched()):
-            if path.scope is None and _is_weight(submodule(self._model, path.module), path.name):
+        for path in roots(self.model, names, both, self._opaque, self._touched()):
+            if path.scope is None and (path.module, path.name) in self._weights:
                 continue
-            places = walk(path, path.root(self._model), both, self._names, seen)
+            places = walk(path, path.root(self.model), both, self._names, seen)
             found.update((place, frozen(value)) for place, value in places)
         return found
 
@@ -301,7 +318,7 @@ class Observer:
         return any(name == opaque or name.startswith(f"{opaque}.") for opaque in self._opaque)
 
     def _aliases(self) -> tuple[tuple[Path, str], ...]:
-        weights = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        weights = dict((*self.model.named_parameters(), *self.model.named_buffers()))
         names = {id(tensor): name for name, tensor in weights.items()}
         places = ((path, value) for path, value in self._snapshot().items() if isinstance(value, torch.Tensor))
         return tuple((path, names[id(value)]) for path, value in places if id(value) in names and (path.steps or path.scope))
@@ -311,7 +328,7 @@ class Observer:
         wanted = {*outside, *changes.moved}
         found: dict[int, Path] = {}
         for path, value in before.items():
-            now = path.get(self._model) if isinstance(value, torch.Tensor) and id(value) in wanted else None
+            now = path.get(self.model) if isinstance(value, torch.Tensor) and id(value) in wanted else None
             if isinstance(now, torch.Tensor) and id(value) not in found:
                 found[id(value)] = path
         for key, tensor in outside.items():
@@ -325,12 +342,12 @@ class Observer:
     def _is_only_written(self, path: Path, touched: Reads) -> bool:
         if path.steps or path.scope is not None:
             return False
-        kind = type(self._model.get_submodule(path.module))
+        kind = type(self.model.get_submodule(path.module))
         reads = touched.attributes.get(kind, frozenset())
         return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
 
     def _key(self, reads: Reads, changes: Changes, left: Sequence[Path], of_tensors: tuple[TensorRead, ...]) -> HostKey:
-        model = self._model
+        model = self.model
         names = named(model)
         left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
         prints = Fingerprints(names, reads.wants, skipped_places(left, model))
@@ -353,23 +370,11 @@ def named(model: nn.Module) -> dict[int, str]:
     return {**{id(tensor): name for name, tensor in reversed(weights)}, **found}
 
 
-def _is_weight(module: nn.Module, name: str) -> bool:
-    """A parameter or buffer: what becomes of these is in the graph."""
-    return name in vars(module)["_parameters"] or name in vars(module)["_buffers"]
-
-
-def _same(one: Run, other: Run) -> bool:
-    return one.kernels == other.kernels and one.reads == other.reads
-
-
-def _unsteady(one: Run, other: Run) -> CaptureError:
-    pairs = zip(one.kernels, other.kernels, strict=False)
-    first = next((kernel for kernel, again in pairs if kernel != again), (one.kernels + other.kernels + [("", "")])[-1])
-    return CaptureError(
-        f"the model's forward changes from call to call: {first[0]} in {first[1] or 'the model itself'} ran with other "
-        "arguments or did not run (a counter, a clock, a schedule in Python?); a plan would repeat one call forever. Pass "
-        "what changes as a tensor argument, or make it a buffer",
-        module=first[1],
+def _weight_places(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """(module, name) of every parameter and buffer; of one that is None, and that a forward may fill, there is none."""
+    held = lambda module: (*vars(module)["_parameters"].items(), *vars(module)["_buffers"].items())
+    return frozenset(
+        (where, name) for where, module in model.named_modules() for name, tensor in held(module) if tensor is not None
     )
 
 

@@ -17,7 +17,7 @@ from planner.tracer.host.library_reads import LibraryRead
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
 from planner.tracer.host.tensor_places import TensorRead
-from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, rebuilt, text_of, with_member
+from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, own_dict, rebuilt, text_of, with_member
 from planner.tracer.libraries import is_users_hook
 
 
@@ -87,9 +87,15 @@ class Path:
     def set(self, model: nn.Module, new: Any) -> None:
         """Write the value at this place, in place where its container can be written, else in a new container.
 
+        Args:
+            new: ABSENT removes an attribute, a member of a dictionary or a global variable.
+
         Raises:
             TypeError: it cannot be written.
         """
+        if new is ABSENT:
+            self._remove(model)
+            return
         values = [self.root(model)]
         for step in self.steps:
             values.append(member(values[-1], step))
@@ -98,12 +104,21 @@ class Path:
             if written is value:
                 return
             new = written
+        self._holder(model)[self.name] = new
+
+    def _remove(self, model: nn.Module) -> None:
+        if not self.steps:
+            self._holder(model).pop(self.name, None)
+        else:
+            holder, (kind, key) = self.holder.get(model), self.steps[-1]
+            (own_dict(holder) or {} if kind == "attr" else holder).pop(key, None)
+
+    def _holder(self, model: nn.Module) -> dict[str, Any]:
+        """The dictionary that holds the value that the steps start from."""
         if self.scope is not None:
-            self.scope.variables[self.name] = new
-            return
+            return self.scope.variables
         module = submodule(model, self.module)
-        holder = next((vars(module)[kind] for kind in MODULE_STATE if self.name in vars(module)[kind]), vars(module))
-        holder[self.name] = new
+        return next((vars(module)[kind] for kind in MODULE_STATE if self.name in vars(module)[kind]), vars(module))
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
@@ -289,16 +304,22 @@ class HostState:
     Attributes:
         key: what of Python's state the graph is right for.
         state: the places whose tensors are inputs of the graph, after the call's tensors.
+        state_keys: shape, strides, dtype, device and requires_grad of each of these.
         aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
         effects: what the forward leaves in Python state.
         lazy: what a first call sets besides; the key holds once it is set.
+        as_found: it is what one call does, which need not leave the state that it finds: the first one fills a cache.
+        found: then (place, plain value that the call finds there) of the effects that find no tensor.
     """
 
     key: HostKey = HostKey(Reads({}, frozenset()))
     state: tuple[Path, ...] = ()
+    state_keys: tuple[TensorKey, ...] = ()
     aliases: tuple[tuple[Path, str], ...] = ()
     effects: tuple[Effect, ...] = ()
     lazy: tuple[LazyValue, ...] = ()
+    as_found: bool = False
+    found: tuple[tuple[Path, Any], ...] = ()
 
 
 def bare_fingerprint(value: Any) -> Fingerprint:

@@ -82,6 +82,16 @@ def is_code(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, staticmethod, classmethod, property, type, types.ModuleType))
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def is_plain(value: Any) -> bool:
+    """A number, a text, None, a type of torch's or a tuple of these: what copies of a model can share."""
+    if type(value) is tuple:
+        return all(map(is_plain, value))
+    return type(value) in _PLAIN or isinstance(value, Enum)
+
+
 def is_iterator(value: Any) -> bool:
     """The value is used up as it is read: a generator, itertools.cycle, a file."""
     return hasattr(type(value), "__next__")

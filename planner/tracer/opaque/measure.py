@@ -172,34 +172,60 @@ class _Run:
     def most_bytes(self) -> _Bytes:
         """An upper bound from several runs, which differ in random numbers and data; of each kind on its own.
 
-        Runs that fail on made-up data do not count.
+        Each run finds the module as the one before left it, so that a memory that it keeps fills up. Where that fails,
+        it runs again from the module as it was. Runs that fail there, too, on made-up data do not count.
 
         Raises:
             CaptureError: what the module returns, or gives a gradient to, depends on the data: a step would fail on such data.
         """
-        enough = _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
-        found = [self._bytes_of(self.call.arguments, 0)]
-        for draw in range(1, _DRAWS):
-            if draw == enough and len({*found}) == 1:
-                break
-            try:
-                found.append(self._bytes_of(resampled(self.call.arguments, draw), draw))
-            except (OpaqueModuleError, BackwardError) as error:
-                text = f"with other data, drawn from the example's, or other random numbers: {error}"
-                raise CaptureError(text, module=self.call.spec.module) from error
-            except Exception as error:
-                TRACER.debug("%s does not run on other data: %s", self.call.spec.module, first_line(error))
+        found: list[_Bytes] = []
+        draw = 0
+        while draw < self._num_draws(found):
+            with self._as_it_was():
+                draw = self._run_from(draw, found)
         return _Bytes(*map(_upper_bound, zip(*found, strict=True)))
 
-    def _bytes_of(self, arguments: Sequence[torch.Tensor], seed: int) -> _Bytes:
-        """Bytes of a run on these arguments.
+    def _num_draws(self, found: Sequence[_Bytes]) -> int:
+        """How many draws are to be measured, after these measurements."""
+        if len({*found}) > 1:
+            return _DRAWS
+        return _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
+
+    def _run_from(self, first: int, found: list[_Bytes]) -> int:
+        """Measure draws, one after the other, until one fails; the number of the next draw. `found` is extended."""
+        draw = first
+        while draw < self._num_draws(found):
+            try:
+                found.append(self._bytes_of(draw))
+            except Exception as error:
+                if draw > first:
+                    return draw
+                self._refuse(error, draw)
+            draw += 1
+        return draw
+
+    def _refuse(self, error: Exception, draw: int) -> None:
+        """Raise what means that the module cannot be planned; what made-up data can explain is logged."""
+        if draw == 0:
+            raise error
+        if isinstance(error, (OpaqueModuleError, BackwardError)):
+            text = f"with other data, drawn from the example's, or other random numbers: {error}"
+            raise CaptureError(text, module=self.call.spec.module) from error
+        TRACER.debug("%s does not run on other data: %s", self.call.spec.module, first_line(error))
+
+    def _as_it_was(self) -> AbstractContextManager[Preserved]:
+        return as_it_was(self.module, self.call.spec.mutates)
+
+    def _bytes_of(self, draw: int) -> _Bytes:
+        """Bytes of a run.
 
         Both kernels run in one trace, because the backward frees what the handle holds as it goes: if less is live at any time
         than the handle and the gradients together, its workspace, the difference, is negative.
 
         Args:
-            seed: of random numbers; 0 leaves the generators as they are.
+            draw: of data and random numbers; 0 for those of the call.
         """
+        arguments = resampled(self.call.arguments, draw) if draw else self.call.arguments
         own = saved = 0
 
         def step(mark: Mark) -> None:
@@ -213,10 +239,9 @@ class _Run:
                 grads = run()
             del grads
 
-        with as_it_was(self.module, self.call.spec.mutates):
-            if seed:
-                Generators(self.device).seed(seed)
-            _, forward, between, backward, _ = marked_sections(step, self.device)
+        if draw:
+            Generators(self.device).seed(draw)
+        _, forward, between, backward, _ = marked_sections(step, self.device)
         gradients = sum(_storage_bytes(spec) for spec in self.call.spec.gradients if spec is not None)
         alive, peak = between.start_bytes - forward.start_bytes, forward.peak_bytes - forward.start_bytes
         return _Bytes(alive - own, saved, peak - alive, backward.peak_bytes - backward.start_bytes - gradients)
@@ -225,7 +250,7 @@ class _Run:
         """Nanoseconds of the forward and of the backward: the least of three runs."""
         best = [_LONG_NS * 1000] * 2
         for _ in range(3):
-            with as_it_was(self.module, self.call.spec.mutates):
+            with self._as_it_was():
                 start = self._now()
                 made = self.opaque.forward([*self.call.arguments, *self.state])
                 middle = self._now()

@@ -1,0 +1,150 @@
+"""Real forwards, one after another, until they show what every later one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.kernels.custom import laid_out
+from planner.tracer.host.changes import find_changes
+from planner.tracer.host.kernels import Run
+from planner.tracer.host.preserve import Preserved
+from planner.tracer.host.reads import ReadRecorder
+from planner.tracer.host.restorers import restore_tensors
+from planner.tracer.host.state import Path
+
+_RUNS = 5
+"""Maximum number of runs; the first ones may fill caches and initial state."""
+
+
+class Observes(Protocol):
+    """What is asked of the `Observer`; see there."""
+
+    model: nn.Module
+    preserved: Preserved
+    reads: ReadRecorder
+
+    def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:
+        """Run the forward."""
+
+    def snapshot(self) -> dict[Path, Any]:
+        """Python state now."""
+
+    def replace_tensors(self, copies: Mapping[int, torch.Tensor]) -> None:
+        """Put other tensors into it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Forwards that were run.
+
+    Attributes:
+        runs: in order; the last two did the same.
+        before: snapshot of what the last one found.
+    """
+
+    runs: Sequence[Run]
+    before: Mapping[Path, Any]
+
+    @property
+    def are_alike(self) -> bool:
+        """Every run did the same, though the first one started from other values."""
+        return all(_same(self.runs[0], run) for run in self.runs)
+
+
+def run_until_steady(observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Runs:
+    """Run the forward until two runs do the same, each with what the one before left.
+
+    Raises:
+        CaptureError: it does something else each time; names the attribute or the kernel.
+    """
+    contents = _contents(inputs)
+    runs: list[Run] = []
+    befores: list[Mapping[Path, Any]] = []
+    while len(runs) < 2 or not (_same(runs[-2], runs[-1]) and _read_the_same_places(runs, befores)):
+        if len(runs) == _RUNS:
+            find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
+            raise _unsteady(runs[-2], runs[-1])
+        if runs:
+            leave_to_next_call(observer, inputs)
+        befores.append(observer.snapshot())
+        restore_tensors(contents)
+        runs.append(observer.run_once(call, may_initialize=not runs))
+    return Runs(runs, befores[-1])
+
+
+def run_twice(observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Runs:
+    """Run the forward twice from the Python state that is found now.
+
+    Raises:
+        CaptureError: the two differ.
+    """
+    contents = _contents(inputs)
+    first = observer.run_once(call)
+    observer.preserved.restore()
+    leave_to_next_call(observer, inputs)
+    before = observer.snapshot()
+    restore_tensors(contents)
+    again = observer.run_once(call)
+    if not _same(first, again):
+        raise _unsteady(first, again)
+    return Runs([first, again], before)
+
+
+def leave_to_next_call(observer: Observes, inputs: Sequence[torch.Tensor]) -> None:
+    """Put copies where the call's tensors are in Python state: what one call leaves there is no input of the next.
+
+    A forward that compares identities sees its own; where those are is compared before each planned call.
+    """
+    if not observer.reads.compares_identities:
+        held = {id(value) for value in observer.snapshot().values()}
+        observer.replace_tensors({id(tensor): _copied(tensor) for tensor in inputs if id(tensor) in held})
+
+
+def _contents(inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(tensor, tensor.detach().clone()) for tensor in inputs]
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach()
+    is_strided = tensor.layout is torch.strided
+    copy = laid_out(plain, plain.shape, plain.stride()) if is_strided else plain.clone()
+    return copy.requires_grad_(tensor.requires_grad)
+
+
+def _same(one: Run, other: Run) -> bool:
+    return one.kernels == other.kernels and one.reads == other.reads
+
+
+def _read_the_same_places(runs: Sequence[Run], befores: Sequence[Mapping[Path, Any]]) -> bool:
+    """Whether the tensors that the last run read are where those of the run before were.
+
+    That is asked where a tensor is in several places (`[initial] * 3`): it does not say from which one it was read.
+    """
+    places = _places(runs[-1], befores[-1])
+    return all(len(paths) == 1 for paths in places) or (len(runs) > 2 and places == _places(runs[-2], befores[-2]))
+
+
+def _places(run: Run, before: Mapping[Path, Any]) -> frozenset[frozenset[Path]]:
+    """Of every tensor that a run read, the places of Python state that held it."""
+    found: dict[int, set[Path]] = {}
+    for path, value in before.items():
+        if id(value) in run.outside:
+            found.setdefault(id(value), set()).add(path)
+    return frozenset(map(frozenset, found.values()))
+
+
+def _unsteady(one: Run, other: Run) -> CaptureError:
+    pairs = zip(one.kernels, other.kernels, strict=False)
+    first = next((kernel for kernel, again in pairs if kernel != again), (one.kernels + other.kernels + [("", "")])[-1])
+    return CaptureError(
+        f"the model's forward changes from call to call: {first[0]} in {first[1] or 'the model itself'} ran with other "
+        "arguments or did not run (a counter, a clock, a schedule in Python?); a plan would repeat one call forever. Pass "
+        "what changes as a tensor argument, or make it a buffer",
+        module=first[1],
+    )

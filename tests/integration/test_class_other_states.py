@@ -1,0 +1,298 @@
+"""Python state that some calls find and others do not: a first call's, and what the training loop resets or detaches.
+
+Each is planned as the call that it is: the same bits, the same state afterwards, within the budget.
+"""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from planner import MismatchWarning, plan, profile
+from tests.support.members import GUARDED, check, ids, inside, member
+from tests.support.source import Step
+
+K = "torch.full((8,), 2.0)"
+FIRST = "if {0} is None:\n    {0} = {1}\n"
+NODE = "class Node:\n    def __init__(self):\n        self.k = None\n"
+
+FILLED = [
+    member("tensor", FIRST.format("self.k", K) + "h = h * self.k", init="self.k = None", measured=True),
+    member("tensor that is missing", f"if not hasattr(self, 'k'):\n    self.k = {K}\nh = h * self.k", measured=True),
+    member("tensor of an object", FIRST.format("self.n.k", K) + "h = h * self.n.k", head=NODE, init="self.n = Node()"),
+    member("list", FIRST.format("self.k", f"[{K}, 1, 'a']") + "h = h * self.k[0]", init="self.k = None", measured=True),
+    member("plain list", FIRST.format("self.k", "[*x.shape]") + "h = h * self.k[0]", init="self.k = None"),
+    member("tuple", FIRST.format("self.k", f"({K}, None)") + "h = h * self.k[0]", init="self.k = None"),
+    member("dict", FIRST.format("self.k", f"{{'a': {{1: {K}}}}}") + "h = h * self.k['a'][1]", init="self.k = None"),
+    member(
+        "dict item", f"if 'a' not in self.k:\n    self.k['a'] = {K}\nh = h * self.k['a']", init="self.k = {}", measured=True
+    ),
+    member("list item", FIRST.format("self.k[1]", K) + "h = h * self.k[1]", init="self.k = [0, None]"),
+    member("empty list", f"if not self.k:\n    self.k.append({K})\nh = h * self.k[0]", init="self.k = []"),
+    member(
+        "empty list that grows by pairs",
+        f"if not self.k:\n    self.k.append(({K}, 1))\nh = h * self.k[0][0]",
+        init="self.k = []",
+    ),
+    member("buffer", FIRST.format("self.k", K) + "h = h * self.k", init="self.register_buffer('k', None)", measured=True),
+    member(
+        "buffer that is not saved",
+        FIRST.format("self.k", K) + "h = h * self.k",
+        init="self.register_buffer('k', None, persistent=False)",
+    ),
+    member("global variable", "global SEEN\n" + FIRST.format("SEEN", K) + "h = h * SEEN", head="SEEN = None"),
+    member(
+        "another tensor",
+        "if len(self.k) == 0:\n    self.k = h.detach().mean(0)\nh = h * self.k",
+        init="self.k = torch.zeros(0)",
+    ),
+    member("activation", FIRST.format("self.k", "h.detach() * 2") + "h = h * self.k", init="self.k = None", measured=True),
+    member("a view", FIRST.format("self.k", "torch.arange(16.0).view(2, 8)[1]") + "h = h * self.k", init="self.k = None"),
+    member("random numbers", FIRST.format("self.k", "torch.rand(8)") + "h = F.dropout(h * self.k, 0.5)", init="self.k = None"),
+    member(
+        "a first mean that moves on",
+        "self.k = h.detach().mean(0) if self.k is None else self.k * 0.9 + h.detach().mean(0) * 0.1\nh = h - self.k",
+        init="self.k = None",
+        measured=True,
+    ),
+    member(
+        "two that depend on each other",
+        "if not self.is_ready:\n    self.k = h.detach().mean(0)\n    self.q = self.k * 2\n    self.is_ready = True\n"
+        "h = h * self.k + self.q",
+        init="self.k = self.q = None\nself.is_ready = False",
+        measured=True,
+    ),
+    member(
+        "other kernels",
+        "if self.mode is None:\n    self.mode = 'double'\n    h = h + 1\nh = h * 2 if self.mode == 'double' else h",
+        init="self.mode = None",
+        measured=True,
+    ),
+    member(
+        "draws",
+        "if self.mode is None:\n    self.mode = 'double'\n    torch.rand(2)\nh = F.dropout(h, 0.5)",
+        init="self.mode = None",
+    ),
+    member(
+        "saved for the backward",
+        "if self.k is None:\n    self.k = torch.sigmoid(h.detach()).mean(0)\n    h = torch.exp(torch.tanh(h)) * torch.sin(h)\n"
+        "h = torch.tanh(h) * self.k",
+        init="self.k = None",
+        measured=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("of", FILLED, ids=ids(FILLED))
+def test_the_first_call_runs_planned(of):
+    check(of)
+
+
+@pytest.mark.parametrize("of", FILLED[::4], ids=ids(FILLED[::4]))
+def test_the_first_call_runs_planned_in_a_submodule(of):
+    check(inside(of))
+
+
+NOT_EXPRESSED = [
+    member(
+        "one list in two places",
+        f"if self.k is None:\n    self.k = self.q = [{K}]\nh = h * self.k[0] + self.q[0]",
+        init="self.k = self.q = None",
+        allowed=GUARDED,
+        planned_from=1,
+    ),
+    member(
+        "list that is held elsewhere",
+        "if self.k is None:\n    self.k = self.all[0]\nh = h * self.k[0]",
+        init=f"self.k, self.all = None, [[{K}]]",
+        allowed=GUARDED,
+        planned_from=1,
+    ),
+    member(
+        "new buffer",
+        f"if not hasattr(self, 'k'):\n    self.register_buffer('k', {K})\nh = h * self.k",
+        allowed=GUARDED,
+        planned_from=1,
+    ),
+    member(
+        "buffer that becomes another kind",
+        f"if self.k is None:\n    self.register_buffer('k', {K}, persistent=False)\nh = h * self.k",
+        init="self.register_buffer('k', None)",
+        allowed=GUARDED,
+        planned_from=1,
+    ),
+    member(
+        "object",
+        "if self.k is None:\n    self.k = Node()\n    self.k.k = " + K + "\nh = h * self.k.k",
+        head=NODE,
+        init="self.k = None",
+        allowed=GUARDED,
+        planned_from=1,
+    ),
+    member(
+        "weight",
+        "if not self.is_ready:\n    self.is_ready = True\n    self.b.weight.data = self.b.weight.data * 0.5",
+        init="self.is_ready = False",
+        allowed=GUARDED,
+        planned_from=1,
+    ),
+]
+
+
+@pytest.mark.parametrize("of", NOT_EXPRESSED, ids=ids(NOT_EXPRESSED))
+def test_a_first_call_that_no_plan_can_express_runs_as_it_is(of):
+    check(of)
+
+
+POTENTIAL = "for _ in range(3):\n    self.v = torch.tanh(self.b(h) + self.v * 0.5)\nh = h + self.v"
+RESET = "part.v = 0.0"
+DETACH = "part.v = part.v.detach() if isinstance(part.v, torch.Tensor) else part.v"
+
+
+def loop(before):
+    return tuple(Step(before=before) for _ in range(4))
+
+
+CARRIED = [
+    member("reset by the loop", POTENTIAL, init="self.v = 0.0", steps=loop(RESET)),
+    member("detached by the loop", POTENTIAL, init="self.v = 0.0", steps=loop(DETACH)),
+    member(
+        "reset and detached in turn",
+        POTENTIAL,
+        init="self.v = 0.0",
+        steps=(Step(), Step(before=DETACH), Step(before=RESET), Step(before=DETACH)),
+    ),
+    member(
+        "pair detached by the loop",
+        "p, q = self.s\np = torch.tanh(self.b(h) + p)\nq = q * 0.5 + p\nself.s = (p, q)\nh = h + q",
+        init="self.s = (torch.zeros(16, 8), torch.zeros(16, 8))",
+        steps=loop("part.s = tuple(s.detach() for s in part.s)"),
+    ),
+    member(
+        "hidden state of a dictionary",
+        "s = self.s['h']\ns = torch.tanh(self.b(h) + (0 if s is None else s))\nself.s['h'] = s\nh = h * s",
+        init="self.s = {'h': None}",
+        steps=loop("part.s['h'] = None if part.s['h'] is None else part.s['h'].detach()"),
+    ),
+]
+
+
+@pytest.mark.parametrize("of", CARRIED, ids=ids(CARRIED))
+def test_state_that_the_loop_resets_or_detaches_is_planned(of):
+    check(of)
+
+
+KEPT_INPUT = [
+    member("first input", "if self.k is None:\n    self.k = x\nh = h * self.k", init="self.k = None", measured=True),
+    member("input before", "h = h if self.k is None else h * self.k\nself.k = x", init="self.k = None", measured=True),
+    member("input of two calls ago", "h = h * self.q\nself.q, self.k = self.k, x", init="self.q = self.k = torch.ones(16, 8)"),
+    member("inputs in a list", "self.q = [*self.q[-2:], x]\nh = h * self.q[0]", init="self.q = [torch.ones(16, 8)] * 3"),
+    member("input before planning", "if self.k is None:\n    self.k = x\nh = h * self.k", init="self.k = None", warm=1),
+    member("global input", "global K\nif K is None:\n    K = x\nh = h * K", head="K = None"),
+]
+
+
+@pytest.mark.parametrize("of", KEPT_INPUT, ids=ids(KEPT_INPUT))
+def test_an_input_that_an_earlier_call_left_is_no_input(of):
+    check(of)
+
+
+class Cached(nn.Module):
+    """Keeps a mask of ones from its first call on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.mask = None
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(x.shape)
+        return self.b(torch.tanh(self.a(x)).exp() * self.mask)
+
+
+def planned_model(model, **options):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    return plan(model, 1.0, (x,), costs="estimate", progress=False, **options), x
+
+
+def test_the_first_calls_plan_says_so():
+    planned, x = planned_model(Cached())
+    (first,) = planned.alternatives
+    assert "for        the first call" in str(planned) and planned.plan.provenance.call == ""
+    assert first.plan.measured_bytes <= first.plan.budget_bytes == planned.plan.budget_bytes
+    planned(x).sum().backward()
+    assert (first.num_runs, planned.num_runs, planned.num_unplanned_calls) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"])
+def test_copies_run_their_first_call_planned(copied):
+    planned, x = planned_model(Cached())
+    other = copied(planned)
+    out = other(x)
+    assert other.num_unplanned_calls == 0
+    assert torch.equal(other.original.mask, torch.ones(16, 8)) and planned.original.mask is None
+    assert torch.equal(out, planned.original(x))
+
+
+def test_planning_leaves_the_first_call_to_the_model():
+    model = Cached()
+    planned, _ = planned_model(model)
+    assert model.mask is None and planned.alternatives
+
+
+def test_a_first_call_that_needs_more_than_the_budget_runs_unplanned_with_a_warning():
+    class Large(Cached):
+        def forward(self, x):
+            if self.mask is None:
+                wide = torch.exp(x.repeat(1, 4000))
+                self.mask = torch.sin(wide).sum(1, keepdim=True)
+            return self.b(torch.tanh(self.a(x)).exp() * self.mask)
+
+    planned, x = planned_model(Large())
+    assert not planned.alternatives
+    with pytest.warns(MismatchWarning, match="mask"):
+        planned(x)
+
+
+@pytest.mark.parametrize("state", ["first", "detached", "carried"])
+def test_another_backward_of_each_state_is_exact(state):
+    """The loop adds the state itself to its loss, and reads gradients in another layout than planned."""
+
+    class Carrying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.v = nn.Linear(8, 8), None
+
+        def forward(self, x):
+            self.v = torch.tanh(self.a(x) + (0.5 if self.v is None else self.v * 0.5))
+            return self.v.exp()
+
+    def step(model, called, x):
+        if state == "carried":
+            model.v = torch.ones(16, 8, requires_grad=True) * 1
+        elif state == "detached":
+            model.v = torch.ones(16, 8)
+        out = called(x)
+        (out.sum(1).square().mean() + model.v.sum()).backward()
+        return [out.detach(), model.v.detach(), *(p.grad for p in model.parameters())]
+
+    model = Carrying()
+    twin = copy.deepcopy(model)
+    planned, x = planned_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = step(model, planned, x)
+    assert planned.num_unplanned_calls == 0
+    assert all(map(torch.equal, found, step(twin, twin, x)))
+
+
+def test_a_profiled_step_plans_other_states_too():
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    planned = profile(Cached(), (x,), costs="estimate", progress=False).plan(1.0)
+    assert len(planned.alternatives) == 1
