@@ -126,6 +126,32 @@ CARRIED = [
         group="carried graph",
         changes={"detached": "part.{v} = part.{v}.detach()"},
     ),
+    Unit(
+        "carried, over a few layers",
+        "for _ in range(2):\n    self.{v} = torch.tanh(h + self.{v} * 0.5)\nh = h + self.{v}",
+        "self.{v} = 0.0",
+        group="carried graph",
+        changes={
+            "detached": "part.{v} = part.{v}.detach() if isinstance(part.{v}, torch.Tensor) else 0.0",
+            "reset": "part.{v} = 0.0",
+        },
+    ),
+]
+
+KEPT = [
+    Unit(
+        "kept input, first", "if self.{v} is None:\n    self.{v} = x\nh = h + self.{v}", "self.{v} = None", group="kept input"
+    ),
+    Unit(
+        "kept input, last", "h = h if self.{v} is None else h + self.{v}\nself.{v} = x", "self.{v} = None", group="kept input"
+    ),
+    Unit(
+        "kept input, list",
+        "self.{v} = [*self.{v}[-1:], x]\nh = h + self.{v}[0].mean()",
+        "self.{v} = [torch.zeros(8)] * 2",
+        group="kept input",
+    ),
+    Unit("kept input, global", "G_{v}.append(x)\nh = h + G_{v}[0].mean()", head="G_{v} = []", group="kept input"),
 ]
 
 LEFT = [
@@ -258,4 +284,4 @@ def uses_of(kind: Kind) -> list[str]:
 
 
 KINDS = [*SETTINGS, *TENSORS, *HARD]
-BEHAVIOURS = {"carried": CARRIED, "left": LEFT, "counter": COUNTERS, "cache": CACHES, "random": RANDOM}
+BEHAVIOURS = {"carried": CARRIED, "left": LEFT, "counter": COUNTERS, "cache": CACHES, "kept": KEPT, "random": RANDOM}

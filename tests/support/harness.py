@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from planner import BackwardError, InfeasibleBudgetError, MismatchWarning, NoScheduleFoundError, PlannerError, plan
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
-from planner.verification.step_copy import autocast_of
+from planner.verification.step_copy import autocast_of, renew_history
 from tests.support import loops, observe, world
 from tests.support.source import Program, forget
 
@@ -346,6 +346,7 @@ def _check_peak(program: Program, planned: Any, args: Any) -> None:
     spare = torch.ones(())
 
     def step() -> None:
+        renew_history(planned, planned.original)
         with autocast_of(planned):
             out = planned(*args)
         outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]

@@ -28,7 +28,7 @@ from planner.tracer.host.preserve import Preserved, class_containers, keep_deep,
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
-from planner.tracer.host.steady import leave_to_next_call, run_twice, run_until_steady
+from planner.tracer.host.steady import left_to_next_call, run_twice, run_until_steady
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
@@ -158,7 +158,7 @@ class Observer:
         changes = find_changes(self.model, before, after, outside, known, given, only_written, as_found=as_found)
         if as_found:
             self.preserved.restore()
-        leave_to_next_call(self, inputs)
+        now = left_to_next_call(self, inputs, None if as_found else after)
         state = self._state(before, outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         is_steady = runs.are_alike and not as_found
@@ -174,7 +174,7 @@ class Observer:
         weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}
-        held = {id(value): path for path, value in self.snapshot().items() if isinstance(value, torch.Tensor)}
+        held = {id(value): path for path, value in now.items() if isinstance(value, torch.Tensor)}
         return ObservedForward(last, host, self.preserved, written, settled, self.tensors.seen_by_line, held)
 
     def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:

@@ -70,9 +70,7 @@ def run_until_steady(observer: Observes, call: Callable[[], Any], inputs: Sequen
         if len(runs) == _RUNS:
             find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
             raise _unsteady(runs[-2], runs[-1])
-        if runs:
-            leave_to_next_call(observer, inputs)
-        befores.append(observer.snapshot())
+        befores.append(left_to_next_call(observer, inputs) if runs else {})
         restore_tensors(contents)
         runs.append(observer.run_once(call, may_initialize=not runs))
     return Runs(runs, befores[-1])
@@ -87,8 +85,7 @@ def run_twice(observer: Observes, call: Callable[[], Any], inputs: Sequence[torc
     contents = _contents(inputs)
     first = observer.run_once(call)
     observer.preserved.restore()
-    leave_to_next_call(observer, inputs)
-    before = observer.snapshot()
+    before = left_to_next_call(observer, inputs)
     restore_tensors(contents)
     again = observer.run_once(call)
     if not _same(first, again):
@@ -96,14 +93,26 @@ def run_twice(observer: Observes, call: Callable[[], Any], inputs: Sequence[torc
     return Runs([first, again], before)
 
 
-def leave_to_next_call(observer: Observes, inputs: Sequence[torch.Tensor]) -> None:
+def left_to_next_call(
+    observer: Observes, inputs: Sequence[torch.Tensor], now: Mapping[Path, Any] | None = None
+) -> Mapping[Path, Any]:
     """Put copies where the call's tensors are in Python state: what one call leaves there is no input of the next.
 
     A forward that compares identities sees its own; where those are is compared before each planned call.
+
+    Args:
+        now: the observer's snapshot, where it is known.
+
+    Returns:
+        the snapshot afterwards.
     """
-    if not observer.reads.compares_identities:
-        held = {id(value) for value in observer.snapshot().values()}
-        observer.replace_tensors({id(tensor): _copied(tensor) for tensor in inputs if id(tensor) in held})
+    now = observer.snapshot() if now is None else now
+    held = {id(value) for value in now.values()}
+    copies = {id(tensor): _copied(tensor) for tensor in inputs if id(tensor) in held}
+    if not copies or observer.reads.compares_identities:
+        return now
+    observer.replace_tensors(copies)
+    return observer.snapshot()
 
 
 def _contents(inputs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
