@@ -56,6 +56,18 @@ class Call:
     autocast: Autocast
 
 
+class _HandedOut(torch.autograd.Function):
+    """Identity: an output as others see it. No view, whose hooks a write into it (`x = block(x); x += 1`) would pass by."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 class Trial:
     """A copy of the model, to run real steps on."""
 
@@ -243,7 +255,7 @@ class Trial:
             leaves, spec = pytree.tree_flatten(out)
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                    leaves[i] = leaf.view_as(leaf)  # what the submodule itself does with the leaf goes past this view
+                    leaves[i] = _HandedOut.apply(leaf)  # what the submodule itself does with the leaf goes past this one
                     leaves[i].register_hook(lambda gradient, i=i: used.__setitem__(i, gradient.stride()))
             return pytree.tree_unflatten(leaves, spec)
 

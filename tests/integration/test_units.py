@@ -317,3 +317,24 @@ def test_environment_variables_stay(monkeypatch):
     model = InEnvironment(picks=True).train()
     plan_units(model, 1.0, (torch.randn(16, 8),), **QUICK)
     assert os.environ["NUM_CALLS"] == "0"
+
+
+class WrittenInto(Net):
+    """Writes into what its blocks return."""
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        for block in self.blocks:
+            hidden = block(hidden)
+            hidden += self.embed.bias.detach()
+            hidden.mul_(2)
+        return self.head(hidden).square().mean()
+
+
+def test_blocks_whose_outputs_the_caller_writes_into_are_units():
+    model, x = WrittenInto().train(), torch.randn(64, 8)
+    expected = trajectory(copy.deepcopy(model), (x,), {})
+    found = plan_units(model, 0.97, (x,), **QUICK)
+    assert len(found.planned) == 4 and found.plan.recompute_ns > 0 and not found.plan.left
+    assert measured(copy.deepcopy(model), (x,), {}) <= found.budget_bytes
+    assert_same(expected, trajectory(model, (x,), {}))
