@@ -241,9 +241,7 @@ PLACES = {
 AS_OPAQUE = ("cores.0", "cores.1")
 
 
-@pytest.mark.parametrize(
-    ("place", "opaque"), [*((place, AS_OPAQUE) for place in PLACES), *((place, ()) for place in PLACES if place != "object")]
-)
+@pytest.mark.parametrize(("place", "opaque"), [(place, opaque) for place in PLACES for opaque in (AS_OPAQUE, ())])
 def test_an_iterator_stands_where_it_stood_after_planning(place, opaque):
     model, x = Net(lambda: Schedule(PLACES[place])), torch.randn(96, 16)
     with contextlib.suppress(CaptureError):  # a refusal leaves it, too

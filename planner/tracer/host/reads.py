@@ -18,6 +18,7 @@ from torch import nn
 
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.scopes import PACKAGE, Reads, compares_identities, global_names, is_library_code, scopes_of
@@ -273,7 +274,7 @@ class ReadRecorder:
                 noted(this, name, None)
                 raise
             noted(this, name, value)
-            return value
+            return getter(this, name) if is_used_up(value) else value  # a guard is in its place now
 
         @calls_users_code
         def recorded_set(this: Any, name: str, value: Any) -> None:
