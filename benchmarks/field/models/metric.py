@@ -133,18 +133,20 @@ def discriminator_for_its_generator() -> Setup:
 
 @CASES("monai")
 def discriminator_in_both_turns() -> Setup:
-    """One step of each player a batch: the same module is called with inputs that require grad, and without."""
+    """One step of each player a batch: the module is called with inputs that require grad, and without; both are planned."""
     generator = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
 
     def forward(module: nn.Module, batch: Batch) -> tuple[Any, torch.Tensor]:
         made = generator(batch.target).float()
         judged = module(made)
-        (-judged.mean()).backward()
+        with torch.autocast("cpu", enabled=False):  # torch advises against a backward inside of autocast
+            (-judged.mean()).backward()
         module.zero_grad()
         real, fake = module(batch.args[0]), module(made.detach())
         return (judged, real, fake), F.softplus(-real).mean() + F.softplus(fake).mean()
 
-    return Setup(Score(), _images(), forward=forward, extra=generator)
+    turn = (torch.randn(2, 1, 24, 24, requires_grad=True),)
+    return Setup(Score(), _images(), forward=forward, extra=generator, plan={"also": [(turn, {})]})
 
 
 @CASES("monai")
