@@ -16,10 +16,16 @@ from torch import nn
 
 from planner.captured import CapturedStep
 from planner.graph.graph import Kind
-from planner.runtime.audit import rewound, run_original
+from planner.runtime.audit import may_be_written, run_original
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
-from planner.tracer.host.state import Path
+from planner.tracer.host.generators import Generators
+from planner.tracer.host.iterators import iterators_copied
+from planner.tracer.host.preserve import contents_preserved
+from planner.tracer.host.state import Path, remembered
+from planner.verification.step_copy import FILLED_IN, autocast_of, settle
+
+_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,55 +34,63 @@ class OtherState:
 
     Attributes:
         calls: which calls do.
-        entered: a context in which the model is in that state.
+        entering: a context in which the model is in that state; entered once.
     """
 
     calls: str
-    entered: AbstractContextManager[None]
+    entering: AbstractContextManager[None]
 
 
 def other_states(step: CapturedStep, planned: CheckpointedModule) -> Iterator[OtherState]:
     """The states that calls of a captured step may find, and that its planned module is not for."""
-    if planned.mismatch(step.args, step.kwargs) is not None:
-        yield OtherState("the first call, which finds what the model was built with", contextlib.nullcontext())
-    carried = _carried(step)
+    with autocast_of(planned), torch.enable_grad():
+        mismatch = planned.mismatch(step.args, step.kwargs)
+    if mismatch is not None and mismatch.kind in FILLED_IN:
+        yield OtherState("calls that find what the first one found", contextlib.nullcontext())
+    carried = _carried(step, planned)
     if carried:
         names = ", ".join(map(str, carried[:_MOST_NAMES])) + (" and others" if len(carried) > _MOST_NAMES else "")
-        yield OtherState(f"calls that find {names} detached by the training loop", _detached(step, carried))
+        yield OtherState(f"calls that find {names} detached by the training loop", _detached(step, planned, carried))
 
 
-_MOST_NAMES = 4
-
-
-def _carried(step: CapturedStep) -> list[Path]:
+def _carried(step: CapturedStep, planned: CheckpointedModule) -> list[Path]:
     """Places of tensors that one call leaves with their autograd graph and the next one reads."""
     joint, first = step.joint, len(step.joint.call.tensors)
     differentiated = [int(given.key) for given, _ in joint.gradients if given.kind is Kind.INPUT]
     places = [joint.host.state[i - first] for i in differentiated if i >= first]
     if not places:
         return []
-    with _after_a_call(step):
-        return [path for path in places if not _tensor_at(path, step.model).is_leaf]
+    with _after_calls(step, planned) as is_steady:
+        return [path for path in places if is_steady and not _tensor_at(path, step.model).is_leaf]
 
 
 @contextlib.contextmanager
-def _detached(step: CapturedStep, places: list[Path]) -> Iterator[None]:
+def _detached(step: CapturedStep, planned: CheckpointedModule, places: list[Path]) -> Iterator[None]:
     """While entered, the model is as after a call, with the tensors at these places detached."""
-    with _after_a_call(step):
+    with _after_calls(step, planned):
         for path in places:
             path.set(step.model, _tensor_at(path, step.model).detach())
         yield
 
 
 @contextlib.contextmanager
-def _after_a_call(step: CapturedStep) -> Iterator[None]:
-    """While entered, Python state is as the model's forward leaves it."""
+def _after_calls(step: CapturedStep, planned: CheckpointedModule) -> Iterator[bool]:
+    """While entered, Python state is as calls of the model leave it; yields whether it is as it was captured."""
     model, joint = step.model, step.joint
+    generators = Generators(joint.device).restorers()
     given = joint.call.tensor_leaves(step.args, step.kwargs)
-    written = [tensor for tensor in (*model.buffers(), *given) if not tensor.requires_grad]
-    with rewound(model, joint.host.key, written, joint.device):
-        run_original(unplanned_forward(model), step.args, step.kwargs)
-        yield
+    with contents_preserved(may_be_written(model, joint, given)):
+        preserved = remembered(model, joint.host.key)
+        try:
+            with iterators_copied(), autocast_of(planned), torch.enable_grad():
+                run_original(unplanned_forward(model), step.args, step.kwargs)
+                settle(planned, (step.args, step.kwargs))
+                is_steady = planned.mismatch(step.args, step.kwargs) is None
+            yield is_steady
+        finally:
+            preserved.restore()
+            for put_back in generators:
+                put_back()
 
 
 def _tensor_at(path: Path, model: nn.Module) -> torch.Tensor:

@@ -14,7 +14,7 @@ from planner import arguments, units
 from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
-from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlannerError
+from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlanCheckError, PlannerError
 from planner.graph.accumulation import HELD
 from planner.graph.graph import Graph, Kind
 from planner.graph.planned import NOT_RUN
@@ -44,12 +44,13 @@ from planner.tracer.lower import kernel_nodes, lower
 from planner.tracer.real_layouts import capture
 from planner.tracer.target_device import TargetDevice
 from planner.verification.measured import measured, measured_within, noted
+from planner.verification.step_copy import autocast_of
 from planner.verification.verify import verify
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledStep(CapturedStep):
-    """A training step with the bytes and the time of every kernel. It keeps the model and the call; nothing is captured twice.
+    """A training step with the bytes and the time of every kernel. It keeps the model and the call.
 
     Attributes:
         model, args, kwargs, options, joint: as in `CapturedStep`.
@@ -85,7 +86,7 @@ class ProfiledStep(CapturedStep):
 
     @property
     def _of_further_calls(self) -> PlanOptions:
-        """The options for other calls of the model: bytes set aside are a number, no optimizer, which copies would hold."""
+        """The options for other calls of the model. Bytes set aside are a number: a planned module holds no optimizer."""
         reserved = [value for value in self.graph.values if value.kind is Kind.RESERVED]
         aside = sum(value.nbytes for value in reserved if value.name != HELD)  # those gradients are counted by `accumulate`
         return replace(self.options, reserve=aside, optimizer=None, master_weights=False, also=(), sizes=())
@@ -188,16 +189,18 @@ class ProfiledStep(CapturedStep):
         """Planned modules for calls that find other Python state; those that cannot be planned run unplanned."""
         if self.joint.absent_device or communicates(self.joint):
             return
-        options = replace(self._of_further_calls, dynamic=False)
+        opaque = tuple(dict.fromkeys((*self.options.opaque, *self.provenance.opaque)))
+        options = replace(self._of_further_calls, dynamic=False, opaque=opaque)
         for state in other_states(self, planned):
             try:
-                with stage(f"plan for {state.calls}", options.progress), state.entered:
-                    joint = capture(self.model, self.args, self.kwargs, loss=options.loss, opaque=options.opaque, as_found=True)
-                    step = with_costs(
-                        CapturedStep(self.model, self.args, self.kwargs, options, joint), set_aside(self.model, options, None)
-                    )
+                with stage(f"plan for {state.calls}", options.progress), state.entering, autocast_of(planned):
+                    joint = capture(self.model, self.args, self.kwargs, loss=options.loss, opaque=opaque, as_found=True)
+                    captured_step = CapturedStep(self.model, self.args, self.kwargs, options, joint)
+                    step = with_costs(captured_step, set_aside(self.model, options, None))
                     step = replace(step, provenance=replace(step.provenance, call=state.calls))
                     yield step._planned(planned.plan.budget_bytes)
+            except PlanCheckError as error:
+                PLANNER.warning("no plan for %s: %s", state.calls, error)
             except PlannerError as error:
                 PLANNER.info("no plan for %s: %s", state.calls, error)
 

@@ -36,6 +36,7 @@ ROOMS = (
     "verification",
     "options",
     "captured",
+    "other_states",
     "diagnosis",
     "profiled",
     "composite",

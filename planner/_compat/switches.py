@@ -10,6 +10,14 @@ import torch
 
 from planner._compat.private_names import MODULE_HOOKS
 
+Autocast = torch.dtype | None
+"""The dtype that autocast casts to on a device; None where it is off."""
+
+
+def autocast_key(device: torch.device) -> Autocast:
+    """The dtype that autocast casts to on this device now."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
 
 def global_switches() -> tuple[tuple[str, Any], ...]:
     """Torch's switches that decide which kernels run or what a call means, as (name, state) pairs.

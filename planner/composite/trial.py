@@ -246,7 +246,7 @@ class Trial:
         def left(_module: nn.Module, _args: Any, _out: Any) -> None:
             uses.leave()
 
-        def after(name: str, _module: nn.Module, _args: Any, out: Any) -> Any:
+        def after(name: str, _module: nn.Module, args: Any, out: Any) -> Any:
             if not torch.is_grad_enabled():
                 return out
             self.calls[name] += 1
@@ -255,7 +255,9 @@ class Trial:
             leaves, spec = pytree.tree_flatten(out)
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                    leaves[i] = _HandedOut.apply(leaf)  # what the submodule itself does with the leaf goes past this one
+                    # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
+                    is_own = not leaf._is_view() and not any(leaf is given for given in pytree.tree_leaves(args))
+                    leaves[i] = _HandedOut.apply(leaf) if is_own else leaf.view_as(leaf)
                     leaves[i].register_hook(lambda gradient, i=i: used.__setitem__(i, gradient.stride()))
             return pytree.tree_unflatten(leaves, spec)
 

@@ -23,8 +23,10 @@ from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
-from planner.tracer.host.preserve import contents_preserved
+from planner.tracer.host.preserve import contents_preserved, plain_tensors
 from planner.tracer.host.state import HostKey, remembered
+from planner.tracer.joint import Joint
+from planner.tracer.opaque.measure import written_weights
 from planner.tracer.outputs import without_caches
 
 Digest = dict[str, Fingerprint]
@@ -55,6 +57,18 @@ def audit_fits(plan: Plan, written_bytes: int) -> bool:
     boundary = plan.solution.schedule.boundary(plan.graph)
     forward = max(plan.timeline.live_bytes[: boundary + 1], default=0)
     return forward + max(0, written_bytes - plan.margin_bytes) <= plan.budget_bytes
+
+
+def may_be_written(model: nn.Module, joint: Joint, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors whose content a forward of the model itself may change.
+
+    Args:
+        given: the call's.
+    """
+    state = [path.get(model) for path in joint.host.state]
+    held = [*model.buffers(), *plain_tensors(model), *given, *state]
+    weights = written_weights(model)
+    return [*weights, *(t for t in held if isinstance(t, torch.Tensor) and not t.requires_grad)]
 
 
 @contextlib.contextmanager

@@ -144,6 +144,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         mismatch = enter_planned([call.inputs[i] for i in self._executable.cast], self.device)
         if mismatch is not None:
             return None, mismatch
+        self._let_go(self)
         if self._compares_ranks:
             self.__dict__["_compares_ranks"] = False
             compare_plans(self._step, self.plan)
@@ -166,6 +167,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         for other in (*self.alternatives, *others):
             out, other_mismatch = other.attempt(args, kwargs, unplanned=unplanned, captures=False)
             if other_mismatch is None:
+                self._let_go(other)
                 return out, None
             mismatches.append(other_mismatch)
         refused = [each for each in mismatches[len(self.alternatives) :] if each.kind == "audit"]
@@ -177,6 +179,12 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         if isinstance(found, Mismatch):
             return None, found
         return found.attempt(args, kwargs, unplanned=unplanned, captures=False)
+
+    def _let_go(self, ran: CheckpointedModule) -> None:
+        """Let the guards of the other plans hold no state that an earlier call carried: nothing counts its memory."""
+        for other in (self, *self.alternatives) if self.alternatives else ():
+            if other is not ran and (other.step.joint.host.state or other.step.joint.host.as_found):
+                other._guard.forget()
 
     def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)

@@ -217,7 +217,7 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     """
     call = step.joint.call
     with fake_mode():
-        made = [*_inputs_like(step), *map(_tensor_like, step.joint.host.state_keys)]
+        made = [*_inputs_like(step), *_state_like(step, model)]
         for (given, _), is_leaf in zip(step.joint.gradients, leaves, strict=True):
             if given.kind is Kind.INPUT and not is_leaf:
                 made[int(given.key)] = made[int(given.key)].view_as(made[int(given.key)])
@@ -247,6 +247,14 @@ def _inputs_like(step: RewrittenStep) -> list[torch.Tensor]:
             memory[storages[i]] = torch.empty(size, dtype=dtype, device=device)
         made.append(memory[storages[i]].as_strided(shape, strides))
     return made
+
+
+def _state_like(step: RewrittenStep, model: nn.Module) -> list[torch.Tensor]:
+    """Tensors like those of Python state that the planned call found; sparse ones are those that are there now."""
+    host = step.joint.host
+    is_strided = [all(isinstance(stride, int) for stride in strides) for _, strides, *_ in host.state_keys]
+    rows = zip(host.state, host.state_keys, is_strided, strict=True)
+    return [_tensor_like(key) if strided else path.get(model) for path, key, strided in rows]
 
 
 def _tensor_like(key: TensorKey) -> torch.Tensor:

@@ -68,16 +68,17 @@ def _restore_call(inputs: Any, outputs: Any, leaves: tuple[Any, ...], tensors: t
     return CallSpec(pytree.tree_structure(inputs), leaves, tensors, pytree.tree_structure(outputs))
 
 
-def without_history(tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+def without_history(tensor: torch.Tensor, memory: torch.Tensor | None = None, *, is_leaf: bool | None = None) -> torch.Tensor:
     """A tensor that gets gradients as this one does, and hands them to no one; hooks are left out.
 
     Like the given one it is a leaf of autograd or not: the two get gradients with different strides. Its own is in `grad`.
 
     Args:
         memory: what it shares the memory with; the tensor itself by default.
+        is_leaf: whether it is a leaf; None: as the given one.
     """
     own = (tensor if memory is None else memory).detach().requires_grad_(tensor.requires_grad)
-    if tensor.is_leaf:
+    if tensor.is_leaf if is_leaf is None else is_leaf:
         return own
     with torch.enable_grad():
         computed: torch.Tensor = _Computed.apply(own)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from planner._compat.fake_tensors import InPlaceCollectiveError, forget_real_tensors
+from planner._compat.switches import autocast_key, global_switches
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.graph.graph import Kind
 from planner.log import TRACER
@@ -24,8 +25,8 @@ from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
+from planner.tracer.host.model_keys import module_keys, weight_keys
 from planner.tracer.host.preserve import contents_preserved
-from planner.tracer.host.state import module_keys, weight_keys
 from planner.tracer.joint import Joint
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
@@ -216,7 +217,13 @@ def _capture(
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
             joint = replace(joint, opaque_calls=inside(_measured, joint, model, recording))
     return replace(
-        joint, weights=weights, modules=keys, repeats=traced.repeats, absent_device="" if target is None else target.name
+        joint,
+        weights=weights,
+        modules=keys,
+        repeats=traced.repeats,
+        absent_device="" if target is None else target.name,
+        autocast=autocast_key(device),
+        switches=global_switches(),
     )
 
 
@@ -311,7 +318,7 @@ def _check_weights(model: nn.Module, joint: Joint) -> None:
 
 def _check_constants(joint: Joint, recording: Recording) -> None:
     """Raise CaptureError where the trace found a tensor in Python state in another place than the real forward."""
-    found = next((recording.held[id(tensor)] for tensor in joint.constants.values() if id(tensor) in recording.held), None)
+    found = next((recording.moved[id(tensor)] for tensor in joint.constants.values() if id(tensor) in recording.moved), None)
     if found is not None:
         raise CaptureError(
             f"the model's forward reads {found} in one call and another place in the next, where the same tensor was; a plan "

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from planner._compat.switches import Autocast
 from planner.graph.graph import Kind
 from planner.graph.source import Source
 from planner.tracer.call import CallSpec
 from planner.tracer.host.fingerprint import TensorKey
 from planner.tracer.host.kernels import RecordedRead
-from planner.tracer.host.state import HostState, ModuleKey
+from planner.tracer.host.model_keys import ModuleKey
+from planner.tracer.host.state import HostState
 from planner.tracer.opaque.call import OpaqueCall
 
 
@@ -102,6 +104,7 @@ class Joint:
         opaque_calls: recorded calls of opaque modules, by key.
         saved_handles: names of the nodes that hold autograd graphs of opaque modules.
         absent_device: name of the device whose kernels these are, where it is not here; "" where they are this machine's.
+        autocast, switches: the modes of torch that it was captured in.
         recorded: (kernel, value) of every host read, to capture the call again without running it; None if no forward was run.
         refused: the first error of captures that failed, after which submodules became opaque; "" where none failed.
         repeats: kind of equal blocks that were captured once -> names of these submodules (planner/tracer/units).
@@ -128,6 +131,8 @@ class Joint:
     opaque_calls: Mapping[str, OpaqueCall] = field(default_factory=dict)
     saved_handles: frozenset[str] = frozenset()
     absent_device: str = ""
+    autocast: Autocast = None
+    switches: tuple[tuple[str, Any], ...] = ()
     recorded: tuple[RecordedRead, ...] | None = None
     refused: str = ""
     repeats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -43,7 +43,7 @@ class Recording:
         written: tensors that existed before and that the forwards wrote into, except the model's weights and buffers.
         settled: every place that the forward reads or writes, as a second call leaves it; empty where the first one differs.
         seen_by_line: what tensors showed that the forward made; None where no forward was run.
-        held: where Python state holds tensors, by identity.
+        moved: as of ObservedForward.
     """
 
     host: HostState = field(default_factory=HostState)
@@ -54,7 +54,7 @@ class Recording:
     settled: Mapping[Path, Any] = field(default_factory=dict)
     seen_by_line: SeenByLine | None = None
     to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
-    held: Mapping[int, Path] = field(default_factory=dict)
+    moved: Mapping[int, Path] = field(default_factory=dict)
 
     @classmethod
     def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
@@ -121,7 +121,7 @@ def record(
     reads = tuple(observed.run.reads)
     specs = {key: recorded.spec for key, recorded in calls.items()}
     state = (observed.preserved, observed.written, observed.settled, observed.seen_by_line)
-    return Recording(observed.host, specs, reads, *state, calls, observed.held)
+    return Recording(observed.host, specs, reads, *state, calls, observed.moved)
 
 
 def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:

@@ -22,6 +22,7 @@ from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.state import Effect
 from planner.tracer.host.tensor_places import TensorPlace
 from planner.tracer.host.tensor_reads import answered
+from planner.tracer.host.values import rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.model_call import run_call
@@ -290,11 +291,13 @@ def _traced_tensors(
 
 def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
     """Put traced tensors where Python state holds tensors, and what a first call finds where it finds other values."""
-    host, model = options.recording.host, options.model
+    host, model, state = options.recording.host, options.model, tensors[len(options.call.tensors) :]
     for path, found in host.found:
-        path.set(model, found)
-    for path, traced in zip(host.state, tensors[len(options.call.tensors) :], strict=True):
+        path.set(model, rebuilt(found, lambda leaf: leaf))
+    for path, traced in zip(host.state, state, strict=True):
         path.set(model, traced)
+    for path, number in host.shared:
+        path.set(model, state[number])
     for path, name in host.aliases:
         path.set(model, weights[name])
     for path, i in host.key.inputs_at:

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner.runtime.audit import Digest, difference, digest, digest_of, rewound
+from planner.runtime.audit import Digest, difference, digest, digest_of, may_be_written, rewound
 from planner.runtime.criterion import planned_model
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.outputs import backward_starts
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.joint import Joint
-from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones
+from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones, renew_history
 
 
 def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple[str, ...]:
@@ -67,9 +67,8 @@ def step_digest(
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):
         tensor.grad = None
-    state = [path.get(model) for path in joint.host.state]
-    written = [*model.buffers(), *(t for t in (*given, *state) if isinstance(t, torch.Tensor) and not t.requires_grad)]
-    with rewound(model, joint.host.key, written, joint.device), torch.enable_grad():
+    with rewound(model, joint.host.key, may_be_written(model, joint, given), joint.device), torch.enable_grad():
+        renew_history(joint, model)
         with autocast():
             out = forward()
         leaves = aligned(joint, pytree.tree_leaves(out))

@@ -24,7 +24,6 @@ from planner.profiler.child import CAN_FORK, Child
 from planner.profiler.memory import logical_peak
 from planner.profiler.timing import free_bytes
 from planner.rewriter.partition import ORIGIN
-from planner.runtime.audit import run_original
 from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
@@ -35,7 +34,6 @@ from planner.units import format_bytes
 from planner.verification.bits import different_results
 from planner.verification.state import strides_that_matter
 from planner.verification.step_copy import (
-    FILLED_IN,
     CallArguments,
     StepCopy,
     aligned,
@@ -45,6 +43,7 @@ from planner.verification.step_copy import (
     own_call,
     renew_history,
     resident_bytes,
+    settle,
     state_found,
 )
 
@@ -89,7 +88,7 @@ def _in_process(planned: CheckpointedModule, call: CallArguments) -> int:
     with torch.random.fork_rng(devices=[planned.device] if cuda else []):
         try:
             step_copy.prepare()
-            _settle(step_copy.module, step_copy.call)  # type: ignore[arg-type]
+            settle(step_copy.module, step_copy.call)  # type: ignore[arg-type]
             wrong = _check(step_copy.module, step_copy.call)
             if not wrong:
                 return step_copy.peak()
@@ -164,16 +163,15 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
     detach_from_parent(planned.original, planned.step.joint)
     own = own_call(planned, call)
     planned.__dict__["audits"] = False  # an audit would count as part of the step
-    found = state_found(planned)
+    found = state_found(planned.step.joint, planned.original)
     wrong: list[str] = []
 
     def check() -> None:
         found.restore()
-        renew_history(planned, planned.original)
         wrong.append(_check(planned, own))
 
     try:
-        _settle(planned, own)
+        settle(planned, own)
         if num_stages(planned.plan.graph):  # what is measured finds the gradients of this one
             check()
         above = logical_peak(check, planned.device)
@@ -186,7 +184,6 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
             yield {"wrong": next(filter(None, wrong)), "where": [], "last": True}
         else:
             found.restore()
-            renew_history(planned, planned.original)
             yield {"peak_bytes": resident_bytes(planned) + above}
             yield {"last": True, "where": []} | _bits_differ(planned, own)
         return
@@ -222,18 +219,10 @@ def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
     return {"wrong": f"the planned step's results differ from the model's in: {', '.join(different[:5])}{more}"}
 
 
-def _settle(planned: CheckpointedModule, call: CallArguments) -> None:
-    """Run the model's own forward once if Python state is not as planned yet: a first call fills a cache, or a None."""
-    with autocast_of(planned), torch.enable_grad():
-        mismatch = planned.mismatch(*call)
-        if mismatch is not None and mismatch.kind in FILLED_IN:
-            run_original(unplanned_forward(planned.original), *call)
-
-
 def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
     """{"not run": ...} where the model's own step fails in a forked process, too; else {}."""
     _clear(planned, call)
-    renew_history(planned, planned.original)
+    renew_history(planned.step.joint, planned.original)
     try:
         uninstall(planned.original)
         with autocast_of(planned):
@@ -279,6 +268,7 @@ def _check(planned: Any, call: CallArguments) -> str:
     Raises:
         NotRunError: the call is not the planned one.
     """
+    renew_history(planned.step.joint, planned.original)
     with torch.enable_grad():
         with autocast_of(planned):
             out, mismatch = planned.attempt(*call)

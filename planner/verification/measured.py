@@ -38,13 +38,13 @@ def time_steps(
     and buffers are not touched; the random generator is restored.
 
     Raises:
-        InputError: the call is not the one planned for, or the model cannot be copied.
+        InputError: the call is not the one planned for, or the model cannot be copied, or its copy does not run planned.
     """
     call = check_call(planned, args, kwargs, "a step can be measured for")
     step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
-        step_copy.prepare()
+        step_copy.settled()
         step_copy.step()
         peak_bytes = step_copy.peak()
         seconds = [seconds_of(step_copy, planned.device, clock) for _ in range(max(1, rounds))]

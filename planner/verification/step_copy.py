@@ -31,8 +31,8 @@ from planner.verification.state import generators, set_generators, state_of
 
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-FILLED_IN = ("host", "weight")
-"""Kinds of mismatches that a first forward may remove: it fills in Python state, or a buffer that is None."""
+FILLED_IN = ("host", "weight", "value")
+"""Kinds of mismatches that a first forward may remove: it fills in Python state, a buffer that is None, a flag in a buffer."""
 
 
 class CopyError(InputError):
@@ -106,21 +106,39 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
     return call
 
 
-def state_found(planned: CheckpointedModule) -> Preserved:
-    """Restores the Python state that a planned call finds, before it is run again, where it leaves another one."""
-    host = planned.step.joint.host
-    return remembered(planned.original, host.key) if host.as_found else Preserved()
+def state_found(joint: Joint, model: nn.Module) -> Preserved:
+    """Restores the Python state that the captured call finds, before it is run again, where it leaves another one."""
+    return remembered(model, joint.host.key) if joint.host.as_found else Preserved()
 
 
-def renew_history(planned: CheckpointedModule, model: nn.Module) -> None:
-    """Give the tensors that a call of this model left with its autograd graph graphs of their own.
+MOST_CALLS = 5
+"""Number of calls after which Python state has to be as it was captured."""
 
-    A call finds them as within one training step of several calls; a backward can run through them again and again.
+
+def settle(planned: CheckpointedModule, call: CallArguments) -> int:
+    """Run the model's own forward until its Python state is as planned: first calls fill caches. Returns how often it was run.
+
+    `call` need not run planned then: see `CheckpointedModule.mismatch`.
     """
-    for path in planned.step.joint.host.state:
+    for number in range(MOST_CALLS):
+        with autocast_of(planned), torch.enable_grad():
+            mismatch = planned.mismatch(*call)
+            if mismatch is None or mismatch.kind not in FILLED_IN:
+                return number
+            run_original(unplanned_forward(planned.original), *call)
+    return MOST_CALLS
+
+
+def renew_history(joint: Joint, model: nn.Module) -> None:
+    """Replace tensors of Python state that an earlier call computed by others of the same values, without that call's graph.
+
+    They still are no leaves, so that the step runs as planned. Its backward ends there, and can run again and again.
+    """
+    computed = {int(given.key) for given in joint.inputs if given.kind is Kind.INPUT and given.is_leaf is False}
+    for i, path in enumerate(joint.host.state, start=len(joint.call.tensors)):
         left = path.get(model)
-        if isinstance(left, torch.Tensor) and left.grad_fn is not None:
-            path.set(model, left.detach().requires_grad_().view_as(left))
+        if isinstance(left, torch.Tensor) and left.requires_grad and (i in computed or not left.is_leaf):
+            path.set(model, without_history(left, is_leaf=False))
 
 
 def resident_bytes(planned: CheckpointedModule) -> int:
@@ -140,7 +158,7 @@ class StepCopy:
         self.module, self.call, self._planned, self._given = module, own_call(planned, call), planned, call
         self._device = planned.device
         self._model: nn.Module = module.original if isinstance(module, CheckpointedModule) else module
-        self._found = state_found(module) if isinstance(module, CheckpointedModule) else Preserved()
+        self._found = state_found(planned.step.joint, self._model)
         if isinstance(module, CheckpointedModule):
             module.__dict__["audits"] = False  # an audit would count as part of the step
         else:
@@ -154,7 +172,7 @@ class StepCopy:
     def prepare(self) -> None:
         """Reset gradients to None, inputs to their first values, and Python state as of `state_found`, `renew_history`."""
         self._found.restore()
-        renew_history(self._planned, self._model)
+        renew_history(self._planned.step.joint, self._model)
         self.module.zero_grad(set_to_none=True)
         given = [leaf for leaf in pytree.tree_leaves(self._given) if isinstance(leaf, torch.Tensor)]
         for own, original in zip(self.inputs, given, strict=True):
@@ -163,13 +181,13 @@ class StepCopy:
                 with torch.no_grad():
                     own.detach().copy_(original)
 
-    def settle(self) -> None:
-        """Run the model's own forward once, which fills caches and first states; the random generators are restored."""
+    def settle(self, number: int) -> None:
+        """Run the model's own forward, which fills caches and first states; the random generators are restored."""
         self.prepare()
         before = generators()
-        with autocast_of(self._planned):
-            run_original(unplanned_forward(self._model), *self.call)
-        renew_history(self._planned, self._model)
+        for _ in range(number):
+            with autocast_of(self._planned), torch.enable_grad():
+                run_original(unplanned_forward(self._model), *self.call)
         set_generators(before)
 
     def mismatch(self) -> Mismatch | None:
@@ -177,6 +195,24 @@ class StepCopy:
         self.prepare()
         with autocast_of(self._planned), torch.enable_grad():
             return self.module.mismatch(*self.call)  # type: ignore[no-any-return, operator]
+
+    def settled(self) -> int:
+        """Make the copy of a planned module run its call planned; how many forwards had to fill its Python state first.
+
+        Raises:
+            InputError: it would not run planned even then.
+        """
+        self.prepare()
+        before = generators()
+        number = settle(self.module, self.call)  # type: ignore[arg-type]
+        set_generators(before)
+        mismatch = self.mismatch()
+        if mismatch is not None:
+            raise InputError(
+                f"this is done on copies, and a deep copy of this model does not run planned: {mismatch}. "
+                "Compare a few steps of the model itself with steps of another one that is built alike"
+            )
+        return number
 
     def step(self) -> list[Any]:
         """Forward and backward; the output's leaves. `prepare` comes first."""

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from planner import MismatchWarning, plan, profile
+from planner import MismatchWarning, plan, profile, verify
+from planner.profiler.memory import logical_peak
+from planner.tracer.host.preserve import plain_tensors
 from tests.support.members import GUARDED, check, ids, inside, member
 from tests.support.source import Step
 
@@ -223,7 +225,7 @@ def planned_model(model, **options):
 def test_the_first_calls_plan_says_so():
     planned, x = planned_model(Cached())
     (first,) = planned.alternatives
-    assert "for        the first call" in str(planned) and planned.plan.provenance.call == ""
+    assert "for        calls that find what the first one found" in str(planned) and planned.plan.provenance.call == ""
     assert first.plan.measured_bytes <= first.plan.budget_bytes == planned.plan.budget_bytes
     planned(x).sum().backward()
     assert (first.num_runs, planned.num_runs, planned.num_unplanned_calls) == (1, 0, 0)
@@ -245,7 +247,7 @@ def test_planning_leaves_the_first_call_to_the_model():
     assert model.mask is None and planned.alternatives
 
 
-def test_a_first_call_that_needs_more_than_the_budget_runs_unplanned_with_a_warning():
+def test_a_first_call_that_needs_more_than_the_budget_runs_unplanned_with_a_warning(caplog):
     class Large(Cached):
         def forward(self, x):
             if self.mask is None:
@@ -253,8 +255,9 @@ def test_a_first_call_that_needs_more_than_the_budget_runs_unplanned_with_a_warn
                 self.mask = torch.sin(wide).sum(1, keepdim=True)
             return self.b(torch.tanh(self.a(x)).exp() * self.mask)
 
-    planned, x = planned_model(Large())
-    assert not planned.alternatives
+    with caplog.at_level("INFO", "planner"):
+        planned, x = planned_model(Large())
+    assert not planned.alternatives and "what the first one found: Raise the budget to" in caplog.text
     with pytest.warns(MismatchWarning, match="mask"):
         planned(x)
 
@@ -296,3 +299,119 @@ def test_a_profiled_step_plans_other_states_too():
     x = torch.randn(16, 8)
     planned = profile(Cached(), (x,), costs="estimate", progress=False).plan(1.0)
     assert len(planned.alternatives) == 1
+
+
+def carrying(**attributes):
+    """A recurrent net whose state the loop detaches; `attributes` are set on it."""
+
+    class Carrying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.v = nn.Linear(8, 8), nn.Linear(8, 8), None
+            for name, value in attributes.items():
+                setattr(self, name, value)
+
+        def forward(self, x):
+            self.v = torch.tanh(self.a(x) + (0.5 if self.v is None else self.v * 0.5))
+            if hasattr(self, "count"):
+                self.count += 1
+            return torch.tanh(torch.tanh(self.b(self.v)).exp().sin()).cos()
+
+    return Carrying()
+
+
+def test_planning_leaves_plain_tensors_that_the_forward_counts_in():
+    model = carrying(count=torch.zeros(()))
+    planned, _ = planned_model(model)
+    assert model.count == 0 and model.v is None and len(planned.alternatives) == 2
+
+
+def test_state_that_is_there_only_after_some_calls_is_planned():
+    class Delayed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.k, self.q = nn.Linear(8, 8), None, None
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            h = h + (0 if self.q is None else self.q)
+            self.q, self.k = self.k, h
+            return h.exp()
+
+    model = Delayed()
+    planned, _ = planned_model(model)
+    assert model.k is model.q is None and len(planned.alternatives) == 2
+
+
+def test_a_plan_of_a_step_that_was_profiled_under_autocast_has_no_first_call():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = profile(model, (x,), costs="estimate", progress=False)
+    assert step.plan(1.0).alternatives == []
+
+
+def test_the_audit_and_verify_know_a_buffer_that_the_first_call_fills():
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.register_buffer("k", None)
+
+        def forward(self, x):
+            if self.k is None:
+                self.k = torch.full((8,), 2.0)
+            return torch.tanh(self.a(x)).exp() * self.k
+
+    planned, x = planned_model(Filled())
+    report = verify(planned, (x,))
+    assert report.exact and not report.unplanned and planned.original.k is None
+
+
+def test_compiled_steps_of_carried_state_are_checked():
+    planned = plan(carrying(), "1MiB", (torch.randn(16, 8),), costs="estimate", progress=False, compile=True)
+    for module in (planned, *planned.alternatives):
+        assert module.plan.measured_bytes is not None, module.plan.check
+
+
+def peak_of(model, step):
+    """Bytes of everything that a step has alive at a time, what was there before included."""
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *plain_tensors(model))}
+    return sum(held.values()) + logical_peak(step, torch.device("cpu"))
+
+
+def test_every_kind_of_call_is_within_the_budget():
+    torch.manual_seed(0)
+    model, x = carrying(), torch.randn(512, 8)
+    planned = plan(model, 0.85, (x,), costs="estimate", progress=False)
+    assert len(planned.alternatives) == 2 and planned.plan.overhead > 0
+    planned.audits = False
+
+    def step():
+        planned(x).sum().backward()
+
+    for number in range(4):
+        planned.zero_grad(set_to_none=True)
+        if number > 0:
+            model.v = model.v.detach()
+        assert x.nbytes + peak_of(model, step) <= planned.plan.budget_bytes
+    assert planned.num_unplanned_calls == 0
+
+
+def test_two_attributes_that_hold_one_tensor_are_two_where_the_loop_replaces_one():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.p = self.q = torch.zeros(8)
+
+        def forward(self, x):
+            return torch.tanh(self.a(x) - self.q + self.p)
+
+    model = Two()
+    twin = copy.deepcopy(model)
+    planned, x = planned_model(model)
+    assert torch.equal(planned(x), twin(x)) and planned.num_unplanned_calls == 0
+    model.q = twin.q = torch.ones(8)
+    with pytest.warns(MismatchWarning, match="q is another tensor"):
+        assert torch.equal(planned(x), twin(x))

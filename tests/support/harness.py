@@ -346,7 +346,7 @@ def _check_peak(program: Program, planned: Any, args: Any) -> None:
     spare = torch.ones(())
 
     def step() -> None:
-        renew_history(planned, planned.original)
+        renew_history(planned.step.joint, planned.original)
         with autocast_of(planned):
             out = planned(*args)
         outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]

@@ -10,17 +10,15 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner._compat.switches import global_switches
+from planner._compat.switches import Autocast, autocast_key, global_switches
 from planner.errors import first_line
 from planner.graph.graph import Kind
 from planner.log import RUNTIME
 from planner.runtime.codegen import boxed, picker, positions
 from planner.runtime.guards.call_key import (
-    Autocast,
     CallKey,
     are_same,
     argument_fingerprint,
-    autocast_key,
     shared_storages,
 )
 from planner.runtime.guards.mismatch import Mismatch
@@ -80,6 +78,10 @@ class CallGuard:
             text = f"the call could not be compared: {first_line(error)}"
             return Mismatch("host", "what the call was compared with", text=text)
 
+    def forget(self) -> None:
+        """See `HostStateGuard.forget`."""
+        self._model_state.forget()
+
     def _match(self, args: Any, kwargs: Any, through_forward: bool) -> MatchedCall | Mismatch:
         joint, key = self._step.joint, self._step.key
         if joint.absent_device:
@@ -101,6 +103,9 @@ class CallGuard:
         for path, found in zip(joint.host.state, state, strict=True):
             if not isinstance(found, torch.Tensor):
                 return Mismatch("host", str(path), type(found).__name__, "a tensor")
+        for path, i in joint.host.shared:
+            if path.get(self._model) is not state[i]:
+                return Mismatch("host", str(path), "another tensor", f"the one that {joint.host.state[i]} holds")
         given = [*tensors, *state]
         for i, is_leaf in self._leaves:
             if given[i].is_leaf != is_leaf:

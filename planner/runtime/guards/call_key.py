@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
-from planner._compat.switches import global_switches
+from planner._compat.switches import Autocast
 from planner._compat.tensors import storage_id
 from planner.graph.graph import Kind
 from planner.tracer.host.fingerprint import Fingerprint, TensorKey, everything, tensor_key
 from planner.tracer.joint import Joint
-
-Autocast = torch.dtype | None
-"""The dtype that autocast casts to on a device; None where it is off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +43,20 @@ class CallKey:
 
 
 def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
-    """The key of a call with these tensor leaves, in the modes that are on now."""
+    """The key of a call with these tensor leaves, in the modes that it was captured in."""
     return CallKey(
         inputs=tuple(tensor_key(tensor) for tensor in tensors),
         weights=joint.weights,
         shared=shared_storages(tensors) if any(given.mutated for given in joint.inputs if given.kind is Kind.INPUT) else (),
         arguments=tuple(argument_fingerprint(leaf) for leaf in joint.call.leaves),
-        autocast=autocast_key(joint.device),
-        switches=global_switches(),
+        autocast=joint.autocast,
+        switches=joint.switches,
         kinds=tuple(map(type, tensors)),
         same=tuple(
             first if joint.host.key.compares_identities or tensor.requires_grad else -1
             for first, tensor in zip(same_tensors(tensors), tensors, strict=True)
         ),
     )
-
-
-def autocast_key(device: torch.device) -> Autocast:
-    """The dtype that autocast casts to on this device now."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -88,6 +88,18 @@ class HostStateGuard:
                 self._remember(group, named)
         self._code: list[tuple[Reader, Sequence[Any]]] = []
         self._remember_code(named)
+        self._has_forgotten = False
+        self._sort_groups()
+
+    def forget(self) -> None:
+        """Hold nothing that Python state held when it was last as planned; the next comparison looks at everything."""
+        if not self._has_forgotten:
+            self._has_forgotten = True
+            for group in self._groups:
+                group.dicts, group.others, group.is_known = [], [], False
+            self._sort_groups()
+
+    def _sort_groups(self) -> None:
         self._steady = [group for group in self._groups if group.is_known]
         self._changing = [group for group in self._groups if not group.is_known]
         self._remember_steady()
@@ -129,6 +141,9 @@ class HostStateGuard:
         found = self._compare_values([group for group in self._changing if not group.is_unchanged])
         if found is None and self._has_new_functions:
             self._remember_code(self._names())
+        if found is None and self._has_forgotten:
+            self._has_forgotten = False
+            self._sort_groups()
         return found
 
     def _is_steady(self) -> bool:

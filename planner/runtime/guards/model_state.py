@@ -98,6 +98,10 @@ class ModelStateGuard:
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
         return self._libraries.mismatch() or self._host.mismatch(through_forward=through_forward)
 
+    def forget(self) -> None:
+        """See `HostStateGuard.forget`."""
+        self._host.forget()
+
     def _overrides(self, derived: type, kind: type) -> bool:
         """Whether a derived class overrides an attribute that the forward reads."""
         names = (*self._reads.get(kind, ()), "forward", "__call__")

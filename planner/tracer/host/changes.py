@@ -14,7 +14,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.state import Effect, Path
-from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, is_plain, items_of
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Changes:
 
     Attributes:
         effects: what is written; the templates hold the tensors of the last recording forward.
-        moved: ids of tensors that existed before the forward and are stored in another place after it.
-        found: of one call: (place, plain value that it finds there) of the effects that find no tensor.
+        moved: ids of tensors that existed before the forward and are stored in another place after it; of one call, also of
+            those that it replaces.
+        found: (place, what the forward finds there) of effects that find no tensor; empty for steady forwards.
     """
 
     effects: tuple[Effect, ...] = ()
@@ -40,10 +41,9 @@ def find_changes(
     known: Collection[int] = (),
     inputs: Collection[int] = (),
     only_written: Callable[[Path], bool] = lambda path: False,
-    *,
-    as_found: bool = False,
+    finder: type[Finder] | None = None,
 ) -> Changes:
-    """Compare two snapshots: of successive steady forwards, or of what one call finds and leaves.
+    """Compare two snapshots of successive forwards.
 
     Args:
         before, after: every place that the forward reads or writes, with its value.
@@ -52,17 +52,16 @@ def find_changes(
         inputs: identities of the call's tensors, which every call replaces.
         only_written: whether every forward writes an attribute before reading it; planned calls then write it even if its
             value is equal.
-        as_found: of one call: plain values may change, and containers of tensors and plain values may take their place.
+        finder: what decides which changes a plan may make; by default those that every call makes alike.
 
     Raises:
         CaptureError: something that is no tensor changes from call to call, or a container that cannot be written.
     """
-    finder = (_OneCall if as_found else _Finder)(model, before, after, outside, inputs, only_written)
-    effects = tuple(finder.find())
+    finds = (finder or Finder)(model, before, after, outside, inputs, only_written)
+    effects = tuple(finds.find())
     old = {id(value) for value in before.values() if isinstance(value, torch.Tensor)} - set(known)
-    moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old)
-    found = ((effect.path, before.get(effect.path, ABSENT)) for effect in effects if as_found)
-    return Changes(effects, moved, tuple((path, value) for path, value in found if value is ABSENT or is_plain(value)))
+    moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old) | finds.replaced
+    return Changes(effects, moved, tuple(finds.found))
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,9 @@ def frozen(value: Any) -> Any:
     return value
 
 
-class _Finder:
+class Finder:
+    """Finds what steady forwards change: each writes tensors to the same places, and plain values that stay the same."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,12 +95,15 @@ class _Finder:
     ) -> None:
         self._model, self._before, self._after, self._outside = model, before, after, outside
         self._inputs, self._only_written = inputs, only_written
+        self.found: list[tuple[Path, Any]] = []
+        self.replaced: set[int] = set()
         self._done: list[Path] = []
         self._lists: set[int] = set()
         self._num_members = Counter(_parent(path) for path in before if path.steps)
         self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
 
     def find(self) -> Iterator[Effect]:
+        """The effects; `found` and `replaced` are filled."""
         for path, now in self._after.items():
             if any(path.is_inside(done) for done in self._done):
                 continue
@@ -118,7 +122,7 @@ class _Finder:
                 yield Effect(self._writable(path), self._fresh(path, was, now))
         for path in self._before.keys() - self._after.keys():
             if not any(path.is_inside(done) for done in self._done) and self._before[path] is not ABSENT:
-                raise _refusal(path, self._before[path], ABSENT)
+                raise refusal(path, self._before[path], ABSENT)
 
     def _of_same_object(self, path: Path, now: Any) -> Iterator[Effect]:
         """A list or deque that was changed in place: it may have grown."""
@@ -133,7 +137,7 @@ class _Finder:
         grown = new[old:]
         read = any(id(item) in self._outside for item in new)
         if read or any(a is not b for a, b in zip(kept, new, strict=False)):
-            raise _refusal(path, f"{old} items", f"{len(new)} items")
+            raise refusal(path, f"{old} items", f"{len(new)} items")
         self._done.append(path)
         self._check_appended(path, grown)
         yield Effect(path, grown, appends=True)
@@ -142,9 +146,9 @@ class _Finder:
         """Raise CaptureError unless every call may append these: tensors, and what is the same for all of them."""
         for leaf in (leaf for item in items for leaf in _leaves(item)):
             if not isinstance(leaf, (torch.Tensor, str, int, float, bool, type(None))):
-                raise _refusal(path, "shorter", "longer")
+                raise refusal(path, "shorter", "longer")
             if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
-                raise _refusal(path, "shorter", f"longer by a {type(leaf).__name__}, which a plan would repeat")
+                raise refusal(path, "shorter", f"longer by a {type(leaf).__name__}, which a plan would repeat")
 
     def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
         """Another tensor in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
@@ -179,70 +183,25 @@ class _Finder:
     def _fresh(self, path: Path, was: Any, now: Any) -> Any:
         """A new container at each call: its template."""
         if type(was) is not type(now) or not _is_container(now):
-            raise _refusal(path, was, now)
+            raise refusal(path, was, now)
         olds, news = list(_leaves(was)), list(_leaves(now))
         for old, new in zip(olds, news, strict=False):
             both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)
             if not both and not self._prints.equal(old, new):
-                raise _refusal(path, old, new)
+                raise refusal(path, old, new)
         if len(olds) != len(news):
-            raise _refusal(path, f"{len(olds)} values", f"{len(news)} values")
+            raise refusal(path, f"{len(olds)} values", f"{len(news)} values")
         return now
 
     def _writable(self, path: Path) -> Path:
         if any(kind == "value" for kind, _ in path.steps):  # a context variable, whose value belongs to who runs the call
-            raise _refusal(path, "one tensor", "another")
+            raise refusal(path, "one tensor", "another")
         if not path.steps and path.scope is None:
             module = self._model.get_submodule(path.module)
             own = path.name in vars(module)
             if not own or not path.name.isidentifier():
-                raise _refusal(path, "a value of its class", "another")
+                raise refusal(path, "a value of its class", "another")
         return path
-
-
-class _OneCall(_Finder):
-    """Finds what a call changes that other calls need not find: it fills a cache, or sets a mode."""
-
-    def _fresh(self, path: Path, was: Any, now: Any) -> Any:
-        self._check_made(path, was, now)
-        return now
-
-    def _check_appended(self, path: Path, items: list[Any]) -> None:
-        for item in items:
-            self._check_made(path, "shorter", item)
-
-    def _check_made(self, path: Path, was: Any, now: Any) -> None:
-        """Raise CaptureError unless a plan can make this value at each call."""
-        if not all(map(_is_settable, _parts(now))):
-            raise _refusal(path, was, now)
-        made = {id(part) for part in _parts(now) if isinstance(part, _CONTAINERS) and not isinstance(part, tuple)}
-        known = {id(value) for value in self._before.values()}
-        held = Counter(id(value) for value in self._after.values() if id(value) in made)
-        if made & known or max(held.values(), default=0) > 1:  # a plan would put another container into each place
-            raise _refusal(path, was, now)
-
-    def _writable(self, path: Path) -> Path:
-        if not path.steps and path.scope is None:
-            buffers = vars(self._model.get_submodule(path.module))["_buffers"]
-            if path.name in buffers and path in self._before and self._before[path] is not ABSENT:
-                return path  # a buffer that was None
-        return super()._writable(path)
-
-
-_CONTAINERS = (list, tuple, dict, deque)
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """A value, and every key and item of Python's own containers in it."""
-    yield value
-    if type(value) in _CONTAINERS:
-        for key, item in items_of(value):
-            yield key
-            yield from _parts(item)
-
-
-def _is_settable(part: Any) -> bool:
-    return isinstance(part, torch.Tensor) or type(part) in _CONTAINERS or is_plain(part)
 
 
 def _root(path: Path) -> tuple[Any, ...]:
@@ -293,7 +252,8 @@ def _text(value: Any) -> str:
     return text[:80]
 
 
-def _refusal(path: Path, was: Any, now: Any) -> CaptureError:
+def refusal(path: Path, was: Any, now: Any) -> CaptureError:
+    """The error for a change that no plan can make."""
     what = "global variable" if path.scope is not None else "attribute"
     return CaptureError(
         f"the model's forward changes its {what} {path.place} ({_text(was)} before, {_text(now)} after) from call to call; "

@@ -21,14 +21,16 @@ from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
+from planner.tracer.host.generator_calls import refuse_generators
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
+from planner.tracer.host.one_call import OneCall
 from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
-from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, walk
-from planner.tracer.host.steady import left_to_next_call, run_twice, run_until_steady
+from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
+from planner.tracer.host.steady import Runs, left_to_next_call, run_as_found, run_until_steady
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
@@ -49,7 +51,7 @@ class ObservedForward:
         written: tensors that were there before and that the runs wrote into, but for the model's weights and buffers.
         settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
         seen_by_line: what tensors showed that the forward made.
-        held: where Python state holds tensors as the trace will find it, by identity.
+        moved: where Python state holds tensors that were in other places before the last run, by identity.
     """
 
     run: Run
@@ -58,7 +60,7 @@ class ObservedForward:
     written: tuple[torch.Tensor, ...]
     settled: Mapping[Path, Any]
     seen_by_line: SeenByLine
-    held: Mapping[int, Path]
+    moved: Mapping[int, Path]
 
 
 class Observer:
@@ -85,7 +87,7 @@ class Observer:
         guards_iterators: bool = True,
     ) -> None:
         self.model, self._modules, self._opaque = model, modules, tuple(opaque)
-        self._weights = _weight_places(model)  # what becomes of these is in the graph
+        self._weights: frozenset[tuple[str, str]] | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved(guards_iterators=guards_iterators)
         for module in model.modules():
@@ -146,19 +148,18 @@ class Observer:
         Raises:
             CaptureError: it does something that a plan cannot repeat; names it, and the submodule.
         """
-        runs = (run_twice if as_found else run_until_steady)(self, call, inputs)
-        last, before = runs.runs[-1], runs.before
-        reads = self.reads.reads()
-        given = {id(tensor) for tensor in inputs}
-        touched = self.reads.reads()
-        only_written = lambda path: self._is_only_written(path, touched)
-        after = self.snapshot()
-        known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
-        outside = {key: tensor for key, tensor in last.outside.items() if key not in known}
-        changes = find_changes(self.model, before, after, outside, known, given, only_written, as_found=as_found)
+        changes_of = lambda runs: self._changes(runs, inputs, as_found=as_found)
         if as_found:
-            self.preserved.restore()
-        now = left_to_next_call(self, inputs, None if as_found else after)
+            self._weights = _weight_places(self.model)
+            runs, changes = run_as_found(self, call, inputs, changes_of)
+            after, now = {}, runs.before
+        else:
+            runs, changes = run_until_steady(self, call, inputs, changes_of)
+            after = self.snapshot()
+            now = left_to_next_call(self, inputs, after)
+        last, before, outside = runs.runs[-1], runs.before, self._outside(runs.runs[-1], inputs)
+        reads = self.reads.reads()
+        only_written = lambda path: self._is_only_written(path, reads)
         state = self._state(before, outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         is_steady = runs.are_alike and not as_found
@@ -170,12 +171,31 @@ class Observer:
         if self.reads.compares_identities:
             key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, before, only_written))
         state_keys = tuple(tensor_key(before[path]) for path in state)
-        host = HostState(key, state, state_keys, self._aliases(), changes.effects, as_found=as_found, found=changes.found)
+        number = {id(before[path]): i for i, path in enumerate(state)}
+        shared = tuple((path, number[id(v)]) for path, v in before.items() if id(v) in number and path not in state)
+        host = HostState(
+            key, state, state_keys, shared, self._aliases(), changes.effects, as_found=as_found, found=changes.found
+        )
         weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}
-        held = {id(value): path for path, value in now.items() if isinstance(value, torch.Tensor)}
-        return ObservedForward(last, host, self.preserved, written, settled, self.tensors.seen_by_line, held)
+        moved = {id(v): path for path, v in now.items() if isinstance(v, torch.Tensor) and before.get(path) is not v}
+        return ObservedForward(last, host, self.preserved, written, settled, self.tensors.seen_by_line, moved)
+
+    def _outside(self, run: Run, inputs: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The tensors of Python state that kernels read in a run, by identity."""
+        known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
+        return {key: tensor for key, tensor in run.outside.items() if key not in known}
+
+    def _changes(self, runs: Runs, inputs: Sequence[torch.Tensor], *, as_found: bool) -> Changes:
+        """What the last run has changed in Python state."""
+        reads, outside = self.reads.reads(), self._outside(runs.runs[-1], inputs)
+        only_written = lambda path: self._is_only_written(path, reads)
+        known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
+        given = {id(tensor) for tensor in inputs}
+        return find_changes(
+            self.model, runs.before, self.snapshot(), outside, known, given, only_written, OneCall if as_found else None
+        )
 
     def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:
         """Run the forward; `may_initialize`: it may give weights other memory, as a first call does."""
@@ -262,34 +282,18 @@ class Observer:
             except CaptureError as error:
                 error.module = error.module or str(self._modules)
                 raise
-        self._refuse_other_generators()
+        refuse_generators(self.reads, self.kernels, self._modules)
         refuse_marked(pytree.tree_leaves(out), self.kernels.has_made)
         return run
 
-    def _refuse_other_generators(self) -> None:
-        if self.reads.controlled is not None:
-            module, function = self.reads.controlled.module, self.reads.controlled.function
-            if self.reads.controlled.is_checkpoint:
-                raise CaptureError(
-                    f"switch {module or 'the model'}'s own activation checkpointing off (torch.utils.checkpoint; "
-                    "model.gradient_checkpointing_disable() in transformers): a plan recomputes what the budget asks for",
-                    module=module,
-                )
-            raise CaptureError(
-                f"the forward of {module or 'the model'} controls torch's random generator (Generator.{function}: manual_seed, "
-                "fork_rng, set_rng_state, ...), which a plan does not repeat. Do it outside of the forward",
-                module=module,
-            )
-        if self.kernels.generator_at is not None:
-            module = self.kernels.generator_at
-            raise CaptureError(
-                f"the model's forward ({module or 'the model'}) draws from a torch.Generator of its own; a plan repeats draws "
-                "of the default generator only",
-                module=module,
-            )
-        drew = self._modules.drew if self._modules.drew is not None else self.reads.drew
-        if drew is not None:
-            raise _draws(drew)
+    def _is_weight(self, path: Path) -> bool:
+        """A parameter or buffer: what becomes of these is in the graph. One that a call fills, as found, is Python state."""
+        if path.scope is not None or path.steps:
+            return False
+        if self._weights is not None:
+            return (path.module, path.name) in self._weights
+        held = vars(submodule(self.model, path.module))
+        return path.name in held["_parameters"] or path.name in held["_buffers"]
 
     def _snapshot(self) -> dict[Path, Any]:
         reads = self.reads.reads()
@@ -300,7 +304,7 @@ class Observer:
         of_classes = self._class_attributes(both.names)
         names = lambda kind: both.attributes.get(kind, frozenset()) | of_classes.get(kind, set())
         for path in roots(self.model, names, both, self._opaque, self._touched()):
-            if path.scope is None and (path.module, path.name) in self._weights:
+            if self._is_weight(path):
                 continue
             places = walk(path, path.root(self.model), both, self._names, seen)
             found.update((place, frozen(value)) for place, value in places)
@@ -371,16 +375,8 @@ def named(model: nn.Module) -> dict[int, str]:
 
 
 def _weight_places(model: nn.Module) -> frozenset[tuple[str, str]]:
-    """(module, name) of every parameter and buffer; of one that is None, and that a forward may fill, there is none."""
+    """(module, name) of every parameter and buffer but those that are None."""
     held = lambda module: (*vars(module)["_parameters"].items(), *vars(module)["_buffers"].items())
     return frozenset(
         (where, name) for where, module in model.named_modules() for name, tensor in held(module) if tensor is not None
-    )
-
-
-def _draws(module: str) -> CaptureError:
-    return CaptureError(
-        f"the forward of {module or 'the model'} draws random numbers from Python's random module or from numpy; "
-        "a plan would repeat one draw for ever. Draw with torch",
-        module=module,
     )

@@ -22,7 +22,7 @@ from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.scopes import PACKAGE, Reads, compares_identities, global_names, is_library_code, scopes_of
-from planner.tracer.host.values import attributes, is_foreign_class, own_class
+from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict
 
 _COMPILER = str(Path(torch.__file__).parent / "_dynamo")
 _CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
@@ -274,7 +274,9 @@ class ReadRecorder:
                 noted(this, name, None)
                 raise
             noted(this, name, value)
-            return getter(this, name) if is_used_up(value) else value  # a guard is in its place now
+            if is_used_up(value):  # its guard is in its place now, where it is the object's own
+                return (own_dict(this) or {}).get(name, value)
+            return value
 
         @calls_users_code
         def recorded_set(this: Any, name: str, value: Any) -> None:

@@ -12,13 +12,22 @@ import torch
 from torch import nn
 
 from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
-from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike, tensor_key
+from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike
 from planner.tracer.host.library_reads import LibraryRead
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads, Scope
 from planner.tracer.host.tensor_places import TensorRead
-from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, member, members, own_dict, rebuilt, text_of, with_member
-from planner.tracer.libraries import is_users_hook
+from planner.tracer.host.values import (
+    ABSENT,
+    MODULE_STATE,
+    PathStep,
+    attributes,
+    member,
+    members,
+    rebuilt,
+    text_of,
+    with_member,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +113,18 @@ class Path:
             if written is value:
                 return
             new = written
-        self._holder(model)[self.name] = new
+        self._dictionary(model)[self.name] = new
 
     def _remove(self, model: nn.Module) -> None:
+        holder, (kind, key) = (self.holder.get(model), self.steps[-1]) if self.steps else (None, ("", ""))
         if not self.steps:
-            self._holder(model).pop(self.name, None)
-        else:
-            holder, (kind, key) = self.holder.get(model), self.steps[-1]
-            (own_dict(holder) or {} if kind == "attr" else holder).pop(key, None)
+            self._dictionary(model).pop(self.name, None)
+        elif kind == "item" and isinstance(holder, dict):
+            holder.pop(key, None)
+        elif kind == "attr" and key in attributes(holder):
+            object.__delattr__(holder, key)
 
-    def _holder(self, model: nn.Module) -> dict[str, Any]:
+    def _dictionary(self, model: nn.Module) -> dict[str, Any]:
         """The dictionary that holds the value that the steps start from."""
         if self.scope is not None:
             return self.scope.variables
@@ -305,16 +316,18 @@ class HostState:
         key: what of Python's state the graph is right for.
         state: the places whose tensors are inputs of the graph, after the call's tensors.
         state_keys: shape, strides, dtype, device and requires_grad of each of these.
+        shared: (place, number in `state`) of further places that hold the same tensors.
         aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
         effects: what the forward leaves in Python state.
         lazy: what a first call sets besides; the key holds once it is set.
         as_found: it is what one call does, which need not leave the state that it finds: the first one fills a cache.
-        found: then (place, plain value that the call finds there) of the effects that find no tensor.
+        found: then (place, what the call finds there) of the effects that find plain values, or containers of such.
     """
 
     key: HostKey = HostKey(Reads({}, frozenset()))
     state: tuple[Path, ...] = ()
     state_keys: tuple[TensorKey, ...] = ()
+    shared: tuple[tuple[Path, int], ...] = ()
     aliases: tuple[tuple[Path, str], ...] = ()
     effects: tuple[Effect, ...] = ()
     lazy: tuple[LazyValue, ...] = ()
@@ -361,40 +374,3 @@ def same_build(one: Any, other: Any) -> bool:
     if type(one) is not type(other) or [step for step, _ in mine] != [step for step, _ in theirs]:
         return False
     return all(same_build(a, b) for (_, a), (_, b) in zip(mine, theirs, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleKey:
-    """What a plan takes for granted of a module, beside its tensors and attributes.
-
-    Attributes:
-        name: qualified, "" for the model itself.
-        kind: its class.
-        hooks: which of its dictionaries of hooks held some of the user's.
-        tied: (name of a parameter or buffer of its own, first qualified name of the same tensor), where these are two names.
-    """
-
-    name: str
-    kind: type
-    hooks: tuple[str, ...]
-    tied: tuple[tuple[str, str], ...]
-
-
-def module_keys(model: nn.Module) -> tuple[ModuleKey, ...]:
-    """Every module of the model, each once."""
-    tensors = (*model.named_parameters(), *model.named_buffers())  # each once
-    first = {id(tensor): name for name, tensor in tensors}
-    keys = []
-    for name, module in model.named_modules():
-        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
-        own = (*parameters, *module.named_buffers(recurse=False, remove_duplicate=False))
-        prefix = f"{name}." if name else ""
-        tied = tuple((key, first[id(tensor)]) for key, tensor in own if first[id(tensor)] != f"{prefix}{key}")
-        hooks = tuple(kind for kind in MODULE_HOOKS if any(map(is_users_hook, vars(module)[kind].values())))
-        keys.append(ModuleKey(name, type(module), hooks, tied))
-    return tuple(keys)
-
-
-def weight_keys(model: nn.Module) -> tuple[tuple[str, TensorKey], ...]:
-    """Name and metadata of every parameter and buffer, each tensor once."""
-    return tuple((name, tensor_key(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers()))

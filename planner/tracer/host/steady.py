@@ -11,14 +11,16 @@ from torch import nn
 
 from planner.errors import CaptureError
 from planner.kernels.custom import laid_out
-from planner.tracer.host.changes import find_changes
+from planner.tracer.host.changes import Changes, find_changes
+from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.kernels import Run
+from planner.tracer.host.one_call import take_back
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
-from planner.tracer.host.state import Path
+from planner.tracer.host.state import Path, bare_fingerprint
 
-_RUNS = 5
+_RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
 
 
@@ -57,40 +59,71 @@ class Runs:
         return all(_same(self.runs[0], run) for run in self.runs)
 
 
-def run_until_steady(observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Runs:
-    """Run the forward until two runs do the same, each with what the one before left.
+def run_until_steady(
+    observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
+) -> tuple[Runs, Changes]:
+    """Run the forward until two runs do the same, each with what the one before left, and what the last one changes there.
+
+    Args:
+        changes_of: finds that.
 
     Raises:
-        CaptureError: it does something else each time; names the attribute or the kernel.
+        CaptureError: it does something else each time, or changes what no plan can write; names the attribute or the kernel.
     """
     contents = _contents(inputs)
     runs: list[Run] = []
     befores: list[Mapping[Path, Any]] = []
-    while len(runs) < 2 or not (_same(runs[-2], runs[-1]) and _read_the_same_places(runs, befores)):
-        if len(runs) == _RUNS:
-            find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
-            raise _unsteady(runs[-2], runs[-1])
+    while len(runs) < _RUNS:
         befores.append(left_to_next_call(observer, inputs) if runs else {})
         restore_tensors(contents)
         runs.append(observer.run_once(call, may_initialize=not runs))
-    return Runs(runs, befores[-1])
+        if len(runs) > 1 and _same(runs[-2], runs[-1]) and _read_the_same_places(runs, befores):
+            found = Runs(runs, befores[-1])
+            try:
+                return found, changes_of(found)
+            except CaptureError:  # what comes late, from a call before the last one
+                if len(runs) == _RUNS:
+                    raise
+    find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
+    raise _unsteady(runs[-2], runs[-1])
 
 
-def run_twice(observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Runs:
-    """Run the forward twice from the Python state that is found now.
+def run_as_found(
+    observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
+) -> tuple[Runs, Changes]:
+    """Run the forward twice from the Python state that is found now, which is restored; what the second run changes there.
+
+    Args:
+        changes_of: finds that, after the second run.
 
     Raises:
-        CaptureError: the two differ.
+        CaptureError: the two runs differ, or change what no plan can write.
     """
     contents = _contents(inputs)
     first = observer.run_once(call)
+    left = {path: bare_fingerprint(value) for path, value in observer.snapshot().items()}
     observer.preserved.restore()
     before = left_to_next_call(observer, inputs)
-    restore_tensors(contents)
-    again = observer.run_once(call)
-    if not _same(first, again):
-        raise _unsteady(first, again)
-    return Runs([first, again], before)
+    found: list[tuple[Runs, Changes]] = []
+
+    def again() -> None:
+        restore_tensors(contents)
+        runs = Runs([first, observer.run_once(call)], before)
+        if not runs.are_alike:
+            raise _unsteady(*runs.runs)
+        found.append((runs, changes_of(runs)))
+        for effect in found[0][1].effects:
+            now = bare_fingerprint(effect.path.get(observer.model))
+            if not alike(left.get(effect.path, now), now):
+                raise CaptureError(
+                    f"the model's forward sets {effect.path} to another value each time that it is run (a clock, a count?)",
+                    module=effect.path.module,
+                )
+        take_back(observer.model, found[0][1].effects, before)
+
+    if observer.preserved.changed_by(again):
+        raise CaptureError("the call changes modules, hooks, objects or containers in a way that a plan would not")
+    return found[0]
 
 
 def left_to_next_call(

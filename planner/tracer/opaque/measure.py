@@ -187,9 +187,10 @@ class _Run:
 
     def _num_draws(self, found: Sequence[_Bytes]) -> int:
         """How many draws are to be measured, after these measurements."""
-        if len({*found}) > 1:
+        enough = _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
+        if len({*found[1:]}) > 1:
             return _DRAWS
-        return _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
+        return enough + (len({*found}) > 1)  # the first run may fill a cache
 
     def _run_from(self, first: int, found: list[_Bytes]) -> int:
         """Measure draws, one after the other, until one fails; the number of the next draw. `found` is extended."""
@@ -200,11 +201,11 @@ class _Run:
             except Exception as error:
                 if draw > first:
                     return draw
-                self._refuse(error, draw)
+                self._explain(error, draw)
             draw += 1
         return draw
 
-    def _refuse(self, error: Exception, draw: int) -> None:
+    def _explain(self, error: Exception, draw: int) -> None:
         """Raise what means that the module cannot be planned; what made-up data can explain is logged."""
         if draw == 0:
             raise error

@@ -72,6 +72,8 @@ function drawProvenance() {
     plan = data.plans[chosen];
   const rows = [
     ["model", known.module],
+    ["backward starts from", (known.loss ?? []).slice(0, 4).join(", ") + ((known.loss ?? []).length > 4 ? ", ..." : "")],
+    ["for", known.call],
     ["device", known.device && `${known.device}${known.is_here ? "" : " (not here)"}`],
     [
       "costs",
