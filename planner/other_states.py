@@ -67,8 +67,9 @@ def _carried(step: CapturedStep, planned: CheckpointedModule) -> list[Path]:
 @contextlib.contextmanager
 def _detached(step: CapturedStep, planned: CheckpointedModule, places: list[Path]) -> Iterator[None]:
     """While entered, the model is as after a call, with the tensors at these places detached."""
+    host = step.joint.host
     with _after_calls(step, planned):
-        for path in places:
+        for path in (*places, *(path for path, number in host.shared if host.state[number] in places)):
             path.set(step.model, _tensor_at(path, step.model).detach())
         yield
 

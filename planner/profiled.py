@@ -71,10 +71,10 @@ class ProfiledStep(CapturedStep):
         units.check_budget(budget)
         with one_at_a_time():
             planned = self._planned(budget)
-            planned.alternatives.extend(self._of_other_states(planned))
+            planned.alternatives.extend(self._of_other_states(planned, budget))
             for args, kwargs in self.options.also:
                 other = profiled(self.model, args, kwargs, self.options)
-                planned.alternatives.append(other._planned(planned.plan.budget_bytes))
+                planned.alternatives.append(other._planned(budget, planned.plan.budget_bytes))
             for args, kwargs in self.options.sizes:
                 planned.prepare(args, kwargs)
         return planned
@@ -165,9 +165,13 @@ class ProfiledStep(CapturedStep):
         plain_bytes = self.plain_bytes if units.is_fraction(budget) else None
         return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest, plain_bytes)
 
-    def _planned(self, budget: Budget) -> CheckpointedModule:
-        """The planned module for this call alone."""
-        budget_bytes = self.budget_bytes(budget)
+    def _planned(self, budget: Budget, budget_bytes: int | None = None) -> CheckpointedModule:
+        """The planned module for this call alone.
+
+        Args:
+            budget_bytes: of another call, which are this one's, too; None: those of `budget`.
+        """
+        budget_bytes = self.budget_bytes(budget) if budget_bytes is None else budget_bytes
         fraction = units.fraction_of(budget)
 
         def within(aim_bytes: int) -> CheckpointedModule:
@@ -185,7 +189,7 @@ class ProfiledStep(CapturedStep):
         made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
         return self.rewritten(made, fraction)
 
-    def _of_other_states(self, planned: CheckpointedModule) -> Iterator[CheckpointedModule]:
+    def _of_other_states(self, planned: CheckpointedModule, budget: Budget) -> Iterator[CheckpointedModule]:
         """Planned modules for calls that find other Python state; those that cannot be planned run unplanned."""
         if self.joint.absent_device or communicates(self.joint):
             return
@@ -198,7 +202,7 @@ class ProfiledStep(CapturedStep):
                     captured_step = CapturedStep(self.model, self.args, self.kwargs, options, joint)
                     step = with_costs(captured_step, set_aside(self.model, options, None))
                     step = replace(step, provenance=replace(step.provenance, call=state.calls))
-                    yield step._planned(planned.plan.budget_bytes)
+                    yield step._planned(budget, planned.plan.budget_bytes)
             except PlanCheckError as error:
                 PLANNER.warning("no plan for %s: %s", state.calls, error)
             except PlannerError as error:

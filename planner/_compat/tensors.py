@@ -23,3 +23,15 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
         return lambda others: False
     check = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     return lambda others: bool(check(*others))
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Which storage a tensor is in; None where it is not strided."""
+    return storage_id(tensor) if tensor.layout is torch.strided else None
+
+
+def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Per tensor, the position of the first one in the same storage."""
+    first: dict[int, int] = {}
+    storages = [-1 - i if (found := storage_of(tensor)) is None else found for i, tensor in enumerate(tensors)]
+    return tuple(first.setdefault(storage, i) for i, storage in enumerate(storages))

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -34,7 +35,8 @@ from planner.runtime.executable import Boxed, OtherBackward
 from planner.runtime.guards.call_key import autocast_of
 from planner.runtime.step import RewrittenStep
 from planner.tracer.graft import graft
-from planner.tracer.host.fingerprint import TensorKey
+from planner.tracer.host.fingerprint import TensorKey, tensor_key
+from planner.tracer.host.state import Path
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from planner.tracer.real_layouts import capture_again
@@ -215,12 +217,16 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
     Raises:
         InputError, CaptureError: the model can no longer be captured.
     """
-    call = step.joint.call
+    call, host = step.joint.call, step.joint.host
+    computed = {
+        int(g.key) for (g, _), leaf in zip(step.joint.gradients, leaves, strict=True) if g.kind is Kind.INPUT and not leaf
+    }
     with fake_mode():
-        made = [*_inputs_like(step), *_state_like(step, model)]
-        for (given, _), is_leaf in zip(step.joint.gradients, leaves, strict=True):
-            if given.kind is Kind.INPUT and not is_leaf:
-                made[int(given.key)] = made[int(given.key)].view_as(made[int(given.key)])
+        made = _tensors_like(step.key.inputs, step.storages) + _tensors_like(host.state_keys, host.state_storages)
+        made = [tensor.view_as(tensor) if i in computed else tensor for i, tensor in enumerate(made)]
+    for i, path in enumerate(host.state, start=len(call.tensors)):
+        found = _as_found(step, model, path, i not in computed)
+        made[i] = made[i] if found is None else found
     arguments = list(call.leaves)
     for i, position in enumerate(call.tensors):
         arguments[position] = made[step.same_inputs[i]]
@@ -232,34 +238,36 @@ def recaptured(step: RewrittenStep, model: nn.Module, strides: BackwardKey, leav
         return capture_again(model, args, kwargs, known, opaque)
 
 
-def _inputs_like(step: RewrittenStep) -> list[torch.Tensor]:
-    """Tensors like those of the planned call; those without gradients share a storage where they did."""
-    inputs, storages = step.key.inputs, step.storages
+def _tensors_like(keys: Sequence[TensorKey], storages: Sequence[int]) -> list[Any]:
+    """Tensors like those that a call was planned for; those without gradients share a storage where they did.
+
+    None stands for one that is not strided.
+    """
     memory: dict[int, torch.Tensor] = {}
-    made = []
-    for i, (shape, strides, dtype, device, _) in enumerate(inputs):
-        group = [k for k in range(len(inputs)) if storages[k] == storages[i]]
-        if len(group) == 1 or any(inputs[k][2] != dtype or inputs[k][4] for k in group):
-            made.append(_tensor_like(inputs[i]))
+    made: list[Any] = []
+    for i, (shape, strides, dtype, device, requires_grad) in enumerate(keys):
+        if not all(isinstance(stride, int) for stride in strides):
+            made.append(None)
+            continue
+        group = [k for k in range(len(keys)) if storages[k] == storages[i]]
+        if len(group) == 1 or any(keys[k][2] != dtype or keys[k][4] for k in group):
+            tensor = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            made.append(tensor.requires_grad_(requires_grad))
             continue
         if storages[i] not in memory:
-            size = max(_extent(*inputs[k][:2]) for k in group)
+            size = max(_extent(*keys[k][:2]) for k in group)
             memory[storages[i]] = torch.empty(size, dtype=dtype, device=device)
         made.append(memory[storages[i]].as_strided(shape, strides))
     return made
 
 
-def _state_like(step: RewrittenStep, model: nn.Module) -> list[torch.Tensor]:
-    """Tensors like those of Python state that the planned call found; sparse ones are those that are there now."""
+def _as_found(step: RewrittenStep, model: nn.Module, path: Path, is_leaf: bool) -> torch.Tensor | None:
+    """The tensor that the planned call found at a place of Python state, where the call has not replaced it."""
     host = step.joint.host
-    is_strided = [all(isinstance(stride, int) for stride in strides) for _, strides, *_ in host.state_keys]
-    rows = zip(host.state, host.state_keys, is_strided, strict=True)
-    return [_tensor_like(key) if strided else path.get(model) for path, key, strided in rows]
-
-
-def _tensor_like(key: TensorKey) -> torch.Tensor:
-    shape, strides, dtype, device, requires_grad = key
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device).requires_grad_(requires_grad)
+    key, now = host.state_keys[host.state.index(path)], path.get(model)
+    if any(path.is_inside(effect.path) for effect in host.effects) or not isinstance(now, torch.Tensor):
+        return None
+    return now if tensor_key(now) == key and (now.is_leaf == is_leaf or not now.requires_grad) else None
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:

@@ -36,7 +36,7 @@ from planner.tracer.opaque.measure import measured_calls
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
-from planner.tracer.recording import Recording, has_data, record
+from planner.tracer.recording import Recording, has_data, record, settable
 from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay, Strides
 from planner.tracer.target_device import TargetDevice
@@ -213,9 +213,9 @@ def _capture(
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     _check_weights(model, joint)
     _check_constants(joint, recording)
-    if recording.to_measure:
+    if replay is None:
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
-            joint = replace(joint, opaque_calls=inside(_measured, joint, model, recording))
+            joint = inside(_run_again, joint, model, recording, call, tensors)
     return replace(
         joint,
         weights=weights,
@@ -264,19 +264,23 @@ def _normalized(
             calls=recording.calls,
         )
         joint = normalize(graph, replace(call, out_spec=forward.out_spec), forward.outputs)
-    written = [*recording.host.key.left, *(effect.path for effect in forward.effects)]
-    lazy = (*recording.host.lazy, *lazy_values(model, recording.settled, written))
-    host = replace(recording.host, effects=forward.effects, lazy=lazy)
+    host = replace(recording.host, effects=forward.effects)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 
 
-def _measured(joint: Joint, model: nn.Module, recording: Recording) -> dict[str, OpaqueCall]:
-    """The opaque calls with their costs. What running them changes outside of their modules is restored, too."""
-    found: dict[str, OpaqueCall] = {}
-    if recording.preserved is not None:
+def _run_again(joint: Joint, model: nn.Module, recording: Recording, call: CallSpec, tensors: Sequence[torch.Tensor]) -> Joint:
+    """The joint graph with what further runs show: costs of opaque calls, plain values that a first call sets.
+
+    What running them changes outside of their modules is restored, too.
+    """
+    measured: dict[str, OpaqueCall] = {}
+    if recording.to_measure and recording.preserved is not None:
         with contents_preserved(recording.written), iterators_copied():
-            recording.preserved.changed_by(lambda: found.update(measured_calls(joint, model, recording.to_measure)))
-    return found
+            recording.preserved.changed_by(lambda: measured.update(measured_calls(joint, model, recording.to_measure)))
+    host = joint.host
+    written = [*host.key.left, *(effect.path for effect in host.effects)]
+    lazy = settable(model, call, tensors, lazy_values(model, recording.settled, written))
+    return replace(joint, opaque_calls=measured or joint.opaque_calls, host=replace(host, lazy=lazy))
 
 
 def _moving(recording: Recording, forward: TracedForward, num_tensors: int) -> frozenset[int]:

@@ -15,11 +15,12 @@ from planner._compat.module_calls import calls_intercepted
 from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
+from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.preserve import Preserved, model_preserved
-from planner.tracer.host.state import HostState, Path, remembered
+from planner.tracer.host.state import HostState, LazyValue, Path, bare_fingerprint, remembered
 from planner.tracer.host.tensor_reads import SeenByLine
 from planner.tracer.model_call import run_call
 from planner.tracer.module_stack import ModuleStack
@@ -137,6 +138,22 @@ def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torc
     return False
 
 
+def settable(
+    model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], lazy: Sequence[LazyValue]
+) -> tuple[LazyValue, ...]:
+    """Those of a first call's values that another first call sets alike: no clock, no counter. Runs the model's forward.
+
+    Args:
+        model: as a first call finds it; left so.
+    """
+    if not lazy:
+        return ()
+    kept_nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+    with model_preserved(model, [*model.buffers(), *written_weights(model), *tensors]), iterators_copied(), kept_nothing:
+        run_call(model, call, tensors)
+        return tuple(value for value in lazy if alike(bare_fingerprint(value.after), bare_fingerprint(value.path.get(model))))
+
+
 def _observed(
     model: nn.Module,
     call: Callable[[], Any],
@@ -149,6 +166,7 @@ def _observed(
 ) -> tuple[ObservedForward, dict[str, RecordedCall]]:
     calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
+    described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
 
     def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
@@ -157,13 +175,16 @@ def _observed(
     def run_opaque(module: nn.Module, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         counts[name] = counts.get(name, 0) + 1
         key = f"{name}#{counts[name] - 1}"
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        arguments = observer.kernels.note_call(name, spec, leaves)
         with observer.pause():
-            if key not in calls:
+            if described.get(key) != arguments:  # a first call may be given None where later ones are given a tensor
+                described[key] = arguments
                 with observer.tensors.of_stand_ins():
                     calls[key] = record_call(
                         module, name, key, args, kwargs, device, observer.kernels.has_made, lambda act: has_effects(act, module)
                     )
-            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             with observer.kernels.refusing_graphs_from_outside(name, given), observer.tensors.inside_opaque():
                 out = run()
             refuse_collecting_hooks(module, name)

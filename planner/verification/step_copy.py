@@ -139,6 +139,8 @@ def renew_history(joint: Joint, model: nn.Module) -> None:
         left = path.get(model)
         if isinstance(left, torch.Tensor) and left.requires_grad and (i in computed or not left.is_leaf):
             path.set(model, without_history(left, is_leaf=False))
+    for path, number in joint.host.shared:
+        path.set(model, joint.host.state[number].get(model))
 
 
 def resident_bytes(planned: CheckpointedModule) -> int:

@@ -5,13 +5,14 @@ Each is planned as the call that it is: the same bits, the same state afterwards
 
 import copy
 import pickle
+import time
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from planner import MismatchWarning, plan, profile, verify
+from planner import CaptureError, MismatchWarning, plan, profile, verify
 from planner.profiler.memory import logical_peak
 from planner.tracer.host.preserve import plain_tensors
 from tests.support.members import GUARDED, check, ids, inside, member
@@ -415,3 +416,175 @@ def test_two_attributes_that_hold_one_tensor_are_two_where_the_loop_replaces_one
     model.q = twin.q = torch.ones(8)
     with pytest.warns(MismatchWarning, match="q is another tensor"):
         assert torch.equal(planned(x), twin(x))
+
+
+@pytest.mark.parametrize("text", ["self.t[0].mul_(1.5)", "T.mul_(1.5)", "h = h + self.e(torch.arange(16))"])
+def test_planning_carried_state_leaves_what_the_forward_writes_in_place(text):
+    forward = f"{text}\nself.v = torch.tanh(h + self.v * 0.5)\nh = h + self.v"
+    init = "self.t = [torch.ones(8)]\nself.v = 0.0\nself.e = nn.Embedding(16, 8, max_norm=0.1)"
+    check(member(text, forward, init=init, head="T = torch.ones(8)", steps=loop(DETACH)))
+
+
+RECURRENT = [
+    member(
+        f"{kind} whose state is {name} by the loop",
+        f"y, self.s = self.{kind.lower()}(h, self.s)\nh = h + y",
+        init=f"self.{kind.lower()} = nn.{kind}(8, 8)\nself.s = None",
+        steps=tuple(Step(before=change) for change in changes),
+    )
+    for kind in ("LSTM", "GRU")
+    for name, changes in {
+        "detached": ["part.s = detached(part.s)"] * 4,
+        "reset, then detached": ["part.s = None"] * 2 + ["part.s = detached(part.s)"] * 2,
+    }.items()
+]
+TREE = """
+def detached(s):
+    if isinstance(s, torch.Tensor):
+        return s.detach()
+    return None if s is None else tuple(t.detach() for t in s)
+"""
+
+
+@pytest.mark.parametrize("of", [*RECURRENT[:2], *(pytest.param(of, marks=pytest.mark.zoo) for of in RECURRENT[2:])])
+def test_state_that_is_handed_to_a_submodule_which_runs_as_it_is(of):
+    check(type(of)(of.program.within(head=TREE)))
+
+
+LISTS = [
+    member(
+        f"list of {n} states, {name}",
+        "self.s = [torch.tanh(self.b(h) + s * 0.5) for s in self.s]\nh = h + sum(self.s)",
+        init=f"self.s = [0.0] * {n}",
+        steps=loop(change),
+    )
+    for n in (1, 3)
+    for name, change in {
+        "reset": f"part.s = [0.0] * {n}",
+        "detached": "part.s = [s.detach() if isinstance(s, torch.Tensor) else s for s in part.s]",
+    }.items()
+]
+
+
+@pytest.mark.parametrize("of", LISTS, ids=ids(LISTS))
+def test_lists_of_states(of):
+    check(of)
+
+
+class Second(nn.Module):
+    """Its first call makes a leaf that gets gradients, stores a clock, adds a submodule: `kind` says which."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.kind, self.k = nn.Linear(8, 8), kind, None
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        if self.k is None:
+            self.k = {"leaf": lambda: torch.ones(8, requires_grad=True), "clock": time.perf_counter_ns}[self.kind]()
+        return h * self.k if self.kind == "leaf" else h * (1 if self.k else 2)
+
+
+def test_a_leaf_that_the_first_call_makes_is_the_models_own():
+    planned, x = planned_model(Second("leaf"))
+    with pytest.warns(MismatchWarning, match="k is None"):
+        planned(x).sum().backward()
+    leaf = planned.original.k
+    assert leaf.is_leaf and leaf.grad is not None and planned.mismatch((x,), {}) is None
+
+
+def test_a_clock_that_the_first_call_reads_is_not_planned():
+    start = time.perf_counter_ns()
+    with pytest.warns(UserWarning, match="does not recognize its own example call: k is"):
+        planned, x = planned_model(Second("clock"))
+    end = time.perf_counter_ns()
+    with pytest.warns(MismatchWarning, match="k is None"):
+        planned(x)
+    assert not start <= planned.original.k <= end
+
+
+def test_a_submodule_that_the_first_call_adds_is_refused_by_name():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.t = nn.Linear(8, 8), None
+
+        def forward(self, x):
+            if self.t is None:
+                self.t = copy.deepcopy(self.a)
+            return torch.tanh(self.t(x))
+
+    with pytest.raises(CaptureError, match=r"adds, removes or replaces the submodule t: run the model once before planning"):
+        planned_model(Grows())
+
+
+@pytest.mark.parametrize("rows", [16, 4])
+def test_another_backward_where_states_share_memory(rows):
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.v, self.w = nn.Linear(8, 8), None, None
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            h = h if self.v is None else torch.tanh(h + self.v * self.w.mean())
+            self.v = h * 2
+            self.w = self.v if rows == 16 else self.v[:rows]
+            return h.exp()
+
+    model = Sharing()
+    twin = copy.deepcopy(model)
+    planned, x = planned_model(model)
+    for _ in range(3):
+        outs = [called(x) for called in (planned, twin)]
+        for held, out in zip((model, twin), outs, strict=True):
+            held.zero_grad()
+            out.sum().backward()
+            held.v, held.w = held.v.detach(), held.w.detach()
+        assert torch.equal(*outs) and torch.equal(model.a.weight.grad, twin.a.weight.grad)
+
+
+def test_other_layouts_are_within_a_fraction_in_every_state():
+    torch.manual_seed(0)
+    model, x = carrying(), torch.randn(16, 8)
+    planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    for number in range(3):
+        if number:
+            model.v = model.v.detach()
+        out = planned(x)
+        out.backward(torch.ones(8, 16).t())
+    assert planned.num_unplanned_calls == 0
+
+
+def test_the_example_call_may_be_in_python_state():
+    x = torch.randn(16, 8)
+
+    class Moves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.k, self.q = nn.Linear(8, 8), x, None
+
+        def forward(self, x):
+            self.q, self.k = self.k, x
+            return torch.tanh(self.a(x))
+
+    planned = plan(Moves(), 1.0, (x,), costs="estimate", progress=False)
+    assert planned.plan.measured_bytes is not None
+
+
+def test_an_input_that_python_state_shares_memory_with_is_a_mismatch_where_the_forward_writes():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.k = nn.Linear(8, 8), torch.zeros(16, 8)
+
+        def forward(self, x):
+            self.k.mul_(0.5)
+            h = torch.tanh(self.a(x)) + self.k
+            self.k = x
+            return h
+
+    planned, x = planned_model(Writes())
+    planned(x)
+    with pytest.warns(MismatchWarning, match="shares its memory with an input"):
+        planned(x)

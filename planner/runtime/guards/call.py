@@ -11,6 +11,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.switches import Autocast, autocast_key, global_switches
+from planner._compat.tensors import shared_storages, storage_of
 from planner.errors import first_line
 from planner.graph.graph import Kind
 from planner.log import RUNTIME
@@ -19,7 +20,6 @@ from planner.runtime.guards.call_key import (
     CallKey,
     are_same,
     argument_fingerprint,
-    shared_storages,
 )
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.guards.model_state import ModelStateGuard
@@ -106,6 +106,9 @@ class CallGuard:
         for path, i in joint.host.shared:
             if path.get(self._model) is not state[i]:
                 return Mismatch("host", str(path), "another tensor", f"the one that {joint.host.state[i]} holds")
+        if key.shared and {*map(storage_of, state)} & {*map(storage_of, tensors)} - {None}:
+            text = "Python state holds a tensor that shares its memory with an input, and the forward writes into one"
+            return Mismatch("host", "which tensors share their memory", text=text)
         given = [*tensors, *state]
         for i, is_leaf in self._leaves:
             if given[i].is_leaf != is_leaf:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from planner._compat.switches import Autocast
-from planner._compat.tensors import storage_id
+from planner._compat.tensors import shared_storages
 from planner.graph.graph import Kind
 from planner.tracer.host.fingerprint import Fingerprint, TensorKey, everything, tensor_key
 from planner.tracer.joint import Joint
@@ -85,10 +85,3 @@ def same_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 def are_same(expected: Sequence[int], tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the same tensors are the same as a key says."""
     return all(first in (-1, now) for first, now in zip(expected, same_tensors(tensors), strict=True))
-
-
-def shared_storages(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Per tensor, the position of the first one in the same storage."""
-    first: dict[int, int] = {}
-    storages = [storage_id(tensor) if tensor.layout is torch.strided else -1 - i for i, tensor in enumerate(tensors)]
-    return tuple(first.setdefault(storage, i) for i, storage in enumerate(storages))

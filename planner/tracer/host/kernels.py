@@ -141,6 +141,15 @@ class RecordKernels(TorchDispatchMode):
         finally:
             self._graphs_refused = None
 
+    def note_call(self, name: str, spec: Any, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Note a call of an opaque module as that of a kernel; a description of its arguments without their data."""
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
+                self._meet(leaf)
+        arguments = (str(spec), *map(_described, leaves))
+        self.run.kernels.append((f"the call of {name}", self._where(), *arguments))
+        return arguments
+
     def share(self, tensor: torch.Tensor) -> None:
         """Note that numpy gets a tensor's memory: writes by numpy are not recorded."""
         base = self._storages.get(storage_id(tensor)) if tensor.layout is torch.strided else None

@@ -18,6 +18,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
+from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
@@ -170,12 +171,11 @@ class Observer:
         key = replace(key, weight_classes=weight_classes(self.model, users, reads.names), libraries=self.reads.libraries())
         if self.reads.compares_identities:
             key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, before, only_written))
-        state_keys = tuple(tensor_key(before[path]) for path in state)
+        held = [before[path] for path in state]
+        forms = tuple(map(tensor_key, held)), shared_storages(held)
         number = {id(before[path]): i for i, path in enumerate(state)}
         shared = tuple((path, number[id(v)]) for path, v in before.items() if id(v) in number and path not in state)
-        host = HostState(
-            key, state, state_keys, shared, self._aliases(), changes.effects, as_found=as_found, found=changes.found
-        )
+        host = HostState(key, state, *forms, shared, self._aliases(), changes.effects, as_found=as_found, found=changes.found)
         weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}
@@ -219,6 +219,13 @@ class Observer:
 
         Environment variables, a tensor's memory, attributes of tensors, class attributes.
         """
+        added = {name for name, _ in self.model.named_modules()} ^ set(self._names.values())
+        if added:
+            inner = min(added)
+            raise CaptureError(
+                f"the model's forward adds, removes or replaces the submodule {inner}: run the model once before planning",
+                module=inner.rpartition(".")[0],
+            )
         changed = {name for name, _ in dict(os.environ).items() ^ self._environment.items()}
         if changed:
             os.environ.clear()

@@ -28,6 +28,10 @@ class OneCall(Finder):
     def _note_found(self, effect: Effect) -> None:
         """Raise CaptureError where what the call found cannot be given to a later capture."""
         path, now = effect.path, effect.path.get(self._model)
+        known = {id(value) for value in (*self._before.values(), *self._model.parameters())} | set(self._inputs)
+        for part in parts(effect.template):
+            if isinstance(part, torch.Tensor) and part.requires_grad and part.is_leaf and id(part) not in known:
+                raise refusal(path, self._before.get(path, ABSENT), "a tensor that gets a gradient of its own")
         was = self._before.get(path, ABSENT)
         if effect.appends:
             was = copy.copy(now)

@@ -316,6 +316,7 @@ class HostState:
         key: what of Python's state the graph is right for.
         state: the places whose tensors are inputs of the graph, after the call's tensors.
         state_keys: shape, strides, dtype, device and requires_grad of each of these.
+        state_storages: per place, the number of the first one whose tensor is in the same storage.
         shared: (place, number in `state`) of further places that hold the same tensors.
         aliases: (place, name) of weights that Python state holds outside of the modules' own dictionaries.
         effects: what the forward leaves in Python state.
@@ -327,6 +328,7 @@ class HostState:
     key: HostKey = HostKey(Reads({}, frozenset()))
     state: tuple[Path, ...] = ()
     state_keys: tuple[TensorKey, ...] = ()
+    state_storages: tuple[int, ...] = ()
     shared: tuple[tuple[Path, int], ...] = ()
     aliases: tuple[tuple[Path, str], ...] = ()
     effects: tuple[Effect, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,11 +73,15 @@ def run_until_steady(
     contents = _contents(inputs)
     runs: list[Run] = []
     befores: list[Mapping[Path, Any]] = []
+    left: list[Places] = []
     while len(runs) < _RUNS:
-        befores.append(left_to_next_call(observer, inputs) if runs else {})
+        now = observer.snapshot() if runs else {}
+        left.append(_places({id(tensor) for tensor in inputs}, now))
+        befores.append(left_to_next_call(observer, inputs, now))
         restore_tensors(contents)
         runs.append(observer.run_once(call, may_initialize=not runs))
-        if len(runs) > 1 and _same(runs[-2], runs[-1]) and _read_the_same_places(runs, befores):
+        read = [_places(run.outside, before) for run, before in zip(runs, befores, strict=True)]
+        if len(runs) > 1 and _same(runs[-2], runs[-1]) and _is_told_apart(read) and _is_told_apart(left):
             found = Runs(runs, befores[-1])
             try:
                 return found, changes_of(found)
@@ -163,22 +167,25 @@ def _same(one: Run, other: Run) -> bool:
     return one.kernels == other.kernels and one.reads == other.reads
 
 
-def _read_the_same_places(runs: Sequence[Run], befores: Sequence[Mapping[Path, Any]]) -> bool:
-    """Whether the tensors that the last run read are where those of the run before were.
-
-    That is asked where a tensor is in several places (`[initial] * 3`): it does not say from which one it was read.
-    """
-    places = _places(runs[-1], befores[-1])
-    return all(len(paths) == 1 for paths in places) or (len(runs) > 2 and places == _places(runs[-2], befores[-2]))
+Places = frozenset[frozenset[Path]]
+"""Of each of some tensors, the places of Python state that held it."""
 
 
-def _places(run: Run, before: Mapping[Path, Any]) -> frozenset[frozenset[Path]]:
-    """Of every tensor that a run read, the places of Python state that held it."""
+def _places(tensors: Container[int], snapshot: Mapping[Path, Any]) -> Places:
+    """Of these tensors, by identity."""
     found: dict[int, set[Path]] = {}
-    for path, value in before.items():
-        if id(value) in run.outside:
+    for path, value in snapshot.items():
+        if id(value) in tensors:
             found.setdefault(id(value), set()).add(path)
     return frozenset(map(frozenset, found.values()))
+
+
+def _is_told_apart(places: Sequence[Places]) -> bool:
+    """Whether it is known which place counts: no tensor is in several, or the same places as in the run before hold one.
+
+    `[initial] * 3` does not say from which of its places a tensor was read.
+    """
+    return all(len(paths) == 1 for paths in places[-1]) or (len(places) > 2 and places[-1] == places[-2])
 
 
 def _unsteady(one: Run, other: Run) -> CaptureError:
