@@ -67,7 +67,8 @@ def may_be_written(model: nn.Module, joint: Joint, given: Sequence[torch.Tensor]
     """
     state = [path.get(model) for path in joint.host.state]
     held = [*model.buffers(), *plain_tensors(model), *given, *state]
-    weights = written_weights(model)
+    names = {given.key for given in joint.inputs if given.mutated}
+    weights = [*written_weights(model), *(tensor for name, tensor in model.named_parameters() if name in names)]
     return [*weights, *(t for t in held if isinstance(t, torch.Tensor) and not t.requires_grad)]
 
 

@@ -39,9 +39,11 @@ def graft(planned: Joint, other: Joint) -> Joint:
     made: dict[str, fx.Node] = {}
     given_in_other = {_identity(other, given): node for given, node in _placeholders(other)}
     inputs: list[Input] = []
+    seen = {name: node for node, name in counterparts.items()}
     for given, node in _placeholders(planned):
         if given.kind is not Kind.TANGENT:
-            meta = _meta_of_input(planned, given, given_in_other, other)
+            # an equal constant is its counterpart, too: views of it, and copies of a literal, share its storage
+            meta = seen[node.name].meta if node.name in seen else _meta_of_input(planned, given, given_in_other, other)
             made[node.name] = _placed(out.placeholder(node.name), meta)
             inputs.append(given)
     now = {node: made[name] for node, name in counterparts.items() if name in made}
@@ -49,7 +51,6 @@ def graft(planned: Joint, other: Joint) -> Joint:
         if given.kind is Kind.TANGENT:
             now[node] = _placed(out.placeholder(node.name), node.meta)
             inputs.append(replace(given, node=now[node].name))
-    seen = {name: node for node, name in counterparts.items()}
     for node in _forward(planned):
         made[node.name] = _planned_node(out, node, made, seen.get(node.name))
         if node.name in seen:

@@ -183,7 +183,9 @@ class _TracedModule(nn.Module):
         for i, (name, parameter) in enumerate(options.model.named_parameters()):
             self.register_parameter(f"p{i}", parameter)
             self.names[f"p{i}"] = name
-        for i, (name, buffer) in enumerate(options.model.named_buffers()):
+        empty = {path.place for path, found in options.recording.host.found if found is None and not path.steps}
+        buffers = [(name, buffer) for name, buffer in options.model.named_buffers() if name not in empty]
+        for i, (name, buffer) in enumerate(buffers):  # a call that is captured again may have filled some
             self.register_buffer(f"b{i}", buffer)
             self.names[f"b{i}"] = name
 

@@ -156,3 +156,20 @@ def test_ways_to_call_backward(kind, name):
 
 def test_eager_shows_nothing_against_itself():
     check_against_itself([*upstream(), *weights(), *written()])
+
+
+LITERALS = [
+    member("literal", "h = h * torch.tensor([2.0] * 8)"),
+    member("literal that is left", "self.k = torch.tensor([2.0] * 8)\nh = h * self.k"),
+    member(
+        "literal that the first call keeps",
+        "if self.k is None:\n    self.k = torch.tensor(2.0)\nh = h * self.k",
+        init="self.k = None",
+    ),
+]
+
+
+@pytest.mark.parametrize("of", LITERALS, ids=ids(LITERALS))
+@pytest.mark.parametrize("kind", ["expanded", "transposed"])
+def test_literals_in_the_forward_under_other_gradients(of, kind):
+    check(type(of)(of.program.within(steps=(Step(kind),) * 3)))

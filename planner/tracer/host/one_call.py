@@ -33,6 +33,10 @@ class OneCall(Finder):
             if isinstance(part, torch.Tensor) and part.requires_grad and part.is_leaf and id(part) not in known:
                 raise refusal(path, self._before.get(path, ABSENT), "a tensor that gets a gradient of its own")
         was = self._before.get(path, ABSENT)
+        if effect.replaces:
+            olds = [self._before.get(path.inside(("item", i)), ABSENT) for i in range(len(now))]
+            self.replaced |= {id(old) for old in olds if isinstance(old, torch.Tensor)}
+            return
         if effect.appends:
             was = copy.copy(now)
             while len(was) > len(now) - len(effect.template):
