@@ -279,7 +279,7 @@ def _run_again(joint: Joint, model: nn.Module, recording: Recording, call: CallS
             recording.preserved.changed_by(lambda: measured.update(measured_calls(joint, model, recording.to_measure)))
     host = joint.host
     written = [*host.key.left, *(effect.path for effect in host.effects)]
-    lazy = settable(model, call, tensors, lazy_values(model, recording.settled, written))
+    lazy = settable(model, call, tensors, lazy_values(model, recording.settled, written), recording)
     return replace(joint, opaque_calls=measured or joint.opaque_calls, host=replace(host, lazy=lazy))
 
 

@@ -19,7 +19,7 @@ from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
-from planner.tracer.host.preserve import Preserved, model_preserved
+from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
 from planner.tracer.host.state import HostState, LazyValue, Path, bare_fingerprint, remembered
 from planner.tracer.host.tensor_reads import SeenByLine
 from planner.tracer.model_call import run_call
@@ -139,19 +139,26 @@ def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torc
 
 
 def settable(
-    model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], lazy: Sequence[LazyValue]
+    model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], lazy: Sequence[LazyValue], recording: Recording
 ) -> tuple[LazyValue, ...]:
     """Those of a first call's values that another first call sets alike: no clock, no counter. Runs the model's forward.
 
     Args:
         model: as a first call finds it; left so.
     """
-    if not lazy:
+    if not lazy or recording.preserved is None:
         return ()
+    found: list[LazyValue] = []
     kept_nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
-    with model_preserved(model, [*model.buffers(), *written_weights(model), *tensors]), iterators_copied(), kept_nothing:
+
+    def run() -> None:
         run_call(model, call, tensors)
-        return tuple(value for value in lazy if alike(bare_fingerprint(value.after), bare_fingerprint(value.path.get(model))))
+        found.extend(v for v in lazy if alike(bare_fingerprint(v.after), bare_fingerprint(v.path.get(model))))
+
+    written = [*model.buffers(), *written_weights(model), *tensors, *recording.written]
+    with contents_preserved(written), iterators_copied(), kept_nothing:
+        recording.preserved.changed_by(run)
+    return tuple(found)
 
 
 def _observed(

@@ -101,6 +101,20 @@ def is_plain_part(part: Any) -> bool:
     return type(part) in _CONTAINERS or is_plain(part)
 
 
+_OF_MODULES = tuple(name for name, held in vars(nn.Module()).items() if isinstance(held, (dict, set)))
+
+
+def registered(model: nn.Module) -> dict[str, list[Any]]:
+    """What torch's own dictionaries and sets of each module hold: parameters, buffers, submodules, hooks."""
+    found: dict[str, list[Any]] = {}
+    for where, module in model.named_modules():
+        for name in _OF_MODULES:
+            held = vars(module)[name]
+            pairs = [(key, id(item)) for key, item in held.items()] if isinstance(held, dict) else sorted(held)
+            found[f"{where}.{name}".lstrip(".")] = pairs
+    return found
+
+
 def take_back(model: nn.Module, effects: Sequence[Effect], before: Mapping[Path, Any]) -> None:
     """Put back what was found at the places of these effects.
 

@@ -89,6 +89,8 @@ class ReadRecorder:
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
+        self._met: set[int] = set()  # objects that were there; these, or `preserved`, keep them alive
+        self._built: set[int] = set()  # objects that the forward made
         self._sizes: dict[int, int] = {}
         self.controlled: GeneratorCall | None = None
         self.drew: str | None = None
@@ -130,6 +132,7 @@ class ReadRecorder:
             return
         for item in keep_deep(self._preserved, value, self._names, where):
             self._objects.append(item)
+            self._met.add(id(item))
             if isinstance(item, nn.Module):  # one that is in a container, not among the model's own
                 self._preserved.keep(item, where)
             elif not self._patch(type(item)) and self._preserved.keep(item, where):
@@ -300,8 +303,7 @@ class ReadRecorder:
         if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
             return
         with self._not_noting():
-            if not isinstance(this, nn.Module):
-                self._preserved.keep(this, type(this).__qualname__)
+            self._keep_object(this)
             if self._first.setdefault((id(this), name), "read") == "read":
                 self._read.setdefault(type(this), set()).add(name)
                 if isinstance(this, nn.Module):
@@ -312,12 +314,21 @@ class ReadRecorder:
             elif value is not None and type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
                 self.see(value, name)
 
+    def _keep_object(self, this: Any) -> None:
+        """Remember the attributes of an object, but for one that is being built: a cache outside of the model may keep it."""
+        if isinstance(this, nn.Module) or id(this) in self._built:
+            return
+        if id(this) in self._met or attributes(this):
+            self._met.add(id(this))
+            self._preserved.keep(this, type(this).__qualname__)
+        else:
+            self._built.add(id(this))
+
     def _note_write(self, this: Any, name: str) -> None:
         if self.paused or threading.get_ident() != self._thread:
             return
         with self._not_noting():
-            if not isinstance(this, nn.Module):
-                self._preserved.keep(this, type(this).__qualname__)
+            self._keep_object(this)
             self._first.setdefault((id(this), name), "write")
             self._written.setdefault(type(this), set()).add(name)
             self.written_at.setdefault(id(this), set()).add(name)

@@ -14,7 +14,7 @@ from planner.kernels.custom import laid_out
 from planner.tracer.host.changes import Changes, find_changes
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.kernels import Run
-from planner.tracer.host.one_call import take_back
+from planner.tracer.host.one_call import registered, take_back
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
@@ -108,6 +108,7 @@ def run_as_found(
     left = {path: bare_fingerprint(value) for path, value in observer.snapshot().items()}
     observer.preserved.restore()
     before = left_to_next_call(observer, inputs)
+    had = registered(observer.model)
     found: list[tuple[Runs, Changes]] = []
 
     def again() -> None:
@@ -124,9 +125,11 @@ def run_as_found(
                     module=effect.path.module,
                 )
         take_back(observer.model, found[0][1].effects, before)
+        changed = next((name for name, held in registered(observer.model).items() if had.get(name) != held), None)
+        if changed is not None:
+            raise CaptureError(f"the model's forward registers hooks, parameters, buffers or submodules ({changed})")
 
-    if observer.preserved.changed_by(again):
-        raise CaptureError("the call changes modules, hooks, objects or containers in a way that a plan would not")
+    observer.preserved.changed_by(again)
     return found[0]
 
 
