@@ -183,8 +183,14 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
     def _let_go(self, ran: CheckpointedModule) -> None:
         """Let the guards of the other plans hold no state that an earlier call carried: nothing counts its memory."""
         for other in (self, *self.alternatives) if self.alternatives else ():
-            if other is not ran and (other.step.joint.host.state or other.step.joint.host.as_found):
-                other._guard.forget()
+            if other is not ran:
+                other.forget()
+
+    def forget(self) -> None:
+        """Hold no Python state of earlier calls."""
+        host = self._step.joint.host
+        if host.state or host.as_found:
+            self._guard.forget()
 
     def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)
