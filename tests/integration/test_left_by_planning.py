@@ -14,6 +14,7 @@ from torch import nn
 
 from planner import CaptureError, MismatchWarning, plan
 from planner.errors import OpaqueModuleError
+from planner.tracer.host.values import attributes
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -406,3 +407,24 @@ def test_weights_that_a_dictionary_holds_are_checked_as_what_they_are():
         twin.weight.mul_(3.0)
         model.weight.mul_(3.0)
     assert torch.equal(module(X), twin(X)) and module.num_unplanned_calls == 0
+
+
+class Slotted:
+    __slots__ = ("p", "q")
+
+
+class Whole(Slotted):
+    """Its `q` hides a slot, as those of sympy's integers do."""
+
+    __slots__ = ()
+    q = 1
+
+    def __init__(self, p):
+        self.p = p
+
+
+def test_a_slot_that_a_class_attribute_hides_is_none_of_the_objects():
+    made = Whole.__new__(Whole)
+    assert attributes(made) == {}
+    made.__init__(3)
+    assert attributes(made) == {"p": 3}

@@ -111,10 +111,12 @@ def own_dict(value: Any) -> dict[str, Any] | None:
 def attributes(value: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots included."""
     found = dict(own_dict(value) or {})
-    for base in type(value).__mro__:
+    order = type(value).__mro__
+    for base in order:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+            in_class = next((vars(kind)[name] for kind in order if name in vars(kind)), None)
+            if isinstance(in_class, types.MemberDescriptorType) and hasattr(value, name):  # else a class attribute hides it
                 found[name] = getattr(value, name)
     return found
 
