@@ -89,6 +89,7 @@ FILLED = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", FILLED, ids=ids(FILLED))
 def test_the_first_call_runs_planned(of):
     check(of)
@@ -369,6 +370,7 @@ def test_the_audit_and_verify_know_a_buffer_that_the_first_call_fills():
     assert report.exact and not report.unplanned and planned.original.k is None
 
 
+@pytest.mark.zoo
 def test_compiled_steps_of_carried_state_are_checked():
     planned = plan(carrying(), "1MiB", (torch.randn(16, 8),), costs="estimate", progress=False, compile=True)
     for module in (planned, *planned.alternatives):
@@ -466,6 +468,7 @@ LISTS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", LISTS, ids=ids(LISTS))
 def test_lists_of_states(of):
     check(of)
