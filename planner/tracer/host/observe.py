@@ -165,9 +165,11 @@ class Observer:
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         is_steady = runs.are_alike and not as_found
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if is_steady else ()
+        if not as_found:  # how far a list has grown is no matter to calls that only append to it
+            left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
         users = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
         of_tensors = self.tensors.found(places(self.model, users, before), last.outside)
-        key = self._inside(lambda: self._key(reads, changes, left, of_tensors))
+        key = self._inside(lambda: self._key(reads, left, of_tensors))
         key = replace(key, weight_classes=weight_classes(self.model, users, reads.names), libraries=self.reads.libraries())
         if self.reads.compares_identities:
             key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, before, only_written))
@@ -357,10 +359,9 @@ class Observer:
         reads = touched.attributes.get(kind, frozenset())
         return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
 
-    def _key(self, reads: Reads, changes: Changes, left: Sequence[Path], of_tensors: tuple[TensorRead, ...]) -> HostKey:
+    def _key(self, reads: Reads, left: tuple[Path, ...], of_tensors: tuple[TensorRead, ...]) -> HostKey:
         model = self.model
         names = named(model)
-        left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
         prints = Fingerprints(names, reads.wants, skipped_places(left, model))
         of_classes = self._class_attributes(reads.names)
         read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
