@@ -23,7 +23,7 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.preserve import contents_preserved
 from planner.tracer.host.state import Path, remembered
-from planner.verification.step_copy import FILLED_IN, autocast_of, settle
+from planner.verification.step_copy import FILLED_IN, autocast_of, run_first_calls
 
 _MOST_NAMES = 4
 
@@ -46,7 +46,7 @@ def other_states(step: CapturedStep, planned: CheckpointedModule) -> Iterator[Ot
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(step.args, step.kwargs)
     if mismatch is not None and mismatch.kind in FILLED_IN:
-        yield OtherState("calls that find what the first one found", contextlib.nullcontext())
+        yield OtherState("first calls: Python state is as it was when this was planned", contextlib.nullcontext())
     carried = _carried(step, planned)
     if carried:
         names = ", ".join(map(str, carried[:_MOST_NAMES])) + (" and others" if len(carried) > _MOST_NAMES else "")
@@ -85,7 +85,7 @@ def _after_calls(step: CapturedStep, planned: CheckpointedModule) -> Iterator[bo
         try:
             with iterators_copied(), autocast_of(planned), torch.enable_grad():
                 run_original(unplanned_forward(model), step.args, step.kwargs)
-                settle(planned, (step.args, step.kwargs))
+                run_first_calls(planned, (step.args, step.kwargs))
                 is_steady = planned.mismatch(step.args, step.kwargs) is None
             yield is_steady
         finally:

@@ -40,6 +40,7 @@ from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.refusal import own_words
 from planner.tracer.replay import Strides
+from planner.tracer.results import OutputIdentity
 
 _FIRST_SEEDS, _SEEDS = 4, 32
 """Seeds that are tried for the step that saves most; the first ones are all if they make no difference."""
@@ -54,18 +55,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: Autocast
-
-
-class _HandedOut(torch.autograd.Function):
-    """Identity: an output as others see it. No view, whose hooks a write into it (`x = block(x); x += 1`) would pass by."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
 
 
 class Trial:
@@ -257,7 +246,7 @@ class Trial:
                 if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                     # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
                     is_own = not leaf._is_view() and not any(leaf is given for given in pytree.tree_leaves(args))
-                    leaves[i] = _HandedOut.apply(leaf) if is_own else leaf.view_as(leaf)
+                    leaves[i] = OutputIdentity.apply(leaf, None) if is_own else leaf.view_as(leaf)
                     leaves[i].register_hook(lambda gradient, i=i: used.__setitem__(i, gradient.stride()))
             return pytree.tree_unflatten(leaves, spec)
 

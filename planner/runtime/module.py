@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from planner._compat import pytree
-from planner.errors import CaptureError, InputError, PlanAuditError
+from planner.errors import CaptureError, InputError
 from planner.graph.graph import Kind
 from planner.results.call_stats import CallStats
 from planner.results.plan import Plan
@@ -35,9 +35,8 @@ from planner.runtime.other_sizes import OtherSizes, larger_than_all, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
 from planner.runtime.planned_call import HooksOfModel, resemble, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
-from planner.runtime.reporting import EVALUATION, report_mismatch, trains
+from planner.runtime.reporting import EVALUATION, failed_audit, report_mismatch, summary, trains
 from planner.runtime.step import RewrittenStep
-from planner.units import format_bytes
 
 
 class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
@@ -184,13 +183,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         """Let the guards of the other plans hold no state that an earlier call carried: nothing counts its memory."""
         for other in (self, *self.alternatives) if self.alternatives else ():
             if other is not ran:
-                other.forget()
-
-    def forget(self) -> None:
-        """Hold no Python state of earlier calls."""
-        host = self._step.joint.host
-        if host.state or host.as_found:
-            self._guard.forget()
+                other._guard.forget()
 
     def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)
@@ -260,11 +253,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         if not different:
             self.__dict__["num_audits"] += 1
             return None
-        names = ", ".join(different[:5])
-        what = f"the planned forward gave another {names} than the model's own, at planned call {self.num_runs}"
-        if self.strict:
-            raise PlanAuditError(f"{type(model).__name__}: {what}. Train unplanned, and please report the model")
-        self.__dict__["_refused"] = Mismatch("audit", "the audit", text=f"the audit: {what}; please report it with the model")
+        self.__dict__["_refused"] = failed_audit(model, different, self.num_runs, self.strict)
         return self._refused  # type: ignore[no-any-return]
 
     def _run(self, call: MatchedCall) -> Any:
@@ -362,10 +351,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
 
     def __repr__(self) -> str:
         """One line: inside of a larger model, print(model) shows this in place of the generated code and all submodules."""
-        plan, others = self.plan, len(self.alternatives)
-        peaks = f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.plain.peak_bytes)}"
-        more = f", and {others} more" if others else ""
-        return f"{type(self).__name__}(planned for {format_bytes(plan.budget_bytes)}: {peaks}, time {plan.overhead:+.1%}{more})"
+        return f"{type(self).__name__}({summary(self.plan, len(self.alternatives))})"
 
     def __str__(self) -> str:
         """The plan's table, and those of the alternatives; `code` holds the planned forward as Python."""

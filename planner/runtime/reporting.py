@@ -1,12 +1,16 @@
-"""Warnings and errors for calls that do not run planned."""
+"""What planned modules say: warnings and errors for calls that do not run planned, failed audits, a summary."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from planner.errors import MismatchError, PlanAuditError, warn
+from planner.results.plan import Plan
 from planner.runtime.guards.mismatch import Mismatch
+from planner.units import format_bytes
 
 
 class MismatchWarning(UserWarning):
@@ -64,3 +68,31 @@ def _cure(mismatch: Mismatch) -> str:
     if mismatch.kind == "host" and mismatch.is_absent:
         return ". The first call fills it: run the model once before planning"
     return ""
+
+
+def failed_audit(model: nn.Module, different: Sequence[str], num_runs: int, strict: bool) -> Mismatch:
+    """Why no call runs planned any more, after an audit found other results.
+
+    Args:
+        different: names of what differs.
+        num_runs: the planned calls so far, the audited one included.
+
+    Raises:
+        PlanAuditError: `strict`.
+    """
+    names = ", ".join(different[:5])
+    what = f"the planned forward gave another {names} than the model's own, at planned call {num_runs}"
+    if strict:
+        raise PlanAuditError(f"{type(model).__name__}: {what}. Train unplanned, and please report the model")
+    return Mismatch("audit", "the audit", text=f"the audit: {what}; please report it with the model")
+
+
+def summary(plan: Plan, num_others: int) -> str:
+    """A plan in one line.
+
+    Args:
+        num_others: number of further plans of the same model.
+    """
+    peaks = f"peak {format_bytes(plan.peak_bytes)} of {format_bytes(plan.plain.peak_bytes)}"
+    more = f", and {num_others} more" if num_others else ""
+    return f"planned for {format_bytes(plan.budget_bytes)}: {peaks}, time {plan.overhead:+.1%}{more}"

@@ -36,7 +36,7 @@ from planner.tracer.opaque.measure import measured_calls
 from planner.tracer.outputs import warn_left_out
 from planner.tracer.passes.graph import TracedGraph
 from planner.tracer.passes.normalize import normalize
-from planner.tracer.recording import Recording, has_data, record, settable
+from planner.tracer.recording import Recording, has_data, record, set_alike
 from planner.tracer.refusal import capture_error
 from planner.tracer.replay import Replay, Strides
 from planner.tracer.target_device import TargetDevice
@@ -177,8 +177,7 @@ def _capture(
     _check_no_weights(model, given)
     device = _device(model, given, target)
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
-    leaves_of = {id(tensor): tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given}
-    tensors = [leaves_of[id(tensor)] for tensor in given]
+    tensors = _as_leaves(given)
     caches_casts = torch.is_autocast_cache_enabled()
     modules = ModuleStack(model)
     with (
@@ -206,13 +205,7 @@ def _capture(
         finally:
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
-    with collections_paused():
-        try:
-            joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
-        finally:
-            forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
-    _check_weights(model, joint)
-    _check_constants(joint, recording)
+    joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
     if replay is None:
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
             joint = inside(_run_again, joint, model, recording, call, tensors)
@@ -225,6 +218,12 @@ def _capture(
         autocast=autocast_key(device),
         switches=global_switches(),
     )
+
+
+def _as_leaves(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of a call without what they were computed from; one tensor in two places stays one."""
+    leaves = {id(tensor): tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in given}
+    return [leaves[id(tensor)] for tensor in given]
 
 
 def _device(model: nn.Module, given: Sequence[torch.Tensor], target: TargetDevice | None) -> torch.device:
@@ -249,21 +248,26 @@ def _check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
 def _normalized(
     model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device, leaves: Sequence[bool]
 ) -> Joint:
-    """`leaves`: as of TracedGraph."""
+    """The trace's graph in normal form, checked; `leaves`: as of TracedGraph."""
     forward = traced.forward
-    with noting(f"bringing the graph of {type(model).__name__} into normal form"):
-        graph = TracedGraph.of(
-            traced.exported,
-            traced.names,
-            device=device,
-            num_results=forward.num_results,
-            reads=forward.reads,
-            leaves=leaves,
-            uses=traced.uses,
-            moving=_moving(recording, forward, len(call.tensors)),
-            calls=recording.calls,
-        )
-        joint = normalize(graph, replace(call, out_spec=forward.out_spec), forward.outputs)
+    with noting(f"bringing the graph of {type(model).__name__} into normal form"), collections_paused():
+        try:
+            graph = TracedGraph.of(
+                traced.exported,
+                traced.names,
+                device=device,
+                num_results=forward.num_results,
+                reads=forward.reads,
+                leaves=leaves,
+                uses=traced.uses,
+                moving=_moving(recording, forward, len(call.tensors)),
+                calls=recording.calls,
+            )
+            joint = normalize(graph, replace(call, out_spec=forward.out_spec), forward.outputs)
+        finally:
+            forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
+    _check_weights(model, joint)
+    _check_constants(joint, recording)
     host = replace(recording.host, effects=forward.effects)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 
@@ -279,7 +283,7 @@ def _run_again(joint: Joint, model: nn.Module, recording: Recording, call: CallS
             recording.preserved.changed_by(lambda: measured.update(measured_calls(joint, model, recording.to_measure)))
     host = joint.host
     written = [*host.key.left, *(effect.path for effect in host.effects)]
-    lazy = settable(model, call, tensors, lazy_values(model, recording.settled, written), recording)
+    lazy = set_alike(model, call, tensors, lazy_values(model, recording.settled, written), recording)
     return replace(joint, opaque_calls=measured or joint.opaque_calls, host=replace(host, lazy=lazy))
 
 

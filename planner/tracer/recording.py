@@ -138,7 +138,7 @@ def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torc
     return False
 
 
-def settable(
+def set_alike(
     model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], lazy: Sequence[LazyValue], recording: Recording
 ) -> tuple[LazyValue, ...]:
     """Those of a first call's values that another first call sets alike: no clock, no counter. Runs the model's forward.

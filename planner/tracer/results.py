@@ -18,16 +18,21 @@ from planner.tracer.libraries import is_cache
 from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
 
 
-class _OutputIdentity(torch.autograd.Function):
-    """Identity that makes an output a tensor of its own to the tracer, so that it gets a gradient of its own."""
+class OutputIdentity(torch.autograd.Function):
+    """Identity that makes an output a tensor of its own, which gets a gradient, and hooks, of its own.
+
+    It is no view: a write into it (`x = block(x); x += 1`) would pass a view's hooks by.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, strides: Strides | None) -> torch.Tensor:
+        """The tensor; `strides`: of its gradient, None where they are its own."""
         ctx.strides = strides
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient, with these strides."""
         return with_strides(grad, ctx.strides), None
 
 
@@ -65,7 +70,7 @@ class Results:
             strides = self._replay.strides[position]
             differentiated = strides is not None
         if position == len(self._tensors):
-            self._tensors[id(tensor)] = _OutputIdentity.apply(tensor, strides) if differentiated else tensor.detach()
+            self._tensors[id(tensor)] = OutputIdentity.apply(tensor, strides) if differentiated else tensor.detach()
         return Output(name, position, differentiated, tensor.requires_grad)
 
 

@@ -21,7 +21,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.outputs import backward_starts
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.joint import Joint
-from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones, renew_history
+from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones, cut_history
 
 
 def different_results(planned: CheckpointedModule, call: CallArguments) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def step_digest(
     for tensor in (*model.parameters(), *given):
         tensor.grad = None
     with rewound(model, joint.host.key, may_be_written(model, joint, given), joint.device), torch.enable_grad():
-        renew_history(joint, model)
+        cut_history(joint, model)
         with autocast():
             out = forward()
         leaves = aligned(joint, pytree.tree_leaves(out))

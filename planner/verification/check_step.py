@@ -40,10 +40,10 @@ from planner.verification.step_copy import (
     autocast_of,
     backward_of_ones,
     copy_of,
+    cut_history,
     own_call,
-    renew_history,
     resident_bytes,
-    settle,
+    run_first_calls,
     state_found,
 )
 
@@ -88,7 +88,7 @@ def _in_process(planned: CheckpointedModule, call: CallArguments) -> int:
     with torch.random.fork_rng(devices=[planned.device] if cuda else []):
         try:
             step_copy.prepare()
-            settle(step_copy.module, step_copy.call)  # type: ignore[arg-type]
+            run_first_calls(step_copy.module, step_copy.call)  # type: ignore[arg-type]
             wrong = _check(step_copy.module, step_copy.call)
             if not wrong:
                 return step_copy.peak()
@@ -171,7 +171,7 @@ def _answers(planned: CheckpointedModule, call: CallArguments) -> Iterator[dict[
         wrong.append(_check(planned, own))
 
     try:
-        settle(planned, own)
+        run_first_calls(planned, own)
         if num_stages(planned.plan.graph):  # what is measured finds the gradients of this one
             check()
         above = logical_peak(check, planned.device)
@@ -222,7 +222,7 @@ def _bits_differ(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
 def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, str]:
     """{"not run": ...} where the model's own step fails in a forked process, too; else {}."""
     _clear(planned, call)
-    renew_history(planned.step.joint, planned.original)
+    cut_history(planned.step.joint, planned.original)
     try:
         uninstall(planned.original)
         with autocast_of(planned):
@@ -268,7 +268,7 @@ def _check(planned: Any, call: CallArguments) -> str:
     Raises:
         NotRunError: the call is not the planned one.
     """
-    renew_history(planned.step.joint, planned.original)
+    cut_history(planned.step.joint, planned.original)
     with torch.enable_grad():
         with autocast_of(planned):
             out, mismatch = planned.attempt(*call)

@@ -44,7 +44,7 @@ def time_steps(
     step_copy = StepCopy(copy_of(planned, sharing=True), planned, call)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.random.fork_rng(devices=[planned.device] if planned.device.type == "cuda" else []):
-        step_copy.settled()
+        step_copy.run_first_calls()
         step_copy.step()
         peak_bytes = step_copy.peak()
         seconds = [seconds_of(step_copy, planned.device, clock) for _ in range(max(1, rounds))]

@@ -101,7 +101,7 @@ def check_call(planned: CheckpointedModule, args: Sequence[Any], kwargs: Mapping
     call = (tuple(args), dict(kwargs or {}))
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(*call)
-    if mismatch is not None and mismatch.kind not in FILLED_IN:  # see `StepCopy.settle`
+    if mismatch is not None and mismatch.kind not in FILLED_IN:  # see `run_first_calls`
         raise InputError(f"{what} the call that was planned for: {mismatch.explained}")
     return call
 
@@ -115,7 +115,7 @@ MOST_CALLS = 5
 """Number of calls after which Python state has to be as it was captured."""
 
 
-def settle(planned: CheckpointedModule, call: CallArguments) -> int:
+def run_first_calls(planned: CheckpointedModule, call: CallArguments) -> int:
     """Run the model's own forward until its Python state is as planned: first calls fill caches. Returns how often it was run.
 
     `call` need not run planned then: see `CheckpointedModule.mismatch`.
@@ -129,7 +129,7 @@ def settle(planned: CheckpointedModule, call: CallArguments) -> int:
     return MOST_CALLS
 
 
-def renew_history(joint: Joint, model: nn.Module) -> None:
+def cut_history(joint: Joint, model: nn.Module) -> None:
     """Replace tensors of Python state that an earlier call computed by others of the same values, without that call's graph.
 
     They still are no leaves, so that the step runs as planned. Its backward ends there, and can run again and again.
@@ -172,9 +172,9 @@ class StepCopy:
         return [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, torch.Tensor)]
 
     def prepare(self) -> None:
-        """Reset gradients to None, inputs to their first values, and Python state as of `state_found`, `renew_history`."""
+        """Reset gradients to None, inputs to their first values, and Python state as of `state_found`, `cut_history`."""
         self._found.restore()
-        renew_history(self._planned.step.joint, self._model)
+        cut_history(self._planned.step.joint, self._model)
         self.module.zero_grad(set_to_none=True)
         given = [leaf for leaf in pytree.tree_leaves(self._given) if isinstance(leaf, torch.Tensor)]
         for own, original in zip(self.inputs, given, strict=True):
@@ -183,7 +183,7 @@ class StepCopy:
                 with torch.no_grad():
                     own.detach().copy_(original)
 
-    def settle(self, number: int) -> None:
+    def repeat_first_calls(self, number: int) -> None:
         """Run the model's own forward, which fills caches and first states; the random generators are restored."""
         self.prepare()
         before = generators()
@@ -198,7 +198,7 @@ class StepCopy:
         with autocast_of(self._planned), torch.enable_grad():
             return self.module.mismatch(*self.call)  # type: ignore[no-any-return, operator]
 
-    def settled(self) -> int:
+    def run_first_calls(self) -> int:
         """Make the copy of a planned module run its call planned; how many forwards had to fill its Python state first.
 
         Raises:
@@ -206,7 +206,7 @@ class StepCopy:
         """
         self.prepare()
         before = generators()
-        number = settle(self.module, self.call)  # type: ignore[arg-type]
+        number = run_first_calls(self.module, self.call)  # type: ignore[arg-type]
         set_generators(before)
         mismatch = self.mismatch()
         if mismatch is not None:

@@ -78,7 +78,7 @@ def _verify(planned: CheckpointedModule, call: CallArguments, rounds: int) -> Ve
     compared, plain_peak, times = _Compared(), None, _Times()
     try:
         plain = StepCopy(copy_of(planned.original), planned, call)
-        plain.settle(num_first_calls)
+        plain.repeat_first_calls(num_first_calls)
         compared = _compare(plain, ours)
         plain_peak = plain.peak()
         if not compared.unplanned:
@@ -118,7 +118,7 @@ def _planned_copy(planned: CheckpointedModule, call: CallArguments) -> tuple[Ste
     module = copy_of(planned)
     module.strict = False
     step_copy = StepCopy(module, planned, call)
-    return step_copy, step_copy.settled()
+    return step_copy, step_copy.run_first_calls()
 
 
 class _Compared(NamedTuple):

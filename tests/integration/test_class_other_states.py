@@ -227,7 +227,8 @@ def planned_model(model, **options):
 def test_the_first_calls_plan_says_so():
     planned, x = planned_model(Cached())
     (first,) = planned.alternatives
-    assert "for        calls that find what the first one found" in str(planned) and planned.plan.provenance.call == ""
+    assert "for        first calls: Python state is as it was when this was planned" in str(planned)
+    assert planned.plan.provenance.call == ""
     assert first.plan.measured_bytes <= first.plan.budget_bytes == planned.plan.budget_bytes
     planned(x).sum().backward()
     assert (first.num_runs, planned.num_runs, planned.num_unplanned_calls) == (1, 0, 0)
@@ -472,6 +473,29 @@ LISTS = [
 @pytest.mark.parametrize("of", LISTS, ids=ids(LISTS))
 def test_lists_of_states(of):
     check(of)
+
+
+FIRST_EMPTY = "h = h - sum(self.v)\n{}"
+OTHER_CONTENT = [
+    member(
+        f"{name}, first with {found}",
+        FIRST_EMPTY.format(text),
+        init="self.v = []",
+        steps=(Step(before=f"part.v[:] = {found}"), *loop("")),
+        planned_from=2,
+        allowed=GUARDED,
+    )
+    for name, text in {
+        "replaced": "self.v[:] = [h.detach().mean(0)]",
+        "appended": "self.v.append(h.detach().mean(0))\ndel self.v[:-1]",
+    }.items()
+    for found in ("[1.0]", "[torch.ones(8)]", "[torch.ones(8, dtype=torch.half)]", "[torch.ones(8)] * 2")
+]
+
+
+@pytest.mark.parametrize("of", OTHER_CONTENT, ids=ids(OTHER_CONTENT))
+def test_a_first_call_compares_the_list_that_it_fills(of):
+    check(of, audit=False)
 
 
 class Second(nn.Module):

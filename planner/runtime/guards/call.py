@@ -79,8 +79,10 @@ class CallGuard:
             return Mismatch("host", "what the call was compared with", text=text)
 
     def forget(self) -> None:
-        """See `HostStateGuard.forget`."""
-        self._model_state.forget()
+        """Hold no Python state that an earlier call carried; see `HostStateGuard.forget`."""
+        host = self._step.joint.host
+        if host.state or host.as_found:
+            self._model_state.forget()
 
     def _match(self, args: Any, kwargs: Any, through_forward: bool) -> MatchedCall | Mismatch:
         joint, key = self._step.joint, self._step.key
