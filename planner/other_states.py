@@ -19,6 +19,7 @@ from planner.graph.graph import Kind
 from planner.runtime.audit import may_be_written, run_original
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
+from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.preserve import contents_preserved
@@ -84,7 +85,8 @@ def _after_calls(step: CapturedStep, planned: CheckpointedModule) -> Iterator[bo
         preserved = remembered(model, joint.host.key)
         try:
             with iterators_copied(), autocast_of(planned), torch.enable_grad():
-                run_original(unplanned_forward(model), step.args, step.kwargs)
+                with bound_and_restored(step.args, step.kwargs):
+                    run_original(unplanned_forward(model), step.args, step.kwargs)
                 run_first_calls(planned, (step.args, step.kwargs))
                 is_steady = planned.mismatch(step.args, step.kwargs) is None
             yield is_steady

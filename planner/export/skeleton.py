@@ -340,7 +340,7 @@ def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
         is_plain = not (path.steps or path.scope or effect.appends or effect.replaces)
         if not (is_plain and name in buffers and isinstance(ref, Ref) and ref.source == "result"):
             raise ExportError(
-                f"the forward leaves something in {name or path.name}, which an exported file does not hold: it "
+                f"the forward leaves something in {path.place}, which an exported file does not hold: it "
                 "keeps parameters and buffers alone. Return it from the forward, or train with the planned module"
             )
         lines.append(f"self.get_submodule({quoted(path.module)})._buffers[{quoted(path.name)}] = {results[ref.key]}")

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,20 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
+from planner.graph.graph import Kind
 from planner.results.plan import Plan
+from planner.runtime.autograd import run_without_backward
+from planner.runtime.executable import Executable
+from planner.runtime.guards.call import MatchedCall
+from planner.runtime.outputs import rebuild_output
 from planner.runtime.ranks import communicates
 from planner.runtime.step import RewrittenStep
+from planner.tracer.host.arguments import argument_effects, bound_and_restored
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.preserve import contents_preserved, plain_tensors
-from planner.tracer.host.state import HostKey, remembered
+from planner.tracer.host.state import HostKey, HostState, remembered
 from planner.tracer.joint import Joint
 from planner.tracer.opaque.measure import written_weights
 from planner.tracer.outputs import without_caches
@@ -57,6 +64,34 @@ def audit_fits(plan: Plan, written_bytes: int) -> bool:
     boundary = plan.solution.schedule.boundary(plan.graph)
     forward = max(plan.timeline.live_bytes[: boundary + 1], default=0)
     return forward + max(0, written_bytes - plan.margin_bytes) <= plan.budget_bytes
+
+
+def compare_forwards(
+    original: Callable[..., Any], model: nn.Module, step: RewrittenStep, plan: Plan, executable: Executable, call: MatchedCall
+) -> tuple[str, ...] | None:
+    """Run both forwards; names of what they leave different, or None where the budget has no place for it.
+
+    Args:
+        original: the model's own forward.
+        call: what both are called with; what it holds and writes is restored.
+    """
+    joint, args, kwargs = step.joint, call.args, call.kwargs
+    plain = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
+    written = [tensor for given, tensor in zip(plain, call.inputs, strict=True) if given.mutated]
+    if not audit_fits(plan, sum(tensor.nbytes for tensor in written)):
+        return None
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def of_original() -> Digest:
+        with bound_and_restored(args, kwargs):
+            return digest(model, run_original(original, args, kwargs), given, joint.device, joint.host)
+
+    def of_planned() -> Digest:
+        with torch.autocast(joint.device.type, enabled=False), bound_and_restored(args, kwargs):
+            results = run_without_backward(executable, call.inputs)
+            return digest(model, rebuild_output(joint, model, results, call), given, joint.device, joint.host)
+
+    return repeatable_difference(of_original, of_planned, partial(rewound, model, joint.host.key, written, joint.device))
 
 
 def may_be_written(model: nn.Module, joint: Joint, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -124,8 +159,8 @@ def run_original(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         torch.set_autocast_cache_enabled(cached)
 
 
-def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device) -> Digest:
-    """What a forward returned (without caches, which plans leave out) and changed."""
+def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: torch.device, host: HostState) -> Digest:
+    """What a forward returned (without caches, which plans leave out) and changed; its call is bound (`arguments.bound`)."""
     prints = _Contents({id(module): name or "itself" for name, module in model.named_modules()})
     found: Digest = {f"output {i}": prints.of(leaf) for i, leaf in enumerate(without_caches(pytree.tree_leaves(out)))}
     found |= {f"input {i}": prints.of(tensor) for i, tensor in enumerate(inputs)}
@@ -134,6 +169,7 @@ def digest(model: nn.Module, out: Any, inputs: Sequence[torch.Tensor], device: t
         for attribute, value in vars(module).items():
             if attribute not in _NOT_STATE and attribute not in MODULE_HOOKS:
                 found[f"{name}.{attribute}".lstrip(".")] = prints.of(value)
+    found |= {str(effect.path): prints.of(effect.path.get(model)) for effect in argument_effects(host)}
     generators = Generators(device)
     found["random state"] = (*generators.of_torch(), repr(generators.host()))
     return found

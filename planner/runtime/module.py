@@ -8,20 +8,17 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from planner._compat import pytree
 from planner.errors import CaptureError, InputError
-from planner.graph.graph import Kind
 from planner.results.call_stats import CallStats
 from planner.results.plan import Plan
-from planner.runtime.audit import Digest, audit_fits, can_audit, digest, is_due, repeatable_difference, rewound, run_original
+from planner.runtime.audit import can_audit, compare_forwards, is_due
 from planner.runtime.autocast_regions import enter_planned, note_unplanned
-from planner.runtime.autograd import run, run_without_backward
+from planner.runtime.autograd import run
 from planner.runtime.codegen import backward_compiler, make_executable
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
@@ -151,7 +148,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
             value.set(self._original)
         self.__dict__["num_runs"] += 1
         if self.audits and is_due(self.num_runs):
-            refused = self._audit(unplanned or unplanned_forward(self._original), args, kwargs, call)
+            refused = self._audit(unplanned or unplanned_forward(self._original), call)
             if refused is not None:
                 return None, refused
         return self._run(call), None
@@ -183,7 +180,11 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         """Let the guards of the other plans hold no state that an earlier call carried: nothing counts its memory."""
         for other in (self, *self.alternatives) if self.alternatives else ():
             if other is not ran:
-                other._guard.forget()
+                other.forget()
+
+    def forget(self) -> None:
+        """See `CallGuard.forget`."""
+        self._guard.forget()
 
     def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)
@@ -224,7 +225,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         """What was captured or planned for calls of other sizes, and the seconds of wall clock that it took."""
         return tuple(self._other_sizes.pauses)
 
-    def _audit(self, original: Callable[..., Any], args: Any, kwargs: Any, call: MatchedCall) -> Mismatch | None:
+    def _audit(self, original: Callable[..., Any], call: MatchedCall) -> Mismatch | None:
         """Compare the planned forward with the model's own; where they differ, all later calls run unplanned.
 
         Does nothing where the budget has no place for it.
@@ -232,24 +233,11 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         Raises:
             PlanAuditError: they differ, and `strict`.
         """
-        model, joint = self._original, self._step.joint
-        plain = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
-        written = [tensor for given, tensor in zip(plain, call.inputs, strict=True) if given.mutated]
-        if not audit_fits(self.plan, sum(tensor.nbytes for tensor in written)):
+        model = self._original
+        different = compare_forwards(original, model, self._step, self.plan, self._executable, call)
+        if different is None:
             self.__dict__["num_skipped_audits"] += 1
             return None
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-
-        def of_original() -> Digest:
-            return digest(model, run_original(original, args, kwargs), given, self.device)
-
-        def of_planned() -> Digest:
-            with torch.autocast(self.device.type, enabled=False):
-                results = run_without_backward(self._executable, call.inputs)
-            return digest(model, rebuild_output(joint, model, results, call.tensors), given, self.device)
-
-        restoring = partial(rewound, model, joint.host.key, written, self.device)
-        different = repeatable_difference(of_original, of_planned, restoring)
         if not different:
             self.__dict__["num_audits"] += 1
             return None
@@ -261,7 +249,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         self._found_gradients.look(self._executable, call.inputs)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
             results = run(self._executable, call.inputs, self._other_backwards)
-        return rebuild_output(self._step.joint, self._original, results, call.tensors)
+        return rebuild_output(self._step.joint, self._original, results, call)
 
     def recompile(self) -> Any:
         """Compile the graphs again, after an edit of `graph` or `backward_graph`."""

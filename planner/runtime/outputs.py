@@ -9,27 +9,36 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner.runtime.guards.call import MatchedCall
+from planner.tracer.host.arguments import bound, with_returned
 from planner.tracer.host.state import written
 from planner.tracer.joint import Joint
 
 
-def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
-    """The model's output; Python state is left as the model's own forward leaves it.
+def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], call: MatchedCall) -> Any:
+    """The model's output. Python state, and what the arguments hold, is left as the model's own forward leaves it.
 
     Args:
         results: of the forward graph.
-        tensors: the call's, then those of Python state.
     """
+    tensors = call.tensors
     leaves = [
         results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
         for out in joint.outputs
     ]
-    write_state(joint, model, results, tensors)
-    return pytree.tree_unflatten(leaves, joint.call.out_spec)
+    out = pytree.tree_unflatten(leaves, joint.call.out_spec)
+    with bound(call.args, call.kwargs):
+        write_state(joint, model, results, tensors)
+        return with_returned(out, joint.call.returned, model)
 
 
 def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """Leave in Python state what the model's own forward leaves there; arguments as in `rebuild_output`."""
+    """Leave in Python state what the model's own forward leaves there.
+
+    Args:
+        results: of the forward graph.
+        tensors: the call's, then those of Python state. The call is bound (`arguments.bound`).
+    """
     if joint.host.effects:
         weights = dict((*model.named_parameters(), *model.named_buffers()))
         sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
@@ -41,7 +50,7 @@ def backward_starts(joint: Joint, model: nn.Module, leaves: Sequence[Any]) -> li
     """The tensors that the planned backward starts from, after a forward of `model`: outputs, and tensors left on modules.
 
     Args:
-        leaves: of what the forward returned.
+        leaves: of what the forward returned; its call is bound where it writes into its arguments.
     """
     found = {out.result: leaves[i] for i, out in enumerate(joint.outputs) if out.differentiated}
     wanted = {out.result for out in joint.left if out.differentiated}

@@ -37,6 +37,7 @@ class CallSpec:
         in_spec, out_spec: pytree specs of (args, kwargs) and of the output.
         leaves: the call's leaves; None where a tensor stood, which `tensors` lists.
         tensors: positions of the tensor leaves.
+        returned: containers among the arguments that the output holds; see `WrittenArguments.returned`.
         keywords: the call's keywords, in order.
         is_flat: every argument is a leaf.
     """
@@ -45,6 +46,7 @@ class CallSpec:
     leaves: tuple[Any, ...]
     tensors: tuple[int, ...]
     out_spec: Any
+    returned: tuple[Any, ...] = ()
     keywords: tuple[str, ...] = field(init=False)
     is_flat: bool = field(init=False)
 
@@ -61,11 +63,13 @@ class CallSpec:
     def __reduce__(self) -> tuple[Any, ...]:
         """Specs travel as containers of leaf numbers: torch's spec classes warn when they are unpickled."""
         skeletons = (pytree.tree_unflatten(list(range(spec.num_leaves)), spec) for spec in (self.in_spec, self.out_spec))
-        return _restore_call, (*skeletons, self.leaves, self.tensors)
+        return _restore_call, (*skeletons, self.leaves, self.tensors, self.returned)
 
 
-def _restore_call(inputs: Any, outputs: Any, leaves: tuple[Any, ...], tensors: tuple[int, ...]) -> CallSpec:
-    return CallSpec(pytree.tree_structure(inputs), leaves, tensors, pytree.tree_structure(outputs))
+def _restore_call(
+    inputs: Any, outputs: Any, leaves: tuple[Any, ...], tensors: tuple[int, ...], returned: tuple[Any, ...]
+) -> CallSpec:
+    return CallSpec(pytree.tree_structure(inputs), leaves, tensors, pytree.tree_structure(outputs), returned)
 
 
 def without_history(tensor: torch.Tensor, memory: torch.Tensor | None = None, *, is_leaf: bool | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,15 +13,31 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.call import CallSpec
+from planner.tracer.host.arguments import WrittenArguments
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
+from planner.tracer.host.state import Effect
 from planner.tracer.libraries import is_users_hook
+
+
+class Called(NamedTuple):
+    """What a call of the model did.
+
+    Attributes:
+        output: what it returned.
+        written: what it wrote into lists and dictionaries among its arguments.
+        returned: which of these it returned.
+    """
+
+    output: Any
+    written: tuple[Effect, ...]
+    returned: tuple[Any, ...]
 
 
 def run_call(
     model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], weights: dict[str, torch.Tensor] | None = None
-) -> Any:
-    """The model's output for the call with `tensors` in place of its own.
+) -> Called:
+    """Call the model with `tensors` in place of the call's own.
 
     Args:
         call: its `out_spec` is not used.
@@ -29,16 +45,19 @@ def run_call(
         weights: parameters and buffers to use, each under one of its names; changed where the forward assigns buffers.
 
     Raises:
-        CaptureError: the forward writes into a container or object among its arguments.
+        CaptureError: the forward writes into its arguments what no plan can write.
     """
     leaves = list(call.leaves)
     for position, tensor in zip(call.tensors, tensors, strict=False):
         leaves[position] = tensor
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
-    with own_hooks_left_out(model), _arguments_unchanged(leaves, call.in_spec, (args, kwargs)):
+    arguments = WrittenArguments(args, kwargs)
+    with own_hooks_left_out(model), _objects_unchanged(leaves):
         if weights is None:
-            return model(*args, **kwargs)
-        return torch.func.functional_call(model, weights, args, kwargs, tie_weights=True)
+            out = model(*args, **kwargs)
+        else:
+            out = torch.func.functional_call(model, weights, args, kwargs, tie_weights=True)
+    return Called(out, arguments.found(), arguments.returned(out))
 
 
 @contextmanager
@@ -55,8 +74,8 @@ def own_hooks_left_out(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _arguments_unchanged(leaves: Sequence[Any], spec: Any, call: Any) -> Iterator[None]:
-    """Restore, at exit, what a forward wrote into the containers, objects and arrays among its arguments.
+def _objects_unchanged(leaves: Sequence[Any]) -> Iterator[None]:
+    """Restore, at exit, what a forward wrote into objects and arrays among its arguments.
 
     Raises:
         CaptureError: it did write.
@@ -67,9 +86,8 @@ def _arguments_unchanged(leaves: Sequence[Any], spec: Any, call: Any) -> Iterato
         yield
     finally:
         changed = kept.restore()
-    now, spec_now = pytree.tree_flatten(call)
-    if changed or spec_now != spec or any(one is not other for one, other in zip(leaves, now, strict=True)):
+    if changed:
         raise CaptureError(
-            "the model's forward writes into a list, dictionary, array or object that it is given as an argument, which a plan "
-            "would leave as it is. Let it write into a copy: dict(argument), list(argument), copy.copy(argument)"
+            "the model's forward writes into an object or array that it is given as an argument, which a plan would leave as "
+            "it is. Let it write into a copy: copy.copy(argument)"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,15 @@ from planner._compat.module_calls import calls_intercepted
 from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
+from planner.tracer.host.arguments import check_alike
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
-from planner.tracer.host.state import HostState, LazyValue, Path, bare_fingerprint, remembered
+from planner.tracer.host.state import Effect, HostState, LazyValue, Path, bare_fingerprint, remembered
 from planner.tracer.host.tensor_reads import SeenByLine
-from planner.tracer.model_call import run_call
+from planner.tracer.model_call import Called, run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
 from planner.tracer.opaque.hooks import refuse_collecting_hooks
@@ -108,7 +109,7 @@ def record(
         CaptureError: the model, or an opaque module, takes, returns or does what no plan can hold.
     """
 
-    def run() -> Any:
+    def run() -> Called:
         with CollectivesRefused(opaque):
             return run_call(model, call, tensors)
 
@@ -163,7 +164,7 @@ def set_alike(
 
 def _observed(
     model: nn.Module,
-    call: Callable[[], Any],
+    call: Callable[[], Called],
     inputs: Sequence[torch.Tensor],
     opaque: Sequence[str],
     device: torch.device,
@@ -173,6 +174,7 @@ def _observed(
 ) -> tuple[ObservedForward, dict[str, RecordedCall]]:
     calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
+    written: list[tuple[Effect, ...]] = []
     described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
 
@@ -199,11 +201,16 @@ def _observed(
 
     def run_model() -> Any:
         counts.clear()
-        return call()
+        called = call()
+        written.append(called.written)
+        return called.output
 
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
-            return observer.observe(run_model, inputs, as_found=as_found), calls
+            observed = observer.observe(run_model, inputs, as_found=as_found)
+        check_alike(*written[-2:])
+        host = replace(observed.host, effects=(*observed.host.effects, *written[-1]))
+        return replace(observed, host=host), calls
     except BaseException as error:
         observer.preserved.restore()
         if isinstance(error, Exception) and not isinstance(error, PlannerError):

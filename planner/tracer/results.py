@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Path, Ref, same_build
-from planner.tracer.host.values import rebuilt
+from planner.tracer.host.values import ABSENT, rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.libraries import is_cache
 from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
@@ -108,6 +109,7 @@ def add_left(
     inputs: Sequence[torch.Tensor],
     weights: Mapping[str, torch.Tensor],
     reassigned: Mapping[str, torch.Tensor],
+    written: Sequence[Effect],
 ) -> tuple[tuple[Output, ...], tuple[Effect, ...]]:
     """What the traced forward left in Python state: (one Output per tensor, how a planned call writes them there).
 
@@ -117,6 +119,7 @@ def add_left(
         inputs: the traced function's inputs.
         weights: the model's parameters and buffers by name.
         reassigned: tensors that the forward assigned to buffers, by the buffer's name.
+        written: what it wrote into its arguments.
 
     Raises:
         CaptureError: a place has another structure than after a real forward.
@@ -136,16 +139,22 @@ def add_left(
         return sources[id(leaf)]
 
     effects = []
+    of_arguments = list(written)
     for effect in (effect for effect in host.effects if not _is_buffer(effect.path, weights)):
-        live = effect.path.get(model)
-        if effect.appends or effect.replaces:
-            live = list(live)[-len(effect.template) :] if effect.template else []
+        if effect.path.scope is ARGUMENTS:
+            live = of_arguments.pop(0).template if of_arguments and of_arguments[0].path == effect.path else ABSENT
+        else:
+            live = effect.path.get(model)
+            if effect.appends or effect.replaces:
+                live = list(live)[-len(effect.template) :] if effect.template else []
         template = rebuilt(live, partial(ref, effect.path))
         if not same_build(template, effect.template):
             raise CaptureError(
                 f"{effect.path} has another structure after the traced forward than after a real one", module=effect.path.module
             )
         effects.append(replace(effect, template=template))
+    if of_arguments:
+        raise CaptureError(f"the traced forward writes into {of_arguments[0].path}, which a real one does not")
     for name, new in reassigned.items():
         module, _, attribute = name.rpartition(".")
         path = Path(module, attribute)

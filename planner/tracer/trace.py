@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class TracedForward:
     Attributes:
         outputs: one per leaf of the model's output.
         out_spec: the output's structure.
+        returned: as of CallSpec.
         num_results: number of tensors that are outputs or left in Python state; after them come those that Python read.
         reads: what it read of each of those.
         left: one Output per tensor that the forward leaves in Python state.
@@ -80,6 +81,7 @@ class TracedForward:
 
     outputs: tuple[Output, ...]
     out_spec: Any
+    returned: tuple[Any, ...]
     num_results: int
     reads: tuple[TracedRead, ...]
     left: tuple[Output, ...]
@@ -262,7 +264,7 @@ def _traced_forward(
         with answered(
             recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.seen_by_line, lambda: str(modules)
         ):
-            out = run_call(model, options.call, tensors, weights)
+            out, written, returned = run_call(model, options.call, tensors, weights)
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)
         for name, leaf in zip(names, leaves, strict=True):
@@ -271,9 +273,10 @@ def _traced_forward(
         starts = loss_leaves(out, leaves, options.loss)
         strides = [usual_strides(leaf) for leaf in starts] if options.gradients is None else options.gradients
         outputs = add_outputs(results, leaves, names, dict(zip(map(id, starts), strides, strict=True)), tensors)
-        left, effects = add_left(results, model, recording.host, tensors, given, reassigned)
+        host = recording.host if recording.reads is not None else replace(recording.host, effects=written)
+        left, effects = add_left(results, model, host, tensors, given, reassigned, written)
     reads = tuple(read for _, read in mode.read)
-    found = TracedForward(outputs, out_spec, len(results.tensors), reads, left, effects)
+    found = TracedForward(outputs, out_spec, returned, len(results.tensors), reads, left, effects)
     return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
 
 

@@ -20,6 +20,7 @@ from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.outputs import backward_starts
 from planner.runtime.planned_call import unplanned_forward
+from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.joint import Joint
 from planner.verification.step_copy import CallArguments, aligned, autocast_of, backward_of_ones, cut_history
 
@@ -67,14 +68,15 @@ def step_digest(
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     for tensor in (*model.parameters(), *given):
         tensor.grad = None
-    with rewound(model, joint.host.key, may_be_written(model, joint, given), joint.device), torch.enable_grad():
+    rewinding = rewound(model, joint.host.key, may_be_written(model, joint, given), joint.device)
+    with rewinding, bound_and_restored(*call), torch.enable_grad():
         cut_history(joint, model)
         with autocast():
             out = forward()
         leaves = aligned(joint, pytree.tree_leaves(out))
         backward_of_ones(backward_starts(joint, model, leaves), joint.device)
         outputs = [leaf for leaf, output in zip(leaves, joint.outputs, strict=True) if not output.left_out]
-        found = digest(model, outputs, given, joint.device)
+        found = digest(model, outputs, given, joint.device, joint.host)
         grads = {f"gradient of {name}": p.grad for name, p in planned_model(model).named_parameters()}
         grads |= {f"gradient of input {i}": tensor.grad for i, tensor in enumerate(given)}
         return found | digest_of(grads)

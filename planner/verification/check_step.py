@@ -29,6 +29,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.runtime.step import RewrittenStep
 from planner.tracer.faults import is_out_of_memory
+from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.joint import Joint
 from planner.units import format_bytes
 from planner.verification.bits import different_results
@@ -225,10 +226,11 @@ def _plain_fails(planned: CheckpointedModule, call: CallArguments) -> dict[str, 
     cut_history(planned.step.joint, planned.original)
     try:
         uninstall(planned.original)
-        with autocast_of(planned):
-            out = unplanned_forward(planned.original)(*call[0], **call[1])
-        leaves = aligned(planned.step.joint, pytree.tree_leaves(out))
-        backward_of_ones(planned.starts(leaves), planned.device)
+        with bound_and_restored(*call):
+            with autocast_of(planned):
+                out = unplanned_forward(planned.original)(*call[0], **call[1])
+            leaves = aligned(planned.step.joint, pytree.tree_leaves(out))
+            backward_of_ones(planned.starts(leaves), planned.device)
     except Exception as error:
         if not is_out_of_memory(error):
             return {"not run": f"the model's own step fails in a forked process: {first_line(error)}"}
@@ -269,7 +271,7 @@ def _check(planned: Any, call: CallArguments) -> str:
         NotRunError: the call is not the planned one.
     """
     cut_history(planned.step.joint, planned.original)
-    with torch.enable_grad():
+    with torch.enable_grad(), bound_and_restored(*call):
         with autocast_of(planned):
             out, mismatch = planned.attempt(*call)
         if mismatch:

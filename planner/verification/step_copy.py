@@ -23,6 +23,7 @@ from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.call import without_history
 from planner.tracer.faults import is_out_of_memory
+from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.state import remembered
 from planner.tracer.joint import Joint
@@ -125,7 +126,8 @@ def run_first_calls(planned: CheckpointedModule, call: CallArguments) -> int:
             mismatch = planned.mismatch(*call)
             if mismatch is None or mismatch.kind not in FILLED_IN:
                 return number
-            run_original(unplanned_forward(planned.original), *call)
+            with bound_and_restored(*call):
+                run_original(unplanned_forward(planned.original), *call)
     return MOST_CALLS
 
 
@@ -188,7 +190,7 @@ class StepCopy:
         self.prepare()
         before = generators()
         for _ in range(number):
-            with autocast_of(self._planned), torch.enable_grad():
+            with autocast_of(self._planned), torch.enable_grad(), bound_and_restored(*self.call):
                 run_original(unplanned_forward(self._model), *self.call)
         set_generators(before)
 
@@ -218,7 +220,7 @@ class StepCopy:
 
     def step(self) -> list[Any]:
         """Forward and backward; the output's leaves. `prepare` comes first."""
-        with torch.enable_grad():
+        with torch.enable_grad(), bound_and_restored(*self.call):
             with autocast_of(self._planned):
                 out = self.module(*self.call[0], **self.call[1])
             leaves = aligned(self._planned.step.joint, pytree.tree_leaves(out))

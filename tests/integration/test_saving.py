@@ -1,10 +1,13 @@
 """A planned module out of torch.save, in a process that knows nothing of this one, trains as its eager twin."""
 
 import copy
+import pickle
 import subprocess
 import sys
+from collections import namedtuple
 
 import torch
+from torch import nn
 
 from planner import plan
 from tests.support import models
@@ -38,3 +41,22 @@ def test_torch_save_and_load_in_a_fresh_process(tmp_path):
         planned, args, kwargs = made[name]
         assert code == planned.code
         assert_same(trajectory(copy.deepcopy(planned.original), args, kwargs), found)
+
+
+Pair = namedtuple("Pair", ["value", "hidden"])
+
+
+class MakesPairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return Pair(h.sum(), h)
+
+
+def test_a_pickled_plan_runs_the_calls_of_a_model_that_makes_named_tuples():
+    planned, x = plan(MakesPairs(), 1.0, (torch.randn(3, 4),), loss=0, progress=False), torch.randn(3, 4)
+    again = pickle.loads(pickle.dumps(planned))
+    assert again.mismatch((x,), {}) is None and isinstance(again(x), Pair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
+from planner.tracer.host.arguments import argument_effects, is_shared
 from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
 from planner.tracer.host.lazy_values import values_set
 from planner.tracer.host.state import LazyValue
@@ -40,11 +41,14 @@ class MatchedCall:
     Attributes:
         tensors: the call's tensor leaves, then the tensors that Python state holds.
         inputs: the forward graph's inputs, in order.
+        args, kwargs: the call.
         lazy: what this call, as the first one, sets in Python state before it runs.
     """
 
     tensors: list[torch.Tensor]
     inputs: Sequence[torch.Tensor]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
     lazy: tuple[LazyValue, ...] = ()
 
 
@@ -57,6 +61,7 @@ class CallGuard:
         self._tensor_reads = TensorReadGuard(model, step.joint)
         self._select_inputs = picker(positions(step))
         self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
+        self._compares_containers = bool(argument_effects(step.joint.host))
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 
     def match(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> MatchedCall | Mismatch:
@@ -92,6 +97,9 @@ class CallGuard:
         tensors, mismatch = flatten_call(joint.call, args, kwargs, key.arguments)
         if mismatch is not None:
             return mismatch
+        if self._compares_containers and is_shared(args, kwargs):
+            text = "one list or dictionary stands in two places, and the forward writes into its arguments"
+            return Mismatch("argument", "which containers are the same one", text=text)
         held = self._model_state.held()
         if held is None:
             return self._model_state.missing()
@@ -116,7 +124,7 @@ class CallGuard:
             if given[i].is_leaf != is_leaf:
                 return Mismatch("input", f"input {i}", _LEAF[given[i].is_leaf], _LEAF[is_leaf])
         inputs = self._select_inputs((*held, *given, *joint.constants.values()))
-        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs)
+        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs, args, kwargs)
 
 
 _LEAF = {True: "a leaf", False: "computed by an earlier step"}

@@ -7,11 +7,12 @@ import functools
 import itertools
 import sys
 import sysconfig
+import threading
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,12 +32,14 @@ class Scope:
         variables: the dictionary that holds them; not pickled.
         names: of those that are read.
         where: qualified name of the submodule that was running when one was first read.
+        kind: what messages call them.
     """
 
     module: str
     variables: dict[str, Any] = field(repr=False)
     names: frozenset[str]
     where: str = ""
+    kind: ClassVar[str] = "the global variable"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scope) and self.variables is other.variables
@@ -50,6 +53,28 @@ class Scope:
 
 def _restored_scope(module: str, names: frozenset[str], where: str) -> Scope:
     return Scope(module, vars(sys.modules[module]) if module in sys.modules else {}, names, where)
+
+
+class ArgumentsScope(threading.local):
+    """The scope of paths that start from a call's arguments: those of the call that is bound in this thread.
+
+    Attributes:
+        variables: "args" and "kwargs" of that call.
+    """
+
+    kind = "the argument"
+    module = where = ""
+    names = frozenset(("args", "kwargs"))
+
+    def __init__(self) -> None:
+        self.variables: dict[str, Any] = {}
+
+    def __reduce__(self) -> str:
+        return "ARGUMENTS"
+
+
+ARGUMENTS = ArgumentsScope()
+"""There is one, from which paths of all models start."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,8 @@ def scopes_of(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tup
     """The global variables that code names, by the Python module that holds them."""
     found: dict[int, Scope] = {}
     for code, (variables, where) in codes.items():
+        if str(variables.get("__name__", "")).startswith("namedtuple_"):
+            continue  # collections.namedtuple makes these, for one class each
         known = found.get(id(variables))
         names = global_names(code) & variables.keys() | (known.names if known else frozenset())
         name = str(variables.get("__name__", ""))

@@ -15,7 +15,7 @@ from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, TensorKey, alike
 from planner.tracer.host.library_reads import LibraryRead
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
-from planner.tracer.host.scopes import Reads, Scope
+from planner.tracer.host.scopes import ArgumentsScope, Reads, Scope
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.values import (
     ABSENT,
@@ -38,16 +38,16 @@ class Path:
         module: qualified name of the submodule; for a global variable, of the one that was running when it was first read.
         name: the attribute or variable.
         steps: from its value to the place.
-        scope: set for a global variable.
+        scope: set for a global variable, and for the arguments of a call (`planner.tracer.host.arguments`).
     """
 
     module: str
     name: str
     steps: tuple[PathStep, ...] = ()
-    scope: Scope | None = None
+    scope: Scope | ArgumentsScope | None = None
 
     def __str__(self) -> str:
-        return f"the global variable {self.place}" if self.scope is not None else self.place
+        return f"{self.scope.kind} {self.place}" if self.scope is not None else self.place
 
     @property
     def place(self) -> str:
