@@ -125,7 +125,7 @@ def _diagnosis(
         starts=tuple(out.name or "the output" for out in (*joint.outputs, *joint.left) if out.differentiated),
         opaque=opaque,
         refused=joint.refused,
-        carried=(*map(str, joint.host.state), *written),
+        carried=(*map(str, joint.host.state), *map(str, joint.host.counts.places), *written),
         left=tuple(str(effect.path) for effect in joint.host.effects),
         guarded=_guarded(joint),
         settings=tuple(dict.fromkeys(str(path) for path, _ in joint.host.key.expected if _is_setting(path.get(step.model)))),

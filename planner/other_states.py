@@ -7,9 +7,10 @@ the model brought into their state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +21,17 @@ from planner.runtime.audit import may_be_written, run_original
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.host.arguments import bound_and_restored
+from planner.tracer.host.counts import Counts, evaluated, read_counts
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
+from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import contents_preserved
-from planner.tracer.host.state import Path, remembered
+from planner.tracer.host.state import remembered
 from planner.verification.step_copy import FILLED_IN, autocast_of, run_first_calls
 
 _MOST_NAMES = 4
+_MOST_COUNTED, _MOST_OUTCOMES, _LARGEST = 10_000, 3, 2**63
+"""Numbers of calls that are counted on, of further outcomes of comparisons that are planned for, and the largest number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +47,63 @@ class OtherState:
     entering: AbstractContextManager[None]
 
 
-def other_states(step: CapturedStep, planned: CheckpointedModule) -> Iterator[OtherState]:
-    """The states that calls of a captured step may find, and that its planned module is not for."""
+def other_states(step: CapturedStep, planned: CheckpointedModule, others: Sequence[CheckpointedModule]) -> Iterator[OtherState]:
+    """The states that calls of a captured step may find, and that its planned module is not for.
+
+    Args:
+        others: the plans made so far for states that were yielded.
+    """
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(step.args, step.kwargs)
     if mismatch is not None and mismatch.kind in FILLED_IN:
         yield OtherState("first calls: Python state is as it was when this was planned", contextlib.nullcontext())
+    for text, numbers in _other_outcomes(step, others):
+        yield OtherState(f"calls where {text}", _counted(step, planned, numbers))
     carried = _carried(step, planned)
     if carried:
         names = ", ".join(map(str, carried[:_MOST_NAMES])) + (" and others" if len(carried) > _MOST_NAMES else "")
         yield OtherState(f"calls that find {names} detached by the training loop", _detached(step, planned, carried))
+
+
+def _other_outcomes(step: CapturedStep, others: Sequence[CheckpointedModule]) -> Iterator[tuple[str, list[Any]]]:
+    """Numbers that calls will count to and that no plan is for: (the comparison that comes out otherwise, the numbers).
+
+    The model is not run: what a call counts follows from what it finds, by the plan for it.
+
+    Args:
+        others: plans besides the step's own; one is added for numbers that were yielded, or no more are.
+    """
+    counts = step.joint.host.counts
+    numbers, num_found = read_counts(counts, step.model), 0
+    for _ in range(_MOST_COUNTED if counts.conditions else 0):
+        try:
+            of_call = _of_call(counts, others, numbers)
+            if of_call is None and num_found < _MOST_OUTCOMES:
+                num_found += 1
+                where, now, _ = counts.difference(numbers) or ("", "", "")
+                yield f"{where} is {now}", numbers
+                of_call = _of_call(counts, others, numbers)
+            following = None if of_call is None else [evaluated(expression, numbers) for expression in of_call.after]
+        except ArithmeticError:  # which such a call raises, too
+            return
+        if following is None or following == numbers or max(map(abs, following)) > _LARGEST:
+            return
+        numbers = following
+
+
+def _of_call(counts: Counts, others: Sequence[CheckpointedModule], numbers: list[Any]) -> Counts | None:
+    """What a call that finds these numbers does, if a plan is for it."""
+    known = [counts, *(other.step.joint.host.counts for other in others)]
+    return next((each for each in known if each.places == counts.places and each.difference(numbers) is None), None)
+
+
+@contextlib.contextmanager
+def _counted(step: CapturedStep, planned: CheckpointedModule, numbers: list[Any]) -> Iterator[None]:
+    """While entered, the model is as after a call, with these numbers in the places where it counts."""
+    with _after_calls(step, planned):
+        for path, number in zip(step.joint.host.counts.places, numbers, strict=True):
+            path.set(step.model, number)
+        yield
 
 
 def _carried(step: CapturedStep, planned: CheckpointedModule) -> list[Path]:

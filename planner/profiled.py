@@ -195,14 +195,18 @@ class ProfiledStep(CapturedStep):
             return
         opaque = tuple(dict.fromkeys((*self.options.opaque, *self.provenance.opaque)))
         options = replace(self._of_further_calls, dynamic=False, opaque=opaque)
-        for state in other_states(self, planned):
+        made: list[CheckpointedModule] = []
+        for state in other_states(self, planned, made):
             try:
                 with stage(f"plan for {state.calls}", options.progress), state.entering, autocast_of(planned):
+                    if any(other.mismatch(self.args, self.kwargs) is None for other in made):
+                        continue
                     joint = capture(self.model, self.args, self.kwargs, loss=options.loss, opaque=opaque, as_found=True)
                     captured_step = CapturedStep(self.model, self.args, self.kwargs, options, joint)
                     step = with_costs(captured_step, set_aside(self.model, options, None))
                     step = replace(step, provenance=replace(step.provenance, call=state.calls))
-                    yield step._planned(budget, planned.plan.budget_bytes)
+                    made.append(step._planned(budget, planned.plan.budget_bytes))
+                yield made[-1]
             except PlanCheckError as error:
                 PLANNER.warning("no plan for %s: %s", state.calls, error)
             except PlannerError as error:

@@ -36,7 +36,7 @@ from planner.runtime.guards.call_key import autocast_of
 from planner.runtime.step import RewrittenStep
 from planner.tracer.graft import graft
 from planner.tracer.host.fingerprint import TensorKey, tensor_key
-from planner.tracer.host.state import Path
+from planner.tracer.host.path import Path
 from planner.tracer.joint import Joint
 from planner.tracer.lower import backward_is_fixed, kernel_nodes, lower
 from planner.tracer.real_layouts import capture_again

@@ -29,6 +29,8 @@ def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tenso
     out = pytree.tree_unflatten(leaves, joint.call.out_spec)
     with bound(call.args, call.kwargs):
         write_state(joint, model, results, tensors)
+        for path, number in zip(joint.host.counts.places, call.counts, strict=True):
+            path.set(model, number)
         return with_returned(out, joint.call.returned, model)
 
 

@@ -16,12 +16,14 @@ from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
 from planner.tracer.host.arguments import check_alike
+from planner.tracer.host.counts import refuse_tracked
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
+from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
-from planner.tracer.host.state import Effect, HostState, LazyValue, Path, bare_fingerprint, remembered
+from planner.tracer.host.state import Effect, HostState, LazyValue, bare_fingerprint, remembered
 from planner.tracer.host.tensor_reads import SeenByLine
 from planner.tracer.model_call import Called, run_call
 from planner.tracer.module_stack import ModuleStack
@@ -203,6 +205,7 @@ def _observed(
         counts.clear()
         called = call()
         written.append(called.written)
+        refuse_tracked(called.output)
         return called.output
 
     try:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
-from planner.tracer.host.state import Effect, HostState, Path, Ref, same_build
+from planner.tracer.host.state import Effect, HostState, Ref, same_build
 from planner.tracer.host.values import ABSENT, rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.libraries import is_cache

@@ -295,9 +295,9 @@ def _traced_tensors(
 
 
 def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """Put traced tensors where Python state holds tensors, and what a first call finds where it finds other values."""
+    """Put traced tensors where Python state holds tensors, and other values where the recorded call found them."""
     host, model, state = options.recording.host, options.model, tensors[len(options.call.tensors) :]
-    for path, found in host.found:
+    for path, found in (*host.found, *zip(host.counts.places, host.counts.found, strict=True)):
         path.set(model, rebuilt(found, lambda leaf: leaf))
     for path, traced in zip(host.state, state, strict=True):
         path.set(model, traced)

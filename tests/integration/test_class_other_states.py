@@ -260,7 +260,7 @@ def test_a_first_call_that_needs_more_than_the_budget_runs_unplanned_with_a_warn
 
     with caplog.at_level("INFO", "planner"):
         planned, x = planned_model(Large())
-    assert not planned.alternatives and "what the first one found: Raise the budget to" in caplog.text
+    assert not planned.alternatives and "when this was planned: Raise the budget to" in caplog.text
     with pytest.warns(MismatchWarning, match="mask"):
         planned(x)
 

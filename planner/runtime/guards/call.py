@@ -27,6 +27,7 @@ from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
 from planner.tracer.host.arguments import argument_effects, is_shared
+from planner.tracer.host.counts import evaluated, read_counts
 from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
 from planner.tracer.host.lazy_values import values_set
 from planner.tracer.host.state import LazyValue
@@ -43,6 +44,7 @@ class MatchedCall:
         inputs: the forward graph's inputs, in order.
         args, kwargs: the call.
         lazy: what this call, as the first one, sets in Python state before it runs.
+        counts: the numbers that it leaves in the places of `HostState.counts`.
     """
 
     tensors: list[torch.Tensor]
@@ -50,6 +52,7 @@ class MatchedCall:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     lazy: tuple[LazyValue, ...] = ()
+    counts: Sequence[int | float] = ()
 
 
 class CallGuard:
@@ -123,8 +126,13 @@ class CallGuard:
         for i, is_leaf in self._leaves:
             if given[i].is_leaf != is_leaf:
                 return Mismatch("input", f"input {i}", _LEAF[given[i].is_leaf], _LEAF[is_leaf])
+        counted = read_counts(joint.host.counts, self._model)
+        other = joint.host.counts.difference(counted)
+        if other is not None:
+            return Mismatch("host", *other)
+        after = [evaluated(expression, counted) for expression in joint.host.counts.after]
         inputs = self._select_inputs((*held, *given, *joint.constants.values()))
-        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs, args, kwargs)
+        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs, args, kwargs, (), after)
 
 
 _LEAF = {True: "a leaf", False: "computed by an earlier step"}

@@ -14,8 +14,9 @@ from torch import nn
 from planner._compat import pytree
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprint, alike
+from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
-from planner.tracer.host.state import Effect, HostState, Path, bare_fingerprint, same_build
+from planner.tracer.host.state import Effect, HostState, bare_fingerprint, same_build
 from planner.tracer.host.values import ABSENT, PathStep, is_plain, items_of, member, rebuilt, with_member
 
 _WRITTEN = (dict, OrderedDict, defaultdict, list, deque)

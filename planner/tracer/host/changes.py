@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.host.counts import is_number
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
 from planner.tracer.host.generators import generator_state
-from planner.tracer.host.state import Effect, Path
+from planner.tracer.host.path import Path
+from planner.tracer.host.state import Effect
 from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of
 
 
@@ -26,11 +28,13 @@ class Changes:
         moved: ids of tensors that existed before the forward and are stored in another place after it; of one call, also of
             those that it replaces.
         found: (place, what the forward finds there) of effects that find no tensor; empty for steady forwards.
+        counted: places of numbers that are others after each call. A plan can count only some; see `host.counts`.
     """
 
     effects: tuple[Effect, ...] = ()
     moved: frozenset[int] = frozenset()
     found: tuple[tuple[Path, Any], ...] = ()
+    counted: tuple[Path, ...] = ()
 
 
 def find_changes(
@@ -61,7 +65,7 @@ def find_changes(
     effects = tuple(finds.find())
     old = {id(value) for value in before.values() if isinstance(value, torch.Tensor)} - set(known)
     moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old) | finds.replaced
-    return Changes(effects, moved, tuple(finds.found))
+    return Changes(effects, moved, tuple(finds.found), tuple(finds.counted))
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Finder:
         self._inputs, self._only_written = inputs, only_written
         self.found: list[tuple[Path, Any]] = []
         self.replaced: set[int] = set()
+        self.counted: list[Path] = []
         self._done: list[Path] = []
         self._lists: set[int] = set()
         self._num_members = Counter(_parent(path) for path in before if path.steps)
@@ -119,10 +124,16 @@ class Finder:
                 yield self._of_tensor(path, now)
             elif not self._equal(was, now):
                 self._done.append(path)
+                if self._is_count(was, now):
+                    self.counted.append(self._writable(path))
+                    continue
                 yield Effect(self._writable(path), self._fresh(path, was, now))
         for path in self._before.keys() - self._after.keys():
             if not any(path.is_inside(done) for done in self._done) and self._before[path] is not ABSENT:
                 raise refusal(path, self._before[path], ABSENT)
+
+    def _is_count(self, was: Any, now: Any) -> bool:
+        return is_number(was) and is_number(now)
 
     def _of_same_object(self, path: Path, now: Any) -> Iterator[Effect]:
         """A list or deque that was changed in place: it may have grown."""

@@ -15,8 +15,9 @@ from typing import Any
 from torch import nn
 
 from planner.tracer.host.fingerprint import alike
+from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved
-from planner.tracer.host.state import LazyValue, Path, bare_fingerprint
+from planner.tracer.host.state import LazyValue, bare_fingerprint
 from planner.tracer.host.values import ABSENT, is_plain
 
 

@@ -27,10 +27,11 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.one_call import OneCall
+from planner.tracer.host.path import Path, submodule
 from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
-from planner.tracer.host.state import HostKey, HostState, Path, roots, skipped_places, submodule, walk
+from planner.tracer.host.state import HostKey, HostState, roots, skipped_places, walk
 from planner.tracer.host.steady import Runs, left_to_next_call, run_as_found, run_until_steady
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
@@ -152,10 +153,10 @@ class Observer:
         changes_of = lambda runs: self._changes(runs, inputs, as_found=as_found)
         if as_found:
             self._weights = _weight_places(self.model)
-            runs, changes = run_as_found(self, call, inputs, changes_of)
+            runs, changes, counts = run_as_found(self, call, inputs, changes_of)
             after, now = {}, runs.before
         else:
-            runs, changes = run_until_steady(self, call, inputs, changes_of)
+            runs, changes, counts = run_until_steady(self, call, inputs, changes_of)
             after = self.snapshot()
             now = left_to_next_call(self, inputs, after)
         last, before, outside = runs.runs[-1], runs.before, self._outside(runs.runs[-1], inputs)
@@ -167,6 +168,7 @@ class Observer:
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if is_steady else ()
         if not as_found:  # how far a list has grown is no matter to calls that only append to it
             left = tuple(dict.fromkeys((*left, *(effect.path for effect in changes.effects if effect.appends))))
+        left = (*left, *counts.places)
         users = [self.tensors.originals.get(id(tensor), tensor) for tensor in inputs]
         of_tensors = self.tensors.found(places(self.model, users, before), last.outside)
         key = self._inside(lambda: self._key(reads, left, of_tensors))
@@ -178,6 +180,7 @@ class Observer:
         number = {id(before[path]): i for i, path in enumerate(state)}
         shared = tuple((path, number[id(v)]) for path, v in before.items() if id(v) in number and path not in state)
         host = HostState(key, state, *forms, shared, self._aliases(), changes.effects, as_found=as_found, found=changes.found)
+        host = replace(host, counts=counts)
         weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}

@@ -12,7 +12,8 @@ from torch import nn
 
 from planner.tracer.host.changes import Finder, refusal
 from planner.tracer.host.fingerprint import tensor_key
-from planner.tracer.host.state import Effect, Path
+from planner.tracer.host.path import Path
+from planner.tracer.host.state import Effect
 from planner.tracer.host.values import ABSENT, is_plain, items_of, rebuilt
 
 
@@ -57,6 +58,9 @@ class OneCall(Finder):
         olds, news = items_of(was), items_of(now)
         same_places = [key for key, _ in olds] == [key for key, _ in news]
         return same_places and all(self._is_alike(old, new) for (_, old), (_, new) in zip(olds, news, strict=True))
+
+    def _is_count(self, was: Any, now: Any) -> bool:
+        return False  # such a call finds this number
 
     def _fresh(self, path: Path, was: Any, now: Any) -> Any:
         self._check_made(path, was, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,14 +11,17 @@ from torch import nn
 
 from planner.errors import CaptureError
 from planner.kernels.custom import laid_out
-from planner.tracer.host.changes import Changes, find_changes
+from planner.log import TRACER
+from planner.tracer.host.changes import Changes, find_changes, refusal
+from planner.tracer.host.counts import NO_COUNTS, Counts, counts_of, evaluated, is_number, numbers_tracked
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.kernels import Run
 from planner.tracer.host.one_call import registered, take_back
+from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
-from planner.tracer.host.state import Path, bare_fingerprint
+from planner.tracer.host.state import bare_fingerprint
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
@@ -61,11 +64,14 @@ class Runs:
 
 def run_until_steady(
     observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
-) -> tuple[Runs, Changes]:
+) -> tuple[Runs, Changes, Counts]:
     """Run the forward until two runs do the same, each with what the one before left, and what the last one changes there.
 
     Args:
         changes_of: finds that.
+
+    Returns:
+        the forwards, what the last one changes, and what it counts.
 
     Raises:
         CaptureError: it does something else each time, or changes what no plan can write; names the attribute or the kernel.
@@ -84,17 +90,68 @@ def run_until_steady(
         if len(runs) > 1 and _same(runs[-2], runs[-1]) and _is_told_apart(read) and _is_told_apart(left):
             found = Runs(runs, befores[-1])
             try:
-                return found, changes_of(found)
+                changes = changes_of(found)
+                return found, changes, _all_counted(observer, call, contents, found, changes)
             except CaptureError:  # what comes late, from a call before the last one
                 if len(runs) == _RUNS:
                     raise
-    find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
+    changes = find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
+    for path in changes.counted:
+        raise refusal(path, befores[-1][path], path.get(observer.model))
     raise _unsteady(runs[-2], runs[-1])
+
+
+def _all_counted(
+    observer: Observes,
+    call: Callable[[], Any],
+    contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    runs: Runs,
+    changes: Changes,
+) -> Counts:
+    """How the numbers that are others after each run are counted.
+
+    Raises:
+        CaptureError: they are used in another way.
+    """
+    if not changes.counted:
+        return NO_COUNTS
+    after = {path: path.get(observer.model) for path in changes.counted}
+    counts = _counts(observer, call, contents, runs, after)
+    if counts is None:
+        first = changes.counted[0]
+        raise refusal(first, runs.before[first], after[first])
+    return counts
+
+
+def _counts(
+    observer: Observes,
+    call: Callable[[], Any],
+    contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    runs: Runs,
+    after: Mapping[Path, Any],
+) -> Counts | None:
+    """How a call counts numbers, from a further run that finds those that the last run found; None where no plan can.
+
+    Args:
+        after: the places, and what the last run left there.
+    """
+    with numbers_tracked(observer.model, runs.before, [*after]) as tape:
+        restore_tensors(contents)
+        try:
+            again = observer.run_once(call)
+        except Exception:  # Python's C code takes no other numbers than its own
+            TRACER.debug("a run with tracked numbers fails", exc_info=True)
+            return None
+        counts = counts_of(tape, observer.model, runs.before, [*after]) if _same(runs.runs[-1], again) else None
+    if counts is None or tape.num_alive():
+        return None
+    left = [evaluated(expression, counts.found) for expression in counts.after]
+    return counts if left == [*after.values()] else None
 
 
 def run_as_found(
     observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
-) -> tuple[Runs, Changes]:
+) -> tuple[Runs, Changes, Counts]:
     """Run the forward twice from the Python state that is found now, which is restored; what the second run changes there.
 
     Args:
@@ -130,7 +187,27 @@ def run_as_found(
             raise CaptureError(f"the model's forward registers hooks, parameters, buffers or submodules ({changed})")
 
     observer.preserved.changed_by(again)
-    return found[0]
+    return found[0][0], *_found_counted(observer, call, contents, *found[0])
+
+
+def _found_counted(
+    observer: Observes,
+    call: Callable[[], Any],
+    contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    runs: Runs,
+    changes: Changes,
+) -> tuple[Changes, Counts]:
+    """The changes of one call without those numbers that a plan can count, and how it counts them."""
+    was = dict(changes.found)
+    after = {e.path: e.template for e in changes.effects if is_number(e.template) and is_number(was.get(e.path))}
+    counted: list[Counts | None] = []
+    if after:
+        observer.preserved.changed_by(lambda: counted.append(_counts(observer, call, contents, runs, after)))
+    if not counted or counted[0] is None:
+        return changes, NO_COUNTS
+    effects = tuple(effect for effect in changes.effects if effect.path not in after)
+    others = tuple((path, value) for path, value in changes.found if path not in after)
+    return replace(changes, effects=effects, found=others), counted[0]
 
 
 def left_to_next_call(

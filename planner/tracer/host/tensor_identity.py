@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
-from planner.tracer.host.state import Path
+from planner.tracer.host.path import Path
 from planner.tracer.host.tensor_places import TensorPlace
 
 
