@@ -28,13 +28,19 @@ def step_peak(setup: Setup, module: nn.Module, precision: str) -> int:
 
     def step() -> None:
         with cast(precision):
-            out = module(*batch.args, **batch.kwargs)
+            out = called(module, batch)
         leaves = _places(module, out)  # which the loop holds, too, until the backward is done
         _Start.apply(list(layouts.values()), *(leaves[i] for i in layouts)).backward(torch.empty(0))
 
     seed_all(SEED)
     with _around(setup, module):
         return logical_peak(step, torch.device("cpu"))
+
+
+def called(module: nn.Module, batch: Any) -> Any:
+    """The output for a batch, whose own lists and dictionaries the model does not get: it may write into them."""
+    args, kwargs = pytree.tree_map(lambda leaf: leaf, (batch.args, dict(batch.kwargs)))
+    return module(*args, **kwargs)
 
 
 @contextmanager
@@ -66,7 +72,7 @@ def _gradients_of_outputs(setup: Setup, module: nn.Module, batch: Any, precision
     """Per place, the gradient that the loss itself hands to the tensor there: not what comes through another place."""
     arrived: dict[Any, torch.Tensor] = {}
     with cast(precision):
-        out = module(*batch.args, **batch.kwargs)
+        out = called(module, batch)
         seen: dict[int, torch.Tensor] = {}  # by identity: what is returned and left, too, gets one gradient
         for place, tensor in _places(module, out).items():
             if id(tensor) not in seen:

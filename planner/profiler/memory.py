@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from planner.profiler.python_events import python_events_off
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else every profile prints two lines
 
 
@@ -56,9 +58,15 @@ def cpu_trace(run: Callable[[], Any]) -> list[dict[str, Any]]:
     The exported trace is the public place that holds them all: `events()` leaves out those inside an operator.
     """
     # acc_events changes nothing in one cycle; without it torch 2.11 warns that it would
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with python_events_off():  # of reading the trace, which takes longer than the run where something listens
+        recorded.start()
+    try:
         run()
-    with tempfile.TemporaryDirectory() as folder:
+    finally:
+        with python_events_off():
+            recorded.stop()
+    with python_events_off(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
         found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.profiler.python_events import set_profiler
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.iterators import is_used_up
@@ -170,7 +171,7 @@ class ReadRecorder:
             sys.setprofile(self._on_event)
             yield
         finally:
-            _restore_profiler(profile)
+            set_profiler(profile)
             for name, function in numpys.items():
                 setattr(sys.modules["numpy"].random, name, function)
             if collects:
@@ -341,14 +342,6 @@ class ReadRecorder:
             yield
         finally:
             self.paused = before
-
-
-def _restore_profiler(profile: Any) -> None:
-    if profile is None or callable(profile):
-        sys.setprofile(profile)
-    else:  # cProfile's, which only it can set
-        sys.setprofile(None)
-        profile.enable()
 
 
 def _is_users(frame: types.FrameType | None) -> bool:
