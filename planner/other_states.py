@@ -7,10 +7,8 @@ the model brought into their state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +19,7 @@ from planner.runtime.audit import may_be_written, run_original
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.host.arguments import bound_and_restored
-from planner.tracer.host.counts import Counts, evaluated, read_counts
+from planner.tracer.host.counts import Counts, Difference, Number
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.path import Path
@@ -34,71 +32,81 @@ _MOST_COUNTED, _MOST_OUTCOMES, _LARGEST = 10_000, 3, 2**63
 """Numbers of calls that are counted on, of further outcomes of comparisons that are planned for, and the largest number."""
 
 
-@dataclass(frozen=True, slots=True)
-class OtherState:
-    """Python state that some calls find.
-
-    Attributes:
-        calls: which calls do.
-        entering: a context in which the model is in that state; entered once.
-    """
-
-    calls: str
-    entering: AbstractContextManager[None]
-
-
-def other_states(step: CapturedStep, planned: CheckpointedModule, others: Sequence[CheckpointedModule]) -> Iterator[OtherState]:
-    """The states that calls of a captured step may find, and that its planned module is not for.
+def plans_of_other_states(
+    step: CapturedStep, planned: CheckpointedModule, plan_for: Callable[[str], CheckpointedModule | None]
+) -> list[CheckpointedModule]:
+    """Plans for calls that find Python state which the planned module of a captured step is not for.
 
     Args:
-        others: the plans made so far for states that were yielded.
+        plan_for: plans the call that the model, in the state that it is in, would do next; given which calls do, None where it
+            cannot be planned.
     """
+    made: list[CheckpointedModule] = []
+
+    def plan_in(state: AbstractContextManager[None], calls: str) -> CheckpointedModule | None:
+        with state:
+            with autocast_of(planned), torch.enable_grad():
+                known = next((other for other in made if other.mismatch(step.args, step.kwargs) is None), None)
+            found = plan_for(calls) if known is None else known
+        if found is not None and found is not known:
+            made.append(found)
+        return found
+
     with autocast_of(planned), torch.enable_grad():
         mismatch = planned.mismatch(step.args, step.kwargs)
     if mismatch is not None and mismatch.kind in FILLED_IN:
-        yield OtherState("first calls: Python state is as it was when this was planned", contextlib.nullcontext())
-    for text, numbers in _other_outcomes(step, others):
-        yield OtherState(f"calls where {text}", _counted(step, planned, numbers))
+        plan_in(contextlib.nullcontext(), "first calls: Python state is as it was when this was planned")
+    if step.joint.host.counts.has_comparisons:
+        _plan_other_outcomes(step, planned, plan_in)
     carried = _carried(step, planned)
     if carried:
         names = ", ".join(map(str, carried[:_MOST_NAMES])) + (" and others" if len(carried) > _MOST_NAMES else "")
-        yield OtherState(f"calls that find {names} detached by the training loop", _detached(step, planned, carried))
+        plan_in(_detached(step, planned, carried), f"calls that find {names} detached by the training loop")
+    return made
 
 
-def _other_outcomes(step: CapturedStep, others: Sequence[CheckpointedModule]) -> Iterator[tuple[str, list[Any]]]:
-    """Numbers that calls will count to and that no plan is for: (the comparison that comes out otherwise, the numbers).
+PlanIn = Callable[[AbstractContextManager[None], str], CheckpointedModule | None]
+"""The plan for the next call in the state of a context, and which calls these are; None where it cannot be planned."""
 
-    The model is not run: what a call counts follows from what it finds, by the plan for it.
 
-    Args:
-        others: plans besides the step's own; one is added for numbers that were yielded, or no more are.
+def _plan_other_outcomes(step: CapturedStep, planned: CheckpointedModule, plan_in: PlanIn) -> None:
+    """Plan for the numbers that calls will count to and with which a comparison comes out otherwise than captured.
+
+    The model is not run: what a call counts follows from what it finds, by the plan for it. It is counted on for 10,000 calls,
+    or until there are plans for three further outcomes.
     """
     counts = step.joint.host.counts
-    numbers, num_found = read_counts(counts, step.model), 0
-    for _ in range(_MOST_COUNTED if counts.conditions else 0):
-        try:
-            of_call = _of_call(counts, others, numbers)
-            if of_call is None and num_found < _MOST_OUTCOMES:
-                num_found += 1
-                where, now, _ = counts.difference(numbers) or ("", "", "")
-                yield f"{where} is {now}", numbers
-                of_call = _of_call(counts, others, numbers)
-            following = None if of_call is None else [evaluated(expression, numbers) for expression in of_call.after]
-        except ArithmeticError:  # which such a call raises, too
+    known, numbers = [counts], counts.found(step.model)
+    if list(map(type, numbers)) != list(map(type, counts.captured)):  # which a first call sets
+        numbers = list(counts.captured)
+    for _ in range(_MOST_COUNTED):
+        left = _left_by(known, numbers)
+        if isinstance(left, Difference) and len(known) <= _MOST_OUTCOMES:
+            state = _counted(step, planned, numbers)
+            other = plan_in(state, f"calls where {left.where} is {left.now}")
+            if other is None or other.step.joint.host.counts.places != counts.places:
+                return
+            known.append(other.step.joint.host.counts)
+            left = _left_by(known[-1:], numbers)
+        if not isinstance(left, list) or left == numbers or not all(-_LARGEST < number < _LARGEST for number in left):
             return
-        if following is None or following == numbers or max(map(abs, following)) > _LARGEST:
-            return
-        numbers = following
+        numbers = left
 
 
-def _of_call(counts: Counts, others: Sequence[CheckpointedModule], numbers: list[Any]) -> Counts | None:
-    """What a call that finds these numbers does, if a plan is for it."""
-    known = [counts, *(other.step.joint.host.counts for other in others)]
-    return next((each for each in known if each.places == counts.places and each.difference(numbers) is None), None)
+def _left_by(known: Sequence[Counts], found: Sequence[Number]) -> list[Number] | Difference | None:
+    """What a call leaves that finds these numbers: by the one of these that is for it, or how it differs from the first.
+
+    None where it raises an error.
+    """
+    try:
+        results = [counts.follow(found) for counts in known]
+    except Exception:  # of the model's arithmetic
+        return None
+    return next((left for left in results if isinstance(left, list)), results[0])
 
 
 @contextlib.contextmanager
-def _counted(step: CapturedStep, planned: CheckpointedModule, numbers: list[Any]) -> Iterator[None]:
+def _counted(step: CapturedStep, planned: CheckpointedModule, numbers: Sequence[Number]) -> Iterator[None]:
     """While entered, the model is as after a call, with these numbers in the places where it counts."""
     with _after_calls(step, planned):
         for path, number in zip(step.joint.host.counts.places, numbers, strict=True):

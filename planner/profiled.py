@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from planner.graph.simulate import simulate
 from planner.limits import Limits
 from planner.log import PLANNER
 from planner.options import PlanOptions
-from planner.other_states import other_states
+from planner.other_states import plans_of_other_states
 from planner.profiler.devices import find_device
 from planner.profiler.estimate import DeviceModel, estimate
 from planner.profiler.measure import measure
@@ -189,28 +189,28 @@ class ProfiledStep(CapturedStep):
         made = replace(made, budget_bytes=budget_bytes, margin_bytes=made.margin_bytes + budget_bytes - aim_bytes)
         return self.rewritten(made, fraction)
 
-    def _of_other_states(self, planned: CheckpointedModule, budget: Budget) -> Iterator[CheckpointedModule]:
+    def _of_other_states(self, planned: CheckpointedModule, budget: Budget) -> list[CheckpointedModule]:
         """Planned modules for calls that find other Python state; those that cannot be planned run unplanned."""
         if self.joint.absent_device or communicates(self.joint):
-            return
+            return []
         opaque = tuple(dict.fromkeys((*self.options.opaque, *self.provenance.opaque)))
         options = replace(self._of_further_calls, dynamic=False, opaque=opaque)
-        made: list[CheckpointedModule] = []
-        for state in other_states(self, planned, made):
+
+        def plan_for(calls: str) -> CheckpointedModule | None:
             try:
-                with stage(f"plan for {state.calls}", options.progress), state.entering, autocast_of(planned):
-                    if any(other.mismatch(self.args, self.kwargs) is None for other in made):
-                        continue
+                with stage(f"plan for {calls}", options.progress), autocast_of(planned):
                     joint = capture(self.model, self.args, self.kwargs, loss=options.loss, opaque=opaque, as_found=True)
                     captured_step = CapturedStep(self.model, self.args, self.kwargs, options, joint)
                     step = with_costs(captured_step, set_aside(self.model, options, None))
-                    step = replace(step, provenance=replace(step.provenance, call=state.calls))
-                    made.append(step._planned(budget, planned.plan.budget_bytes))
-                yield made[-1]
+                    step = replace(step, provenance=replace(step.provenance, call=calls))
+                    return step._planned(budget, planned.plan.budget_bytes)
             except PlanCheckError as error:
-                PLANNER.warning("no plan for %s: %s", state.calls, error)
+                PLANNER.warning("no plan for %s: %s", calls, error)
             except PlannerError as error:
-                PLANNER.info("no plan for %s: %s", state.calls, error)
+                PLANNER.info("no plan for %s: %s", calls, error)
+            return None
+
+        return plans_of_other_states(self, planned, plan_for)
 
     def planned_like(self, plan: Plan) -> CheckpointedModule:
         """The planned module for the budget of a plan of another call, with the margin that its measured step needed.

@@ -10,7 +10,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.runtime.guards.call import MatchedCall
-from planner.tracer.host.arguments import bound, with_returned
+from planner.tracer.host.arguments import OwnContainers, bound, with_returned
 from planner.tracer.host.state import written
 from planner.tracer.joint import Joint
 
@@ -28,10 +28,11 @@ def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tenso
     ]
     out = pytree.tree_unflatten(leaves, joint.call.out_spec)
     with bound(call.args, call.kwargs):
+        containers = [path.get(model) for _, path in joint.call.returned]
         write_state(joint, model, results, tensors)
         for path, number in zip(joint.host.counts.places, call.counts, strict=True):
             path.set(model, number)
-        return with_returned(out, joint.call.returned, model)
+        return with_returned(out, joint.call.returned, containers)
 
 
 def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
@@ -43,7 +44,7 @@ def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor],
     """
     if joint.host.effects:
         weights = dict((*model.named_parameters(), *model.named_buffers()))
-        sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
+        sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights, "argument": OwnContainers()}
         for effect in joint.host.effects:
             effect.write(model, lambda ref: sources[ref.source][ref.key])
 

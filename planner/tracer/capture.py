@@ -22,7 +22,7 @@ from planner.log import TRACER
 from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
-from planner.tracer.host.arguments import argument_effects, is_shared
+from planner.tracer.host.arguments import Aliases
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
@@ -207,8 +207,8 @@ def _capture(
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
-    if argument_effects(joint.host) and is_shared(args, kwargs):
-        raise CaptureError("the model's forward writes into its arguments, among which one list or dictionary stands twice")
+    if Aliases(model, joint.host).found(args, kwargs):
+        raise CaptureError("a list or dictionary stands in two places of the call, or in Python state too, and is written into")
     if replay is None:
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
             joint = inside(_run_again, joint, model, recording, call, tensors)

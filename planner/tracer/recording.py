@@ -12,11 +12,10 @@ from torch import nn
 from planner._compat import pytree
 from planner._compat.fake_tensors import FakeTensor
 from planner._compat.module_calls import calls_intercepted
-from planner.errors import PlannerError
+from planner.errors import CaptureError, PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
-from planner.tracer.host.arguments import check_alike
-from planner.tracer.host.counts import refuse_tracked
+from planner.tracer.host.arguments import WrittenArguments, check_alike
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
@@ -25,6 +24,7 @@ from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
 from planner.tracer.host.state import Effect, HostState, LazyValue, bare_fingerprint, remembered
 from planner.tracer.host.tensor_reads import SeenByLine
+from planner.tracer.host.tracked import is_tracked
 from planner.tracer.model_call import Called, run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
@@ -177,6 +177,7 @@ def _observed(
     calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
     written: list[tuple[Effect, ...]] = []
+    called_with: list[WrittenArguments] = []
     described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
 
@@ -204,15 +205,18 @@ def _observed(
     def run_model() -> Any:
         counts.clear()
         called = call()
+        called_with[:] = [called.arguments]
         written.append(called.written)
-        refuse_tracked(called.output)
+        if is_tracked(called.output):
+            raise CaptureError("the forward returns it")
         return called.output
 
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
             observed = observer.observe(run_model, inputs, as_found=as_found)
         check_alike(*written[-2:])
-        host = replace(observed.host, effects=(*observed.host.effects, *written[-1]))
+        left = (replace(effect, template=called_with[0].marked(effect.template)) for effect in observed.host.effects)
+        host = replace(observed.host, effects=(*left, *written[-1]))
         return replace(observed, host=host), calls
     except BaseException as error:
         observer.preserved.restore()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.host.arguments import WrittenArguments
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, same_build
@@ -111,6 +112,7 @@ def add_left(
     weights: Mapping[str, torch.Tensor],
     reassigned: Mapping[str, torch.Tensor],
     written: Sequence[Effect],
+    arguments: WrittenArguments,
 ) -> tuple[tuple[Output, ...], tuple[Effect, ...]]:
     """What the traced forward left in Python state: (one Output per tensor, how a planned call writes them there).
 
@@ -121,6 +123,7 @@ def add_left(
         weights: the model's parameters and buffers by name.
         reassigned: tensors that the forward assigned to buffers, by the buffer's name.
         written: what it wrote into its arguments.
+        arguments: knows the call's own containers.
 
     Raises:
         CaptureError: a place has another structure than after a real forward.
@@ -148,7 +151,7 @@ def add_left(
             live = effect.path.get(model)
             if effect.appends or effect.replaces:
                 live = list(live)[-len(effect.template) :] if effect.template else []
-        template = rebuilt(live, partial(ref, effect.path))
+        template = rebuilt(arguments.marked(live), partial(ref, effect.path))
         if not same_build(template, effect.template):
             raise CaptureError(
                 f"{effect.path} has another structure after the traced forward than after a real one", module=effect.path.module

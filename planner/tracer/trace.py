@@ -17,6 +17,7 @@ from planner.tracer import raising
 from planner.tracer.call import CallSpec
 from planner.tracer.casts import AutocastCasts
 from planner.tracer.constants import Constants
+from planner.tracer.host.arguments import Returned
 from planner.tracer.host.library_reads import check_traced
 from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.state import Effect
@@ -81,7 +82,7 @@ class TracedForward:
 
     outputs: tuple[Output, ...]
     out_spec: Any
-    returned: tuple[Any, ...]
+    returned: tuple[Returned, ...]
     num_results: int
     reads: tuple[TracedRead, ...]
     left: tuple[Output, ...]
@@ -264,7 +265,7 @@ def _traced_forward(
         with answered(
             recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.seen_by_line, lambda: str(modules)
         ):
-            out, written, returned = run_call(model, options.call, tensors, weights)
+            out, written, returned, arguments = run_call(model, options.call, tensors, weights)
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)
         for name, leaf in zip(names, leaves, strict=True):
@@ -274,7 +275,7 @@ def _traced_forward(
         strides = [usual_strides(leaf) for leaf in starts] if options.gradients is None else options.gradients
         outputs = add_outputs(results, leaves, names, dict(zip(map(id, starts), strides, strict=True)), tensors)
         host = recording.host if recording.reads is not None else replace(recording.host, effects=written)
-        left, effects = add_left(results, model, host, tensors, given, reassigned, written)
+        left, effects = add_left(results, model, host, tensors, given, reassigned, written, arguments)
     reads = tuple(read for _, read in mode.read)
     found = TracedForward(outputs, out_spec, returned, len(results.tensors), reads, left, effects)
     return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
@@ -297,7 +298,7 @@ def _traced_tensors(
 def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
     """Put traced tensors where Python state holds tensors, and other values where the recorded call found them."""
     host, model, state = options.recording.host, options.model, tensors[len(options.call.tensors) :]
-    for path, found in (*host.found, *zip(host.counts.places, host.counts.found, strict=True)):
+    for path, found in (*host.found, *zip(host.counts.places, host.counts.captured, strict=True)):
         path.set(model, rebuilt(found, lambda leaf: leaf))
     for path, traced in zip(host.state, state, strict=True):
         path.set(model, traced)

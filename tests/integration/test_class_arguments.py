@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ WRITTEN = [
     of_dictionary(
         "a defaultdict", "f['seen'].append(h)", given="(collections.defaultdict(list, x=torch.randn(16, 8), seen=[]),)"
     ),
+    of_dictionary("a list popped and returned", "s = f.pop('sizes')", out="(h.mean(), s)"),
+    of_dictionary("a list replaced and returned", "s = f['sizes']\nf['sizes'] = []", out="(h.mean(), s)"),
+    of_dictionary(
+        "returned in a named tuple",
+        "f['h'] = h.detach()",
+        out="Out(h.mean(), f)",
+        head="Out = collections.namedtuple('Out', ['loss', 'features'])",
+    ),
+    of_dictionary("kept on the module", "f['h'] = h.detach()\nself.last = [f, f['sizes']]", init="self.last = None"),
     of_list("an item replaced", "f[1] = torch.tanh(h)"),
     of_list("appended", "f.append(h)"),
     of_list("emptied", "f.clear()"),
@@ -178,12 +188,47 @@ def test_one_dictionary_given_twice_runs_unplanned():
             return [self.of(each)["sentence"] for each in pair]
 
     model, one = Pair(), features()
-    with pytest.raises(CaptureError, match="stands twice"):
+    with pytest.raises(CaptureError, match="stands in two places"):
         plan(model, 1.0, ([one, one],), progress=False, opaque=[])
     planned = plan(model, 1.0, ([features(), features()],), progress=False)
     with pytest.warns(MismatchWarning, match="two places"):
         planned([one, one])
     assert planned.mismatch(([features(), features()],), {}) is None
+
+
+def test_a_dictionary_that_python_state_holds_too_runs_unplanned():
+    class Remembers(Writes):
+        def __init__(self):
+            super().__init__()
+            self.memory = {"x": torch.randn(64, 8), "sentence": torch.zeros(8)}
+
+        def forward(self, given):
+            out = super().forward(given)
+            return out["sentence"] + self.memory["sentence"]
+
+    model = Remembers()
+    plain = copy.deepcopy(model)
+    planned = plan(model, 1.0, ({"x": torch.randn(64, 8), "sentence": torch.zeros(8)},), progress=False)
+    with pytest.warns(MismatchWarning, match="two places"):
+        ours = planned(model.memory)
+    assert torch.equal(ours, plain(plain.memory))
+    with pytest.raises(CaptureError, match="stands in two places"):
+        plan(plain, 1.0, (plain.memory,), progress=False, opaque=[])
+
+
+def test_the_callers_own_containers_are_kept_and_returned():
+    class Keeps(Writes):
+        def forward(self, given):
+            self.last = given
+            out = super().forward(given)
+            return Given(out["sentence"], out)
+
+    planned, given = plan(Keeps(), 1.0, (features(),), progress=False, loss=0), features()
+    out = planned(given)
+    assert planned.num_planned_calls == 1 and out.features is given and planned.original.last is given
+
+
+Given = namedtuple("Given", ["loss", "features"])
 
 
 def test_a_dictionary_of_keywords_is_written():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import ExportError, MismatchWarning, PlannerError, export_source, plan, verify
+from planner import CaptureError, ExportError, MismatchWarning, PlannerError, export_source, plan, verify
 from tests.support.members import ANY, GUARDED, check, ids, inside, member
 from tests.support.source import Step
 
@@ -152,6 +152,101 @@ USED = {
 def test_numbers_that_are_used_in_another_way_are_refused(use):
     init = "self.n, self.v, self.t, self.o, self.f, self.b1 = 0, [], (), None, None, True"
     check(member("used", f"self.n += 1\n{use}", init=init, head="import math", steps=LOOP, allowed=ANY, planned_from=None))
+
+
+SEVEN = tuple(Step() for _ in range(7))
+SEEN_BY_OTHERS = {
+    "equal to an IntEnum": "if self.n == M.LAST:\n    h = h * 2",
+    "equal to numpy's": "if self.n == np.int64(5):\n    h = h * 2",
+    "among others": "if self.n in (5, M.LAST):\n    h = h * 2",
+    "equal to a fraction": "if self.n == fractions.Fraction(5):\n    h = h * 2",
+    "above an object": "if self.n > Five():\n    h = h * 2",
+    "its class asked": "if type(self.n) is int and self.n % 5 == 0:\n    h = h * 2",
+    "its class by name": "if self.n.__class__.__name__ == 'int' and self.n % 5 == 0:\n    h = h * 2",
+    "matched": "match self.n:\n    case int(n) if n % 5 == 0:\n        h = h * 2",
+    "the same small int": "if self.n is M.FIVE:\n    h = h * 2",
+    "the same as a global one": "if self.n is FIVE:\n    h = h * 2",
+    "an error in time": "try:\n    1 / (5 - self.n)\nexcept ZeroDivisionError:\n    h = h * 2",
+    "an error of a shift": "try:\n    1 << (4 - self.n)\nexcept ValueError:\n    h = h * 2",
+    "a class by its type": "h = h * {int: 1.0, float: 2.0}.get(type(self.n), 3.0)",
+    "kept by a cache": "h = h * half(self.n)",
+    "kept by a default": "def f(n=self.n):\n    return n\nself.f = f",
+    "in an array": "self.t = np.array([self.n])",
+    "in bytes": "self.t = bytes([self.n])",
+    "a power": "if self.n ** 0.5 > 2:\n    h = h * 2",
+    "divmod": "if divmod(self.n, 5)[1] == 0:\n    h = h * 2",
+    "another that a kernel is given": "h = h + torch.full((8,), self.m)\nself.m = self.n // 100",
+    "in a range": "if self.n in range(2, 5):\n    h = h * 2",
+    "minus zero": "self.z = -self.z * 0.5\nif math.copysign(1, self.z) < 0:\n    h = h * 2",
+    "not a number": "self.z = self.z * math.inf - math.inf\nif self.z != self.z:\n    h = h * 2",
+}
+OTHERS = """
+import enum, fractions, functools, math
+class M(enum.IntEnum):
+    LAST = 5
+M.FIVE = FIVE = 5
+class Five:
+    def __lt__(self, other): return other > 4
+@functools.lru_cache
+def half(n): return n / 2
+"""
+
+
+@pytest.mark.parametrize("use", SEEN_BY_OTHERS.values(), ids=SEEN_BY_OTHERS.keys())
+def test_numbers_that_other_code_sees_are_as_in_eager(use):
+    init = "self.n, self.m, self.t, self.f, self.z = 0, 0, None, None, 0.0"
+    of = member("seen", f"self.n += 1\n{use}", init=init, head=OTHERS, steps=SEVEN, allowed=ANY, planned_from=None)
+    check(of, audit=False, budget=20_000)
+
+
+def test_an_error_that_a_later_count_raises_is_eagers():
+    forward = "self.n -= 1\nunused = 6 / self.n"
+    steps = tuple(Step() for _ in range(9))
+    check(member("raises", forward, init="self.n = 7", steps=steps, allowed=ANY, planned_from=None), audit=False)
+
+
+@pytest.mark.parametrize("condition", ["(1 << self.n) > 4", "self.n ** 0.5 > 1", "10 // self.n > 4"])
+def test_arithmetic_that_fails_in_a_later_call_does_not_fail_planning(condition):
+    steps = tuple(Step() for _ in range(5))
+    of = member("fails later", f"self.n -= 1\nif {condition}:\n    h = h * 2", init="self.n = 9", steps=steps)
+    check(member("fails later", **fields(of.program), steps=steps, allowed=ANY, planned_from=None), budget=20_000)
+
+
+def test_two_counts_that_become_one():
+    steps = (Step(), Step(before="part.q = part.p"), Step(), Step())
+    forward = "self.p['n'] += 1\nself.q['n'] += 1"
+    check(member("one", forward, init="self.p, self.q = {'n': 0}, {'n': 5}", steps=steps, allowed=GUARDED, planned_from=None))
+
+
+@pytest.mark.parametrize("times", [24, 600])
+def test_many_operations_in_one_call(times):
+    forward = f"for _ in range({times}):\n    self.p, self.q = self.q, (self.p + self.q) % 1000\n    self.n += 1"
+    check(member("many", forward, init="self.p = self.q = 1\nself.n = 0"))
+
+
+def test_a_count_behind_a_view_that_cannot_be_written():
+    forward = "self.d['n'] += 1\nh = h * (1 + (self.view['n'] < 0))"
+    init = "self.d = {'n': 0}\nself.view = types.MappingProxyType(self.d)"
+    check(member("behind a view", forward, init=init, allowed=ANY, planned_from=None))
+
+
+def test_a_count_that_the_first_call_sets_is_followed():
+    forward = "if self.n is None:\n    self.n = 0\nself.n += 1\nif self.n % 3 == 0:\n    h = h * 2"
+    steps = tuple(Step() for _ in range(7))
+    found = check(
+        member("set first", forward, init="self.n = None", steps=steps, planned_from=1, allowed=GUARDED), budget=20_000
+    )
+    assert all(found.planned[1:]), found
+
+
+def test_the_refusal_says_why_a_number_is_more_than_counted():
+    class Used(Counts):
+        def forward(self, x):
+            self.share = float(self.n)
+            return super().forward(x)
+
+    with pytest.raises(CaptureError, match=r"from call to call .*__float__ is asked for"):
+        plan(Used(), 1.0, (torch.randn(4, 8),), progress=False)
 
 
 def test_a_number_that_is_returned_is_refused():

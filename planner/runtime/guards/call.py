@@ -26,8 +26,8 @@ from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
-from planner.tracer.host.arguments import argument_effects, is_shared
-from planner.tracer.host.counts import evaluated, read_counts
+from planner.tracer.host.arguments import Aliases
+from planner.tracer.host.counts import Difference, Number
 from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
 from planner.tracer.host.lazy_values import values_set
 from planner.tracer.host.state import LazyValue
@@ -52,7 +52,7 @@ class MatchedCall:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     lazy: tuple[LazyValue, ...] = ()
-    counts: Sequence[int | float] = ()
+    counts: Sequence[Number] = ()
 
 
 class CallGuard:
@@ -64,7 +64,7 @@ class CallGuard:
         self._tensor_reads = TensorReadGuard(model, step.joint)
         self._select_inputs = picker(positions(step))
         self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
-        self._compares_containers = bool(argument_effects(step.joint.host))
+        self._aliases = Aliases(model, step.joint.host)
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 
     def match(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> MatchedCall | Mismatch:
@@ -100,8 +100,8 @@ class CallGuard:
         tensors, mismatch = flatten_call(joint.call, args, kwargs, key.arguments)
         if mismatch is not None:
             return mismatch
-        if self._compares_containers and is_shared(args, kwargs):
-            text = "one list or dictionary stands in two places, and the forward writes into its arguments"
+        if not joint.call.is_flat and self._aliases.found(args, kwargs):
+            text = "one list or dictionary stands in two places, and the forward writes into such"
             return Mismatch("argument", "which containers are the same one", text=text)
         held = self._model_state.held()
         if held is None:
@@ -126,13 +126,19 @@ class CallGuard:
         for i, is_leaf in self._leaves:
             if given[i].is_leaf != is_leaf:
                 return Mismatch("input", f"input {i}", _LEAF[given[i].is_leaf], _LEAF[is_leaf])
-        counted = read_counts(joint.host.counts, self._model)
-        other = joint.host.counts.difference(counted)
-        if other is not None:
-            return Mismatch("host", *other)
-        after = [evaluated(expression, counted) for expression in joint.host.counts.after]
+        counted = self._counted()
+        if isinstance(counted, Mismatch):
+            return counted
         inputs = self._select_inputs((*held, *given, *joint.constants.values()))
-        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs, args, kwargs, (), after)
+        return reads_difference(joint, self._read_values, inputs) or MatchedCall(given, inputs, args, kwargs, (), counted)
+
+    def _counted(self) -> Sequence[Number] | Mismatch:
+        """The numbers that the call leaves where the forward counts."""
+        counts = self._step.joint.host.counts
+        if not counts.is_apart(self._model):
+            return Mismatch("host", str(counts.places[0]), text=f"{counts.places[0]} and another count are the same one now")
+        left = counts.follow(counts.found(self._model))
+        return Mismatch("host", left.where, left.now, left.captured) if isinstance(left, Difference) else left
 
 
 _LEAF = {True: "a leaf", False: "computed by an earlier step"}

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprint, alike
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
-from planner.tracer.host.state import Effect, HostState, bare_fingerprint, same_build
-from planner.tracer.host.values import ABSENT, PathStep, is_plain, items_of, member, rebuilt, with_member
+from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, same_build
+from planner.tracer.host.values import ABSENT, PathStep, is_plain, items_of, member, own_class, rebuilt, with_member
 
 _WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
 _CONTAINERS = (*_WRITTEN, tuple)
@@ -51,10 +52,25 @@ def argument_effects(host: HostState) -> tuple[Effect, ...]:
     return tuple(effect for effect in host.effects if effect.path.scope is ARGUMENTS)
 
 
-def is_shared(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """One list or dictionary stands in two places of the call."""
-    found = [id(container) for _, container in _containers(args, kwargs) if type(container) in _WRITTEN]
-    return len(found) > len({*found})
+class Aliases:
+    """Whether lists and dictionaries among a call's arguments stand in other places, too, that show what is written.
+
+    In the captured call they do not.
+    """
+
+    def __init__(self, model: nn.Module, host: HostState) -> None:
+        paths = (*host.state, *(effect.path for effect in host.effects if effect.path.scope is not ARGUMENTS))
+        inner = [Path(path.module, path.name, path.steps[:i], path.scope) for path in paths for i in range(len(path.steps))]
+        self._model, self._inner = model, tuple(dict.fromkeys(inner)) if host.effects else ()
+        self._are_written = bool(argument_effects(host))
+
+    def found(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """One stands in two places of the call, or in Python state that the forward writes into or reads tensors of."""
+        if not (self._are_written or self._inner):
+            return False
+        given = [id(container) for _, container in _containers(args, kwargs) if type(container) in _WRITTEN]
+        is_shared = self._are_written and len(given) > len({*given})
+        return is_shared or not {*given}.isdisjoint(id(path.get(self._model)) for path in self._inner)
 
 
 def _containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
@@ -67,11 +83,23 @@ def _containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tupl
             todo += [(path.inside(("item", key)), item) for key, item in items_of(value)]
 
 
-def with_returned(output: Any, returned: Sequence[tuple[tuple[PathStep, ...], Path]], model: nn.Module) -> Any:
-    """An output that holds the call's own containers where the forward returns these; see `WrittenArguments.returned`."""
-    for steps, path in returned:
-        output = _put(output, steps, path.get(model))
+Returned = tuple[tuple[PathStep, ...], Path]
+"""A container of the call's that the forward returns: steps to it from the output, and its place among the arguments."""
+
+
+def with_returned(output: Any, returned: Sequence[Returned], containers: Sequence[Any]) -> Any:
+    """An output that holds the call's own containers where the forward returns these."""
+    for (steps, _), container in zip(returned, containers, strict=True):
+        output = _put(output, steps, container)
     return output
+
+
+class OwnContainers:
+    """The containers of the bound call by their paths, for a Ref of the source "argument"."""
+
+    def __getitem__(self, path: Path) -> Any:
+        """The one at this place."""
+        return path.get(nn.Module())
 
 
 def _put(value: Any, steps: tuple[PathStep, ...], new: Any) -> Any:
@@ -79,11 +107,15 @@ def _put(value: Any, steps: tuple[PathStep, ...], new: Any) -> Any:
 
 
 class WrittenArguments:
-    """What a forward writes into the arguments of one call, whose containers it alone is given."""
+    """What a forward writes into the arguments of one call, whose containers it alone is given.
+
+    Attributes:
+        places: of the call's lists and dictionaries, by identity.
+    """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._kept = [(path, container, items_of(container)) for path, container in _containers(args, kwargs)]
-        self._own = {id(container) for _, container, _ in self._kept}
+        self.places = {id(container): path for path, container, _ in self._kept if type(container) in _WRITTEN}
         inner = [(value, pytree.tree_flatten(value)) for _, _, items in self._kept for _, value in items]
         self._others = [(value, *flat) for value, flat in inner if type(value) not in _CONTAINERS]
 
@@ -98,27 +130,39 @@ class WrittenArguments:
             if spec_now != spec or any(one is not other for one, other in zip(leaves, now, strict=True)):
                 raise _refusal(f"a {type(value).__name__}")
         effects: list[Effect] = []
-        for path, container, before in reversed(self._kept):  # what is inside of a container that is taken out comes first
+        for path, container, before in reversed(self._kept):  # inner ones first, while their paths still lead to them
             of = self._of_dictionary if isinstance(container, dict) else self._of_list
             effects += of(path, container, before)
         for effect in effects:
             self._check(effect.path, effect.template)
         return tuple(effects)
 
-    def returned(self, output: Any) -> tuple[tuple[tuple[PathStep, ...], Path], ...]:
-        """The call's own containers in an output: (steps from the output, place among the arguments)."""
-        places = {id(container): path for path, container, _ in self._kept}
-        found: list[tuple[tuple[PathStep, ...], Path]] = []
+    def returned(self, output: Any) -> tuple[Returned, ...]:
+        """The call's own containers in an output."""
+        found: list[Returned] = []
         todo: list[tuple[tuple[PathStep, ...], Any]] = [((), output)]
         while todo:
             steps, value = todo.pop(0)
-            if type(value) not in _CONTAINERS:
-                continue
-            if id(value) in places and type(value) in _WRITTEN:
-                found.append((steps, places[id(value)]))
-            else:
+            if id(value) in self.places:
+                found.append((steps, self.places[id(value)]))
+            elif own_class(value) in _CONTAINERS and not isinstance(value, torch.Size):
                 todo += [((*steps, ("item", key)), item) for key, item in items_of(value)]
         return tuple(found)
+
+    def marked(self, template: Any) -> Any:
+        """What a forward leaves in Python state, with Refs in place of the call's own containers."""
+        if id(template) in self.places:
+            return Ref("argument", self.places[id(template)])
+        if type(template) not in _CONTAINERS:
+            return template
+        steps = [("item", key) for key, _ in items_of(template)]
+        marks = {step: self.marked(member(template, step)) for step in steps}
+        if all(mark is member(template, step) for step, mark in marks.items()):
+            return template
+        made = copy.copy(template)
+        for step, mark in marks.items():
+            made = with_member(made, step, mark)
+        return made
 
     def _of_dictionary(self, path: Path, now: Any, before: Sequence[tuple[Any, Any]]) -> Iterator[Effect]:
         old, new = dict(before), dict(items_of(now))
@@ -143,8 +187,8 @@ class WrittenArguments:
     def _check(self, path: Path, value: Any) -> None:
         """Raise CaptureError unless a plan can make this value at each call."""
         if type(value) in _CONTAINERS:
-            if id(value) in self._own:
-                raise _refusal(f"{path.place}, where it puts another of the call's own containers")
+            if id(value) in self.places:
+                raise _refusal(f"{path.place}, where it puts, or moves, another of the call's own containers")
             for _, item in items_of(value):
                 self._check(path, item)
         elif not (isinstance(value, torch.Tensor) or is_plain(value) or value is ABSENT):
@@ -153,16 +197,11 @@ class WrittenArguments:
 
 def check_alike(one: Sequence[Effect], other: Sequence[Effect]) -> None:
     """Raise CaptureError where two calls wrote other plain values into their arguments, or in other places."""
-    paths = [[effect.path for effect in effects] for effects in (one, other)]
-    if paths[0] != paths[1]:
-        raise _refusal(str((paths[0] + paths[1])[0]))
-    for effect, again in zip(one, other, strict=True):
-        bare = [
-            bare_fingerprint(rebuilt(e.template, lambda leaf: None if isinstance(leaf, torch.Tensor) else leaf))
-            for e in (effect, again)
-        ]
-        if not same_build(effect.template, again.template) or not alike(*bare):
-            raise _refusal(f"{effect.path.place}, another value at each call")
+    for effect, again in zip_longest(one, other):
+        if effect is None or again is None or effect.path != again.path:
+            raise _refusal(f"{(effect or again).path.place} at some calls alone")
+        if not same_build(effect.template, again.template) or not alike(*map(_plain_values, (effect, again))):
+            raise _refusal(f"{effect.path.place} another value at each call")
 
 
 def _plain_values(effect: Effect) -> Fingerprint:
@@ -171,6 +210,6 @@ def _plain_values(effect: Effect) -> Fingerprint:
 
 def _refusal(where: str) -> CaptureError:
     return CaptureError(
-        f"the model's forward writes into {where}, which is among its arguments, in a way that a plan does not repeat. Let it "
+        f"the model's forward writes into its arguments in a way that a plan does not repeat: into {where}. Let it "
         "write into a copy: dict(argument), list(argument), copy.copy(argument)"
     )

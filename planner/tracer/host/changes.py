@@ -263,12 +263,12 @@ def _text(value: Any) -> str:
     return text[:80]
 
 
-def refusal(path: Path, was: Any, now: Any) -> CaptureError:
-    """The error for a change that no plan can make."""
+def refusal(path: Path, was: Any, now: Any, why: str = "") -> CaptureError:
+    """The error for a change that no plan can make; `why`: of a number, why no plan can count it."""
     what = "global variable" if path.scope is not None else "attribute"
     return CaptureError(
-        f"the model's forward changes its {what} {path.place} ({_text(was)} before, {_text(now)} after) from call to call; "
-        "a plan would repeat one value for ever. Keep it in a buffer, change it outside of the forward, or pass it as an "
-        "argument",
+        f"the model's forward changes its {what} {path.place} ({_text(was)} before, {_text(now)} after) from call to call"
+        f"{f' ({why})' if why else ''}; a plan would repeat one value for ever. Keep it in a buffer, change it outside of the "
+        "forward, or pass it as an argument",
         module=path.module,
     )

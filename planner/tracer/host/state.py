@@ -51,7 +51,8 @@ def roots(
 class Ref:
     """Stands for a tensor in a template.
 
-    ("result", i) of the graph; ("input", i) of the call and, after these, of `HostState.state`; or ("weight", name).
+    ("result", i) of the graph; ("input", i) of the call and, after these, of `HostState.state`; or ("weight", name). Or for one
+    of the call's own containers: ("argument", its path).
     """
 
     source: str

@@ -12,8 +12,9 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.kernels.custom import laid_out
 from planner.log import TRACER
+from planner.tracer.faults import is_out_of_memory
 from planner.tracer.host.changes import Changes, find_changes, refusal
-from planner.tracer.host.counts import NO_COUNTS, Counts, counts_of, evaluated, is_number, numbers_tracked
+from planner.tracer.host.counts import NO_COUNTS, Counts, is_number
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.kernels import Run
 from planner.tracer.host.one_call import registered, take_back
@@ -22,6 +23,7 @@ from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.state import bare_fingerprint
+from planner.tracer.host.tracked import Instructions, Tape, compares_objects, instructions_noted
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
@@ -80,6 +82,7 @@ def run_until_steady(
     runs: list[Run] = []
     befores: list[Mapping[Path, Any]] = []
     left: list[Places] = []
+    refused: CaptureError | None = None
     while len(runs) < _RUNS:
         now = observer.snapshot() if runs else {}
         left.append(_places({id(tensor) for tensor in inputs}, now))
@@ -91,62 +94,16 @@ def run_until_steady(
             found = Runs(runs, befores[-1])
             try:
                 changes = changes_of(found)
-                return found, changes, _all_counted(observer, call, contents, found, changes)
-            except CaptureError:  # what comes late, from a call before the last one
+                return found, changes, _Counting(observer, call, contents, found).all_of(changes.counted)
+            except CaptureError as error:  # what comes late, from a call before the last one
+                refused = error
                 if len(runs) == _RUNS:
                     raise
     changes = find_changes(observer.model, befores[-1], observer.snapshot())  # names the attribute, if it is one
-    for path in changes.counted:
-        raise refusal(path, befores[-1][path], path.get(observer.model))
-    raise _unsteady(runs[-2], runs[-1])
-
-
-def _all_counted(
-    observer: Observes,
-    call: Callable[[], Any],
-    contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    runs: Runs,
-    changes: Changes,
-) -> Counts:
-    """How the numbers that are others after each run are counted.
-
-    Raises:
-        CaptureError: they are used in another way.
-    """
-    if not changes.counted:
-        return NO_COUNTS
-    after = {path: path.get(observer.model) for path in changes.counted}
-    counts = _counts(observer, call, contents, runs, after)
-    if counts is None:
+    if changes.counted:
         first = changes.counted[0]
-        raise refusal(first, runs.before[first], after[first])
-    return counts
-
-
-def _counts(
-    observer: Observes,
-    call: Callable[[], Any],
-    contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    runs: Runs,
-    after: Mapping[Path, Any],
-) -> Counts | None:
-    """How a call counts numbers, from a further run that finds those that the last run found; None where no plan can.
-
-    Args:
-        after: the places, and what the last run left there.
-    """
-    with numbers_tracked(observer.model, runs.before, [*after]) as tape:
-        restore_tensors(contents)
-        try:
-            again = observer.run_once(call)
-        except Exception:  # Python's C code takes no other numbers than its own
-            TRACER.debug("a run with tracked numbers fails", exc_info=True)
-            return None
-        counts = counts_of(tape, observer.model, runs.before, [*after]) if _same(runs.runs[-1], again) else None
-    if counts is None or tape.num_alive():
-        return None
-    left = [evaluated(expression, counts.found) for expression in counts.after]
-    return counts if left == [*after.values()] else None
+        raise refused or refusal(first, befores[-1][first], first.get(observer.model))
+    raise _unsteady(runs[-2], runs[-1])
 
 
 def run_as_found(
@@ -187,27 +144,97 @@ def run_as_found(
             raise CaptureError(f"the model's forward registers hooks, parameters, buffers or submodules ({changed})")
 
     observer.preserved.changed_by(again)
-    return found[0][0], *_found_counted(observer, call, contents, *found[0])
+    runs, changes = found[0]
+    return runs, *_Counting(observer, call, contents, runs).taken_from(changes)
 
 
-def _found_counted(
-    observer: Observes,
-    call: Callable[[], Any],
-    contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    runs: Runs,
-    changes: Changes,
-) -> tuple[Changes, Counts]:
-    """The changes of one call without those numbers that a plan can count, and how it counts them."""
-    was = dict(changes.found)
-    after = {e.path: e.template for e in changes.effects if is_number(e.template) and is_number(was.get(e.path))}
-    counted: list[Counts | None] = []
-    if after:
-        observer.preserved.changed_by(lambda: counted.append(_counts(observer, call, contents, runs, after)))
-    if not counted or counted[0] is None:
-        return changes, NO_COUNTS
-    effects = tuple(effect for effect in changes.effects if effect.path not in after)
-    others = tuple((path, value) for path, value in changes.found if path not in after)
-    return replace(changes, effects=effects, found=others), counted[0]
+class _Counting:
+    """Finds how the last of some runs counts numbers, by further runs that find what that one found."""
+
+    def __init__(
+        self,
+        observer: Observes,
+        call: Callable[[], Any],
+        contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        runs: Runs,
+    ) -> None:
+        self._observer, self._call, self._contents, self._runs = observer, call, contents, runs
+
+    def all_of(self, places: Sequence[Path]) -> Counts:
+        """How numbers are counted that are others after each run.
+
+        Raises:
+            CaptureError: one is used in another way.
+        """
+        model, before = self._observer.model, self._runs.before
+        after = {path: path.get(model) for path in places}
+        counts = self._counts(after)
+        if isinstance(counts, str):
+            raise refusal(places[0], before[places[0]], after[places[0]], counts)
+        return counts
+
+    def taken_from(self, changes: Changes) -> tuple[Changes, Counts]:
+        """The changes of one call without those numbers that a plan can count, and how it counts them."""
+        was = dict(changes.found)
+        after = {e.path: e.template for e in changes.effects if is_number(e.template) and is_number(was.get(e.path))}
+        counts = self._counts(after)
+        if isinstance(counts, str):
+            return changes, NO_COUNTS
+        effects = tuple(effect for effect in changes.effects if effect.path not in after)
+        others = tuple((path, value) for path, value in changes.found if path not in after)
+        return replace(changes, effects=effects, found=others), counts
+
+    def _counts(self, after: Mapping[Path, Any]) -> Counts | str:
+        """How the numbers in these places are counted, or why no plan can count them.
+
+        Args:
+            after: the places, and what the last run left there.
+        """
+        if not after:
+            return NO_COUNTS
+        before, places, tape = self._runs.before, [*after], Tape()
+        found: list[Counts] = []
+        try:
+            plain = self._run({path: before[path] for path in places})
+            tracked = self._run(
+                {path: tape.number(before[path], ("found", i)) for i, path in enumerate(places)},
+                lambda: found.append(tape.counts(self._observer.model, before, places)),
+            )
+            followed = [] if tape.use or not found else found[0].follow(found[0].captured)
+        except Exception as error:  # Python's C code takes no other numbers than its own
+            if is_out_of_memory(error):
+                raise
+            TRACER.debug("a run with tracked numbers fails", exc_info=True)
+            return tape.use or "code that is not Python's uses it"
+        if tape.use:
+            return tape.use
+        if plain != tracked or compares_objects(plain):
+            return "the forward asks what kind of number it is, or which object"
+        if followed != [*after.values()] or tape.is_kept():
+            return "it is kept in another place"
+        return found[0]
+
+    def _run(self, numbers: Mapping[Path, Any], at_end: Callable[[], None] = lambda: None) -> Instructions:
+        """The instructions of a run that finds these numbers; what it changes is restored.
+
+        Raises:
+            CaptureError: it runs other kernels than the last one.
+        """
+        noted: Instructions = []
+
+        def run() -> None:
+            for path, number in numbers.items():
+                path.set(self._observer.model, number)
+            restore_tensors(self._contents)
+            with instructions_noted() as instructions:
+                again = self._observer.run_once(self._call)
+            noted.extend(instructions)
+            at_end()
+            if not _same(self._runs.runs[-1], again):
+                raise _unsteady(self._runs.runs[-1], again)
+
+        self._observer.preserved.changed_by(run)
+        return noted
 
 
 def left_to_next_call(
