@@ -13,6 +13,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.profiler.memory import logical_peak
+from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.restorers import restorer
 from planner.tracer.loss import Loss, loss_leaves
@@ -95,12 +96,13 @@ class TrainingStep:
             tensor.grad = None
         torch.clear_autocast_cache()
         self.restore_random_state()
-        with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
-            out = self.forward()
-        leaves = pytree.tree_leaves(out)
-        starts = loss_leaves(out, leaves, self._loss)
-        with torch.autocast(self.device.type, enabled=False):
-            torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
+        with bound_and_restored(self.args, self.kwargs):
+            with contextlib.nullcontext() if autocast is None else autocast.on(self.device):
+                out = self.forward()
+            leaves = pytree.tree_leaves(out)
+            starts = loss_leaves(out, leaves, self._loss)
+            with torch.autocast(self.device.type, enabled=False):
+                torch.autograd.backward(starts, [torch.ones_like(start) for start in starts])
         return leaves
 
     @property

@@ -200,7 +200,7 @@ def _capture(
         try:
             with _explained(model, modules):
                 options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)
-                traced = inside(trace, options, tensors)
+                traced = _traced(options, tensors, inside)
             weights, keys = weight_keys(model), module_keys(model)
             held = state_tensors(model, recording, replay)
         finally:
@@ -221,6 +221,24 @@ def _capture(
         autocast=autocast_key(device),
         switches=global_switches(),
     )
+
+
+def _traced(options: TraceOptions, tensors: Sequence[torch.Tensor], inside: Callable[..., Any]) -> Trace:
+    """Trace forward and backward; `inside` calls a function in the context of the capture.
+
+    Raises:
+        CaptureError: code of the model's own that runs in the backward changes Python state.
+    """
+    recording, found = options.recording, list[Trace]()
+    run = lambda: found.append(inside(trace, options, tensors))
+    if not recording.has_backward_code or recording.preserved is None:
+        run()
+    elif recording.preserved.changed_by(run):
+        raise CaptureError(
+            "the model's backward changes Python state (a hook on an activation that keeps its gradient, a Function that "
+            "counts), which a plan would not do. Do it in a hook on the model's output or on a parameter, or in the forward"
+        )
+    return found[0]
 
 
 def _as_leaves(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -53,7 +53,8 @@ def run_call(
     for position, tensor in zip(call.tensors, tensors, strict=False):
         leaves[position] = tensor
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
-    arguments = WrittenArguments(args, kwargs)
+    known = [*model.parameters(), *model.buffers(), *tensors] if weights is None else None  # a trace has others
+    arguments = WrittenArguments(args, kwargs, known)
     with own_hooks_left_out(model), _objects_unchanged(leaves):
         if weights is None:
             out = model(*args, **kwargs)

@@ -48,6 +48,7 @@ class Recording:
         settled: every place that the forward reads or writes, as a second call leaves it; empty where the first one differs.
         seen_by_line: what tensors showed that the forward made; None where no forward was run.
         moved: as of ObservedForward.
+        has_backward_code: code of the model's own runs in the backward.
     """
 
     host: HostState = field(default_factory=HostState)
@@ -59,6 +60,7 @@ class Recording:
     seen_by_line: SeenByLine | None = None
     to_measure: Mapping[str, RecordedCall] = field(default_factory=dict)
     moved: Mapping[int, Path] = field(default_factory=dict)
+    has_backward_code: bool = False
 
     @classmethod
     def of_replay(cls, model: nn.Module, replay: Replay) -> Recording:
@@ -125,7 +127,7 @@ def record(
     reads = tuple(observed.run.reads)
     specs = {key: recorded.spec for key, recorded in calls.items()}
     state = (observed.preserved, observed.written, observed.settled, observed.seen_by_line)
-    return Recording(observed.host, specs, reads, *state, calls, observed.moved)
+    return Recording(observed.host, specs, reads, *state, calls, observed.moved, observed.has_backward_code)
 
 
 def _raises_too(model: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], error: Exception) -> bool:
@@ -180,6 +182,8 @@ def _observed(
     called_with: list[WrittenArguments] = []
     described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
+
+    observer.stored = lambda: [effect.template for effect in written[-1]]
 
     def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
         return observer.preserved.changed_by(act) or observer.kernels.wrote_outside(module)

@@ -280,8 +280,7 @@ def _check(planned: Any, call: CallArguments) -> str:
         wrong = _outputs_differ(planned.step.joint, leaves)
         if not wrong:
             backward_of_ones(planned.starts(leaves), planned.device)
-            wrong = _gradients_missing(planned, call)
-    return wrong
+    return wrong or _gradients_missing(planned, call)
 
 
 def _outputs_differ(joint: Joint, leaves: list[Any]) -> str:

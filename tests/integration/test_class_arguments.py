@@ -59,6 +59,13 @@ WRITTEN = [
         head="Out = collections.namedtuple('Out', ['loss', 'features'])",
     ),
     of_dictionary("kept on the module", "f['h'] = h.detach()\nself.last = [f, f['sizes']]", init="self.last = None"),
+    of_dictionary(
+        "a carried tensor before it is replaced",
+        "f['old'] = self.s\nself.s = h.detach().mean(0)\nh = h + self.s",
+        init="self.s = torch.zeros(8)",
+    ),
+    of_dictionary("a table that no kernel reads", "f['table'] = self.t", init="self.t = torch.arange(3)"),
+    of_dictionary("everything taken out", "f.clear()", measured=True),
     of_list("an item replaced", "f[1] = torch.tanh(h)"),
     of_list("appended", "f.append(h)"),
     of_list("emptied", "f.clear()"),
@@ -98,6 +105,9 @@ def fields(program):
 
 
 OTHER = [
+    of_dictionary("one list in two places", "l = [h]\nf['p'] = l\nf['q'] = l", allowed=ANY),
+    of_dictionary("a list that is returned, too", "f['l'] = [3]", out="(h.mean(), f['l'])", allowed=ANY),
+    of_dictionary("a new leaf", "f['z'] = torch.zeros(3, requires_grad=True)", allowed=ANY),
     of_dictionary("one container in two places", "f['h'] = f['sizes']", allowed=ANY),
     of_dictionary("itself", "f['self'] = f", allowed=ANY),
     of_dictionary("an object", "f['o'] = types.SimpleNamespace(h=h)", allowed=ANY),

@@ -176,6 +176,9 @@ SEEN_BY_OTHERS = {
     "a power": "if self.n ** 0.5 > 2:\n    h = h * 2",
     "divmod": "if divmod(self.n, 5)[1] == 0:\n    h = h * 2",
     "another that a kernel is given": "h = h + torch.full((8,), self.m)\nself.m = self.n // 100",
+    "a class that depends on the number": "if isinstance(2 ** (4 - self.n), float):\n    h = h * 2",
+    "a counter that makes what is missing": "self.d['n'] += 1",
+    "exchanged": "self.m, self.z = self.z, self.m + 1",
     "in a range": "if self.n in range(2, 5):\n    h = h * 2",
     "minus zero": "self.z = -self.z * 0.5\nif math.copysign(1, self.z) < 0:\n    h = h * 2",
     "not a number": "self.z = self.z * math.inf - math.inf\nif self.z != self.z:\n    h = h * 2",
@@ -194,7 +197,7 @@ def half(n): return n / 2
 
 @pytest.mark.parametrize("use", SEEN_BY_OTHERS.values(), ids=SEEN_BY_OTHERS.keys())
 def test_numbers_that_other_code_sees_are_as_in_eager(use):
-    init = "self.n, self.m, self.t, self.f, self.z = 0, 0, None, None, 0.0"
+    init = "self.n, self.m, self.t, self.f, self.z = 0, 0, None, None, 0.0\nself.d = collections.defaultdict(int)"
     of = member("seen", f"self.n += 1\n{use}", init=init, head=OTHERS, steps=SEVEN, allowed=ANY, planned_from=None)
     check(of, audit=False, budget=20_000)
 

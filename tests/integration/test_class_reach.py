@@ -234,7 +234,7 @@ def test_a_large_container_that_is_read_for_each_of_its_items_is_looked_through_
     looked = []
     keep = reads.keep_deep
     monkeypatch.setattr(reads, "keep_deep", lambda *given: looked.append(given) or keep(*given))
-    recorder = reads.ReadRecorder(Preserved(), {}, str, lambda tensor: None)
+    recorder = reads.ReadRecorder(nn.Module(), Preserved(), {}, str, lambda tensor: None)
     names: set[str] = set()
     for i in range(5000):
         names.add(str(i))

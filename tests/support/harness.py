@@ -349,8 +349,9 @@ def _check_peak(program: Program, planned: Any, args: Any) -> None:
 
     def step() -> None:
         cut_history(planned.step.joint, planned.original)
+        given, _ = pytree.tree_map(lambda leaf: leaf, (args, None))  # the forward may write into lists and dictionaries
         with autocast_of(planned):
-            out = planned(*args)
+            out = planned(*given)
         outs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         torch.autograd.backward(outs, [spare.expand(out.shape) for out in outs])
 

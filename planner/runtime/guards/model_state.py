@@ -18,8 +18,7 @@ from planner._compat.tensors import tensors_alike
 from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.guards.library import LibraryGuard
 from planner.runtime.guards.mismatch import Mismatch
-from planner.tracer.host.observe import named
-from planner.tracer.host.path import find_in_class
+from planner.tracer.host.path import find_in_class, named
 from planner.tracer.joint import Joint
 from planner.tracer.libraries import is_users_hook
 

@@ -17,7 +17,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprint, alike
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
-from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, same_build
+from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, same_build, walk
 from planner.tracer.host.values import ABSENT, PathStep, is_plain, items_of, member, own_class, rebuilt, with_member
 
 _WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
@@ -61,8 +61,13 @@ class Aliases:
     def __init__(self, model: nn.Module, host: HostState) -> None:
         paths = (*host.state, *(effect.path for effect in host.effects if effect.path.scope is not ARGUMENTS))
         inner = [Path(path.module, path.name, path.steps[:i], path.scope) for path in paths for i in range(len(path.steps))]
-        self._model, self._inner = model, tuple(dict.fromkeys(inner)) if host.effects else ()
         self._are_written = bool(argument_effects(host))
+        if self._are_written:  # then every container matters that the forward reads
+            names, seen = dict.fromkeys(map(id, model.modules()), ""), set[int]()
+            roots = (path for path, _ in host.key.expected)
+            read = (place for root in roots for place in walk(root, root.root(model), host.key.reads, names, seen))
+            inner += [path for path, value in read if type(value) in _WRITTEN]
+        self._model, self._inner = model, tuple(dict.fromkeys(inner)) if host.effects else ()
 
     def found(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """One stands in two places of the call, or in Python state that the forward writes into or reads tensors of."""
@@ -113,7 +118,10 @@ class WrittenArguments:
         places: of the call's lists and dictionaries, by identity.
     """
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[torch.Tensor] | None = None) -> None:
+        """`known`: the model's weights, and tensors of the call; None: leaves of autograd are not looked at."""
+        self._known = None if known is None else set(map(id, known))
+        self._made: set[int] = set()
         self._kept = [(path, container, items_of(container)) for path, container in _containers(args, kwargs)]
         self.places = {id(container): path for path, container, _ in self._kept if type(container) in _WRITTEN}
         inner = [(value, pytree.tree_flatten(value)) for _, _, items in self._kept for _, value in items]
@@ -143,6 +151,8 @@ class WrittenArguments:
         todo: list[tuple[tuple[PathStep, ...], Any]] = [((), output)]
         while todo:
             steps, value = todo.pop(0)
+            if id(value) in self._made:
+                raise _refusal("a list or dictionary that it returns, too")
             if id(value) in self.places:
                 found.append((steps, self.places[id(value)]))
             elif own_class(value) in _CONTAINERS and not isinstance(value, torch.Size):
@@ -189,10 +199,16 @@ class WrittenArguments:
         if type(value) in _CONTAINERS:
             if id(value) in self.places:
                 raise _refusal(f"{path.place}, where it puts, or moves, another of the call's own containers")
+            if id(value) in self._made:
+                raise _refusal(f"{path.place}, where it puts a list or dictionary that it puts elsewhere, too")
+            if type(value) in _WRITTEN:
+                self._made.add(id(value))
             for _, item in items_of(value):
                 self._check(path, item)
         elif not (isinstance(value, torch.Tensor) or is_plain(value) or value is ABSENT):
             raise _refusal(f"{path.place}, where it puts a {type(value).__name__}")
+        elif self._known is not None and _is_leaf(value) and id(value) not in self._known:
+            raise _refusal(f"{path.place}, where it puts a new tensor that gets a gradient of its own")
 
 
 def check_alike(one: Sequence[Effect], other: Sequence[Effect]) -> None:
@@ -202,6 +218,10 @@ def check_alike(one: Sequence[Effect], other: Sequence[Effect]) -> None:
             raise _refusal(f"{(effect or again).path.place} at some calls alone")
         if not same_build(effect.template, again.template) or not alike(*map(_plain_values, (effect, again))):
             raise _refusal(f"{effect.path.place} another value at each call")
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_leaf and value.requires_grad
 
 
 def _plain_values(effect: Effect) -> Fingerprint:

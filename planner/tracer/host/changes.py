@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ def find_changes(
     inputs: Collection[int] = (),
     only_written: Callable[[Path], bool] = lambda path: False,
     finder: type[Finder] | None = None,
+    stored: Sequence[Any] = (),
 ) -> Changes:
     """Compare two snapshots of successive forwards.
 
@@ -56,6 +57,7 @@ def find_changes(
         inputs: identities of the call's tensors, which every call replaces.
         only_written: whether every forward writes an attribute before reading it; planned calls then write it even if its
             value is equal.
+        stored: what it writes elsewhere: into its arguments.
         finder: what decides which changes a plan may make; by default those that every call makes alike.
 
     Raises:
@@ -64,7 +66,8 @@ def find_changes(
     finds = (finder or Finder)(model, before, after, outside, inputs, only_written)
     effects = tuple(finds.find())
     old = {id(value) for value in before.values() if isinstance(value, torch.Tensor)} - set(known)
-    moved = frozenset(key for effect in effects for key in _tensor_ids(effect.template) if key in old) | finds.replaced
+    templates = (*(effect.template for effect in effects), *stored)
+    moved = frozenset(key for template in templates for key in _tensor_ids(template) if key in old) | finds.replaced
     return Changes(effects, moved, tuple(finds.found), tuple(finds.counted))
 
 

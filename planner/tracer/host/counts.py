@@ -45,12 +45,17 @@ class Operation:
     Attributes:
         name: in the module `operator`.
         operands: in order.
-        expected: how a comparison came out; None for arithmetic.
+        gives: how a comparison came out; the class of the number that arithmetic made (`2 ** -1` is a float).
     """
 
     name: str
     operands: tuple[Operand, ...]
-    expected: bool | None = None
+    gives: bool | type
+
+    @property
+    def is_comparison(self) -> bool:
+        """It asks something of numbers, and makes none."""
+        return isinstance(self.gives, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Counts:
     @property
     def has_comparisons(self) -> bool:
         """The numbers steer the forward."""
-        return any(operation.expected is not None for operation in self.operations)
+        return any(operation.is_comparison for operation in self.operations)
 
     def found(self, model: nn.Module) -> list[Any]:
         """What a call finds in each place."""
@@ -99,8 +104,8 @@ class Counts:
         value = lambda operand: operand[1] if operand[0] == "number" else (found, made)[operand[0] == "made"][operand[1]]
         for operation in self.operations:
             made.append(getattr(operator, operation.name)(*map(value, operation.operands)))
-            if operation.expected is not None and made[-1] is not operation.expected:
-                return Difference(self._text(("made", len(made) - 1)), str(made[-1]), str(operation.expected))
+            if (made[-1] if operation.is_comparison else type(made[-1])) is not operation.gives:
+                return Difference(self._text(("made", len(made) - 1)), str(made[-1]), str(operation.gives))
         return [value(operand) for operand in self.left]
 
     def _text(self, operand: Operand) -> str:

@@ -41,3 +41,14 @@ def refuse_generators(reads: ReadRecorder, kernels: RecordKernels, modules: Modu
             "a plan would repeat one draw for ever. Draw with torch",
             module=drew,
         )
+
+
+def refuse_packing(reads: ReadRecorder) -> None:
+    """Raise CaptureError where a recorded forward handed what is saved for the backward to code of the model's own."""
+    if reads.packs_saved is not None:
+        raise CaptureError(
+            f"the forward of {reads.packs_saved or 'the model'} packs or changes what is saved for the backward "
+            "(torch.autograd.graph.saved_tensors_hooks), which a plan would leave out: it keeps what it needs itself. Do it "
+            "around the call of the model, or not at all",
+            module=reads.packs_saved,
+        )

@@ -22,12 +22,12 @@ from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
-from planner.tracer.host.generator_calls import refuse_generators
+from planner.tracer.host.generator_calls import refuse_generators, refuse_packing
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.one_call import OneCall
-from planner.tracer.host.path import Path, submodule
+from planner.tracer.host.path import Path, named, submodule
 from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
@@ -54,6 +54,7 @@ class ObservedForward:
         settled: every place that the forward reads or writes, as the last run left it; empty where the first run differed.
         seen_by_line: what tensors showed that the forward made.
         moved: where Python state holds tensors that were in other places before the last run, by identity.
+        has_backward_code: as of ReadRecorder.
     """
 
     run: Run
@@ -63,6 +64,7 @@ class ObservedForward:
     settled: Mapping[Path, Any]
     seen_by_line: SeenByLine
     moved: Mapping[int, Path]
+    has_backward_code: bool
 
 
 class Observer:
@@ -92,6 +94,7 @@ class Observer:
         self._weights: frozenset[tuple[str, str]] | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved(guards_iterators=guards_iterators)
+        self.stored: Callable[[], Sequence[Any]] = lambda: ()  # what the last run wrote into its arguments
         for module in model.modules():
             self.preserved.keep(module, self._names[id(module)])
             for held in list(vars(module).values()):
@@ -109,7 +112,7 @@ class Observer:
         self.kernels = RecordKernels(where, self.pause)
         self.kernels.know([*model.parameters(), *model.buffers()], plain_tensors(model), written)
         self.preserved.finally_do(lambda: self.kernels.restore_contents(forms=True))
-        self.reads = ReadRecorder(self.preserved, self._names, where, self.kernels.share)
+        self.reads = ReadRecorder(model, self.preserved, self._names, where, self.kernels.share)
         self.tensors = TensorReads(where, self.kernels.has_made, originals)
         self._inside = contextvars.copy_context().run  # context variables that a run sets stay in there
         self._generators = Generators(device)
@@ -185,7 +188,9 @@ class Observer:
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}
         moved = {id(v): path for path, v in now.items() if isinstance(v, torch.Tensor) and before.get(path) is not v}
-        return ObservedForward(last, host, self.preserved, written, settled, self.tensors.seen_by_line, moved)
+        return ObservedForward(
+            last, host, self.preserved, written, settled, self.tensors.seen_by_line, moved, self.reads.has_backward_code
+        )
 
     def _outside(self, run: Run, inputs: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
         """The tensors of Python state that kernels read in a run, by identity."""
@@ -198,9 +203,9 @@ class Observer:
         only_written = lambda path: self._is_only_written(path, reads)
         known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
         given = {id(tensor) for tensor in inputs}
-        return find_changes(
-            self.model, runs.before, self.snapshot(), outside, known, given, only_written, OneCall if as_found else None
-        )
+        finder = OneCall if as_found else None
+        now, stored = self.snapshot(), self.stored()
+        return find_changes(self.model, runs.before, now, outside, known, given, only_written, finder, stored)
 
     def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:
         """Run the forward; `may_initialize`: it may give weights other memory, as a first call does."""
@@ -211,6 +216,10 @@ class Observer:
     def snapshot(self) -> dict[Path, Any]:
         """Every place that the forward reads or writes, as far as runs have shown, with its value."""
         return self._inside(self._snapshot)
+
+    def is_paused(self) -> bool:
+        """A submodule that plans run as it is runs now."""
+        return self.kernels.paused
 
     def replace_tensors(self, copies: Mapping[int, torch.Tensor]) -> None:
         """Put other tensors into the places that hold these, by identity."""
@@ -295,6 +304,7 @@ class Observer:
                 error.module = error.module or str(self._modules)
                 raise
         refuse_generators(self.reads, self.kernels, self._modules)
+        refuse_packing(self.reads)
         refuse_marked(pytree.tree_leaves(out), self.kernels.has_made)
         return run
 
@@ -376,13 +386,6 @@ class Observer:
         expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
         return HostKey(reads, expected, self._opaque, left, environment, of_tensors)
-
-
-def named(model: nn.Module) -> dict[int, str]:
-    """The model's modules and weights, by identity."""
-    found = {id(module): name or "itself" for name, module in model.named_modules()}
-    weights = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {**{id(tensor): name for name, tensor in reversed(weights)}, **found}
 
 
 def _weight_places(model: nn.Module) -> frozenset[tuple[str, str]]:

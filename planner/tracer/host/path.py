@@ -148,3 +148,10 @@ def _plain_forward(module: nn.Module, value: Any) -> Any:
     of_class = next(vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base))
     is_class_one = isinstance(value, MethodType) and value.__self__ is module and value.__func__ is of_class
     return of_class if is_class_one else value
+
+
+def named(model: nn.Module) -> dict[int, str]:
+    """The model's modules and weights, by identity."""
+    found = {id(module): name or "itself" for name, module in model.named_modules()}
+    weights = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {**{id(tensor): name for name, tensor in reversed(weights)}, **found}

@@ -10,7 +10,6 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,15 @@ from torch import nn
 
 from planner.profiler.python_events import set_profiler
 from planner.tracer.faults import calls_users_code
+from planner.tracer.host.backward_code import BackwardCode, given_to
+from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
-from planner.tracer.host.scopes import PACKAGE, Reads, compares_identities, global_names, is_library_code, scopes_of
+from planner.tracer.host.scopes import Reads, compares_identities, global_names, is_library_code, scopes_of
 from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict
 
-_COMPILER = str(Path(torch.__file__).parent / "_dynamo")
-_CHECKPOINT = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
@@ -64,11 +63,14 @@ class ReadRecorder:
         controlled: the first call that controls torch's generator; None if there is none.
         drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
         compares_identities: code asked whether two objects are the same one.
+        has_backward_code: code of the model's own will run in the backward.
+        packs_saved: the submodule that first gave such code the tensors that are saved for the backward; None if none did.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         preserved: Preserved,
         names: Mapping[int, str],
         where: Callable[[], str],
@@ -77,6 +79,7 @@ class ReadRecorder:
         """`names`: the model's modules by identity. `where`: the submodule that is running. `share`: called with tensors
         whose memory numpy gets."""
         self._preserved, self._names, self._where, self._share = preserved, names, where, share
+        self._model = model
         self._thread = threading.get_ident()
         self._read: dict[type, set[str]] = {}
         self._written: dict[type, set[str]] = {}
@@ -96,6 +99,8 @@ class ReadRecorder:
         self.controlled: GeneratorCall | None = None
         self.drew: str | None = None
         self.compares_identities = False
+        self.has_backward_code = False
+        self.packs_saved: str | None = None
         self.paused = False
 
     def new_run(self) -> None:
@@ -196,8 +201,8 @@ class ReadRecorder:
                 if (
                     self.drew is None
                     and not self.paused
-                    and not _is_ours(caller := sys._getframe(1))
-                    and not _is_compilers(caller)
+                    and not is_ours(caller := sys._getframe(1))
+                    and not is_compilers(caller)
                 ):
                     self.drew = self._where()
                 return function(*args, **kwargs)
@@ -208,6 +213,9 @@ class ReadRecorder:
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             code = frame.f_code
+            given = None if self.paused else given_to(frame)
+            if given is not None:
+                self._on_backward_code(given)
             if id(code) in self._known or (self.paused and code in self._opaque_codes):
                 return
             is_library = is_library_code(code)
@@ -228,13 +236,33 @@ class ReadRecorder:
             elif owner is not None and not self.paused and is_generator(owner):
                 self._on_generator(frame, arg, owner)
 
+    def _on_backward_code(self, given: BackwardCode) -> None:
+        """Note what code reads that will run in the backward."""
+        self.has_backward_code = True
+        if given.is_of_saved_tensors and self.packs_saved is None:
+            self.packs_saved = self._where()
+        with self._not_noting():
+            for code, variables in given.codes.items():
+                self._codes[code] = (variables, self._where())
+                for name in global_names(code) & variables.keys():
+                    self._preserved.keep_variable(variables, name)
+                    if not isinstance(variables[name], (type, types.ModuleType)):
+                        self.see(variables[name], name)
+            for value in given.held:
+                if not isinstance(value, nn.Module):
+                    self.see(value)
+            for module in self._model.modules():  # any of which it may reach
+                for name in given.names & vars(module).keys():
+                    self._read.setdefault(type(module), set()).add(name)
+                    self.see(vars(module)[name], name)
+
     def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
-        if self.controlled is None and not _is_ours(frame):
+        if self.controlled is None and not is_ours(frame):
             if not isinstance(owner, torch.Generator):
-                if self.drew is None and not _is_compilers(frame):
+                if self.drew is None and not is_compilers(frame):
                     self.drew = self._where()
             elif function.__name__ in _CONTROL:
-                is_checkpoint = _is_called_by(frame, _CHECKPOINT, 6)
+                is_checkpoint = is_checkpoints(frame)
                 self.controlled = GeneratorCall(self._where(), function.__name__, is_checkpoint)
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:
@@ -296,7 +324,7 @@ class ReadRecorder:
         return True
 
     def _note_read(self, this: Any, name: str, value: Any) -> None:
-        if name == "__dict__" and not self.paused and _is_users(sys._getframe(2)):
+        if name == "__dict__" and not self.paused and is_users(sys._getframe(2)):
             self._opened[id(this)] = this  # vars(module): anything in it may be read or written
             return
         if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
@@ -342,31 +370,3 @@ class ReadRecorder:
             yield
         finally:
             self.paused = before
-
-
-def _is_users(frame: types.FrameType | None) -> bool:
-    return frame is not None and not is_library_code(frame.f_code)
-
-
-def _is_ours(frame: types.FrameType) -> bool:
-    """The call is this package's own: it saves generators' states itself."""
-    return _is_called_by(frame, PACKAGE, 4)
-
-
-def _is_compilers(frame: types.FrameType) -> bool:
-    """The call is torch's compiler's: it saves the states of Python's and numpy's generators, and puts them back."""
-    return _is_called_by(frame, _COMPILER, 40)
-
-
-def _is_called_by(frame: types.FrameType, package: str, most: int) -> bool:
-    """Code of this package is among the callers, with libraries' code alone in between."""
-    caller: types.FrameType | None = frame
-    for _ in range(most):
-        if caller is None:
-            return False
-        if caller.f_code.co_filename.startswith(package):
-            return True
-        if not is_library_code(caller.f_code):
-            return False
-        caller = caller.f_back
-    return False

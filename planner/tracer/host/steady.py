@@ -42,6 +42,9 @@ class Observes(Protocol):
     def snapshot(self) -> dict[Path, Any]:
         """Python state now."""
 
+    def is_paused(self) -> bool:
+        """A submodule that plans run as it is runs now."""
+
     def replace_tensors(self, copies: Mapping[int, torch.Tensor]) -> None:
         """Put other tensors into it."""
 
@@ -192,7 +195,9 @@ class _Counting:
         """
         if not after:
             return NO_COUNTS
-        before, places, tape = self._runs.before, [*after], Tape()
+        if self._observer.reads.has_backward_code:
+            return "code of the model's own that runs in its backward may use it"
+        before, places, tape = self._runs.before, [*after], Tape(self._observer.is_paused)
         found: list[Counts] = []
         try:
             plain = self._run({path: before[path] for path in places})

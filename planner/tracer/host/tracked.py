@@ -54,7 +54,9 @@ class Tape:
         use: how one was used otherwise; "" if none was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_apart: Callable[[], bool]) -> None:
+        """`is_apart`: whether a submodule is running that plans run as it is, before they write the numbers."""
+        self._is_apart = is_apart
         self.operations: list[Operation] = []
         self.use = ""
         self._alive: list[weakref.ref[Any]] = []
@@ -75,8 +77,10 @@ class Tape:
         except Exception as error:
             self.use = f"{name} of it raises {type(error).__name__}"
             raise
+        if self._is_apart():
+            self.use = "a submodule that runs as it is, or has hooks, uses it"
         is_comparison = name in COMPARISONS or name == "truth"
-        self.operations.append(Operation(name, tuple(map(_operand, operands)), value if is_comparison else None))
+        self.operations.append(Operation(name, tuple(map(_operand, operands)), value if is_comparison else type(value)))
         if is_comparison:
             return value
         if not is_number(value):

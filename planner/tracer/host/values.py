@@ -107,15 +107,18 @@ def own_dict(value: Any) -> dict[str, Any] | None:
     return held if isinstance(held, dict) else None
 
 
+def _in_class(kind: type, name: str) -> Any:
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+
+
 @calls_users_code
 def attributes(value: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots included."""
     found = dict(own_dict(value) or {})
-    order = type(value).__mro__
-    for base in order:
+    for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            in_class = next((vars(kind)[name] for kind in order if name in vars(kind)), None)
+            in_class = _in_class(type(value), name)
             if isinstance(in_class, types.MemberDescriptorType) and hasattr(value, name):  # else a class attribute hides it
                 found[name] = getattr(value, name)
     return found
@@ -220,8 +223,8 @@ def member(value: Any, step: PathStep) -> Any:
     """The member of a value that a step leads to; ABSENT where there is none."""
     kind, key = step
     try:
-        if kind == "item":
-            return value[key]
+        if kind == "item":  # by Python's own methods: those of derived classes make what is missing, or count
+            return dict.get(value, key, ABSENT) if isinstance(value, dict) else value[key]
         if kind == "cell":
             return value.__closure__[key].cell_contents
         if kind == "value":
@@ -230,6 +233,10 @@ def member(value: Any, step: PathStep) -> Any:
             return vars(value)[kind].get(key, ABSENT)
         if isinstance(value, nn.Module):
             return vars(value).get(key, ABSENT)
+        if is_object(value) and key in (own_dict(value) or ()):
+            return own_dict(value)[key]  # type: ignore[index]
+        if is_object(value) and not isinstance(_in_class(type(value), key), types.MemberDescriptorType):
+            return ABSENT  # a property would run
         return getattr(value, key, ABSENT)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return ABSENT

@@ -1,0 +1,111 @@
+"""Code of the model's own that runs in the backward: of hooks on activations, of Functions, of hooks on saved tensors.
+
+Recorded forwards have no backward. What this code may read is found in what it is made of: the names in it, the variables and
+modules that it holds, and the functions that these names stand for.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.tracer.host.path import find_in_class
+from planner.tracer.host.scopes import global_names, is_library_code
+from planner.tracer.host.values import ABSENT
+
+_SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
+_GIVEN = {
+    id(torch.autograd.Function.apply.__func__.__code__): ("cls",),  # type: ignore[attr-defined]
+    id(torch.Tensor.register_hook.__code__): ("hook",),
+    id(torch.Tensor.register_post_accumulate_grad_hook.__code__): ("hook",),
+    id(torch.autograd.graph.register_multi_grad_hook.__code__): ("fn",),
+    _SAVED_TENSORS: ("pack_hook", "unpack_hook"),
+}
+"""Functions of torch's that are given such code, by identity: names of these arguments."""
+_OF_FUNCTIONS = ("backward", "vjp")
+"""Methods of a torch.autograd.Function."""
+
+
+@dataclass(slots=True)
+class BackwardCode:
+    """Functions that run in the backward: those that torch is given, and those that they call by their names.
+
+    Attributes:
+        functions: by identity.
+        held: values of their closures and defaults, and the objects that they are methods of.
+        is_of_saved_tensors: it is given what is saved for the backward.
+    """
+
+    is_of_saved_tensors: bool = False
+    functions: dict[int, types.FunctionType] = field(default_factory=dict)
+    held: list[Any] = field(default_factory=list)
+
+    @property
+    def codes(self) -> dict[types.CodeType, dict[str, Any]]:
+        """Their code, with their global variables."""
+        return {code: of.__globals__ for of in self.functions.values() for code in codes_in(of.__code__)}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Attributes that they name."""
+        return frozenset(name for code in self.codes for name in code.co_names)
+
+    def add(self, value: Any) -> None:
+        """Add a function, method or callable object, and what it calls, unless it is a library's."""
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, partial):
+            self.held += [*value.args, *value.keywords.values()]
+            self.add(value.func)
+        elif isinstance(value, types.MethodType):
+            self.held.append(value.__self__)
+            self.add(value.__func__)
+        elif isinstance(value, types.FunctionType):
+            if not is_library_code(value.__code__) and id(value) not in self.functions:
+                self._add_function(value)
+        elif not isinstance(value, type) and value is not ABSENT and callable(value):
+            self.held.append(value)
+            self.add(find_in_class(type(value), "__call__"))
+
+    def _add_function(self, function: types.FunctionType) -> None:
+        self.functions[id(function)] = function
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self.held += [*cells, *defaults]
+        codes = list(codes_in(function.__code__))
+        called = [function.__globals__.get(name) for code in codes for name in global_names(code)]
+        for value in (*called, *cells):
+            if isinstance(value, types.FunctionType):
+                self.add(value)
+        names = {name for code in codes for name in code.co_names}
+        for owner in [held for held in self.held if isinstance(held, nn.Module)]:
+            for method in (find_in_class(type(owner), name) for name in names):
+                if isinstance(method, types.FunctionType):
+                    self.add(method)
+
+
+def given_to(frame: types.FrameType) -> BackwardCode | None:
+    """The model's own code that a function of torch's, whose call begins, is given to run in the backward; None: no such."""
+    names = _GIVEN.get(id(frame.f_code))
+    if names is None:
+        return None
+    found = BackwardCode(id(frame.f_code) == _SAVED_TENSORS)
+    for name in names:
+        value = frame.f_locals.get(name)
+        for function in (find_in_class(value, method) for method in _OF_FUNCTIONS) if isinstance(value, type) else (value,):
+            found.add(function)
+    return found if found.functions else None
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object, and those of the functions that it makes."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes_in(constant)

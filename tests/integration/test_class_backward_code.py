@@ -1,0 +1,123 @@
+"""Code of the model's own that runs in the backward: what it reads is compared before each call, what it changes is refused."""
+
+import pytest
+
+from tests.support.members import ANY, GUARDED, check, ids, member
+from tests.support.source import Step
+
+HEAD = """
+C = {'n': 0, 'k': 2.0}
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h): return h * 1.0
+    @staticmethod
+    def backward(ctx, g): return g * C['k']
+class Given(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, k):
+        ctx.k = k
+        return h * 1.0
+    @staticmethod
+    def backward(ctx, g): return g * ctx.k, None
+class Counting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h): return h * 1.0
+    @staticmethod
+    def backward(ctx, g):
+        C['n'] += 1
+        return g * 2
+packed = torch.autograd.graph.saved_tensors_hooks
+def helper(m, g): return g * m.scale
+def hook(m, g): return helper(m, g)
+class Hook:
+    def __init__(self, m): self.m = m
+    def __call__(self, g): return g * self.m.scale
+"""
+INIT = "self.scale, self.cfg, self.kept = 2.0, types.SimpleNamespace(k=2.0), None"
+CHANGES = "part.scale = 3.0\npart.cfg.k = 5.0\nC['k'] = 4.0"
+READS = {
+    "hook": "h.register_hook(lambda g: g * self.scale)",
+    "hook of an object's attribute": "h.register_hook(lambda g: g * self.cfg.k)",
+    "hook that is a method": "self.by = types.MethodType(hook, self)\nh.register_hook(self.by)",
+    "hook that calls another function": "h.register_hook(lambda g: hook(self, g))",
+    "hook that is a partial": "h.register_hook(functools.partial(hook, self))",
+    "hook that is an object": "h.register_hook(Hook(self))",
+    "hook of a global": "h.register_hook(lambda g: g * C['k'])",
+    "Function": "h = Scaled.apply(h)",
+    "Function that is given it": "h = Given.apply(h, self.scale)",
+    "saved tensors": "with packed(lambda t: t, lambda t: t * self.scale):\n    h = h * h.exp()",
+}
+STEPS = (Step(), Step(before=CHANGES), Step(), Step())
+MEMBERS = [
+    member(name, text, init=INIT, head=HEAD, steps=STEPS, allowed=ANY, planned_from=None) for name, text in READS.items()
+]
+
+
+@pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
+def test_what_the_backwards_code_reads_is_compared(of):
+    check(of, audit=False)
+
+
+@pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
+def test_it_is_planned_while_nothing_changes(of):
+    program = of.program
+    made = member(of.name, program.forward, init=program.init, head=program.head, allowed=ANY, planned_from=0)
+    found = check(made)
+    assert found.verdict == "same" or of.name in ("saved tensors", "hook that is a method"), found
+
+
+CHANGE = {
+    "hook that keeps the gradient": "h.register_hook(lambda g: setattr(self, 'kept', g))",
+    "hook that keeps a number": "h.register_hook(lambda g: setattr(self, 'kept', 1))",
+    "hook that counts": "h.register_hook(lambda g: C.update(n=C['n'] + 1))",
+    "hook that appends": "h.register_hook(lambda g: self.cfg.__dict__.setdefault('seen', []).append(1))",
+    "Function that counts": "h = Counting.apply(h)",
+}
+
+
+@pytest.mark.parametrize("text", CHANGE.values(), ids=CHANGE.keys())
+def test_what_the_backwards_code_changes_is_refused(text):
+    found = check(member("changes", text, init=INIT, head=HEAD, allowed=ANY, planned_from=None), audit=False)
+    assert found.verdict == "refused" and "backward" in found.messages[0], found
+
+
+COUNTED = {
+    "Function": "h = Given.apply(h, 1.0 + (self.n % 3))",
+    "hook": "h.register_hook(lambda g: g * 2 if self.n % 3 == 0 else g)",
+    "saved": "with packed(lambda t: t, lambda t: t * (1 + self.n % 3)):\n    h = h * h.exp()",
+}
+
+
+@pytest.mark.parametrize("text", COUNTED.values(), ids=COUNTED.keys())
+def test_numbers_that_the_backward_uses_are_not_counted(text):
+    steps = tuple(Step() for _ in range(5))
+    of = member("counts", f"self.n += 1\n{text}", init="self.n = 0", head=HEAD, steps=steps, allowed=ANY, planned_from=None)
+    check(of, audit=False)
+
+
+APART = {
+    "read by a part": ("C['n'] += 1\nh = self.s(h)", ""),
+    "counted by a part": ("h = self.s(h)\nif C['m'] % 3 == 0:\n    h = h * 2", ""),
+    "counted by a hook": ("h = self.a(x)\nif self.a.k % 3 == 0:\n    h = h * 2", "self.a.register_forward_hook(count)"),
+}
+PARTS = """
+C = {'n': 0, 'm': 0}
+class S(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(8, 8)
+    def forward(self, h):
+        C['m'] += 1
+        h = self.l(h) + self.l(h).detach().nonzero().sum() * 0
+        return h * 2 if C['n'] % 3 == 1 else h
+def count(m, a, o): m.k += 1
+"""
+
+
+@pytest.mark.parametrize("forward, init", APART.values(), ids=APART.keys())
+def test_numbers_that_a_part_which_runs_as_it_is_uses_are_not_counted(forward, init):
+    steps = tuple(Step() for _ in range(6))
+    init = f"self.s = S()\nself.a.k = 0\n{init}"
+    of = member("apart", forward, init=init, head=PARTS, steps=steps, allowed=ANY, planned_from=None)
+    check(of, audit=False)
+    assert of.allowed >= GUARDED
