@@ -337,6 +337,19 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
                 raise
             return getattr(self._original, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the model there: hooks and loops hold this module in the model's place."""
+        if "_step" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name) or name[:1] == "_":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or hasattr(type(self), name):
+            super().__delattr__(name)
+        else:
+            delattr(self._original, name)
+
     def __repr__(self) -> str:
         """One line: inside of a larger model, print(model) shows this in place of the generated code and all submodules."""
         return f"{type(self).__name__}({summary(self.plan, len(self.alternatives))})"

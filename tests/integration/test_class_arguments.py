@@ -88,6 +88,7 @@ WRITTEN = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", WRITTEN, ids=ids(WRITTEN))
 def test_what_the_forward_writes_into_its_arguments_is_there(of):
     check(of)
@@ -131,6 +132,7 @@ OTHER = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", OTHER, ids=ids(OTHER))
 def test_what_no_plan_can_write_is_left_to_the_model(of):
     check(of if of.planned_from is None else member(of.name, **fields(of.program), **rest(of)))

@@ -95,6 +95,7 @@ def test_the_first_call_runs_planned(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", FILLED[::4], ids=ids(FILLED[::4]))
 def test_the_first_call_runs_planned_in_a_submodule(of):
     check(inside(of))

@@ -130,6 +130,7 @@ def test_other_generators_and_control_of_torchs(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", sampled(OTHERS))
 def test_other_generators_in_a_submodule(of):
     check(inside(of))

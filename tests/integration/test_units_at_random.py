@@ -158,6 +158,7 @@ OWN = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [Passes, Branches, Drops])
 @pytest.mark.parametrize("own", OWN)
 def test_the_budget_holds_for_other_draws(kind, own):

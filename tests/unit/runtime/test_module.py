@@ -417,3 +417,32 @@ def test_it_prints_its_plan_and_one_line_inside_of_another_model():
     assert rest == str(planned.plan) and "def forward" in planned.code
     outer = repr(nn.Sequential(planned, nn.Linear(1, 1)))
     assert outer == f"Sequential(\n  (0): {line}\n  (1): {nn.Linear(1, 1)}\n)"
+
+
+def test_attributes_that_hooks_and_loops_set_are_the_models():
+    class Counted(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.tanh(self.a(x))
+
+    model = Counted()
+
+    def count(module, *_):
+        module.calls += 1
+        module.last = "seen"
+
+    model.register_forward_hook(count)
+    planned = plan(model, 1.0, (torch.randn(3, 4),), progress=False)
+    for _ in range(3):
+        planned(torch.randn(3, 4)).sum().backward()
+        planned.zero_grad()
+    assert (model.calls, model.last, planned.calls) == (3, "seen", 3) and planned.num_planned_calls == 3
+    del planned.last
+    assert not hasattr(model, "last")
+    planned.b = nn.Linear(2, 2)
+    assert model.b is planned.b and "b.weight" in model.state_dict()
