@@ -217,6 +217,45 @@ COUNTERS = [
     for name, (step, read, init, head) in _COUNTED.items()
 ]
 
+_STEERED = {
+    "every third call": "if {p} % 3 == 0:\n    h = h * 2",
+    "the first calls": "if {p} < 3:\n    h = torch.tanh(h)",
+    "none": "",
+    "an equal one": "h = h * 2 if {p} == 4 else h",
+    "a large one resets it": "if {p} > 2:\n    {p} = 0\n    h = h * 0.5",
+}
+COUNTED = [
+    Unit(
+        f"counted, {place}, {name}",
+        f"{p} += 1\n{steered.replace('{p}', p)}",
+        init,
+        head,
+        group="counted",
+        changes={"set": f"{p.replace('self', 'part')} = 7"},
+    )
+    for place, (p, init, head) in {
+        "attribute": ("self.{v}", "self.{v} = 0", ""),
+        "dict": ("self.{v}['n']", "self.{v} = {{'n': 0}}", ""),
+        "global": ("G_{v}['n']", "", "G_{v} = {{'n': 0}}"),
+        "float": ("self.{v}", "self.{v} = 0.0", ""),
+    }.items()
+    for name, steered in _STEERED.items()
+]
+
+BACKWARD = [
+    Unit(name, text, "self.{v} = 2.0", head, group="backward code", changes={"set": "part.{v} = 3.0"})
+    for name, text, head in (
+        ("hook", "h.register_hook(lambda g: g * self.{v})", ""),
+        ("hook that keeps", "h.register_hook(lambda g: setattr(self, '{v}', float(g.sum())))", ""),
+        (
+            "Function",
+            "h = F_{v}.apply(h, self)",
+            "class F_{v}(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, h, m):\n        ctx.m = m\n"
+            "        return h * 1.0\n    @staticmethod\n    def backward(ctx, g):\n        return g * ctx.m.{v}, None\n",
+        ),
+    )
+]
+
 CACHES = [
     Unit(
         "cache, attribute",
@@ -285,3 +324,4 @@ def uses_of(kind: Kind) -> list[str]:
 
 KINDS = [*SETTINGS, *TENSORS, *HARD]
 BEHAVIOURS = {"carried": CARRIED, "left": LEFT, "counter": COUNTERS, "cache": CACHES, "kept": KEPT, "random": RANDOM}
+BEHAVIOURS |= {"counted": COUNTED, "backward": BACKWARD}

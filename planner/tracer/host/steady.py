@@ -213,6 +213,8 @@ class _Counting:
             return tape.use or "code that is not Python's uses it"
         if tape.use:
             return tape.use
+        if not plain:
+            return "this Python does not show which instructions are executed"
         if plain != tracked or compares_objects(plain):
             return "the forward asks what kind of number it is, or which object"
         if followed != [*after.values()] or tape.is_kept():
