@@ -180,10 +180,15 @@ def _observed(
     counts: dict[str, int] = {}
     written: list[tuple[Effect, ...]] = []
     called_with: list[WrittenArguments] = []
+    compared: list[WrittenArguments] = []
     described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
 
-    observer.stored = lambda: [effect.template for effect in written[-1]]
+    def stored() -> list[Any]:
+        compared[:] = called_with  # whose containers the templates of what was changed hold
+        return [effect.template for effect in written[-1]]
+
+    observer.stored = stored
 
     def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
         return observer.preserved.changed_by(act) or observer.kernels.wrote_outside(module)
@@ -219,7 +224,7 @@ def _observed(
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
             observed = observer.observe(run_model, inputs, as_found=as_found)
         check_alike(*written[-2:])
-        left = (replace(effect, template=called_with[0].marked(effect.template)) for effect in observed.host.effects)
+        left = (replace(effect, template=compared[0].marked(effect.template)) for effect in observed.host.effects)
         host = replace(observed.host, effects=(*left, *written[-1]))
         return replace(observed, host=host), calls
     except BaseException as error:

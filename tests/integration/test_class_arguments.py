@@ -58,6 +58,9 @@ WRITTEN = [
         out="Out(h.mean(), f)",
         head="Out = collections.namedtuple('Out', ['loss', 'features'])",
     ),
+    of_dictionary(
+        "kept on a module that counts", "self.n += 1\nself.last = (f, f['sizes'])", init="self.n, self.last = 0, None"
+    ),
     of_dictionary("kept on the module", "f['h'] = h.detach()\nself.last = [f, f['sizes']]", init="self.last = None"),
     of_dictionary(
         "a carried tensor before it is replaced",
@@ -102,7 +105,7 @@ def test_in_every_kind_of_step(of, kind):
 
 
 def fields(program):
-    return {name: getattr(program, name) for name in ("forward", "signature", "first", "given", "out")}
+    return {name: getattr(program, name) for name in ("forward", "signature", "first", "given", "out", "init", "head")}
 
 
 OTHER = [
@@ -117,6 +120,9 @@ OTHER = [
     of_dictionary("a count", "self.n += 1\nf['n'] = self.n", init="self.n = 0", allowed=ANY),
     of_dictionary("a random number", "f['n'] = random.random()", allowed=ANY),
     of_dictionary("a clock", "import time\nf['n'] = time.perf_counter()", allowed=ANY, ignored="'n'|\\bn\\b"),
+    of_dictionary(
+        "kept on a module that counts", "self.n += 1\nself.last = (f, f['sizes'])", init="self.n, self.last = 0, None"
+    ),
     of_dictionary("kept on the module", "self.last = f\nf['h'] = h", init="self.last = None", allowed=ANY),
     of_dictionary("an array", "f['sizes'] = np.ones(3)", allowed=ANY),
     member(
@@ -139,7 +145,7 @@ def test_what_no_plan_can_write_is_left_to_the_model(of):
 
 
 def rest(of):
-    return {"init": of.program.init, "ignored": of.program.ignored, "allowed": of.allowed, "planned_from": None}
+    return {"ignored": of.program.ignored, "allowed": of.allowed, "planned_from": None}
 
 
 class Writes(nn.Module):
