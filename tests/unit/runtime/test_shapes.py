@@ -296,7 +296,7 @@ def test_a_size_that_an_audit_refused_is_not_planned_again(monkeypatch):
     x = torch.randn(4, 8)
     module = plan(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), "1MiB", (x,), costs="estimate", progress=False, dynamic=True)
     module(x[:2])
-    monkeypatch.setattr("planner.runtime.module.repeatable_difference", lambda *_: ["output 0"])
+    monkeypatch.setattr("planner.runtime.audit.repeatable_difference", lambda *_: ["output 0"])
     monkeypatch.setattr("planner.runtime.other_sizes.capture", lambda *_, **__: pytest.fail("captured again"))
     with pytest.warns(MismatchWarning, match="the audit"):
         module(x[:2])  # the second planned call of this size is audited
