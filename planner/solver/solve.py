@@ -138,8 +138,6 @@ class Solver:
             else:
                 runs[budget] = solver, solver._new_search(budget, gap)
         search_all([one for _, one in reversed(runs.values())], work)
-        for solver in {id(solver): solver for solver, one in runs.values() if one.search.best is None}.values():
-            solver._lowest(work.share(work.left / 4))  # which asks for other budgets, and may find from there what fits this one
         for budget, (solver, one) in runs.items():
             outcome = outcomes[budget] = solver._outcome(one, work.meter)
             if solver is not self and isinstance(outcome, Solution):  # a plan for every larger budget, too
