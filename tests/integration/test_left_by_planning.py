@@ -340,11 +340,10 @@ def _copy(a, given):
 
 
 @pytest.mark.parametrize(("write", "given"), [(_update, {"x": X}), (_append, [X]), (_replace, {"x": X})])
-def test_a_forward_that_writes_into_the_containers_it_is_given(write, given):
+def test_planning_leaves_the_containers_that_a_forward_writes_into(write, given):
     before = dict(given) if isinstance(given, dict) else list(given)
-    with pytest.raises(CaptureError, match="writes into a list, dictionary"):
-        planned(Writes(write), given)
-    assert given == before
+    module = planned(Writes(write), given)
+    assert given == before and module.mismatch((given,), {}) is None
 
 
 class Log:
@@ -365,7 +364,6 @@ GIVEN = {
     "bytes": (_set_item, bytearray(2)),
     "set": (lambda given: given.add(len(given)), set()),
     "object's list": (lambda given: given.lines.append("a line"), Log()),
-    "nested list": (lambda given: given["k"][0].append(1), {"k": [[0]]}),
 }
 
 
@@ -381,7 +379,7 @@ def test_a_forward_that_writes_into_other_things_it_is_given(write, given):
             return self.a(x)
 
     before = repr(given)
-    with pytest.raises(CaptureError, match="array or object that it is given"):
+    with pytest.raises(CaptureError, match="object or array that it is given"):
         planned(Net(), X, given)
     assert repr(given) == before
 
