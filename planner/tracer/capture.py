@@ -17,12 +17,11 @@ from torch import nn
 from planner._compat.fake_tensors import InPlaceCollectiveError, forget_real_tensors
 from planner._compat.switches import autocast_key, global_switches
 from planner.errors import CaptureError, InputError, PlannerError
-from planner.graph.graph import Kind
 from planner.log import TRACER
 from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
-from planner.tracer.host.arguments import Aliases
+from planner.tracer.graph_checks import check_aliases, check_constants, check_no_weights, check_weights
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
@@ -175,7 +174,7 @@ def _capture(
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))
-    _check_no_weights(model, given)
+    check_no_weights(model, given)
     device = _device(model, given, target)
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
     tensors = _as_leaves(given)
@@ -189,14 +188,11 @@ def _capture(
         _capturing() as inside,
     ):
         with _explained(model, modules):
-            if replay is not None:
-                recording = Recording.of_replay(model, replay)
-            elif has_data(model, tensors, fakes_run=target is None):
+            recording = Recording() if replay is None else Recording.of_replay(model, replay)
+            if replay is None and has_data(model, tensors, fakes_run=target is None):
                 originals = {id(ours): theirs for ours, theirs in zip(tensors, given, strict=True) if ours is not theirs}
                 known = (tuple(opaque), device, modules, originals)
                 recording = inside(record, model, call, tensors, *known, as_found=as_found)
-            else:
-                recording = Recording()
         try:
             with _explained(model, modules):
                 options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)
@@ -207,9 +203,8 @@ def _capture(
             inside(recording.restore)
     warn_left_out(model, traced.forward.outputs)
     joint = _normalized(model, traced, recording, call, device, [tensor.is_leaf for tensor in (*given, *held)])
-    if Aliases(model, joint.host).found(args, kwargs):
-        raise CaptureError("a list or dictionary stands in two places of the call, or in Python state too, and is written into")
     if replay is None:
+        check_aliases(model, joint, args, kwargs)
         with one_at_a_time(), Generators(device).preserved(), _capturing() as inside, _explained(model, modules):
             joint = inside(_run_again, joint, model, recording, call, tensors)
     return replace(
@@ -255,17 +250,6 @@ def _device(model: nn.Module, given: Sequence[torch.Tensor], target: TargetDevic
     return target.device
 
 
-def _check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
-    """Raise CaptureError where an argument is a parameter of the model: its gradients are a sum over both ways to it."""
-    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for i, tensor in enumerate(given):
-        if id(tensor) in names:
-            raise CaptureError(
-                f"input {i} is the model's own parameter {names[id(tensor)]}: let the forward read it from the module, or pass "
-                "a tensor computed from it"
-            )
-
-
 def _normalized(
     model: nn.Module, traced: Trace, recording: Recording, call: CallSpec, device: torch.device, leaves: Sequence[bool]
 ) -> Joint:
@@ -287,8 +271,8 @@ def _normalized(
             joint = normalize(graph, replace(call, out_spec=forward.out_spec, returned=forward.returned), forward.outputs)
         finally:
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
-    _check_weights(model, joint)
-    _check_constants(joint, recording)
+    check_weights(model, joint)
+    check_constants(joint, recording)
     host = replace(recording.host, effects=forward.effects)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 
@@ -324,36 +308,6 @@ def _capturing() -> Iterator[Callable[..., Any]]:
         yield context.run
     finally:
         IS_CAPTURING.reset(token)
-
-
-def _check_weights(model: nn.Module, joint: Joint) -> None:
-    """Raise CaptureError where the graph does with the model's weights what no planned step does."""
-    held = dict((*model.named_parameters(), *model.named_buffers()))
-    for given, _ in joint.gradients:
-        weight = held.get(str(given.key))  # None: a name that only the forward gave it
-        if weight is not None and given.kind in (Kind.PARAM, Kind.BUFFER) and not weight.requires_grad:
-            raise CaptureError(
-                f"the model's forward makes {given.key} require grad, which it does not before: call requires_grad_() outside "
-                "of it"
-            )
-    names = {id(tensor): name for name, tensor in held.items()}
-    again = next((names[id(tensor)] for tensor in joint.constants.values() if id(tensor) in names), None)
-    if again is not None:
-        raise CaptureError(
-            f"the model's backward reads {again} by itself, as an autograd.Function does that calls a module in its backward: "
-            "a plan would hold it as a constant. Hand the weight to the function as an argument"
-        )
-
-
-def _check_constants(joint: Joint, recording: Recording) -> None:
-    """Raise CaptureError where the trace found a tensor in Python state in another place than the real forward."""
-    found = next((recording.moved[id(tensor)] for tensor in joint.constants.values() if id(tensor) in recording.moved), None)
-    if found is not None:
-        raise CaptureError(
-            f"the model's forward reads {found} in one call and another place in the next, where the same tensor was; a plan "
-            "would read one for ever. Keep the tensors in buffers",
-            module=found.module,
-        )
 
 
 @contextmanager

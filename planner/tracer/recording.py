@@ -166,6 +166,42 @@ def set_alike(
     return tuple(found)
 
 
+class _ArgumentWrites:
+    """What runs of a forward write into lists and dictionaries among their arguments."""
+
+    def __init__(self) -> None:
+        self._written: list[tuple[Effect, ...]] = []
+        self._last: WrittenArguments | None = None
+        self._compared: WrittenArguments | None = None
+
+    def note(self, called: Called) -> None:
+        """Note a run.
+
+        Raises:
+            CaptureError: it returns a number that is tracked.
+        """
+        self._last = called.arguments
+        self._written.append(called.written)
+        if is_tracked(called.output):
+            raise CaptureError("the forward returns it")
+
+    def templates(self) -> list[Any]:
+        """What the last run wrote; it is the one whose changes to Python state are looked at now."""
+        self._compared = self._last
+        return [effect.template for effect in self._written[-1]]
+
+    def added_to(self, host: HostState) -> HostState:
+        """The state with these writes among its effects, and the call's own containers marked in the others.
+
+        Raises:
+            CaptureError: the last two runs wrote other things.
+        """
+        assert self._compared is not None
+        check_alike(*self._written[-2:])
+        left = [replace(effect, template=self._compared.marked(effect.template)) for effect in host.effects]
+        return replace(host, effects=(*left, *self._written[-1]))
+
+
 def _observed(
     model: nn.Module,
     call: Callable[[], Called],
@@ -178,17 +214,10 @@ def _observed(
 ) -> tuple[ObservedForward, dict[str, RecordedCall]]:
     calls: dict[str, RecordedCall] = {}
     counts: dict[str, int] = {}
-    written: list[tuple[Effect, ...]] = []
-    called_with: list[WrittenArguments] = []
-    compared: list[WrittenArguments] = []
     described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
-
-    def stored() -> list[Any]:
-        compared[:] = called_with  # whose containers the templates of what was changed hold
-        return [effect.template for effect in written[-1]]
-
-    observer.stored = stored
+    arguments = _ArgumentWrites()
+    observer.stored = arguments.templates
 
     def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
         return observer.preserved.changed_by(act) or observer.kernels.wrote_outside(module)
@@ -197,10 +226,10 @@ def _observed(
         counts[name] = counts.get(name, 0) + 1
         key = f"{name}#{counts[name] - 1}"
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        arguments = observer.kernels.note_call(name, spec, leaves)
+        described_now = observer.kernels.note_call(name, spec, leaves)
         with observer.pause():
-            if described.get(key) != arguments:  # a first call may be given None where later ones are given a tensor
-                described[key] = arguments
+            if described.get(key) != described_now:  # a first call may be given None where later ones are given a tensor
+                described[key] = described_now
                 with observer.tensors.of_stand_ins():
                     calls[key] = record_call(
                         module, name, key, args, kwargs, device, observer.kernels.has_made, lambda act: has_effects(act, module)
@@ -214,19 +243,13 @@ def _observed(
     def run_model() -> Any:
         counts.clear()
         called = call()
-        called_with[:] = [called.arguments]
-        written.append(called.written)
-        if is_tracked(called.output):
-            raise CaptureError("the forward returns it")
+        arguments.note(called)
         return called.output
 
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
             observed = observer.observe(run_model, inputs, as_found=as_found)
-        check_alike(*written[-2:])
-        left = (replace(effect, template=compared[0].marked(effect.template)) for effect in observed.host.effects)
-        host = replace(observed.host, effects=(*left, *written[-1]))
-        return replace(observed, host=host), calls
+        return replace(observed, host=arguments.added_to(observed.host)), calls
     except BaseException as error:
         observer.preserved.restore()
         if isinstance(error, Exception) and not isinstance(error, PlannerError):

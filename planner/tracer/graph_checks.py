@@ -1,0 +1,62 @@
+"""What a captured graph may not do with the model's weights, and with tensors in Python state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.graph.graph import Kind
+from planner.tracer.host.arguments import Aliases
+from planner.tracer.joint import Joint
+from planner.tracer.recording import Recording
+
+
+def check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
+    """Raise CaptureError where an argument is a parameter of the model: its gradients are a sum over both ways to it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for i, tensor in enumerate(given):
+        if id(tensor) in names:
+            raise CaptureError(
+                f"input {i} is the model's own parameter {names[id(tensor)]}: let the forward read it from the module, or pass "
+                "a tensor computed from it"
+            )
+
+
+def check_weights(model: nn.Module, joint: Joint) -> None:
+    """Raise CaptureError where the graph does with the model's weights what no planned step does."""
+    held = dict((*model.named_parameters(), *model.named_buffers()))
+    for given, _ in joint.gradients:
+        weight = held.get(str(given.key))  # None: a name that only the forward gave it
+        if weight is not None and given.kind in (Kind.PARAM, Kind.BUFFER) and not weight.requires_grad:
+            raise CaptureError(
+                f"the model's forward makes {given.key} require grad, which it does not before: call requires_grad_() outside "
+                "of it"
+            )
+    names = {id(tensor): name for name, tensor in held.items()}
+    again = next((names[id(tensor)] for tensor in joint.constants.values() if id(tensor) in names), None)
+    if again is not None:
+        raise CaptureError(
+            f"the model's backward reads {again} by itself, as an autograd.Function does that calls a module in its backward: "
+            "a plan would hold it as a constant. Hand the weight to the function as an argument"
+        )
+
+
+def check_constants(joint: Joint, recording: Recording) -> None:
+    """Raise CaptureError where the trace found a tensor in Python state in another place than the real forward."""
+    found = next((recording.moved[id(tensor)] for tensor in joint.constants.values() if id(tensor) in recording.moved), None)
+    if found is not None:
+        raise CaptureError(
+            f"the model's forward reads {found} in one call and another place in the next, where the same tensor was; a plan "
+            "would read one for ever. Keep the tensors in buffers",
+            module=found.module,
+        )
+
+
+def check_aliases(model: nn.Module, joint: Joint, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise CaptureError where a container of the call that stands in another place, too, would show what is written there."""
+    if Aliases(model, joint.host).found(args, kwargs):
+        raise CaptureError("a list or dictionary stands in two places of the call, or in Python state too, and is written into")
