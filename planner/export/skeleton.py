@@ -334,8 +334,9 @@ def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
     """
     lines = []
     buffers = {name for name, _ in step.joint.weights}
-    for path in step.joint.host.counts.places:
-        raise ExportError(f"the forward counts in {path}, which an exported file does not: train with the planned module")
+    counted = ", ".join(map(str, step.joint.host.counts.places))
+    if counted:
+        raise ExportError(f"the forward counts in {counted}, which an exported file does not: train with the planned module")
     for effect in step.joint.host.effects:
         path, ref = effect.path, effect.template
         name = f"{path.module}.{path.name}".lstrip(".")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from planner import CaptureError, ExportError, MismatchWarning, export_source, plan, verify
-from tests.support.members import ANY, GUARDED, check, ids, inside, member
+from tests.support.members import ANY, GUARDED, check, ids, member
 from tests.support.source import Step
 
 DICTIONARY = "({'x': torch.randn(16, 8), 'mask': torch.ones(16, 1), 'sizes': [3, 4]},)"
@@ -277,4 +277,3 @@ def test_a_submodule_that_writes_into_what_it_is_given(of):
             init=program.init,
         )
     )
-    assert inside(member("plain", "h = h * 2")).name

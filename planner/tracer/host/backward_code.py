@@ -17,7 +17,7 @@ from torch import nn
 
 from planner.tracer.host.path import find_in_class
 from planner.tracer.host.scopes import global_names, is_library_code
-from planner.tracer.host.values import ABSENT
+from planner.tracer.host.values import ABSENT, MODULE_STATE
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _GIVEN = {
@@ -28,6 +28,8 @@ _GIVEN = {
     _SAVED_TENSORS: ("pack_hook", "unpack_hook"),
 }
 """Functions of torch's that are given such code, by identity: names of these arguments."""
+_OF_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "eval", "exec"))
+"""With these, code reads attributes whose names it does not hold."""
 _OF_FUNCTIONS = ("backward", "vjp")
 """Methods of a torch.autograd.Function."""
 
@@ -53,8 +55,14 @@ class BackwardCode:
 
     @property
     def names(self) -> frozenset[str]:
-        """Attributes that they name."""
-        return frozenset(name for code in self.codes for name in code.co_names)
+        """Attributes that they name, in texts, too (`getattr(self, "scale")`)."""
+        texts = {text for code in self.codes for constant in code.co_consts for text in _texts(constant)}
+        return frozenset(name for code in self.codes for name in code.co_names) | texts
+
+    def attributes_of(self, module: nn.Module) -> set[str]:
+        """The attributes of a module, by its own dictionary, that they may read: all, where names are made as they run."""
+        held = vars(module).keys() - MODULE_STATE
+        return set(held if self.names & _OF_ANY_NAME else held & self.names)
 
     def add(self, value: Any) -> None:
         """Add a function, method or callable object, and what it calls, unless it is a library's."""
@@ -88,6 +96,12 @@ class BackwardCode:
             for method in (find_in_class(type(owner), name) for name in names):
                 if isinstance(method, types.FunctionType):
                     self.add(method)
+
+
+def _texts(constant: Any) -> set[str]:
+    if isinstance(constant, (tuple, frozenset)):
+        return {text for inner in constant for text in _texts(inner)}
+    return {constant} if isinstance(constant, str) else set()
 
 
 def given_to(frame: types.FrameType) -> BackwardCode | None:

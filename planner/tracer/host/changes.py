@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.counts import is_number
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
 from planner.tracer.host.generators import generator_state
-from planner.tracer.host.path import Path
+from planner.tracer.host.path import Path, named
 from planner.tracer.host.state import Effect
 from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of
 
@@ -108,7 +110,7 @@ class Finder:
         self._done: list[Path] = []
         self._lists: set[int] = set()
         self._num_members = Counter(_parent(path) for path in before if path.steps)
-        self._prints = Fingerprints({}, lambda _, name: not name.startswith("__"))
+        self._prints = Fingerprints(named(model), lambda _, name: not name.startswith("__"))
 
     def find(self) -> Iterator[Effect]:
         """The effects; `found` and `replaced` are filled."""
@@ -116,6 +118,8 @@ class Finder:
             if any(path.is_inside(done) for done in self._done):
                 continue
             was = self._before.get(path, ABSENT)
+            if was is not now and isinstance(now, _CALLABLES) and self._only_written(path):
+                raise refusal(path, was, now)  # a plan would leave one that belongs to this model on every copy of it
             if (isinstance(now, torch.Tensor) and id(now) in self._inputs) or (
                 now is not ABSENT and self._only_written(path) and self._equal(was, now)
             ):
@@ -216,6 +220,9 @@ class Finder:
             if not own or not path.name.isidentifier():
                 raise refusal(path, "a value of its class", "another")
         return path
+
+
+_CALLABLES = (MethodType, FunctionType, partial)
 
 
 def _root(path: Path) -> tuple[Any, ...]:

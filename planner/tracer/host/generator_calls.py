@@ -43,8 +43,14 @@ def refuse_generators(reads: ReadRecorder, kernels: RecordKernels, modules: Modu
         )
 
 
-def refuse_packing(reads: ReadRecorder) -> None:
-    """Raise CaptureError where a recorded forward handed what is saved for the backward to code of the model's own."""
+def refuse_in_backward(reads: ReadRecorder) -> None:
+    """Raise CaptureError where code of the model's own gets what is saved for the backward, or hooks nodes of its graph."""
+    if reads.hooks_nodes is not None:
+        raise CaptureError(
+            f"the forward of {reads.hooks_nodes or 'the model'} registers a hook on a node of autograd's graph "
+            "(grad_fn.register_hook), whose code a plan cannot know. Register it on the tensor: tensor.register_hook",
+            module=reads.hooks_nodes,
+        )
     if reads.packs_saved is not None:
         raise CaptureError(
             f"the forward of {reads.packs_saved or 'the model'} packs or changes what is saved for the backward "

@@ -22,7 +22,7 @@ from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
-from planner.tracer.host.generator_calls import refuse_generators, refuse_packing
+from planner.tracer.host.generator_calls import refuse_generators, refuse_in_backward
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
@@ -304,7 +304,7 @@ class Observer:
                 error.module = error.module or str(self._modules)
                 raise
         refuse_generators(self.reads, self.kernels, self._modules)
-        refuse_packing(self.reads)
+        refuse_in_backward(self.reads)
         refuse_marked(pytree.tree_leaves(out), self.kernels.has_made)
         return run
 

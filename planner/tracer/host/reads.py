@@ -29,6 +29,8 @@ from planner.tracer.host.values import attributes, is_foreign_class, own_class, 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
+_OF_NODES = ("register_hook", "register_prehook")
+"""Methods of a node of autograd's graph that take code which runs in the backward."""
 _CONTROL = frozenset(
     {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
 )
@@ -64,6 +66,7 @@ class ReadRecorder:
         drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
         compares_identities: code asked whether two objects are the same one.
         has_backward_code: code of the model's own will run in the backward.
+        hooks_nodes: the submodule that first registered a hook on a node of autograd's graph; None if none did.
         packs_saved: the submodule that first gave such code the tensors that are saved for the backward; None if none did.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
@@ -101,6 +104,7 @@ class ReadRecorder:
         self.compares_identities = False
         self.has_backward_code = False
         self.packs_saved: str | None = None
+        self.hooks_nodes: str | None = None
         self.paused = False
 
     def new_run(self) -> None:
@@ -233,6 +237,8 @@ class ReadRecorder:
                 return
             if isinstance(owner, torch.Tensor) and arg.__name__ == "numpy":
                 self._share(owner)
+            elif arg.__name__ in _OF_NODES and isinstance(owner, torch.autograd.graph.Node) and is_users(frame):
+                self.hooks_nodes = self._where() if self.hooks_nodes is None and not self.paused else self.hooks_nodes
             elif owner is not None and not self.paused and is_generator(owner):
                 self._on_generator(frame, arg, owner)
 
@@ -252,7 +258,7 @@ class ReadRecorder:
                 if not isinstance(value, nn.Module):
                     self.see(value)
             for module in self._model.modules():  # any of which it may reach
-                for name in given.names & vars(module).keys():
+                for name in given.attributes_of(module):
                     self._read.setdefault(type(module), set()).add(name)
                     self.see(vars(module)[name], name)
 
