@@ -19,7 +19,8 @@ from planner.runtime.audit import may_be_written, run_original
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.host.arguments import bound_and_restored
-from planner.tracer.host.counts import Counts, Difference, Number
+from planner.tracer.host.counts import Counts, Number
+from planner.tracer.host.fingerprint import Difference
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.path import Path

@@ -339,7 +339,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the model there: hooks and loops hold this module in the model's place."""
-        if "_step" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name) or name[:1] == "_":
+        if "_step" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
         else:
             setattr(self._original, name, value)

@@ -10,8 +10,8 @@ from torch import nn
 
 from planner._compat import pytree
 from planner.runtime.guards.call import MatchedCall
-from planner.tracer.host.arguments import OwnContainers, bound, with_returned
-from planner.tracer.host.state import written
+from planner.tracer.host.arguments import bound, with_returned
+from planner.tracer.host.state import Ref, written
 from planner.tracer.joint import Joint
 
 
@@ -44,9 +44,13 @@ def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor],
     """
     if joint.host.effects:
         weights = dict((*model.named_parameters(), *model.named_buffers()))
-        sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights, "argument": OwnContainers()}
+        sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
+
+        def of(ref: Ref) -> Any:
+            return ref.key.get(model) if ref.source == "argument" else sources[ref.source][ref.key]
+
         for effect in joint.host.effects:
-            effect.write(model, lambda ref: sources[ref.source][ref.key])
+            effect.write(model, of)
 
 
 def backward_starts(joint: Joint, model: nn.Module, leaves: Sequence[Any]) -> list[torch.Tensor]:

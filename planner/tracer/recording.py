@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,19 +12,17 @@ from torch import nn
 from planner._compat import pytree
 from planner._compat.fake_tensors import FakeTensor
 from planner._compat.module_calls import calls_intercepted
-from planner.errors import CaptureError, PlannerError
+from planner.errors import PlannerError
 from planner.tracer.call import CallSpec
 from planner.tracer.collectives import CollectivesRefused
-from planner.tracer.host.arguments import WrittenArguments, check_alike
 from planner.tracer.host.fingerprint import alike
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordedRead
 from planner.tracer.host.observe import NO_ORIGINALS, ObservedForward, Observer
 from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved, contents_preserved, model_preserved
-from planner.tracer.host.state import Effect, HostState, LazyValue, bare_fingerprint, remembered
+from planner.tracer.host.state import HostState, LazyValue, bare_fingerprint, remembered
 from planner.tracer.host.tensor_reads import SeenByLine
-from planner.tracer.host.tracked import is_tracked
 from planner.tracer.model_call import Called, run_call
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.call import OpaqueCall
@@ -166,42 +164,6 @@ def set_alike(
     return tuple(found)
 
 
-class _ArgumentWrites:
-    """What runs of a forward write into lists and dictionaries among their arguments."""
-
-    def __init__(self) -> None:
-        self._written: list[tuple[Effect, ...]] = []
-        self._last: WrittenArguments | None = None
-        self._compared: WrittenArguments | None = None
-
-    def note(self, called: Called) -> None:
-        """Note a run.
-
-        Raises:
-            CaptureError: it returns a number that is tracked.
-        """
-        self._last = called.arguments
-        self._written.append(called.written)
-        if is_tracked(called.output):
-            raise CaptureError("the forward returns it")
-
-    def templates(self) -> list[Any]:
-        """What the last run wrote; it is the one whose changes to Python state are looked at now."""
-        self._compared = self._last
-        return [effect.template for effect in self._written[-1]]
-
-    def added_to(self, host: HostState) -> HostState:
-        """The state with these writes among its effects, and the call's own containers marked in the others.
-
-        Raises:
-            CaptureError: the last two runs wrote other things.
-        """
-        assert self._compared is not None
-        check_alike(*self._written[-2:])
-        left = [replace(effect, template=self._compared.marked(effect.template)) for effect in host.effects]
-        return replace(host, effects=(*left, *self._written[-1]))
-
-
 def _observed(
     model: nn.Module,
     call: Callable[[], Called],
@@ -216,8 +178,6 @@ def _observed(
     counts: dict[str, int] = {}
     described: dict[str, Any] = {}
     observer = Observer(model, modules, opaque, device, [*model.buffers(), *written_weights(model)], originals)
-    arguments = _ArgumentWrites()
-    observer.stored = arguments.templates
 
     def has_effects(act: Callable[[], None], module: nn.Module) -> bool:
         return observer.preserved.changed_by(act) or observer.kernels.wrote_outside(module)
@@ -240,16 +200,13 @@ def _observed(
             refuse_collecting_hooks(module, name)
             return out
 
-    def run_model() -> Any:
+    def run_model() -> Called:
         counts.clear()
-        called = call()
-        arguments.note(called)
-        return called.output
+        return call()
 
     try:
         with calls_intercepted({model.get_submodule(name): name for name in opaque}, run_opaque):
-            observed = observer.observe(run_model, inputs, as_found=as_found)
-        return replace(observed, host=arguments.added_to(observed.host)), calls
+            return observer.observe(run_model, inputs, as_found=as_found), calls
     except BaseException as error:
         observer.preserved.restore()
         if isinstance(error, Exception) and not isinstance(error, PlannerError):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, ExportError, MismatchWarning, PlannerError, export_source, plan, verify
+from planner import CaptureError, ExportError, MismatchWarning, export_source, plan, verify
 from tests.support.members import ANY, GUARDED, check, ids, inside, member
 from tests.support.source import Step
 
@@ -351,12 +351,10 @@ def test_an_error_in_a_count_is_the_models_own():
             return torch.sigmoid(self.b(torch.tanh(self.a(x))))
 
     model = Divides()
-    model.n, model.share = 3, 0.0
-    try:
-        planned = plan(model, 1.0, (torch.randn(4, 8),), progress=False)
-    except PlannerError:
-        return  # the forwards that planning runs meet the error
-    planned(torch.randn(4, 8))
-    planned(torch.randn(4, 8))
-    with pytest.raises(ZeroDivisionError), pytest.warns(MismatchWarning):
+    model.n, model.share = 12, 0.0
+    planned = plan(model, 1.0, (torch.randn(4, 8),), progress=False)
+    for _ in range(11):
+        planned(torch.randn(4, 8))
+    assert (planned.num_planned_calls, model.n, model.share) == (11, 1, 6.0)
+    with pytest.raises(ZeroDivisionError), pytest.warns(MismatchWarning, match="division by zero"):
         planned(torch.randn(4, 8))

@@ -27,8 +27,8 @@ from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
 from planner.tracer.host.arguments import Aliases
-from planner.tracer.host.counts import Difference, Number
-from planner.tracer.host.fingerprint import Fingerprint, alike, describe_tensor, first_difference, tensor_key
+from planner.tracer.host.counts import Number
+from planner.tracer.host.fingerprint import Difference, Fingerprint, alike, describe_tensor, first_difference, tensor_key
 from planner.tracer.host.lazy_values import values_set
 from planner.tracer.host.state import LazyValue
 from planner.tracer.host.tensor_identity import own_tensor_class
@@ -138,7 +138,7 @@ class CallGuard:
         if not counts.is_apart(self._model):
             return Mismatch("host", str(counts.places[0]), text=f"{counts.places[0]} and another count are the same one now")
         left = counts.follow(counts.found(self._model))
-        return Mismatch("host", left.where, left.now, left.captured) if isinstance(left, Difference) else left
+        return Mismatch("host", left.where, left.now, left.planned) if isinstance(left, Difference) else left
 
 
 _LEAF = {True: "a leaf", False: "computed by an earlier step"}

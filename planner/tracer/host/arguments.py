@@ -6,8 +6,9 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -78,14 +79,22 @@ class Aliases:
         return is_shared or not {*given}.isdisjoint(id(path.get(self._model)) for path in self._inner)
 
 
-def _containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+def _containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Path, Any]]:
     """Python's own containers in a call, outer ones first, each with its place."""
-    todo = [(Path("", "args", scope=ARGUMENTS), args), (Path("", "kwargs", scope=ARGUMENTS), kwargs)]
-    while todo:
-        path, value = todo.pop(0)
-        if type(value) in _CONTAINERS:
-            yield path, value
-            todo += [(path.inside(("item", key)), item) for key, item in items_of(value)]
+    found: list[tuple[Path, Any]] = []
+    entered: set[int] = set()
+
+    def enter(path: Path, value: Any) -> None:
+        if type(value) in _CONTAINERS and id(value) not in entered:
+            found.append((path, value))
+            entered.add(id(value))  # while inside of it: a list may hold itself
+            for key, item in items_of(value):
+                enter(path.inside(("item", key)), item)
+            entered.remove(id(value))
+
+    for name, value in (("args", args), ("kwargs", kwargs)):
+        enter(Path("", name, scope=ARGUMENTS), value)
+    return found
 
 
 Returned = tuple[tuple[PathStep, ...], Path]
@@ -97,14 +106,6 @@ def with_returned(output: Any, returned: Sequence[Returned], containers: Sequenc
     for (steps, _), container in zip(returned, containers, strict=True):
         output = _put(output, steps, container)
     return output
-
-
-class OwnContainers:
-    """The containers of the bound call by their paths, for a Ref of the source "argument"."""
-
-    def __getitem__(self, path: Path) -> Any:
-        """The one at this place."""
-        return path.get(nn.Module())
 
 
 def _put(value: Any, steps: tuple[PathStep, ...], new: Any) -> Any:
@@ -211,13 +212,37 @@ class WrittenArguments:
             raise _refusal(f"{path.place}, where it puts a new tensor that gets a gradient of its own")
 
 
-def check_alike(one: Sequence[Effect], other: Sequence[Effect]) -> None:
-    """Raise CaptureError where two calls wrote other plain values into their arguments, or in other places."""
-    for effect, again in zip_longest(one, other):
+class Call(Protocol):
+    """A run of a forward.
+
+    Attributes:
+        written: as of `WrittenArguments.found`.
+        arguments: knows the containers that it was given.
+    """
+
+    written: tuple[Effect, ...]
+    arguments: WrittenArguments | None
+
+
+def with_arguments(effects: Sequence[Effect], calls: Sequence[Call]) -> tuple[Effect, ...]:
+    """The effects on Python state, with Refs to the call's own containers, and those on its arguments.
+
+    Args:
+        effects: of the last of these calls.
+        calls: two or more that did the same.
+
+    Raises:
+        CaptureError: the last two wrote other plain values into their arguments, or in other places.
+    """
+    one, last = calls[-2:]
+    assert last.arguments is not None
+    for effect, again in zip_longest(one.written, last.written):
         if effect is None or again is None or effect.path != again.path:
             raise _refusal(f"{(effect or again).path.place} at some calls alone")
         if not same_build(effect.template, again.template) or not alike(*map(_plain_values, (effect, again))):
             raise _refusal(f"{effect.path.place} another value at each call")
+    marked = [replace(effect, template=last.arguments.marked(effect.template)) for effect in effects]
+    return (*marked, *last.written)
 
 
 def _is_leaf(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from planner.tracer.host.fingerprint import Difference
 from planner.tracer.host.path import Path
 
 Number = int | float
@@ -99,13 +100,13 @@ class Counts:
         """
         for path, number, captured in zip(self.places, found, self.captured, strict=True):
             if type(number) is not type(captured):
-                return Difference(str(path), type(number).__name__, type(captured).__name__)
+                return Difference(str(path), type(captured).__name__, type(number).__name__)
         made: list[Any] = []
         value = lambda operand: operand[1] if operand[0] == "number" else (found, made)[operand[0] == "made"][operand[1]]
         for operation in self.operations:
             made.append(getattr(operator, operation.name)(*map(value, operation.operands)))
             if (made[-1] if operation.is_comparison else type(made[-1])) is not operation.gives:
-                return Difference(self._text(("made", len(made) - 1)), str(made[-1]), str(operation.gives))
+                return Difference(self._text(("made", len(made) - 1)), str(operation.gives), str(made[-1]))
         return [value(operand) for operand in self.left]
 
     def _text(self, operand: Operand) -> str:
@@ -119,20 +120,6 @@ class Counts:
         if len(parts) == 1:
             return UNARY[operation.name].format(*parts)
         return f"{parts[0]} {(ARITHMETIC | COMPARISONS)[operation.name]} {parts[1]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What a call finds otherwise than the captured one did.
-
-    Attributes:
-        where: a place, or a comparison.
-        now, captured: the types of the numbers there, or how the comparison comes out.
-    """
-
-    where: str
-    now: str
-    captured: str
 
 
 NO_COUNTS = Counts()

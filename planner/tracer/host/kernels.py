@@ -18,7 +18,9 @@ from planner._compat.tensors import storage_id
 from planner.errors import InputError
 from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone
+from planner.tracer.host.arguments import WrittenArguments
 from planner.tracer.host.restorers import form_of, memory_of, restore_tensors, same_bits, unguarded_of
+from planner.tracer.host.state import Effect
 
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that return a tensor's value to Python: host reads."""
@@ -35,11 +37,15 @@ class Run:
         kernels: what was run: (operator, submodule, arguments without data).
         reads: every tensor value that Python read, in order.
         outside: tensors that kernels read and the forward did not make: weights, inputs, and Python state.
+        written: what it wrote into lists and dictionaries among its arguments; the templates hold its tensors.
+        arguments: these; None where it is not known.
     """
 
     kernels: list[tuple[Any, ...]] = field(default_factory=list)
     reads: list[RecordedRead] = field(default_factory=list)
     outside: dict[int, torch.Tensor] = field(default_factory=dict)
+    written: tuple[Effect, ...] = ()
+    arguments: WrittenArguments | None = None
 
 
 class RecordKernels(TorchDispatchMode):

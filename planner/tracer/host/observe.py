@@ -20,6 +20,7 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
+from planner.tracer.host.arguments import with_arguments
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
 from planner.tracer.host.generator_calls import refuse_generators, refuse_in_backward
@@ -36,7 +37,9 @@ from planner.tracer.host.steady import Runs, left_to_next_call, run_as_found, ru
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
+from planner.tracer.host.tracked import is_tracked
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
+from planner.tracer.model_call import Called
 
 NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
 """All of the call's tensors are the user's own."""
@@ -94,7 +97,6 @@ class Observer:
         self._weights: frozenset[tuple[str, str]] | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved(guards_iterators=guards_iterators)
-        self.stored: Callable[[], Sequence[Any]] = lambda: ()  # what the last run wrote into its arguments
         for module in model.modules():
             self.preserved.keep(module, self._names[id(module)])
             for held in list(vars(module).values()):
@@ -144,7 +146,7 @@ class Observer:
         with self.kernels, self.reads.recording():
             yield
 
-    def observe(self, call: Callable[[], Any], inputs: Sequence[torch.Tensor], *, as_found: bool = False) -> ObservedForward:
+    def observe(self, call: Callable[[], Called], inputs: Sequence[torch.Tensor], *, as_found: bool = False) -> ObservedForward:
         """Run the forward until two runs do the same, and say what Python does in it.
 
         Args:
@@ -182,8 +184,8 @@ class Observer:
         forms = tuple(map(tensor_key, held)), shared_storages(held)
         number = {id(before[path]): i for i, path in enumerate(state)}
         shared = tuple((path, number[id(v)]) for path, v in before.items() if id(v) in number and path not in state)
-        host = HostState(key, state, *forms, shared, self._aliases(), changes.effects, as_found=as_found, found=changes.found)
-        host = replace(host, counts=counts)
+        effects = with_arguments(changes.effects, runs.runs[-2:])
+        host = HostState(key, state, *forms, shared, self._aliases(), effects, (), as_found, changes.found, counts)
         weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}
@@ -203,11 +205,10 @@ class Observer:
         only_written = lambda path: self._is_only_written(path, reads)
         known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
         given = {id(tensor) for tensor in inputs}
-        finder = OneCall if as_found else None
-        now, stored = self.snapshot(), self.stored()
-        return find_changes(self.model, runs.before, now, outside, known, given, only_written, finder, stored)
+        seen = (self.snapshot(), outside, known, given, only_written, OneCall if as_found else None)
+        return find_changes(self.model, runs.before, *seen, [effect.template for effect in runs.runs[-1].written])
 
-    def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:
+    def run_once(self, call: Callable[[], Called], *, may_initialize: bool = False) -> Run:
         """Run the forward; `may_initialize`: it may give weights other memory, as a first call does."""
         run = self._inside(lambda: self._run(call))
         self._refuse_untracked_changes(may_initialize=may_initialize)
@@ -283,7 +284,7 @@ class Observer:
                     found.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
         return found
 
-    def _run(self, call: Callable[[], Any]) -> Run:
+    def _run(self, call: Callable[[], Called]) -> Run:
         def refuse(_: Any) -> Any:
             raise CaptureError("backward was called inside the model's forward")
 
@@ -299,13 +300,16 @@ class Observer:
             self._modules.following(self._generators.host, self._opaque),
         ):
             try:
-                out = call()
+                called = call()
+                if is_tracked(called.output):
+                    raise CaptureError("the forward returns it")
             except CaptureError as error:
                 error.module = error.module or str(self._modules)
                 raise
         refuse_generators(self.reads, self.kernels, self._modules)
         refuse_in_backward(self.reads)
-        refuse_marked(pytree.tree_leaves(out), self.kernels.has_made)
+        refuse_marked(pytree.tree_leaves(called.output), self.kernels.has_made)
+        run.written, run.arguments = called.written, called.arguments
         return run
 
     def _is_weight(self, path: Path) -> bool:

@@ -24,6 +24,7 @@ from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
 from planner.tracer.host.state import bare_fingerprint
 from planner.tracer.host.tracked import Instructions, Tape, compares_objects, instructions_noted
+from planner.tracer.model_call import Called
 
 _RUNS = 4
 """Maximum number of runs; the first ones may fill caches and initial state."""
@@ -36,7 +37,7 @@ class Observes(Protocol):
     preserved: Preserved
     reads: ReadRecorder
 
-    def run_once(self, call: Callable[[], Any], *, may_initialize: bool = False) -> Run:
+    def run_once(self, call: Callable[[], Called], *, may_initialize: bool = False) -> Run:
         """Run the forward."""
 
     def snapshot(self) -> dict[Path, Any]:
@@ -68,7 +69,7 @@ class Runs:
 
 
 def run_until_steady(
-    observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
+    observer: Observes, call: Callable[[], Called], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
 ) -> tuple[Runs, Changes, Counts]:
     """Run the forward until two runs do the same, each with what the one before left, and what the last one changes there.
 
@@ -110,7 +111,7 @@ def run_until_steady(
 
 
 def run_as_found(
-    observer: Observes, call: Callable[[], Any], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
+    observer: Observes, call: Callable[[], Called], inputs: Sequence[torch.Tensor], changes_of: Callable[[Runs], Changes]
 ) -> tuple[Runs, Changes, Counts]:
     """Run the forward twice from the Python state that is found now, which is restored; what the second run changes there.
 
@@ -157,7 +158,7 @@ class _Counting:
     def __init__(
         self,
         observer: Observes,
-        call: Callable[[], Any],
+        call: Callable[[], Called],
         contents: Sequence[tuple[torch.Tensor, torch.Tensor]],
         runs: Runs,
     ) -> None:

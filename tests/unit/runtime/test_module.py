@@ -425,7 +425,7 @@ def test_attributes_that_hooks_and_loops_set_are_the_models():
 
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(4, 4)
+            self.a, self._own_calls = nn.Linear(4, 4), 0
 
         def forward(self, x):
             return torch.tanh(self.a(x))
@@ -434,14 +434,16 @@ def test_attributes_that_hooks_and_loops_set_are_the_models():
 
     def count(module, *_):
         module.calls += 1
-        module.last = "seen"
+        module._own_calls += 1
+        module.last = module._new = "seen"
 
     model.register_forward_hook(count)
     planned = plan(model, 1.0, (torch.randn(3, 4),), progress=False)
     for _ in range(3):
         planned(torch.randn(3, 4)).sum().backward()
         planned.zero_grad()
-    assert (model.calls, model.last, planned.calls) == (3, "seen", 3) and planned.num_planned_calls == 3
+    assert (model.calls, model._own_calls, model.last, model._new, planned.calls) == (3, 3, "seen", "seen", 3)
+    assert planned.num_planned_calls == 3
     del planned.last
     assert not hasattr(model, "last")
     planned.b = nn.Linear(2, 2)
