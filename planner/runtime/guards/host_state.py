@@ -23,9 +23,19 @@ from torch import nn
 from planner._compat.private_names import MODULE_HOOKS, MODULE_STATE
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
-from planner.tracer.host.path import Path, find_in_class
+from planner.tracer.host.path import Path
 from planner.tracer.host.state import HostKey, skipped_places
-from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of, members, own_class, own_dict
+from planner.tracer.host.values import (
+    ABSENT,
+    attributes,
+    find_in_class,
+    is_array,
+    is_object,
+    items_of,
+    members,
+    own_class,
+    own_dict,
+)
 
 Reader = Callable[[], Sequence[Any]]
 """Returns items that are compared by identity."""

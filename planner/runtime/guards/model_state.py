@@ -18,7 +18,8 @@ from planner._compat.tensors import tensors_alike
 from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.guards.library import LibraryGuard
 from planner.runtime.guards.mismatch import Mismatch
-from planner.tracer.host.path import find_in_class, named
+from planner.tracer.host.path import named
+from planner.tracer.host.values import find_in_class
 from planner.tracer.joint import Joint
 from planner.tracer.libraries import is_users_hook
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.tracer.host.path import find_in_class
 from planner.tracer.host.scopes import global_names, is_library_code
-from planner.tracer.host.values import ABSENT, MODULE_STATE
+from planner.tracer.host.values import ABSENT, MODULE_STATE, find_in_class
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _GIVEN = {

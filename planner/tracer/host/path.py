@@ -11,7 +11,7 @@ from torch import nn
 from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints
 from planner.tracer.host.scopes import ArgumentsScope, Scope
-from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, member, text_of, with_member
+from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, find_in_class, member, text_of, with_member
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +135,6 @@ def look_up(module: nn.Module, name: str) -> Any:
         if name in own[kind]:
             return own[kind][name]
     return find_in_class(type(module), name)
-
-
-def find_in_class(kind: type, name: str) -> Any:
-    """What a class, or one that it derives from, holds under this name; ABSENT where none does."""
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), ABSENT)
 
 
 def _plain_forward(module: nn.Module, value: Any) -> Any:

@@ -107,8 +107,9 @@ def own_dict(value: Any) -> dict[str, Any] | None:
     return held if isinstance(held, dict) else None
 
 
-def _in_class(kind: type, name: str) -> Any:
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+def find_in_class(kind: type, name: str) -> Any:
+    """What a class, or one that it derives from, holds under this name; ABSENT where none does."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), ABSENT)
 
 
 @calls_users_code
@@ -118,7 +119,7 @@ def attributes(value: Any) -> dict[str, Any]:
     for base in type(value).__mro__:
         slots = vars(base).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            in_class = _in_class(type(value), name)
+            in_class = find_in_class(type(value), name)
             if isinstance(in_class, types.MemberDescriptorType) and hasattr(value, name):  # else a class attribute hides it
                 found[name] = getattr(value, name)
     return found
@@ -235,7 +236,7 @@ def member(value: Any, step: PathStep) -> Any:
             return vars(value).get(key, ABSENT)
         if is_object(value) and key in (own_dict(value) or ()):
             return own_dict(value)[key]  # type: ignore[index]
-        if is_object(value) and not isinstance(_in_class(type(value), key), types.MemberDescriptorType):
+        if is_object(value) and not isinstance(find_in_class(type(value), key), types.MemberDescriptorType):
             return ABSENT  # a property would run
         return getattr(value, key, ABSENT)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
