@@ -64,6 +64,7 @@ PIPELINE = (
     # Budgets near the lowest peak there is.
     Stage("descent", stages.descent, first_turn=1, applies=_not_found),
     Stage("exchange", stages.exchange, first_turn=2, applies=_not_found),
+    Stage("smaller budgets", stages.smaller_budgets, first_turn=2, applies=_not_found),
     # What cuts cannot say: a value made again several times, also within the forward.
     Stage("local search", stages.local_search, first_turn=2, applies=_found),
 )

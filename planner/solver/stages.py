@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import combinations
 
+from planner.graph.floor import floor
 from planner.graph.schedule import Schedule
 from planner.solver.baselines import greedy
 from planner.solver.lazy import lazy_schedule
 from planner.solver.local_search import LocalSearch
 from planner.solver.problem import Problem
-from planner.solver.search import Search
+from planner.solver.search import Archive, Search
 from planner.solver.segments import Segments
 from planner.solver.tuning import FEW, GAP, SLACK
 from planner.solver.work import Work
@@ -59,6 +60,22 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
         if found.is_final:
             more = bounds.next_cuts(budget, cuts, found.candidate)
             cuts, known_ns = more if more != cuts else (), search.bound_ns
+
+
+def smaller_budgets(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
+    """The certificate for smaller budgets, from the floor on: its programs count less than a step holds, so ask them for less.
+
+    What each gives is exchanged for itself: schedules of other budgets that nothing speaks for are where some that fit are near.
+    """
+    low, high = floor(problem.graph)[0], problem.budget_bytes
+    for asked in sorted({high - ((high - low) >> part) for part in range(FEW)} - {high}):
+        lower, own = Problem(problem.models, asked, problem.gap), Search(Archive(problem.graph), asked)
+        for strategy in (certificate, exchange):
+            for progress in strategy(lower, own, work):
+                found = own.archive.lowest
+                if found.timeline.peak_bytes < search.archive.lowest.timeline.peak_bytes:
+                    search.offer(found.schedule.steps, found.source, work)
+                yield progress
 
 
 def segments(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from planner import BackwardError, InfeasibleBudgetError, MismatchWarning, NoScheduleFoundError, PlannerError, plan
+from planner import BackwardError, InfeasibleBudgetError, MismatchWarning, NoScheduleFoundError, PlannerError, profile
+from planner.graph.floor import floor
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.verification.step_copy import autocast_of, cut_history
@@ -249,16 +250,14 @@ def planned_near(model: nn.Module, budget: float, args: Any, options: Mapping[st
     """A plan for this fraction of the plain peak; where there is no schedule, for the middle between floor and peak, or all."""
     options = {"progress": False, "costs": "estimate", **options}
     options.setdefault("check", options["costs"] == "measure")  # what kernels need for themselves is not estimated
-    try:
-        return plan(model, budget, args, **options)
-    except InfeasibleBudgetError as error:
-        middle = (error.floor_bytes + int(error.budget_bytes / budget)) // 2
-    except NoScheduleFoundError:
-        return plan(model, 1.0, args, **options)
-    try:
-        return plan(model, int(middle * (1 + _MARGIN)), args, **options)
-    except (InfeasibleBudgetError, NoScheduleFoundError):
-        return plan(model, 1.0, args, **options)
+    step = profile(model, args, **options)  # `plan` plans what this gives
+    floor_bytes = floor(step.graph)[0]
+    middle = int((floor_bytes + step.plain_bytes) // 2 * (1 + _MARGIN))
+    for wanted in (budget, middle):
+        if step.budget_bytes(wanted) >= floor_bytes:
+            with contextlib.suppress(InfeasibleBudgetError, NoScheduleFoundError):
+                return step.plan(wanted)
+    return step.plan(1.0)
 
 
 @contextlib.contextmanager

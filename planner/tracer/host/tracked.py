@@ -90,8 +90,10 @@ class Tape:
 
     def is_kept(self) -> bool:
         """A tracked number is still held somewhere."""
-        gc.collect()
-        return any(ref() is not None for ref in self._alive)
+        alive = [ref for ref in self._alive if ref() is not None]
+        if alive:  # as a rule none is: looking for cycles takes longer than the run
+            gc.collect()
+        return any(ref() is not None for ref in alive)
 
     def counts(self, model: nn.Module, before: Mapping[Path, Any], places: Sequence[Path]) -> Counts:
         """What was counted, at the end of the forward, with `use` set where a place holds no number.
