@@ -21,7 +21,7 @@ from planner.log import TRACER
 from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
-from planner.tracer.graph_checks import check_aliases, check_constants, check_no_weights, check_weights
+from planner.tracer.graph_checks import check_aliases, check_constants, check_no_weights, check_objects, check_weights
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
@@ -273,6 +273,7 @@ def _normalized(
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     check_weights(model, joint)
     check_constants(joint, recording)
+    check_objects(joint)
     host = replace(recording.host, effects=forward.effects)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 

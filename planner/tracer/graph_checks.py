@@ -11,6 +11,7 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer.host.arguments import Aliases
+from planner.tracer.host.values import tensors_inside
 from planner.tracer.joint import Joint
 from planner.tracer.recording import Recording
 
@@ -54,6 +55,17 @@ def check_constants(joint: Joint, recording: Recording) -> None:
             "would read one for ever. Keep the tensors in buffers",
             module=found.module,
         )
+
+
+def check_objects(joint: Joint) -> None:
+    """Raise CaptureError where the forward uses a tensor that an object among the arguments holds: the next call has another."""
+    constants = {id(tensor) for tensor in joint.constants.values()}
+    for i, leaf in enumerate(joint.call.leaves):
+        if constants.intersection(map(id, tensors_inside(leaf))):
+            raise CaptureError(
+                f"pass the tensors of the {type(leaf).__name__} (argument leaf {i}) as arguments, or in tuples, lists and dicts: "
+                "the forward uses tensors that this object holds, and a plan looks for its inputs nowhere else"
+            )
 
 
 def check_aliases(model: nn.Module, joint: Joint, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from planner.runtime.codegen import boxed, picker, positions
 from planner.runtime.guards.call_key import (
     CallKey,
     are_same,
-    argument_fingerprint,
 )
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.guards.model_state import ModelStateGuard
@@ -28,7 +27,15 @@ from planner.runtime.step import RewrittenStep
 from planner.tracer.call import CallSpec
 from planner.tracer.host.arguments import Aliases
 from planner.tracer.host.counts import Number
-from planner.tracer.host.fingerprint import Difference, Fingerprint, alike, describe_tensor, first_difference, tensor_key
+from planner.tracer.host.fingerprint import (
+    Difference,
+    Fingerprint,
+    alike,
+    describe_tensor,
+    first_difference,
+    of_argument,
+    tensor_key,
+)
 from planner.tracer.host.lazy_values import values_set
 from planner.tracer.host.state import LazyValue
 from planner.tracer.host.tensor_identity import own_tensor_class
@@ -164,11 +171,19 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Finger
             if not isinstance(leaf, torch.Tensor):
                 return [], Mismatch("argument", f"argument leaf {i}", f"a {type(leaf).__name__}", "a tensor")
         elif not _is_plain_equal(leaf, call.leaves[i]):
-            now = argument_fingerprint(leaf)
+            now = of_argument(leaf)
             if not alike(prints[i], now):
-                found = first_difference(prints[i], now, f"argument leaf {i}")
-                return [], Mismatch("argument", found.where, found.now, found.planned)
+                return [], _other_object(first_difference(prints[i], now, f"argument leaf {i}"))
     return [leaves[i] for i in call.tensors], None
+
+
+def _other_object(found: Difference) -> Mismatch:
+    if found.now != found.planned:
+        return Mismatch("argument", found.where, found.now, found.planned)
+    text = f"{found.where} is another object than in the planned call"
+    return Mismatch(
+        "argument", found.where, text=text, cure="Pass tensors in tuples, lists and dicts: a plan looks for them there"
+    )
 
 
 def _is_plain_equal(leaf: Any, expected: Any) -> bool:

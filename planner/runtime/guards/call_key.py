@@ -12,7 +12,7 @@ import torch
 from planner._compat.switches import Autocast
 from planner._compat.tensors import shared_storages
 from planner.graph.graph import Kind
-from planner.tracer.host.fingerprint import Fingerprint, TensorKey, everything, tensor_key
+from planner.tracer.host.fingerprint import Fingerprint, TensorKey, of_argument, tensor_key
 from planner.tracer.joint import Joint
 
 
@@ -48,7 +48,7 @@ def call_key(tensors: Sequence[torch.Tensor], joint: Joint) -> CallKey:
         inputs=tuple(tensor_key(tensor) for tensor in tensors),
         weights=joint.weights,
         shared=shared_storages(tensors) if any(given.mutated for given in joint.inputs if given.kind is Kind.INPUT) else (),
-        arguments=tuple(argument_fingerprint(leaf) for leaf in joint.call.leaves),
+        arguments=tuple(of_argument(leaf) for leaf in joint.call.leaves),
         autocast=joint.autocast,
         switches=joint.switches,
         kinds=tuple(map(type, tensors)),
@@ -69,11 +69,6 @@ def autocast_of(key: CallKey, device: torch.device) -> contextlib.AbstractContex
     if not is_on and not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, key.autocast, enabled=is_on, cache_enabled=dict(key.switches)["autocast cache"])
-
-
-def argument_fingerprint(leaf: Any) -> Fingerprint:
-    """The fingerprint of a call's leaf that is no tensor, all attributes included."""
-    return everything().of(leaf)
 
 
 def same_tensors(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

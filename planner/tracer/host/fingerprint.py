@@ -6,6 +6,7 @@ import datetime
 import decimal
 import fractions
 import hashlib
+import itertools
 import random
 import re
 import types
@@ -68,6 +69,11 @@ class Same:
 def everything() -> Fingerprints:
     """Fingerprints that look into every attribute; for one thread."""
     return Fingerprints({}, lambda _, name: True)
+
+
+def of_argument(value: Any) -> Fingerprint:
+    """The fingerprint of an object among a call's arguments, all attributes included."""
+    return _OfArguments({}, lambda _, name: True).of(value)
 
 
 def alike(expected: Fingerprint, now: Fingerprint, *, copied: bool = False) -> bool:
@@ -179,6 +185,17 @@ class Fingerprints:
         return (head, found)
 
 
+class _OfArguments(Fingerprints):
+    """A tensor inside of an object is no input of a plan: with another one, the call is another. A loaded plan knows none."""
+
+    _numbers = itertools.count()
+
+    def of(self, value: Any) -> Fingerprint:
+        """The fingerprint of a value."""
+        found = super().of(value)
+        return (*found, Same(value, f"tensor {next(self._numbers)}", False)) if isinstance(value, torch.Tensor) else found
+
+
 class _Head(Fingerprints):
     """The fingerprint of a value without those of its members, which are in `inner`."""
 
@@ -230,7 +247,7 @@ def described(found: Fingerprint) -> str:
         return "absent"
     head = found[0]
     if head == "tensor":
-        return describe_tensor(found[2:])
+        return describe_tensor(found[2:7])
     if head == "the model's":
         return f"the model's {found[1]}"
     if isinstance(head, str) and len(found) == 2:

@@ -195,6 +195,31 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
         yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
 
 
+def tensors_inside(value: Any) -> list[torch.Tensor]:
+    """Tensors that an object leads to, through its own attributes and items, and theirs; not through Python modules."""
+    found, todo, seen = (
+        list[torch.Tensor](),
+        [value],
+        dict[int, Any](),
+    )  # which holds the items, so that no identity is used twice
+    while todo and len(seen) < MOST_OBJECTS:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, types.ModuleType):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+            continue
+        todo += [inner for _, inner in members(item, lambda _, name: True)]
+        if is_foreign_class(type(item)) and not is_code(item):  # a whole to `members`: a UserDict, a distribution
+            todo += attributes(item).values()
+    return found
+
+
+MOST_OBJECTS = 20_000
+"""Objects followed from one at most: some lead to everything there is."""
+
+
 def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     """Data that a class or a Python module of the user's holds; its code is compared where it runs."""
     package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
