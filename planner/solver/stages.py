@@ -65,7 +65,7 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
 def smaller_budgets(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
     """The certificate for smaller budgets, from the floor on: its programs count less than a step holds, so ask them for less.
 
-    What each gives is exchanged for itself: schedules of other budgets that nothing speaks for are where some that fit are near.
+    Each has an archive of its own: what is cheaper for another budget does not end the exchange of what is lower.
     """
     low, high = floor(problem.graph)[0], problem.budget_bytes
     for asked in sorted({high - ((high - low) >> part) for part in range(FEW)} - {high}):

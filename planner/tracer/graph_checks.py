@@ -58,13 +58,14 @@ def check_constants(joint: Joint, recording: Recording) -> None:
 
 
 def check_objects(joint: Joint) -> None:
-    """Raise CaptureError where the forward uses a tensor that an object among the arguments holds: the next call has another."""
+    """Raise CaptureError where the forward uses a tensor that an object among the arguments holds: each call has its own."""
     constants = {id(tensor) for tensor in joint.constants.values()}
     for i, leaf in enumerate(joint.call.leaves):
         if constants.intersection(map(id, tensors_inside(leaf))):
+            kind = type(leaf).__name__
             raise CaptureError(
-                f"pass the tensors of the {type(leaf).__name__} (argument leaf {i}) as arguments, or in tuples, lists and dicts: "
-                "the forward uses tensors that this object holds, and a plan looks for its inputs nowhere else"
+                f"pass the tensors of the {kind} (argument leaf {i}) as arguments, or in tuples, lists and dicts: the forward "
+                "uses tensors that this object holds, and a plan looks for its inputs nowhere else"
             )
 
 
