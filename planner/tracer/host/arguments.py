@@ -81,20 +81,16 @@ class Aliases:
 
 def _containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Path, Any]]:
     """Python's own containers in a call, outer ones first, each with its place."""
-    found: list[tuple[Path, Any]] = []
-    entered: set[int] = set()
+    places = {name: Path("", name, scope=ARGUMENTS) for name in ("args", "kwargs")}
+    return [*_containers_in(places["args"], args, ()), *_containers_in(places["kwargs"], kwargs, ())]
 
-    def enter(path: Path, value: Any) -> None:
-        if type(value) in _CONTAINERS and id(value) not in entered:
-            found.append((path, value))
-            entered.add(id(value))  # while inside of it: a list may hold itself
-            for key, item in items_of(value):
-                enter(path.inside(("item", key)), item)
-            entered.remove(id(value))
 
-    for name, value in (("args", args), ("kwargs", kwargs)):
-        enter(Path("", name, scope=ARGUMENTS), value)
-    return found
+def _containers_in(path: Path, value: Any, outer: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
+    """`outer`: identities of those that this value is inside of; a list may hold itself."""
+    if type(value) in _CONTAINERS and id(value) not in outer:
+        yield path, value
+        for key, item in items_of(value):
+            yield from _containers_in(path.inside(("item", key)), item, (*outer, id(value)))
 
 
 Returned = tuple[tuple[PathStep, ...], Path]
