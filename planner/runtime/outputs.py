@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.runtime.guards.call import MatchedCall
 from planner.tracer.host.arguments import bound, with_returned
-from planner.tracer.host.state import Ref, written
+from planner.tracer.host.state import written
 from planner.tracer.joint import Joint
 
 
@@ -44,13 +44,14 @@ def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor],
     """
     if joint.host.effects:
         weights = dict((*model.named_parameters(), *model.named_buffers()))
-        sources: dict[str, Any] = {"result": results, "input": tensors, "weight": weights}
-
-        def of(ref: Ref) -> Any:
-            return ref.key.get(model) if ref.source == "argument" else sources[ref.source][ref.key]
-
+        of_source: dict[str, Callable[[Any], Any]] = {
+            "result": results.__getitem__,
+            "input": tensors.__getitem__,
+            "weight": weights.__getitem__,
+            "argument": lambda path: path.get(model),
+        }
         for effect in joint.host.effects:
-            effect.write(model, of)
+            effect.write(model, lambda ref: of_source[ref.source](ref.key))
 
 
 def backward_starts(joint: Joint, model: nn.Module, leaves: Sequence[Any]) -> list[torch.Tensor]:

@@ -21,7 +21,14 @@ from planner.log import TRACER
 from planner.tracer.call import CallSpec, flatten_example
 from planner.tracer.checks import check_absent_device, check_gradients_recorded, check_trainable, one_device
 from planner.tracer.faults import concerns_model, note, noting
-from planner.tracer.graph_checks import check_aliases, check_constants, check_no_weights, check_objects, check_weights
+from planner.tracer.graph_checks import (
+    check_aliases,
+    check_constants,
+    check_no_iterators,
+    check_no_weights,
+    check_objects,
+    check_weights,
+)
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
@@ -175,6 +182,7 @@ def _capture(
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))
     check_no_weights(model, given)
+    check_no_iterators(leaves)
     device = _device(model, given, target)
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
     tensors = _as_leaves(given)
@@ -193,6 +201,7 @@ def _capture(
                 originals = {id(ours): theirs for ours, theirs in zip(tensors, given, strict=True) if ours is not theirs}
                 known = (tuple(opaque), device, modules, originals)
                 recording = inside(record, model, call, tensors, *known, as_found=as_found)
+                check_objects(call.leaves, recording.written)
         try:
             with _explained(model, modules):
                 options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)
@@ -273,7 +282,7 @@ def _normalized(
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     check_weights(model, joint)
     check_constants(joint, recording)
-    check_objects(joint)
+    check_objects(call.leaves, joint.constants.values())
     host = replace(recording.host, effects=forward.effects)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 

@@ -1,8 +1,8 @@
-"""What a captured graph may not do with the model's weights, and with tensors in Python state."""
+"""What a captured graph may not do with the model's weights, and with tensors in Python state and in objects of the call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.graph.graph import Kind
 from planner.tracer.host.arguments import Aliases
-from planner.tracer.host.values import tensors_inside
+from planner.tracer.host.values import is_iterator, reachable
 from planner.tracer.joint import Joint
 from planner.tracer.recording import Recording
 
@@ -57,11 +57,26 @@ def check_constants(joint: Joint, recording: Recording) -> None:
         )
 
 
-def check_objects(joint: Joint) -> None:
-    """Raise CaptureError where the forward uses a tensor that an object among the arguments holds: each call has its own."""
-    constants = {id(tensor) for tensor in joint.constants.values()}
-    for i, leaf in enumerate(joint.call.leaves):
-        if constants.intersection(map(id, tensors_inside(leaf))):
+def check_no_iterators(leaves: Sequence[Any]) -> None:
+    """Raise CaptureError where an argument is an iterator, or leads to one: no plan advances it."""
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) and any(is_iterator(value) for value in reachable([leaf])):
+            raise CaptureError(
+                f"pass what the iterator gives, not the iterator: argument leaf {i} ({type(leaf).__name__}) is used up as it is "
+                "read, and a plan would read it once, for ever"
+            )
+
+
+def check_objects(leaves: Sequence[Any], used: Iterable[torch.Tensor]) -> None:
+    """Raise CaptureError where the forward uses a tensor that an object among the arguments holds: each call has its own.
+
+    Args:
+        leaves: of the call; objects are those that are no tensors.
+        used: tensors that the forward did not make: constants of a graph, or what it writes into.
+    """
+    known = {id(tensor) for tensor in used}
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) and any(id(value) in known for value in reachable([leaf])):
             kind = type(leaf).__name__
             raise CaptureError(
                 f"pass the tensors of the {kind} (argument leaf {i}) as arguments, or in tuples, lists and dicts: the forward "

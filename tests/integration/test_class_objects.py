@@ -9,15 +9,18 @@ import torch
 from torch import nn
 
 from planner import CaptureError, MismatchWarning, plan, plan_units
-from tests.support.members import ANY, check, ids, member
+from tests.support.members import check, ids, member
 
 BOX = "class Box:\n    def __init__(self, **held):\n        self.__dict__.update(held)"
 SLOTS = "class Box:\n    __slots__ = ('v',)\n    def __init__(self, v):\n        self.v = v"
 
 
-def holding(name, value, forward="h = h * b.v", *, head=BOX, **more):
-    given = f"(torch.randn(16, 8), {value})"
-    return member(name, forward, signature="self, x, b", given=given, head=head, allowed=ANY, planned_from=None, **more)
+REFUSED, MISMATCH = frozenset({"refused"}), frozenset({"mismatch"})
+
+
+def holding(name, value, forward="h = h * b.v", *, head=BOX, allowed=REFUSED, word="^CaptureError: pass the tensors of the "):
+    given, more = f"(torch.randn(16, 8), {value})", {"allowed": allowed, "word": word, "planned_from": None}
+    return member(name, forward, signature="self, x, b", given=given, head=head, **more)
 
 
 TENSOR = "torch.randn(16, 1)"
@@ -42,17 +45,26 @@ OBJECTS = [
     ),
     holding("a property", f"Box(w={TENSOR})", head=BOX + "\n    @property\n    def v(self):\n        return self.w * 2"),
     holding("a distribution", f"torch.distributions.Normal({TENSOR}, torch.ones(16, 1))", "h = h * b.loc + b.log_prob(h)"),
-    holding("a module", "torch.nn.Linear(16, 16)", "h = h + b(h)"),
-    holding("one that requires grad", "Box(v=torch.randn(16, 1, requires_grad=True))"),
-    holding("one that an earlier step computed", "Box(v=torch.randn(16, 1, requires_grad=True).tanh())"),
+    holding("a module", "torch.nn.Linear(8, 8)", "h = h + b(h)", word="requires grad and is found neither"),
+    holding(
+        "one that requires grad", "Box(v=torch.randn(16, 1, requires_grad=True))", word="requires grad and is found neither"
+    ),
+    holding(
+        "one that an earlier step computed",
+        "Box(v=torch.randn(16, 1, requires_grad=True).tanh())",
+        word="requires grad and is found neither",
+    ),
     holding("only its number", f"Box(v={TENSOR})", "h = h * b.v.sum().item()"),
     holding("only its sign", f"Box(v={TENSOR})", "h = h if b.v.sum() > 0 else -h"),
-    holding("only its shape", f"Box(v={TENSOR})", "h = h * b.v.shape[0]"),
-    holding("an iterator", f"iter([{TENSOR}])", "h = h * next(b)"),
+    holding("only its shape", f"Box(v={TENSOR})", "h = h * b.v.shape[0]", allowed=MISMATCH, word="another object"),
+    holding("an iterator", f"itertools.repeat({TENSOR})", "h = h * next(b)", word="not the iterator"),
+    holding("an iterator of numbers", "iter([1.0, 2.0, 3.0, 4.0])", "h = h * next(b)", word="not the iterator"),
+    holding("a generator", "(i for i in range(99))", "h = h * next(b)", word="not the iterator"),
+    holding("an iterator in an object", "Box(v=itertools.count(1))", "h = h * next(b.v)", word="not the iterator"),
     holding("a view of it", f"Box(v={TENSOR}.T)", "h = h * b.v.T"),
     holding("written in place", f"Box(v={TENSOR})", "b.v.mul_(2)\nh = h * b.v"),
-    holding("set", f"Box(v={TENSOR})", "b.v = h * b.v\nh = b.v"),
-    holding("one of the input's", "Box(v=None)", "b.v = x\nh = h + b.v.sum()"),
+    holding("set", f"Box(v={TENSOR})", "b.v = h * b.v\nh = b.v", word="writes into an object"),
+    holding("one of the input's", "Box(v=None)", "b.v = x\nh = h + b.v.sum()", word="writes into an object"),
 ]
 
 

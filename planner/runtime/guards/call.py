@@ -173,17 +173,15 @@ def flatten_call(call: CallSpec, args: Any, kwargs: Any, prints: Sequence[Finger
         elif not _is_plain_equal(leaf, call.leaves[i]):
             now = of_argument(leaf)
             if not alike(prints[i], now):
-                return [], _other_object(first_difference(prints[i], now, f"argument leaf {i}"))
+                return [], _argument_mismatch(first_difference(prints[i], now, f"argument leaf {i}"))
     return [leaves[i] for i in call.tensors], None
 
 
-def _other_object(found: Difference) -> Mismatch:
+def _argument_mismatch(found: Difference) -> Mismatch:
     if found.now != found.planned:
         return Mismatch("argument", found.where, found.now, found.planned)
-    text = f"{found.where} is another object than in the planned call"
-    return Mismatch(
-        "argument", found.where, text=text, cure="Pass tensors in tuples, lists and dicts: a plan looks for them there"
-    )
+    cure = "Pass tensors in tuples, lists and dicts: a plan looks for them there" if found.is_tensor else ""
+    return Mismatch("argument", found.where, text=f"{found.where} is another object than in the planned call", cure=cure)
 
 
 def _is_plain_equal(leaf: Any, expected: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -208,37 +208,26 @@ class WrittenArguments:
             raise _refusal(f"{path.place}, where it puts a new tensor that gets a gradient of its own")
 
 
-class Call(Protocol):
-    """A run of a forward.
-
-    Attributes:
-        written: as of `WrittenArguments.found`.
-        arguments: knows the containers that it was given.
-    """
-
-    written: tuple[Effect, ...]
-    arguments: WrittenArguments | None
-
-
-def with_arguments(effects: Sequence[Effect], calls: Sequence[Call]) -> tuple[Effect, ...]:
-    """The effects on Python state, with Refs to the call's own containers, and those on its arguments.
+def call_effects(
+    effects: Sequence[Effect], before: Sequence[Effect], last: Sequence[Effect], arguments: WrittenArguments
+) -> tuple[Effect, ...]:
+    """All effects of a call: those on Python state, with Refs to the call's own containers, and those on its arguments.
 
     Args:
-        effects: of the last of these calls.
-        calls: two or more that did the same.
+        effects: on Python state, of the last call.
+        before, last: what two calls wrote into their arguments, as of `WrittenArguments.found`.
+        arguments: those of the last one.
 
     Raises:
-        CaptureError: the last two wrote other plain values into their arguments, or in other places.
+        CaptureError: the two wrote other plain values, or into other places.
     """
-    one, last = calls[-2:]
-    assert last.arguments is not None
-    for effect, again in zip_longest(one.written, last.written):
+    for effect, again in zip_longest(before, last):
         if effect is None or again is None or effect.path != again.path:
             raise _refusal(f"{(effect or again).path.place} at some calls alone")
         if not same_build(effect.template, again.template) or not alike(*map(_plain_values, (effect, again))):
             raise _refusal(f"{effect.path.place} another value at each call")
-    marked = [replace(effect, template=last.arguments.marked(effect.template)) for effect in effects]
-    return (*marked, *last.written)
+    marked = [replace(effect, template=arguments.marked(effect.template)) for effect in effects]
+    return (*marked, *last)
 
 
 def _is_leaf(value: Any) -> bool:

@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from planner.tracer.host.scopes import global_names, is_library_code
-from planner.tracer.host.values import ABSENT, MODULE_STATE, find_in_class
+from planner.tracer.host.values import ABSENT, find_in_class, reachable
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _GIVEN = {
@@ -27,8 +26,8 @@ _GIVEN = {
     _SAVED_TENSORS: ("pack_hook", "unpack_hook"),
 }
 """Functions of torch's that are given such code, by identity: names of these arguments."""
-_OF_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "eval", "exec"))
-"""With these, code reads attributes whose names it does not hold."""
+_OF_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
+"""With these, code reads attributes whose names it need not hold."""
 _OF_FUNCTIONS = ("backward", "vjp")
 """Methods of a torch.autograd.Function."""
 
@@ -53,20 +52,19 @@ class BackwardCode:
         return {code: of.__globals__ for of in self.functions.values() for code in codes_in(of.__code__)}
 
     @property
-    def names(self) -> frozenset[str]:
-        """Attributes that they name, in texts, too (`getattr(self, "scale")`)."""
-        texts = {text for code in self.codes for constant in code.co_consts for text in _texts(constant)}
-        return frozenset(name for code in self.codes for name in code.co_names) | texts
-
-    def attributes_of(self, module: nn.Module) -> set[str]:
-        """The attributes of a module, by its own dictionary, that they may read: all, where names are made as they run."""
-        held = vars(module).keys() - MODULE_STATE
-        return set(held if self.names & _OF_ANY_NAME else held & self.names)
+    def names(self) -> frozenset[str] | None:
+        """Attributes that they may read: those that they name, in texts, too; None: of any name."""
+        found = {name for code in self.codes for name in code.co_names}
+        if found & _OF_ANY_NAME:
+            return None
+        return frozenset(found).union(*(_texts(code.co_consts) for code in self.codes))
 
     def add(self, value: Any) -> None:
         """Add a function, method or callable object, and what it calls, unless it is a library's."""
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
         if isinstance(value, partial):
             self.held += [*value.args, *value.keywords.values()]
             self.add(value.func)
@@ -78,7 +76,9 @@ class BackwardCode:
                 self._add_function(value)
         elif not isinstance(value, type) and value is not ABSENT and callable(value):
             self.held.append(value)
-            self.add(find_in_class(type(value), "__call__"))
+            called = find_in_class(type(value), "__call__")
+            if isinstance(called, types.FunctionType):  # Python's own callables have one without end
+                self.add(called)
 
     def _add_function(self, function: types.FunctionType) -> None:
         self.functions[id(function)] = function
@@ -90,11 +90,17 @@ class BackwardCode:
         for value in (*called, *cells):
             if isinstance(value, types.FunctionType):
                 self.add(value)
-        names = {name for code in codes for name in code.co_names}
-        for owner in [held for held in self.held if isinstance(held, nn.Module)]:
-            for method in (find_in_class(type(owner), name) for name in names):
-                if isinstance(method, types.FunctionType):
-                    self.add(method)
+
+    def add_methods(self) -> None:
+        """Add the methods of what these functions hold, and of all that this leads to, whose names are in their code."""
+        known = -1
+        while known < len(self.functions):
+            known, names = len(self.functions), self.names
+            for kind in {type(value) for value in reachable(self.held)}:
+                for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names:
+                    method = find_in_class(kind, name)
+                    if isinstance(method, (types.FunctionType, staticmethod, classmethod, property)):
+                        self.add(method)
 
 
 def _texts(constant: Any) -> set[str]:
@@ -113,6 +119,7 @@ def given_to(frame: types.FrameType) -> BackwardCode | None:
         value = frame.f_locals.get(name)
         for function in (find_in_class(value, method) for method in _OF_FUNCTIONS) if isinstance(value, type) else (value,):
             found.add(function)
+    found.add_methods()
     return found if found.functions else None
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_g
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.path import Path, named
 from planner.tracer.host.state import Effect
-from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, items_of
+from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, is_plain, items_of, reachable
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class Finder:
         self._done: list[Path] = []
         self._lists: set[int] = set()
         self._num_members = Counter(_parent(path) for path in before if path.steps)
+        self._modules = {id(module) for module in model.modules()}
         self._prints = Fingerprints(named(model), lambda _, name: not name.startswith("__"))
 
     def find(self) -> Iterator[Effect]:
@@ -118,8 +117,8 @@ class Finder:
             if any(path.is_inside(done) for done in self._done):
                 continue
             was = self._before.get(path, ABSENT)
-            if was is not now and isinstance(now, _CALLABLES) and self._only_written(path):
-                raise refusal(path, was, now)  # a plan would leave one that belongs to this model on every copy of it
+            if was is not now and self._only_written(path) and self._leads_to_model(now):
+                raise refusal(path, was, now, "it leads to the model, and a plan would leave the same one on copies of it")
             if (isinstance(now, torch.Tensor) and id(now) in self._inputs) or (
                 now is not ABSENT and self._only_written(path) and self._equal(was, now)
             ):
@@ -138,6 +137,12 @@ class Finder:
         for path in self._before.keys() - self._after.keys():
             if not any(path.is_inside(done) for done in self._done) and self._before[path] is not ABSENT:
                 raise refusal(path, self._before[path], ABSENT)
+
+    def _leads_to_model(self, value: Any) -> bool:
+        """The value, which is no module, holds one of the model's."""
+        if isinstance(value, (torch.Tensor, nn.Module)) or is_plain(value):
+            return False
+        return any(isinstance(inner, nn.Module) and id(inner) in self._modules for inner in reachable([value]))
 
     def _is_count(self, was: Any, now: Any) -> bool:
         return is_number(was) and is_number(now)
@@ -222,9 +227,6 @@ class Finder:
         return path
 
 
-_CALLABLES = (MethodType, FunctionType, partial)
-
-
 def _root(path: Path) -> tuple[Any, ...]:
     return (path.module, path.name, id(path.scope.variables) if path.scope is not None else None)
 
@@ -274,7 +276,7 @@ def _text(value: Any) -> str:
 
 
 def refusal(path: Path, was: Any, now: Any, why: str = "") -> CaptureError:
-    """The error for a change that no plan can make; `why`: of a number, why no plan can count it."""
+    """The error for a change that no plan can make; `why`: no plan can, if that is not plain."""
     what = "global variable" if path.scope is not None else "attribute"
     return CaptureError(
         f"the model's forward changes its {what} {path.place} ({_text(was)} before, {_text(now)} after) from call to call"

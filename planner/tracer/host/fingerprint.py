@@ -6,7 +6,6 @@ import datetime
 import decimal
 import fractions
 import hashlib
-import itertools
 import random
 import re
 import types
@@ -16,7 +15,7 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -53,14 +52,20 @@ def tensor_key(tensor: torch.Tensor) -> TensorKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Same:
-    """An object that is compared by identity; `is_atomic`: copies of a model share it. It does not travel in pickles."""
+    """An object that is compared by identity. It does not travel in pickles: there, what is of its kind counts as the same.
+
+    Attributes:
+        is_atomic: copies of a model share it.
+        is_only_itself: none but this object is the same, so that none is after a pickle.
+    """
 
     held: Any
     kind: str
     is_atomic: bool
+    is_only_itself: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Same, (ABSENT, self.kind, False)
+        return Same, (ABSENT, self.kind, False, self.is_only_itself)
 
     def __repr__(self) -> str:
         return self.kind if self.held is ABSENT else _short(self.held)
@@ -87,7 +92,7 @@ def alike(expected: Fingerprint, now: Fingerprint, *, copied: bool = False) -> b
         if expected.held is now.held:
             return True
         loose = expected.held is ABSENT or (copied and not expected.is_atomic)
-        return loose and expected.kind == now.kind
+        return loose and not expected.is_only_itself and expected.kind == now.kind
     if type(expected) is not type(now):
         return False
     if isinstance(expected, tuple):
@@ -186,14 +191,13 @@ class Fingerprints:
 
 
 class _OfArguments(Fingerprints):
-    """A tensor inside of an object is no input of a plan: with another one, the call is another. A loaded plan knows none."""
-
-    _numbers = itertools.count()
+    """A tensor inside of an object is no input of a plan: with another one, the call is another."""
 
     def of(self, value: Any) -> Fingerprint:
         """The fingerprint of a value."""
-        found = super().of(value)
-        return (*found, Same(value, f"tensor {next(self._numbers)}", False)) if isinstance(value, torch.Tensor) else found
+        if isinstance(value, torch.Tensor):
+            return (*super().of(value), Same(value, "another tensor", False, is_only_itself=True))
+        return super().of(value)
 
 
 class _Head(Fingerprints):
@@ -247,7 +251,7 @@ def described(found: Fingerprint) -> str:
         return "absent"
     head = found[0]
     if head == "tensor":
-        return describe_tensor(found[2:7])
+        return describe_tensor(found[2 : 2 + len(get_args(TensorKey))])
     if head == "the model's":
         return f"the model's {found[1]}"
     if isinstance(head, str) and len(found) == 2:
@@ -272,12 +276,14 @@ class Difference:
         where: the place, as Python writes it.
         planned, now: what was expected there, and what is there now, for people.
         is_absent: there is nothing there now.
+        is_tensor: there is a tensor there now.
     """
 
     where: str
     planned: str
     now: str
     is_absent: bool = False
+    is_tensor: bool = False
 
 
 def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Difference:
@@ -297,4 +303,5 @@ def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Diff
                     name = described(key)
                     inner = f"{path}[{name}]" if kind == "item" else f"{path}.{name.strip(chr(39))}"
                     return first_difference(one, other, inner)
-    return Difference(path, described(expected), described(now), is_absent=now == _NOTHING)
+    is_tensor = isinstance(now, tuple) and now[:1] == ("tensor",)
+    return Difference(path, described(expected), described(now), is_absent=now == _NOTHING, is_tensor=is_tensor)

@@ -38,7 +38,7 @@ class Run:
         reads: every tensor value that Python read, in order.
         outside: tensors that kernels read and the forward did not make: weights, inputs, and Python state.
         written: what it wrote into lists and dictionaries among its arguments; the templates hold its tensors.
-        arguments: these; None where it is not known.
+        arguments: what remembers these; None until the run has ended.
     """
 
     kernels: list[tuple[Any, ...]] = field(default_factory=list)

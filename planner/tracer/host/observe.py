@@ -20,7 +20,6 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
-from planner.tracer.host.arguments import with_arguments
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
 from planner.tracer.host.generator_calls import refuse_generators, refuse_in_backward
@@ -37,7 +36,7 @@ from planner.tracer.host.steady import Runs, left_to_next_call, run_as_found, ru
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
-from planner.tracer.host.tracked import is_tracked
+from planner.tracer.host.tracked import note_returned
 from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
 from planner.tracer.model_call import Called
 
@@ -184,8 +183,8 @@ class Observer:
         forms = tuple(map(tensor_key, held)), shared_storages(held)
         number = {id(before[path]): i for i, path in enumerate(state)}
         shared = tuple((path, number[id(v)]) for path, v in before.items() if id(v) in number and path not in state)
-        effects = with_arguments(changes.effects, runs.runs[-2:])
-        host = HostState(key, state, *forms, shared, self._aliases(), effects, (), as_found, changes.found, counts)
+        host = HostState(key, state, *forms, shared, self._aliases(), runs.effects(changes.effects), counts=counts)
+        host = replace(host, as_found=as_found, found=changes.found)
         weights = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
         written = tuple(tensor for tensor in self.kernels.written if id(tensor) not in weights)
         settled = after if is_steady else {}
@@ -205,8 +204,9 @@ class Observer:
         only_written = lambda path: self._is_only_written(path, reads)
         known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
         given = {id(tensor) for tensor in inputs}
-        seen = (self.snapshot(), outside, known, given, only_written, OneCall if as_found else None)
-        return find_changes(self.model, runs.before, *seen, [effect.template for effect in runs.runs[-1].written])
+        finder = OneCall if as_found else None
+        stored = [effect.template for effect in runs.runs[-1].written]
+        return find_changes(self.model, runs.before, self.snapshot(), outside, known, given, only_written, finder, stored)
 
     def run_once(self, call: Callable[[], Called], *, may_initialize: bool = False) -> Run:
         """Run the forward; `may_initialize`: it may give weights other memory, as a first call does."""
@@ -301,11 +301,10 @@ class Observer:
         ):
             try:
                 called = call()
-                if is_tracked(called.output):
-                    raise CaptureError("the forward returns it")
             except CaptureError as error:
                 error.module = error.module or str(self._modules)
                 raise
+        note_returned(called.output)
         refuse_generators(self.reads, self.kernels, self._modules)
         refuse_in_backward(self.reads)
         refuse_marked(pytree.tree_leaves(called.output), self.kernels.has_made)
@@ -324,7 +323,7 @@ class Observer:
     def _snapshot(self) -> dict[Path, Any]:
         reads = self.reads.reads()
         merged = {kind: reads.attributes.get(kind, frozenset()) | names for kind, names in self.reads.written.items()}
-        both = Reads({**reads.attributes, **merged}, reads.names, reads.scopes)
+        both = replace(reads, attributes={**reads.attributes, **merged}, environment=(), opaque_scopes=())
         found: dict[Path, Any] = {}
         seen: set[int] = set()
         of_classes = self._class_attributes(both.names)

@@ -23,7 +23,6 @@ from planner.tracer.host.restorers import content_of, memory_of, restore_tensors
 from planner.tracer.host.values import (
     ABSENT,
     MODULE_STATE,
-    MOST_OBJECTS,
     attributes,
     is_code,
     is_foreign_class,
@@ -196,7 +195,7 @@ def keep_reachable(preserved: Preserved, start: Sequence[Any], names: Mapping[in
     """
     todo = list(start)
     followed: set[int] = set()
-    while todo and len(followed) < MOST_OBJECTS:
+    while todo and len(followed) < _MOST_OBJECTS:
         item = todo.pop()
         if id(item) not in followed:
             followed.add(id(item))
@@ -209,6 +208,10 @@ def keep_reachable(preserved: Preserved, start: Sequence[Any], names: Mapping[in
             for value in list(held):
                 todo += keep_deep(preserved, value, names)
     return preserved
+
+
+_MOST_OBJECTS = 20_000
+"""Objects followed from a model at most: some lead to everything there is."""
 
 
 @calls_users_code

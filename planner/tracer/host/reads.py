@@ -29,7 +29,7 @@ from planner.tracer.host.values import attributes, is_foreign_class, own_class, 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
-_OF_NODES = ("register_hook", "register_prehook")
+_NODE_HOOKS = ("register_hook", "register_prehook")
 """Methods of a node of autograd's graph that take code which runs in the backward."""
 _CONTROL = frozenset(
     {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
@@ -94,6 +94,7 @@ class ReadRecorder:
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
+        self._late_names: frozenset[str] | None = frozenset()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self._met: set[int] = set()  # objects that were there; these, or `preserved`, keep them alive
@@ -125,6 +126,7 @@ class ReadRecorder:
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
+            self._late_names,
         )
 
     def libraries(self) -> tuple[LibraryRead, ...]:
@@ -237,8 +239,9 @@ class ReadRecorder:
                 return
             if isinstance(owner, torch.Tensor) and arg.__name__ == "numpy":
                 self._share(owner)
-            elif arg.__name__ in _OF_NODES and isinstance(owner, torch.autograd.graph.Node) and is_users(frame):
-                self.hooks_nodes = self._where() if self.hooks_nodes is None and not self.paused else self.hooks_nodes
+            elif arg.__name__ in _NODE_HOOKS and isinstance(owner, torch.autograd.graph.Node) and is_users(frame):
+                if self.hooks_nodes is None and not self.paused:
+                    self.hooks_nodes = self._where()
             elif owner is not None and not self.paused and is_generator(owner):
                 self._on_generator(frame, arg, owner)
 
@@ -257,8 +260,11 @@ class ReadRecorder:
             for value in given.held:
                 if not isinstance(value, nn.Module):
                     self.see(value)
+            names = given.names
+            self._late_names = None if names is None or self._late_names is None else self._late_names | names
             for module in self._model.modules():  # any of which it may reach
-                for name in given.attributes_of(module):
+                held = vars(module).keys() - _INTERNAL
+                for name in held if names is None else held & names:
                     self._read.setdefault(type(module), set()).add(name)
                     self.see(vars(module)[name], name)
 

@@ -49,10 +49,10 @@ def roots(
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands for a tensor in a template.
+    """Stands for a tensor, or one of the call's own containers, in a template.
 
-    ("result", i) of the graph; ("input", i) of the call and, after these, of `HostState.state`; or ("weight", name). Or for one
-    of the call's own containers: ("argument", its path).
+    ("result", i) of the graph; ("input", i) of the call and, after these, of `HostState.state`; or ("weight", name); of a
+    container: ("argument", its path).
     """
 
     source: str
@@ -75,13 +75,13 @@ class Effect:
     appends: bool = False
     replaces: bool = False
 
-    def write(self, model: nn.Module, tensor_of: Callable[[Ref], torch.Tensor]) -> None:
+    def write(self, model: nn.Module, value_of: Callable[[Ref], Any]) -> None:
         """Write it.
 
         Args:
-            tensor_of: the tensor that a Ref stands for.
+            value_of: the tensor, or the container among the arguments, that a Ref stands for.
         """
-        new = rebuilt(self.template, lambda leaf: tensor_of(leaf) if isinstance(leaf, Ref) else leaf)
+        new = rebuilt(self.template, lambda leaf: value_of(leaf) if isinstance(leaf, Ref) else leaf)
         if self.replaces:
             self.path.get(model).clear()
         if self.appends or self.replaces:

@@ -13,6 +13,7 @@ from planner.errors import CaptureError
 from planner.kernels.custom import laid_out
 from planner.log import TRACER
 from planner.tracer.faults import is_out_of_memory
+from planner.tracer.host.arguments import call_effects
 from planner.tracer.host.changes import Changes, find_changes, refusal
 from planner.tracer.host.counts import NO_COUNTS, Counts, is_number
 from planner.tracer.host.fingerprint import alike
@@ -22,7 +23,7 @@ from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.restorers import restore_tensors
-from planner.tracer.host.state import bare_fingerprint
+from planner.tracer.host.state import Effect, bare_fingerprint
 from planner.tracer.host.tracked import Instructions, Tape, compares_objects, instructions_noted
 from planner.tracer.model_call import Called
 
@@ -66,6 +67,12 @@ class Runs:
     def are_alike(self) -> bool:
         """Every run did the same, though the first one started from other values."""
         return all(_same(self.runs[0], run) for run in self.runs)
+
+    def effects(self, on_state: Sequence[Effect]) -> tuple[Effect, ...]:
+        """Those of the last run: `on_state`, on Python state, and those on its arguments; see `call_effects`."""
+        before, last = self.runs[-2:]
+        assert last.arguments is not None  # a run that has ended
+        return call_effects(on_state, before.written, last.written, last.arguments)
 
 
 def run_until_steady(

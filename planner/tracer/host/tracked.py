@@ -117,9 +117,11 @@ def _plain(value: Any) -> Any:
     return value._value if type(value) is Tracked else value
 
 
-def is_tracked(output: Any) -> bool:
-    """A leaf of an output is a tracked number."""
-    return any(type(leaf) is Tracked for leaf in pytree.tree_leaves(output))
+def note_returned(output: Any) -> None:
+    """Note tracked numbers among the leaves of an output."""
+    for leaf in pytree.tree_leaves(output):
+        if type(leaf) is Tracked:
+            leaf._tape.use = "the forward returns it"
 
 
 class Tracked:

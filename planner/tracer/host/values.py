@@ -13,7 +13,7 @@ import types
 import weakref
 from array import array
 from collections import ChainMap, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
@@ -195,29 +195,28 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
         yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
 
 
-def tensors_inside(value: Any) -> list[torch.Tensor]:
-    """Tensors that an object leads to, through its own attributes and items, and theirs; not through Python modules."""
-    found, todo, seen = (
-        list[torch.Tensor](),
-        [value],
-        dict[int, Any](),
-    )  # which holds the items, so that no identity is used twice
-    while todo and len(seen) < MOST_OBJECTS:
-        item = todo.pop()
-        if id(item) in seen or isinstance(item, types.ModuleType):
-            continue
-        seen[id(item)] = item
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-            continue
-        todo += [inner for _, inner in members(item, lambda _, name: True)]
-        if is_foreign_class(type(item)) and not is_code(item):  # a whole to `members`: a UserDict, a distribution
-            todo += attributes(item).values()
-    return found
+_MOST = 20_000
+"""Objects and containers that are followed at most: some lead to everything there is."""
 
 
-MOST_OBJECTS = 20_000
-"""Objects followed from one at most: some lead to everything there is."""
+def reachable(values: Iterable[Any]) -> Iterator[Any]:
+    """These values and all that they lead to, by attributes and items; not through Python modules, nor endlessly.
+
+    Unlike `members`, it looks into objects of libraries, too: a UserDict, a distribution.
+    """
+    todo = list(values)
+    seen: dict[int, Any] = {}  # with the values, so that no identity is used twice
+    while todo and len(seen) < _MOST:
+        value = todo.pop()
+        if id(value) in seen or type(value) in _PLAIN or isinstance(value, types.ModuleType):
+            continue
+        seen[id(value)] = value
+        yield value
+        todo += [inner for _, inner in members(value, lambda _, name: True)]
+        if isinstance(value, (set, frozenset)):
+            todo += [inner for _, inner in items_of(value)]
+        if is_foreign_class(type(value)) and not isinstance(value, (nn.Module, torch.Tensor)) and not is_code(value):
+            todo += attributes(value).values()
 
 
 def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
