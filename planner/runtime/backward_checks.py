@@ -105,6 +105,30 @@ def check_views(ctx: Any, executable: Executable, gradients: Sequence[torch.Tens
         )
 
 
+def check_shared(ctx: Any, executable: Executable, gradients: Sequence[torch.Tensor | None]) -> None:
+    """Refuse gradients of an output whose memory was written through another output, while autograd recorded.
+
+    In eager the one is a view of the other, so the write is a part of what both are differentiated through.
+
+    Raises:
+        BackwardError: one was written, or one that is gone may have been.
+    """
+    for group in ctx.shared:
+        for i, reference, version in group:
+            output = reference()
+            others = [j for j, _, _ in group if j != i and gradients[j] is not None]
+            if not others:
+                continue
+            alive = [held for held in (reference() for _, reference, _ in group) if held is not None]
+            is_written = any(held._version != version for held in alive)
+            if is_written and (output is None or output.grad_fn is not ctx):
+                one, other = executable.names[i], executable.names[others[0]]
+                raise BackwardError(
+                    f"output {one!r} shares its memory with {other!r}, and was modified in place: eager would differentiate "
+                    "the write, too. Write into a copy of it: output.clone()"
+                )
+
+
 def check_spare_inputs(ctx: Any, executable: Executable, other: OtherBackward) -> None:
     """Refuse another backward that reads an input which was modified since the forward.
 

@@ -43,12 +43,13 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
     stages = cut_stages(terms.graph, step.num_stages, owner_names, terms.ends)
     nodes = {node.name: node for node in joint.graph.nodes}
     output_of_result = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
+    differentiable = tuple(output_of_result[i].requires_grad for i in range(len(joint.results)))
     return Executable(
         forward=boxed(forward, opaque, compiled_for),
         stages=tuple(boxed(stage.graph, opaque, compiled_for) for stage in stages),
         num_outputs=len(joint.results),
         num_saved=len(partitioned.saved),
-        differentiable=tuple(output_of_result[i].requires_grad for i in range(len(joint.results))),
+        differentiable=differentiable,
         output_gradients=partitioned.output_gradients,
         owners=tuple(tuple(input_of_gradient[i] for i in stage.gradients) for stage in stages),
         names=tuple(output_of_result[i].name for i in range(len(joint.results))),
@@ -72,8 +73,18 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
         separated=frozenset(input_of_gradient[i] for i in range(len(joint.gradients), len(returned))),
         unversioned=tuple(position[node.args[0].name] for node in nodes.values() if _writes_statistic(node)),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
+        sharing=_sharing(partitioned.roots, differentiable),
         **_saved_fields(step, inputs, position),
     )
+
+
+def _sharing(roots: Sequence[str], differentiable: Sequence[bool]) -> tuple[tuple[int, ...], ...]:
+    """Positions of the differentiable results in each storage that holds several; `roots`: per result, its storage."""
+    found: dict[str, list[int]] = {}
+    for i, (root, can) in enumerate(zip(roots, differentiable, strict=True)):
+        if can:
+            found.setdefault(root, []).append(i)
+    return tuple(tuple(positions) for positions in found.values() if len(positions) > 1)
 
 
 def _writes_statistic(node: fx.Node) -> bool:

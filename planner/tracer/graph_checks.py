@@ -61,8 +61,9 @@ def check_no_iterators(leaves: Sequence[Any]) -> None:
     """Raise CaptureError where an argument is an iterator, or leads to one: no plan advances it."""
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor) and any(is_iterator(value) for value in reachable([leaf])):
+            kind = type(leaf).__name__
             raise CaptureError(
-                f"pass what the iterator gives, not the iterator: argument leaf {i} ({type(leaf).__name__}) is used up as it is "
+                f"pass what the iterator gives, not the iterator: argument leaf {i} ({kind}) is used up as it is "
                 "read, and a plan would read it once, for ever"
             )
 
