@@ -15,12 +15,13 @@ def flatten_example(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     """(Leaves, pytree spec) of an example call.
 
     Raises:
-        InputError: a container or object among the arguments raises an error when it is read.
+        InputError: a container or object among the arguments raises an error when it is read, or built with other leaves.
     """
     try:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         for leaf in leaves:
             isinstance(leaf, torch.Tensor)  # reads `__class__` of objects
+        pytree.tree_unflatten(list(range(len(leaves))), spec)  # a PackedSequence reads what it is built from
     except Exception as error:
         raise InputError(
             "pass the example call's tensors in plain tuples, lists and dicts: an argument cannot be searched for tensors, "

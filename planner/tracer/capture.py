@@ -235,12 +235,15 @@ def _traced(options: TraceOptions, tensors: Sequence[torch.Tensor], inside: Call
     """
     recording, found = options.recording, list[Trace]()
     run = lambda: found.append(inside(trace, options, tensors))
-    if not recording.has_backward_code or recording.preserved is None:
-        run()
-    elif recording.preserved.changed_by(run):
+    if recording.has_backward_code and recording.preserved is not None:
+        changes = recording.preserved.changed_by(run)
+    else:
+        changes = bool(run())
+    if changes or found[0].forward.written_later():
         raise CaptureError(
             "the model's backward changes Python state (a hook on an activation that keeps its gradient, a Function that "
-            "counts), which a plan would not do. Do it in a hook on the model's output or on a parameter, or in the forward"
+            "counts) or the call's arguments, which a plan would not do. Do it in a hook on the model's output or on a "
+            "parameter, or in the forward"
         )
     return found[0]
 

@@ -88,4 +88,7 @@ def check_objects(leaves: Sequence[Any], used: Iterable[torch.Tensor]) -> None:
 def check_aliases(model: nn.Module, joint: Joint, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise CaptureError where a container of the call that stands in another place, too, would show what is written there."""
     if Aliases(model, joint.host).found(args, kwargs):
-        raise CaptureError("a list or dictionary stands in two places of the call, or in Python state too, and is written into")
+        raise CaptureError(
+            "pass a copy in one place: a list, dictionary or object stands in two places of the call, or in Python state, too, "
+            "and the forward writes into it, or asks which object is which"
+        )

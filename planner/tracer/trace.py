@@ -78,6 +78,7 @@ class TracedForward:
         reads: what it read of each of those.
         left: one Output per tensor that the forward leaves in Python state.
         effects: how a planned call writes them there.
+        written_later: whether the backward, too, has written into the call's lists and dictionaries.
     """
 
     outputs: tuple[Output, ...]
@@ -87,6 +88,7 @@ class TracedForward:
     reads: tuple[TracedRead, ...]
     left: tuple[Output, ...]
     effects: tuple[Effect, ...]
+    written_later: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +279,8 @@ def _traced_forward(
         host = recording.host if recording.reads is not None else replace(recording.host, effects=written)
         left, effects = add_left(results, model, host, tensors, given, reassigned, written, arguments)
     reads = tuple(read for _, read in mode.read)
-    found = TracedForward(outputs, out_spec, returned, len(results.tensors), reads, left, effects)
+    later = arguments.written_since(written)
+    found = TracedForward(outputs, out_spec, returned, len(results.tensors), reads, left, effects, later)
     return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,13 @@ from planner.tracer.host.tensor_identity import own_tensor_class
 from planner.tracer.joint import Joint
 
 
+def _parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):  # it has none that Python knows
+        return frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class MatchedCall:
     """A call that is the planned one.
@@ -72,6 +80,8 @@ class CallGuard:
         self._select_inputs = picker(positions(step))
         self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
         self._aliases = Aliases(model, step.joint.host)
+        self._named = _parameters_of(model.forward)
+        self._unnamed = [name for name in step.joint.call.keywords if name not in self._named]
         self._read_values = None if step.joint.guards is None else boxed(step.joint.guards)
 
     def match(self, args: Any, kwargs: Any, *, through_forward: bool = False) -> MatchedCall | Mismatch:
@@ -107,8 +117,13 @@ class CallGuard:
         tensors, mismatch = flatten_call(joint.call, args, kwargs, key.arguments)
         if mismatch is not None:
             return mismatch
-        if not joint.call.is_flat and self._aliases.found(args, kwargs):
-            text = "one list or dictionary stands in two places, and the forward writes into such"
+        if len(kwargs) > 1 and [name for name in kwargs if name not in self._named] != self._unnamed:
+            text = "keyword arguments that the forward takes as **kwargs come in another order"
+            return Mismatch("argument", "the order of the keyword arguments", text=text)
+        if (self._aliases.asks or not joint.call.is_flat) and self._aliases.found(args, kwargs):
+            text = (
+                "one list, dictionary or object stands in two places, and the forward writes into such or asks which is which"
+            )
             return Mismatch("argument", "which containers are the same one", text=text)
         held = self._model_state.held()
         if held is None:

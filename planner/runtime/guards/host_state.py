@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +28,7 @@ from planner.tracer.host.state import HostKey, skipped_places
 from planner.tracer.host.values import (
     ABSENT,
     attributes,
+    class_members,
     find_in_class,
     is_array,
     is_object,
@@ -130,7 +131,7 @@ class HostStateGuard:
             self._remember(self._forward, named)
             self._forward.others += [
                 (lambda: [path.root(self._model)], [path.root(self._model)]),
-                *self._functions_at(path, set(), named),
+                *self._readers_of(value for value, _ in self._values_at(path.root(self._model), set(), named)),
             ]
         for name, value in self._key.environment:
             if os.environ.get(name) != value:
@@ -217,15 +218,15 @@ class HostStateGuard:
             known = id(value) in named and isinstance(value, (nn.Module, torch.Tensor))
             if known or id(value) in seen or isinstance(value, torch.Tensor):
                 continue
-            inner = [item for _, item in members(value, self._key.reads.wants)]
+            wants = self._key.reads.wants
+            inner = [item for _, item in chain(members(value, wants), class_members(value, wants))]
             seen.add(id(value))
             todo += inner
             yield value, bool(inner)
 
-    def _functions_at(self, path: Path, seen: set[int], named: Mapping[int, str]) -> list[tuple[Reader, Sequence[Any]]]:
-        """Readers of each function at and below a place, and what they read now."""
-        values = self._values_at(path.root(self._model), seen, named)
-        functions = [value for value, _ in values if isinstance(value, FunctionType)]
+    def _readers_of(self, values: Iterable[Any]) -> list[tuple[Reader, Sequence[Any]]]:
+        """Readers of the functions among these values, and what they read now."""
+        functions = [value for value in values if isinstance(value, FunctionType)]
         self._functions.update(map(id, functions))  # which the readers keep alive
         readers: list[Reader] = [partial(_of_function, value) for value in functions]
         return [(read, list(read())) for read in readers]
@@ -235,7 +236,9 @@ class HostStateGuard:
         self._code, self._functions, self._has_new_functions = [], set(), False
         seen, known = set[int](), set[tuple[type, str]]()
         for path, _ in (row for group in self._groups for row in group.expected):
-            self._code += self._functions_at(path, seen, named)
+            values = [value for value, _ in self._values_at(path.root(self._model), seen, named)]
+            self._code += self._readers_of(values)
+            known |= {(type(value), name) for value in values for (_, name), _ in class_members(value, self._key.reads.wants)}
             if path.scope is None:
                 module = self._model.get_submodule(path.module)
                 if (type(module), path.name) not in known and path.name not in vars(module):
@@ -283,7 +286,8 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
             inside: Reader = lambda: list(kind.values(value))
             group.others.append((inside, inside()))
     elif isinstance(value, (str, bytes, int, float, complex)) or value is None:
-        return  # compared by value; attributes of a derived class are not compared
+        if is_object(value):  # of a class derived from Python's
+            _note_attributes(group, value)
     elif isinstance(value, (type, ModuleType)):
         if has_members:
             group.dicts.append((vars(value), list(vars(value).values())))
@@ -301,7 +305,7 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
     if isinstance(value, _CONTAINERS):
         if is_object(value):  # its class derives from Python's
             _note_attributes(group, value)
-    elif has_members and not isinstance(value, (type, ModuleType, ContextVar)):
+    elif (has_members or is_object(value)) and not isinstance(value, (type, ModuleType, ContextVar)):
         _note_attributes(group, value)
 
 
@@ -310,9 +314,10 @@ _CONTAINERS = (dict, list, deque, tuple, set, bytearray)
 
 def _note_attributes(group: _Group, value: Any) -> None:
     """Note an object's attributes, those in slots included."""
-    held = own_dict(value) or {}
-    if held:
-        group.dicts.append((held, list(held.values())))
+    own = own_dict(value)
+    held = own or {}
+    if own is not None:  # an empty one, too: it may hide attributes of the class later
+        group.dicts.append((own, list(own.values())))
     if isinstance(value, nn.Module):  # not registered in the model
         group.dicts += [(held[kind], list(held[kind].values())) for kind in MODULE_STATE]
     if attributes(value).keys() - held.keys():

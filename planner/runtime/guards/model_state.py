@@ -23,6 +23,12 @@ from planner.tracer.host.values import find_in_class
 from planner.tracer.joint import Joint
 from planner.tracer.libraries import is_users_hook
 
+_LISTS_OF_WEIGHTS = frozenset(
+    ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "_parameters", "_buffers", "_named_members")
+)
+"""Code that names one of these may go over all parameters or buffers that there are."""
+_OF_WEIGHTS = ("_parameters", "_buffers")
+
 
 class ModelStateGuard:
     """Compares a model's modules, hooks, parameters and buffers with the captured ones; asks `HostStateGuard` about the rest.
@@ -57,6 +63,9 @@ class ModelStateGuard:
             for kind in MODULE_HOOKS
             if name and kind not in had.get(name, ())
         ]
+        lists_weights = not _LISTS_OF_WEIGHTS.isdisjoint(joint.host.key.reads.names)
+        self._registers = [vars(module)[kind] for module in self.modules for kind in _OF_WEIGHTS] if lists_weights else []
+        self._num_weights = list(map(len, self._registers))
         self._alike: Any = None
         self._libraries = LibraryGuard(joint.host.key.libraries)
         self._host = HostStateGuard(model, joint.host.key, lambda: named(model))
@@ -85,6 +94,8 @@ class ModelStateGuard:
         """The first module, hook or piece of Python state that is not as planned; see `HostStateGuard.mismatch`."""
         if self._is_rebuilt:
             return Mismatch("module", "the model's submodules", text="a submodule was replaced, added or removed")
+        if list(map(len, self._registers)) != self._num_weights:
+            return Mismatch("weight", "the model's tensors", text="a parameter or buffer was added or removed")
         if list(map(type, self.modules)) != self._kinds:
             for name, module, kind in zip(self._names, self.modules, self._kinds, strict=True):
                 if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
@@ -19,7 +19,7 @@ from planner.tracer.host.fingerprint import Fingerprint, alike
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, same_build, walk
-from planner.tracer.host.values import ABSENT, PathStep, is_plain, items_of, member, own_class, rebuilt, with_member
+from planner.tracer.host.values import ABSENT, PathStep, is_object, is_plain, items_of, member, own_class, rebuilt, with_member
 
 _WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
 _CONTAINERS = (*_WRITTEN, tuple)
@@ -57,6 +57,9 @@ class Aliases:
     """Whether lists and dictionaries among a call's arguments stand in other places, too, that show what is written.
 
     In the captured call they do not.
+
+    Attributes:
+        asks: the forward asks whether two objects are the same one, so that those of the call's count, too, written or not.
     """
 
     def __init__(self, model: nn.Module, host: HostState) -> None:
@@ -68,14 +71,18 @@ class Aliases:
             roots = (path for path, _ in host.key.expected)
             read = (place for root in roots for place in walk(root, root.root(model), host.key.reads, names, seen))
             inner += [path for path, value in read if type(value) in _WRITTEN]
+        self.asks = host.key.compares_identities
         self._model, self._inner = model, tuple(dict.fromkeys(inner)) if host.effects else ()
 
     def found(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """One stands in two places of the call, or in Python state that the forward writes into or reads tensors of."""
-        if not (self._are_written or self._inner):
+        if not (self._are_written or self._inner or self.asks):
             return False
-        given = [id(container) for _, container in _containers(args, kwargs) if type(container) in _WRITTEN]
-        is_shared = self._are_written and len(given) > len({*given})
+        containers = [container for _, container in _containers(args, kwargs)]
+        given = [id(container) for container in containers if type(container) in _WRITTEN]
+        if self.asks:
+            given += [id(item) for container in containers for _, item in items_of(container) if is_object(item)]
+        is_shared = (self._are_written or self.asks) and len(given) > len({*given})
         return is_shared or not {*given}.isdisjoint(id(path.get(self._model)) for path in self._inner)
 
 
@@ -112,7 +119,7 @@ class WrittenArguments:
     """What a forward writes into the arguments of one call, whose containers it alone is given.
 
     Attributes:
-        places: of the call's lists and dictionaries, by identity.
+        places: of the call's lists, dictionaries and objects, by identity.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[torch.Tensor] | None = None) -> None:
@@ -121,6 +128,12 @@ class WrittenArguments:
         self._made: set[int] = set()
         self._kept = [(path, container, items_of(container)) for path, container in _containers(args, kwargs)]
         self.places = {id(container): path for path, container, _ in self._kept if type(container) in _WRITTEN}
+        self.places |= {
+            id(item): path.inside(("item", key))
+            for path, _, items in self._kept
+            for key, item in items
+            if is_object(item) or isinstance(item, nn.Module)
+        }
         inner = [(value, pytree.tree_flatten(value)) for _, _, items in self._kept for _, value in items]
         self._others = [(value, *flat) for value, flat in inner if type(value) not in _CONTAINERS]
 
@@ -141,6 +154,11 @@ class WrittenArguments:
         for effect in effects:
             self._check(effect.path, effect.template)
         return tuple(effects)
+
+    def written_since(self, written: Sequence[Effect]) -> Callable[[], bool]:
+        """A function that says whether more was written than this, which `found` said before."""
+        places = [effect.path for effect in written]
+        return lambda: [effect.path for effect in self.found()] != places
 
     def returned(self, output: Any) -> tuple[Returned, ...]:
         """The call's own containers in an output."""

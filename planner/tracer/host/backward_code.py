@@ -28,6 +28,8 @@ _GIVEN = {
 """Functions of torch's that are given such code, by identity: names of these arguments."""
 _OF_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
 """With these, code reads attributes whose names it need not hold."""
+_TABLES = (dict, list, tuple)
+"""Code may call functions that such variables hold."""
 _OF_FUNCTIONS = ("backward", "vjp")
 """Methods of a torch.autograd.Function."""
 
@@ -88,8 +90,9 @@ class BackwardCode:
         codes = list(codes_in(function.__code__))
         called = [function.__globals__.get(name) for code in codes for name in global_names(code)]
         for value in (*called, *cells):
-            if isinstance(value, types.FunctionType):
-                self.add(value)
+            for inner in (value, *reachable([value])) if isinstance(value, _TABLES) else (value,):
+                if isinstance(inner, types.FunctionType):
+                    self.add(inner)
 
     def add_methods(self) -> None:
         """Add the methods of what these functions hold, and of all that this leads to, whose names are in their code."""
@@ -97,7 +100,7 @@ class BackwardCode:
         while known < len(self.functions):
             known, names = len(self.functions), self.names
             for kind in {type(value) for value in reachable(self.held)}:
-                for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names:
+                for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names | {"__call__"}:
                     method = find_in_class(kind, name)
                     if isinstance(method, (types.FunctionType, staticmethod, classmethod, property)):
                         self.add(method)

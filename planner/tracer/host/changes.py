@@ -219,6 +219,8 @@ class Finder:
     def _writable(self, path: Path) -> Path:
         if any(kind == "value" for kind, _ in path.steps):  # a context variable, whose value belongs to who runs the call
             raise refusal(path, "one tensor", "another")
+        if any(kind == "class" for kind, _ in path.steps):  # which belongs to all objects of the class
+            raise refusal(path, "a value of its class", "another")
         if not path.steps and path.scope is None:
             module = self._model.get_submodule(path.module)
             own = path.name in vars(module)

@@ -14,13 +14,23 @@ from array import array
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from pathlib import PurePath
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from planner.tracer.host.values import ABSENT, Wanted, is_array, is_foreign_class, is_iterator, is_object, members
+from planner.tracer.host.values import (
+    ABSENT,
+    Wanted,
+    class_members,
+    is_array,
+    is_foreign_class,
+    is_iterator,
+    is_object,
+    members,
+)
 
 Fingerprint = Any
 TensorKey = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]
@@ -168,14 +178,15 @@ class Fingerprints:
         if isinstance(value, bytearray):
             return (head, bytes(value))
         if isinstance(value, Set):
-            return (head, tuple(sorted((self.of(item) for item in value), key=repr)))
+            own = tuple((step[1], self.of(item)) for step, item in members(value, self._wanted))
+            return (head, tuple(sorted((self.of(item) for item in value), key=repr)), own)
         if isinstance(value, Enum):
             return (head, value.name)
         if is_generator(value) or is_iterator(value):
             return (head,)  # their state is compared by `generator_state`
-        every = members(value, self._wanted)
+        every = chain(members(value, self._wanted), class_members(value, self._wanted))
         if self._skipped:
-            every = ((step, item) for step, item in every if (id(value), step) not in self._skipped)
+            every = chain(each for each in every if (id(value), each[0]) not in self._skipped)
         found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
         if isinstance(value, types.FunctionType) and found:  # made again by the same code: the same, if its members are
             scope = ("attr", self.of("__globals__"), (Same(value.__globals__, "dict", True),))
@@ -196,7 +207,8 @@ class _OfArguments(Fingerprints):
     def of(self, value: Any) -> Fingerprint:
         """The fingerprint of a value."""
         if isinstance(value, torch.Tensor):
-            return (*super().of(value), Same(value, "another tensor", False, is_only_itself=True))
+            own = tuple((name, self.of(held)) for name, held in vars(value).items())
+            return (*super().of(value), Same(value, "another tensor", False, is_only_itself=True), own)
         return super().of(value)
 
 
@@ -229,7 +241,7 @@ _VALUES = (str, bytes, int, float, complex)
 
 
 def _digest(values: Any, kind: str) -> bytes:
-    content: bytes = values.tobytes() if kind != "object" else repr(values).encode()
+    content: bytes = values.tobytes() if kind != "object" else repr(values.tolist()).encode()
     return content if len(content) <= _LARGE_BYTES else hashlib.sha256(content).digest()
 
 

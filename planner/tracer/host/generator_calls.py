@@ -51,6 +51,18 @@ def refuse_in_backward(reads: ReadRecorder) -> None:
             "(grad_fn.register_hook), whose code a plan cannot know. Register it on the tensor: tensor.register_hook",
             module=reads.hooks_nodes,
         )
+    if reads.retains is not None:
+        raise CaptureError(
+            f"the forward of {reads.retains or 'the model'} keeps the gradient of an activation (retain_grad), which a plan "
+            "returns to no one. Return the activation from the model, and call retain_grad() on it there",
+            module=reads.retains,
+        )
+    if reads.late_environment is not None:
+        raise CaptureError(
+            f"code of {reads.late_environment or 'the model'} that runs in the backward reads environment variables, which a "
+            "plan cannot compare. Read them in the forward",
+            module=reads.late_environment,
+        )
     if reads.packs_saved is not None:
         raise CaptureError(
             f"the forward of {reads.packs_saved or 'the model'} packs or changes what is saved for the backward "

@@ -29,6 +29,7 @@ from planner.tracer.host.values import attributes, is_foreign_class, own_class, 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
+_ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 _NODE_HOOKS = ("register_hook", "register_prehook")
 """Methods of a node of autograd's graph that take code which runs in the backward."""
 _CONTROL = frozenset(
@@ -67,6 +68,8 @@ class ReadRecorder:
         compares_identities: code asked whether two objects are the same one.
         has_backward_code: code of the model's own will run in the backward.
         hooks_nodes: the submodule that first registered a hook on a node of autograd's graph; None if none did.
+        retains: the submodule that first asked for the gradient of an activation to be kept (`retain_grad`); None if none did.
+        late_environment: the submodule whose code of the backward first names environment variables; None if none does.
         packs_saved: the submodule that first gave such code the tensors that are saved for the backward; None if none did.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
@@ -106,6 +109,8 @@ class ReadRecorder:
         self.has_backward_code = False
         self.packs_saved: str | None = None
         self.hooks_nodes: str | None = None
+        self.retains: str | None = None
+        self.late_environment: str | None = None
         self.paused = False
 
     def new_run(self) -> None:
@@ -242,6 +247,9 @@ class ReadRecorder:
             elif arg.__name__ in _NODE_HOOKS and isinstance(owner, torch.autograd.graph.Node) and is_users(frame):
                 if self.hooks_nodes is None and not self.paused:
                     self.hooks_nodes = self._where()
+            elif arg.__name__ == "retain_grad" and isinstance(owner, torch.Tensor) and is_users(frame):
+                if self.retains is None and not self.paused:
+                    self.retains = self._where()
             elif owner is not None and not self.paused and is_generator(owner):
                 self._on_generator(frame, arg, owner)
 
@@ -261,6 +269,8 @@ class ReadRecorder:
                 if not isinstance(value, nn.Module):
                     self.see(value)
             names = given.names
+            if names is not None and names & _ENVIRONMENT and self.late_environment is None:
+                self.late_environment = self._where()
             self._late_names = None if names is None or self._late_names is None else self._late_names | names
             for module in self._model.modules():  # any of which it may reach
                 held = vars(module).keys() - _INTERNAL

@@ -18,6 +18,7 @@ from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.values import (
+    class_members,
     member,
     members,
     rebuilt,
@@ -219,7 +220,7 @@ def walk(path: Path, value: Any, reads: Reads, names: Any, seen: set[int]) -> It
     yield path, value
     if isinstance(value, torch.Tensor) or (id(value) in names and isinstance(value, nn.Module)):
         return
-    inner = list(members(value, reads.wants))
+    inner = [*members(value, reads.wants), *class_members(value, reads.wants)]
     if not inner or id(value) in seen:
         return
     seen.add(id(value))

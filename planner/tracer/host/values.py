@@ -12,7 +12,7 @@ import threading
 import types
 import weakref
 from array import array
-from collections import ChainMap, OrderedDict, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -52,9 +52,18 @@ _FOREIGN = (
 """Packages whose objects are leaves."""
 
 
+_OF_SETTINGS = (
+    UserDict,
+    UserList,
+    torch.distributions.Distribution,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+)
+
+
 def is_foreign_class(kind: type) -> bool:
-    """Objects of this class are compared as a whole: torch's, numpy's, Python's own."""
-    return str(kind.__module__).partition(".")[0] in _FOREIGN
+    """Objects of this class are compared as a whole: torch's, numpy's, Python's own, but for those that hold settings."""
+    return str(kind.__module__).partition(".")[0] in _FOREIGN and not issubclass(kind, _OF_SETTINGS)
 
 
 @calls_users_code
@@ -150,7 +159,7 @@ def items_of(value: Any) -> list[tuple[Any, Any]]:
 
 def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     """The members of a value, each with its step; a leaf has none."""
-    if isinstance(value, (str, bytes, torch.Tensor, torch.Size)):
+    if type(value) in (str, bytes) or isinstance(value, (torch.Tensor, torch.Size)):
         return
     if isinstance(value, (list, tuple, deque)):
         yield from ((("item", i), item) for i, item in items_of(value))
@@ -163,6 +172,10 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     elif isinstance(value, types.MethodType):
         yield ("attr", "__self__"), value.__self__
         yield ("attr", "__func__"), value.__func__
+        return
+    elif isinstance(value, types.BuiltinMethodType):  # `settings.get`, kept
+        if not isinstance(value.__self__, (types.ModuleType, type)):
+            yield ("attr", "__self__"), value.__self__
         return
     elif isinstance(value, functools.partial):
         yield from ((("attr", name), getattr(value, name)) for name in ("func", "args", "keywords"))
@@ -193,6 +206,21 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
             yield from (((name, key), item) for key, item in vars(value)[name].items())
     if is_object(value) or isinstance(value, nn.Module):
         yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
+
+
+def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
+    """What an object has by its class, data and code, each with its step; of a library's classes nothing."""
+    if not is_object(value):
+        return
+    own, found = attributes(value), set[str]()
+    for base in type(value).__mro__:
+        if is_foreign_class(base):
+            continue
+        for name, item in list(vars(base).items()):
+            is_slot = isinstance(item, types.MemberDescriptorType)
+            if name[:2] != "__" and name not in own and name not in found and not is_slot and wanted(value, name):
+                found.add(name)
+                yield ("class", name), item
 
 
 _MOST = 20_000
@@ -252,6 +280,8 @@ def member(value: Any, step: PathStep) -> Any:
             return dict.get(value, key, ABSENT) if isinstance(value, dict) else value[key]
         if kind == "cell":
             return value.__closure__[key].cell_contents
+        if kind == "class":
+            return find_in_class(type(value), key)
         if kind == "value":
             return value.get(ABSENT) if isinstance(value, ContextVar) else value()
         if kind in MODULE_STATE:
