@@ -18,7 +18,9 @@ STAGE_END = "(stage of the backward ends)"
 """The kernel of the ops that end stages."""
 
 
-def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_stages: int | None) -> Graph:
+def accumulating(
+    graph: Graph, gradients: Sequence[str], held_bytes: int, num_stages: int | None, owners: Sequence[str] = ()
+) -> Graph:
     """The graph of a step that adds its gradients to those of earlier micro-steps.
 
     Args:
@@ -28,19 +30,27 @@ def accumulating(graph: Graph, gradients: Sequence[str], held_bytes: int, num_st
         num_stages: maximum number of backward stages, each with about the same number of ops that write gradients. As many as
             the graph then has give the same graph again. None: without stages, each gradient is added once it is there, as by
             eager.
+        owners: per gradient, the value that holds its parameter. A stage returns no gradient before that is last read: an
+            optimizer may step inside of the backward.
     """
     order = sorted({graph.producer[name] for name in gradients if name in graph.producer})
     count = max(1, len(order) if num_stages is None else min(num_stages, len(order)))
     ends = [order[(k + 1) * len(order) // count - 1] for k in range(count)] if order else []
-    ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
     if ends and num_stages is not None:
         ends[-1] = len(graph.ops) - 1  # what comes after the last gradient belongs to its stage
-    mine = dict.fromkeys(name for name in gradients if name in graph.producer)
+    mine = [name for name in dict.fromkeys(gradients) if name in graph.producer]
+    since = {name: graph.producer[name] for name in mine}  # the op after which a gradient can be returned
+    if num_stages is not None:
+        last_read = {name: p for p in graph.backward_ops for name in graph.ops[p].reads}
+        for name, owner in zip(gradients, owners, strict=False):
+            if name in since:
+                since[name] = max(since[name], last_read.get(owner, -1))
+    ops: list[Op] = list(graph.ops[: graph.num_forward_ops])
     for i in graph.backward_ops:
         ops.append(graph.ops[i])
         if i in ends:
             before = ends[ends.index(i) - 1] if ends.index(i) else -1
-            returned = tuple(name for name in mine if before < graph.producer[name] <= i)
+            returned = tuple(name for name in mine if before < since[name] <= i)
             name = f"(stage {ends.index(i)})"
             ops.append(Op(name, (), returned, (), 0, recomputable=False, kernel=STAGE_END))
     held = Value(HELD, held_bytes, Kind.RESERVED)

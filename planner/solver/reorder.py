@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+from planner.graph.accumulation import STAGE_END
 from planner.graph.graph import Graph
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
@@ -49,7 +50,9 @@ def _backward_order(graph: Graph) -> list[int]:
         return comes - sum(nbytes[name] for name in reads[p] if left[name] == 1)
 
     while todo:
-        ready = [p for p in todo[: FEW + 1] if waiting.isdisjoint(graph.ops[p].reads)]
+        # a stage ends after all that it has run: what reads a parameter may not move behind the end that returns its gradient
+        able = [p for p in todo[: FEW + 1] if p == todo[0] or graph.ops[p].kernel != STAGE_END]
+        ready = [p for p in able if waiting.isdisjoint(graph.ops[p].reads)]
         chosen = min(ready, key=lambda p: (growth(p), p))
         todo.remove(chosen)
         order.append(chosen)

@@ -63,16 +63,18 @@ def certificate(problem: Problem, search: Search, work: Work) -> Iterator[Progre
 
 
 def smaller_budgets(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """The certificate for smaller budgets, from the floor on: its programs count less than a step holds, so ask them for less.
+    """The certificate, and exchanges from what it gives, for smaller budgets: what exceeds one of these may fit this one.
 
-    Each has an archive of its own: what is cheaper for another budget does not end the exchange of what is lower.
+    The programs count less than a step holds, so that their candidates for this budget may all exceed it. Each smaller budget
+    has an archive of its own: the shared one drops a schedule that a cheaper one of no higher peak beats, and exchanges start
+    only from what is kept.
     """
-    low, high = floor(problem.graph)[0], problem.budget_bytes
-    for asked in sorted({high - ((high - low) >> part) for part in range(FEW)} - {high}):
-        lower, own = Problem(problem.models, asked, problem.gap), Search(Archive(problem.graph), asked)
+    least, most = floor(problem.graph)[0], problem.budget_bytes
+    for smaller in sorted({most - ((most - least) >> part) for part in range(FEW)} - {most}):  # the floor, 1/2, 3/4 of the way
+        apart = Search(Archive(problem.graph), smaller)
         for strategy in (certificate, exchange):
-            for progress in strategy(lower, own, work):
-                found = own.archive.lowest
+            for progress in strategy(Problem(problem.models, smaller, problem.gap), apart, work):
+                found = apart.archive.lowest
                 if found.timeline.peak_bytes < search.archive.lowest.timeline.peak_bytes:
                     search.offer(found.schedule.steps, found.source, work)
                 yield progress

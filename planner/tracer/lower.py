@@ -50,7 +50,8 @@ def lower(
     """
     lowering = _Lowering(joint, profile)
     graph = replace(lowering.graph(reserved or {}), in_flight=in_flight)
-    return accumulating(graph, *lowering.parameter_gradients(), accumulate) if accumulate else graph
+    values, nbytes, owners = lowering.parameter_gradients()
+    return accumulating(graph, values, nbytes, accumulate, owners) if accumulate else graph
 
 
 def lower_like(joint: Joint, planned: Graph) -> Graph:
@@ -60,7 +61,8 @@ def lower_like(joint: Joint, planned: Graph) -> Graph:
 
 def accumulating_as_eager(joint: Joint, graph: Graph) -> Graph:
     """The graph of a captured step that adds each gradient, once it is there, to that of earlier micro-steps."""
-    return accumulating(graph, *_Lowering(joint, None).parameter_gradients(), None)
+    values, nbytes, _ = _Lowering(joint, None).parameter_gradients()
+    return accumulating(graph, values, nbytes, None)
 
 
 def never_recomputed(joint: Joint) -> dict[str, str]:
@@ -134,11 +136,12 @@ class _Lowering:
             backward_is_fixed=backward_is_fixed(self.joint),
         )
 
-    def parameter_gradients(self) -> tuple[list[str], int]:
-        """The values that hold the gradients of parameters, and the bytes of these gradients."""
+    def parameter_gradients(self) -> tuple[list[str], int, list[str]]:
+        """The values that hold the gradients of parameters, the bytes of these gradients, and the values of the parameters."""
         by_name = {node.name: node for node in self.nodes}
         nodes = [by_name[name] for given, name in self.joint.gradients if given.kind is Kind.PARAM]
-        return [self.storages.root[node] for node in nodes], sum(self._bytes(node.meta["val"].nbytes) for node in nodes)
+        owners = [self.storages.root[by_name[given.node]] for given, _ in self.joint.gradients if given.kind is Kind.PARAM]
+        return [self.storages.root[node] for node in nodes], sum(self._bytes(node.meta["val"].nbytes) for node in nodes), owners
 
     def _resident(self) -> list[Value]:
         by_name = {node.name: node for node in self.nodes}

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from planner import Plan, apply, apply_units, plan, plan_units, sweep, unplan, verify
 from planner.graph.graph import Kind
@@ -60,6 +61,34 @@ def test_both_micro_steps_fit_and_the_second_peaks_as_predicted(name, share, num
     second = resident(made) + peak_above(planned, x)
     assert second == made.peak_bytes
     assert first <= second <= made.budget_bytes
+
+
+class Tied(nn.Module):
+    """A weight that is read again after its gradient is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, x):
+        return self.outer(F.gelu(self.inner(F.gelu(self.outer(x)))))
+
+
+OUTSIDE = {
+    "a wide head": lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 300)),
+    "no bias": lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 300, bias=False)),
+    "an activation last": lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 300), nn.Tanh()),
+    "tied": Tied,
+}
+
+
+@pytest.mark.parametrize("num_stages", [1, 8])
+@pytest.mark.parametrize("make", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_a_loss_outside_of_the_model_peaks_as_predicted(make, num_stages):
+    """A gradient is returned after the last read of its parameter, which may be in a later stage."""
+    planned = plan(make(), 1.0, (torch.randn(512, 64),), accumulate=True, num_stages=num_stages, progress=False)
+    assert planned.plan.measured_bytes == planned.plan.peak_bytes
 
 
 @pytest.mark.parametrize("name", MODELS)

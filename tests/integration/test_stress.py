@@ -93,14 +93,14 @@ class Effects(nn.Module):
         h = torch.tanh(self.up(given["x"]))
         h.register_hook(lambda gradient: gradient * 2)
         self.last, given["h"] = h.mean(), h
-        given["sizes"].append(h.detach())
+        given["kept"].append(h.detach())
         return self.down(h).sum()
 
 
 def test_a_step_leaves_no_tensor_to_the_garbage_collection():
     """What only a cycle holds counts until the next collection: the peak would depend on when that comes."""
     model = Effects()
-    make = lambda: {"x": torch.randn(16, 8), "sizes": []}
+    make = lambda: {"x": torch.randn(16, 8), "kept": []}
     planned = plan(model, 1.0, (make(),), progress=False)
     for i in range(5):  # an audit at the second one
         planned.zero_grad()

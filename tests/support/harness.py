@@ -250,11 +250,11 @@ def planned_near(model: nn.Module, budget: float, args: Any, options: Mapping[st
     """A plan for this fraction of the plain peak; where there is no schedule, for the middle between floor and peak, or all."""
     options = {"progress": False, "costs": "estimate", **options}
     options.setdefault("check", options["costs"] == "measure")  # what kernels need for themselves is not estimated
-    step = profile(model, args, **options)  # `plan` plans what this gives
+    step = profile(model, args, **options)  # captured once for all budgets; `plan` is this and `step.plan`
     floor_bytes = floor(step.graph)[0]
     middle = int((floor_bytes + step.plain_bytes) // 2 * (1 + _MARGIN))
     for wanted in (budget, middle):
-        if step.budget_bytes(wanted) >= floor_bytes:
+        if step.budget_bytes(wanted) >= floor_bytes:  # else a whole search would look for the lowest peak, to name it
             with contextlib.suppress(InfeasibleBudgetError, NoScheduleFoundError):
                 return step.plan(wanted)
     return step.plan(1.0)
