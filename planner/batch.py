@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from planner import arguments
@@ -262,7 +263,7 @@ class _Batches:
             if not concerns_model(error):
                 raise
             raise InputError(f"make_inputs({batch}) {own_words(error)}") from error
-        if not isinstance(made, tuple) or len(made) != 2:
+        if not isinstance(made, tuple) or len(made) != 2 or isinstance(made[1], torch.Tensor):
             raise InputError(f"make_inputs({batch}) must return (args, kwargs), such as ((x,), {{}}), not {kind(made)}")
         return arguments.check_call(*made)
 

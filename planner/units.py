@@ -152,11 +152,13 @@ def shown(value: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    """What an object is, for messages: 'a Tensor', 'the class Linear', 'None'."""
+    """What an object is, for messages: 'a Tensor', 'the class Linear', 'a tuple of 2', 'None'."""
     if value is None:
         return "None"
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if type(value) is tuple:
+        return f"a tuple of {len(value)}"
     return article(type(value).__name__)
 
 

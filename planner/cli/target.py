@@ -43,6 +43,8 @@ class Target:
             InputError: there is no such file, or no function is named.
         """
         file, _, function = text.rpartition(":")
+        if not file and Path(text).is_file():
+            raise InputError(f"{text!r}: name the function that builds the model, too, {text}:FUNCTION")
         if not file or not Path(file).is_file():
             raise InputError(f"{text!r}: give FILE.py:FUNCTION; there is no file {file!r}")
         return Target(text, Path(file).absolute(), function)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from planner.analysis.budgets import Budget
 from planner.api import plan
-from planner.errors import InputError
+from planner.errors import InputError, PlannerError
 from planner.integrations.first_call import (
     FirstCall,
     PlannedAtFirstCall,
@@ -69,6 +69,9 @@ class PlannerCallback(TrainerCallback):
             self._note(state, found.metrics)
 
         def failed(error: Exception) -> None:
+            if getattr(model, "is_gradient_checkpointing", False) and isinstance(error, PlannerError):
+                cure = "switch the model's own checkpointing off (activation_checkpointing or gradient_checkpointing=False)"
+                error = InputError(f"{cure}: the plan chooses what to recompute. With it: {error}")
             warn_unplanned(model, error)
             self._note(state, {"planner/error": f"{type(error).__name__}: {error}"})
 

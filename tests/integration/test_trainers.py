@@ -140,6 +140,13 @@ def test_what_the_hugging_face_trainer_cannot_plan_trains_as_before(tmp_path):
     assert error.startswith("InfeasibleBudgetError: Raise the budget")
 
 
+@pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")
+def test_checkpointing_of_the_models_own_is_named_as_what_stands_in_the_way(tmp_path):
+    short = {"num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    with pytest.warns(UserWarning, match=r"switch the model's own checkpointing off \(activation_checkpointing or"):
+        train(tmp_path, [transformers.PlannerCallback("60%", **QUICK)], activation_checkpointing=True, **short)
+
+
 def test_data_parallel_is_left_as_it_is():
     model, callback = gpt2(), transformers.PlannerCallback(0.9)
     args = SimpleNamespace(n_gpu=2, parallel_mode=ParallelMode.NOT_DISTRIBUTED)

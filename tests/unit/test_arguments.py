@@ -342,6 +342,13 @@ def test_what_makes_inputs(wrong):
     check(InputError, lambda: max_batch(lambda n: wrong, model(), "1GiB", **QUICK))
 
 
+@pytest.mark.parametrize("made", [(X, X), (X,), (X, {}, 1)], ids=["two tensors", "one", "three"])
+def test_what_inputs_were_made_is_said(made):
+    assert "make_inputs(1) must return (args, kwargs), such as" in check(
+        InputError, lambda: max_batch(lambda n: made, model(), "1GiB", **QUICK)
+    )
+
+
 def test_inputs_that_cannot_be_made():
     assert "make_inputs(1) raises KeyError" in check(InputError, lambda: max_batch(lambda n: {}[n], model(), "1GiB", **QUICK))
 

@@ -191,3 +191,10 @@ def test_a_missing_plan_is_named_before_the_solver_is_imported(arguments):
     script = "import sys; sys.modules['numpy'] = None; from planner.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "PlanFileError: cannot read none.json" in done.stderr
+
+
+def test_a_file_without_a_function_is_named_as_one(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MODEL)
+    with pytest.raises(InputError, match=r"name the function that builds the model, too, .*mine\.py:FUNCTION"):
+        Target.find(str(file))
