@@ -148,6 +148,7 @@ class WrittenArguments:
             if spec_now != spec or any(one is not other for one, other in zip(leaves, now, strict=True)):
                 raise _refusal(f"a {type(value).__name__}")
         effects: list[Effect] = []
+        self._made.clear()
         for path, container, before in reversed(self._kept):  # inner ones first, while their paths still lead to them
             of = self._of_dictionary if isinstance(container, dict) else self._of_list
             effects += of(path, container, before)
