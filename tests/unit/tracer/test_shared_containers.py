@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import plan
+from planner import CaptureError, plan
 from tests.support.training import assert_same, trajectory
 
 
@@ -163,7 +163,8 @@ class OddItems(dict):
 @pytest.mark.parametrize(("kind", "holds"), [(OddLength, "attribute"), (OddLength, "argument"), (OddItems, "attribute")])
 def test_containers_are_read_by_pythons_own_methods(kind, holds):
     """What a derived class says of itself is the user's: it is neither asked nor taken for a fault of the planner."""
-    content = kind({"k": torch.ones(8)} if kind is OddItems else [torch.ones(8)])
+    held = torch.ones(8) if holds == "attribute" else 2.0
+    content = kind({"k": held} if kind is OddItems else [held])
     key = "k" if kind is OddItems else 0
 
     class Net(nn.Module):
@@ -179,3 +180,6 @@ def test_containers_are_read_by_pythons_own_methods(kind, holds):
     call = (x, content) if holds == "argument" else (x,)
     module = plan(model, 1 << 20, call, costs="estimate", progress=False)
     assert torch.equal(module(*call), model(*call)) and module.num_planned_calls == 1
+    if holds == "argument":  # a tensor in it is no input of a plan
+        with pytest.raises(CaptureError, match="pass the tensors of the OddLength"):
+            plan(model, 1 << 20, (x, kind([torch.ones(8)])), costs="estimate", progress=False)
