@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
+from torch import nn
+
 from planner.analysis.budgets import Budget
 from planner.api import plan
 from planner.errors import InputError, PlannerError
@@ -23,6 +25,12 @@ try:
     from transformers.training_args import ParallelMode
 except ImportError as error:
     raise InputError(f"install the extra: pip install 'checkpoint-planner[transformers]' ({error})") from error
+
+
+def _checkpoints_itself(model: Any) -> bool:
+    """Whether one of transformers' own modules is switched to recompute; its name for that differs from version to version."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(vars(module).get(f"{kind}_checkpointing") for module in modules for kind in ("gradient", "activation"))
 
 
 class PlannerCallback(TrainerCallback):
@@ -69,7 +77,7 @@ class PlannerCallback(TrainerCallback):
             self._note(state, found.metrics)
 
         def failed(error: Exception) -> None:
-            if getattr(model, "is_gradient_checkpointing", False) and isinstance(error, PlannerError):
+            if _checkpoints_itself(model) and isinstance(error, PlannerError):
                 cure = "switch the model's own checkpointing off (activation_checkpointing or gradient_checkpointing=False)"
                 error = InputError(f"{cure}: the plan chooses what to recompute. With it: {error}")
             warn_unplanned(model, error)
