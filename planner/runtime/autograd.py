@@ -21,8 +21,9 @@ from planner._compat.backward_state import keeps_graph, release_saved
 from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_checks import (
+    SharedOutput,
     check_modes,
-    check_shared,
+    check_shared_outputs,
     check_spare_inputs,
     check_unreached_inputs,
     check_views,
@@ -121,7 +122,7 @@ class _Forward(torch.autograd.Function):
         ctx.version_checked = [outputs[i].detach() for i, _ in executable.version_checked]
         ctx.checked_versions = [tensor._version for tensor in ctx.version_checked]
         ctx.views = [(i, weakref.ref(outputs[i]), outputs[i]._version) for i in executable.views]
-        ctx.shared = [[(i, weakref.ref(outputs[i]), outputs[i]._version) for i in group] for group in executable.sharing]
+        ctx.shared = [[SharedOutput.of(i, outputs[i]) for i in group] for group in executable.sharing]
         ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
         ctx.set_materialize_grads(False)
@@ -134,7 +135,7 @@ class _Forward(torch.autograd.Function):
         executable = this.executable
         check_modes(executable.device)
         check_views(ctx, executable, gradients)
-        check_shared(ctx, executable, gradients)
+        check_shared_outputs(ctx, executable, gradients)
         key = backward_key(gradients)
         written = written_activations(ctx, executable)
         other = None if key == executable.key and not written else _find(ctx, this, key, gradients, written)

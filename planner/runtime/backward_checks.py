@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,7 +107,31 @@ def check_views(ctx: Any, executable: Executable, gradients: Sequence[torch.Tens
         )
 
 
-def check_shared(ctx: Any, executable: Executable, gradients: Sequence[torch.Tensor | None]) -> None:
+@dataclass(frozen=True, slots=True)
+class SharedOutput:
+    """A differentiable result whose memory another one shares, as the forward returned it; it may be gone by the backward.
+
+    Attributes:
+        position: among the results.
+        output: the result, or None where it is gone.
+        counter: holds no bytes and has the result's version.
+        version: what that was.
+    """
+
+    position: int
+    output: weakref.ref[torch.Tensor]
+    counter: torch.Tensor
+    version: int
+
+    @staticmethod
+    def of(position: int, output: torch.Tensor) -> SharedOutput:
+        """A result as it is now."""
+        counter = output.detach()  # shares the version, also after its memory is replaced
+        counter.data = torch.empty(0, dtype=output.dtype, device=output.device)
+        return SharedOutput(position, weakref.ref(output), counter, output._version)
+
+
+def check_shared_outputs(ctx: Any, executable: Executable, gradients: Sequence[torch.Tensor | None]) -> None:
     """Refuse gradients of an output whose memory was written through another output, while autograd recorded.
 
     In eager the one is a view of the other, so the write is a part of what both are differentiated through.
@@ -114,15 +140,13 @@ def check_shared(ctx: Any, executable: Executable, gradients: Sequence[torch.Ten
         BackwardError: one was written, or one that is gone may have been.
     """
     for group in ctx.shared:
-        for i, reference, version in group:
-            output = reference()
-            others = [j for j, _, _ in group if j != i and gradients[j] is not None]
-            if not others:
-                continue
-            alive = [held for held in (reference() for _, reference, _ in group) if held is not None]
-            is_written = any(held._version != version for held in alive)
-            if is_written and (output is None or output.grad_fn is not ctx):
-                one, other = executable.names[i], executable.names[others[0]]
+        is_written = any(shared.counter._version != shared.version for shared in group)
+        arriving = [shared.position for shared in group if gradients[shared.position] is not None]
+        for shared in group if is_written else ():
+            output = shared.output()
+            others = [position for position in arriving if position != shared.position]
+            if others and (output is None or output.grad_fn is not ctx):
+                one, other = executable.names[shared.position], executable.names[others[0]]
                 raise BackwardError(
                     f"output {one!r} shares its memory with {other!r}, and was modified in place: eager would differentiate "
                     "the write, too. Write into a copy of it: output.clone()"

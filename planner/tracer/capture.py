@@ -26,7 +26,7 @@ from planner.tracer.graph_checks import (
     check_constants,
     check_no_iterators,
     check_no_weights,
-    check_objects,
+    check_tensors_in_objects,
     check_weights,
 )
 from planner.tracer.host.generators import Generators
@@ -201,7 +201,7 @@ def _capture(
                 originals = {id(ours): theirs for ours, theirs in zip(tensors, given, strict=True) if ours is not theirs}
                 known = (tuple(opaque), device, modules, originals)
                 recording = inside(record, model, call, tensors, *known, as_found=as_found)
-                check_objects(call.leaves, recording.written)
+                check_tensors_in_objects(call.leaves, recording.written)
         try:
             with _explained(model, modules):
                 options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)
@@ -285,7 +285,7 @@ def _normalized(
             forget_real_tensors(node.meta.get("val") for node in traced.exported.graph_module.graph.nodes)
     check_weights(model, joint)
     check_constants(joint, recording)
-    check_objects(call.leaves, joint.constants.values())
+    check_tensors_in_objects(call.leaves, joint.constants.values())
     host = replace(recording.host, effects=forward.effects)
     return replace(joint, left=forward.left, host=host, recorded=recording.reads)
 

@@ -68,7 +68,7 @@ def check_no_iterators(leaves: Sequence[Any]) -> None:
             )
 
 
-def check_objects(leaves: Sequence[Any], used: Iterable[torch.Tensor]) -> None:
+def check_tensors_in_objects(leaves: Sequence[Any], used: Iterable[torch.Tensor]) -> None:
     """Raise CaptureError where the forward uses a tensor that an object among the arguments holds: each call has its own.
 
     Args:

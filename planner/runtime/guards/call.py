@@ -120,7 +120,7 @@ class CallGuard:
         if len(kwargs) > 1 and [name for name in kwargs if name not in self._named] != self._unnamed:
             text = "keyword arguments that the forward takes as **kwargs come in another order"
             return Mismatch("argument", "the order of the keyword arguments", text=text)
-        if (self._aliases.asks or not joint.call.is_flat) and self._aliases.found(args, kwargs):
+        if (self._aliases.compares_identities or not joint.call.is_flat) and self._aliases.found(args, kwargs):
             text = (
                 "one list, dictionary or object stands in two places, and the forward writes into such or asks which is which"
             )

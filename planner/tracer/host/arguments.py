@@ -59,7 +59,7 @@ class Aliases:
     In the captured call they do not.
 
     Attributes:
-        asks: the forward asks whether two objects are the same one, so that those of the call's count, too, written or not.
+        compares_identities: the forward asks whether two objects are the same one: then all of the call's count.
     """
 
     def __init__(self, model: nn.Module, host: HostState) -> None:
@@ -71,18 +71,18 @@ class Aliases:
             roots = (path for path, _ in host.key.expected)
             read = (place for root in roots for place in walk(root, root.root(model), host.key.reads, names, seen))
             inner += [path for path, value in read if type(value) in _WRITTEN]
-        self.asks = host.key.compares_identities
+        self.compares_identities = host.key.compares_identities
         self._model, self._inner = model, tuple(dict.fromkeys(inner)) if host.effects else ()
 
     def found(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """One stands in two places of the call, or in Python state that the forward writes into or reads tensors of."""
-        if not (self._are_written or self._inner or self.asks):
+        if not (self._are_written or self._inner or self.compares_identities):
             return False
         containers = [container for _, container in _containers(args, kwargs)]
         given = [id(container) for container in containers if type(container) in _WRITTEN]
-        if self.asks:
+        if self.compares_identities:
             given += [id(item) for container in containers for _, item in items_of(container) if is_object(item)]
-        is_shared = (self._are_written or self.asks) and len(given) > len({*given})
+        is_shared = (self._are_written or self.compares_identities) and len(given) > len({*given})
         return is_shared or not {*given}.isdisjoint(id(path.get(self._model)) for path in self._inner)
 
 

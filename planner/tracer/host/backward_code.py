@@ -7,13 +7,15 @@ modules that it holds, and the functions that these names stand for.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 
+from planner.errors import CaptureError
 from planner.tracer.host.scopes import global_names, is_library_code
 from planner.tracer.host.values import ABSENT, find_in_class, reachable
 
@@ -26,12 +28,41 @@ _GIVEN = {
     _SAVED_TENSORS: ("pack_hook", "unpack_hook"),
 }
 """Functions of torch's that are given such code, by identity: names of these arguments."""
-_OF_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
+_ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
+_READ_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
 """With these, code reads attributes whose names it need not hold."""
 _TABLES = (dict, list, tuple)
 """Code may call functions that such variables hold."""
 _OF_FUNCTIONS = ("backward", "vjp")
 """Methods of a torch.autograd.Function."""
+
+
+class LeftOut(Enum):
+    """What a forward prepares for the backward and no plan repeats: why, and what to do; {0} stands for who does it."""
+
+    NODE_HOOK = (
+        "the forward of {0} registers a hook on a node of autograd's graph (grad_fn.register_hook), whose code a plan cannot "
+        "know. Register it on the tensor: tensor.register_hook"
+    )
+    RETAINED_GRADIENT = (
+        "the forward of {0} keeps the gradient of an activation (retain_grad), which a plan returns to no one. Return the "
+        "activation from the model, and call retain_grad() on it there"
+    )
+    ENVIRONMENT = (
+        "code of {0} that runs in the backward reads environment variables, which a plan cannot compare. Read them in the "
+        "forward"
+    )
+    SAVED_TENSORS = (
+        "the forward of {0} packs or changes what is saved for the backward (torch.autograd.graph.saved_tensors_hooks), which "
+        "a plan would leave out: it keeps what it needs itself. Do it around the call of the model, or not at all"
+    )
+
+
+def refuse_left_out(found: Mapping[LeftOut, str]) -> None:
+    """Raise CaptureError for the first of these; each has the name of the submodule that prepared it, "" for the model."""
+    kind, where = next(iter(found.items()), (None, ""))
+    if kind is not None:
+        raise CaptureError(kind.value.format(where or "the model"), module=where)
 
 
 @dataclass(slots=True)
@@ -41,10 +72,10 @@ class BackwardCode:
     Attributes:
         functions: by identity.
         held: values of their closures and defaults, and the objects that they are methods of.
-        is_of_saved_tensors: it is given what is saved for the backward.
+        left_out: what no plan repeats of it.
     """
 
-    is_of_saved_tensors: bool = False
+    left_out: set[LeftOut] = field(default_factory=set)
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
     held: list[Any] = field(default_factory=list)
 
@@ -54,12 +85,16 @@ class BackwardCode:
         return {code: of.__globals__ for of in self.functions.values() for code in codes_in(of.__code__)}
 
     @property
+    def _co_names(self) -> frozenset[str]:
+        return frozenset(name for code in self.codes for name in code.co_names)
+
+    @property
     def names(self) -> frozenset[str] | None:
         """Attributes that they may read: those that they name, in texts, too; None: of any name."""
-        found = {name for code in self.codes for name in code.co_names}
-        if found & _OF_ANY_NAME:
+        found = self._co_names
+        if found & _READ_ANY_NAME:
             return None
-        return frozenset(found).union(*(_texts(code.co_consts) for code in self.codes))
+        return found.union(*(_texts(code.co_consts) for code in self.codes))
 
     def add(self, value: Any) -> None:
         """Add a function, method or callable object, and what it calls, unless it is a library's."""
@@ -94,16 +129,27 @@ class BackwardCode:
                 if isinstance(inner, types.FunctionType):
                     self.add(inner)
 
-    def add_methods(self) -> None:
-        """Add the methods of what these functions hold, and of all that this leads to, whose names are in their code."""
+    def add_methods(self, modules: Collection[int], classes_of_model: Callable[[], Collection[type]]) -> None:
+        """Add the methods of what these functions hold, and of all that this leads to, whose names are in their code.
+
+        Args:
+            modules: identities of the model's modules; from one of them on, everything in the model may be reached.
+            classes_of_model: classes of that.
+        """
         known = -1
         while known < len(self.functions):
             known, names = len(self.functions), self.names
-            for kind in {type(value) for value in reachable(self.held)}:
+            reached = list(reachable(self.held, modules))
+            classes = {type(value) for value in reached}
+            if any(id(value) in modules for value in reached):
+                classes.update(classes_of_model())
+            for kind in classes:
                 for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names | {"__call__"}:
                     method = find_in_class(kind, name)
                     if isinstance(method, (types.FunctionType, staticmethod, classmethod, property)):
                         self.add(method)
+        if self._co_names & _ENVIRONMENT:
+            self.left_out.add(LeftOut.ENVIRONMENT)
 
 
 def _texts(constant: Any) -> set[str]:
@@ -117,12 +163,11 @@ def given_to(frame: types.FrameType) -> BackwardCode | None:
     names = _GIVEN.get(id(frame.f_code))
     if names is None:
         return None
-    found = BackwardCode(id(frame.f_code) == _SAVED_TENSORS)
+    found = BackwardCode({LeftOut.SAVED_TENSORS} if id(frame.f_code) == _SAVED_TENSORS else set())
     for name in names:
         value = frame.f_locals.get(name)
         for function in (find_in_class(value, method) for method in _OF_FUNCTIONS) if isinstance(value, type) else (value,):
             found.add(function)
-    found.add_methods()
     return found if found.functions else None
 
 

@@ -278,7 +278,7 @@ def _text(value: Any) -> str:
 
 
 def refusal(path: Path, was: Any, now: Any, why: str = "") -> CaptureError:
-    """The error for a change that no plan can make; `why`: no plan can, if that is not plain."""
+    """The error for a change that no plan can make; `why`: why none can, where the change does not say it."""
     what = "global variable" if path.scope is not None else "attribute"
     return CaptureError(
         f"the model's forward changes its {what} {path.place} ({_text(was)} before, {_text(now)} after) from call to call"

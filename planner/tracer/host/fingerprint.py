@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -178,15 +177,16 @@ class Fingerprints:
         if isinstance(value, bytearray):
             return (head, bytes(value))
         if isinstance(value, Set):
-            own = tuple((step[1], self.of(item)) for step, item in members(value, self._wanted))
+            held = (*members(value, self._wanted), *class_members(value, self._wanted))
+            own = tuple((step[1], self.of(item)) for step, item in held)
             return (head, tuple(sorted((self.of(item) for item in value), key=repr)), own)
         if isinstance(value, Enum):
             return (head, value.name)
         if is_generator(value) or is_iterator(value):
             return (head,)  # their state is compared by `generator_state`
-        every = chain(members(value, self._wanted), class_members(value, self._wanted))
+        every = [*members(value, self._wanted), *class_members(value, self._wanted)]
         if self._skipped:
-            every = chain(each for each in every if (id(value), each[0]) not in self._skipped)
+            every = [(step, item) for step, item in every if (id(value), step) not in self._skipped]
         found = tuple((step[0], self.of(step[1]), self.of(item)) for step, item in every)
         if isinstance(value, types.FunctionType) and found:  # made again by the same code: the same, if its members are
             scope = ("attr", self.of("__globals__"), (Same(value.__globals__, "dict", True),))

@@ -41,32 +41,3 @@ def refuse_generators(reads: ReadRecorder, kernels: RecordKernels, modules: Modu
             "a plan would repeat one draw for ever. Draw with torch",
             module=drew,
         )
-
-
-def refuse_in_backward(reads: ReadRecorder) -> None:
-    """Raise CaptureError where code of the model's own gets what is saved for the backward, or hooks nodes of its graph."""
-    if reads.hooks_nodes is not None:
-        raise CaptureError(
-            f"the forward of {reads.hooks_nodes or 'the model'} registers a hook on a node of autograd's graph "
-            "(grad_fn.register_hook), whose code a plan cannot know. Register it on the tensor: tensor.register_hook",
-            module=reads.hooks_nodes,
-        )
-    if reads.retains is not None:
-        raise CaptureError(
-            f"the forward of {reads.retains or 'the model'} keeps the gradient of an activation (retain_grad), which a plan "
-            "returns to no one. Return the activation from the model, and call retain_grad() on it there",
-            module=reads.retains,
-        )
-    if reads.late_environment is not None:
-        raise CaptureError(
-            f"code of {reads.late_environment or 'the model'} that runs in the backward reads environment variables, which a "
-            "plan cannot compare. Read them in the forward",
-            module=reads.late_environment,
-        )
-    if reads.packs_saved is not None:
-        raise CaptureError(
-            f"the forward of {reads.packs_saved or 'the model'} packs or changes what is saved for the backward "
-            "(torch.autograd.graph.saved_tensors_hooks), which a plan would leave out: it keeps what it needs itself. Do it "
-            "around the call of the model, or not at all",
-            module=reads.packs_saved,
-        )

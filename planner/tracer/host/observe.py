@@ -20,9 +20,10 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
+from planner.tracer.host.backward_code import refuse_left_out
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
-from planner.tracer.host.generator_calls import refuse_generators, refuse_in_backward
+from planner.tracer.host.generator_calls import refuse_generators
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
@@ -306,7 +307,7 @@ class Observer:
                 raise
         note_returned(called.output)
         refuse_generators(self.reads, self.kernels, self._modules)
-        refuse_in_backward(self.reads)
+        refuse_left_out(self.reads.left_out)
         refuse_marked(pytree.tree_leaves(called.output), self.kernels.has_made)
         run.written, run.arguments = called.written, called.arguments
         return run

@@ -17,19 +17,18 @@ from torch import nn
 
 from planner.profiler.python_events import set_profiler
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.backward_code import BackwardCode, given_to
+from planner.tracer.host.backward_code import BackwardCode, LeftOut, given_to
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.scopes import Reads, compares_identities, global_names, is_library_code, scopes_of
-from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict
+from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict, reachable
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
-_ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 _NODE_HOOKS = ("register_hook", "register_prehook")
 """Methods of a node of autograd's graph that take code which runs in the backward."""
 _CONTROL = frozenset(
@@ -67,10 +66,7 @@ class ReadRecorder:
         drew: the submodule that first used a random generator of Python's or numpy's; None if none did.
         compares_identities: code asked whether two objects are the same one.
         has_backward_code: code of the model's own will run in the backward.
-        hooks_nodes: the submodule that first registered a hook on a node of autograd's graph; None if none did.
-        retains: the submodule that first asked for the gradient of an activation to be kept (`retain_grad`); None if none did.
-        late_environment: the submodule whose code of the backward first names environment variables; None if none does.
-        packs_saved: the submodule that first gave such code the tensors that are saved for the backward; None if none did.
+        left_out: what no plan repeats of the backward, each with the submodule that first prepared it.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
 
@@ -97,7 +93,8 @@ class ReadRecorder:
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
-        self._late_names: frozenset[str] | None = frozenset()
+        self._backward_names: frozenset[str] | None = frozenset()
+        self._classes: frozenset[type] = frozenset()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self._met: set[int] = set()  # objects that were there; these, or `preserved`, keep them alive
@@ -107,15 +104,13 @@ class ReadRecorder:
         self.drew: str | None = None
         self.compares_identities = False
         self.has_backward_code = False
-        self.packs_saved: str | None = None
-        self.hooks_nodes: str | None = None
-        self.retains: str | None = None
-        self.late_environment: str | None = None
+        self.left_out: dict[LeftOut, str] = {}
         self.paused = False
 
     def new_run(self) -> None:
         """From now on, an attribute that is written before it is read counts as not read."""
         self._first.clear()
+        self._classes = frozenset()
 
     def reads(self) -> Reads:
         """What was read so far."""
@@ -131,7 +126,7 @@ class ReadRecorder:
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
-            self._late_names,
+            self._backward_names,
         )
 
     def libraries(self) -> tuple[LibraryRead, ...]:
@@ -245,20 +240,17 @@ class ReadRecorder:
             if isinstance(owner, torch.Tensor) and arg.__name__ == "numpy":
                 self._share(owner)
             elif arg.__name__ in _NODE_HOOKS and isinstance(owner, torch.autograd.graph.Node) and is_users(frame):
-                if self.hooks_nodes is None and not self.paused:
-                    self.hooks_nodes = self._where()
+                self._note_left_out(LeftOut.NODE_HOOK)
             elif arg.__name__ == "retain_grad" and isinstance(owner, torch.Tensor) and is_users(frame):
-                if self.retains is None and not self.paused:
-                    self.retains = self._where()
+                self._note_left_out(LeftOut.RETAINED_GRADIENT)
             elif owner is not None and not self.paused and is_generator(owner):
                 self._on_generator(frame, arg, owner)
 
     def _on_backward_code(self, given: BackwardCode) -> None:
         """Note what code reads that will run in the backward."""
         self.has_backward_code = True
-        if given.is_of_saved_tensors and self.packs_saved is None:
-            self.packs_saved = self._where()
         with self._not_noting():
+            given.add_methods(self._names, self._classes_of_model)
             for code, variables in given.codes.items():
                 self._codes[code] = (variables, self._where())
                 for name in global_names(code) & variables.keys():
@@ -268,15 +260,25 @@ class ReadRecorder:
             for value in given.held:
                 if not isinstance(value, nn.Module):
                     self.see(value)
-            names = given.names
-            if names is not None and names & _ENVIRONMENT and self.late_environment is None:
-                self.late_environment = self._where()
-            self._late_names = None if names is None or self._late_names is None else self._late_names | names
+            names, known = given.names, self._backward_names
+            self._backward_names = None if names is None or known is None else known | names
             for module in self._model.modules():  # any of which it may reach
                 held = vars(module).keys() - _INTERNAL
                 for name in held if names is None else held & names:
                     self._read.setdefault(type(module), set()).add(name)
                     self.see(vars(module)[name], name)
+        for kind in given.left_out:
+            self._note_left_out(kind)
+
+    def _note_left_out(self, kind: LeftOut) -> None:
+        if not self.paused:
+            self.left_out.setdefault(kind, self._where())
+
+    def _classes_of_model(self) -> frozenset[type]:
+        """Classes of all that the model leads to, as of the first time that a run asks for them."""
+        if not self._classes:
+            self._classes = frozenset(map(type, reachable([self._model])))
+        return self._classes
 
     def _on_generator(self, frame: types.FrameType, function: Any, owner: Any) -> None:
         if self.controlled is None and not is_ours(frame):

@@ -88,7 +88,7 @@ class Reads:
         environment: environment variables.
         opaque_scopes: global variables that opaque modules may use. They steer no plan; whoever runs a forward on the side puts
             them back.
-        late_names: attributes that code of the backward may read, of any object; None: of any name.
+        backward_names: attributes that code of the backward may read, of any object; None: of any name.
     """
 
     attributes: Mapping[type, frozenset[str]]
@@ -96,13 +96,13 @@ class Reads:
     scopes: tuple[Scope, ...] = ()
     environment: tuple[str, ...] = ()
     opaque_scopes: tuple[Scope, ...] = ()
-    late_names: frozenset[str] | None = frozenset()
+    backward_names: frozenset[str] | None = frozenset()
 
     def wants(self, value: Any, name: str) -> bool:
         """An attribute of an object counts; those of modules that code of the backward may read are among `attributes`."""
-        if self.late_names is None and not isinstance(value, torch.nn.Module):
+        if self.backward_names is None and not isinstance(value, torch.nn.Module):
             return True
-        return name in self.attributes.get(type(value), self.names) or name in (self.late_names or ())
+        return name in self.attributes.get(type(value), self.names) or name in (self.backward_names or ())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ import types
 import weakref
 from array import array
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
@@ -52,18 +52,20 @@ _FOREIGN = (
 """Packages whose objects are leaves."""
 
 
-_OF_SETTINGS = (
+_HOLD_SETTINGS = (
     UserDict,
     UserList,
+    torch.amp.GradScaler,
     torch.distributions.Distribution,
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
 )
+"""Classes of these packages whose objects are compared by their attributes."""
 
 
 def is_foreign_class(kind: type) -> bool:
     """Objects of this class are compared as a whole: torch's, numpy's, Python's own, but for those that hold settings."""
-    return str(kind.__module__).partition(".")[0] in _FOREIGN and not issubclass(kind, _OF_SETTINGS)
+    return str(kind.__module__).partition(".")[0] in _FOREIGN and not issubclass(kind, _HOLD_SETTINGS)
 
 
 @calls_users_code
@@ -227,10 +229,14 @@ _MOST = 20_000
 """Objects and containers that are followed at most: some lead to everything there is."""
 
 
-def reachable(values: Iterable[Any]) -> Iterator[Any]:
+def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any]:
     """These values and all that they lead to, by attributes and items; not through Python modules, nor endlessly.
 
-    Unlike `members`, it looks into objects of libraries, too: a UserDict, a distribution.
+    Unlike `members`, it looks into objects of libraries, too: an exception, a lock.
+
+    Args:
+        values: what to start from.
+        ends: identities of values that are yielded, and not entered.
     """
     todo = list(values)
     seen: dict[int, Any] = {}  # with the values, so that no identity is used twice
@@ -240,6 +246,8 @@ def reachable(values: Iterable[Any]) -> Iterator[Any]:
             continue
         seen[id(value)] = value
         yield value
+        if id(value) in ends:
+            continue
         todo += [inner for _, inner in members(value, lambda _, name: True)]
         if isinstance(value, (set, frozenset)):
             todo += [inner for _, inner in items_of(value)]
