@@ -26,9 +26,19 @@ class Outer:
 S = 2.0
 def scaled(g): return g * S
 TABLE = {'f': scaled}
+@dataclasses.dataclass
+class D:
+    s: float = 2.0
+class Holds:
+    class In: s = 2.0
+    @staticmethod
+    def f(h): return h * 2
+class E(enum.Enum): A = 1
+E.A.factor = 2.0
 class Frozen(frozenset): k = 2.0
 class Word(str): pass
 def other(self, h): return h * 3
+def other_f(h): return h * 3
 def taken(g): b['k'] = g
 """
 
@@ -50,6 +60,12 @@ SETTINGS = [
     holding("a method", "C()", "h = self.o.f(h)", "C.f = other", r"o\.f is other"),
     holding("of an object in a list", "[C()]", "h = h * self.o[0].s", "C.s = 3.0", r"o\[0\]\.s is 3\.0"),
     holding("hidden by an own attribute", "C()", "h = h * self.o.s", "part.o.s = 3.0", r"o\.s is 3\.0|o is|items"),
+    holding("hidden, but asked of the class", "D()", "h = h * type(self.o).s", "D.s = 3.0", r"o\.s is 3\.0"),
+    holding("of a class in a class that is held", "Holds", "h = h * self.o.In.s", "Holds.In.s = 3.0", r"In\.s is 3\.0"),
+    holding(
+        "a method of a class that is held", "Holds", "h = self.o.f(h)", "Holds.f = staticmethod(lambda h: h * 3)", r"o\.f is"
+    ),
+    holding("of a member of an enumeration", "E.A", "h = h * self.o.factor", "E.A.factor = 3.0", "o is|factor"),
     holding("of a derived set's class", "Frozen([1])", "h = h * self.o.k", "Frozen.k = 3.0", "o is|o.k is"),
     holding(
         "a gradient scaler",

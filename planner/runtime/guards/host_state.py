@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -291,6 +292,8 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
     elif isinstance(value, (type, ModuleType)):
         if has_members:
             group.dicts.append((vars(value), list(vars(value).values())))
+    elif isinstance(value, Enum):
+        group.dicts.append((vars(value), list(vars(value).values())))
     elif isinstance(value, ContextVar):
         read = lambda: [value.get(None)]
         group.others.append((read, read()))

@@ -211,16 +211,19 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
 
 
 def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
-    """What an object has by its class, data and code, each with its step; of a library's classes nothing."""
+    """What an object has by its class, data and code, each with its step; of a library's classes nothing.
+
+    Also what its own attributes hide: code may ask the class.
+    """
     if not is_object(value):
         return
-    own, found = attributes(value), set[str]()
+    found: set[str] = set()
     for base in type(value).__mro__:
         if is_foreign_class(base):
             continue
         for name, item in list(vars(base).items()):
             is_slot = isinstance(item, types.MemberDescriptorType)
-            if name[:2] != "__" and name not in own and name not in found and not is_slot and wanted(value, name):
+            if name[:2] != "__" and name not in found and not is_slot and wanted(value, name):
                 found.add(name)
                 yield ("class", name), item
 
@@ -256,12 +259,12 @@ def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any
 
 
 def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
-    """Data that a class or a Python module of the user's holds; its code is compared where it runs."""
+    """What a class or a Python module of the user's holds, but for the module's code: that is compared where it runs."""
     package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
     if package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__"):
         return
     for name, item in list(vars(value).items()):
-        if not name.startswith("__") and wanted(value, name) and not is_code(item):
+        if not name.startswith("__") and wanted(value, name) and (isinstance(value, type) or not is_code(item)):
             yield ("attr", name), item
 
 
