@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -66,7 +67,7 @@ class KernelCache:
             return {}
         try:
             conditions, costs = _read(self.path)
-            return costs if conditions == self.conditions else {}
+            return dict(costs) if conditions == self.conditions else {}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
@@ -88,16 +89,23 @@ class KernelCache:
         assert self.path is not None
         rows = {key: cost.to_row() for key, cost in sorted(costs.items())}
         scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"conditions": self.conditions, "kernels": rows}, indent=0), encoding="utf-8")
+        scratch.write_text(json.dumps({"conditions": self.conditions, "kernels": rows}), encoding="utf-8")
         os.replace(scratch, self.path)
 
 
-def _read(path: Path) -> tuple[Any, dict[str, KernelCost]]:
-    """The conditions and the costs that a file holds.
+def _read(path: Path) -> tuple[Any, Mapping[str, KernelCost]]:
+    """The conditions and the costs that a file holds; a file that nobody has written since is not parsed again.
 
     Raises:
         OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError: it cannot be read.
     """
+    about = path.stat()
+    return _parsed(path.absolute(), (about.st_ino, about.st_mtime_ns, about.st_size))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: Path, version: tuple[int, ...]) -> tuple[Any, Mapping[str, KernelCost]]:
+    """`_read`; `version` tells what was written at different times apart: a writer puts a new file in the place of the old."""
     with open(path, "rb") as file:
         content = parse(read_all(file).decode("utf-8"))
     return content["conditions"], {str(key): _cost(row) for key, row in content["kernels"].items()}
@@ -146,7 +154,7 @@ def cache_files(folder: Path) -> list[CacheFile]:
     return sorted(found, key=lambda file: -file.modified_s)
 
 
-def _tried(path: Path) -> tuple[Mapping[str, Any] | None, dict[str, KernelCost]]:
+def _tried(path: Path) -> tuple[Mapping[str, Any] | None, Mapping[str, KernelCost]]:
     try:
         conditions, costs = _read(path)
         return dict(conditions), costs

@@ -285,6 +285,7 @@ def test_tensors_are_carried_in_a_submodule(of):
     check(inside(of))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", LATE, ids=ids(LATE))
 @pytest.mark.parametrize("warm", [0, 2])
 def test_state_that_the_first_calls_make(of, warm):

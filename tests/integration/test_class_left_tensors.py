@@ -240,6 +240,7 @@ def test_what_a_submodule_leaves_is_there(of):
     check(inside(of))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", ELSEWHERE, ids=ids(ELSEWHERE))
 def test_what_is_left_in_other_places_is_there_or_refused(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from))

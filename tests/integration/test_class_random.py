@@ -115,6 +115,7 @@ def custom():
     return made
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", TORCH, ids=ids(TORCH))
 def test_torchs_numbers_are_repeated(of):
     check(of)
@@ -136,6 +137,7 @@ def test_other_generators_in_a_submodule(of):
     check(inside(of))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", custom(), ids=ids(custom()))
 @pytest.mark.parametrize("budget", [1.0, 0.7])
 def test_operators_that_draw(of, budget, request):

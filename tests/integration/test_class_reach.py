@@ -167,6 +167,7 @@ FOLLOWED = ("a weight of a hidden module",)
 """Read anew at every call, as the model's own weights are."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", VALUES)
 def test_a_change_is_noticed(name):
     make, use, change = VALUES[name]

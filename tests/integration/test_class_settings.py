@@ -120,6 +120,7 @@ def test_a_changed_setting_is_noticed(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", sampled(SCALED[::3]))
 def test_a_changed_setting_of_a_submodule_is_noticed(of):
     check(inside(of))
@@ -136,6 +137,7 @@ def test_settings_outside_of_the_model_are_noticed_or_refused(of):
     check(type(of)(of.program, of.allowed, None, word=of.word))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", sampled(changed_modules(), 2))
 def test_a_changed_module_is_noticed(of):
     check(of)

@@ -103,11 +103,13 @@ def planned_under():
     ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", switched(), ids=ids(switched()))
 def test_another_switch_is_noticed(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", planned_under(), ids=ids(planned_under()))
 def test_a_switch_that_was_planned_for(of):
     check(of)

@@ -78,6 +78,7 @@ def same(found, expected):
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "computed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)

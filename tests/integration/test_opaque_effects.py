@@ -243,6 +243,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("core", [lambda: nn.GRU(8, 8, batch_first=True), lambda: nn.Linear(8, 8)], ids=["opaque", "traced"])
 def test_attributes_of_a_part_that_others_read_are_guarded(core, change):

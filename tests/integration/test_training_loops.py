@@ -70,6 +70,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("optimizer", "way"), [(name, way) for name, (*_, ways) in OPTIMIZERS.items() for way in ways])
 def test_optimizers(optimizer, way, name):

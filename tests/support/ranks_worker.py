@@ -1,4 +1,4 @@
-"""One of two processes of tests/integration/test_distributed_safety.py: runs one case, and says "done" if it held."""
+"""One of two processes of tests/integration/test_distributed_safety.py: runs cases, and says of each that it held."""
 
 import sys
 import warnings
@@ -203,12 +203,13 @@ def fsdp(rank, _folder):
 
 
 if __name__ == "__main__":
-    case, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    rank, folder = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # 2.13 gives functional collectives other names
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    globals()[case](rank, folder)
+    for case in sys.argv[3:]:
+        globals()[case](rank, folder)
+        print(case, "held")
     dist.destroy_process_group()
-    print("done")

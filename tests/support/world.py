@@ -58,7 +58,7 @@ def numpy_text(state: np.random.RandomState) -> str:
 
 def seed(number: int) -> None:
     """Set all three."""
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes milliseconds for a CUDA that is not there
     random.seed(number)
     np.random.seed(number % 2**32)
 

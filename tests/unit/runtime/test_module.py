@@ -298,6 +298,7 @@ class Dropped(nn.Module):
         return {"loss": self.outer(x).float().square().sum(), "dropped": x}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.15, 0.5, 1.0])

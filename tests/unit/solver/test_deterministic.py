@@ -95,11 +95,9 @@ def test_the_call_needs_several_stages_and_all_of_its_work(plain: dict[str, Any]
 @pytest.mark.parametrize(
     "again",
     [
-        pytest.param(lambda: call(PYTHONHASHSEED="0"), id="in another process"),
         pytest.param(on_a_busy_machine, id="on a busy machine"),
-        pytest.param(lambda: call(FAST_CLOCK, PYTHONHASHSEED="0"), id="by a clock that is five times as fast"),
-        pytest.param(lambda: call(PYTHONHASHSEED="1"), id="with hash seed 1"),
-        pytest.param(lambda: call(PYTHONHASHSEED="2"), id="with hash seed 2"),
+        pytest.param(lambda: call(FAST_CLOCK, PYTHONHASHSEED="1"), id="by a fast clock, with hash seed 1"),
+        pytest.param(lambda: call(PYTHONHASHSEED="2"), id="in another process, with hash seed 2"),
     ],
 )
 def test_the_same_plans_bounds_and_work(again: Callable[[], dict[str, Any]], plain: dict[str, Any]) -> None:
