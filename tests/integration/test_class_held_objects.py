@@ -63,7 +63,11 @@ SETTINGS = [
     holding("hidden, but asked of the class", "D()", "h = h * type(self.o).s", "D.s = 3.0", r"o\.s is 3\.0"),
     holding("of a class in a class that is held", "Holds", "h = h * self.o.In.s", "Holds.In.s = 3.0", r"In\.s is 3\.0"),
     holding(
-        "a method of a class that is held", "Holds", "h = self.o.f(h)", "Holds.f = staticmethod(lambda h: h * 3)", r"o\.f is"
+        "a method of a class that is held",
+        "Holds",
+        "h = self.o.f(h)",
+        "Holds.f = staticmethod(lambda h: h * 3)",
+        r"o\.f(\.__wrapped__)? is",
     ),
     holding("of a member of an enumeration", "E.A", "h = h * self.o.factor", "E.A.factor = 3.0", "o is|factor"),
     holding("of a derived set's class", "Frozen([1])", "h = h * self.o.k", "Frozen.k = 3.0", "o is|o.k is"),
