@@ -6,6 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -18,6 +19,7 @@ from planner.api import plan
 from planner.errors import InputError, warn
 from planner.options import PlanKeywords, read_options, with_options
 from planner.profiler.optimizer import state_bytes
+from planner.report.progress import in_lines
 from planner.runtime.copies import with_left_tensors
 from planner.runtime.install import PlannedForward, install, uninstall
 from planner.runtime.module import CheckpointedModule
@@ -116,7 +118,8 @@ class FirstCall:
         begun = time.monotonic()
         _set_forward(self._model, self._before)
         try:
-            module = make(args, kwargs)
+            with _said():
+                module = make(args, kwargs)
             install(self._model, module, strict=self._strict)
             self._installed = own["forward"]
         except Exception as error:
@@ -148,6 +151,13 @@ class FirstCall:
     def __reduce__(self) -> tuple[Any, ...]:
         none = _nothing
         return FirstCall, (self._model, None, self._before, self._strict, none, none, self._installed)
+
+
+def _said() -> AbstractContextManager[Any]:
+    """Say in lines what a training without a terminal waits for; of several ranks, the first says it."""
+    world = torch.distributed
+    is_first = not (world.is_available() and world.is_initialized()) or world.get_rank() == 0
+    return in_lines() if is_first else nullcontext()
 
 
 def watch(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from planner.analysis.estimate import Estimated
+from planner.analysis.estimate import OPTIMIZER, Estimated
 from planner.analysis.explain import ModuleRow
+from planner.graph.accumulation import HELD
+from planner.graph.graph import Kind, reserved_name
 from planner.report.plan_table import ASSUMING
 from planner.report.tables import Block, facts, number, render, table, words
 from planner.units import enough_text, format_bytes, format_ns
 
 MODULE_ROWS = 6
+
+_ARGUMENTS = {"optimizer state": "optimizer=...", "float32 weights": "master_weights=True", "reserved": "reserve=..."}
+"""Arguments of `plan` by what they set bytes aside for."""
 
 
 def text(estimate: Estimated) -> str:
@@ -47,10 +52,17 @@ def verdict(estimate: Estimated) -> str:
         return f"fits: {format_bytes(memory - estimate.needed_bytes)} of {format_bytes(memory)} stay free"
     missing = f"does not fit: {enough_text(estimate.missing_bytes)} are missing"
     if plan is not None:
-        return f"{missing}; fits planned, {plan.overhead:+.1%} time: plan(model, {memory}, ...)"
+        asked = "".join(f", {_ARGUMENTS[purpose]}" for purpose in set_aside(estimate) if purpose in _ARGUMENTS)
+        return f"{missing}; fits planned, {plan.overhead:+.1%} time: plan(model, {memory}, args{asked})"
     if estimate.floor_bytes + estimate.margin_bytes > memory:
         return f"{missing}, and no plan can help: every schedule needs {enough_text(estimate.floor_bytes)}"
     return f"{missing}, and no plan was found"
+
+
+def set_aside(estimate: Estimated) -> list[str]:
+    """What bytes beside the step are for, as the graph names it."""
+    reserved = (value.name for value in estimate.graph.values if value.kind is Kind.RESERVED and value.name != HELD)
+    return [name.strip("()") for name in reserved]
 
 
 def _floor(estimate: Estimated) -> str:
@@ -71,13 +83,14 @@ def _planned(estimate: Estimated) -> str:
 
 def _parts(estimate: Estimated) -> Table:
     parts = estimate.parts
+    others = [purpose for purpose in set_aside(estimate) if reserved_name(purpose) not in OPTIMIZER]
     rows = (
         ("parameters", parts.parameters_bytes),
         ("buffers", parts.buffers_bytes),
         ("inputs and outputs", parts.inputs_bytes),
         ("gradients", parts.gradients_bytes),
         ("optimizer", parts.optimizer_bytes),
-        ("reserved", parts.reserved_bytes),
+        (", ".join(others), parts.reserved_bytes),
         ("activations", parts.activations_bytes),
         ("temporaries", parts.temporaries_bytes),
     )

@@ -1,4 +1,4 @@
-"""Progress on stderr: a spinner for stages that take more than a second, and at the shell a line where it is no terminal."""
+"""Progress on stderr: a spinner for stages that take more than a second; lines where it is no terminal and they are wanted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINES: ContextVar[bool] = ContextVar("stages are said in lines", default=False)
 
 @contextlib.contextmanager
 def in_lines() -> Iterator[None]:
-    """While entered, a stage is said in a plain line where stderr is no terminal: at the shell, with output piped."""
+    """While entered, a stage is said in a plain line where stderr is no terminal: a pipe at the shell, a training job."""
     token = _LINES.set(True)
     try:
         yield

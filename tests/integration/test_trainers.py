@@ -237,9 +237,44 @@ def test_two_epochs_of_lightning(calls, head, arguments, tmp_path, capsys):
     (row,) = [row for row in planned_logged if row["planner/seconds"]]
     assert float(row["planner/peak_bytes"]) <= float(row["planner/budget_bytes"]) < float(row["planner/plain_peak_bytes"])
     assert [row["planner/other_sizes"] for row in planned_logged if row["planner/other_sizes"]] == ["1"]
-    graph = callback.planned.plan.graph
-    kept = sum(value.nbytes for value in graph.values if value.kind.value == "reserved")
-    assert kept > 2 * sum(weight.nbytes for weight in planned.parameters()), "AdamW's state"
+    kept = callback.planned.plan.graph.value["(optimizer state)"].nbytes
+    assert kept >= 2 * sum(weight.nbytes for weight in planned.parameters()), "AdamW's state"
+
+
+class Taught(LightningModule):
+    """Two networks with an optimizer each."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.teacher = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 4)), nn.Linear(16, 4)
+
+    def training_step(self, batch, _):
+        loss = (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.net, self.teacher)]
+
+
+@lightnings
+def test_state_of_an_optimizer_that_trains_other_parts_is_set_aside(tmp_path):
+    torch.manual_seed(0)
+    module, data = Taught(), TensorDataset(torch.randn(64, 16))
+    callback = lightning.PlannerCallback(1.0, module="net", **QUICK)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    LightningTrainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet).fit(module, DataLoader(data, 32))
+    value = callback.planned.plan.graph.value
+    own, others = (sum(p.nbytes for p in part.parameters()) for part in (module.net, module.teacher))
+    steps = {"(optimizer state)": 4 * 4, "(reserved)": 2 * 4}  # Adam counts each parameter's steps in a tensor of 4 bytes
+    assert value["(optimizer state)"].nbytes == 2 * own + steps["(optimizer state)"]
+    assert value["(reserved)"].nbytes == 4 * others + steps["(reserved)"]  # weights and gradients, too
+    assert callback.planned.num_planned_calls == 2
 
 
 @lightnings

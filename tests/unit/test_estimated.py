@@ -106,7 +106,17 @@ def test_it_fits_planned_where_the_plain_step_does_not():
     found = estimate(model, (x,), costs="estimate", memory=memory, **QUICK)
     assert not found.fits and found.fits_planned and found.missing_bytes == plain.needed_bytes - memory
     assert found.plan.peak_bytes + found.plan.margin_bytes <= memory and found.plan.margin_bytes > 0
-    assert f"plan(model, {memory}, ...)" in verdict(found) and f"{found.plan.overhead:+.1%} time" in verdict(found)
+    assert f"plan(model, {memory}, args)" in verdict(found) and f"{found.plan.overhead:+.1%} time" in verdict(found)
+
+
+def test_what_is_set_aside_is_named_and_so_is_what_plan_must_be_given():
+    model, x = blocks()
+    given = {**QUICK, "optimizer": "adamw", "reserve": "1MiB"}
+    assert "\nreserved, libraries" in str(estimate(model, (x,), memory="1GiB", device="H100-80GB", **given))
+    plain = estimate(model, (x,), costs="estimate", memory="1GiB", **given)
+    memory = (plain.lowest_bytes + plain.needed_bytes) // 2
+    found = estimate(model, (x,), costs="estimate", memory=memory, **given)
+    assert f"plan(model, {memory}, args, reserve=..., optimizer=...)" in verdict(found)
 
 
 def test_a_memory_that_it_says_is_enough_is_enough():

@@ -50,6 +50,16 @@ def test_the_first_call_in_training_runs_planned_and_earlier_calls_do_not():
     assert len(tables) == 1 and tables[0].startswith("budget")
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_job_without_a_terminal_is_told_what_it_waits_for(progress, capsys):
+    model, x = network(), torch.randn(64, 16)
+    plan_at_first_call(model, 1.0, log=list, **{**QUICK, "progress": progress})
+    for _ in range(2):
+        model(x).sum().backward()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in said] == ([["planner:", "capture"], ["planner:", "solve"]] if progress else [])
+
+
 def test_a_smaller_batch_runs_planned_too():
     model, x = network(), torch.randn(64, 16)
     twin = copy.deepcopy(model)
