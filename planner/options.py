@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from planner import arguments, units
-from planner.errors import BudgetError, InputError
+from planner.errors import InputError
 from planner.limits import DEFAULT_EFFORT, Limits
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def option(default: Any, help: str, details: str = "", check: Check | None = Non
 def _costs(value: Any, name: str) -> Any:
     if value is None or (isinstance(value, str) and value in ("measure", "estimate")):
         return value
-    raise BudgetError(f"{name}={units.shown(value)} is not known; use 'measure' or 'estimate'")
+    raise InputError(f"{name}={units.shown(value)} is not known; use 'measure' or 'estimate'")
 
 
 def _remeasure(value: Any, name: str) -> Any:
@@ -240,7 +240,7 @@ class PlanOptions(RuntimeOptions, SolverOptions, CostOptions, AccountingOptions,
     """Every option of planning, checked.
 
     Raises:
-        BudgetError: `reserve` or `costs` cannot be read.
+        BudgetError: `reserve` cannot be read.
         InputError: a value of another type, or options that exclude each other.
     """
 

@@ -32,7 +32,7 @@ EXPECTED = {
     "raises": ("crashed", r"step 1: KeyError: 'made up' \[support/faulty_field\.py:\d+\]"),
     "aborts": ("crashed", r"ended with SIGABRT, while training\. .*faulty_field\.py"),
     "hangs": ("crashed", "no end within 15 s"),
-    "refused": ("refused", "BudgetError: costs='made up' is not known"),
+    "refused": ("refused", "InputError: costs='made up' is not known"),
     "in_units": ("in units", "CaptureError: .*calls"),
     "unplanned": ("unplanned", r"step 1: .* runs unplanned: .*\[65, 8\]"),
     "eager_raises": ("broken", "eager: RuntimeError: mat1 and mat2"),
@@ -64,7 +64,7 @@ def test_the_table_counts_steps_and_names_reasons(tmp_path):
     rows = [
         Outcome("torch/exact", "fp32", "exact", steps=3, planned_steps=3),
         Outcome("torch/unplanned", "fp32", "unplanned", "step 1: input 0", steps=3, planned_steps=2),
-        Outcome("torch/refused", "fp32", "refused", "BudgetError: costs='made up'"),
+        Outcome("torch/refused", "fp32", "refused", "InputError: costs='made up'"),
         Outcome("torch/different", "fp32", "different", "step 0: loss", steps=3, planned_steps=3),
         Outcome("torch/broken", "fp32", "broken", "eager: ValueError"),
     ]
@@ -74,7 +74,7 @@ def test_the_table_counts_steps_and_names_reasons(tmp_path):
     assert exact_share(rows) == pytest.approx((1 + 2 / 3) / 4)
     text = table(rows, "today", "command")
     assert "1 exact, 1 unplanned, 1 refused, 1 different, 1 broken" in text
-    assert "| torch/refused | fp32 | refused | BudgetError: costs='made up'" in text
+    assert "| torch/refused | fp32 | refused | InputError: costs='made up'" in text
 
 
 def test_a_broken_row_is_no_excuse():
