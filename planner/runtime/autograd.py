@@ -34,6 +34,7 @@ from planner.runtime.backward_checks import (
 from planner.runtime.backward_key import BackwardKey, backward_key
 from planner.runtime.executable import Executable, OtherBackward
 from planner.runtime.gradient_sums import watch_sums
+from planner.runtime.guards.backward_reads import CallReads
 
 
 class BackwardFinder(Protocol):
@@ -60,6 +61,7 @@ class StepRun:
         backwards: finds backwards for gradients that are not as planned.
         alive: tensors passed from one backward stage to the next.
         summed: the inputs whose gradients are sums, by position.
+        reads: compares what the model's own code in the backward reads; None where there is no such code.
         complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
             tuple instead of running its stage.
     """
@@ -67,14 +69,17 @@ class StepRun:
     executable: Executable
     inputs: list[torch.Tensor]
     backwards: BackwardFinder
+    reads: CallReads | None = None
     alive: list[torch.Tensor] = field(default_factory=list)
     summed: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
 
 
-def run(executable: Executable, inputs: Sequence[torch.Tensor], backwards: BackwardFinder) -> tuple[torch.Tensor, ...]:
+def run(
+    executable: Executable, inputs: Sequence[torch.Tensor], backwards: BackwardFinder, reads: CallReads | None
+) -> tuple[torch.Tensor, ...]:
     """Results of the forward on `inputs`, with the planned backward attached."""
-    this = StepRun(executable, list(inputs), backwards)
+    this = StepRun(executable, list(inputs), backwards, reads)
     token: torch.Tensor | None = None
     for k in range(len(executable.owners) - 1, 0, -1):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in executable.owners[k]))
@@ -134,6 +139,8 @@ class _Forward(torch.autograd.Function):
         this: StepRun = ctx.run
         executable = this.executable
         check_modes(executable.device)
+        if this.reads is not None:
+            this.reads.check()
         check_views(ctx, executable, gradients)
         check_shared_outputs(ctx, executable, gradients)
         key = backward_key(gradients)

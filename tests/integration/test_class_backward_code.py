@@ -1,7 +1,10 @@
 """Code of the model's own that runs in the backward: what it reads is compared before each call, what it changes is refused."""
 
+import re
+
 import pytest
 
+from tests.support.harness import outcome
 from tests.support.members import ANY, check, ids, member
 from tests.support.source import Step
 
@@ -110,6 +113,72 @@ def test_it_is_planned_while_nothing_changes(of):
     word = REFUSED.get(of.name)
     assert found.verdict == ("refused" if word else "same"), found
     assert not word or word in found.messages[0]
+
+
+LATE_STEPS = (Step(), Step("changed", between=CHANGES), Step())
+AT_THE_FORWARD = {"Function that is given it"}
+OTHERS = "part.training = part.unread = False\npart.l[0].unread = part.cfg.unread = 1"
+BY_ANY_NAME = {name for name, text in READS.items() if "getattr" in text or "vars(" in text}
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
+def test_what_changes_before_the_backward_is_an_error(of):
+    found = outcome(of.program.within(steps=LATE_STEPS))
+    if of.name in AT_THE_FORWARD:
+        assert found.verdict == "mismatch"
+    elif of.name not in REFUSED:
+        assert found.verdict == "refused" and re.search(r"BackwardError: .*changed before the backward", found.messages[-1])
+
+
+SET = "h.register_hook(lambda g: g * (1 if self.w is None else 2))"
+HELD = "def f(g):\n    return g * len(c)\nh.register_hook(f)"
+LATE = {
+    "tensor": ("h.register_hook(lambda g: g * self.s)", "self.s = torch.tensor(2.0)", "part.s = torch.tensor(5.0)"),
+    "tensor in place": ("h.register_hook(lambda g: g * self.s)", "self.s = torch.tensor(2.0)", "part.s.mul_(2)"),
+    "tensor in a list": ("h.register_hook(lambda g: g * self.s[0])", "self.s = [torch.ones(1)]", "part.s[0] = torch.zeros(1)"),
+    "tensor of an object": (
+        "h.register_hook(lambda g: g * self.cfg.k)",
+        "self.cfg.k = torch.ones(1)",
+        "part.cfg.k = torch.zeros(1)",
+    ),
+    "array": ("h.register_hook(lambda g: g * float(self.s[0]))", "self.s = np.ones(1)", "part.s[0] = 3.0"),
+    "what the forward wrote": ("self.n = 3\nh.register_hook(lambda g: g * self.n)", "self.n = 1", "part.n = 4"),
+    "submodule": ("h.register_hook(lambda g: g * self.l[0].scale)", "", "part.l[0] = nn.Linear(1, 1)\npart.l[0].scale = 3.0"),
+    "function": ("h.register_hook(lambda g: self.f(g))", "self.f = lambda g: g * 2", "part.f = lambda g: g * 3"),
+    "nothing to a list": (SET, "self.w = None", "part.w = [1]"),
+    "nothing to a tensor": (SET, "self.w = None", "part.w = torch.ones(1)"),
+    "tensor to nothing": (SET, "self.w = torch.ones(1)", "part.w = None"),
+    "list to nothing": (SET, "self.w = [1]", "part.w = None"),
+    "gone": ("h.register_hook(lambda g: g * (1 if hasattr(self, 'w') else 2))", "self.w = 5", "del part.w"),
+    "partial's": ("h.register_hook(functools.partial(lambda c, g: g * c[0], self.cell))", "", "part.cell[0] = 3.0"),
+    "dictionary in one": (f"c = self.d['a']\n{HELD}", "self.d = {'a': {'b': 2.0}}", "part.d['a']['c'] = 3.0"),
+    "dictionary in an object": (f"c = self.cfg.d\n{HELD}", "self.cfg.d = {'b': 2.0}", "part.cfg.d['c'] = 3.0"),
+    "set": (f"c = self.s\n{HELD}", "self.s = {1}", "part.s.add(5)"),
+}
+
+
+@pytest.mark.parametrize(("forward", "init", "between"), LATE.values(), ids=LATE.keys())
+def test_other_kinds_that_change_before_the_backward(forward, init, between):
+    made = member("late", forward, init=INIT + init, head=HEAD, steps=LATE_STEPS, planned_from=None)
+    unchanged = made.program.within(steps=(Step(), Step()))
+    assert outcome(unchanged).verdict == "same"
+    found = outcome(made.program.within(steps=(Step(), Step("changed", between=between))))
+    assert found.verdict == "refused" and "BackwardError: " in found.messages[-1], found
+
+
+def test_lists_that_the_loop_empties_may_be_emptied_before_the_backward():
+    text = "self.aux.append(h.square().mean())\nh.register_hook(lambda g: g * self.scale)"
+    steps = (Step("changed", between="part.aux.clear()"),) * 3
+    found = outcome(member("aux", text, init=f"{INIT}self.aux = []", head=HEAD, steps=steps).program)
+    assert found.verdict == "same" and all(found.planned)
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
+def test_what_it_does_not_read_may_change_before_the_backward(of):
+    found = outcome(of.program.within(steps=(Step("changed", between=OTHERS),) * 3))
+    assert found.verdict == ("refused" if of.name in {*REFUSED, *BY_ANY_NAME} else "same"), found.messages
 
 
 CHANGE = {

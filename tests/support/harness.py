@@ -126,6 +126,10 @@ class Run:
         loss.backward()
         self.see("gradients", {name: p.grad for name, p in sorted(self.model.named_parameters())})
 
+    def between(self) -> None:
+        """What the program changes between a forward and its backward."""
+        getattr(self._home, f"between_{self._step}")(self.model, self._home.part_of(self.model))
+
     def update(self, *, set_to_none: bool = True) -> None:
         """A step of plain gradient descent."""
         with torch.no_grad():

@@ -15,6 +15,14 @@ def train(run: Any) -> None:
     run.update()
 
 
+def changed(run: Any) -> None:
+    """A training step that changes something between the forward and the backward."""
+    loss = run.loss(run.call(*run.inputs()))
+    run.between()
+    run.backward(loss)
+    run.update()
+
+
 def no_update(run: Any) -> None:
     """Forward and backward; weights stay."""
     run.backward(run.loss(run.call(*run.inputs())))

@@ -28,11 +28,13 @@ class Step:
         kind: name of a function in `tests.support.loops`.
         before: statements run before it; `m` is the model, `part` the module that the program is about.
         under: expression of a context manager that the forward runs in.
+        between: statements like those of `before`, run by the kind "changed" between the forward and its backward.
     """
 
     kind: str = "train"
     before: str = ""
     under: str = ""
+    between: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Program:
                 f"def inputs():\n    return {self.given or f'(torch.randn({self.rows}, 8, dtype=torch.float32),)'}\n",
                 f"def part_of(m):\n    return {part}\n",
                 f"def losses(part):\n    return {self.losses}\n",
-                *(self._change(i, step.before) for i, step in enumerate(self.steps)),
+                *(self._change(f"before_{i}", step.before) for i, step in enumerate(self.steps)),
+                *(self._change(f"between_{i}", step.between) for i, step in enumerate(self.steps)),
                 *(f"def under_{i}():\n    return {step.under}\n" for i, step in enumerate(self.steps) if step.under),
                 f"def plan_under():\n    return {self.plan_under or 'contextlib.nullcontext()'}\n",
             ]
@@ -97,9 +100,9 @@ class Program:
         forward = _indented(f"{self.first}\n{textwrap.dedent(self.forward)}\nreturn {self.out}", 8)
         return f"class Part(nn.Module):\n    def __init__(self):\n{init}\n    def forward({self.signature}):\n{forward}\n"
 
-    def _change(self, i: int, text: str) -> str:
+    def _change(self, name: str, text: str) -> str:
         lines = textwrap.dedent(text).strip()
-        return f"def before_{i}(m, part):\n{_indented(lines or 'pass', 4)}\n"
+        return f"def {name}(m, part):\n{_indented(lines or 'pass', 4)}\n"
 
     def within(self, **changes: Any) -> Program:
         """The same with other fields."""

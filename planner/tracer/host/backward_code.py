@@ -17,7 +17,7 @@ import torch
 
 from planner.errors import CaptureError
 from planner.tracer.host.scopes import global_names, is_library_code
-from planner.tracer.host.values import ABSENT, find_in_class, reachable
+from planner.tracer.host.values import ABSENT, find_in_class, own_class, reachable
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _GIVEN = {
@@ -150,6 +150,28 @@ class BackwardCode:
                         self.add(method)
         if self._co_names & _ENVIRONMENT:
             self.left_out.add(LeftOut.ENVIRONMENT)
+
+
+class ReadsOfBackward:
+    """What code of the backward may read, gathered over the runs of a forward.
+
+    Attributes:
+        names: attributes that it names, of any object; None: of any name.
+    """
+
+    def __init__(self) -> None:
+        self.names: frozenset[str] | None = frozenset()
+        self._containers: dict[int, Any] = {}  # with the values, so that no identity is used twice
+
+    def add(self, code: BackwardCode, modules: Collection[int]) -> None:
+        """Add what some code names and holds; what lies in the model's modules (identities) it has to name."""
+        self.names = None if self.names is None or code.names is None else self.names | code.names
+        containers = (value for value in reachable(code.held, modules) if own_class(value) is not None)
+        self._containers |= {id(value): value for value in containers}
+
+    def holds(self, value: Any, modules: Collection[int]) -> bool:
+        """Whether it holds, under whatever name, this container or one that the value leads to."""
+        return bool(self._containers) and any(id(inner) in self._containers for inner in reachable([value], modules))
 
 
 def _texts(constant: Any) -> set[str]:

@@ -378,8 +378,7 @@ class Observer:
 
     def _key(self, reads: Reads, left: tuple[Path, ...], of_tensors: tuple[TensorRead, ...]) -> HostKey:
         model = self.model
-        names = named(model)
-        prints = Fingerprints(names, reads.wants, skipped_places(left, model))
+        prints = Fingerprints(named(model), reads.wants, skipped_places(left, model))
         of_classes = self._class_attributes(reads.names)
         read = lambda kind: reads.attributes.get(kind, frozenset()) - {"training"} | of_classes.get(kind, set())
         places = list(roots(model, read, reads, self._opaque, self._touched(self.reads.read_at)))
@@ -389,7 +388,8 @@ class Observer:
                 places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
         expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
-        return HostKey(reads, expected, self._opaque, left, environment, of_tensors)
+        held = tuple(path for path, _ in expected if self.reads.of_backward.holds(path.root(model), self._names))
+        return HostKey(reads, expected, self._opaque, left, environment, of_tensors, held_by_backward=held)
 
 
 def _weight_places(model: nn.Module) -> frozenset[tuple[str, str]]:

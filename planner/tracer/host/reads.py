@@ -17,7 +17,7 @@ from torch import nn
 
 from planner.profiler.python_events import set_profiler
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.backward_code import BackwardCode, LeftOut, given_to
+from planner.tracer.host.backward_code import BackwardCode, LeftOut, ReadsOfBackward, given_to
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.iterators import is_used_up
@@ -93,7 +93,7 @@ class ReadRecorder:
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
-        self._backward_names: frozenset[str] | None = frozenset()
+        self.of_backward = ReadsOfBackward()
         self._classes: frozenset[type] = frozenset()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
@@ -126,7 +126,7 @@ class ReadRecorder:
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
-            self._backward_names,
+            self.of_backward.names,
         )
 
     def libraries(self) -> tuple[LibraryRead, ...]:
@@ -260,8 +260,8 @@ class ReadRecorder:
             for value in given.held:
                 if not isinstance(value, nn.Module):
                     self.see(value)
-            names, known = given.names, self._backward_names
-            self._backward_names = None if names is None or known is None else known | names
+            self.of_backward.add(given, self._names)
+            names = given.names
             for module in self._model.modules():  # any of which it may reach
                 held = vars(module).keys() - _INTERNAL
                 for name in held if names is None else held & names:

@@ -120,6 +120,7 @@ class HostKey:
         inputs_at: where it asks so, each tensor in Python state with the position of the call's tensor that it is, or None.
         weight_classes: of weights whose classes are not torch's, by name.
         libraries: what it reads of libraries.
+        held_by_backward: places that lead to containers which code of the backward holds, under whatever name.
     """
 
     reads: Reads
@@ -132,6 +133,7 @@ class HostKey:
     inputs_at: tuple[tuple[Path, int | None], ...] = ()
     weight_classes: tuple[tuple[str, type], ...] = ()
     libraries: tuple[LibraryRead, ...] = ()
+    held_by_backward: tuple[Path, ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:
