@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import BackwardError, InputError, MismatchWarning, plan
+from planner import BackwardError, CaptureError, InputError, MismatchWarning, plan
 from planner.errors import OpaqueModuleError
 from tests.support.observe import state_of
 
@@ -333,3 +333,60 @@ def test_a_gradient_that_is_added_to_inside_a_part_keeps_the_layout_of_the_sum()
     h.register_hook(lambda grad: strides.append(grad.stride()))
     (model.core(h)[0] + model.conv(h.transpose(1, 2).contiguous()).transpose(1, 2)).sum().backward()
     assert entered.args[0].meta["val"].stride() == strides[0] != (40, 8, 1)
+
+
+class Told(nn.Module):
+    """An LSTM that writes into what it is given beside its input, from its second call on where `late`."""
+
+    def __init__(self, write: str, late: bool) -> None:
+        super().__init__()
+        self.core, self.write, self.late, self.calls = (
+            nn.LSTM(8, 8, batch_first=True),
+            compile(write, "<write>", "exec"),
+            late,
+            0,
+        )
+
+    def forward(self, x: torch.Tensor, given: object) -> torch.Tensor:
+        h = self.core(x)[0]
+        if not self.late:
+            exec(self.write, globals(), {"given": given, "h": h})
+        return h
+
+
+class Telling(nn.Module):
+    def __init__(self, make: str, write: str, late: bool = False) -> None:
+        super().__init__()
+        self.layer, self.told, self.make, self.kept = nn.Linear(8, 8), Told(write, late), compile(make, "<make>", "eval"), {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = eval(self.make, globals(), {"self": self, "x": x})
+        return (self.told(torch.tanh(self.layer(x)), given) * max(len(given), 1)).square().mean()
+
+
+RUN_AS_IT_IS = {"opaque": ["told"], "costs": "estimate", "progress": False}
+GIVEN = {
+    "number into a new dictionary": ("{}", "given['n'] = float(h.detach().mean())"),
+    "tensor into a new dictionary": ("{}", "given['n'] = h.mean()"),
+    "tensor replaced": ("{'x': x}", "given['x'] = h"),
+    "number into a list": ("[x]", "given.append(2)"),
+    "into a list in a dictionary": ("{'l': []}", "given['l'].append(2)"),
+    "taken out": ("{'n': 1, 'k': 2}", "given.pop('n')"),
+    "into a dictionary of the model": ("self.kept", "given['n'] = 1"),
+}
+
+
+@pytest.mark.parametrize(("make", "write"), GIVEN.values(), ids=GIVEN.keys())
+def test_what_it_writes_into_its_arguments_is_refused(make: str, write: str) -> None:
+    with pytest.raises(CaptureError, match="told runs as it is, but writes into a list or dictionary that it is given"):
+        plan(Telling(make, write), 1.0, (torch.randn(2, 4, 8),), **RUN_AS_IT_IS, check=False)
+
+
+def test_what_it_writes_into_its_arguments_later_is_an_error() -> None:
+    model, x = Telling("[x]", "given.append(2)", late=True), torch.randn(2, 4, 8)
+    planned = plan(model, 1.0, (x,), **RUN_AS_IT_IS, audit=False)
+    planned(x).backward()
+    assert planned.num_planned_calls == 1
+    model.told.late = False
+    with pytest.raises(OpaqueModuleError, match="writes into a list or dictionary"):
+        planned(x)

@@ -181,6 +181,9 @@ def run_under_autograd(
 
     Returns:
         the handle, the results without autograd, and what autograd saved.
+
+    Raises:
+        OpaqueModuleError: it writes into a container among its arguments.
     """
     leaves = list(spec.call.leaves)
     for position, place in zip(spec.call.tensors, spec.places, strict=True):
@@ -198,6 +201,7 @@ def run_under_autograd(
     ):
         with weights_restored(module, weights):
             out = torch.func.functional_call(module, held, args, kwargs, tie_weights=False)
+        _check_containers(spec, leaves, (args, kwargs))
         found = results_of(out)
     if enabled:
         torch.clear_autocast_cache()  # no other module uses these casts
@@ -211,6 +215,16 @@ def run_under_autograd(
     kept = list(saved)
     saved.clear()  # the hooks, which the graph holds, hold this list: with tensors of the graph in it, that would be a cycle
     return handle, own_storages([t.detach() for t in found]), kept
+
+
+def _check_containers(spec: OpaqueCall, given: Sequence[Any], call: Any) -> None:
+    """Refuse what the submodule writes into lists and dictionaries that it is given: the forward outside does not see it."""
+    leaves, structure = pytree.tree_flatten(call)
+    if structure != spec.call.in_spec or any(leaf is not before for leaf, before in zip(leaves, given, strict=True)):
+        raise OpaqueModuleError(
+            f"{spec.module} runs as it is, but writes into a list or dictionary that it is given. Return what it computes "
+            "instead"
+        )
 
 
 def _in_every_place(

@@ -11,7 +11,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.tensors import storage_id
-from planner.errors import CaptureError
+from planner.errors import CaptureError, OpaqueModuleError
 from planner.kernels import custom
 from planner.tracer.call import CallSpec
 from planner.tracer.faults import concerns_model
@@ -122,9 +122,12 @@ class _CallRecorder:
         inside = [dict(inner._modules) for inner in self.module.modules()]
         with as_it_was(self.module) as preserved:
             before = _generators(self.device)
-            handle, results, saved = run_under_autograd(
-                self.module, spec, arguments, state, lambda out: self._note_output(out, arguments)
-            )
+            try:
+                handle, results, saved = run_under_autograd(
+                    self.module, spec, arguments, state, lambda out: self._note_output(out, arguments)
+                )
+            except OpaqueModuleError as error:
+                raise CaptureError(str(error), module=spec.module) from None
             between = _generators(self.device)
             leaves = foreign_leaves(handle)
             slots = [*arguments, *results]
