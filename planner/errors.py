@@ -110,7 +110,7 @@ class BackwardError(PlannerError, RuntimeError):
 
 
 class OpaqueModuleError(PlannerError, RuntimeError):
-    """An opaque module of a planned model returned something else than when it was planned."""
+    """An opaque module of a planned model returned something else than when it was planned, or wrote into its arguments."""
 
 
 class RanksDifferError(PlannerError, RuntimeError):

@@ -14,7 +14,12 @@ from planner.units import enough_text, format_bytes, format_ns
 
 MODULE_ROWS = 6
 
-_ARGUMENTS = {"optimizer state": "optimizer=...", "float32 weights": "master_weights=True", "reserved": "reserve=..."}
+_ARGUMENTS = {
+    "optimizer state": "optimizer=...",
+    "float32 weights": "master_weights=True",
+    "reserved": "reserve=...",
+    HELD.strip("()"): "accumulate=True",
+}
 """Arguments of `plan` by what they set bytes aside for."""
 
 
@@ -52,7 +57,8 @@ def verdict(estimate: Estimated) -> str:
         return f"fits: {format_bytes(memory - estimate.needed_bytes)} of {format_bytes(memory)} stay free"
     missing = f"does not fit: {enough_text(estimate.missing_bytes)} are missing"
     if plan is not None:
-        asked = "".join(f", {_ARGUMENTS[purpose]}" for purpose in set_aside(estimate) if purpose in _ARGUMENTS)
+        purposes = [value.name.strip("()") for value in estimate.graph.values if value.kind is Kind.RESERVED]
+        asked = "".join(f", {_ARGUMENTS[purpose]}" for purpose in purposes if purpose in _ARGUMENTS)
         return f"{missing}; fits planned, {plan.overhead:+.1%} time: plan(model, {memory}, args{asked})"
     if estimate.floor_bytes + estimate.margin_bytes > memory:
         return f"{missing}, and no plan can help: every schedule needs {enough_text(estimate.floor_bytes)}"

@@ -21,7 +21,7 @@ from planner._compat.backward_state import keeps_graph, release_saved
 from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_checks import (
-    SharedOutput,
+    WatchedOutput,
     check_modes,
     check_shared_outputs,
     check_spare_inputs,
@@ -34,7 +34,7 @@ from planner.runtime.backward_checks import (
 from planner.runtime.backward_key import BackwardKey, backward_key
 from planner.runtime.executable import Executable, OtherBackward
 from planner.runtime.gradient_sums import watch_sums
-from planner.runtime.guards.backward_reads import CallReads
+from planner.runtime.guards.backward import StateAtForward
 
 
 class BackwardFinder(Protocol):
@@ -61,7 +61,7 @@ class StepRun:
         backwards: finds backwards for gradients that are not as planned.
         alive: tensors passed from one backward stage to the next.
         summed: the inputs whose gradients are sums, by position.
-        reads: compares what the model's own code in the backward reads; None where there is no such code.
+        state: what the model's own code in the backward reads; None where there is no such code.
         complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
             tuple instead of running its stage.
     """
@@ -69,17 +69,17 @@ class StepRun:
     executable: Executable
     inputs: list[torch.Tensor]
     backwards: BackwardFinder
-    reads: CallReads | None = None
+    state: StateAtForward | None = None
     alive: list[torch.Tensor] = field(default_factory=list)
     summed: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
 
 
 def run(
-    executable: Executable, inputs: Sequence[torch.Tensor], backwards: BackwardFinder, reads: CallReads | None
+    executable: Executable, inputs: Sequence[torch.Tensor], backwards: BackwardFinder, state: StateAtForward | None
 ) -> tuple[torch.Tensor, ...]:
     """Results of the forward on `inputs`, with the planned backward attached."""
-    this = StepRun(executable, list(inputs), backwards, reads)
+    this = StepRun(executable, list(inputs), backwards, state)
     token: torch.Tensor | None = None
     for k in range(len(executable.owners) - 1, 0, -1):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in executable.owners[k]))
@@ -126,8 +126,8 @@ class _Forward(torch.autograd.Function):
         # detach() shares the output's version counter; other tensors in its storage, such as `out.data`, have their own
         ctx.version_checked = [outputs[i].detach() for i, _ in executable.version_checked]
         ctx.checked_versions = [tensor._version for tensor in ctx.version_checked]
-        ctx.views = [(i, weakref.ref(outputs[i]), outputs[i]._version) for i in executable.views]
-        ctx.shared = [[SharedOutput.of(i, outputs[i]) for i in group] for group in executable.sharing]
+        ctx.views = [WatchedOutput.of(i, outputs[i]) for i in executable.views]
+        ctx.shared = [[WatchedOutput.of(i, outputs[i]) for i in group] for group in executable.sharing]
         ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
         ctx.set_materialize_grads(False)
@@ -139,8 +139,8 @@ class _Forward(torch.autograd.Function):
         this: StepRun = ctx.run
         executable = this.executable
         check_modes(executable.device)
-        if this.reads is not None:
-            this.reads.check()
+        if this.state is not None:
+            this.state.check()
         check_views(ctx, executable, gradients)
         check_shared_outputs(ctx, executable, gradients)
         key = backward_key(gradients)

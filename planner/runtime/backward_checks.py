@@ -94,41 +94,47 @@ def check_views(ctx: Any, executable: Executable, gradients: Sequence[torch.Tens
     Raises:
         BackwardError: an output that is a view in eager was written into, and its gradient has other strides.
     """
-    for i, reference, version in ctx.views:
-        output, gradient = reference(), gradients[i]
-        if output is None or gradient is None or output._version == version:
-            continue
-        if gradient.stride() in (output.stride(), torch.empty_like(output).stride()):
+    for view in ctx.views:
+        gradient = gradients[view.position]
+        if gradient is None or not view.is_written or gradient.stride() in view.strides:
             continue
         raise BackwardError(
-            f"output {executable.names[i]!r} was modified in place, and its gradient has strides {tuple(gradient.stride())} "
-            f"where it has {tuple(output.stride())}: eager would differentiate it in another way than a plan. Write into a "
-            "copy of it"
+            f"output {executable.names[view.position]!r} was modified in place, and its gradient has strides "
+            f"{tuple(gradient.stride())} where it has {view.strides[0]}: eager would differentiate it in another way than a "
+            "plan. Write into a copy of it"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class SharedOutput:
-    """A differentiable result whose memory another one shares, as the forward returned it; it may be gone by the backward.
+class WatchedOutput:
+    """A result as the forward returned it: a view, or one that shares its memory. It may be gone by the backward.
 
     Attributes:
         position: among the results.
         output: the result, or None where it is gone.
         counter: holds no bytes and has the result's version.
         version: what that was.
+        strides: its own, and those of a new tensor like it.
     """
 
     position: int
     output: weakref.ref[torch.Tensor]
     counter: torch.Tensor
     version: int
+    strides: tuple[tuple[int, ...], tuple[int, ...]]
 
     @staticmethod
-    def of(position: int, output: torch.Tensor) -> SharedOutput:
+    def of(position: int, output: torch.Tensor) -> WatchedOutput:
         """A result as it is now."""
         counter = output.detach()  # shares the version, also after its memory is replaced
         counter.data = torch.empty(0, dtype=output.dtype, device=output.device)
-        return SharedOutput(position, weakref.ref(output), counter, output._version)
+        strides = (tuple(output.stride()), tuple(torch.empty_like(output, device="meta").stride()))
+        return WatchedOutput(position, weakref.ref(output), counter, output._version, strides)
+
+    @property
+    def is_written(self) -> bool:
+        """It was written into since."""
+        return self.counter._version != self.version
 
 
 def check_shared_outputs(ctx: Any, executable: Executable, gradients: Sequence[torch.Tensor | None]) -> None:
@@ -140,7 +146,7 @@ def check_shared_outputs(ctx: Any, executable: Executable, gradients: Sequence[t
         BackwardError: one was written, or one that is gone may have been.
     """
     for group in ctx.shared:
-        is_written = any(shared.counter._version != shared.version for shared in group)
+        is_written = any(shared.is_written for shared in group)
         arriving = [shared.position for shared in group if gradients[shared.position] is not None]
         for shared in group if is_written else ():
             output = shared.output()

@@ -248,7 +248,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         """The planned forward, with the planned backward attached to its output."""
         self._found_gradients.look(self._executable, call.inputs)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            results = run(self._executable, call.inputs, self._other_backwards, call.reads)
+            results = run(self._executable, call.inputs, self._other_backwards, call.state)
         return rebuild_output(self._step.joint, self._original, results, call)
 
     def recompile(self) -> Any:

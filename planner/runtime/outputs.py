@@ -32,8 +32,8 @@ def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tenso
         write_state(joint, model, results, tensors)
         for path, number in zip(joint.host.counts.places, call.counts, strict=True):
             path.set(model, number)
-        if call.reads is not None:
-            call.reads.note()
+        if call.state is not None:
+            call.state.note()
         return with_returned(out, joint.call.returned, containers)
 
 

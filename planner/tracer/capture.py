@@ -29,6 +29,7 @@ from planner.tracer.graph_checks import (
     check_tensors_in_objects,
     check_weights,
 )
+from planner.tracer.host.backward_code import refuse_reads_of_written
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
@@ -231,9 +232,10 @@ def _traced(options: TraceOptions, tensors: Sequence[torch.Tensor], inside: Call
     """Trace forward and backward; `inside` calls a function in the context of the capture.
 
     Raises:
-        CaptureError: code of the model's own that runs in the backward changes Python state.
+        CaptureError: code of the model's own that runs in the backward changes Python state, or reads what the forward left.
     """
     recording, found = options.recording, list[Trace]()
+    refuse_reads_of_written(recording.host.key)
     run = lambda: found.append(inside(trace, options, tensors))
     if recording.has_backward_code and recording.preserved is not None:
         changes = recording.preserved.changed_by(run)

@@ -34,11 +34,14 @@ class Holds:
     @staticmethod
     def f(h): return h * 2
 class E(enum.Enum): A = 1
-E.A.factor = 2.0
+class N(enum.IntEnum): A = 1
+class Text(str, enum.Enum): A = "a"
+class V(enum.Enum): A = {"k": 2.0}
+N.A.factor = Text.A.factor = E.A.factor = E.A._low = 2.0
+E.A.d = {"k": 2.0}
 class Frozen(frozenset): k = 2.0
 class Word(str): pass
 def other(self, h): return h * 3
-def other_f(h): return h * 3
 def taken(g): b['k'] = g
 """
 
@@ -70,6 +73,11 @@ SETTINGS = [
         r"o\.f(\.__wrapped__)? is",
     ),
     holding("of a member of an enumeration", "E.A", "h = h * self.o.factor", "E.A.factor = 3.0", "o is|factor"),
+    holding("of a number of an enumeration", "N.A", "h = h * self.o.factor", "N.A.factor = 3.0", "o is|factor"),
+    holding("of a text of an enumeration", "Text.A", "h = h * self.o.factor", "Text.A.factor = 3.0", "o is|factor"),
+    holding("private, of an enumeration", "E.A", "h = h * self.o._low", "E.A._low = 3.0", "o is|_low"),
+    holding("a value of an enumeration", "V.A", "h = h * self.o.value['k']", "V.A.value['k'] = 3.0", "o is|_value_"),
+    holding("in what a member of an enumeration holds", "E.A", "h = h * self.o.d['k']", "E.A.d['k'] = 3.0", "o is|d"),
     holding("of a derived set's class", "Frozen([1])", "h = h * self.o.k", "Frozen.k = 3.0", "o is|o.k is"),
     holding(
         "a gradient scaler",

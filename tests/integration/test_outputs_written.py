@@ -190,3 +190,26 @@ def test_an_output_that_is_a_view_may_be_written_into_where_eager_allows_it(view
         assert_same(expected, found)
     else:
         assert isinstance(found, BackwardError)
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x))).t()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_written_view_is_known_where_it_is_gone_by_the_backward(is_kept):
+    module, x, kept = plan(Transposed(), 1.0, (torch.randn(5, 8),), costs="estimate", progress=False), torch.randn(5, 8), []
+
+    def loss():
+        out = module(x)
+        out.mul_(2.0)
+        kept.extend([out] * is_kept)
+        return out.contiguous().square().sum()
+
+    with pytest.raises(BackwardError, match=r"was modified in place, and its gradient has strides \(5, 1\)"):
+        loss().backward()

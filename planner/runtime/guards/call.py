@@ -17,7 +17,7 @@ from planner.errors import first_line
 from planner.graph.graph import Kind
 from planner.log import RUNTIME
 from planner.runtime.codegen import boxed, picker, positions
-from planner.runtime.guards.backward_reads import BackwardReads, CallReads
+from planner.runtime.guards.backward import BackwardGuard, StateAtForward
 from planner.runtime.guards.call_key import (
     CallKey,
     are_same,
@@ -61,7 +61,7 @@ class MatchedCall:
         args, kwargs: the call.
         lazy: what this call, as the first one, sets in Python state before it runs.
         counts: the numbers that it leaves in the places of `HostState.counts`.
-        reads: compares what code of the model's own reads in this call's backward; None where there is no such code.
+        state: compares what code of the model's own reads in this call's backward; None where there is no such code.
     """
 
     tensors: list[torch.Tensor]
@@ -70,7 +70,7 @@ class MatchedCall:
     kwargs: Mapping[str, Any]
     lazy: tuple[LazyValue, ...] = ()
     counts: Sequence[Number] = ()
-    reads: CallReads | None = None
+    state: StateAtForward | None = None
 
 
 class CallGuard:
@@ -80,7 +80,7 @@ class CallGuard:
         self._model, self._step = model, step
         self._model_state = ModelStateGuard(model, step.joint)
         self._tensor_reads = TensorReadGuard(model, step.joint)
-        self._backward_reads = BackwardReads(model, step.joint.host.key)
+        self._backward = BackwardGuard(model, step.joint.host, self._model_state)
         self._select_inputs = picker(positions(step))
         self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
         self._aliases = Aliases(model, step.joint.host)
@@ -156,9 +156,8 @@ class CallGuard:
         if isinstance(counted, Mismatch):
             return counted
         inputs = self._select_inputs((*held, *given, *joint.constants.values()))
-        reads = self._backward_reads.of_call()
         found = reads_difference(joint, self._read_values, inputs)
-        return found or MatchedCall(given, inputs, args, kwargs, counts=counted, reads=reads)
+        return found or MatchedCall(given, inputs, args, kwargs, counts=counted, state=self._backward.of_call())
 
     def _counted(self) -> Sequence[Number] | Mismatch:
         """The numbers that the call leaves where the forward counts."""

@@ -178,17 +178,31 @@ class HostStateGuard:
         named = self._names()
         prints = self._prints(named)
         for group in groups:
-            for path, expected in group.expected:
-                now = path.fingerprint(self._model, prints)
-                if not alike(expected, now):
-                    found = first_difference(expected, now, str(path))
-                    if path.name == "training" and path.scope is None:
-                        return Mismatch("mode", f"training mode of {path.module or 'the model'}", found.now, found.planned)
-                    if path.name in MODULE_HOOKS and path.scope is None:
-                        return replace(_mismatch(found), where=f"hooks of {path.module} ({path.name})")
-                    return _mismatch(found)
+            for mismatch in self._mismatches(group, prints):
+                return mismatch
             self._remember(group, named)
         return None
+
+    def changes(self) -> Iterator[Mismatch]:
+        """Every place that is not as planned. Unlike `mismatch`, it remembers nothing."""
+        is_code_same = all(_same(read(), items) for read, items in self._code)
+        groups = [group for group in self._groups if not (is_code_same and group.is_unchanged)]
+        prints = self._prints(self._names()) if groups else None
+        for group in groups:
+            assert prints is not None
+            yield from self._mismatches(group, prints)
+
+    def _mismatches(self, group: _Group, prints: Fingerprints) -> Iterator[Mismatch]:
+        for path, expected in group.expected:
+            now = path.fingerprint(self._model, prints)
+            if not alike(expected, now):
+                found = first_difference(expected, now, str(path))
+                if path.name == "training" and path.scope is None:
+                    yield Mismatch("mode", f"training mode of {path.module or 'the model'}", found.now, found.planned)
+                elif path.name in MODULE_HOOKS and path.scope is None:
+                    yield replace(_mismatch(found), where=f"hooks of {path.module} ({path.name})")
+                else:
+                    yield _mismatch(found)
 
     def _prints(self, named: Mapping[int, str]) -> Fingerprints:
         return Fingerprints(named, self._key.reads.wants, skipped_places(self._key.left, self._model))
@@ -286,14 +300,14 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
         else:  # a derived class may override `len` and `values`
             inside: Reader = lambda: list(kind.values(value))
             group.others.append((inside, inside()))
+    elif isinstance(value, Enum):  # a member may be a number or a text, too
+        group.dicts.append((vars(value), list(vars(value).values())))
     elif isinstance(value, (str, bytes, int, float, complex)) or value is None:
         if is_object(value):  # of a class derived from Python's
             _note_attributes(group, value)
     elif isinstance(value, (type, ModuleType)):
         if has_members:
             group.dicts.append((vars(value), list(vars(value).values())))
-    elif isinstance(value, Enum):
-        group.dicts.append((vars(value), list(vars(value).values())))
     elif isinstance(value, ContextVar):
         read = lambda: [value.get(None)]
         group.others.append((read, read()))

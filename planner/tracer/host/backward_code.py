@@ -1,27 +1,34 @@
 """Code of the model's own that runs in the backward: of hooks on activations, of Functions, of hooks on saved tensors.
 
 Recorded forwards have no backward. What this code may read is found in what it is made of: the names in it, the variables and
-modules that it holds, and the functions that these names stand for.
+modules that it holds, and the functions that these names stand for: of global variables, of classes and Python modules that it
+names, of the model's modules, and methods of what it holds. Not followed: what functions return, and what they take.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import global_names, is_library_code
-from planner.tracer.host.values import ABSENT, find_in_class, own_class, reachable
+from planner.tracer.host.state import HostKey
+from planner.tracer.host.values import ABSENT, find_in_class, is_object, own_class, reachable
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
+_APPLY = id(torch.autograd.Function.apply.__func__.__code__)  # type: ignore[attr-defined]
 _GIVEN = {
-    id(torch.autograd.Function.apply.__func__.__code__): ("cls",),  # type: ignore[attr-defined]
+    _APPLY: ("cls",),
     id(torch.Tensor.register_hook.__code__): ("hook",),
     id(torch.Tensor.register_post_accumulate_grad_hook.__code__): ("hook",),
     id(torch.autograd.graph.register_multi_grad_hook.__code__): ("fn",),
@@ -31,8 +38,11 @@ _GIVEN = {
 _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 _READ_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
 """With these, code reads attributes whose names it need not hold."""
+_ENVIRONS = (os.environ, getattr(os, "environb", None), os.getenv)
 _TABLES = (dict, list, tuple)
 """Code may call functions that such variables hold."""
+_CODE = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, partial)
+_LIBRARIES = frozenset(("torch", "numpy", *sys.stdlib_module_names)) - {"__main__"}
 _OF_FUNCTIONS = ("backward", "vjp")
 """Methods of a torch.autograd.Function."""
 
@@ -52,17 +62,42 @@ class LeftOut(Enum):
         "code of {0} that runs in the backward reads environment variables, which a plan cannot compare. Read them in the "
         "forward"
     )
+    ARGUMENTS = (
+        "code of {0} that runs in the backward holds a list, dictionary or object of the call's arguments, which a plan cannot "
+        "compare there. Read what it needs in the forward"
+    )
     SAVED_TENSORS = (
         "the forward of {0} packs or changes what is saved for the backward (torch.autograd.graph.saved_tensors_hooks), which "
         "a plan would leave out: it keeps what it needs itself. Do it around the call of the model, or not at all"
     )
 
 
-def refuse_left_out(found: Mapping[LeftOut, str]) -> None:
-    """Raise CaptureError for the first of these; each has the name of the submodule that prepared it, "" for the model."""
+def refuse_left_out(found: Mapping[LeftOut, str], reads: ReadsOfBackward, arguments: Collection[int]) -> None:
+    """Raise CaptureError for the first of these; each has the name of the submodule that prepared it, "" for the model.
+
+    Args:
+        reads: what the code holds.
+        arguments: identities of lists, dictionaries and objects among the call's arguments.
+    """
+    found = {**found, **({LeftOut.ARGUMENTS: ""} if reads.holds_one_of(arguments) else {})}
     kind, where = next(iter(found.items()), (None, ""))
     if kind is not None:
         raise CaptureError(kind.value.format(where or "the model"), module=where)
+
+
+def refuse_reads_of_written(key: HostKey) -> None:
+    """Raise CaptureError where code of the backward names or holds what the forward leaves in Python state.
+
+    It would read what the forward left last, and a plan holds what one forward left.
+    """
+    names, held = key.reads.backward_names, key.held_by_backward
+    path = next((path for path in key.left if names is None or path.name in names or path in held), None)
+    if path is not None:
+        raise CaptureError(
+            f"the model's forward writes {path}, which code of the model's own that runs in the backward may read (a hook, an "
+            "autograd.Function): a plan would read what one call left. Keep it in a local variable for that code",
+            module=path.module,
+        )
 
 
 @dataclass(slots=True)
@@ -71,13 +106,15 @@ class BackwardCode:
 
     Attributes:
         functions: by identity.
-        held: values of their closures and defaults, and the objects that they are methods of.
+        held: by identity: values of their closures, defaults and global variables, and the objects that they are methods of.
+        namespaces: classes and Python modules, not of libraries, that they name, by identity.
         left_out: what no plan repeats of it.
     """
 
     left_out: set[LeftOut] = field(default_factory=set)
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
-    held: list[Any] = field(default_factory=list)
+    held: dict[int, Any] = field(default_factory=dict)
+    namespaces: dict[int, Any] = field(default_factory=dict)
 
     @property
     def codes(self) -> dict[types.CodeType, dict[str, Any]]:
@@ -94,7 +131,15 @@ class BackwardCode:
         found = self._co_names
         if found & _READ_ANY_NAME:
             return None
-        return found.union(*(_texts(code.co_consts) for code in self.codes))
+        return found | self._texts
+
+    @property
+    def _texts(self) -> frozenset[str]:
+        return frozenset[str]().union(*(_texts(code.co_consts) for code in self.codes))
+
+    def hold(self, *values: Any) -> None:
+        """Note what they hold."""
+        self.held |= {id(value): value for value in values}
 
     def add(self, value: Any) -> None:
         """Add a function, method or callable object, and what it calls, unless it is a library's."""
@@ -103,16 +148,16 @@ class BackwardCode:
         elif isinstance(value, property):
             value = value.fget
         if isinstance(value, partial):
-            self.held += [*value.args, *value.keywords.values()]
+            self.hold(*value.args, *value.keywords.values())
             self.add(value.func)
         elif isinstance(value, types.MethodType):
-            self.held.append(value.__self__)
+            self.hold(value.__self__)
             self.add(value.__func__)
         elif isinstance(value, types.FunctionType):
             if not is_library_code(value.__code__) and id(value) not in self.functions:
                 self._add_function(value)
         elif not isinstance(value, type) and value is not ABSENT and callable(value):
-            self.held.append(value)
+            self.hold(value)
             called = find_in_class(type(value), "__call__")
             if isinstance(called, types.FunctionType):  # Python's own callables have one without end
                 self.add(called)
@@ -121,35 +166,69 @@ class BackwardCode:
         self.functions[id(function)] = function
         cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        self.held += [*cells, *defaults]
+        self.hold(*cells, *defaults)
         codes = list(codes_in(function.__code__))
-        called = [function.__globals__.get(name) for code in codes for name in global_names(code)]
-        for value in (*called, *cells):
-            for inner in (value, *reachable([value])) if isinstance(value, _TABLES) else (value,):
+        for value in (*(function.__globals__.get(name) for code in codes for name in global_names(code)), *cells, *defaults):
+            self._add_named(value, str(function.__globals__.get("__name__", "")))
+
+    def _add_named(self, value: Any, home: str) -> None:
+        """Add what a variable that code of the Python module `home` names leads to."""
+        if any(value is environ for environ in _ENVIRONS):
+            self.left_out.add(LeftOut.ENVIRONMENT)
+        elif isinstance(value, _CODE):
+            self.add(value)
+        elif isinstance(value, (type, types.ModuleType)):
+            if not _is_of_library(value, home):
+                self.namespaces[id(value)] = value
+        elif own_class(value) is not None or is_object(value):
+            self.hold(value)
+            for inner in reachable([value]) if isinstance(value, _TABLES) else ():
                 if isinstance(inner, types.FunctionType):
                     self.add(inner)
 
-    def add_methods(self, modules: Collection[int], classes_of_model: Callable[[], Collection[type]]) -> None:
-        """Add the methods of what these functions hold, and of all that this leads to, whose names are in their code.
+    def follow(self, model: nn.Module, modules: Collection[int], classes_of_model: Callable[[], Collection[type]]) -> None:
+        """Add the code that these functions may call by names: methods of what they hold and of all that this leads to, members
+        of the classes and Python modules that they name, functions and submodules that the model's modules have by such names.
 
         Args:
             modules: identities of the model's modules; from one of them on, everything in the model may be reached.
             classes_of_model: classes of that.
         """
-        known = -1
-        while known < len(self.functions):
-            known, names = len(self.functions), self.names
-            reached = list(reachable(self.held, modules))
+        known = (-1, -1, -1)
+        while known != (known := (len(self.functions), len(self.held), len(self.namespaces))):
+            names = self.names
+            reached = list(reachable(self.held.values(), modules))
             classes = {type(value) for value in reached}
             if any(id(value) in modules for value in reached):
                 classes.update(classes_of_model())
+                self._add_of_modules(model, names)
             for kind in classes:
                 for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names | {"__call__"}:
-                    method = find_in_class(kind, name)
-                    if isinstance(method, (types.FunctionType, staticmethod, classmethod, property)):
-                        self.add(method)
-        if self._co_names & _ENVIRONMENT:
+                    self._add_code(find_in_class(kind, name))
+            for space in list(self.namespaces.values()):
+                held = (
+                    {name for base in space.__mro__ for name in vars(base)} if isinstance(space, type) else vars(space).keys()
+                )
+                home = space.__module__ if isinstance(space, type) else space.__name__
+                for name in held if names is None else names & held:
+                    self._add_named(find_in_class(space, name) if isinstance(space, type) else vars(space)[name], home)
+        if (self._co_names | (self.names or self._texts)) & _ENVIRONMENT:
             self.left_out.add(LeftOut.ENVIRONMENT)
+
+    def _add_of_modules(self, model: nn.Module, names: Collection[str] | None) -> None:
+        for module in model.modules():
+            own = {**vars(module), **module._modules}
+            for name in own if names is None else own.keys() & names:
+                value = own[name]
+                for inner in value.modules() if isinstance(value, nn.Module) else ():
+                    self._add_code(find_in_class(type(inner), "forward"))
+                    self._add_code(vars(inner).get("forward"))
+                for inner in (value, *reachable([value])) if type(value) in _TABLES else (value,):
+                    self._add_code(inner)
+
+    def _add_code(self, value: Any) -> None:
+        if isinstance(value, _CODE):
+            self.add(value)
 
 
 class ReadsOfBackward:
@@ -161,23 +240,55 @@ class ReadsOfBackward:
 
     def __init__(self) -> None:
         self.names: frozenset[str] | None = frozenset()
-        self._containers: dict[int, Any] = {}  # with the values, so that no identity is used twice
+        self._noted: set[Any] = set()
+        self._held: dict[int, Any] = {}  # with the values, so that no identity is used twice
+
+    def new_run(self) -> None:
+        """The forward runs again, and may find other state."""
+        self._noted.clear()
+
+    def is_noted(self, code: BackwardCode, modules: Collection[int]) -> bool:
+        """Whether such code was met in this run: the same functions, which hold nothing but modules of the model. Notes it.
+
+        Each of many equal layers makes its own.
+        """
+        key = frozenset((function.__code__, id(function.__globals__)) for function in code.functions.values())
+        if not all(held in modules for held in code.held):
+            return False
+        is_noted = key in self._noted
+        self._noted.add(key)
+        return is_noted
 
     def add(self, code: BackwardCode, modules: Collection[int]) -> None:
         """Add what some code names and holds; what lies in the model's modules (identities) it has to name."""
         self.names = None if self.names is None or code.names is None else self.names | code.names
-        containers = (value for value in reachable(code.held, modules) if own_class(value) is not None)
-        self._containers |= {id(value): value for value in containers}
+        held = (value for value in reachable(code.held.values(), modules) if own_class(value) is not None or is_object(value))
+        self._held |= {id(value): value for value in held}
 
-    def holds(self, value: Any, modules: Collection[int]) -> bool:
-        """Whether it holds, under whatever name, this container or one that the value leads to."""
-        return bool(self._containers) and any(id(inner) in self._containers for inner in reachable([value], modules))
+    def held_in(self, paths: Sequence[Path], model: nn.Module, modules: Collection[int]) -> tuple[Path, ...]:
+        """The places that are, or lead to, containers and objects that it holds, under whatever name."""
+        is_held = lambda path: any(id(inner) in self._held for inner in reachable([path.root(model)], modules))
+        return tuple(filter(is_held, dict.fromkeys(paths))) if self._held else ()
+
+    def holds_one_of(self, identities: Collection[int]) -> bool:
+        """Whether it holds one of these containers and objects."""
+        return not self._held.keys().isdisjoint(identities)
 
 
 def _texts(constant: Any) -> set[str]:
     if isinstance(constant, (tuple, frozenset)):
         return {text for inner in constant for text in _texts(inner)}
     return {constant} if isinstance(constant, str) else set()
+
+
+def _is_of_library(value: type | types.ModuleType, home: str) -> bool:
+    """Whether a class or Python module belongs to Python, torch, or an installed package that is not the code's own."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else str(value.__module__)
+    package = name.partition(".")[0]
+    if package in _LIBRARIES:
+        return True
+    file = str(getattr(sys.modules.get(name), "__file__", None))
+    return "site-packages" in file and package != home.partition(".")[0]
 
 
 def given_to(frame: types.FrameType) -> BackwardCode | None:
@@ -190,6 +301,8 @@ def given_to(frame: types.FrameType) -> BackwardCode | None:
         value = frame.f_locals.get(name)
         for function in (find_in_class(value, method) for method in _OF_FUNCTIONS) if isinstance(value, type) else (value,):
             found.add(function)
+    if id(frame.f_code) == _APPLY:
+        found.hold(*frame.f_locals.get("args", ()))
     return found if found.functions else None
 
 

@@ -181,8 +181,7 @@ class Fingerprints:
             own = tuple((step[1], self.of(item)) for step, item in held)
             return (head, tuple(sorted((self.of(item) for item in value), key=repr)), own)
         if isinstance(value, Enum):
-            named = [(name, item) for name, item in vars(value).items() if name[:1] != "_" and self._wanted(value, name)]
-            return (head, value.name, tuple((name, self.of(item)) for name, item in named))
+            return (head, value.name, tuple((step[1], self.of(item)) for step, item in members(value, self._wanted)))
         if is_generator(value) or is_iterator(value):
             return (head,)  # their state is compared by `generator_state`
         every = [*members(value, self._wanted), *class_members(value, self._wanted)]

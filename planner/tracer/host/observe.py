@@ -307,7 +307,7 @@ class Observer:
                 raise
         note_returned(called.output)
         refuse_generators(self.reads, self.kernels, self._modules)
-        refuse_left_out(self.reads.left_out)
+        refuse_left_out(self.reads.left_out, self.reads.of_backward, called.arguments.places)
         refuse_marked(pytree.tree_leaves(called.output), self.kernels.has_made)
         run.written, run.arguments = called.written, called.arguments
         return run
@@ -388,7 +388,7 @@ class Observer:
                 places += [Path(name, kind) for kind in MODULE_HOOKS if vars(module)[kind]]
         expected = tuple((path, path.fingerprint(model, prints)) for path in places if path not in left)
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
-        held = tuple(path for path, _ in expected if self.reads.of_backward.holds(path.root(model), self._names))
+        held = self.reads.of_backward.held_in((*places, *left), model, self._names)
         return HostKey(reads, expected, self._opaque, left, environment, of_tensors, held_by_backward=held)
 
 

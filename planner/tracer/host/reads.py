@@ -110,6 +110,7 @@ class ReadRecorder:
     def new_run(self) -> None:
         """From now on, an attribute that is written before it is read counts as not read."""
         self._first.clear()
+        self.of_backward.new_run()
         self._classes = frozenset()
 
     def reads(self) -> Reads:
@@ -249,15 +250,17 @@ class ReadRecorder:
     def _on_backward_code(self, given: BackwardCode) -> None:
         """Note what code reads that will run in the backward."""
         self.has_backward_code = True
+        if self.of_backward.is_noted(given, self._names):
+            return
         with self._not_noting():
-            given.add_methods(self._names, self._classes_of_model)
+            given.follow(self._model, self._names, self._classes_of_model)
             for code, variables in given.codes.items():
                 self._codes[code] = (variables, self._where())
                 for name in global_names(code) & variables.keys():
                     self._preserved.keep_variable(variables, name)
                     if not isinstance(variables[name], (type, types.ModuleType)):
                         self.see(variables[name], name)
-            for value in given.held:
+            for value in given.held.values():
                 if not isinstance(value, nn.Module):
                     self.see(value)
             self.of_backward.add(given, self._names)

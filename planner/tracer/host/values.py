@@ -203,6 +203,10 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     elif isinstance(value, (type, types.ModuleType)):
         yield from _members_of_namespace(value, wanted)
         return
+    elif isinstance(value, Enum):
+        held = ((name, item) for name, item in vars(value).items() if name not in _OF_ENUM_MEMBERS)
+        yield from ((("attr", name), item) for name, item in held if wanted(value, name) or not is_plain(item))
+        return
     if isinstance(value, nn.Module):
         for name in MODULE_STATE:
             yield from (((name, key), item) for key, item in vars(value)[name].items())
@@ -308,6 +312,7 @@ def member(value: Any, step: PathStep) -> Any:
         return ABSENT
 
 
+_OF_ENUM_MEMBERS = ("_name_", "__objclass__", "_sort_order_")
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_PARTIALS = ("func", "args", "keywords")
 
