@@ -29,7 +29,7 @@ from planner.tracer.graph_checks import (
     check_tensors_in_objects,
     check_weights,
 )
-from planner.tracer.host.backward_code import refuse_reads_of_written
+from planner.tracer.host.backward_reads import refuse_reads_of_written
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.lazy_values import lazy_values
@@ -236,16 +236,28 @@ def _traced(options: TraceOptions, tensors: Sequence[torch.Tensor], inside: Call
     """
     recording, found = options.recording, list[Trace]()
     refuse_reads_of_written(recording.host.key)
-    run = lambda: found.append(inside(trace, options, tensors))
+    host = Generators(torch.device("cpu"))
+    before, after = host.host(), list[Any]()
+
+    def run() -> None:
+        found.append(inside(trace, options, tensors))
+        after.append(host.host())
+
     if recording.has_backward_code and recording.preserved is not None:
         changes = recording.preserved.changed_by(run)
     else:
-        changes = bool(run())
+        run()
+        changes = False
     if changes or found[0].forward.written_later():
         raise CaptureError(
             "the model's backward changes Python state (a hook on an activation that keeps its gradient, a Function that "
             "counts) or the call's arguments, which a plan would not do. Do it in a hook on the model's output or on a "
             "parameter, or in the forward"
+        )
+    if recording.has_backward_code and after[0] != before:
+        raise CaptureError(
+            "the model's backward draws from Python's or numpy's random generator (in a hook on an activation, or in a "
+            "Function), of which a plan would hold one draw. Draw by torch, or outside of the model"
         )
     return found[0]
 

@@ -66,6 +66,45 @@ class Scale(nn.Module):
     def forward(self, g): return g * self.k
 class Kind(enum.Enum): A = 1
 Kind.A.factor = 2.0
+class Lam: k = 2.0
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h): return h * 1.0
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g * Lam.k
+class Stored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        ctx.f = of_lam
+        return h * 1.0
+    @staticmethod
+    def backward(ctx, g): return ctx.f(g)
+class Handed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, f):
+        ctx.f = f
+        return h * 1.0
+    @staticmethod
+    def backward(ctx, g): return ctx.f(g), None
+def of_lam(g): return g * Lam.k
+@torch.no_grad()
+def decorated(g): return g * Lam.k
+@functools.lru_cache
+def cached(): return Lam.k
+class Table:
+    def __init__(self): self.hidden = 2.0
+    def __getitem__(self, i): return self.hidden
+    def __float__(self): return self.hidden
+class Dotted:
+    def __init__(self): self.__dict__['held'] = {'k': 2.0}
+    def __getattr__(self, name):
+        if name.startswith('__'): raise AttributeError(name)
+        return self.__dict__['held'][name]
+class Descriptor:
+    def __init__(self): self.hidden = 2.0
+    def __get__(self, obj, kind): return self.hidden
+class Described: d = Descriptor()
 def with_default(g, c=[2.0]): return g * c[0]
 def scaled(g): return g * C['k']
 own_attribute.k = 2.0
@@ -83,11 +122,13 @@ self.l, self.cell = nn.ModuleList([nn.Linear(8, 8)]), [2.0]
 self.l[0].scale = 2.0
 self.c2 = Cfg()
 self.cfgs, self.f, self.table, self.act, self.kind = [Cfg()], scaled, {'f': scaled}, Scale(2.0), Kind.A
+self.t, self.dotted, self.described, self.deque = Table(), Dotted(), Described(), collections.deque([of_lam])
 """
 CHANGES = (
     "part.scale = 3.0\npart.cfg.k = part.c2.k = 5.0\n"
     "C['k'] = Owned.k = own_attribute.k = part.l[0].scale = part.cell[0] = 4.0\n"
-    "CFG.k = Space.k = helpers.K = part.act.k = Kind.A.factor = part.cfgs[0].k = with_default.__defaults__[0][0] = 6.0"
+    "CFG.k = Space.k = helpers.K = part.act.k = Kind.A.factor = part.cfgs[0].k = with_default.__defaults__[0][0] = 6.0\n"
+    "Lam.k = part.t.hidden = part.dotted.__dict__['held']['k'] = Described.__dict__['d'].hidden = 7.0"
 )
 READS = {
     "hook": "h.register_hook(lambda g: g * self.scale)",
@@ -120,6 +161,20 @@ READS = {
     "hook of an object in a list": "c = self.cfgs[0]\nh.register_hook(lambda g: g * c.k)",
     "hook of a default": "h.register_hook(with_default)",
     "Function that is given a list": "h = Listed.apply(h, self.cell)",
+    "Function whose backward is decorated": "h = Once.apply(h)",
+    "Function that stores a function": "h = Stored.apply(h)",
+    "Function that is handed a function": "h = Handed.apply(h, of_lam)",
+    "Function that is handed a method": "h = Handed.apply(h, self.c2.f)",
+    "hook that calls a decorated function": "h.register_hook(lambda g: decorated(g))",
+    "hook by an item": "h.register_hook(lambda g: g * self.t[0])",
+    "hook by a number": "h.register_hook(lambda g: g * float(self.t))",
+    "hook by a made up attribute": "h.register_hook(lambda g: g * self.dotted.k)",
+    "hook by a descriptor": "h.register_hook(lambda g: g * self.described.d)",
+    "hook that goes over children": (
+        "def f(g):\n    for m in self.children():\n        g = m(g) if isinstance(m, Scale) else g\n    return g\n"
+        "h.register_hook(f)"
+    ),
+    "hook of a deque": "h.register_hook(lambda g: self.deque[0](g))",
     "hook of a node": "h = torch.tanh(h)\nh.grad_fn.register_prehook(lambda g: tuple(each * self.scale for each in g))",
     "Function of its class": "h = Owned.apply(h)",
     "Function with setup_context": "h = SetUp.apply(h, self)",
@@ -152,7 +207,7 @@ def test_it_is_planned_while_nothing_changes(of):
 
 
 LATE_STEPS = (Step(), Step("changed", between=CHANGES), Step())
-BY_ANY_NAME = {name for name, text in READS.items() if "getattr" in text or "vars(" in text}
+BY_ANY_NAME = {name for name, text in READS.items() if "getattr" in text or "vars(" in text or "dotted" in text}
 OTHERS = "part.training = part.unread = False\npart.l[0].unread = part.cfg.unread = 1"
 
 
@@ -205,6 +260,57 @@ def test_other_kinds_that_change_before_the_backward(forward, init, between):
     assert outcome(unchanged).verdict == "same"
     found = outcome(made.program.within(steps=(Step(), Step("changed", between=between))))
     assert found.verdict == "refused" and "BackwardError: " in found.messages[-1], found
+
+
+DRAWN = {
+    "Python's": ("h.register_hook(lambda g: g * random.random())", "random generator"),
+    "numpy's": ("h.register_hook(lambda g: g * float(np.random.rand()))", "random generator"),
+    "the clock": ("h.register_hook(lambda g: g * time.time())", "clock"),
+    "a Function's": ("h = Random.apply(h)", "random generator"),
+}
+RANDOM = """
+import time
+class Random(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h): return h * 1.0
+    @staticmethod
+    def backward(ctx, g): return g * random.random()
+"""
+
+
+@pytest.mark.parametrize(("text", "word"), DRAWN.values(), ids=DRAWN.keys())
+def test_numbers_that_the_backward_draws_are_refused(text, word):
+    found = outcome(
+        member("draws", text, head=f"{HEAD}{RANDOM}", steps=(Step(),) * 3, planned_from=None, ignored="time").program
+    )
+    assert found.verdict == "refused" and word in found.messages[0], found
+
+
+def test_a_hook_that_names_nothing_is_compared_too():
+    head = f"{HEAD}def hooked(g, c=1.0): return g * c\n"
+    of = member("unnamed", "h.register_hook(hooked)", head=head, planned_from=None)
+    assert outcome(of.program.within(steps=(Step(), Step()))).verdict == "same"
+    found = outcome(of.program.within(steps=(Step(), Step("changed", between="hooked.__defaults__ = (3.0,)"))))
+    assert found.verdict == "refused" and "BackwardError" in found.messages[-1], found
+
+
+def test_training_mode_is_compared_where_the_backward_reads_it():
+    of = member("mode", "h.register_hook(lambda g: g * 2 if self.training else g)", planned_from=None)
+    found = outcome(of.program.within(steps=(Step(), Step("changed", between="m.eval()"))))
+    assert found.verdict == "refused" and "training mode" in found.messages[-1], found
+
+
+def test_context_variables_are_those_of_the_backward():
+    head = f"{HEAD}VAR = contextvars.ContextVar('VAR', default=1.0)\n"
+    of = member("context", "h.register_hook(lambda g: g * VAR.get())", head=head, planned_from=None)
+    found = outcome(of.program.within(steps=(Step(), Step("changed", between="VAR.set(3.0)"))))
+    assert found.verdict == "refused" and "BackwardError" in found.messages[-1], found
+
+
+def test_numbers_that_the_backward_does_not_use_are_counted():
+    text = "self.n += 1\nh = Given.apply(h, self.scale)"
+    found = outcome(member("counted", text, init="self.n, self.scale = 0, 2.0", head=HEAD, steps=(Step(),) * 4).program)
+    assert found.verdict == "same" and all(found.planned), found
 
 
 WRITTEN = {

@@ -7,6 +7,7 @@ writes (`refuse_reads_of_written`).
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from contextvars import Context, copy_context
@@ -54,10 +55,11 @@ class StateAtForward:
     guard: BackwardGuard
     found: Sequence[_Found] | None = None
     context: Context | None = None
+    thread: int = 0
 
     def note(self) -> None:
         """The forward has ended, and has left its state."""
-        self.found, self.context = self.guard.found(), copy_context()
+        self.found, self.context, self.thread = self.guard.found(), copy_context(), threading.get_ident()
 
     def check(self) -> None:
         """The backward begins, maybe in another thread.
@@ -68,7 +70,9 @@ class StateAtForward:
         if self.found is None or self.context is None:
             return
         try:
-            different = self.context.run(self.guard.difference, self.found)
+            # autograd's own threads have no context variables
+            is_here = threading.get_ident() == self.thread
+            different = (copy_context() if is_here else self.context).run(self.guard.difference, self.found)
         except Exception as error:  # a submodule is gone, an object of the user's raises
             different = f"what it reads could not be compared ({first_line(error)})"
         if different:
@@ -93,6 +97,7 @@ class BackwardGuard:
         self._state, self._modules = state, named(model)
         names, held = host.key.reads.backward_names, host.key.held_by_backward
         self._has_code = names is None or bool(names) or bool(held)
+        self._modes = names is None or "training" in names
         is_read = lambda path: names is None or path.name in names or path in held
         paths = [path for path, _ in host.key.expected if is_read(path)] if self._has_code else []
         self._paths = [path for path in paths if self._is_first or self._tensors(path)]
@@ -109,7 +114,7 @@ class BackwardGuard:
 
     def difference(self, then: Sequence[_Found]) -> str:
         """The first place that is not as the forward left it, in words; "" if there is none."""
-        changed = None if self._is_first else self._state.change()
+        changed = None if self._is_first else self._state.change(modes=self._modes)
         if changed is not None:
             return changed.text or f"{changed.where} is {changed.now}, and was {changed.planned}"
         return next((text for before, now in zip(then, self.found(), strict=True) if (text := before.difference(now))), "")

@@ -109,11 +109,15 @@ class ModelStateGuard:
             self._without_hooks = [hooks for hooks in self._without_hooks if not hooks]
         return self._libraries.mismatch() or self._host.mismatch(through_forward=through_forward)
 
-    def change(self) -> Mismatch | None:
-        """The first submodule or piece of Python state that is not as planned, training mode aside; nothing is remembered."""
+    def change(self, *, modes: bool) -> Mismatch | None:
+        """The first submodule or piece of Python state that is not as planned; nothing is remembered.
+
+        Args:
+            modes: training mode counts, too.
+        """
         if self._submodules() != self._children:
             return Mismatch("module", "the model's submodules", text="a submodule was replaced, added or removed")
-        return next((found for found in self._host.changes() if found.kind != "mode"), None)
+        return next((found for found in self._host.changes() if modes or found.kind != "mode"), None)
 
     def forget(self) -> None:
         """See `HostStateGuard.forget`."""

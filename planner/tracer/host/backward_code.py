@@ -7,23 +7,22 @@ names, of the model's modules, and methods of what it holds. Not followed: what 
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
+from functools import _lru_cache_wrapper, cached_property, partial, partialmethod
 from typing import Any
 
 import torch
 from torch import nn
 
-from planner.errors import CaptureError
-from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import global_names, is_library_code
-from planner.tracer.host.state import HostKey
-from planner.tracer.host.values import ABSENT, find_in_class, is_object, own_class, reachable
+from planner.tracer.host.values import ABSENT, find_in_class, is_foreign_class, is_object, own_class, own_dict, reachable
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _APPLY = id(torch.autograd.Function.apply.__func__.__code__)  # type: ignore[attr-defined]
@@ -39,12 +38,26 @@ _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 _READ_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
 """With these, code reads attributes whose names it need not hold."""
 _ENVIRONS = (os.environ, getattr(os, "environb", None), os.getenv)
-_TABLES = (dict, list, tuple)
+_TABLES = (dict, list, tuple, deque, set, frozenset)
 """Code may call functions that such variables hold."""
-_CODE = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, partial)
+_CODE = (
+    *(types.FunctionType, types.MethodType, staticmethod, classmethod, property),
+    *(cached_property, partial, partialmethod, _lru_cache_wrapper),
+)
 _LIBRARIES = frozenset(("torch", "numpy", *sys.stdlib_module_names)) - {"__main__"}
-_OF_FUNCTIONS = ("backward", "vjp")
-"""Methods of a torch.autograd.Function."""
+_OF_FUNCTIONS = ("backward", "vjp", "forward", "setup_context")
+"""Methods of a torch.autograd.Function: the last two give its backward what it holds."""
+_OVER_MODULES = frozenset(("children", "modules", "named_children", "named_modules", "_modules"))
+"""With these, code may call any submodule."""
+_NOT_CALLED = frozenset(
+    f"__{name}__"
+    for name in (
+        *("init", "new", "del", "init_subclass", "class_getitem", "subclasshook", "repr", "reduce", "reduce_ex", "getstate"),
+        *("setstate", "deepcopy", "copy", "setattr", "sizeof", "dir", "module", "dict", "weakref", "doc", "annotations"),
+    )
+)
+"""Of an object's special methods, those that no expression calls."""
+_CLOCKS = frozenset(("time", "uuid", "secrets", "datetime"))
 
 
 class LeftOut(Enum):
@@ -62,6 +75,10 @@ class LeftOut(Enum):
         "code of {0} that runs in the backward reads environment variables, which a plan cannot compare. Read them in the "
         "forward"
     )
+    CLOCK = (
+        "code of {0} that runs in the backward reads a clock or makes unique numbers, of which a plan would hold one. Do it "
+        "outside of the model"
+    )
     ARGUMENTS = (
         "code of {0} that runs in the backward holds a list, dictionary or object of the call's arguments, which a plan cannot "
         "compare there. Read what it needs in the forward"
@@ -72,34 +89,6 @@ class LeftOut(Enum):
     )
 
 
-def refuse_left_out(found: Mapping[LeftOut, str], reads: ReadsOfBackward, arguments: Collection[int]) -> None:
-    """Raise CaptureError for the first of these; each has the name of the submodule that prepared it, "" for the model.
-
-    Args:
-        reads: what the code holds.
-        arguments: identities of lists, dictionaries and objects among the call's arguments.
-    """
-    found = {**found, **({LeftOut.ARGUMENTS: ""} if reads.holds_one_of(arguments) else {})}
-    kind, where = next(iter(found.items()), (None, ""))
-    if kind is not None:
-        raise CaptureError(kind.value.format(where or "the model"), module=where)
-
-
-def refuse_reads_of_written(key: HostKey) -> None:
-    """Raise CaptureError where code of the backward names or holds what the forward leaves in Python state.
-
-    It would read what the forward left last, and a plan holds what one forward left.
-    """
-    names, held = key.reads.backward_names, key.held_by_backward
-    path = next((path for path in key.left if names is None or path.name in names or path in held), None)
-    if path is not None:
-        raise CaptureError(
-            f"the model's forward writes {path}, which code of the model's own that runs in the backward may read (a hook, an "
-            "autograd.Function): a plan would read what one call left. Keep it in a local variable for that code",
-            module=path.module,
-        )
-
-
 @dataclass(slots=True)
 class BackwardCode:
     """Functions that run in the backward: those that torch is given, and those that they call by their names.
@@ -108,6 +97,7 @@ class BackwardCode:
         functions: by identity.
         held: by identity: values of their closures, defaults and global variables, and the objects that they are methods of.
         namespaces: classes and Python modules, not of libraries, that they name, by identity.
+        wrappers: decorators of libraries around them, by identity.
         left_out: what no plan repeats of it.
     """
 
@@ -115,6 +105,7 @@ class BackwardCode:
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
     held: dict[int, Any] = field(default_factory=dict)
     namespaces: dict[int, Any] = field(default_factory=dict)
+    wrappers: dict[int, Any] = field(default_factory=dict)
 
     @property
     def codes(self) -> dict[types.CodeType, dict[str, Any]]:
@@ -131,7 +122,8 @@ class BackwardCode:
         found = self._co_names
         if found & _READ_ANY_NAME:
             return None
-        return found | self._texts
+        own = {name for code in self.codes for name in (code.co_name, *code.co_freevars)}  # functions may be replaced
+        return found | self._texts | own
 
     @property
     def _texts(self) -> frozenset[str]:
@@ -147,14 +139,20 @@ class BackwardCode:
             value = value.__func__
         elif isinstance(value, property):
             value = value.fget
-        if isinstance(value, partial):
+        elif isinstance(value, cached_property):
+            value = value.func
+        if isinstance(value, (partial, partialmethod)):
             self.hold(*value.args, *value.keywords.values())
             self.add(value.func)
+        elif isinstance(value, _lru_cache_wrapper):
+            self.add(value.__wrapped__)
         elif isinstance(value, types.MethodType):
             self.hold(value.__self__)
             self.add(value.__func__)
         elif isinstance(value, types.FunctionType):
-            if not is_library_code(value.__code__) and id(value) not in self.functions:
+            if is_library_code(value.__code__):
+                self._add_wrapped(value)
+            elif id(value) not in self.functions:
                 self._add_function(value)
         elif not isinstance(value, type) and value is not ABSENT and callable(value):
             self.hold(value)
@@ -162,26 +160,46 @@ class BackwardCode:
             if isinstance(called, types.FunctionType):  # Python's own callables have one without end
                 self.add(called)
 
+    def _add_wrapped(self, wrapper: types.FunctionType) -> None:
+        """Add what a library's decorator (`once_differentiable`, `torch.no_grad()`) was put around."""
+        if id(wrapper) in self.wrappers:
+            return
+        self.wrappers[id(wrapper)] = wrapper
+        for value in _cells(wrapper):
+            own = vars(value).values() if type(value).__module__.startswith("torch._library") else ()
+            for inner in (value, *own, *(value.values() if isinstance(value, Mapping) else ())):
+                self._add_code(inner)
+
+    def _add_special(self, value: Any) -> None:
+        """Add the methods by which expressions use an object: `value[0]`, `value + 1`, `len(value)`, `value.made_up`."""
+        for kind in type(value).__mro__ if is_object(value) else ():
+            for name, method in [] if is_foreign_class(kind) else list(vars(kind).items()):
+                if name[:2] == "__" and name not in _NOT_CALLED:
+                    self._add_code(method)
+
     def _add_function(self, function: types.FunctionType) -> None:
         self.functions[id(function)] = function
-        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        cells = _cells(function)
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         self.hold(*cells, *defaults)
         codes = list(codes_in(function.__code__))
         for value in (*(function.__globals__.get(name) for code in codes for name in global_names(code)), *cells, *defaults):
-            self._add_named(value, str(function.__globals__.get("__name__", "")))
+            self.add_named(value, str(function.__globals__.get("__name__", "")))
 
-    def _add_named(self, value: Any, home: str) -> None:
+    def add_named(self, value: Any, home: str) -> None:
         """Add what a variable that code of the Python module `home` names leads to."""
         if any(value is environ for environ in _ENVIRONS):
             self.left_out.add(LeftOut.ENVIRONMENT)
         elif isinstance(value, _CODE):
             self.add(value)
+        elif _top_package(value) in _CLOCKS:
+            self.left_out.add(LeftOut.CLOCK)
         elif isinstance(value, (type, types.ModuleType)):
             if not _is_of_library(value, home):
                 self.namespaces[id(value)] = value
         elif own_class(value) is not None or is_object(value):
             self.hold(value)
+            self._add_special(value)
             for inner in reachable([value]) if isinstance(value, _TABLES) else ():
                 if isinstance(inner, types.FunctionType):
                     self.add(inner)
@@ -198,6 +216,8 @@ class BackwardCode:
         while known != (known := (len(self.functions), len(self.held), len(self.namespaces))):
             names = self.names
             reached = list(reachable(self.held.values(), modules))
+            for value in (*self.held.values(), *_named_in(reached, names)):
+                self._add_special(value)
             classes = {type(value) for value in reached}
             if any(id(value) in modules for value in reached):
                 classes.update(classes_of_model())
@@ -206,79 +226,73 @@ class BackwardCode:
                 for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names | {"__call__"}:
                     self._add_code(find_in_class(kind, name))
             for space in list(self.namespaces.values()):
-                held = (
-                    {name for base in space.__mro__ for name in vars(base)} if isinstance(space, type) else vars(space).keys()
-                )
+                bases = (*space.__mro__, *inspect.getmro(type(space))) if isinstance(space, type) else ()
+                held = {name for base in bases for name in vars(base)} if bases else vars(space).keys()
                 home = space.__module__ if isinstance(space, type) else space.__name__
                 for name in held if names is None else names & held:
-                    self._add_named(find_in_class(space, name) if isinstance(space, type) else vars(space)[name], home)
+                    self.add_named(_member_of(space, name), home)
         if (self._co_names | (self.names or self._texts)) & _ENVIRONMENT:
             self.left_out.add(LeftOut.ENVIRONMENT)
 
     def _add_of_modules(self, model: nn.Module, names: Collection[str] | None) -> None:
         for module in model.modules():
             own = {**vars(module), **module._modules}
+            if names is None or not _OVER_MODULES.isdisjoint(names):
+                self._add_forwards(module)
             for name in own if names is None else own.keys() & names:
                 value = own[name]
-                for inner in value.modules() if isinstance(value, nn.Module) else ():
-                    self._add_code(find_in_class(type(inner), "forward"))
-                    self._add_code(vars(inner).get("forward"))
+                self._add_special(value)
+                if isinstance(value, nn.Module):
+                    self._add_forwards(value)
                 for inner in (value, *reachable([value])) if type(value) in _TABLES else (value,):
                     self._add_code(inner)
+
+    def _add_forwards(self, module: nn.Module) -> None:
+        for inner in module.modules():
+            self._add_code(find_in_class(type(inner), "forward"))
+            self._add_code(find_in_class(type(inner), "__getattr__"))
+            self._add_code(vars(inner).get("forward"))
 
     def _add_code(self, value: Any) -> None:
         if isinstance(value, _CODE):
             self.add(value)
-
-
-class ReadsOfBackward:
-    """What code of the backward may read, gathered over the runs of a forward.
-
-    Attributes:
-        names: attributes that it names, of any object; None: of any name.
-    """
-
-    def __init__(self) -> None:
-        self.names: frozenset[str] | None = frozenset()
-        self._noted: set[Any] = set()
-        self._held: dict[int, Any] = {}  # with the values, so that no identity is used twice
-
-    def new_run(self) -> None:
-        """The forward runs again, and may find other state."""
-        self._noted.clear()
-
-    def is_noted(self, code: BackwardCode, modules: Collection[int]) -> bool:
-        """Whether such code was met in this run: the same functions, which hold nothing but modules of the model. Notes it.
-
-        Each of many equal layers makes its own.
-        """
-        key = frozenset((function.__code__, id(function.__globals__)) for function in code.functions.values())
-        if not all(held in modules for held in code.held):
-            return False
-        is_noted = key in self._noted
-        self._noted.add(key)
-        return is_noted
-
-    def add(self, code: BackwardCode, modules: Collection[int]) -> None:
-        """Add what some code names and holds; what lies in the model's modules (identities) it has to name."""
-        self.names = None if self.names is None or code.names is None else self.names | code.names
-        held = (value for value in reachable(code.held.values(), modules) if own_class(value) is not None or is_object(value))
-        self._held |= {id(value): value for value in held}
-
-    def held_in(self, paths: Sequence[Path], model: nn.Module, modules: Collection[int]) -> tuple[Path, ...]:
-        """The places that are, or lead to, containers and objects that it holds, under whatever name."""
-        is_held = lambda path: any(id(inner) in self._held for inner in reachable([path.root(model)], modules))
-        return tuple(filter(is_held, dict.fromkeys(paths))) if self._held else ()
-
-    def holds_one_of(self, identities: Collection[int]) -> bool:
-        """Whether it holds one of these containers and objects."""
-        return not self._held.keys().isdisjoint(identities)
+        elif is_object(value):
+            get = find_in_class(type(value), "__get__")
+            if isinstance(get, types.FunctionType):  # a descriptor
+                self.hold(value)
+                self.add(get)
 
 
 def _texts(constant: Any) -> set[str]:
     if isinstance(constant, (tuple, frozenset)):
         return {text for inner in constant for text in _texts(inner)}
     return {constant} if isinstance(constant, str) else set()
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+
+
+def _named_in(values: Iterable[Any], names: Collection[str] | None) -> Iterator[Any]:
+    """What objects among these hold by such names; None: by any."""
+    for value in values:
+        held = (own_dict(value) or {}) if is_object(value) else {}
+        yield from (item for name, item in held.items() if names is None or name in names)
+
+
+def _member_of(space: Any, name: str) -> Any:
+    """What a class, or its class, or a Python module holds by a name."""
+    if not isinstance(space, type):
+        return vars(space)[name]
+    found = find_in_class(space, name)
+    return find_in_class(type(space), name) if found is ABSENT else found
+
+
+def _top_package(value: Any) -> str:
+    """Of a Python module, or of a built-in function or a class."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    is_named = isinstance(value, (types.ModuleType, types.BuiltinFunctionType, type))
+    return str(name).partition(".")[0] if is_named else ""
 
 
 def _is_of_library(value: type | types.ModuleType, home: str) -> bool:
@@ -302,7 +316,9 @@ def given_to(frame: types.FrameType) -> BackwardCode | None:
         for function in (find_in_class(value, method) for method in _OF_FUNCTIONS) if isinstance(value, type) else (value,):
             found.add(function)
     if id(frame.f_code) == _APPLY:
-        found.hold(*frame.f_locals.get("args", ()))
+        for value in frame.f_locals.get("args", ()):
+            found.hold(value)
+            found.add_named(value, "")
     return found if found.functions else None
 
 

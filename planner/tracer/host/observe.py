@@ -20,7 +20,7 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
-from planner.tracer.host.backward_code import refuse_left_out
+from planner.tracer.host.backward_reads import refuse_left_out
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
 from planner.tracer.host.generator_calls import refuse_generators

@@ -17,7 +17,8 @@ from torch import nn
 
 from planner.profiler.python_events import set_profiler
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.backward_code import BackwardCode, LeftOut, ReadsOfBackward, given_to
+from planner.tracer.host.backward_code import BackwardCode, LeftOut, given_to
+from planner.tracer.host.backward_reads import ReadsOfBackward
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.iterators import is_used_up

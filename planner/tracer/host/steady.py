@@ -203,7 +203,7 @@ class _Counting:
         """
         if not after:
             return NO_COUNTS
-        if self._observer.reads.has_backward_code:
+        if self._observer.reads.of_backward.may_read([*after], self._observer.model):
             return "code of the model's own that runs in its backward may use it"
         before, places, tape = self._runs.before, [*after], Tape(self._observer.is_paused)
         found: list[Counts] = []
