@@ -119,15 +119,12 @@ class BackwardCode:
     @property
     def names(self) -> frozenset[str] | None:
         """Attributes that they may read: those that they name, in texts, too; None: of any name."""
-        found = self._co_names
-        if found & _READ_ANY_NAME:
-            return None
-        own = {name for code in self.codes for name in (code.co_name, *code.co_freevars)}  # functions may be replaced
-        return found | self._texts | own
+        return None if self._co_names & _READ_ANY_NAME else self._named
 
     @property
-    def _texts(self) -> frozenset[str]:
-        return frozenset[str]().union(*(_texts(code.co_consts) for code in self.codes))
+    def _named(self) -> frozenset[str]:
+        own = {name for code in self.codes for name in (code.co_name, *code.co_freevars)}  # functions may be replaced
+        return self._co_names.union(own, *(_texts(code.co_consts) for code in self.codes))
 
     def hold(self, *values: Any) -> None:
         """Note what they hold."""
@@ -212,9 +209,25 @@ class BackwardCode:
             modules: identities of the model's modules; from one of them on, everything in the model may be reached.
             classes_of_model: classes of that.
         """
+        self._follow(model, modules, classes_of_model, by_any_name=False)
+        if self._named & _ENVIRONMENT:
+            self.left_out.add(LeftOut.ENVIRONMENT)
+        if self.names is None:  # what is found then is compared; that it is called is not known
+            left_out = set(self.left_out)
+            self._follow(model, modules, classes_of_model, by_any_name=True)
+            self.left_out = left_out
+
+    def _follow(
+        self,
+        model: nn.Module,
+        modules: Collection[int],
+        classes_of_model: Callable[[], Collection[type]],
+        *,
+        by_any_name: bool,
+    ) -> None:
         known = (-1, -1, -1)
         while known != (known := (len(self.functions), len(self.held), len(self.namespaces))):
-            names = self.names
+            names = None if by_any_name else self._named
             reached = list(reachable(self.held.values(), modules))
             for value in (*self.held.values(), *_named_in(reached, names)):
                 self._add_special(value)
@@ -231,8 +244,6 @@ class BackwardCode:
                 home = space.__module__ if isinstance(space, type) else space.__name__
                 for name in held if names is None else names & held:
                     self.add_named(_member_of(space, name), home)
-        if (self._co_names | (self.names or self._texts)) & _ENVIRONMENT:
-            self.left_out.add(LeftOut.ENVIRONMENT)
 
     def _add_of_modules(self, model: nn.Module, names: Collection[str] | None) -> None:
         for module in model.modules():
