@@ -107,6 +107,8 @@ IMPORTED = (
             "_get_sdp_priority_order",
             "_len_torch_dispatch_stack",
             "_len_torch_function_stack",
+            "_set_mkldnn_enabled",
+            "_set_sdp_priority_order",
         ),
     ),
     Names("torch._C._autograd", ("_get_current_graph_task_keep_graph", "_top_saved_tensors_default_hooks")),

@@ -68,6 +68,53 @@ _SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 """(how it stands, how to set it) of the switches that forwards set for a part of their code."""
 
 
+_OF_A_FORWARD: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+)
+"""(how it stands, how to set it) of the switches that code may be run under for a part of a step."""
+
+
+def forward_switches() -> tuple[Any, ...]:
+    """How these stand now; can be compared and pickled."""
+    return tuple(_legacy(get) for get, _ in _OF_A_FORWARD)
+
+
+@contextlib.contextmanager
+def switches_as(planned: tuple[Any, ...]) -> Iterator[None]:
+    """While entered, they stand as `forward_switches` found them; () leaves them."""
+    found = forward_switches()
+    changed = [(put, now, then) for (_, put), now, then in zip(_OF_A_FORWARD, found, planned, strict=False) if now != then]
+    for put, _, then in changed:
+        put(then)
+    try:
+        yield
+    finally:
+        for put, now, _ in changed:
+            put(now)
+
+
+_OF_KERNELS = frozenset(
+    (
+        *("deterministic algorithms", "float32 matmul precision", "cuda tf32", "cuda fp16 reduction", "cuda bf16 reduction"),
+        *("cudnn", "mkldnn", "mkldnn deterministic"),
+    )
+)
+
+
+def kernel_switches() -> dict[str, Any]:
+    """Of `global_switches`, those by which one kernel computes other bits."""
+    return {name: state for name, state in global_switches() if name in _OF_KERNELS}
+
+
 @contextlib.contextmanager
 def switches_preserved() -> Iterator[None]:
     """At exit, put back what code that did not come to its end left in another state."""

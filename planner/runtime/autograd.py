@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from planner._compat.backward_state import keeps_graph, release_saved
+from planner._compat.switches import kernel_switches
 from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_checks import (
@@ -25,6 +26,7 @@ from planner.runtime.backward_checks import (
     check_modes,
     check_shared_outputs,
     check_spare_inputs,
+    check_switches,
     check_unreached_inputs,
     check_views,
     check_visited,
@@ -103,6 +105,7 @@ class _Forward(torch.autograd.Function):
     def forward(ctx: Any, this: StepRun, token: torch.Tensor | None, *_owned: torch.Tensor) -> tuple[torch.Tensor, ...]:
         executable, inputs = this.executable, this.inputs
         ctx.run, ctx.has_token = this, token is not None
+        ctx.switches = kernel_switches() if executable.recomputes else None
         checked = [inputs[i] for i in executable.checked_inputs]
         ctx.unchecked = [inputs[i] for i in executable.unchecked_inputs]
         ctx.num_checked = len(checked)
@@ -139,6 +142,7 @@ class _Forward(torch.autograd.Function):
         this: StepRun = ctx.run
         executable = this.executable
         check_modes(executable.device)
+        check_switches(ctx.switches)
         if this.state is not None:
             this.state.check()
         check_views(ctx, executable, gradients)

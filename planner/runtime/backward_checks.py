@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from planner._compat.switches import kernel_switches
 from planner.errors import BackwardError
 from planner.runtime.executable import Executable, OtherBackward
 
@@ -29,6 +30,24 @@ def check_modes(device: torch.device) -> None:
             "leave the autocast context before calling backward(): inside autocast eager casts the backward's kernels, and "
             "a plan's are not cast."
         )
+
+
+def check_switches(planned: Mapping[str, Any] | None) -> None:
+    """Refuse to run kernels of the forward again under other switches.
+
+    Args:
+        planned: `kernel_switches` in the forward; None where the plan runs nothing again.
+
+    Raises:
+        BackwardError: names the switch.
+    """
+    now = kernel_switches() if planned else {}
+    for name, then in (planned or {}).items():
+        if now[name] != then:
+            raise BackwardError(
+                f"the switch {name} is {now[name]}, and was {then} in the forward, of which a plan runs parts again in the "
+                "backward. Set it for both, or use the original model for this step"
+            )
 
 
 def check_backward(

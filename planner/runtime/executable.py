@@ -50,6 +50,7 @@ class Executable:
             storage the backward reads; the second is None where that storage is not exposed.
         spare: positions of inputs that the planned backward does not read but another backward may recompute from.
         views: positions of the results that are views in eager.
+        recomputes: the backward runs kernels of the forward again.
         sharing: per storage that several differentiable results share, their positions.
         cast: positions of the trained weights that autocast casts.
         summed: positions of the inputs whose gradient is a sum over several uses.
@@ -82,6 +83,7 @@ class Executable:
     version_checked: tuple[tuple[int, int | None], ...] = ()
     spare: tuple[int, ...] = ()
     views: tuple[int, ...] = ()
+    recomputes: bool = False
     sharing: tuple[tuple[int, ...], ...] = ()
     cast: tuple[int, ...] = ()
     summed: frozenset[int] = frozenset()

@@ -1,13 +1,17 @@
 """Switches of the process and contexts that eager's kernels depend on: one that was not planned for is noticed."""
 
+import contextlib
+import copy
 import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from planner import InputError, MismatchWarning
+from planner import BackwardError, InputError, MismatchWarning, plan
 from tests.support import world
 from tests.support.harness import planned_near
 from tests.support.itself import check_against_itself
@@ -277,3 +281,93 @@ def test_evaluation_is_not_worth_a_warning():
 
 def test_eager_shows_nothing_against_itself():
     check_against_itself([*switched(), *planned_under()])
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = self.q(x).reshape(-1, 8, 2, 3, 8).permute(3, 0, 2, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.cell(x)[0]
+
+
+class Parts(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.first, self.parts, self.last = nn.Linear(16, 16), nn.ModuleList(part() for _ in range(3)), nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        for part in self.parts:
+            h = torch.tanh(part(h))
+        return self.last(h).float().square().mean()
+
+
+def runs_parts_again(made):
+    schedule, ops = made.solution.schedule, made.graph.ops
+    return any(ops[schedule.steps[t]].name.startswith("opaque_forward") for t in schedule.recomputes())
+
+
+@contextlib.contextmanager
+def medium_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+AROUND = {
+    "attention by its formula": (Attending, lambda: sdpa_kernel(SDPBackend.MATH)),
+    "casts that are not kept": (Recurrent, lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)),
+    "casts": (Recurrent, lambda: torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize(("part", "around"), AROUND.values(), ids=AROUND.keys())
+def test_a_part_that_runs_again_in_the_backward_does_so_as_in_the_forward(part, around):
+    torch.manual_seed(0)
+    model, x = Parts(part), torch.randn(256, 8, 16)
+    twin = copy.deepcopy(model)
+    with around():
+        options = {"effort": 0.3, "opaque": [f"parts.{i}" for i in range(3)]}
+        plans = (planned_near(model, budget, (x,), options) for budget in (0.95, 0.85, 0.75, 0.65))
+        planned = next(made for made in plans if runs_parts_again(made.plan))
+    for each in (planned, twin):
+        with around():
+            loss = each(x)
+        loss.backward()
+    assert planned.num_planned_calls == 1
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.7])
+def test_kernels_run_again_under_the_forwards_switches_or_not_at_all(budget):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Tanh()) for _ in range(4)))
+    twin, x = copy.deepcopy(model), torch.randn(256, 16)
+    with medium_precision():
+        planned = plan(model, budget, (x,), costs="estimate", progress=False)
+    recomputes = bool(planned.plan.solution.schedule.recomputes())
+    assert recomputes == (budget < 1)
+    for each in (planned, twin):
+        with medium_precision():
+            loss = each(x).square().mean()
+        if each is planned and recomputes:
+            with pytest.raises(
+                BackwardError, match="the switch float32 matmul precision is highest, and was medium in the forward"
+            ):
+                loss.backward()
+            return
+        loss.backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

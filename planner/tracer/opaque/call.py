@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,6 +64,7 @@ class OpaqueCall:
         mutates: names in the submodule of the parameters and buffers that it writes into.
         repeatable: with the generator in the same state, a second run gives the same bits and changes nothing else.
         several_uses: positions, among arguments and parameters, of those that it uses several times: their gradients are sums.
+        switches: torch's switches in the forward, also where the backward runs it again; see `forward_switches`.
         own_leaves: number of tensors that the module itself creates with requires_grad, for a backward inside of its forward.
     """
 
@@ -87,6 +89,7 @@ class OpaqueCall:
     repeatable: bool = True
     several_uses: frozenset[int] = frozenset()
     own_leaves: int = 0
+    switches: tuple[Any, ...] = ()
 
     @property
     def results(self) -> tuple[TensorSpec, ...]:

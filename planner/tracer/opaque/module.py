@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from planner._compat import pytree
+from planner._compat.switches import switches_as
 from planner.errors import BackwardError, OpaqueModuleError, warn
 from planner.tracer.opaque.call import OpaqueCall, TensorSpec
 from planner.tracer.opaque.saved import (
@@ -63,7 +64,8 @@ class OpaqueModule:
         given = tensors[num_arguments : num_arguments + num_weights]
         weights = weight_aliases(spec, given)
         buffers = dict(zip(spec.buffers, tensors[num_arguments + num_weights :], strict=True))
-        handle, results, saved = run_under_autograd(self.module, spec, arguments, weights | buffers, self._results)
+        with switches_as(spec.switches):
+            handle, results, saved = run_under_autograd(self.module, spec, arguments, weights | buffers, self._results)
         if len(foreign_leaves(handle)) > spec.own_leaves:
             raise OpaqueModuleError(
                 f"{spec.module}, which runs as it is, reads a tensor that requires grad and that an earlier call left: "

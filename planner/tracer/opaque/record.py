@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner._compat.switches import forward_switches
 from planner._compat.tensors import storage_id
 from planner.errors import CaptureError, OpaqueModuleError
 from planner.kernels import custom
@@ -96,6 +97,7 @@ class _CallRecorder:
             outputs=(),
             grad=torch.is_grad_enabled(),
             autocast=(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
+            switches=forward_switches(),
         )
         self.state |= buffers
         self.is_random = False
