@@ -209,48 +209,46 @@ class BackwardCode:
             modules: identities of the model's modules; from one of them on, everything in the model may be reached.
             classes_of_model: classes of that.
         """
-        self._follow(model, modules, classes_of_model, by_any_name=False)
-        if self._named & _ENVIRONMENT:
-            self.left_out.add(LeftOut.ENVIRONMENT)
-        if self.names is None:  # what is found then is compared; that it is called is not known
-            left_out = set(self.left_out)
-            self._follow(model, modules, classes_of_model, by_any_name=True)
-            self.left_out = left_out
-
-    def _follow(
-        self,
-        model: nn.Module,
-        modules: Collection[int],
-        classes_of_model: Callable[[], Collection[type]],
-        *,
-        by_any_name: bool,
-    ) -> None:
         known = (-1, -1, -1)
         while known != (known := (len(self.functions), len(self.held), len(self.namespaces))):
-            names = None if by_any_name else self._named
-            reached = list(reachable(self.held.values(), modules))
-            for value in (*self.held.values(), *_named_in(reached, names)):
-                self._add_special(value)
-            classes = {type(value) for value in reached}
-            if any(id(value) in modules for value in reached):
-                classes.update(classes_of_model())
-                self._add_of_modules(model, names)
-            for kind in classes:
-                for name in {name for base in kind.__mro__ for name in vars(base)} if names is None else names | {"__call__"}:
-                    self._add_code(find_in_class(kind, name))
-            for space in list(self.namespaces.values()):
-                bases = (*space.__mro__, *inspect.getmro(type(space))) if isinstance(space, type) else ()
-                held = {name for base in bases for name in vars(base)} if bases else vars(space).keys()
-                home = space.__module__ if isinstance(space, type) else space.__name__
-                for name in held if names is None else names & held:
-                    self.add_named(_member_of(space, name), home)
+            classes = self._follow_names(model, modules, classes_of_model)
+        if self._named & _ENVIRONMENT:
+            self.left_out.add(LeftOut.ENVIRONMENT)
+        if self.names is None:  # any method may be called: what it names is compared, and followed no further
+            for method in (find_in_class(kind, name) for kind in classes for base in kind.__mro__ for name in vars(base)):
+                function = getattr(method, "__func__", getattr(method, "fget", method))
+                if isinstance(function, types.FunctionType) and not is_library_code(function.__code__):
+                    self.functions[id(function)] = function
 
-    def _add_of_modules(self, model: nn.Module, names: Collection[str] | None) -> None:
+    def _follow_names(
+        self, model: nn.Module, modules: Collection[int], classes_of_model: Callable[[], Collection[type]]
+    ) -> set[type]:
+        """Add what is called by the names that are known so far; returns the classes of all that is held."""
+        names = self._named
+        reached = list(reachable(self.held.values(), modules))
+        for value in (*self.held.values(), *_named_in(reached, names)):
+            self._add_special(value)
+        classes = {type(value) for value in reached}
+        if any(id(value) in modules for value in reached):
+            classes.update(classes_of_model())
+            self._add_of_modules(model, names)
+        for kind in classes:
+            for name in names | {"__call__"}:
+                self._add_code(find_in_class(kind, name))
+        for space in list(self.namespaces.values()):
+            bases = (*space.__mro__, *inspect.getmro(type(space))) if isinstance(space, type) else ()
+            held = {name for base in bases for name in vars(base)} if bases else vars(space).keys()
+            home = space.__module__ if isinstance(space, type) else space.__name__
+            for name in names & held:
+                self.add_named(_member_of(space, name), home)
+        return classes
+
+    def _add_of_modules(self, model: nn.Module, names: Collection[str]) -> None:
         for module in model.modules():
             own = {**vars(module), **module._modules}
-            if names is None or not _OVER_MODULES.isdisjoint(names):
+            if not _OVER_MODULES.isdisjoint(names):
                 self._add_forwards(module)
-            for name in own if names is None else own.keys() & names:
+            for name in own.keys() & names:
                 value = own[name]
                 self._add_special(value)
                 if isinstance(value, nn.Module):
@@ -284,11 +282,11 @@ def _cells(function: types.FunctionType) -> list[Any]:
     return [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
 
 
-def _named_in(values: Iterable[Any], names: Collection[str] | None) -> Iterator[Any]:
-    """What objects among these hold by such names; None: by any."""
+def _named_in(values: Iterable[Any], names: Collection[str]) -> Iterator[Any]:
+    """What objects among these hold by such names."""
     for value in values:
         held = (own_dict(value) or {}) if is_object(value) else {}
-        yield from (item for name, item in held.items() if names is None or name in names)
+        yield from (held[name] for name in held.keys() & names)
 
 
 def _member_of(space: Any, name: str) -> Any:
