@@ -1,15 +1,18 @@
-"""BackwardGuard: whether code of the model's own that runs in the backward finds the Python state that the forward left.
+"""BackwardGuard: whether Python code that a planned step runs in the backward finds the state that the forward left.
 
-A plan holds what this code computed from the state at the forward. In eager it reads the state that the backward finds. So
-where there is such code, nothing that forward or backward read may be changed in between. It reads nothing that the forward
-writes (`refuse_reads_of_written`).
+Of hooks and Functions of the model, a plan holds what they computed from the state at the forward; in eager they read the state
+that the backward finds. So where there is such code, nothing that forward or backward read may be changed in between. It reads
+nothing that the forward writes (`refuse_reads_of_written`).
+
+A submodule that runs as it is, and again in the backward, has to find what it found in the forward: its attributes, those of
+its submodules, and the global variables that it may use.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 
@@ -17,10 +20,13 @@ import torch
 from torch import nn
 
 from planner.errors import BackwardError, first_line
+from planner.kernels import custom
 from planner.runtime.guards.model_state import ModelStateGuard
+from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.path import Path, named
-from planner.tracer.host.state import HostState, walk
+from planner.tracer.host.scopes import Reads
+from planner.tracer.host.state import walk
 from planner.tracer.host.values import is_plain
 
 Tensors = tuple[tuple[weakref.ref[torch.Tensor], int], ...]
@@ -28,24 +34,27 @@ Tensors = tuple[tuple[weakref.ref[torch.Tensor], int], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What lay at a place.
+    """What lies at a place.
 
     Attributes:
         fingerprint: None where the place is compared with the plan.
         tensors: the tensors at and inside of it, with their versions.
     """
 
-    path: Path
     fingerprint: Fingerprint
-    tensors: Tensors
+    tensors: Tensors = ()
 
-    def difference(self, now: _Found) -> str:
-        """What is otherwise now, in words; "" if nothing is."""
-        if not alike(self.fingerprint, now.fingerprint):
-            found = first_difference(self.fingerprint, now.fingerprint, str(self.path))
-            return f"{found.where} is {found.now}, and was {found.planned}"
-        same = [(id(ref()), version) for ref, version in self.tensors] == [(id(ref()), version) for ref, version in now.tensors]
-        return "" if same else f"{self.path} holds another tensor, or was written into"
+
+_GONE = _Found(("absent",))
+
+
+def _difference(path: Path, then: _Found, now: _Found) -> str:
+    """What is otherwise now, in words; "" if nothing is."""
+    if not alike(then.fingerprint, now.fingerprint):
+        found = first_difference(then.fingerprint, now.fingerprint, str(path))
+        return f"{found.where} is {found.now}, and was {found.planned}"
+    same = [(id(ref()), version) for ref, version in then.tensors] == [(id(ref()), version) for ref, version in now.tensors]
+    return "" if same else f"{path} holds another tensor, or was written into"
 
 
 @dataclass(slots=True)
@@ -53,7 +62,7 @@ class StateAtForward:
     """The state as one call's forward left it."""
 
     guard: BackwardGuard
-    found: Sequence[_Found] | None = None
+    found: Mapping[Path, _Found] | None = None
     context: Context | None = None
     thread: int = 0
 
@@ -77,24 +86,26 @@ class StateAtForward:
             different = f"what it reads could not be compared ({first_line(error)})"
         if different:
             raise BackwardError(
-                f"{different}: it was changed between the forward and its backward, whose code (a hook or a Function of the "
-                "model) may read it. Change it before the forward or after the backward, or use the original model for this "
-                "step"
+                f"{different}: it was changed between the forward and its backward, which may read it (in a hook or a Function "
+                "of the model, or in a submodule that it runs again). Change it before the forward or after the backward, or "
+                "use the original model for this step"
             )
 
 
 class BackwardGuard:
-    """Compares what code of the backward may read in the state of one model.
+    """Compares what Python code in the backward may read in the state of one model.
 
     Args:
         model: the model, or a copy of the one that was planned.
-        host: what forward and backward read and write.
+        step: the planned step.
         state: compares what the forward does not write with the plan.
     """
 
-    def __init__(self, model: nn.Module, host: HostState, state: ModelStateGuard) -> None:
+    def __init__(self, model: nn.Module, step: RewrittenStep, state: ModelStateGuard) -> None:
+        host = step.joint.host
         self._model, self._reads, self._is_first = model, host.key.reads, host.as_found
         self._state, self._modules = state, named(model)
+        self._parts = _run_again(step)
         names, held = host.key.reads.backward_names, host.key.held_by_backward
         self._has_code = names is None or bool(names) or bool(held)
         self._modes = names is None or "training" in names
@@ -104,24 +115,57 @@ class BackwardGuard:
 
     def of_call(self) -> StateAtForward | None:
         """For one forward and its backward; None where no such code was found."""
-        return StateAtForward(self) if self._has_code else None
+        return StateAtForward(self) if self._has_code or self._parts else None
 
-    def found(self) -> list[_Found]:
-        """The tensors in the places that are read; after a first call, which changes what it finds, all that lies there."""
-        prints = Fingerprints(self._modules, self._reads.wants, frozenset())
+    def found(self) -> dict[Path, _Found]:
+        """The tensors in the places that hooks and Functions read, and all that submodules which run again may read.
+
+        After a first call, which changes what it finds, all that lies in the former places.
+        """
+        prints = Fingerprints(self._modules, self._reads.wants)
         print_ = prints.of if self._is_first else lambda _: None
-        return [_Found(path, print_(path.get(self._model)), self._tensors(path)) for path in self._paths]
+        return {path: _Found(print_(path.get(self._model)), self._tensors(path)) for path in self._paths} | self._of_parts()
 
-    def difference(self, then: Sequence[_Found]) -> str:
+    def difference(self, then: Mapping[Path, _Found]) -> str:
         """The first place that is not as the forward left it, in words; "" if there is none."""
-        changed = None if self._is_first else self._state.change(modes=self._modes)
+        changed = self._state.change(modes=self._modes) if self._has_code and not self._is_first else None
         if changed is not None:
             return changed.text or f"{changed.where} is {changed.now}, and was {changed.planned}"
-        return next((text for before, now in zip(then, self.found(), strict=True) if (text := before.difference(now))), "")
+        now = self.found()
+        texts = (_difference(path, then.get(path, _GONE), now.get(path, _GONE)) for path in {**then, **now})
+        return next(filter(None, texts), "")
 
-    def _tensors(self, path: Path) -> Tensors:
+    def _tensors(self, path: Path, reads: Reads | None = None) -> Tensors:
         value = path.get(self._model)
         if is_plain(value) or (id(value) in self._modules and isinstance(value, nn.Module)):
             return ()
-        inside = walk(path, value, self._reads, self._modules, set())
+        inside = walk(path, value, reads or self._reads, self._modules, set())
         return tuple((weakref.ref(item), item._version) for _, item in inside if isinstance(item, torch.Tensor))
+
+    def _of_parts(self) -> dict[Path, _Found]:
+        if not self._parts:
+            return {}
+        inside = [(name, module) for name, module in self._model.named_modules() if f"{name}.".startswith(self._parts)]
+        paths = [Path(name, attribute) for name, module in inside for attribute in vars(module).keys() - _GIVEN_AS_INPUTS]
+        scopes = self._reads.opaque_scopes
+        paths += [Path(scope.where, name, scope=scope) for scope in scopes for name in scope.names if name in scope.variables]
+        prints, known = Fingerprints(self._modules, _EVERYTHING.wants), dict[int, _Found]()
+        found = {}
+        for path in paths:
+            value = path.root(self._model)
+            if id(value) not in known:  # submodules share their settings
+                known[id(value)] = _Found(prints.of(value), self._tensors(path, _EVERYTHING))
+            found[path] = known[id(value)]
+        return found
+
+
+_GIVEN_AS_INPUTS = frozenset(("_parameters", "_buffers"))
+"""Of a submodule that runs as it is: its tensors are those of the forward, also where it runs again."""
+_EVERYTHING = Reads({}, frozenset(), backward_names=None)
+
+
+def _run_again(step: RewrittenStep) -> tuple[str, ...]:
+    """Names, each with a dot behind it, of the submodules that run as they are and that the backward runs again."""
+    calls = step.joint.opaque_calls
+    again = (node for node in step.partitioned.backward.nodes if node.target is custom.opaque_forward)
+    return tuple(dict.fromkeys(f"{calls[str(node.args[0])].module}." for node in again))

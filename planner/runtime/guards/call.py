@@ -80,7 +80,7 @@ class CallGuard:
         self._model, self._step = model, step
         self._model_state = ModelStateGuard(model, step.joint)
         self._tensor_reads = TensorReadGuard(model, step.joint)
-        self._backward = BackwardGuard(model, step.joint.host, self._model_state)
+        self._backward = BackwardGuard(model, step, self._model_state)
         self._select_inputs = picker(positions(step))
         self._leaves = [(int(given.key), given.is_leaf) for given in step.joint.inputs if given.is_leaf is not None]
         self._aliases = Aliases(model, step.joint.host)
