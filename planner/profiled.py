@@ -15,8 +15,8 @@ from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlanCheckError, PlannerError
-from planner.graph.accumulation import HELD
-from planner.graph.graph import Graph, Kind
+from planner.graph.accumulation import values_set_aside
+from planner.graph.graph import Graph
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
@@ -87,8 +87,7 @@ class ProfiledStep(CapturedStep):
     @property
     def _of_further_calls(self) -> PlanOptions:
         """The options for other calls of the model. Bytes set aside are a number: a planned module holds no optimizer."""
-        reserved = [value for value in self.graph.values if value.kind is Kind.RESERVED]
-        aside = sum(value.nbytes for value in reserved if value.name != HELD)  # those gradients are counted by `accumulate`
+        aside = sum(value.nbytes for value in values_set_aside(self.graph))  # the other gradients are counted by `accumulate`
         return replace(self.options, reserve=aside, optimizer=None, master_weights=False, also=(), sizes=())
 
     def sweep(

@@ -9,7 +9,7 @@ from planner.analysis.budgets import restated
 from planner.analysis.explain import ModuleRow, rows_of
 from planner.analysis.sweep import proven_floor
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
-from planner.graph.accumulation import HELD
+from planner.graph.accumulation import values_set_aside
 from planner.graph.graph import Graph, Kind, reserved_name
 from planner.graph.live import MemoryKind, Span, spans
 from planner.graph.planned import PlannedGraph
@@ -236,7 +236,7 @@ def graph_step(graph: Graph) -> PlainStep:
 def with_reserved(step: PlainStep, graph: Graph) -> PlainStep:
     """The step with what the graph reserves beside it; gradients of earlier micro-steps are the step's own."""
     sizes = {name: getattr(step.parts, name) for name in ("optimizer_bytes", "reserved_bytes")}
-    reserved = [value for value in graph.values if value.kind is Kind.RESERVED and value.name != HELD]
+    reserved = values_set_aside(graph)
     for value in reserved:
         sizes[_reserved_part(value.name)] += value.nbytes
     more = sum(value.nbytes for value in reserved)

@@ -14,6 +14,13 @@ from planner.graph.graph import Graph, Kind, Op, Value, reserved_name
 
 HELD = reserved_name("gradients of earlier micro-steps")
 """The reserved value that stands for them."""
+
+
+def values_set_aside(graph: Graph) -> list[Value]:
+    """The values that stand for bytes beside the step: all that are reserved, but for gradients of earlier micro-steps."""
+    return [value for value in graph.values if value.kind is Kind.RESERVED and value.name != HELD]
+
+
 STAGE_END = "(stage of the backward ends)"
 """The kernel of the ops that end stages."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import InfeasibleBudgetError
-from planner.graph.graph import Graph, Kind, Op, freed_early
+from planner.graph.graph import Graph, Kind, Op, freed_early, purpose_of
 from planner.units import enough_text, format_bytes
 
 _REMEDIES = (
@@ -68,7 +68,7 @@ def floor_parts(graph: Graph) -> tuple[tuple[str, int], ...]:
     for name in graph.inputs:
         value = graph.value[name]
         if value.kind is not Kind.TANGENT or in_backward:
-            what = name.strip("()") if value.kind is Kind.RESERVED else _GIVEN[value.kind]
+            what = purpose_of(name) if value.kind is Kind.RESERVED else _GIVEN[value.kind]
             given[what] = given.get(what, 0) + value.nbytes
     parts = list(given.items())
     if i >= 0:

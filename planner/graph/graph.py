@@ -84,6 +84,11 @@ def reserved_name(purpose: str) -> str:
     return f"({purpose})"
 
 
+def purpose_of(name: str) -> str:
+    """What the bytes of a value of kind RESERVED are for, by its name."""
+    return name.removeprefix("(").removesuffix(")")
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     """The joint forward + backward graph: ops in topological order, forward first. Checked when built.

@@ -21,7 +21,7 @@ from planner.integrations.first_call import (
     watch,
 )
 from planner.options import PlanKeywords, with_options
-from planner.profiler.optimizer import state_bytes
+from planner.profiler.optimizer import state_bytes, trains
 from planner.runtime.module import CheckpointedModule
 
 if TYPE_CHECKING or sys.modules.get("pytorch_lightning"):  # the one that the script uses, if both are installed
@@ -106,8 +106,8 @@ class PlannerCallback(Callback):
         beside = _bytes_beside(pl_module, module)
         if "optimizer" not in options:
             counted = counted_optimizers(pl_module, trainer.optimizers)
-            options["optimizer"] = tuple(each for each in counted if _trains(each, module)) or None
-            beside += sum(state_bytes(pl_module, each) for each in counted if not _trains(each, module))
+            options["optimizer"] = tuple(each for each in counted if trains(each, module)) or None
+            beside += sum(state_bytes(pl_module, each) for each in counted if not trains(each, module))
         options["reserve"] = units.parse_bytes(options.get("reserve", 0), "reserve", least=0) + beside
         return plan(module, self._budget, args, kwargs, **options)
 
@@ -139,11 +139,6 @@ def _called(pl_module: nn.Module) -> list[str]:
     """What `training_step` may call: "" for the LightningModule's own forward, and names of its submodules that are trained."""
     own = [""] if type(pl_module).forward is not LightningModule.forward else []
     return own + [name for name, child in pl_module.named_children() if any(p.requires_grad for p in child.parameters())]
-
-
-def _trains(optimizer: Any, module: nn.Module) -> bool:
-    own = {id(parameter) for parameter in module.parameters()}
-    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _bytes_beside(pl_module: nn.Module, module: nn.Module) -> int:

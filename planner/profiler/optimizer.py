@@ -52,11 +52,16 @@ def state_bytes(model: nn.Module, optimizer: Optimizer, *, master_weights: bool 
     return _bytes_after_a_step(_trained(model.parameters()), make, name, master_weights)
 
 
+def trains(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether it trains a parameter of this model."""
+    own = set(map(id, model.parameters()))
+    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+
 def _bytes_of(model: nn.Module, optimizer: torch.optim.Optimizer, master_weights: bool) -> int:
     """Bytes of the state that an optimizer holds, and of what it will hold for parameters that have none."""
-    models = {id(parameter) for parameter in model.parameters()}
     groups: list[dict[str, Any]] = optimizer.param_groups
-    if not any(id(parameter) in models for group in groups for parameter in group["params"]):
+    if not trains(optimizer, model):
         raise InputError(
             f"give the optimizer of this model: the {type(optimizer).__name__} trains none of its parameters (was it made "
             "before the model was copied, or given new parameters?)"

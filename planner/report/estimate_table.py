@@ -6,8 +6,8 @@ from rich.table import Table
 
 from planner.analysis.estimate import OPTIMIZER, Estimated
 from planner.analysis.explain import ModuleRow
-from planner.graph.accumulation import HELD
-from planner.graph.graph import Kind, reserved_name
+from planner.graph.accumulation import HELD, values_set_aside
+from planner.graph.graph import Kind, purpose_of
 from planner.report.plan_table import ASSUMING
 from planner.report.tables import Block, facts, number, render, table, words
 from planner.units import enough_text, format_bytes, format_ns
@@ -18,7 +18,7 @@ _ARGUMENTS = {
     "optimizer state": "optimizer=...",
     "float32 weights": "master_weights=True",
     "reserved": "reserve=...",
-    HELD.strip("()"): "accumulate=True",
+    purpose_of(HELD): "accumulate=True",
 }
 """Arguments of `plan` by what they set bytes aside for."""
 
@@ -57,18 +57,12 @@ def verdict(estimate: Estimated) -> str:
         return f"fits: {format_bytes(memory - estimate.needed_bytes)} of {format_bytes(memory)} stay free"
     missing = f"does not fit: {enough_text(estimate.missing_bytes)} are missing"
     if plan is not None:
-        purposes = [value.name.strip("()") for value in estimate.graph.values if value.kind is Kind.RESERVED]
+        purposes = [purpose_of(value.name) for value in estimate.graph.values if value.kind is Kind.RESERVED]
         asked = "".join(f", {_ARGUMENTS[purpose]}" for purpose in purposes if purpose in _ARGUMENTS)
         return f"{missing}; fits planned, {plan.overhead:+.1%} time: plan(model, {memory}, args{asked})"
     if estimate.floor_bytes + estimate.margin_bytes > memory:
         return f"{missing}, and no plan can help: every schedule needs {enough_text(estimate.floor_bytes)}"
     return f"{missing}, and no plan was found"
-
-
-def set_aside(estimate: Estimated) -> list[str]:
-    """What bytes beside the step are for, as the graph names it."""
-    reserved = (value.name for value in estimate.graph.values if value.kind is Kind.RESERVED and value.name != HELD)
-    return [name.strip("()") for name in reserved]
 
 
 def _floor(estimate: Estimated) -> str:
@@ -89,7 +83,7 @@ def _planned(estimate: Estimated) -> str:
 
 def _parts(estimate: Estimated) -> Table:
     parts = estimate.parts
-    others = [purpose for purpose in set_aside(estimate) if reserved_name(purpose) not in OPTIMIZER]
+    others = [purpose_of(value.name) for value in values_set_aside(estimate.graph) if value.name not in OPTIMIZER]
     rows = (
         ("parameters", parts.parameters_bytes),
         ("buffers", parts.buffers_bytes),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from planner.graph.graph import Graph
+from planner.graph.graph import Graph, purpose_of
 from planner.graph.live import MemoryKind, Span, spans
 from planner.graph.modules import fold, kinds_of, place_of
 from planner.graph.schedule import Schedule
@@ -64,4 +64,4 @@ def _group(found: list[Span]) -> Group:
 
 def _given_name(span: Span) -> str:
     """What comes from outside is called after its kind; bytes that are set aside, after what they are for."""
-    return span.name.strip("()") if span.part is MemoryKind.RESERVED else span.part.value
+    return purpose_of(span.name) if span.part is MemoryKind.RESERVED else span.part.value

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from planner.graph.graph import Graph, Kind
+from planner.graph.graph import Graph, Kind, purpose_of
 from planner.graph.modules import kinds_of, module_of
 from planner.graph.planned import PlannedGraph
 from planner.graph.simulate import Timeline
@@ -86,7 +86,7 @@ def _parts(graph: Graph, timeline: Timeline) -> Table:
     given = [graph.value[name] for name in graph.inputs]
     for value in sorted(given, key=lambda value: value.kind):
         name = _GIVEN.get(value.kind, f"{value.kind}s")
-        resident[value.name.strip("()") if value.kind is Kind.RESERVED else name] += value.nbytes
+        resident[purpose_of(value.name) if value.kind is Kind.RESERVED else name] += value.nbytes
     kept = set(graph.forward_outputs)
     rows = [(name, nbytes) for name, nbytes in resident.items() if nbytes]
     rows += [
