@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import types
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, InfeasibleBudgetError, NoScheduleFoundError, plan
+from planner import BackwardError, CaptureError, InfeasibleBudgetError, MismatchWarning, NoScheduleFoundError, plan
 from planner.tracer.lower import backward_is_fixed, lower
 from planner.tracer.real_layouts import capture
 from tests.support.training import assert_same, trajectory
@@ -279,3 +280,21 @@ def test_an_operator_that_cannot_be_run_on_made_up_inputs_is_kept() -> None:
     assert not any(op.recomputable for op in lower(capture(model, (x,))).ops if op.name.startswith("op"))
     expected = trajectory(copy.deepcopy(model), (x,), {})
     assert_same(expected, trajectory(lowest_plan(copy.deepcopy(model), (x,)), (x,), {}))
+
+
+SETTING = types.SimpleNamespace(factor=2.0)
+
+
+def test_state_that_the_backward_of_an_operator_reads_is_compared() -> None:
+    torch.manual_seed(0)
+    model, x = Model(operator(lambda x: x * 2, lambda ctx, grad: grad * SETTING.factor), depth=2), torch.randn(8, 16)
+    planned = plan(model, 1.0, (x,), costs="estimate", progress=False)
+    planned(x).backward()
+    assert planned.num_planned_calls == 1
+    loss = planned(x)
+    SETTING.factor = 3.0
+    with pytest.raises(BackwardError, match=r"SETTING.factor is 3\.0, and was 2\.0"):
+        loss.backward()
+    with pytest.warns(MismatchWarning, match=r"SETTING.factor is 3\.0, planned for 2\.0"):
+        planned(x).backward()
+    SETTING.factor = 2.0

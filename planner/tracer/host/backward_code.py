@@ -45,8 +45,12 @@ _CODE = (
     *(cached_property, partial, partialmethod, _lru_cache_wrapper),
 )
 _LIBRARIES = frozenset(("torch", "numpy", *sys.stdlib_module_names)) - {"__main__"}
-_OF_FUNCTIONS = ("backward", "vjp", "forward", "setup_context")
-"""Methods of a torch.autograd.Function: the last two give its backward what it holds."""
+_OF_FUNCTIONS = ("backward", "vjp")
+"""Methods of a torch.autograd.Function that run in the backward."""
+_OF_OPERATORS = ("_backward_fn", "_setup_context_fn")
+"""Attributes of a custom operator: what `register_autograd` was given."""
+_THAT_STORE = ("forward", "setup_context")
+"""Those that give its backward what it holds."""
 _OVER_MODULES = frozenset(("children", "modules", "named_children", "named_modules", "_modules"))
 """With these, code may call any submodule."""
 _NOT_CALLED = frozenset(
@@ -163,8 +167,9 @@ class BackwardCode:
             return
         self.wrappers[id(wrapper)] = wrapper
         for value in _cells(wrapper):
-            own = vars(value).values() if type(value).__module__.startswith("torch._library") else ()
-            for inner in (value, *own, *(value.values() if isinstance(value, Mapping) else ())):
+            own = own_dict(value) or {}
+            of_operator = [own.get(name) for name in _OF_OPERATORS]  # its other functions run as its kernel
+            for inner in (value, *of_operator, *(value.values() if isinstance(value, Mapping) else ())):
                 self._add_code(inner)
 
     def _add_special(self, value: Any) -> None:
@@ -322,7 +327,10 @@ def given_to(frame: types.FrameType) -> BackwardCode | None:
     found = BackwardCode({LeftOut.SAVED_TENSORS} if id(frame.f_code) == _SAVED_TENSORS else set())
     for name in names:
         value = frame.f_locals.get(name)
-        for function in (find_in_class(value, method) for method in _OF_FUNCTIONS) if isinstance(value, type) else (value,):
+        if isinstance(value, type):  # of a custom operator torch derives a class, whose forward runs the operator as a kernel
+            methods = (*_OF_FUNCTIONS, *(() if is_foreign_class(value) else _THAT_STORE))
+            value = [find_in_class(value, method) for method in methods]
+        for function in value if isinstance(value, list) else [value]:
             found.add(function)
     if id(frame.f_code) == _APPLY:
         for value in frame.f_locals.get("args", ()):
