@@ -107,7 +107,6 @@ IMPORTED = (
             "_get_sdp_priority_order",
             "_len_torch_dispatch_stack",
             "_len_torch_function_stack",
-            "_set_mkldnn_enabled",
             "_set_sdp_priority_order",
         ),
     ),

@@ -70,22 +70,19 @@ _SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 _OF_A_FORWARD: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
     (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
 )
-"""(how it stands, how to set it) of the switches that code may be run under for a part of a step."""
+"""(how it stands, how to set it) of the switches by which code chooses kernels: a forward alone may run under others."""
 
 
 def forward_switches() -> tuple[Any, ...]:
     """How these stand now; can be compared and pickled."""
-    return tuple(_legacy(get) for get, _ in _OF_A_FORWARD)
+    return tuple(get() for get, _ in _OF_A_FORWARD)
 
 
 @contextlib.contextmanager
@@ -111,7 +108,7 @@ _OF_KERNELS = frozenset(
 
 
 def kernel_switches() -> dict[str, Any]:
-    """Of `global_switches`, those by which one kernel computes other bits."""
+    """Of `global_switches`, those by which the same kernel computes other bits."""
     return {name: state for name, state in global_switches() if name in _OF_KERNELS}
 
 

@@ -118,7 +118,7 @@ class FirstCall:
         begun = time.monotonic()
         _set_forward(self._model, self._before)
         try:
-            with _said():
+            with _lines_on_first_rank():
                 module = make(args, kwargs)
             install(self._model, module, strict=self._strict)
             self._installed = own["forward"]
@@ -153,7 +153,7 @@ class FirstCall:
         return FirstCall, (self._model, None, self._before, self._strict, none, none, self._installed)
 
 
-def _said() -> AbstractContextManager[Any]:
+def _lines_on_first_rank() -> AbstractContextManager[Any]:
     """Say in lines what a training without a terminal waits for; of several ranks, the first says it."""
     world = torch.distributed
     is_first = not (world.is_available() and world.is_initialized()) or world.get_rank() == 0

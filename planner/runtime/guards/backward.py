@@ -11,10 +11,12 @@ its submodules, and the global variables that it may use.
 from __future__ import annotations
 
 import threading
+import types
 import weakref
 from collections.abc import Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +25,11 @@ from planner.errors import BackwardError, first_line
 from planner.kernels import custom
 from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.step import RewrittenStep
-from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, first_difference
+from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, Same, alike, first_difference
 from planner.tracer.host.path import Path, named
-from planner.tracer.host.scopes import Reads
+from planner.tracer.host.scopes import Reads, is_library_code
 from planner.tracer.host.state import walk
-from planner.tracer.host.values import is_plain
+from planner.tracer.host.values import is_foreign_class, is_plain
 
 Tensors = tuple[tuple[weakref.ref[torch.Tensor], int], ...]
 
@@ -146,7 +148,12 @@ class BackwardGuard:
         if not self._parts:
             return {}
         inside = [(name, module) for name, module in self._model.named_modules() if f"{name}.".startswith(self._parts)]
-        paths = [Path(name, attribute) for name, module in inside for attribute in vars(module).keys() - _GIVEN_AS_INPUTS]
+        paths = [
+            Path(name, attribute)
+            for name, module in inside
+            for attribute, value in vars(module).items()
+            if attribute not in _GIVEN_AS_INPUTS and (attribute not in _OF_EVERY_MODULE or isinstance(value, bool) or value)
+        ]
         scopes = self._reads.opaque_scopes
         paths += [Path(scope.where, name, scope=scope) for scope in scopes for name in scope.names if name in scope.variables]
         prints, known = Fingerprints(self._modules, _EVERYTHING.wants), dict[int, _Found]()
@@ -154,14 +161,27 @@ class BackwardGuard:
         for path in paths:
             value = path.root(self._model)
             if id(value) not in known:  # submodules share their settings
-                known[id(value)] = _Found(prints.of(value), self._tensors(path, _EVERYTHING))
+                is_whole = _is_whole(value)
+                print_ = Same(value, type(value).__qualname__, True) if is_whole else prints.of(value)
+                known[id(value)] = _Found(print_, () if is_whole else self._tensors(path, _EVERYTHING))
             found[path] = known[id(value)]
         return found
 
 
 _GIVEN_AS_INPUTS = frozenset(("_parameters", "_buffers"))
 """Of a submodule that runs as it is: its tensors are those of the forward, also where it runs again."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Most of these are empty: dictionaries of hooks."""
 _EVERYTHING = Reads({}, frozenset(), backward_names=None)
+
+
+def _is_whole(value: Any) -> bool:
+    """What belongs to a library, and Python modules, are compared as a whole: they hold thousands of things."""
+    if isinstance(value, types.FunctionType):
+        return is_library_code(value.__code__)
+    return isinstance(value, (types.ModuleType, types.BuiltinFunctionType)) or (
+        isinstance(value, type) and is_foreign_class(value)
+    )
 
 
 def _run_again(step: RewrittenStep) -> tuple[str, ...]:

@@ -35,9 +35,10 @@ _GIVEN = {
 }
 """Functions of torch's that are given such code, by identity: names of these arguments."""
 _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
+_ENVIRONS = (os.environ, getattr(os, "environb", None), os.getenv)
+"""Names, and what they stand for, by which code reads environment variables."""
 _READ_ANY_NAME = frozenset(("getattr", "attrgetter", "vars", "__dict__", "__getattribute__", "eval", "exec"))
 """With these, code reads attributes whose names it need not hold."""
-_ENVIRONS = (os.environ, getattr(os, "environb", None), os.getenv)
 _TABLES = (dict, list, tuple, deque, set, frozenset)
 """Code may call functions that such variables hold."""
 _CODE = (
@@ -62,6 +63,7 @@ _NOT_CALLED = frozenset(
 )
 """Of an object's special methods, those that no expression calls."""
 _CLOCKS = frozenset(("time", "uuid", "secrets", "datetime"))
+"""Python modules of clocks and unique numbers."""
 
 
 class LeftOut(Enum):
