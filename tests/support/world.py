@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import sys
@@ -101,3 +102,20 @@ def kept() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+@contextlib.contextmanager
+def captures() -> Iterator[list[str]]:
+    """What the planner's log says of captures while entered."""
+    said: list[str] = []
+    log, handler = logging.getLogger("planner"), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: "captured in" in record.getMessage())
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
