@@ -164,8 +164,8 @@ def test_forwards_in_flight_peak_as_predicted(count, share):
 
 def test_sweeps_count_what_is_in_flight_and_accumulated():
     model, x = deep()
-    alone = sweep(model, args=(x,), points=3, effort=2.0, **QUICK)
-    several = sweep(model, args=(x,), points=3, effort=2.0, in_flight=3, accumulate=True, **QUICK)
+    alone = sweep(model, args=(x,), points=3, effort=0.3, **QUICK)
+    several = sweep(model, args=(x,), points=3, effort=0.3, in_flight=3, accumulate=True, **QUICK)
     assert several.plain.peak_bytes > 2 * alone.plain.peak_bytes
     assert any(value.kind is Kind.RESERVED for value in several.graph.values)
     assert all(point.peak_bytes <= point.budget_bytes for point in several.points)

@@ -133,7 +133,7 @@ class Squares(Model):
 def lowest_plan(model, args, costs="estimate"):
     for budget in (0.5, 0.6, 0.7, 0.8, 0.9):
         try:
-            return plan(model, budget, args, costs=costs, progress=False, effort=2)
+            return plan(model, budget, args, costs=costs, progress=False, effort=0.3)
         except (InfeasibleBudgetError, NoScheduleFoundError):
             continue
     return plan(model, 1.0, args, costs="estimate", progress=False)

@@ -29,7 +29,7 @@ def stack(name):
         return models.Wrapped(nn.Sequential(*layers)), args
 
 
-@pytest.mark.parametrize("name", ["attention", "convolution"])
+@pytest.mark.parametrize("name", ["attention", pytest.param("convolution", marks=pytest.mark.zoo)])
 def test_the_systems_count_stays_at_the_budget(name, tmp_path):
     model, args = stack(name)
     planned = plan(copy.deepcopy(model), 0.6, args, progress=False)

@@ -97,7 +97,13 @@ def weights(model):
     return list(model.state_dict().values())
 
 
-@pytest.mark.parametrize("arguments", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=["plain", "bf16"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.zoo),
+        pytest.param({"bf16": True, "gradient_accumulation_steps": 2}, id="bf16"),
+    ],
+)
 def test_two_epochs_of_the_hugging_face_trainer(arguments, tmp_path, capsys):
     trainer, generated = train(tmp_path / "plain", **arguments)
     callback = transformers.PlannerCallback(0.95, **QUICK)
@@ -311,7 +317,7 @@ def test_lightning_saves_and_gives_back_what_it_would_without_a_plan(tmp_path):
     assert "forward" not in vars(fails.module)
 
 
-@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize("is_before", [pytest.param(True, marks=pytest.mark.zoo), False])
 def test_accelerate(is_before):
     found, tables = [], []
     for is_planned in (False, True):

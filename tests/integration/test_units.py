@@ -115,6 +115,7 @@ class Cast(nn.Module):
             return self.model(*args, **kwargs)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "precision"),
     [

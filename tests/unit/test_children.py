@@ -73,7 +73,7 @@ def picky(rows=512):
 
 def planned(model, budget, args, **options):
     with pytest.warns(DeprecationWarning, match="plan_children is now plan_units"):
-        return plan_children(model, budget, args, costs="estimate", effort=2, progress=False, **options)
+        return plan_children(model, budget, args, costs="estimate", effort=0.5, progress=False, **options)
 
 
 def measured(model, args):
@@ -146,7 +146,7 @@ def test_speech_model_with_its_masks_and_ctc_loss_under_autocast():
     precision = "bf16"
     expected = check.trajectory(copy.deepcopy(model), args, kwargs, precision)
     with check.seeded(), check.cast(precision):
-        made = plan_units(model, 0.92, args, kwargs, costs="estimate", effort=2, progress=False)
+        made = plan_units(model, 0.92, args, kwargs, costs="estimate", effort=0.5, progress=False)
     assert made.planned and made.peak_bytes <= made.budget_bytes
     assert not check.differences(expected, check.trajectory(model, args, kwargs, precision))
     unplan(model)

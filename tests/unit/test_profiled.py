@@ -19,7 +19,7 @@ from planner import (
 )
 from planner.errors import BudgetError
 
-QUICK = {"costs": "estimate", "progress": False, "effort": 2.0}
+QUICK = {"costs": "estimate", "progress": False, "effort": 0.5}
 X = torch.randn(256, 64)
 
 

@@ -235,7 +235,7 @@ def test_a_real_model_is_captured_once_and_measured_as_predicted(tmp_path: Path,
     captures: list[Any] = []
     capture = captured.capture
     monkeypatch.setattr(captured, "capture", lambda *args, **kwargs: (captures.append(args), capture(*args, **kwargs))[1])
-    swept = planner.sweep(model, None, (x,), points=6, costs="estimate", effort=3.0)
+    swept = planner.sweep(model, None, (x,), points=6, costs="estimate", effort=1.0)
     seen = swept.verify(3, rounds=1)
     assert len(captures) == 1
     assert not swept.measured and len(seen.measured) == 3

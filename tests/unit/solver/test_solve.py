@@ -60,7 +60,7 @@ def cheapest_kept_set(graph: Graph, budget_bytes: int) -> float:
     return min(fitting, default=math.inf)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_no_kept_set_that_fits_is_cheaper_than_the_plan(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(min_forward=5, max_forward=7))
@@ -187,7 +187,7 @@ def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
     assert costs[0] > plain.time_ns
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.data())
 def test_cost_never_rises_with_the_budget(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=5))
@@ -289,7 +289,7 @@ def test_not_found_after_a_whole_search_names_a_budget_that_works() -> None:
     names_a_budget_that_works(graphs.dropout(), 26, Limits())
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(st.data())
 def test_the_lowest_peak_can_be_met(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=5))

@@ -42,7 +42,7 @@ def planned_at_the_lowest(model, args):
     """A plan with as little memory as a few tries find, from 0.5 of the plain peak up."""
     for budget in (0.5, 0.6, 0.7, 0.8, 0.9):
         try:
-            return plan(model, budget, args, costs="estimate", progress=False, effort=2)
+            return plan(model, budget, args, costs="estimate", progress=False, effort=0.3)
         except (InfeasibleBudgetError, NoScheduleFoundError):
             continue
     return plan(model, 1.0, args, costs="estimate", progress=False)
