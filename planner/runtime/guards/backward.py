@@ -5,7 +5,8 @@ that the backward finds. So where there is such code, nothing that forward or ba
 nothing that the forward writes (`refuse_reads_of_written`).
 
 A submodule that runs as it is, and again in the backward, has to find what it found in the forward: its attributes, those of
-its submodules, and the global variables that it may use.
+its submodules and of their classes, and the global variables that it may use. Hooks for all modules are none of either: a call
+that finds one runs unplanned.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.switches import has_global_hooks
 from planner.errors import BackwardError, first_line
 from planner.kernels import custom
 from planner.runtime.guards.model_state import ModelStateGuard
@@ -133,6 +135,8 @@ class BackwardGuard:
         changed = self._state.change(modes=self._modes) if self._has_code and not self._is_first else None
         if changed is not None:
             return changed.text or f"{changed.where} is {changed.now}, and was {changed.planned}"
+        if self._parts and has_global_hooks():
+            return "a hook for all modules is registered, and none was"
         now = self.found()
         texts = (_difference(path, then.get(path, _GONE), now.get(path, _GONE)) for path in {**then, **now})
         return next(filter(None, texts), "")
@@ -148,12 +152,7 @@ class BackwardGuard:
         if not self._parts:
             return {}
         inside = [(name, module) for name, module in self._model.named_modules() if f"{name}.".startswith(self._parts)]
-        paths = [
-            Path(name, attribute)
-            for name, module in inside
-            for attribute, value in vars(module).items()
-            if attribute not in _GIVEN_AS_INPUTS and (attribute not in _OF_EVERY_MODULE or isinstance(value, bool) or value)
-        ]
+        paths = [*(path for name, module in inside for path in _own(name, module)), *_of_classes(inside)]
         scopes = self._reads.opaque_scopes
         paths += [Path(scope.where, name, scope=scope) for scope in scopes for name in scope.names if name in scope.variables]
         prints, known = Fingerprints(self._modules, _EVERYTHING.wants), dict[int, _Found]()
@@ -168,10 +167,29 @@ class BackwardGuard:
         return found
 
 
+def _own(name: str, module: nn.Module) -> Iterator[Path]:
+    """Where a submodule holds state of its own."""
+    for attribute, value in vars(module).items():
+        if attribute not in _GIVEN_AS_INPUTS and (attribute not in _OF_EVERY_MODULE or isinstance(value, bool) or value):
+            yield Path(name, attribute)
+
+
+def _of_classes(inside: Sequence[tuple[str, nn.Module]]) -> Iterable[Path]:
+    """Methods and other attributes of the modules' classes, each by one module that has none of its own of that name."""
+    found: dict[tuple[type, str], Path] = {}
+    for name, module in inside:
+        for base in type(module).__mro__:
+            if not is_foreign_class(base):
+                for attribute in vars(base).keys() - vars(module).keys() - _OF_EVERY_CLASS:
+                    found.setdefault((type(module), attribute), Path(name, attribute))
+    return found.values()
+
+
 _GIVEN_AS_INPUTS = frozenset(("_parameters", "_buffers"))
 """Of a submodule that runs as it is: its tensors are those of the forward, also where it runs again."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Most of these are empty: dictionaries of hooks."""
+_OF_EVERY_CLASS = frozenset(vars(type("Empty", (nn.Module,), {}))) | {"__annotations__"}
 _EVERYTHING = Reads({}, frozenset(), backward_names=None)
 
 
