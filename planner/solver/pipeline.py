@@ -63,7 +63,9 @@ PIPELINE = (
     Stage("baselines", stages.baselines, min_gap=LOOSE_GAP, first_turn=1),
     # Budgets near the lowest peak there is.
     Stage("descent", stages.descent, first_turn=1, applies=_not_found),
-    Stage("exchange", stages.exchange, first_turn=2, applies=_not_found),
+    # What is a few values away from the schedules at hand, and half-way there neither lower nor cheaper.
+    Stage("exchange", stages.exchange, min_gap=LOOSE_GAP, first_turn=4),
+    # As the descent: from candidates for less.
     Stage("smaller budgets", stages.smaller_budgets, first_turn=2, applies=_not_found),
     # What cuts cannot say: a value made again several times, also within the forward.
     Stage("local search", stages.local_search, first_turn=2, applies=_found),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 
 from planner.graph.floor import floor
 from planner.graph.schedule import Schedule
@@ -160,15 +160,15 @@ def descent(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
 
 
 def exchange(problem: Problem, search: Search, work: Work) -> Iterator[Progress]:
-    """From each schedule on, keep one or two more values or fewer: all that lies between two schedules may be higher."""
+    """From each schedule on, keep up to `FEW` more values or fewer: all that lies between two schedules may be higher."""
     graph, tried = problem.graph, set[Schedule]()
     written = [name for op in graph.ops[: graph.num_forward_ops] if op.recomputable for name in op.writes]
     heavy = sorted(written, key=lambda name: -graph.value[name].nbytes)[: 4 * FEW]
     while (start := search.archive.lowest_except(tried)) is not None:
         tried.add(start.schedule)
-        for names in (*combinations(heavy, 1), *combinations(heavy, 2)):
+        for names in chain.from_iterable(combinations(heavy, count) for count in range(1, FEW + 1)):
             kept = set(start.timeline.saved).symmetric_difference(names)
-            search.offer(lazy_schedule(graph, kept).steps, "lowest peak, exchange", work)
+            search.offer(lazy_schedule(graph, kept).steps, "exchange", work)
             yield Progress.OUT_OF_WORK if work.is_over else Progress.TRIED
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.solver import load
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError, SolverMissingError
-from planner.graph.graph import Graph, Kind, Op, Value
+from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
 from planner.graph.simulate import Timeline, simulate
 from planner.graph.solution import Solution
@@ -25,6 +25,7 @@ from planner.solver.lifetimes import lifetimes
 from planner.solver.search import Archive
 from planner.solver.solve import Solver, floor, lowest_peak, solve
 from tests.support import graphs
+from tests.support.drawn_graphs import DRAWN
 from tests.support.exhaustive import Rules, exhaustive
 from tests.support.solvers import without_highs
 from tests.support.strategies import budgets, training_graphs
@@ -73,40 +74,14 @@ def test_no_kept_set_that_fits_is_cheaper_than_the_plan(data: st.DataObject) -> 
     assert found <= best
 
 
-def test_what_local_search_cannot_reach_is_found_by_an_exchange() -> None:
-    """Hypothesis drew this: the only way into 40 bytes drops a0 and keeps what f2 made, and half of that is worse."""
-    kinds = {
-        "x": Kind.INPUT,
-        "w0": Kind.PARAM,
-        "w2": Kind.PARAM,
-        "t0": Kind.TANGENT,
-        "dw2": Kind.GRADIENT,
-        "dw0": Kind.GRADIENT,
-    }
-    sizes = {"a0": 11, "a1": 6, "a2": 6, "h2": 6, "a3": 6, "a4": 6, "a5": 6, "g3": 3, "g2": 3}
-    rows = [
-        ("f0", "x w0", "a0", 9, 0),
-        ("f1", "a0", "a1 b1_", 3, 0),
-        ("f2", "a1 a0 w2", "a2 h2", 1, 3),
-        ("f3", "a2 a1", "a3", 1, 0),
-        ("f4", "a3", "a4", 1, 0),
-        ("f5", "a4", "a5", 1, 0),
-        ("b5", "a4 a5 t0", "g5", 1, 0),
-        ("b4", "a3 a4 g5", "g4", 1, 0),
-        ("b3", "a2 a3 g4", "g3", 5, 0),
-        ("b2", "a0 w2 a2 g3 h2", "g2 dw2", 2, -1),
-        ("b1", "a0 a1 b1_ g2 g3", "g1", 2, 0),
-        ("b0", "x a0 g1 g2", "dw0", 1, 0),
-    ]
-    ops = [
-        Op(name, (name,), tuple(reads.split()), tuple(writes.split()), cost, workspace, recomputable=workspace >= 0)
-        for name, reads, writes, cost, workspace in rows
-    ]
-    names = dict.fromkeys(name for op in ops for name in (*op.reads, *op.writes))
-    values = tuple(Value(name, sizes.get(name, 1), kinds.get(name, Kind.ACTIVATION)) for name in names)
-    graph = Graph(tuple(ops), values, ("x", "w0", "w2", "t0"), ("a5",), ("dw2", "dw0"), 6)
-    solution = attempt(graph, 40)
-    assert solution is not None and simulate(graph, solution.schedule).time_ns == 40 == cheapest_kept_set(graph, 40)
+@pytest.mark.parametrize("why", DRAWN)
+def test_what_local_search_cannot_reach_is_found_by_an_exchange(why: str) -> None:
+    """Hypothesis drew these."""
+    make, budget_bytes, least_ns = DRAWN[why]
+    graph = make()
+    solution = attempt(graph, budget_bytes)
+    assert solution is not None
+    assert simulate(graph, solution.schedule).time_ns <= least_ns == cheapest_kept_set(graph, budget_bytes)
 
 
 def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
