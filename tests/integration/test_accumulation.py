@@ -133,6 +133,7 @@ def test_a_plan_of_an_accumulating_step_is_saved_and_applied(tmp_path):
     assert again.plan == made and again.plan.measured_bytes == made.peak_bytes
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("share", [1.0, 0.6])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_forwards_in_flight_peak_as_predicted(count, share):
@@ -305,6 +306,7 @@ class Picks(nn.Module):
         return self.head(hidden[hidden[:, 0] > hidden[:, 0].median()] if self.picks else hidden).square().mean()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("num_stages", [1, 8])
 @pytest.mark.parametrize("picks", [False, True], ids=["captured", "measured"])
 def test_units_count_the_gradients_that_are_there(picks, num_stages, tmp_path):

@@ -273,7 +273,7 @@ NUMBERS = [
 """What is no tensor and changes from call to call: refused by name, or run as it is in a submodule."""
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", TENSORS, ids=ids(TENSORS))
 def test_tensors_are_carried(of):
     check(of)
@@ -296,6 +296,7 @@ def test_state_that_the_first_calls_make(of, warm):
     check(type(late)(program, late.allowed, planned_from=2))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", ELSEWHERE, ids=ids(ELSEWHERE))
 def test_tensors_in_other_places_are_carried_or_refused(of):
     allowed = ANY if of.name in ("gradients flow on", "growing list") else REFUSABLE

@@ -55,7 +55,7 @@ COUNTED = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", COUNTED, ids=ids(COUNTED))
 def test_numbers_are_counted(of):
     check(member(of.name, **fields(of.program), **rest(of), steps=LOOP))
@@ -198,7 +198,7 @@ def half(n): return n / 2
 """
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("use", SEEN_BY_OTHERS.values(), ids=SEEN_BY_OTHERS.keys())
 def test_numbers_that_other_code_sees_are_as_in_eager(use):
     init = "self.n, self.m, self.t, self.f, self.z = 0, 0, None, None, 0.0\nself.d = collections.defaultdict(int)"

@@ -121,6 +121,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", SETTINGS, ids=ids(SETTINGS))
 def test_a_change_is_noticed(of):
     check(of, audit=False)

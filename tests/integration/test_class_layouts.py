@@ -128,6 +128,7 @@ def test_gradients_in_any_layout_train_within_the_budget(of):
     check(replace(of, allowed=REFUSABLE))  # the budget may have no place for what another layout needs
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", [of for of in upstream() if of.name in OF_WIDTH_8], ids=OF_WIDTH_8)
 def test_gradients_in_any_layout_reach_a_submodule(of):
     check(inside(replace(of, allowed=REFUSABLE)))
@@ -138,6 +139,7 @@ def test_weights_of_another_layout_are_noticed(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", written(), ids=ids(written()))
 @pytest.mark.parametrize("budget", [1.0, 0.7])
 def test_outputs_may_be_written_into(of, budget):

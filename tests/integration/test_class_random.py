@@ -115,12 +115,13 @@ def custom():
     return made
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", TORCH, ids=ids(TORCH))
 def test_torchs_numbers_are_repeated(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", TORCH[::3], ids=ids(TORCH[::3]))
 def test_torchs_numbers_in_a_submodule(of):
     check(inside(of))
@@ -131,7 +132,7 @@ def test_other_generators_and_control_of_torchs(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", sampled(OTHERS))
 def test_other_generators_in_a_submodule(of):
     check(inside(of))

@@ -114,7 +114,7 @@ def changed_modules():
     ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", SCALED, ids=ids(SCALED))
 def test_a_changed_setting_is_noticed(of):
     check(of)
@@ -126,7 +126,7 @@ def test_a_changed_setting_of_a_submodule_is_noticed(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("of", [*TYPED, *USED], ids=ids([*TYPED, *USED]))
 def test_whatever_a_setting_is_used_for(of):
     check(of)
@@ -137,7 +137,7 @@ def test_settings_outside_of_the_model_are_noticed_or_refused(of):
     check(type(of)(of.program, of.allowed, None, word=of.word))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", sampled(changed_modules(), 2))
 def test_a_changed_module_is_noticed(of):
     check(of)

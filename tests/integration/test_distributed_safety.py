@@ -21,7 +21,7 @@ from planner.tracer.real_layouts import capture
 
 @pytest.mark.parametrize(
     "cases",
-    [("same_plans", "one_plan_for_all"), ("one_rank_unplanned", "ddp", "fsdp"), ("different_plans",)],
+    [("same_plans", "one_plan_for_all", "one_rank_unplanned", "ddp", "fsdp"), ("different_plans",)],
     ids=",".join,
 )
 def test_two_processes(cases: tuple[str, ...], tmp_path) -> None:

@@ -59,7 +59,7 @@ def test_tutorial_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = run_code_of("docs/tutorial.md")
     planned, report = names["planned"].plan, names["report"]
-    assert report.exact and report.within_budget and planned.budget_bytes == 10 * 2**20
+    assert report.exact and report.within_budget and planned.budget_bytes == 7 * 2**20
     assert names["whole"].plan.peak_bytes > planned.budget_bytes, "the tutorial's model must not fit"
     assert "is below" in capsys.readouterr().out and names["step"] == 2
 

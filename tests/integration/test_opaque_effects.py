@@ -123,7 +123,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("effect", "opaque"), NAMED + FOUND, ids=[*EFFECTS, *(f"found-{i}" for i in range(len(FOUND)))])
 def test_effects_are_eagers_and_planning_leaves_none(effect, opaque):
     fresh()

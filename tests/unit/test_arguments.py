@@ -455,7 +455,7 @@ def test_the_budget_named_by_sweep_and_max_batch_is_enough():
 
 
 def test_the_budget_named_by_plan_units_is_enough():
-    net, x = deep(60)
+    net, x = deep(30)
     options = {**QUICK, "effort": 1.0}
     with pytest.raises(NoScheduleFoundError) as caught:
         plan_units(net, "1kB", (x,), **options)

@@ -20,7 +20,7 @@ from tests.support.strategies import budgets, training_graphs
 from tests.support.sweeps import sweep_of
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.data())
 def test_a_larger_budget_never_has_a_dearer_plan(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=7))

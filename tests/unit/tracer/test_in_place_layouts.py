@@ -75,7 +75,7 @@ class Written(nn.Module):
         return total + (made @ made).mean() if self.write == "out" else total
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_into_a_tensor_of_any_layout(write: str, layout: str) -> None:
