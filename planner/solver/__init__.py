@@ -12,5 +12,6 @@ gives them their turns, in counted `Work` (`work`); `solve` is what others call.
 - `local_search` (`incremental`): a schedule is made to fit by evictions, then freed of recomputes it does not need.
 - `forward_end`: several forwards in flight, and limits of what is saved.
 - `baselines`: reference schedules. `lazy`: the schedule that keeps these values and recomputes all others just before need.
+- `unit_front`, `unit_choice`: for a model planned in units, the Pareto front of each kind and which point each unit takes.
 - `backend`: PuLP and HiGHS. `tuning`: the constants that were tuned.
 """

@@ -45,13 +45,13 @@ class Answer:
             "unknown" (stopped early, with nothing), "failed" (HiGHS gave up: more work would not help).
         values: one per column; empty unless optimal or feasible.
         bound: no solution has a smaller objective; -inf where nothing was proven, inf where infeasible.
-        gap: objective less bound.
+        objective: of `values`; inf without.
     """
 
     status: Status
     values: tuple[float, ...]
     bound: float
-    gap: float = math.inf
+    objective: float = math.inf
 
 
 @dataclass(slots=True)
@@ -119,8 +119,8 @@ class Model:
             answer = self.solve(work, gap=gap)
         finally:
             self._fix({})
-        if answer.values and answer.bound + answer.gap <= linear.bound + gap:
-            return replace(answer, status="optimal", bound=linear.bound, gap=answer.bound + answer.gap - linear.bound)
+        if answer.values and answer.objective <= linear.bound + gap:
+            return replace(answer, status="optimal", bound=linear.bound)
         whole = self.solve(work, gap=gap)
         return whole if whole.values or not answer.values else replace(answer, status="feasible", bound=linear.bound)
 
@@ -185,9 +185,8 @@ class Model:
 
     def _is_stale(self, answer: Answer) -> bool:
         """Solved again after a change, HiGHS 1.16 may return the last solution with the new objective (1 in 1000, seen)."""
-        objective = answer.bound + answer.gap
         cost = sum(cost * value for cost, value in zip(self.program.costs, answer.values, strict=False))
-        return bool(answer.values) and abs(cost - objective) > 1e-6 * max(1.0, abs(objective))
+        return bool(answer.values) and abs(cost - answer.objective) > 1e-6 * max(1.0, abs(answer.objective))
 
     def _bring_up_to_date(self, work: Work) -> None:
         """Build HiGHS's model, or add what came to the program since the last solve."""
@@ -221,7 +220,7 @@ class Model:
         if not found:
             return Answer("unknown" if name in _STOPPED else "failed", (), bound)
         values = tuple(self._highs.getSolution().col_value)
-        return Answer("optimal" if solved else "feasible", values, bound, facts.objective_function_value - bound)
+        return Answer("optimal" if solved else "feasible", values, bound, facts.objective_function_value)
 
 
 class _Calls:

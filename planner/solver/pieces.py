@@ -172,11 +172,11 @@ class _OptionProgram:
         self.highest_price = 1.0 + sum(graph.ops[i].cost_ns + 1 for i in again)
         """Time that a byte is worth at which nothing is kept that could be recomputed."""
         for d in mine:
-            if life.first_use[d] < len(graph.ops):
+            if life.first_use[d] < len(graph.ops):  # k_d + r_{pi(d)} >= 1
                 program.row(self._here(d, int(life.producer[d])), -1.0)
         for i, column in self._again.items():
             for d in pieces.inputs(i):
-                if d in self._keep:
+                if d in self._keep:  # r_i <= k_d + r_{pi(d)}
                     program.row([(column, 1.0), *self._here(d, int(life.producer[d]))], 0.0)
         self._model = backend.Model(program) if mine else None
 

@@ -8,11 +8,13 @@ A search stops when
 - its gap is at most LOOSE_GAP and not worth more than the work spent so far (`BudgetSearch.is_done`, looked at between slices),
 - every stage waits in a turn in which all of them may run (`BudgetSearch.turn`),
 - the work, or as a backstop the clock, has run out (`Work.is_over`).
+
+No search begins for a budget below the floor. The bisection of `Solver.lowest_peak` also stops where its ends are `GAP` apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.log import SOLVER
@@ -21,18 +23,6 @@ from planner.solver.problem import Problem
 from planner.solver.search import Search
 from planner.solver.tuning import EVENT_UNITS, FIRST_SLICE, LOOSE_GAP, PATIENCE
 from planner.solver.work import Work
-
-
-def _always(problem: Problem, search: Search) -> bool:
-    return True
-
-
-def _found(problem: Problem, search: Search) -> bool:
-    return search.best is not None
-
-
-def _not_found(problem: Problem, search: Search) -> bool:
-    return search.best is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +34,14 @@ class Stage:
         run: the strategy.
         min_gap: it waits while the gap, as a fraction of the plain step's time, is smaller.
         first_turn: the number of turns that it waits; the slices of the other stages double in each of them.
-        applies: it waits where this is false.
+        found: where not None, it waits until a schedule that fits was found (True), or once one was (False).
     """
 
     name: str
     run: stages.Strategy
     min_gap: float = 0.0
     first_turn: int = 0
-    applies: Callable[[Problem, Search], bool] = _always
+    found: bool | None = None
 
 
 PIPELINE = (
@@ -62,13 +52,13 @@ PIPELINE = (
     # Where the gap is wide: a plan is then no slower than the reference schedules that fit.
     Stage("baselines", stages.baselines, min_gap=LOOSE_GAP, first_turn=1),
     # Budgets near the lowest peak there is.
-    Stage("descent", stages.descent, first_turn=1, applies=_not_found),
+    Stage("descent", stages.descent, first_turn=1, found=False),
     # What is a few values away from the schedules at hand, and half-way there neither lower nor cheaper.
     Stage("exchange", stages.exchange, min_gap=LOOSE_GAP, first_turn=4),
     # As the descent: from candidates for less.
-    Stage("smaller budgets", stages.smaller_budgets, first_turn=2, applies=_not_found),
+    Stage("smaller budgets", stages.smaller_budgets, first_turn=2, found=False),
     # What cuts cannot say: a value made again several times, also within the forward.
-    Stage("local search", stages.local_search, first_turn=2, applies=_found),
+    Stage("local search", stages.local_search, first_turn=2, found=True),
 )
 
 
@@ -126,9 +116,8 @@ class BudgetSearch:
         search, state = self.search, self._states.get(stage.name)
         stuck = state is not None and state.empty >= 2 and state.stuck_at == search.state
         early = self._num_turns < stage.first_turn
-        return (
-            early or stage.name in self._ended or stuck or search.gap < stage.min_gap or not stage.applies(self.problem, search)
-        )
+        other = stage.found not in (None, search.best is not None)
+        return early or other or stage.name in self._ended or stuck or search.gap < stage.min_gap
 
     def _run_slice(self, stage: Stage, work: Work) -> None:
         """One slice; it doubles each time. A stage without progress in two slices waits until others change the search."""

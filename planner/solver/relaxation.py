@@ -93,26 +93,28 @@ class Relaxation:
     def _reads_and_inputs(self, interval: Interval) -> None:
         """What is read after the cut, by first runs and by others, was alive at it or is made again."""
         reads = {name for op in self.graph.ops[interval.cut : interval.stop] for name in op.reads}
-        for name in sorted(reads & interval.alive.keys()):
+        for name in sorted(reads & interval.alive.keys()):  # a_{d,g} + r_{pi(d),g} >= 1; of `tie`, a_{d,0} + R_{pi(d)} >= 1
             self.program.row(self.here(interval, name), -1.0)
         for i, column in interval.again.items():
             for name in dict.fromkeys(self.graph.ops[i].reads):
-                if name in interval.alive:
+                if name in interval.alive:  # r_{i,g} <= a_{d,g} + r_{pi(d),g}; of `tie`, R_i <= a_{d,0} + R_{pi(d)}
                     self.program.row([(column, 1.0), *self.here(interval, name)], 0.0)
 
     def _at_cut(self, interval: Interval) -> None:
         """What the op at the cut reads is alive, and what is alive fits the budget."""
         graph, alive = self.graph, interval.alive
         bytes_alive = [(column, graph.value[name].nbytes / self.unit) for name, column in alive.items()]
+        # sum of s_d a_{d,g} + what the other forwards in flight hold + what nothing can drop <= budget
         self.program.row([*bytes_alive, *self.others, (self.budget, -1.0)], -fixed(graph, interval.cut) / self.unit)
         for name in dict.fromkeys(graph.ops[interval.cut].reads):
-            if name in alive:
+            if name in alive:  # a_{d,g} >= 1
                 self.program.row([(alive[name], -1.0)], -1.0)
 
     def _since(self, before: Interval, interval: Interval) -> None:
         """What is alive at a cut was alive at the one before, or its op has run since; what was first made since is free."""
         for name, column in interval.alive.items():
             if name not in self.heavy and self.graph.producer[name] < before.cut:
+                # a_{d,g} <= a_{d,g-1} + r_{pi(d),g-1}
                 self.program.row([(column, 1.0), *self.here(before, name)], 0.0)
 
     @property
@@ -129,11 +131,12 @@ class Relaxation:
         self._reads_and_inputs(Interval(first.cut, len(self.graph.ops), first.alive, ever))
         for i, column in ever.items():
             runs = [(interval.again[i], -1.0) for interval in self.intervals if i in interval.again]
-            self.program.row([(column, 1.0), *runs], 0.0)
+            self.program.row([(column, 1.0), *runs], 0.0)  # R_i <= sum over g of r_{i,g}
         for interval in others:
             for name, column in interval.alive.items():
                 i = self.graph.producer[name]
                 if name not in self.heavy and i in ever and self.next_read(name, interval.cut) < len(self.graph.ops):
+                    # a_{d,g} + R_{pi(d)} >= 1
                     self.program.row([(column, -1.0), (ever[i], -1.0)], -1.0)
 
 

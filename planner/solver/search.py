@@ -41,7 +41,8 @@ class Archive:
     def offer(self, schedule: Schedule, source: str) -> Timeline:
         """Simulate a schedule, the only figures that count. Bounds that it contradicts are forgotten.
 
-        They hold for one order of the backward, and a schedule may have another; or HiGHS was wrong.
+        They hold for one order of the backward, and a schedule may have another; or HiGHS was wrong. Bounds of another archive
+        (of the order that was captured, of smaller budgets tried apart) are never taken over, schedules are.
         """
         timeline = simulate(self.graph, schedule, self.simulator)
         peak, time_ns = timeline.peak_bytes, timeline.time_ns

@@ -129,9 +129,9 @@ def choose(
         for column, one in zip(columns[unit], front, strict=True):
             program.costs[column] = calls[unit] * one.time_ns / unit_ns
     for section in sections:
-        program.row(
-            _row(section, fronts, columns, budget_bytes), SCALE * (budget_bytes - section.outer_bytes) / max(1, budget_bytes)
-        )
+        # sum over units kept of s[u, p] x[u, p] + sum of f or t[v, p] x[v, p] of the one that runs <= budget - o
+        limit = SCALE * (budget_bytes - section.outer_bytes) / max(1, budget_bytes)
+        program.row(_row(section, fronts, columns, budget_bytes), limit)
     work = begin(limits or Limits())
     answer = Model(program).relax_and_fix(work, gap=GAP / 2 * plain_ns / unit_ns)
     if not answer.values:
@@ -148,7 +148,7 @@ def lowest(sections: Sequence[Section], fronts: Fronts, limits: Limits | None = 
     scale = max(peak_bytes(section, {unit: front[0] for unit, front in fronts.items()}) for section in sections)
     peak = program.column(1.0, upper=SCALE)
     for section in sections:
-        # what the section holds <= peak, which is minimised
+        # the same sums - peak <= -o, where the peak is minimised
         row = [*_row(section, fronts, columns, scale), (peak, -1.0)]
         program.row(row, -SCALE * section.outer_bytes / max(1, scale))
     answer = Model(program).relax_and_fix(begin(limits or Limits()), gap=SCALE / 10_000)
@@ -161,7 +161,7 @@ def _program(fronts: Fronts) -> tuple[Program, dict[str, list[int]]]:
     """Binary columns of which each unit takes one."""
     program = Program()
     columns = {unit: [program.column(binary=True) for _ in front] for unit, front in fronts.items()}
-    for own in columns.values():
+    for own in columns.values():  # sum over p of x[u, p] = 1, as <= and >=
         program.row([(column, 1.0) for column in own], 1.0)
         program.row([(column, -1.0) for column in own], -1.0)
     return program, columns

@@ -126,6 +126,8 @@ class RelaxationWithWatchPoints(Relaxation):
                 pairs.append((interval.again[i], -nbytes / self.unit))
             elif i in interval.again and g + 1 < len(self.intervals):
                 pairs += [(column, nbytes / self.unit) for column in self._crosses(name, g)]
+        # what nothing can drop + sum of s_h a_{h,p} over heavy h + sum of s_d (1 - r_{pi(d),g}) over d read before cut g + 1
+        # + sum of s_d c_{d,g} over other d + what the other forwards hold <= budget, with the constants on the right
         self.program.row([*pairs, *self.others, (self.budget, -1.0)], -held / self.unit)
 
     def _crosses(self, name: str, g: int) -> list[int]:
@@ -135,7 +137,8 @@ class RelaxationWithWatchPoints(Relaxation):
             return []
         if name not in self._crossing[g]:
             column = self._crossing[g][name] = self.program.column()
+            # a_{d,g+1} - r_{pi(d),g} <= c_{d,g}
             self.program.row([(following.alive[name], 1.0), (self.intervals[g].again[i], -1.0), (column, -1.0)], 0.0)
             if i in self.ever and self.next_read(name, following.cut) < len(self.graph.ops):
-                self.program.row([(self.ever[i], -1.0), (column, -1.0)], -1.0)
+                self.program.row([(self.ever[i], -1.0), (column, -1.0)], -1.0)  # c_{d,g} >= 1 - R_{pi(d)}
         return [self._crossing[g][name]]

@@ -7,7 +7,7 @@ from tests.fuzz.runner import Result, result_of, run_case
 from tests.support.harness import outcome
 from tests.support.itself import itself
 
-FIRST, COUNT, EACH = 0, 60, 20
+FIRST, COUNT, EACH = 0, 192, 24
 MANY = 2_000
 FIRST_IN_UNITS, COUNT_IN_UNITS = 29, 8
 MANY_IN_UNITS = 400

@@ -84,6 +84,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("num_stages", [1, 8])
 @pytest.mark.parametrize("make", OUTSIDE.values(), ids=OUTSIDE.keys())
 def test_a_loss_outside_of_the_model_peaks_as_predicted(make, num_stages):

@@ -303,6 +303,7 @@ def test_tensors_in_other_places_are_carried_or_refused(of):
     check(type(of)(of.program, allowed, of.planned_from if allowed is REFUSABLE else None))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", NUMBERS, ids=ids(NUMBERS))
 def test_what_is_no_tensor_is_refused_by_name(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from, word=of.word))

@@ -134,6 +134,7 @@ def test_gradients_in_any_layout_reach_a_submodule(of):
     check(inside(replace(of, allowed=REFUSABLE)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", weights(), ids=ids(weights()))
 def test_weights_of_another_layout_are_noticed(of):
     check(of)
@@ -172,6 +173,7 @@ LITERALS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", LITERALS, ids=ids(LITERALS))
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
 def test_literals_in_the_forward_under_other_gradients(of, kind):

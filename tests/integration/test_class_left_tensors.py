@@ -246,6 +246,7 @@ def test_what_is_left_in_other_places_is_there_or_refused(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", sampled([*CACHES, *OUTER_CACHES], 2))
 def test_a_full_cache_is_planned(of):
     program = of.program.within(warm=1, steps=(Step(),) * 4)

@@ -495,6 +495,7 @@ OTHER_CONTENT = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", OTHER_CONTENT, ids=ids(OTHER_CONTENT))
 def test_a_first_call_compares_the_list_that_it_fills(of):
     check(of, audit=False)

@@ -127,6 +127,7 @@ def test_torchs_numbers_in_a_submodule(of):
     check(inside(of))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", OTHERS, ids=ids(OTHERS))
 def test_other_generators_and_control_of_torchs(of):
     check(of)

@@ -143,6 +143,7 @@ def test_a_changed_module_is_noticed(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", sampled(changed_modules()[::2], 4))
 def test_a_changed_module_in_a_submodule_is_noticed(of):
     check(inside(of))

@@ -119,6 +119,7 @@ def test_a_switch_that_was_planned_for(of):
     check(of)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("of", switched()[::4], ids=ids(switched()[::4]))
 def test_another_switch_around_a_submodule(of):
     check(inside(of))

@@ -85,6 +85,7 @@ class Shifts(nn.Module):
         return x.roll(random.randrange(3), 0) * 2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_kernels_run_as_they_are(kind):
     class Recurrent(nn.Module):

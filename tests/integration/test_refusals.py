@@ -350,6 +350,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refusal_names_the_users_line_and_the_cure(name, caplog, capfd):
     compute, cure = REFUSED[name]

@@ -16,7 +16,6 @@ from planner import InfeasibleBudgetError, NoScheduleFoundError, Plan, RanksDiff
 from planner.tracer.lower import backward_is_fixed, lower
 from planner.tracer.real_layouts import capture
 
-
 PATIENCE = timedelta(minutes=4)
 """For the other rank: ranks plan at different speeds, and the machine may be busy."""
 

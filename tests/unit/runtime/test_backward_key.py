@@ -316,6 +316,7 @@ class Losses(nn.Module):
         return logits, F.cross_entropy(logits, y)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("loss", [None, 1])
 @pytest.mark.parametrize(
     "backward",

@@ -219,14 +219,14 @@ def test_a_stage_that_waits_for_its_turn_has_it_though_nobody_else_is_left(recor
     assert record.names == "a late"
 
 
-def test_a_stage_waits_where_it_does_not_apply(record: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_waits_for_a_schedule_or_until_there_is_one(record: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     def finds(search: Search, n: int) -> bool:
         if n == 1:
             search.archive.offer(SMALLER, "a test")
         return True
 
-    record.stage("before", something, applies=pipeline._not_found)
-    record.stage("after", something, applies=pipeline._found)
+    record.stage("before", something, found=False)
+    record.stage("after", something, found=True)
     record.stage("finds", finds)
     record.run(monkeypatch, effort=20 * FIRST_SLICE, find=False)
     assert record.names.startswith("before finds before finds after finds after")
