@@ -15,7 +15,8 @@ from planner.tracer.host.arguments import WrittenArguments
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, same_build
-from planner.tracer.host.values import ABSENT, rebuilt
+from planner.tracer.host.values import ABSENT
+from planner.tracer.host.written_values import rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.libraries import is_cache
 from planner.tracer.replay import Replay, Strides, usual_strides, with_strides

@@ -23,7 +23,7 @@ from planner.tracer.host.preserve import contents_preserved, model_preserved
 from planner.tracer.host.state import Effect
 from planner.tracer.host.tensor_places import TensorPlace
 from planner.tracer.host.tensor_reads import answered
-from planner.tracer.host.values import rebuilt
+from planner.tracer.host.written_values import rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.loss import Loss, flatten_output, loss_leaves
 from planner.tracer.model_call import run_call

@@ -31,7 +31,7 @@ from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, Same, ali
 from planner.tracer.host.path import Path, named
 from planner.tracer.host.scopes import Reads, is_library_code
 from planner.tracer.host.state import walk
-from planner.tracer.host.values import is_foreign_class, is_plain
+from planner.tracer.host.values import class_homes, is_foreign_class, is_plain
 
 Tensors = tuple[tuple[weakref.ref[torch.Tensor], int], ...]
 
@@ -178,7 +178,7 @@ def _of_classes(inside: Sequence[tuple[str, nn.Module]]) -> Iterable[Path]:
     """Methods and other attributes of the modules' classes, each by one module that has none of its own of that name."""
     found: dict[tuple[type, str], Path] = {}
     for name, module in inside:
-        for base in type(module).__mro__:
+        for base in class_homes(type(module)):
             if not is_foreign_class(base):
                 for attribute in vars(base).keys() - vars(module).keys() - _OF_EVERY_CLASS:
                     found.setdefault((type(module), attribute), Path(name, attribute))

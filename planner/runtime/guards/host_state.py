@@ -35,6 +35,7 @@ from planner.tracer.host.values import (
     is_object,
     items_of,
     members,
+    namespaces,
     own_class,
     own_dict,
 )
@@ -307,7 +308,7 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
             _note_attributes(group, value)
     elif isinstance(value, (type, ModuleType)):
         if has_members:
-            group.dicts.append((vars(value), list(vars(value).values())))
+            group.dicts += [(vars(home), list(vars(home).values())) for home in namespaces(value)]
     elif isinstance(value, ContextVar):
         read = lambda: [value.get(None)]
         group.others.append((read, read()))

@@ -19,7 +19,8 @@ from planner.tracer.host.fingerprint import Fingerprint, alike
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, same_build, walk
-from planner.tracer.host.values import ABSENT, PathStep, is_object, is_plain, items_of, member, own_class, rebuilt, with_member
+from planner.tracer.host.values import ABSENT, PathStep, is_object, is_plain, items_of, member, own_class
+from planner.tracer.host.written_values import rebuilt, with_member
 
 _WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
 _CONTAINERS = (*_WRITTEN, tuple)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.tracer.host.scopes import global_names, is_library_code
+from planner.tracer.host.scopes import each_named, is_library_code
 from planner.tracer.host.values import ABSENT, find_in_class, is_foreign_class, is_object, own_class, own_dict, reachable
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
@@ -187,7 +187,8 @@ class BackwardCode:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         self.hold(*cells, *defaults)
         codes = list(codes_in(function.__code__))
-        for value in (*(function.__globals__.get(name) for code in codes for name in global_names(code)), *cells, *defaults):
+        named = (scope[name] for code in codes for scope, name in each_named(code, function.__globals__))
+        for value in (*named, *cells, *defaults):
             self.add_named(value, str(function.__globals__.get("__name__", "")))
 
     def add_named(self, value: Any, home: str) -> None:

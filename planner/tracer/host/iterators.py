@@ -11,8 +11,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from planner.errors import CaptureError
+from planner.kernels.calls import like
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.values import is_iterator, like
+from planner.tracer.host.values import is_iterator
 
 _READS_COPIES: ContextVar[bool] = ContextVar("reads_copies", default=False)
 

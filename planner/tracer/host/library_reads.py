@@ -1,8 +1,8 @@
 """What a forward reads of libraries: their variables and functions (`torch.backends.cudnn.benchmark`), and what these return.
 
-Code names them by a global variable and attributes, which is read off the code that ran. A call counts if its arguments are
-constants and its name says that it only asks (`torch.get_num_threads()`). What code reads by other ways (a local alias, a file,
-`getattr` with a name) is not seen.
+Code names them by a global variable and attributes, which is read off the code that ran, or imports them where it runs: then
+all of the module's names that it mentions count. A call counts if its arguments are constants and its name says that it only
+asks (`torch.get_num_threads()`). What code reads by other ways (a local alias of a function, a file) is not seen.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprint, alike, everything
+from planner.tracer.host.scopes import imported_modules
 from planner.tracer.host.values import ABSENT, is_foreign_class
 
 _ASKS = re.compile(r"_?(get|is|are|has)(_|[a-z]+$)|\w*_(enabled|available|allowed|initialized)$")
@@ -73,13 +74,17 @@ def library_reads(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) ->
     """
     found: dict[Any, LibraryRead] = {}
     for code, (variables, where) in codes.items():
+        for module in imported_modules(code, variables):
+            if (root := _root(module)) is not None:
+                for name in vars(module).keys() & set(code.co_names):
+                    found.setdefault((root[0], (name,), None), LibraryRead(root[0], (name,), None, None, where))
         for name, attributes, arguments in _chains(code):
             root = _root(variables.get(name))
             if root is None:
                 continue
-            module, path = root[0], (*root[1], *attributes)
-            called = arguments is not None and _may_be_called(module, path)
-            key = (module, path, arguments if called else None)
+            home, path = root[0], (*root[1], *attributes)
+            called = arguments is not None and _may_be_called(home, path)
+            key = (home, path, arguments if called else None)
             if attributes or called:
                 with contextlib.suppress(TypeError):  # an argument that cannot be a key
                     found.setdefault(key, LibraryRead(*key, None, where))

@@ -38,7 +38,7 @@ from planner.tracer.host.tensor_identity import inputs_at, places, weight_classe
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
 from planner.tracer.host.tracked import note_returned
-from planner.tracer.host.values import ABSENT, is_code, is_foreign_class
+from planner.tracer.host.values import ABSENT, class_homes, is_code, is_foreign_class
 from planner.tracer.model_call import Called
 
 NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
@@ -258,7 +258,7 @@ class Observer:
                 raise CaptureError(f"the model's forward sets an attribute on the tensor {name}: keep it on the module")
         for (kind, attribute), held in self._class_data().items():
             if self._of_classes.get((kind, attribute)) is not held and held is not ABSENT:
-                module = next(name for name, module in self.model.named_modules() if isinstance(module, kind))
+                module = next(name for name, module in self.model.named_modules() if kind in class_homes(type(module)))
                 raise CaptureError(
                     f"the model's forward changes the class attribute {kind.__name__}.{attribute}, which a plan would not do: "
                     "keep it in the module, or in a buffer",
@@ -267,7 +267,7 @@ class Observer:
 
     def _class_data(self) -> dict[tuple[type, str], Any]:
         """What the classes of the model's modules hold, but for their code."""
-        kinds = {base for module in self.model.modules() for base in type(module).__mro__}
+        kinds = {base for module in self.model.modules() for base in class_homes(type(module))}
         return {
             (kind, name): ABSENT if is_code(value) else value
             for kind in kinds
@@ -282,7 +282,7 @@ class Observer:
         for (kind, name), value in self._class_data().items():
             if name in names and value is not ABSENT:
                 for other in {type(module) for module in self.model.modules()}:
-                    found.setdefault(other, set()).update([name] if issubclass(other, kind) else [])
+                    found.setdefault(other, set()).update([name] if kind in class_homes(other) else [])
         return found
 
     def _run(self, call: Callable[[], Called]) -> Run:

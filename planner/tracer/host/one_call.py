@@ -14,7 +14,8 @@ from planner.tracer.host.changes import Finder, refusal
 from planner.tracer.host.fingerprint import tensor_key
 from planner.tracer.host.path import Path
 from planner.tracer.host.state import Effect
-from planner.tracer.host.values import ABSENT, is_plain, items_of, rebuilt
+from planner.tracer.host.values import ABSENT, is_plain, items_of
+from planner.tracer.host.written_values import rebuilt
 
 
 class OneCall(Finder):

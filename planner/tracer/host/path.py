@@ -11,7 +11,8 @@ from torch import nn
 from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints
 from planner.tracer.host.scopes import ArgumentsScope, Scope
-from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, find_in_class, member, text_of, with_member
+from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, find_in_class, member, text_of
+from planner.tracer.host.written_values import with_member
 
 
 @dataclass(frozen=True, slots=True)

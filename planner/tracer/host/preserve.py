@@ -24,11 +24,13 @@ from planner.tracer.host.values import (
     ABSENT,
     MODULE_STATE,
     attributes,
+    class_homes,
     is_code,
     is_foreign_class,
     is_object,
     items_of,
     members,
+    namespaces,
     own_class,
 )
 
@@ -184,7 +186,7 @@ def plain_tensors(model: nn.Module) -> list[torch.Tensor]:
 def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = ()) -> Preserved:
     """Remember a model's attributes, and the containers and objects that they, or `objects`, lead to."""
     names = {id(module): "" for module in model.modules()}
-    kinds = {base for module in model.modules() for base in type(module).__mro__ if not is_foreign_class(base)}
+    kinds = {base for module in model.modules() for base in class_homes(type(module)) if not is_foreign_class(base)}
     return keep_reachable(preserved, [*kinds, *objects, *model.modules()], names)
 
 
@@ -249,6 +251,7 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
             todo.append((item.get(ABSENT), place))
         elif isinstance(item, type) and not is_foreign_class(item):
             todo += [(held, f"{place}.{name}") for name, held in class_containers(item)]
+            todo += [(base, place) for base in namespaces(item)[1:]]
     return objects
 
 

@@ -24,7 +24,7 @@ from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
-from planner.tracer.host.scopes import Reads, compares_identities, global_names, is_library_code, scopes_of
+from planner.tracer.host.scopes import Reads, attribute_names, compares_identities, each_named, is_library_code, scopes_of
 from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict, reachable
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
@@ -121,10 +121,9 @@ class ReadRecorder:
             opened = {name for name in held if name not in _INTERNAL and name[:2] != "__"}
             self._read.setdefault(type(this), set()).update(opened)
             self._written.setdefault(type(this), set()).update(opened)
-        attribute_names = frozenset(name for code in self._codes for name in code.co_names)
         return Reads(
             {kind: frozenset(names) for kind, names in self._read.items()},
-            attribute_names,
+            attribute_names(self._codes),
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
@@ -257,10 +256,10 @@ class ReadRecorder:
             given.follow(self._model, self._names, self._classes_of_model)
             for code, variables in given.codes.items():
                 self._codes[code] = (variables, self._where())
-                for name in global_names(code) & variables.keys():
-                    self._preserved.keep_variable(variables, name)
-                    if not isinstance(variables[name], (type, types.ModuleType)):
-                        self.see(variables[name], name)
+                for scope, name in each_named(code, variables):
+                    self._preserved.keep_variable(scope, name)
+                    if not isinstance(scope[name], (type, types.ModuleType)):
+                        self.see(scope[name], name)
             for value in given.held.values():
                 if not isinstance(value, nn.Module):
                     self.see(value)
@@ -295,16 +294,15 @@ class ReadRecorder:
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:
         """Remember the variables that code names; where it is an opaque module's, everything that these lead to, too."""
-        for name in global_names(code):
-            if name in frame.f_globals:
-                self._preserved.keep_variable(frame.f_globals, name)
-                value = frame.f_globals[name]
-                if isinstance(value, type) and not is_foreign_class(value):
-                    keep_deep(self._preserved, value, self._names, name)
-                    if is_opaque:
-                        keep_reachable(self._preserved, [value], self._names)
-                if not isinstance(value, (type, types.ModuleType)):
-                    self._see_value(value, name, is_opaque)
+        for scope, name in each_named(code, frame.f_globals):
+            self._preserved.keep_variable(scope, name)
+            value = scope[name]
+            if isinstance(value, type) and not is_foreign_class(value):
+                keep_deep(self._preserved, value, self._names, name)
+                if is_opaque:
+                    keep_reachable(self._preserved, [value], self._names)
+            if not isinstance(value, (type, types.ModuleType)):
+                self._see_value(value, name, is_opaque)
         for name in code.co_freevars:
             held = frame.f_locals.get(name)
             if held is not None and not isinstance(held, nn.Module):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
+import importlib.util
 import itertools
 import sys
 import sysconfig
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+
+from planner.tracer.host.values import is_foreign_namespace
 
 PACKAGE = str(Path(__file__).parents[2])
 _STDLIB = sysconfig.get_paths()["stdlib"]
@@ -137,16 +141,98 @@ def is_library_code(code: types.CodeType) -> bool:
     return file.startswith(_STDLIB) and "site-packages" not in file
 
 
+_LOOKS_UP = frozenset(
+    ("getattr", "hasattr", "setattr", "vars", "attrgetter", "methodcaller", "__dict__", "__getattribute__", "eval")
+)
+"""Code that names one of these may look attributes up by texts."""
+_FINDS_MODULES = frozenset(("modules", "import_module", "__import__", "getmodule", "globals", "f_globals", "__globals__"))
+"""Code that names one of these may find Python modules, and its own, by texts, too."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _texts(code: types.CodeType) -> frozenset[str]:
+    """The texts among the constants of code."""
+    found, todo = set[str](), [*code.co_consts]
+    while todo:
+        constant = todo.pop()
+        if isinstance(constant, str):
+            found.update((constant, *constant.split(".")))
+        elif isinstance(constant, (tuple, frozenset)):
+            todo += constant
+    return frozenset(found)
+
+
+def attribute_names(codes: Iterable[types.CodeType]) -> frozenset[str]:
+    """The attributes that code may read: those it names and, where some of it looks attributes up by texts, its texts."""
+    codes = list(codes)
+    named = frozenset(name for code in codes for name in code.co_names)
+    return named.union(*map(_texts, codes)) if named & (_LOOKS_UP | _FINDS_MODULES) else named
+
+
+@functools.lru_cache(maxsize=4096)
+def _imports(code: types.CodeType) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+    """(level, module, names) of each import statement in the code."""
+    steps = list(dis.get_instructions(code))
+    at = [i for i, step in enumerate(steps) if step.opname == "IMPORT_NAME"]
+    return tuple((steps[i - 2].argval, str(steps[i].argval), tuple(steps[i - 1].argval or ())) for i in at)
+
+
+def imported_modules(code: types.CodeType, variables: Mapping[str, Any]) -> Iterator[types.ModuleType]:
+    """Python modules that code with these global variables imports, or may find by a text."""
+    found = _in_sys_modules(code, variables)
+    yield from (module for module in found if isinstance(module, types.ModuleType))
+
+
+def _in_sys_modules(code: types.CodeType, variables: Mapping[str, Any]) -> Iterator[Any]:
+    package = str(variables.get("__package__") or variables.get("__name__", "").rpartition(".")[0])
+    for level, name, wanted in _imports(code):
+        with contextlib.suppress(ImportError):
+            full = importlib.util.resolve_name("." * level + name, package)
+            parts = full.split(".")
+            every = [".".join(parts[: i + 1]) for i in range(len(parts))] + [f"{full}.{inner}" for inner in wanted]
+            yield from (sys.modules.get(one) for one in every)
+    if not _FINDS_MODULES.isdisjoint(code.co_names):
+        yield from (sys.modules.get(text) for text in _texts(code))
+
+
+def named_variables(code: types.CodeType, variables: dict[str, Any]) -> list[tuple[dict[str, Any], frozenset[str]]]:
+    """What code may read by names: (the variables of a Python module, its names), of its own first, then of modules of the
+    user's that it names as a variable or an attribute, imports, or finds by a text.
+
+    Args:
+        code: that ran.
+        variables: its own global variables.
+    """
+    names = attribute_names([code])
+    own = global_names(code) if _FINDS_MODULES.isdisjoint(code.co_names) else global_names(code) | names
+    found = {id(variables): (variables, own & variables.keys())}
+    todo = [*imported_modules(code, variables), *(variables.get(name) for name in global_names(code))]
+    while todo:
+        module = todo.pop()
+        if isinstance(module, types.ModuleType) and not is_foreign_namespace(module) and id(vars(module)) not in found:
+            held = vars(module)
+            mine = frozenset(name for name in names & held.keys() if not name.startswith("__"))
+            found[id(held)] = (held, mine)
+            todo += [held[name] for name in mine]
+    return list(found.values())
+
+
+def each_named(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(the variables of a Python module, a name in them) of all that `named_variables` finds."""
+    yield from ((scope, name) for scope, names in named_variables(code, variables) for name in names)
+
+
 def scopes_of(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tuple[Scope, ...]:
     """The global variables that code names, by the Python module that holds them."""
     found: dict[int, Scope] = {}
-    for code, (variables, where) in codes.items():
-        if str(variables.get("__name__", "")).startswith("namedtuple_"):
+    for code, (own, where) in codes.items():
+        if str(own.get("__name__", "")).startswith("namedtuple_"):
             continue  # collections.namedtuple makes these, for one class each
-        known = found.get(id(variables))
-        names = global_names(code) & variables.keys() | (known.names if known else frozenset())
-        name = str(variables.get("__name__", ""))
-        home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""
-        home = home if home and vars(sys.modules[home]) is variables else ""
-        found[id(variables)] = Scope(home, variables, names, known.where if known else where)
+        for variables, names in named_variables(code, own):
+            known = found.get(id(variables))
+            name = str(variables.get("__name__", ""))
+            home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""
+            home = home if home and vars(sys.modules[home]) is variables else ""
+            names |= known.names if known else frozenset()
+            found[id(variables)] = Scope(home, variables, names, known.where if known else where)
     return tuple(found.values())

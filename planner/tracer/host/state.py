@@ -17,12 +17,8 @@ from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.tensor_places import TensorRead
-from planner.tracer.host.values import (
-    class_members,
-    member,
-    members,
-    rebuilt,
-)
+from planner.tracer.host.values import class_members, member, members
+from planner.tracer.host.written_values import rebuilt
 
 
 def roots(

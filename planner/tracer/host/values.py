@@ -1,11 +1,10 @@
-"""Python values as trees: the members of a value, and how it is built again from them.
+"""Python values as trees: the members of a value (`written_values` says how one is written, or built again from them).
 
 A `PathStep` leads from a value to one of its members: ("item", key), ("attr", name), ("cell", position), ... A leaf has none.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import threading
@@ -23,7 +22,6 @@ import torch
 from torch import nn
 
 from planner._compat.private_names import MODULE_STATE
-from planner.kernels.calls import like
 from planner.tracer.faults import calls_users_code
 
 PathStep = tuple[str, Any]
@@ -120,7 +118,13 @@ def own_dict(value: Any) -> dict[str, Any] | None:
 
 def find_in_class(kind: type, name: str) -> Any:
     """What a class, or one that it derives from, holds under this name; ABSENT where none does."""
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), ABSENT)
+    return next((vars(base)[name] for base in class_homes(kind) if name in vars(base)), ABSENT)
+
+
+def class_homes(kind: type) -> tuple[type, ...]:
+    """Where attributes of a class are looked up: in it, in its bases and, last, in a metaclass of the user's."""
+    own: type = type(kind)
+    return kind.__mro__ if own is type else (*kind.__mro__, *(base for base in own.__mro__ if not is_foreign_class(base)))
 
 
 @calls_users_code
@@ -222,7 +226,7 @@ def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     if not is_object(value):
         return
     found: set[str] = set()
-    for base in type(value).__mro__:
+    for base in class_homes(type(value)):
         if is_foreign_class(base):
             continue
         for name, item in list(vars(base).items()):
@@ -262,14 +266,29 @@ def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any
             todo += attributes(value).values()
 
 
+def is_foreign_namespace(value: type | types.ModuleType) -> bool:
+    """A class or a Python module of torch, numpy, this package or Python's own library."""
+    package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
+    return package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__")
+
+
+def namespaces(value: type | types.ModuleType) -> list[type | types.ModuleType]:
+    """Where attributes of a class or a Python module of the user's are looked up: in it, its bases and its metaclass."""
+    if is_foreign_namespace(value):
+        return []
+    others = class_homes(value)[1:] if isinstance(value, type) else ()
+    return [value, *(base for base in others if not is_foreign_namespace(base))]
+
+
 def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     """What a class or a Python module of the user's holds, but for the module's code: that is compared where it runs."""
-    package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
-    if package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__"):
-        return
-    for name, item in list(vars(value).items()):
-        if not name.startswith("__") and wanted(value, name) and (isinstance(value, type) or not is_code(item)):
-            yield ("attr", name), item
+    found: set[str] = set()
+    for home in namespaces(value):
+        for name, item in list(vars(home).items()):
+            is_seen = not name.startswith("__") and name not in found and (isinstance(value, type) or not is_code(item))
+            if is_seen and wanted(value, name):
+                found.add(name)
+                yield ("attr", name), item
 
 
 def _members_of_function(value: types.FunctionType) -> Iterator[tuple[PathStep, Any]]:
@@ -303,6 +322,8 @@ def member(value: Any, step: PathStep) -> Any:
             return vars(value)[kind].get(key, ABSENT)
         if isinstance(value, nn.Module):
             return vars(value).get(key, ABSENT)
+        if isinstance(value, type):
+            return find_in_class(value, key)
         if is_object(value) and key in (own_dict(value) or ()):
             return own_dict(value)[key]  # type: ignore[index]
         if is_object(value) and not isinstance(find_in_class(type(value), key), types.MemberDescriptorType):
@@ -313,79 +334,6 @@ def member(value: Any, step: PathStep) -> Any:
 
 
 _OF_ENUM_MEMBERS = ("_name_", "__objclass__", "_sort_order_")
-_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
-_OF_PARTIALS = ("func", "args", "keywords")
-
-
-def with_member(value: Any, step: PathStep, new: Any) -> Any:
-    """Write a member. Returns the value itself where it could be changed in place, else a copy with the new member.
-
-    Raises:
-        TypeError: a value of this kind cannot be written.
-    """
-    kind, key = step
-    if kind == "item" and isinstance(value, (list, deque, dict)):
-        value[key] = new
-        return value
-    if kind == "item" and isinstance(value, tuple):
-        items = [*value[:key], new, *value[key + 1 :]]
-        return like(value, items)
-    if kind == "cell":
-        value.__closure__[key].cell_contents = new
-        return value
-    if kind == "value" and isinstance(value, ContextVar):
-        value.set(new)
-        return value
-    if kind in MODULE_STATE:
-        vars(value)[kind][key] = new
-        return value
-    if kind == "attr" and isinstance(value, types.FunctionType) and key in _OF_FUNCTIONS:
-        setattr(value, key, new)
-        return value
-    if kind == "attr" and isinstance(value, functools.partial) and key in _OF_PARTIALS:
-        parts = {"func": value.func, "args": value.args, "keywords": value.keywords, key: new}
-        value.__setstate__((*parts.values(), vars(value)))  # type: ignore[attr-defined]  # its attributes are read-only
-        return value
-    if kind == "attr":
-        inner = own_dict(value)
-        if inner is not None:
-            inner[key] = new
-        elif isinstance(value, type):
-            setattr(value, key, new)
-        else:
-            object.__setattr__(value, key, new)
-        return value
-    raise TypeError(f"a {type(value).__name__} cannot be written at {key!r}")
-
-
-def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """A new value of the same build, its leaves replaced by `leaf(old)`.
-
-    Raises:
-        TypeError: it holds something that cannot be built again.
-    """
-    if isinstance(value, torch.Tensor) or not _is_built(value):
-        return leaf(value)
-    if isinstance(value, tuple):
-        items = [rebuilt(item, leaf) for item in value]
-        return like(value, items)
-    made = copy.copy(value)
-    if isinstance(value, (list, deque)):
-        for i, item in items_of(value):
-            made[i] = rebuilt(item, leaf)
-    elif isinstance(value, dict):
-        for key, item in items_of(value):
-            made[key] = rebuilt(item, leaf)
-    inner = own_dict(made)
-    if inner is not None:
-        inner.update({name: rebuilt(item, leaf) for name, item in vars(value).items()})
-    return made
-
-
-def _is_built(value: Any) -> bool:
-    if isinstance(value, (list, tuple, deque, dict)) and not isinstance(value, torch.Size):
-        return True
-    return is_object(value) and not isinstance(value, nn.Module) and not callable(value)
 
 
 def text_of(step: PathStep) -> str:

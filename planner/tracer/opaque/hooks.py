@@ -10,7 +10,7 @@ from torch import nn
 
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import InputError
-from planner.tracer.host.scopes import global_names
+from planner.tracer.host.scopes import each_named
 from planner.tracer.host.values import members
 from planner.tracer.libraries import is_users_hook
 
@@ -38,4 +38,4 @@ def refuse_collecting_hooks(module: nn.Module, name: str) -> None:
             )
         todo += [item for _, item in members(value, lambda _, __: True)]
         if isinstance(value, types.FunctionType):
-            todo += [value.__globals__[variable] for variable in global_names(value.__code__) if variable in value.__globals__]
+            todo += [scope[name] for scope, name in each_named(value.__code__, value.__globals__)]
