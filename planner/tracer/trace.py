@@ -304,11 +304,11 @@ def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights
     for path, found in (*host.found, *zip(host.counts.places, host.counts.captured, strict=True)):
         path.set(model, rebuilt(found, lambda leaf: leaf))
     for path, traced in zip(host.state, state, strict=True):
-        path.set(model, traced)
+        path.replace(model, traced)
     for path, number in host.shared:
-        path.set(model, state[number])
+        path.replace(model, state[number])
     for path, name in host.aliases:
-        path.set(model, weights[name])
+        path.replace(model, weights[name])
     for path, i in host.key.inputs_at:
         if i is not None:
-            path.set(model, tensors[i])
+            path.replace(model, tensors[i])

@@ -254,7 +254,7 @@ def detach_from_parent(model: nn.Module, joint: Joint) -> None:
                 module._buffers[name] = own[id(buffer)][1]
     for path, _ in joint.host.aliases:  # where Python state holds them, too (a dictionary of the parameters)
         if id(held := path.get(model)) in own:
-            path.set(model, own[id(held)][1])
+            path.replace(model, own[id(held)][1])
 
 
 def _clear(planned: CheckpointedModule, call: CallArguments) -> None:

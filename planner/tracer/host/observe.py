@@ -227,7 +227,7 @@ class Observer:
         """Put other tensors into the places that hold these, by identity."""
         for path, value in self.snapshot().items():
             if id(value) in copies:
-                self._inside(path.set, self.model, copies[id(value)])
+                self._inside(path.replace, self.model, copies[id(value)])
 
     def _refuse_untracked_changes(self, may_initialize: bool) -> None:
         """Raise CaptureError where the last run changed what no Path covers. With

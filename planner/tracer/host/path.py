@@ -11,7 +11,7 @@ from torch import nn
 from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints
 from planner.tracer.host.scopes import ArgumentsScope, Scope
-from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, find_in_class, member, text_of
+from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, class_homes, find_in_class, member, text_of
 from planner.tracer.host.written_values import with_member
 
 
@@ -99,6 +99,18 @@ class Path:
                 return
             new = written
         self._dictionary(model)[self.name] = new
+
+    def replace(self, model: nn.Module, new: Any) -> None:
+        """Write another value where the one that is there is held: in a class, where a module has none of its own."""
+        module = submodule(model, self.module) if self.scope is None and not self.steps else None
+        if module is not None and not any(
+            self.name in own for own in (vars(module), *(vars(module)[kind] for kind in MODULE_STATE))
+        ):
+            home = next((home for home in class_homes(type(module)) if self.name in vars(home)), None)
+            if home is not None:
+                setattr(home, self.name, new)
+                return
+        self.set(model, new)
 
     def _remove(self, model: nn.Module) -> None:
         holder, (kind, key) = (self.holder.get(model), self.steps[-1]) if self.steps else (None, ("", ""))

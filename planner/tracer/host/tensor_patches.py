@@ -55,12 +55,31 @@ _setter = torch.Tensor.__setattr__
 _deleter = torch.Tensor.__delattr__
 
 
+def _tolist(this: torch.Tensor) -> Any:
+    return this.item() if this.dim() == 0 else [_tolist(row) for row in this.unbind()]
+
+
+_dlpack = torch.Tensor.__dlpack__
+
+
+def _dlpack_as_numpy(this: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    this.numpy()
+    return _dlpack(this, *args, **kwargs)
+
+
+_BY_KERNELS = {"tolist": _tolist, "__dlpack__": _dlpack_as_numpy}
+"""Methods that read a tensor's memory unseen, by what recorders and traces see: `item()`, `numpy()`."""
+
+
 @contextlib.contextmanager
 def patched(
     read: Callable[[torch.Tensor, str, types.FrameType], Any],
     write: Callable[[torch.Tensor, str, types.FrameType], None],
 ) -> Iterator[None]:
-    """While entered, reads and writes of tensors' attributes that do not follow from their form go through these functions."""
+    """While entered, reads and writes of tensors' attributes that do not follow from their form go through these functions.
+
+    Methods that read memory go by way of kernels.
+    """
 
     of_library: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
 
@@ -88,7 +107,7 @@ def patched(
             write(this, name, sys._getframe(1))
         _deleter(this, name)
 
-    patches = {"__getattribute__": get, "__setattr__": put, "__delattr__": delete}
+    patches = {"__getattribute__": get, "__setattr__": put, "__delattr__": delete, **_BY_KERNELS}
     others = {name: vars(torch.Tensor)[name] for name in patches if name in vars(torch.Tensor)}
     for name, patch in patches.items():
         setattr(torch.Tensor, name, patch)
