@@ -151,3 +151,12 @@ def test_a_changed_module_in_a_submodule_is_noticed(of):
 
 def test_eager_shows_nothing_against_itself():
     check_against_itself([*SCALED, *TYPED, *USED, *REFUSABLE_PLACES, *changed_modules()])
+
+
+def test_weights_that_are_tied_after_planning_run_as_they_are():
+    """Their gradients would add up in another order, and a backward captured later found another graph."""
+    steps = (Step(), Step(before="part.d.weight = part.b.weight"), Step(), Step(before="m.zero_grad()"))
+    of = member(
+        "tied", "h = self.d(h)", init="self.d = nn.Linear(8, 8)", steps=steps, allowed=frozenset({"mismatch"}), planned_to=1
+    )
+    check(of)

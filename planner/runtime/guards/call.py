@@ -262,6 +262,9 @@ def difference(
     untied = model_state.untied(held)
     if untied:
         return Mismatch("weight", untied, "no longer the same tensor as the one it was tied to")
+    if len({*map(id, held)}) != len(held):  # gradients would add up in another order
+        name = next(name for i, (name, _) in enumerate(key.weights) if any(held[i] is other for other in held[:i]))
+        return Mismatch("weight", name, "tied to another one")
     if autocast_key(device) != key.autocast:
         return Mismatch("mode", "autocast", _autocast_text(autocast_key(device)), _autocast_text(key.autocast))
     return None
