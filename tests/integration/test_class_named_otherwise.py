@@ -131,7 +131,22 @@ OF_LIBRARIES = cases(
     },
     LIBRARIES,
 )
-EVERY = [*IMPORTED, *BY_TEXT, *OF_MODULES, *INHERITED, *OF_LIBRARIES]
+ABSENT_AT_FIRST = cases(
+    {
+        "asked for in globals": ("LATER if 'LATER' in globals() else 2.0", "globals()['LATER'] = 3.0"),
+        "a NameError": ("try:\n    k = LATER\nexcept NameError:\n    k = 2.0", "globals()['LATER'] = 3.0"),
+        "hides a builtin": ("max(1.0, 2.0)", "globals()['max'] = lambda *numbers: 3.0"),
+        "getattr of a module": ("getattr(config, 'LATER', 2.0)", "config.LATER = 3.0"),
+        "getattr of a class, later": ("getattr(Base, 'LATER', 2.0)", "Base.LATER = 3.0"),
+        "getattr of a namespace, later": ("getattr(SPACE, 'LATER', 2.0)", "SPACE.LATER = 3.0"),
+    },
+    MODULES + CLASSES + "SPACE = types.SimpleNamespace()\n",
+)
+ANSWERED = cases(
+    {"__getattr__ of a Python module": ("strict.K", "TABLE['K'] = 3.0")},
+    MODULES + "TABLE = {'K': 2.0}\nstrict = new('otherwise_strict', __getattr__=lambda name: TABLE[name])\n",
+)
+EVERY = [*ABSENT_AT_FIRST, *ANSWERED, *IMPORTED, *BY_TEXT, *OF_MODULES, *INHERITED, *OF_LIBRARIES]
 
 
 @pytest.fixture(autouse=True)

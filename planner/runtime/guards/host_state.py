@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -52,12 +52,14 @@ class _Group:
         expected: (place, fingerprint).
         dicts: (dictionary, its values) at and below these places, as of the last time they were found as planned.
         others: likewise (what reads a sequence of items, the items).
-        is_known: `dicts` and `others` are filled in.
+        sizes: likewise (variables of a class or Python module that has nothing of what is read, how many there are).
+        is_known: these are filled in.
     """
 
     expected: list[tuple[Path, Fingerprint]]
     dicts: list[tuple[Mapping[Any, Any], list[Any]]] = field(default_factory=list)
     others: list[tuple[Reader, Sequence[Any]]] = field(default_factory=list)
+    sizes: list[tuple[Sized, int]] = field(default_factory=list)
     is_known: bool = False
 
     @property
@@ -65,6 +67,7 @@ class _Group:
         """Every container holds the same objects as when the places were last found as planned."""
         return (
             self.is_known
+            and all(len(held) == size for held, size in self.sizes)
             and all(len(held) == len(values) and all(map(is_, held.values(), values)) for held, values in self.dicts)
             and all(_same(read(), items) for read, items in self.others)
         )
@@ -110,7 +113,7 @@ class HostStateGuard:
         if not self._has_forgotten:
             self._has_forgotten = True
             for group in self._groups:
-                group.dicts, group.others, group.is_known = [], [], False
+                group.dicts, group.others, group.sizes, group.is_known = [], [], [], False
             self._sort_groups()
 
     def _sort_groups(self) -> None:
@@ -162,14 +165,16 @@ class HostStateGuard:
 
     def _is_steady(self) -> bool:
         """Whether every container of the steady groups holds the same objects; two passes over all of them at once."""
-        if list(map(len, self._dicts)) != self._lengths:
+        if list(map(len, self._sized)) != self._lengths:
             return False
         values = chain.from_iterable([held.values() for held in self._dicts])
         return all(map(is_, values, self._values)) and all(_same(read(), items) for read, items in self._others)
 
     def _remember_steady(self) -> None:
         self._dicts = [held for group in self._steady for held, _ in group.dicts]
-        self._lengths = [len(values) for group in self._steady for _, values in group.dicts]
+        sizes = [size for group in self._steady for size in group.sizes]
+        self._sized = [*self._dicts, *(held for held, _ in sizes)]
+        self._lengths = [len(values) for group in self._steady for _, values in group.dicts] + [size for _, size in sizes]
         self._values = [value for group in self._steady for _, values in group.dicts for value in values]
         self._others = [other for group in self._steady for other in group.others]
 
@@ -210,7 +215,7 @@ class HostStateGuard:
 
     def _remember(self, group: _Group, named: Mapping[int, str]) -> None:
         """Note what each container of these places holds now."""
-        group.dicts, group.others, group.is_known = [], [], True
+        group.dicts, group.others, group.sizes, group.is_known = [], [], [], True
         skipped = {id(path.get(self._model)) for path in self._key.left}
         modules = {path.module: None for path, _ in group.expected if path.scope is None}
         for name in modules:
@@ -307,8 +312,11 @@ def _note_value(group: _Group, value: Any, has_members: bool) -> None:
         if is_object(value):  # of a class derived from Python's
             _note_attributes(group, value)
     elif isinstance(value, (type, ModuleType)):
+        held = [vars(home) for home in namespaces(value)]
         if has_members:
-            group.dicts += [(vars(home), list(vars(home).values())) for home in namespaces(value)]
+            group.dicts += [(variables, list(variables.values())) for variables in held]
+        else:  # something may come that the forward asks for
+            group.sizes += [(variables, len(variables)) for variables in held]
     elif isinstance(value, ContextVar):
         read = lambda: [value.get(None)]
         group.others.append((read, read()))

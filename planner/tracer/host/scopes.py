@@ -197,15 +197,16 @@ def _in_sys_modules(code: types.CodeType, variables: Mapping[str, Any]) -> Itera
 
 def named_variables(code: types.CodeType, variables: dict[str, Any]) -> list[tuple[dict[str, Any], frozenset[str]]]:
     """What code may read by names: (the variables of a Python module, its names), of its own first, then of modules of the
-    user's that it names as a variable or an attribute, imports, or finds by a text.
+    user's that it names as a variable or an attribute, imports, or finds by a text. Of its own there need not be all.
 
     Args:
         code: that ran.
         variables: its own global variables.
     """
     names = attribute_names([code])
-    own = global_names(code) if _FINDS_MODULES.isdisjoint(code.co_names) else global_names(code) | names
-    found = {id(variables): (variables, own & variables.keys())}
+    finds = not _FINDS_MODULES.isdisjoint(code.co_names)
+    own = global_names(code) | {name for name in names if finds and name.isidentifier()}
+    found = {id(variables): (variables, own)}
     todo = [*imported_modules(code, variables), *(variables.get(name) for name in global_names(code))]
     while todo:
         module = todo.pop()
@@ -218,8 +219,8 @@ def named_variables(code: types.CodeType, variables: dict[str, Any]) -> list[tup
 
 
 def each_named(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(the variables of a Python module, a name in them) of all that `named_variables` finds."""
-    yield from ((scope, name) for scope, names in named_variables(code, variables) for name in names)
+    """(the variables of a Python module, a name in them) of all that `named_variables` finds and that is there."""
+    yield from ((scope, name) for scope, names in named_variables(code, variables) for name in names & scope.keys())
 
 
 def scopes_of(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tuple[Scope, ...]:

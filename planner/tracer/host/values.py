@@ -268,7 +268,8 @@ def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any
 
 def is_foreign_namespace(value: type | types.ModuleType) -> bool:
     """A class or a Python module of torch, numpy, this package or Python's own library."""
-    package = str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
+    name = type.__getattribute__(value, "__module__") if isinstance(value, type) else vars(value).get("__name__", "")
+    package = str(name).partition(".")[0]  # looked up past a `__getattr__` of the user's
     return package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__")
 
 
