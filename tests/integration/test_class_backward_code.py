@@ -189,7 +189,7 @@ MEMBERS = [
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
 def test_what_the_backwards_code_reads_is_compared(of):
     check(of, audit=False)
@@ -211,7 +211,7 @@ BY_ANY_NAME = {name for name, text in READS.items() if "getattr" in text or "var
 OTHERS = "part.training = part.unread = False\npart.l[0].unread = part.cfg.unread = 1"
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
 def test_what_changes_before_the_backward_is_an_error(of):
     found = outcome(of.program.within(steps=LATE_STEPS))
@@ -253,7 +253,7 @@ LATE = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("forward", "init", "between"), LATE.values(), ids=LATE.keys())
 def test_other_kinds_that_change_before_the_backward(forward, init, between):
     made = member("late", forward, init=INIT + init, head=HEAD, steps=LATE_STEPS, planned_from=None)

@@ -253,7 +253,7 @@ def test_a_full_cache_is_planned(of):
     check(type(of)(program, REFUSABLE if of in OUTER_CACHES else frozenset({"same"}), 1))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("of", [*CACHES, *OUTER_CACHES], ids=ids([*CACHES, *OUTER_CACHES]))
 def test_an_empty_cache_fills_as_in_eager(of):
     program = of.program.within(steps=(Step(),) * 4)

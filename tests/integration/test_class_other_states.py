@@ -89,7 +89,7 @@ FILLED = [
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("of", FILLED, ids=ids(FILLED))
 def test_the_first_call_runs_planned(of):
     check(of)

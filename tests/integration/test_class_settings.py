@@ -126,7 +126,7 @@ def test_a_changed_setting_of_a_submodule_is_noticed(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("of", [*TYPED, *USED], ids=ids([*TYPED, *USED]))
 def test_whatever_a_setting_is_used_for(of):
     check(of)

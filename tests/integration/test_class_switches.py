@@ -107,7 +107,7 @@ def planned_under():
     ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("of", switched(), ids=ids(switched()))
 def test_another_switch_is_noticed(of):
     check(of)

@@ -162,7 +162,7 @@ class Sharing(nn.Module):
         return self.after(x).square().mean()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("shared", ["", "two names", "tied", "nested", "named twice itself", "used outside"])

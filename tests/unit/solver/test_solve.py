@@ -112,7 +112,7 @@ def test_the_true_optimum_is_found_nineteen_times_in_twenty() -> None:
 raise_bound = Archive.raise_bound
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_no_schedule_at_all_beats_the_bound(data: st.DataObject) -> None:
     """Exhaustive search knows no class: any op any number of times, backward ops too, recomputes within the forward."""
@@ -162,7 +162,7 @@ def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
     assert costs[0] > plain.time_ns
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(st.data())
 def test_cost_never_rises_with_the_budget(data: st.DataObject) -> None:
     graph = data.draw(training_graphs(max_forward=5))
