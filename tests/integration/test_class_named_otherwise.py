@@ -20,10 +20,18 @@ def new(name, **held):
 
 config = new("otherwise_config", K=2.0, D={"k": 2.0}, C=type("C", (), {"k": 2.0}), n=0, seen=[])
 exec("def scale(): return K", vars(config))
+exec("def own():\\n    import otherwise_config as c\\n    return c.K", vars(config))
 package = new("otherwise_package", K=2.0)
 package.inner = new("otherwise_package.inner", K=2.0)
 """
-HIDDEN = MODULES + "del config, package\n"
+HIDDEN = (
+    MODULES
+    + """
+del config, package
+def get(holder, name): return getattr(holder, name)
+def find(name): return sys.modules[name]
+"""
+)
 OF_CONFIG = "sys.modules['otherwise_config'].K = 3.0"
 OF_INNER = "sys.modules['otherwise_package.inner'].K = 3.0"
 CLASSES = """
@@ -41,13 +49,13 @@ class Derived(Base, metaclass=Meta):
 LIBRARIES = "import math\nF.made_up = torch.made_up = math.made_up = np.made_up = 2.0\n"
 
 
-def cases(places: dict[str, tuple[str, str]], head: str) -> list[Member]:
+def cases(places: dict[str, tuple[str, str]], head: str, init: str = "") -> list[Member]:
     """Two planned steps, the change, two more; `places`: by name, an expression or statements for `k`, and a change."""
     made = []
     for name, (text, change) in places.items():
         forward = f"{text if 'k = ' in text else f'k = {text}'}\nh = h * k"
         steps = (Step(), Step(), Step(before=change), Step(), Step())
-        made.append(member(name, forward, head=head, allowed=frozenset({"mismatch"}), steps=steps, planned_to=2))
+        made.append(member(name, forward, head=head, init=init, allowed=frozenset({"mismatch"}), steps=steps, planned_to=2))
     return made
 
 
@@ -70,6 +78,10 @@ IMPORTED = cases(
         "__import__": ("__import__('otherwise_config').K", OF_CONFIG),
         "sys.modules": ("sys.modules['otherwise_config'].K", OF_CONFIG),
         "sys.modules.get": ("getattr(sys.modules.get('otherwise_config'), 'K')", OF_CONFIG),
+        "import, named to another function": ("import otherwise_config as c\nk = get(c, 'K')", OF_CONFIG),
+        "found by another function": ("find('otherwise_config').K", OF_CONFIG),
+        "found and read by another function": ("get(find('otherwise_config'), 'K')", OF_CONFIG),
+        "imported by a module itself": ("sys.modules['otherwise_config'].own()", OF_CONFIG),
         "evaluated": ("eval('sys.modules[\"otherwise_config\"].K')", OF_CONFIG),
     },
     HIDDEN,
@@ -106,9 +118,21 @@ OF_MODULES = cases(
         "function of a module": ("config.scale()", "config.scale = lambda: 3.0"),
         "class of a module": ("config.C.k", "config.C = Other"),
         "inner module": ("package.inner.K", "package.inner.K = 3.0"),
+        "function of a module in an attribute": ("self.config.scale()", "config.scale = lambda: 3.0"),
+        "class of a module in an attribute": ("self.config.C.k", "config.C = Other"),
+        "function of a module in a list": ("HELD[0].scale()", "config.scale = lambda: 3.0"),
+        "function of a module in a class": ("Holder.config.scale()", "config.scale = lambda: 3.0"),
+        "function of a module among defaults": ("scaled()", "config.scale = lambda: 3.0"),
         "another inner module": ("package.inner.K", "package.inner = new('otherwise_other', K=3.0)"),
     },
-    MODULES + "class Other: k = 3.0\n",
+    MODULES
+    + """
+HELD = [config]
+class Other: k = 3.0
+class Holder: config = config
+def scaled(given=config): return given.scale()
+""",
+    init="self.config = config",
 )
 INHERITED = cases(
     {
@@ -188,13 +212,26 @@ WRITTEN = {
     "list": "config.seen.append(1)\nh = h * len(config.seen)",
     "number, imported": "import otherwise_config as c\nc.n += 1\nh = h * c.n",
     "list, imported": "from otherwise_config import seen\nseen.append(1)\nh = h * len(seen)",
+    "number, by an attribute": "self.config.n += 1\nh = h * self.config.n",
+    "table, by an attribute": "self.config.D['k'] += 1\nh = h * self.config.D['k']",
+    "list, by an attribute": "self.config.seen.append(1)\nh = h * len(self.config.seen)",
+    "number, by a list": "HELD[0].n += 1\nh = h * HELD[0].n",
 }
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_a_forward_writes_into_a_python_module_is_refused_and_put_back(name: str) -> None:
     """The model itself then trains as it would have: planning has left nothing in the module."""
-    check(member(name, WRITTEN[name], head=MODULES, allowed=frozenset({"refused"}), word="global variable"))
+    check(
+        member(
+            name,
+            WRITTEN[name],
+            head=MODULES + "HELD = [config]\n",
+            init="self.config = config",
+            allowed=frozenset({"refused"}),
+            word="changes its",
+        )
+    )
 
 
 LATE = {

@@ -21,7 +21,7 @@ import torch
 
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprint, alike, everything
-from planner.tracer.host.scopes import imported_modules
+from planner.tracer.host.scopes import imported_modules, texts_of
 from planner.tracer.host.values import ABSENT, is_foreign_class
 
 _ASKS = re.compile(r"_?(get|is|are|has)(_|[a-z]+$)|\w*_(enabled|available|allowed|initialized)$")
@@ -73,8 +73,9 @@ def library_reads(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) ->
         codes: the user's code that ran, each with its global variables.
     """
     found: dict[Any, LibraryRead] = {}
+    texts = texts_of(codes)
     for code, (variables, where) in codes.items():
-        for module in imported_modules(code, variables):
+        for module in imported_modules(code, variables, texts):
             if (root := _root(module)) is not None:
                 for name in vars(module).keys() & set(code.co_names):
                     found.setdefault((root[0], (name,), None), LibraryRead(root[0], (name,), None, None, where))

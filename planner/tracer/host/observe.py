@@ -29,7 +29,7 @@ from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.one_call import OneCall
 from planner.tracer.host.path import Path, named, submodule
-from planner.tracer.host.preserve import Preserved, class_containers, keep_deep, keep_model, plain_tensors
+from planner.tracer.host.preserve import Preserved, containers_of, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, roots, skipped_places, walk
@@ -104,7 +104,7 @@ class Observer:
                     self.preserved.keep(held)
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
-                for name, held in class_containers(kind):
+                for name, held in containers_of(kind):
                     keep_deep(self.preserved, held, self._names, f"{kind.__name__}.{name}")
         if opaque:  # what runs in there is not followed: everything reachable from the model is remembered
             keep_model(model, self.preserved)

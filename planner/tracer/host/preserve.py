@@ -27,6 +27,7 @@ from planner.tracer.host.values import (
     class_homes,
     is_code,
     is_foreign_class,
+    is_foreign_namespace,
     is_object,
     items_of,
     members,
@@ -249,15 +250,17 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
             todo.append((item.fget, place))
         elif isinstance(item, ContextVar):
             todo.append((item.get(ABSENT), place))
+        elif isinstance(item, types.ModuleType):
+            todo += [] if is_foreign_namespace(item) else [(held, f"{place}.{name}") for name, held in containers_of(item)]
         elif isinstance(item, type) and not is_foreign_class(item):
-            todo += [(held, f"{place}.{name}") for name, held in class_containers(item)]
+            todo += [(held, f"{place}.{name}") for name, held in containers_of(item)]
             todo += [(base, place) for base in namespaces(item)[1:]]
     return objects
 
 
-def class_containers(kind: type) -> list[tuple[str, Any]]:
-    """The containers among a class's own attributes, by name."""
-    held = list(vars(kind).items())
+def containers_of(namespace: type | types.ModuleType) -> list[tuple[str, Any]]:
+    """The containers among what a class or a Python module itself holds, by name."""
+    held = list(vars(namespace).items())
     return [(name, value) for name, value in held if isinstance(value, (dict, list, set, deque)) and not name.startswith("__")]
 
 

@@ -24,7 +24,17 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.iterators import guarded
-from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, own_dict
+from planner.tracer.host.values import (
+    ABSENT,
+    MODULE_STATE,
+    attributes,
+    is_array,
+    is_foreign_namespace,
+    is_object,
+    items_of,
+    own_class,
+    own_dict,
+)
 
 _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
@@ -87,6 +97,8 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
         return _restorer_of_array(value)
     if isinstance(value, type):
         return _restorer_of_class(value)
+    if isinstance(value, types.ModuleType) and not is_foreign_namespace(value):
+        return _restorer_of_python_module(value)
     if isinstance(value, (nn.Module, nn.Parameter)) or is_object(value):
         return _restorer_of_object(value, where)
     return None
@@ -270,6 +282,22 @@ def _restorer_of_class(value: type) -> Callable[[], bool]:
                     setattr(value, name, held[name]) if name in held else delattr(value, name)
                     changed = True
         return changed
+
+    return restore
+
+
+def _restorer_of_python_module(value: types.ModuleType) -> Callable[[], bool]:
+    """Of its variables but modules inside of it: these stay imported."""
+    variables = vars(value)
+    data = lambda: {name: item for name, item in variables.items() if not isinstance(item, types.ModuleType)}
+    held = data()
+
+    def restore() -> bool:
+        now = data()
+        for name in now.keys() - held.keys():
+            del variables[name]
+        variables.update({name: item for name, item in held.items() if now.get(name, ABSENT) is not item})
+        return not _same_items(now, held)
 
     return restore
 

@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -145,28 +145,54 @@ _LOOKS_UP = frozenset(
     ("getattr", "hasattr", "setattr", "vars", "attrgetter", "methodcaller", "__dict__", "__getattribute__", "eval")
 )
 """Code that names one of these may look attributes up by texts."""
-_FINDS_MODULES = frozenset(("modules", "import_module", "__import__", "getmodule", "globals", "f_globals", "__globals__"))
-"""Code that names one of these may find Python modules, and its own, by texts, too."""
+_FINDS_MODULES = frozenset(("import_module", "__import__", "getmodule", "globals", "f_globals", "__globals__"))
+"""Code that names one of these, or `sys.modules`, may find Python modules, and its own, by texts, too."""
 
 
 @functools.lru_cache(maxsize=4096)
 def _texts(code: types.CodeType) -> frozenset[str]:
-    """The texts among the constants of code."""
+    """The texts among the constants of code that may name something, and the parts of dotted ones."""
     found, todo = set[str](), [*code.co_consts]
     while todo:
         constant = todo.pop()
-        if isinstance(constant, str):
-            found.update((constant, *constant.split(".")))
-        elif isinstance(constant, (tuple, frozenset)):
+        if isinstance(constant, (tuple, frozenset)):
             todo += constant
+        elif isinstance(constant, str) and all(part.isidentifier() for part in constant.split(".")):
+            found.update((constant, *constant.split(".")))
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _finds_modules(code: types.CodeType) -> bool:
+    names = {*code.co_names}
+    return not _FINDS_MODULES.isdisjoint(names) or ("modules" in names and ("sys" in names or "modules" in global_names(code)))
+
+
+class Texts(NamedTuple):
+    """Constant texts by which code may look something up.
+
+    Attributes:
+        attributes: by which it may find attributes.
+        modules: by which it may find Python modules, in `sys.modules`.
+    """
+
+    attributes: frozenset[str]
+    modules: frozenset[str]
+
+
+def texts_of(codes: Iterable[types.CodeType]) -> Texts:
+    """The texts of all this code, where any of it looks up by texts: one function may look up what another one names."""
+    codes, none = list(codes), frozenset[str]()
+    texts = none.union(*map(_texts, codes))
+    finds = any(map(_finds_modules, codes))
+    looks_up = finds or any(not _LOOKS_UP.isdisjoint(code.co_names) for code in codes)
+    return Texts(texts if looks_up else none, texts if finds else none)
 
 
 def attribute_names(codes: Iterable[types.CodeType]) -> frozenset[str]:
     """The attributes that code may read: those it names and, where some of it looks attributes up by texts, its texts."""
     codes = list(codes)
-    named = frozenset(name for code in codes for name in code.co_names)
-    return named.union(*map(_texts, codes)) if named & (_LOOKS_UP | _FINDS_MODULES) else named
+    return texts_of(codes).attributes.union(*(code.co_names for code in codes))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,59 +203,61 @@ def _imports(code: types.CodeType) -> tuple[tuple[int, str, tuple[str, ...]], ..
     return tuple((steps[i - 2].argval, str(steps[i].argval), tuple(steps[i - 1].argval or ())) for i in at)
 
 
-def imported_modules(code: types.CodeType, variables: Mapping[str, Any]) -> Iterator[types.ModuleType]:
-    """Python modules that code with these global variables imports, or may find by a text."""
-    found = _in_sys_modules(code, variables)
-    yield from (module for module in found if isinstance(module, types.ModuleType))
-
-
-def _in_sys_modules(code: types.CodeType, variables: Mapping[str, Any]) -> Iterator[Any]:
+def imported_modules(code: types.CodeType, variables: Mapping[str, Any], texts: Texts) -> list[types.ModuleType]:
+    """Python modules that code with these global variables imports, or may find by these texts."""
+    names: list[str] = []
     package = str(variables.get("__package__") or variables.get("__name__", "").rpartition(".")[0])
     for level, name, wanted in _imports(code):
         with contextlib.suppress(ImportError):
             full = importlib.util.resolve_name("." * level + name, package)
             parts = full.split(".")
-            every = [".".join(parts[: i + 1]) for i in range(len(parts))] + [f"{full}.{inner}" for inner in wanted]
-            yield from (sys.modules.get(one) for one in every)
-    if not _FINDS_MODULES.isdisjoint(code.co_names):
-        yield from (sys.modules.get(text) for text in _texts(code))
+            names += [*(".".join(parts[: i + 1]) for i in range(len(parts))), *(f"{full}.{inner}" for inner in wanted)]
+    found = (sys.modules.get(name) for name in (*names, *sorted(texts.modules)))
+    return [module for module in found if isinstance(module, types.ModuleType)]
 
 
-def named_variables(code: types.CodeType, variables: dict[str, Any]) -> list[tuple[dict[str, Any], frozenset[str]]]:
+def named_variables(
+    code: types.CodeType, variables: dict[str, Any], texts: Texts
+) -> list[tuple[dict[str, Any], frozenset[str]]]:
     """What code may read by names: (the variables of a Python module, its names), of its own first, then of modules of the
     user's that it names as a variable or an attribute, imports, or finds by a text. Of its own there need not be all.
 
     Args:
         code: that ran.
         variables: its own global variables.
+        texts: by which it may look something up.
     """
-    names = attribute_names([code])
-    finds = not _FINDS_MODULES.isdisjoint(code.co_names)
-    own = global_names(code) | {name for name in names if finds and name.isidentifier()}
+    names = texts.attributes.union(code.co_names)
+    own = global_names(code) | (names & variables.keys() | _texts(code) if _finds_modules(code) else frozenset())
     found = {id(variables): (variables, own)}
-    todo = [*imported_modules(code, variables), *(variables.get(name) for name in global_names(code))]
+    todo = [*imported_modules(code, variables, texts), *(variables.get(name) for name in global_names(code))]
+    seen = set[int]()
     while todo:
         module = todo.pop()
-        if isinstance(module, types.ModuleType) and not is_foreign_namespace(module) and id(vars(module)) not in found:
+        if isinstance(module, types.ModuleType) and not is_foreign_namespace(module) and id(module) not in seen:
+            seen.add(id(module))
             held = vars(module)
             mine = frozenset(name for name in names & held.keys() if not name.startswith("__"))
-            found[id(held)] = (held, mine)
+            found[id(held)] = (held, found.get(id(held), (held, frozenset()))[1] | mine)
             todo += [held[name] for name in mine]
     return list(found.values())
 
 
 def each_named(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """(the variables of a Python module, a name in them) of all that `named_variables` finds and that is there."""
-    yield from ((scope, name) for scope, names in named_variables(code, variables) for name in names & scope.keys())
+    yield from (
+        (scope, name) for scope, names in named_variables(code, variables, texts_of([code])) for name in names & scope.keys()
+    )
 
 
 def scopes_of(codes: Mapping[types.CodeType, tuple[dict[str, Any], str]]) -> tuple[Scope, ...]:
     """The global variables that code names, by the Python module that holds them."""
     found: dict[int, Scope] = {}
+    texts = texts_of(codes)
     for code, (own, where) in codes.items():
         if str(own.get("__name__", "")).startswith("namedtuple_"):
             continue  # collections.namedtuple makes these, for one class each
-        for variables, names in named_variables(code, own):
+        for variables, names in named_variables(code, own, texts):
             known = found.get(id(variables))
             name = str(variables.get("__name__", ""))
             home = name if vars(sys.modules.get(name, types)).get("__name__") == name else ""

@@ -282,12 +282,11 @@ def namespaces(value: type | types.ModuleType) -> list[type | types.ModuleType]:
 
 
 def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
-    """What a class or a Python module of the user's holds, but for the module's code: that is compared where it runs."""
+    """What a class or a Python module of the user's holds, code included: another function may take its place."""
     found: set[str] = set()
     for home in namespaces(value):
         for name, item in list(vars(home).items()):
-            is_seen = not name.startswith("__") and name not in found and (isinstance(value, type) or not is_code(item))
-            if is_seen and wanted(value, name):
+            if not name.startswith("__") and name not in found and wanted(value, name):
                 found.add(name)
                 yield ("attr", name), item
 
