@@ -149,7 +149,7 @@ class BackwardGuard:
         return tuple((weakref.ref(item), item._version) for _, item in inside if isinstance(item, torch.Tensor))
 
     def _of_parts(self) -> dict[Path, _Found]:
-        """What submodules that run again hold, by themselves and by their classes, and the global variables that they may use."""
+        """What submodules that run again hold, their classes included, and the global variables that they may use."""
         if not self._parts:
             return {}
         inside = [(name, module) for name, module in self._model.named_modules() if f"{name}.".startswith(self._parts)]
