@@ -241,8 +241,9 @@ It trains bit for bit like the original within this plan:
         return [
             "from __future__ import annotations\n",
             "import contextlib",
+            "import weakref",
             *(["from collections import namedtuple"] if self._output.definitions else []),
-            "from collections.abc import Callable, Iterable, Iterator, Sequence",
+            "from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence",
             "from dataclasses import dataclass",
             *(["from pathlib import Path"] if self.stored else []),
             "from typing import Any\n",
@@ -296,6 +297,7 @@ It trains bit for bit like the original within this plan:
             "results": literal(tuple(leaf[i].name for i in order)),
             "differentiated": literal(self._partitioned.output_gradients),
             "requires_grad": literal(tuple(leaf[i].requires_grad for i in order)),
+            "inner": literal(tuple(i for i in order if leaf[i].requires_grad and leaf[i].is_inner)),
             "aliased": literal(self._partitioned.aliased),
             "autocast": literal((False, "") if autocast is None else (True, str(autocast))),
             "device": "DEVICE",

@@ -6,6 +6,7 @@ So it is checked and tested here, and uses torch alone. In an exported file the 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from planner._compat.backward_state import keeps_graph, release_saved
 from planner.kernels.custom import rng_put_back_on_error, rng_state, swap_rng_state
-from planner.runtime.backward_checks import check_backward, check_modes
+from planner.runtime.backward_checks import check_backward, check_inner_outputs, check_modes
 
 Named = dict[str, torch.Tensor]
 
@@ -126,6 +127,7 @@ class ExportedStep:
         results: names of the results.
         differentiated: positions of the results that backward starts from.
         requires_grad, aliased: per result: it requires grad; it shares its storage with an argument or another result.
+        inner: positions of the results that others are computed from, if they require grad.
         autocast: (enabled, dtype) around the call.
         device: where it runs.
         swaps: the backward recomputes under an earlier state of the random generator.
@@ -140,6 +142,7 @@ class ExportedStep:
     results: tuple[str, ...]
     differentiated: tuple[int, ...]
     requires_grad: tuple[bool, ...]
+    inner: tuple[int, ...]
     aliased: tuple[bool, ...]
     autocast: tuple[bool, str]
     device: torch.device
@@ -265,12 +268,14 @@ class TrainingStep(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = tuple(out.detach() if alias else out for out, alias in zip(results, step.aliased, strict=True))
         ctx.mark_non_differentiable(*(out for out, can in zip(outputs, step.requires_grad, strict=True) if not can))
+        ctx.inner = {i: weakref.ref(outputs[i]) for i in step.inner}
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> Any:
         """Run the backward on the kept activations, each of which is freed after its last use."""
         step: ExportedStep = ctx.step
+        check_inner_outputs(ctx.inner, step.results, output_gradients)
         check_backward(output_gradients, step.differentiated, step.results, step.device)
         saved = release_saved(ctx)
         w = step.constants | dict(zip(ctx.checked, saved, strict=False)) | ctx.unchecked
@@ -302,6 +307,7 @@ EMBEDDED = (
     TrainingStep,
     check_modes,
     check_backward,
+    check_inner_outputs,
     keeps_graph,
     release_saved,
     rng_state,

@@ -23,6 +23,7 @@ from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
 from planner.runtime.backward_checks import (
     WatchedOutput,
+    check_inner_outputs,
     check_modes,
     check_shared_outputs,
     check_spare_inputs,
@@ -131,6 +132,7 @@ class _Forward(torch.autograd.Function):
         ctx.checked_versions = [tensor._version for tensor in ctx.version_checked]
         ctx.views = [WatchedOutput.of(i, outputs[i]) for i in executable.views]
         ctx.shared = [[WatchedOutput.of(i, outputs[i]) for i in group] for group in executable.sharing]
+        ctx.inner = {i: weakref.ref(outputs[i]) for i in executable.inner}
         ctx.spare_versions = [tensor._version for tensor in spare]
         ctx.save_for_backward(*checked, *saved)
         ctx.set_materialize_grads(False)
@@ -145,6 +147,7 @@ class _Forward(torch.autograd.Function):
         check_switches(ctx.switches)
         if this.state is not None:
             this.state.check()
+        check_inner_outputs(ctx.inner, executable.names, gradients)
         check_views(ctx, executable, gradients)
         check_shared_outputs(ctx, executable, gradients)
         key = backward_key(gradients)

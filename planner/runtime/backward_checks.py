@@ -32,6 +32,35 @@ def check_modes(device: torch.device) -> None:
         )
 
 
+def check_inner_outputs(
+    outputs: Mapping[int, weakref.ref[torch.Tensor]], names: Sequence[str], gradients: Sequence[torch.Tensor | None]
+) -> None:
+    """Refuse hooks on an output that another output is computed from.
+
+    In eager such a hook gets the gradient that comes from inside of the model, too. A plan does not return that.
+
+    Args:
+        outputs: by their positions. They may be gone.
+        names: of the outputs.
+
+    Raises:
+        BackwardError: one has a hook, or keeps its gradient, and gradients of others arrive.
+    """
+    for i, found in outputs.items():
+        output = found()
+        others = any(gradient is not None for j, gradient in enumerate(gradients) if j != i)
+        if output is None or not others:
+            continue
+        hooks = list((output._backward_hooks or {}).values())
+        # those of torch's wrappers ask when a gradient comes, and not for its values
+        if output.retains_grad or any(not str(hook.__module__).startswith("torch.distributed") for hook in hooks):
+            raise BackwardError(
+                f"output {names[i]!r} has a hook, or retain_grad(), and other outputs are computed from it: in eager its "
+                "gradient has a part from inside of the model, which a plan does not return. Use the original model for this "
+                "step, or let the model return this output alone"
+            )
+
+
 def check_switches(planned: Mapping[str, Any] | None) -> None:
     """Refuse to run kernels of the forward again under other switches.
 

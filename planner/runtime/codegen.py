@@ -72,6 +72,7 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
         ),
         separated=frozenset(input_of_gradient[i] for i in range(len(joint.gradients), len(returned))),
         unversioned=tuple(position[node.args[0].name] for node in nodes.values() if _writes_statistic(node)),
+        inner=tuple(i for i, can in enumerate(differentiable) if can and output_of_result[i].is_inner),
         recomputes=any(node.name.endswith("_recomputed") for node in backward.nodes),
         views=tuple(i for i, name in enumerate(joint.results) if getattr(nodes[name].target, "is_view", False)),
         sharing=_sharing(partitioned.roots, differentiable),

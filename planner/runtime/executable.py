@@ -52,6 +52,7 @@ class Executable:
         views: positions of the results that are views in eager.
         recomputes: the backward runs kernels of the forward again.
         sharing: per storage that several differentiable results share, their positions.
+        inner: positions of the differentiable results that others are computed from.
         cast: positions of the trained weights that autocast casts.
         summed: positions of the inputs whose gradient is a sum over several uses.
         separated: those of them whose terms the stages return one by one.
@@ -85,6 +86,7 @@ class Executable:
     views: tuple[int, ...] = ()
     recomputes: bool = False
     sharing: tuple[tuple[int, ...], ...] = ()
+    inner: tuple[int, ...] = ()
     cast: tuple[int, ...] = ()
     summed: frozenset[int] = frozenset()
     separated: frozenset[int] = frozenset()

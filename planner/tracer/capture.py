@@ -105,9 +105,16 @@ def capture(
             first = first or error
             before, opaque = opaque, widened(model, tuple(opaque), error.module)
             if not opaque:
-                raise first from None
+                raise _with_later(first, error, before) from None
             more = ", ".join(repr(name) for name in opaque if name not in before)
             TRACER.info("%s: capture again, with %s opaque: %s", type(model).__name__, more, error)
+
+
+def _with_later(first: CaptureError, last: CaptureError, opaque: Collection[str]) -> CaptureError:
+    """The first error; where submodules that then ran as they are met another one, with that."""
+    if last is first or str(last) in str(first):
+        return first
+    return CaptureError(f"{str(first).rstrip('.')}. With {', '.join(opaque)} run as it is: {last}", module=first.module)
 
 
 _lock = threading.RLock()

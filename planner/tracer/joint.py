@@ -53,6 +53,7 @@ class Output:
         constant: the leaf itself where it is no tensor.
         input: position among the call's tensor leaves, then `Joint.host.state`, where it is an input that is returned.
         left_out: None takes the place of what eager returns (a key-value cache).
+        is_inner: autograd reaches it from another result, too.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Output:
     constant: Any = None
     input: int | None = None
     left_out: bool = False
+    is_inner: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,10 +43,11 @@ class OutputIdentity(torch.autograd.Function):
 class Results:
     """Collects the tensors that the traced function returns, each once. Backward starts from some; the others are detached."""
 
-    def __init__(self, replay: Replay | None) -> None:
-        """`replay` says which results get a gradient, if the call was captured before."""
-        self._replay = replay
+    def __init__(self, replay: Replay | None, given: Iterable[torch.Tensor]) -> None:
+        """`replay` says which results get a gradient, if the call was captured before; `given`: what the function takes."""
+        self._replay, self._given = replay, frozenset(map(id, given))
         self._tensors: dict[int, torch.Tensor] = {}
+        self._edges: list[tuple[Any, int]] = []
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -67,15 +68,43 @@ class Results:
             name: for messages.
             is_start: backward starts from it; not used with a replay.
             strides: of its gradient then; None: its own.
+
+        Raises:
+            CaptureError: the forward made it, and autograd would fill its `.grad`: no gradient leaves a plan there.
         """
+        if tensor.is_leaf and tensor.requires_grad and id(tensor) not in self._given:
+            raise leaf_left(f"as {name}")
         position = self.position(tensor) if tensor in self else len(self._tensors)
         differentiated = is_start
         if self._replay is not None:
             strides = self._replay.strides[position]
             differentiated = strides is not None
         if position == len(self._tensors):
+            self._edges.append((tensor.grad_fn, tensor.output_nr))
             self._tensors[id(tensor)] = OutputIdentity.apply(tensor, strides) if differentiated else tensor.detach()
         return Output(name, position, differentiated, tensor.requires_grad)
+
+    def marked(self, outputs: Iterable[Output]) -> tuple[Output, ...]:
+        """These, of which some are `is_inner`."""
+        inside, todo = set[Any](), [node for node, _ in self._edges if node is not None]
+        seen = set(todo)
+        while todo:
+            following = {edge for edge in todo.pop().next_functions if edge[0] is not None}
+            inside |= following
+            todo += {node for node, _ in following} - seen
+            seen |= {node for node, _ in following}
+        is_inner = [edge in inside for edge in self._edges]
+        return tuple(out if out.result is None else replace(out, is_inner=is_inner[out.result]) for out in outputs)
+
+
+def leaf_left(where: str, module: str = "") -> CaptureError:
+    """That a forward makes a tensor without history that requires grad, and leaves it where its user finds it."""
+    return CaptureError(
+        f"the forward of {module or 'the model'} makes a tensor that requires grad and has no history "
+        f"(detach().requires_grad_(), torch.zeros(..., requires_grad=True)), and leaves it {where}: autograd fills its .grad, "
+        "which a plan does not do. Detach what is left, or make it outside of the model and hand it in",
+        module=module,
+    )
 
 
 def add_outputs(

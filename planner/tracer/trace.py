@@ -252,7 +252,7 @@ def _traced_forward(
     constants = Constants() if options.target is not None else None
     mode = TraceMode(modules, recording.reads, casts, constants)
     kept = model_preserved(model) if recording.preserved is None else recording.preserved.checkpoint()
-    results = Results(options.replay)
+    results = Results(options.replay, (*tensors, *given.values()))
     with (
         kept,
         contents_preserved(recording.written),  # a trace writes for real into tensors that it does not know of
@@ -280,6 +280,7 @@ def _traced_forward(
         left, effects = add_left(results, model, host, tensors, given, reassigned, written, arguments)
     reads = tuple(read for _, read in mode.read)
     later = arguments.written_since(written)
+    outputs, left = results.marked(outputs), results.marked(left)
     found = TracedForward(outputs, out_spec, returned, len(results.tensors), reads, left, effects, later)
     return found, (*results.tensors, *(tensor.detach() for tensor, _ in mode.read))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,7 @@ class Run:
     """One recording forward.
 
     Attributes:
+        weights: the model's parameters and buffers when it began, by identity; a forward may put others in their places.
         kernels: what was run: (operator, submodule, arguments without data).
         reads: every tensor value that Python read, in order.
         outside: tensors that kernels read and the forward did not make: weights, inputs, and Python state.
@@ -41,6 +42,7 @@ class Run:
         arguments: what remembers these; None until the run has ended.
     """
 
+    weights: Mapping[int, torch.Tensor] = field(default_factory=dict)
     kernels: list[tuple[Any, ...]] = field(default_factory=list)
     reads: list[RecordedRead] = field(default_factory=list)
     outside: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class RecordKernels(TorchDispatchMode):
         super().__init__()
         self._where, self._unrecorded = where, unrecorded
         self._made: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()  # which keeps no activation alive
+        self._lifted: dict[int, torch.Tensor] = {}  # made of Python's numbers or numpy's arrays
         self._contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, torch.Tensor] = {}
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -79,9 +82,10 @@ class RecordKernels(TorchDispatchMode):
             self._written_unrecorded, self._shared_unrecorded = {}, []
         self._paused = now
 
-    def new_run(self) -> Run:
-        """Begin another run."""
-        self.run, self._made = Run(), WeakValueDictionary()
+    def new_run(self, weights: Sequence[torch.Tensor]) -> Run:
+        """Begin another run, of a model that holds these."""
+        self.run = Run({id(tensor): tensor for tensor in weights})
+        self._made, self._lifted = WeakValueDictionary(), {}
         self._at_start = {key: memory_of(tensor) for key, (tensor, _) in self._data.items()}
         return self.run
 
@@ -126,7 +130,7 @@ class RecordKernels(TorchDispatchMode):
 
     def has_made(self, tensor: torch.Tensor) -> bool:
         """The forward made this tensor; it was not there before."""
-        return id(tensor) in self._made
+        return id(tensor) in self._made or id(tensor) in self._lifted
 
     def wrote_outside(self, module: nn.Module) -> bool:
         """Since the pause began, tensors were written into that were there before and are not the module's own weights."""
@@ -177,6 +181,8 @@ class RecordKernels(TorchDispatchMode):
                 if isinstance(leaf, torch.Generator):
                     self.generator_at = self._where() if self.generator_at is None else self.generator_at
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
+        if func is torch.ops.aten.lift_fresh.default and not self._paused:  # that is its argument
+            self._lifted |= {id(leaf): leaf for leaf in leaves}
         if isinstance(func, OpOverload):
             self._keep_written(func, args, kwargs or {})
         if is_foreign(func) and not self.paused:

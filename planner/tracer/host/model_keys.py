@@ -46,3 +46,11 @@ def module_keys(model: nn.Module) -> tuple[ModuleKey, ...]:
 def weight_keys(model: nn.Module) -> tuple[tuple[str, TensorKey], ...]:
     """Name and metadata of every parameter and buffer, each tensor once."""
     return tuple((name, tensor_key(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers()))
+
+
+def weight_places(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """(module, name) of every parameter and buffer but those that are None."""
+    held = lambda module: (*vars(module)["_parameters"].items(), *vars(module)["_buffers"].items())
+    return frozenset(
+        (where, name) for where, module in model.named_modules() for name, tensor in held(module) if tensor is not None
+    )

@@ -27,6 +27,7 @@ from planner.tracer.host.generator_calls import refuse_generators
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.kernels import RecordKernels, Run
+from planner.tracer.host.model_keys import weight_places
 from planner.tracer.host.one_call import OneCall
 from planner.tracer.host.path import Path, named, submodule
 from planner.tracer.host.preserve import Preserved, containers_of, keep_deep, keep_model, plain_tensors
@@ -157,7 +158,7 @@ class Observer:
         """
         changes_of = lambda runs: self._changes(runs, inputs, as_found=as_found)
         if as_found:
-            self._weights = _weight_places(self.model)
+            self._weights = weight_places(self.model)
             runs, changes, counts = run_as_found(self, call, inputs, changes_of)
             after, now = {}, runs.before
         else:
@@ -167,7 +168,7 @@ class Observer:
         last, before, outside = runs.runs[-1], runs.before, self._outside(runs.runs[-1], inputs)
         reads = self.reads.reads()
         only_written = lambda path: self._is_only_written(path, reads)
-        state = self._state(before, outside, changes)
+        state = self._state(before, last, outside, changes)
         # the first run started from other values and ran the same kernels: what it writes there does not affect it
         is_steady = runs.are_alike and not as_found
         left = tuple(e.path for e in changes.effects if not any(p.is_inside(e.path) for p in state)) if is_steady else ()
@@ -290,7 +291,7 @@ class Observer:
             raise CaptureError("backward was called inside the model's forward")
 
         torch.clear_autocast_cache()  # or a run would read casts of the one before
-        run = self.kernels.new_run()
+        run = self.kernels.new_run((*self.model.parameters(), *self.model.buffers()))
         self.reads.new_run()
         with (
             torch.random.fork_rng(devices=self._generators.devices()),
@@ -353,7 +354,9 @@ class Observer:
         places = ((path, value) for path, value in self._snapshot().items() if isinstance(value, torch.Tensor))
         return tuple((path, names[id(value)]) for path, value in places if id(value) in names and (path.steps or path.scope))
 
-    def _state(self, before: Mapping[Path, Any], outside: Mapping[int, torch.Tensor], changes: Changes) -> tuple[Path, ...]:
+    def _state(
+        self, before: Mapping[Path, Any], last: Run, outside: Mapping[int, torch.Tensor], changes: Changes
+    ) -> tuple[Path, ...]:
         """The places whose tensors the last run read, or stored in another place."""
         wanted = {*outside, *changes.moved}
         found: dict[int, Path] = {}
@@ -362,7 +365,8 @@ class Observer:
             if isinstance(now, torch.Tensor) and id(value) not in found:
                 found[id(value)] = path
         for key, tensor in outside.items():
-            if key not in found and tensor.requires_grad:
+            own = key in found or key in last.weights or self.kernels.has_made(tensor)
+            if tensor.requires_grad and not own:
                 raise CaptureError(
                     f"the model's forward uses a tensor {list(tensor.shape)} that requires grad and is found neither among its "
                     "parameters nor in its attributes (a cached tensor, a tensor of another module?). Make it a parameter"
@@ -390,11 +394,3 @@ class Observer:
         environment = tuple((name, os.environ.get(name)) for name in reads.environment)
         held = self.reads.of_backward.held_in((*places, *left), model, self._names)
         return HostKey(reads, expected, self._opaque, left, environment, of_tensors, held_by_backward=held)
-
-
-def _weight_places(model: nn.Module) -> frozenset[tuple[str, str]]:
-    """(module, name) of every parameter and buffer but those that are None."""
-    held = lambda module: (*vars(module)["_parameters"].items(), *vars(module)["_buffers"].items())
-    return frozenset(
-        (where, name) for where, module in model.named_modules() for name, tensor in held(module) if tensor is not None
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +26,7 @@ from planner.tracer.opaque.hooks import users_hooks
 from planner.tracer.opaque.measure import RecordedCall, as_it_was, kept_bytes
 from planner.tracer.opaque.module import detached_argument, run_under_autograd, weight_aliases
 from planner.tracer.opaque.saved import SavedHandle, find_reads, foreign_leaves, used_several_times
+from planner.tracer.results import leaf_left
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
@@ -131,13 +134,16 @@ class _CallRecorder:
             except OpaqueModuleError as error:
                 raise CaptureError(str(error), module=spec.module) from None
             between = _generators(self.device)
-            leaves = foreign_leaves(handle)
+            leaves = self._own_leaves(handle)
             slots = [*arguments, *results]
             reads = find_reads(saved, slots)
             del saved
             several_uses = used_several_times(handle)
             found = self._differentiate(handle, results, slots)
             after = _generators(self.device)
+            del handle, results, slots
+            if _any_alive(leaves):
+                raise leaf_left("in Python state", spec.module)
             written = [tensor._version != version for tensor, version in zip(given, versions, strict=True)]
             held = dict((*self.module.named_parameters(), *self.module.named_buffers()))
             is_as_it_was = lambda name: held.get(name) is self.state[name] and same_bits(contents[name], held[name])
@@ -148,8 +154,6 @@ class _CallRecorder:
             left_changed = preserved.restore()
         if any(written[: len(arguments)]):
             raise CaptureError(f"{spec.module} runs as it is, but writes into its argument in place", module=spec.module)
-        if any(not self._is_made(leaf) for leaf in leaves):
-            raise graph_from_outside(spec.module)
         mutates = {name for name, is_written in zip(state, written[len(arguments) :], strict=True) if is_written}
         num_arguments = len(arguments)
         hooked = bool(users_hooks(self.module))
@@ -169,6 +173,13 @@ class _CallRecorder:
             repeatable=not (mutates or changed or left_changed or drew_on_host or hooked or host_drawn),
         )
 
+    def _own_leaves(self, handle: SavedHandle) -> list[weakref.ref[torch.Tensor]]:
+        """Tensors that require grad and that the module itself makes; CaptureError where it did not make one."""
+        leaves = foreign_leaves(handle)
+        if any(not self._is_made(leaf) for leaf in leaves):
+            raise graph_from_outside(self.spec.module)
+        return [weakref.ref(leaf) for leaf in leaves]
+
     def _note_output(self, out: Any, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Note the output's structure; its tensors."""
         leaves, out_spec = pytree.tree_flatten(out)
@@ -184,6 +195,8 @@ class _CallRecorder:
                 outputs.append(next(i for i, tensor in enumerate(arguments) if leaf is tensor))
             elif storage_id(leaf) in inputs or leaf.layout is not torch.strided:
                 raise CaptureError(f"{name} runs as it is, but returns a view of what it was given", module=name)
+            elif leaf.is_leaf and leaf.requires_grad:
+                raise leaf_left(f"as output {len(outputs)}", name)
             else:
                 outputs.append(TensorSpec.of(leaf))
                 results.append(leaf)
@@ -212,6 +225,13 @@ class _CallRecorder:
                 dense = self.state[name].detach()
             specs.append(None if dense is None else replace(TensorSpec.of(dense), requires_grad=False))
         return tuple(specs)
+
+
+def _any_alive(tensors: Sequence[weakref.ref[torch.Tensor]]) -> bool:
+    """One of them is still held, though its graph is gone."""
+    if any(tensor() is not None for tensor in tensors):
+        gc.collect()
+    return any(tensor() is not None for tensor in tensors)
 
 
 def _generators(device: torch.device) -> list[bytes]:
