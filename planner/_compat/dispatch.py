@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as untraced
 
 from planner._compat import pytree
 
-__all__ = ["HigherOrderOperator", "OpOverload", "TorchDispatchMode", "keep_layout", "untraced", "written"]
+__all__ = ["HigherOrderOperator", "OpOverload", "TorchDispatchMode", "is_traced", "keep_layout", "untraced", "written"]
+
+
+def is_traced(value: Any) -> bool:
+    """A tensor of a trace, which has no data."""
+    return isinstance(value, (FakeTensor, FunctionalTensor))
 
 
 def keep_layout(tensor: torch.Tensor) -> None:

@@ -31,6 +31,7 @@ from planner.runtime.step import RewrittenStep
 from planner.tracer.call import without_history
 from planner.tracer.capture import running_steps
 from planner.tracer.checks import check_gradients_recorded, check_trains
+from planner.tracer.copies import with_left_tensors
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import Generators, seed_own
@@ -68,7 +69,7 @@ class Trial:
         check_gradients_recorded()
         check_trains(model, len(tensors))
         try:
-            self.original, self.model = model, copy.deepcopy(model)
+            self.original, self.model = model, copy.deepcopy(model, with_left_tensors(model, {}))
         except Exception as error:
             if not concerns_model(error):
                 raise

@@ -20,11 +20,11 @@ from planner.errors import InputError, warn
 from planner.options import PlanKeywords, read_options, with_options
 from planner.profiler.optimizer import state_bytes
 from planner.report.progress import in_lines
-from planner.runtime.copies import with_left_tensors
 from planner.runtime.install import PlannedForward, install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import runs_as_planned
 from planner.tracer.capture import IS_CAPTURING
+from planner.tracer.copies import with_left_tensors
 
 Call = Callable[..., Any]
 

@@ -14,7 +14,6 @@ from planner import arguments
 from planner.errors import InputError
 from planner.results.plan import Plan
 from planner.runtime.autocast_regions import note_unplanned
-from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion
 from planner.runtime.executable import Executable
 from planner.runtime.guards.mismatch import Mismatch
@@ -24,6 +23,7 @@ from planner.runtime.planned_call import runs_as_planned
 from planner.runtime.reporting import report_mismatch
 from planner.runtime.step import RewrittenStep
 from planner.tracer.capture import IS_CAPTURING
+from planner.tracer.copies import with_left_tensors
 
 
 class PlannedForward:

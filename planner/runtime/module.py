@@ -20,7 +20,6 @@ from planner.runtime.audit import can_audit, compare_forwards, is_due
 from planner.runtime.autocast_regions import enter_planned, note_unplanned
 from planner.runtime.autograd import run
 from planner.runtime.codegen import backward_compiler, make_executable
-from planner.runtime.copies import with_left_tensors
 from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.executable import Executable
 from planner.runtime.former_names import FormerNames
@@ -34,6 +33,7 @@ from planner.runtime.planned_call import HooksOfModel, resemble, runs_as_planned
 from planner.runtime.ranks import communicates, compare_plans
 from planner.runtime.reporting import EVALUATION, failed_audit, report_mismatch, summary, trains
 from planner.runtime.step import RewrittenStep
+from planner.tracer.copies import with_left_tensors
 
 
 class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):

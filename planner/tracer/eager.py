@@ -26,6 +26,7 @@ from planner.kernels.calls import tensors_in
 from planner.kernels.facts import may_hold_much
 from planner.profiler.profile import KernelCost
 from planner.tracer.capture import IS_CAPTURING
+from planner.tracer.copies import with_left_tensors
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.state import remembered
 from planner.tracer.joint import Joint
@@ -53,7 +54,7 @@ def with_tensors(
     made: dict[int, Any] = {}
     for old, new in zip(given, make(given), strict=True):
         made[id(old)] = nn.Parameter(new.detach(), old.requires_grad) if isinstance(old, nn.Parameter) else new
-    copied = copy.deepcopy(model, dict(made))
+    copied = copy.deepcopy(model, with_left_tensors(model, dict(made)))
     return copied, *pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), call)
 
 

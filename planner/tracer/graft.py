@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -101,7 +101,7 @@ def _counterparts(planned: Joint, other: Joint) -> dict[fx.Node, str]:
     by_identity = {_identity(planned, given): node.name for given, node in _placeholders(planned)}
     counterparts: dict[fx.Node, str] = {}
     for given, node in _placeholders(other):
-        name = by_identity.get(_identity(other, given)) or _equal_constant(planned, other, given)
+        name = by_identity.get(_identity(other, given)) or _equal_constant(planned, other, given, counterparts.values())
         if given.kind is not Kind.TANGENT and name is not None:
             counterparts[node] = name
     calls: dict[str, deque[str]] = {}
@@ -115,15 +115,17 @@ def _counterparts(planned: Joint, other: Joint) -> dict[fx.Node, str]:
     return counterparts
 
 
-def _equal_constant(planned: Joint, other: Joint, given: Input) -> str | None:
-    """A constant of a plan that was loaded is another tensor of the same content."""
+def _equal_constant(planned: Joint, other: Joint, given: Input, taken: Collection[str]) -> str | None:
+    """A constant that each trace makes anew, or of a plan that was loaded, is another tensor of the same content.
+
+    Of several, each counts once: both traces meet them in the same order.
+    """
     constant = other.constants.get(given.node)
     if constant is None:
         return None
-    for name, held in planned.constants.items():
-        if held.dtype is constant.dtype and held.shape == constant.shape and torch.equal(held, constant):
-            return name
-    return None
+    is_equal = lambda held: held.dtype is constant.dtype and held.shape == constant.shape and torch.equal(held, constant)
+    equal = [name for name, held in planned.constants.items() if is_equal(held)]
+    return next((name for name in equal if name not in taken), equal[0] if equal else None)
 
 
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.dispatch import is_traced
 from planner.errors import CaptureError
 from planner.tracer.host.arguments import WrittenArguments
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, same_build
-from planner.tracer.host.values import ABSENT
+from planner.tracer.host.values import ABSENT, hidden_in
 from planner.tracer.host.written_values import rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.libraries import is_cache
@@ -164,6 +165,12 @@ def add_left(
 
     def ref(path: Path, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or type(leaf) in (torch.Tensor, nn.Parameter):
+            if not isinstance(leaf, nn.Module) and any(map(is_traced, hidden_in(leaf))):
+                raise CaptureError(
+                    f"the model's forward leaves in {path} a {type(leaf).__name__} that holds tensors which it computed, and a "
+                    "plan cannot make one. Leave the tensors, in lists, dictionaries or plain objects",
+                    module=path.module,
+                )
             return leaf
         if id(leaf) not in sources:
             if leaf not in results:

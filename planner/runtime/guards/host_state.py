@@ -142,6 +142,11 @@ class HostStateGuard:
             if os.environ.get(name) != value:
                 now = os.environ.get(name)
                 return Mismatch("host", f"the environment variable {name}", _short(now), _short(value))
+        for path, kind in self._key.containers:
+            held = path.get(self._model)
+            if type(held) is not kind:
+                now = "absent" if held is ABSENT else f"a {type(held).__name__}"
+                return Mismatch("host", str(path), now, f"a {kind.__name__}", is_absent=held is ABSENT)
         if not all(_same(read(), items) for read, items in self._code):
             found = self._compare_values(self._groups)
             if found is not None:

@@ -16,7 +16,7 @@ from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_g
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.path import Path, named
 from planner.tracer.host.state import Effect
-from planner.tracer.host.values import ABSENT, attributes, is_array, is_object, is_plain, items_of, reachable
+from planner.tracer.host.values import ABSENT, attributes, hidden_in, is_array, is_object, is_plain, items_of, reachable
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,12 @@ class Finder:
                 yield Effect(self._writable(path), now)
             elif was is now:
                 yield from self._of_same_object(path, now)
-            elif isinstance(now, torch.Tensor) and isinstance(was, torch.Tensor):
-                yield self._of_tensor(path, now)
-            elif not self._equal(was, now):
-                self._done.append(path)
-                if self._is_count(was, now):
+            elif self._is_count(was, now):
+                if was != now:
+                    self._done.append(path)
                     self.counted.append(self._writable(path))
-                    continue
-                yield Effect(self._writable(path), self._fresh(path, was, now))
+            elif not self._equal(was, now):
+                yield self._of_other(path, was, now)
         for path in self._before.keys() - self._after.keys():
             if not any(path.is_inside(done) for done in self._done) and self._before[path] is not ABSENT:
                 raise refusal(path, self._before[path], ABSENT)
@@ -173,8 +171,8 @@ class Finder:
             if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
                 raise refusal(path, "shorter", f"longer by a {type(leaf).__name__}, which a plan would repeat")
 
-    def _of_tensor(self, path: Path, now: torch.Tensor) -> Effect:
-        """Another tensor in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
+    def _of_other(self, path: Path, was: Any, now: Any) -> Effect:
+        """Something else in the same place. A list or deque is written as a whole: the loop may have emptied it meanwhile."""
         holder = path.holder
         held: Any = holder.get(self._model) if path.steps else None
         if isinstance(held, (list, deque)) and self._before.get(holder) is held:
@@ -182,7 +180,8 @@ class Finder:
             self._done.append(holder)
             return Effect(holder, list(held), replaces=True)  # type: ignore[arg-type]
         self._done.append(path)
-        return Effect(self._writable(path), now)
+        both = isinstance(was, torch.Tensor) and isinstance(now, torch.Tensor)
+        return Effect(self._writable(path), now if both else self._fresh(path, was, now))
 
     def _check_rest(self, holder: Path) -> None:
         """Raise CaptureError where a list whose tensors change holds something else that does, too."""
@@ -200,6 +199,8 @@ class Finder:
         if isinstance(now, torch.Tensor) or isinstance(was, torch.Tensor):
             return False
         if _holds_tensors(now) or type(was) is not type(now):
+            return False
+        if isinstance(now, Iterator) and any(isinstance(inner, torch.Tensor) for inner in hidden_in(now)):
             return False
         return self._prints.equal(was, now)
 

@@ -33,7 +33,7 @@ from planner.tracer.host.path import Path, named, submodule
 from planner.tracer.host.preserve import Preserved, containers_of, keep_deep, keep_model, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
-from planner.tracer.host.state import HostKey, HostState, roots, skipped_places, walk
+from planner.tracer.host.state import HostKey, HostState, roots, skipped_places, walk, written_containers
 from planner.tracer.host.steady import Runs, left_to_next_call, run_as_found, run_until_steady
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
@@ -179,6 +179,7 @@ class Observer:
         of_tensors = self.tensors.found(places(self.model, users, before), last.outside)
         key = self._inside(lambda: self._key(reads, left, of_tensors))
         key = replace(key, weight_classes=weight_classes(self.model, users, reads.names), libraries=self.reads.libraries())
+        key = replace(key, containers=written_containers(changes.effects, self.model))
         if self.reads.compares_identities:
             key = replace(key, compares_identities=True, inputs_at=inputs_at(inputs, users, before, only_written))
         held = [before[path] for path in state]

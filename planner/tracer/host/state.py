@@ -87,6 +87,13 @@ class Effect:
             self.path.set(model, new)
 
 
+def written_containers(effects: Sequence[Effect], model: nn.Module) -> tuple[tuple[Path, type], ...]:
+    """The containers and objects that effects write into, with their classes; not modules."""
+    whole = [effect.path for effect in effects if effect.appends or effect.replaces]
+    places = dict.fromkeys((*whole, *(effect.path.holder for effect in effects if effect.path.steps)))
+    return tuple((place, type(place.get(model))) for place in places)
+
+
 def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
     """The tensors that a forward left at an effect's place, each with its Ref in the template."""
     live = effect.path.get(model)
@@ -117,6 +124,7 @@ class HostKey:
         weight_classes: of weights whose classes are not torch's, by name.
         libraries: what it reads of libraries.
         held_by_backward: places that lead to containers which code of the backward holds, under whatever name.
+        containers: what effects write into, with its class: compared by this also where its contents are not.
     """
 
     reads: Reads
@@ -130,6 +138,7 @@ class HostKey:
     weight_classes: tuple[tuple[str, type], ...] = ()
     libraries: tuple[LibraryRead, ...] = ()
     held_by_backward: tuple[Path, ...] = ()
+    containers: tuple[tuple[Path, type], ...] = ()
 
 
 def skipped_places(left: Sequence[Path], model: nn.Module) -> frozenset[Any]:

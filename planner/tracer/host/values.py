@@ -6,6 +6,7 @@ A `PathStep` leads from a value to one of its members: ("item", key), ("attr", n
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import threading
 import types
@@ -264,6 +265,13 @@ def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any
             todo += [inner for _, inner in items_of(value)]
         if is_foreign_class(type(value)) and not isinstance(value, (nn.Module, torch.Tensor)) and not is_code(value):
             todo += attributes(value).values()
+
+
+def hidden_in(value: Any) -> Iterator[Any]:
+    """What a value leads to, as `reachable`, and what the iterators among this hold: only Python's collector can see that."""
+    found = list(reachable([value]))
+    yield from found
+    yield from reachable(inner for one in found if isinstance(one, Iterator) for inner in gc.get_referents(one))
 
 
 def is_foreign_namespace(value: type | types.ModuleType) -> bool:

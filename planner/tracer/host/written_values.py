@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from planner.kernels.calls import like
-from planner.tracer.host.values import MODULE_STATE, PathStep, is_object, items_of, namespaces, own_dict
+from planner.tracer.host.values import MODULE_STATE, PathStep, attributes, is_object, items_of, namespaces, own_dict
 
 _OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
 _OF_PARTIALS = ("func", "args", "keywords")
@@ -82,6 +82,9 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
     inner = own_dict(made)
     if inner is not None:
         inner.update({name: rebuilt(item, leaf) for name, item in vars(value).items()})
+    for name, item in attributes(value).items() if is_object(value) else ():
+        if inner is None or name not in inner:  # a slot
+            object.__setattr__(made, name, rebuilt(item, leaf))
     return made
 
 
