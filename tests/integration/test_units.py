@@ -339,3 +339,17 @@ def test_blocks_whose_outputs_the_caller_writes_into_are_units():
     assert len(found.planned) == 4 and found.plan.recompute_ns > 0 and not found.plan.left
     assert measured(copy.deepcopy(model), (x,), {}) <= found.budget_bytes
     assert_same(expected, trajectory(model, (x,), {}))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_model_that_holds_a_computed_weight_is_copied():
+    """The former weight_norm leaves a tensor with history on the module, which copy.deepcopy refuses."""
+    model, x = Net().train(), torch.randn(64, 8)
+    torch.nn.utils.weight_norm(model.head)
+    model(x)
+    found = plan_units(model, 0.97, (x,), **QUICK)
+    assert found.planned and isinstance(model.head.weight_g, nn.Parameter)
+    twin = Net().train()
+    torch.nn.utils.weight_norm(twin.head)
+    twin.load_state_dict(model.state_dict())
+    assert_same(trajectory(twin, (x,), {}), trajectory(model, (x,), {}))

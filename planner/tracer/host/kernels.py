@@ -15,7 +15,7 @@ from planner._compat import pytree
 from planner._compat.collectives import collectives_forbidden
 from planner._compat.dispatch import OpOverload, TorchDispatchMode, untraced, written
 from planner._compat.tensors import storage_id
-from planner.errors import InputError
+from planner.errors import CaptureError
 from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone
 from planner.tracer.host.arguments import WrittenArguments
@@ -143,7 +143,7 @@ class RecordKernels(TorchDispatchMode):
         """While entered, refuse tensors of an autograd graph that the forward has not made, but for `given`.
 
         Raises:
-            InputError: the opaque module `name` reads one: a gradient would leave it there, of which a plan knows nothing.
+            CaptureError: the opaque module `name` reads one: a gradient would leave it there, of which a plan knows nothing.
         """
         self._graphs_refused = (name, frozenset(map(id, given)))
         try:
@@ -227,12 +227,13 @@ def _leaves(args: Any, kwargs: Any) -> list[Any]:
     return pytree.tree_leaves(flat) if any(isinstance(arg, (tuple, list, dict)) for arg in flat) else flat
 
 
-def graph_from_outside(name: str) -> InputError:
+def graph_from_outside(name: str) -> CaptureError:
     """The refusal of an opaque module that reads a differentiable tensor which is not among its arguments."""
-    return InputError(
+    return CaptureError(
         f"{name}, which runs as it is, reads a tensor that requires grad and is neither an argument nor one of its parameters "
         "(one that an earlier call left, or another module's): a plan knows no gradient there. Hand it in as an "
-        "argument, register it as a parameter, or keep it detached"
+        "argument, register it as a parameter, or keep it detached",
+        module=name,
     )
 
 

@@ -269,9 +269,13 @@ def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any
 
 def hidden_in(value: Any) -> Iterator[Any]:
     """What a value leads to, as `reachable`, and what the iterators among this hold: only Python's collector can see that."""
-    found = list(reachable([value]))
-    yield from found
-    yield from reachable(inner for one in found if isinstance(one, Iterator) for inner in gc.get_referents(one))
+    todo, seen = [value], dict[int, Any]()
+    while todo:
+        for one in reachable([todo.pop()]):
+            if id(one) not in seen:
+                seen[id(one)] = one
+                yield one
+                todo += [inner for inner in gc.get_referents(one) if isinstance(one, Iterator) and not isinstance(inner, type)]
 
 
 def is_foreign_namespace(value: type | types.ModuleType) -> bool:

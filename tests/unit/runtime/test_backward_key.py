@@ -587,3 +587,27 @@ def test_other_backwards_of_a_call_whose_inputs_are_views_of_one_tensor(pick, pi
     for module in (planned, twin):
         pick(module(*call)).backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(planned.parameters(), twin.parameters(), strict=True))
+
+
+class EqualConstants(nn.Module):
+    """Makes equal constants several times, each of which the graph has for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.inner(x)
+        for _ in range(3):
+            h = h * torch.tensor([0.5], requires_grad=True) + torch.tensor([0.5])
+        return h.relu(), h.exp()
+
+
+def test_equal_constants_are_told_apart_when_the_forward_is_traced_again():
+    model, x = EqualConstants(), torch.randn(4, 6)
+    eager = copy.deepcopy(model)
+    planned = plan(model, 1.0, (x,), loss=lambda out: out[:1], progress=False)
+    for module in (planned, eager):
+        first, second = module(x)
+        (first.sum() + second.sum()).backward()
+    assert torch.equal(planned.inner.weight.grad, eager.inner.weight.grad)
