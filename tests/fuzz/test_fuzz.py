@@ -62,7 +62,7 @@ def test_a_plain_model_is_planned():
     assert run_case(plain[0]).verdict == "same"
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("first", range(0, 400, 100))
 def test_cases_show_nothing_against_themselves(first):
     raised = 0

@@ -91,13 +91,13 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("of", WRITTEN, ids=ids(WRITTEN))
 def test_what_the_forward_writes_into_its_arguments_is_there(of):
     check(of)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("kind", ["in_flight", "accumulate", "twice", "evaluated", "partial", "copied", "interrupted"])
 @pytest.mark.parametrize("of", WRITTEN[4::4], ids=ids(WRITTEN[4::4]))
 def test_in_every_kind_of_step(of, kind):
@@ -138,7 +138,7 @@ OTHER = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", OTHER, ids=ids(OTHER))
 def test_what_no_plan_can_write_is_left_to_the_model(of):
     check(of if of.planned_from is None else member(of.name, **fields(of.program), **rest(of)))

@@ -189,13 +189,13 @@ MEMBERS = [
 ]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
 def test_what_the_backwards_code_reads_is_compared(of):
     check(of, audit=False)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
 def test_it_is_planned_while_nothing_changes(of):
     program = of.program
@@ -211,7 +211,7 @@ BY_ANY_NAME = {name for name, text in READS.items() if "getattr" in text or "var
 OTHERS = "part.training = part.unread = False\npart.l[0].unread = part.cfg.unread = 1"
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
 def test_what_changes_before_the_backward_is_an_error(of):
     found = outcome(of.program.within(steps=LATE_STEPS))
@@ -253,7 +253,7 @@ LATE = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("forward", "init", "between"), LATE.values(), ids=LATE.keys())
 def test_other_kinds_that_change_before_the_backward(forward, init, between):
     made = member("late", forward, init=INIT + init, head=HEAD, steps=LATE_STEPS, planned_from=None)
@@ -360,7 +360,7 @@ def test_lists_that_the_loop_empties_may_be_emptied_before_the_backward():
     assert found.verdict == "same" and all(found.planned)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("of", MEMBERS, ids=ids(MEMBERS))
 def test_what_it_does_not_read_may_change_before_the_backward(of):
     found = outcome(of.program.within(steps=(Step("changed", between=OTHERS),) * 3))

@@ -273,19 +273,19 @@ NUMBERS = [
 """What is no tensor and changes from call to call: refused by name, or run as it is in a submodule."""
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", TENSORS, ids=ids(TENSORS))
 def test_tensors_are_carried(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", sampled(TENSORS))
 def test_tensors_are_carried_in_a_submodule(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", LATE, ids=ids(LATE))
 @pytest.mark.parametrize("warm", [0, 2])
 def test_state_that_the_first_calls_make(of, warm):
@@ -296,20 +296,20 @@ def test_state_that_the_first_calls_make(of, warm):
     check(type(late)(program, late.allowed, planned_from=2))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", ELSEWHERE, ids=ids(ELSEWHERE))
 def test_tensors_in_other_places_are_carried_or_refused(of):
     allowed = ANY if of.name in ("gradients flow on", "growing list") else REFUSABLE
     check(type(of)(of.program, allowed, of.planned_from if allowed is REFUSABLE else None))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", NUMBERS, ids=ids(NUMBERS))
 def test_what_is_no_tensor_is_refused_by_name(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from, word=of.word))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", sampled(NUMBERS))
 def test_what_is_no_tensor_runs_as_it_is_in_a_submodule(of):
     check(inside(type(of)(of.program, ANY, None, word=of.word)))

@@ -132,7 +132,7 @@ def arguments():
     return made
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", unexpected(), ids=ids(unexpected()))
 def test_a_guard_that_raises_is_a_mismatch(of):
     check(of)
@@ -143,7 +143,7 @@ def test_a_guard_that_raises_in_a_submodule(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", arguments(), ids=ids(arguments()))
 def test_arguments_of_every_type(of):
     check(of)
@@ -181,7 +181,7 @@ def left_by_planning(text, attempt):
         assert traced() == held
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("text", "error"), RAISES.values(), ids=RAISES)
 def test_a_failed_plan_leaves_no_trace(text, error):
     def fails(model, args):
@@ -272,7 +272,7 @@ def installable(before):
     return Program("installed", text, init, "G = 2.0", steps=(Step(before=before),)).load()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("when", ["after install", "between plan and install"])
 @pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
 def test_a_change_before_the_first_installed_call_is_seen(change, when):

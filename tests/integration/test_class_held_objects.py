@@ -121,7 +121,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", SETTINGS, ids=ids(SETTINGS))
 def test_a_change_is_noticed(of):
     check(of, audit=False)
@@ -260,7 +260,7 @@ def loss_after_a_write(module, model, x, *, to_view, recorded):
     return (other * 3).sum()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("leaves", [False, True], ids=["returned", "left on the model"])
 @pytest.mark.parametrize("to_view", [True, False], ids=["view", "base"])
@@ -273,7 +273,7 @@ def test_recorded_writes_through_one_of_two_outputs_that_share_memory_are_refuse
         loss_after_a_write(planned, model, x, to_view=to_view, recorded=True).backward()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("leaves", [False, True], ids=["returned", "left on the model"])
 @pytest.mark.parametrize("to_view", [True, False], ids=["view", "base"])

@@ -122,32 +122,32 @@ def written():
 PATTERNS = ("partial", "last_output", "one_at_a_time", "twice", "in_flight", "dropped", "input_gradients", "non_contiguous")
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", upstream(), ids=ids(upstream()))
 def test_gradients_in_any_layout_train_within_the_budget(of):
     check(replace(of, allowed=REFUSABLE))  # the budget may have no place for what another layout needs
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", [of for of in upstream() if of.name in OF_WIDTH_8], ids=OF_WIDTH_8)
 def test_gradients_in_any_layout_reach_a_submodule(of):
     check(inside(replace(of, allowed=REFUSABLE)))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", weights(), ids=ids(weights()))
 def test_weights_of_another_layout_are_noticed(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", written(), ids=ids(written()))
 @pytest.mark.parametrize("budget", [1.0, 0.7])
 def test_outputs_may_be_written_into(of, budget):
     check(of, budget=budget)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("name", ["linear", "two outputs", "language model", "batch norm of a sequence"])
 def test_ways_to_call_backward(kind, name):
@@ -173,7 +173,7 @@ LITERALS = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", LITERALS, ids=ids(LITERALS))
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
 def test_literals_in_the_forward_under_other_gradients(of, kind):

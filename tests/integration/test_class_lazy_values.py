@@ -42,7 +42,7 @@ SET = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", SET, ids=ids(SET))
 def test_the_first_call_runs_planned(of):
     check(of)

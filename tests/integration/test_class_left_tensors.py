@@ -228,32 +228,32 @@ OUTER_CACHES = [
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", LEFT, ids=ids(LEFT))
 def test_what_is_left_is_there(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", sampled(LEFT))
 def test_what_a_submodule_leaves_is_there(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", ELSEWHERE, ids=ids(ELSEWHERE))
 def test_what_is_left_in_other_places_is_there_or_refused(of):
     check(type(of)(of.program, REFUSABLE, of.planned_from))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", sampled([*CACHES, *OUTER_CACHES], 2))
 def test_a_full_cache_is_planned(of):
     program = of.program.within(warm=1, steps=(Step(),) * 4)
     check(type(of)(program, REFUSABLE if of in OUTER_CACHES else frozenset({"same"}), 1))
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("of", [*CACHES, *OUTER_CACHES], ids=ids([*CACHES, *OUTER_CACHES]))
 def test_an_empty_cache_fills_as_in_eager(of):
     program = of.program.within(steps=(Step(),) * 4)

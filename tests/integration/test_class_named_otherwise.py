@@ -183,7 +183,7 @@ def _nothing_stays() -> Iterator[None]:
         vars(sys.modules[name]).pop("made_up", None)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", EVERY, ids=ids(EVERY))
 def test_a_change_is_noticed(of: Member) -> None:
     check(of)
@@ -242,7 +242,7 @@ LATE = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("is_inside", [False, True], ids=["in the model", "in a submodule"])
 @pytest.mark.parametrize("name", LATE)
 def test_code_of_the_backward_is_followed_there_too(name: str, is_inside: bool) -> None:

@@ -68,7 +68,7 @@ OBJECTS = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", OBJECTS, ids=ids(OBJECTS))
 def test_tensors_in_objects_are_those_of_the_call(of):
     check(of)

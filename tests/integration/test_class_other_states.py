@@ -89,13 +89,13 @@ FILLED = [
 ]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("of", FILLED, ids=ids(FILLED))
 def test_the_first_call_runs_planned(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", FILLED[::4], ids=ids(FILLED[::4]))
 def test_the_first_call_runs_planned_in_a_submodule(of):
     check(inside(of))
@@ -185,7 +185,7 @@ CARRIED = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", CARRIED, ids=ids(CARRIED))
 def test_state_that_the_loop_resets_or_detaches_is_planned(of):
     check(of)
@@ -471,7 +471,7 @@ LISTS = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", LISTS, ids=ids(LISTS))
 def test_lists_of_states(of):
     check(of)
@@ -495,7 +495,7 @@ OTHER_CONTENT = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", OTHER_CONTENT, ids=ids(OTHER_CONTENT))
 def test_a_first_call_compares_the_list_that_it_fills(of):
     check(of, audit=False)

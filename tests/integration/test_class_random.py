@@ -115,31 +115,31 @@ def custom():
     return made
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", TORCH, ids=ids(TORCH))
 def test_torchs_numbers_are_repeated(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", TORCH[::3], ids=ids(TORCH[::3]))
 def test_torchs_numbers_in_a_submodule(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", OTHERS, ids=ids(OTHERS))
 def test_other_generators_and_control_of_torchs(of):
     check(of)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", sampled(OTHERS))
 def test_other_generators_in_a_submodule(of):
     check(inside(of))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", custom(), ids=ids(custom()))
 @pytest.mark.parametrize("budget", [1.0, 0.7])
 def test_operators_that_draw(of, budget, request):

@@ -179,7 +179,7 @@ OWN_HOOKS = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("when", ["before planning", "after planning"])
 @pytest.mark.parametrize("hook", OWN_HOOKS.values(), ids=OWN_HOOKS)
 @pytest.mark.parametrize("installed", [False, True], ids=["planned", "installed"])

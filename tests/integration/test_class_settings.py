@@ -114,13 +114,13 @@ def changed_modules():
     ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("of", SCALED, ids=ids(SCALED))
 def test_a_changed_setting_is_noticed(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", sampled(SCALED[::3]))
 def test_a_changed_setting_of_a_submodule_is_noticed(of):
     check(inside(of))
@@ -137,13 +137,13 @@ def test_settings_outside_of_the_model_are_noticed_or_refused(of):
     check(type(of)(of.program, of.allowed, None, word=of.word))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("of", sampled(changed_modules(), 2))
 def test_a_changed_module_is_noticed(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", sampled(changed_modules()[::2], 4))
 def test_a_changed_module_in_a_submodule_is_noticed(of):
     check(inside(of))

@@ -107,19 +107,19 @@ def planned_under():
     ]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("of", switched(), ids=ids(switched()))
 def test_another_switch_is_noticed(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", planned_under(), ids=ids(planned_under()))
 def test_a_switch_that_was_planned_for(of):
     check(of)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("of", switched()[::4], ids=ids(switched()[::4]))
 def test_another_switch_around_a_submodule(of):
     check(inside(of))
@@ -335,7 +335,7 @@ AROUND = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("part", "around"), AROUND.values(), ids=AROUND.keys())
 def test_a_part_that_runs_again_in_the_backward_does_so_as_in_the_forward(part, around):
     torch.manual_seed(0)

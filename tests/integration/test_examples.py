@@ -21,7 +21,7 @@ SMALL = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("name", SMALL)
 def test_example_models_are_planned_exactly_and_within_budget(name, tmp_path, monkeypatch):
     monkeypatch.setenv("CHECKPOINT_PLANNER_CACHE", str(tmp_path))

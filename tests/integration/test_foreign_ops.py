@@ -139,7 +139,7 @@ def lowest_plan(model, args, costs="estimate"):
     return plan(model, 1.0, args, costs="estimate", progress=False)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", BODIES)
 def test_what_is_known_of_an_operator(name: str) -> None:
     body, repeatable, draws = BODIES[name]
@@ -154,7 +154,7 @@ def test_what_is_known_of_an_operator(name: str) -> None:
     assert all((op.name in joint.rng_states) is draws for op in ops)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", [name for name, (_, repeatable, _) in BODIES.items() if repeatable])
 @pytest.mark.parametrize("costs", ["estimate", "measure"])
 def test_repeatable_operators_are_recomputed_and_train_bit_exactly(name: str, costs: str) -> None:

@@ -50,7 +50,7 @@ def gradients(call: nn.Module, net: Uses, how: str, *, is_leaf: bool) -> list[to
     return found
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "computed"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("how", CALLER)
@@ -164,7 +164,7 @@ class Recurrent(nn.Module):
         return self.a(x)[0].square().mean()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("how", ["penalty", "twice", "alone"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_weights_of_a_submodule_that_runs_as_it_is(kind, how):
@@ -232,7 +232,7 @@ class Around(nn.Module):
         return self.head(x).square().mean()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("how", "left"),
@@ -302,7 +302,7 @@ class InOrder(nn.Module):
         return h.square().mean()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("num_stages", [1, 8])
 @pytest.mark.parametrize("caller", ["alone", "twice", "used again"])
 @pytest.mark.parametrize("how", ["passed through", "three", "of a weight", "views"])

@@ -85,7 +85,7 @@ class Shifts(nn.Module):
         return x.roll(random.randrange(3), 0) * 2
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_kernels_run_as_they_are(kind):
     class Recurrent(nn.Module):
@@ -162,7 +162,7 @@ class Sharing(nn.Module):
         return self.after(x).square().mean()
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("shared", ["", "two names", "tied", "nested", "named twice itself", "used outside"])

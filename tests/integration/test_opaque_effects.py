@@ -123,7 +123,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("effect", "opaque"), NAMED + FOUND, ids=[*EFFECTS, *(f"found-{i}" for i in range(len(FOUND)))])
 def test_effects_are_eagers_and_planning_leaves_none(effect, opaque):
     fresh()
@@ -243,7 +243,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("core", [lambda: nn.GRU(8, 8, batch_first=True), lambda: nn.Linear(8, 8)], ids=["opaque", "traced"])
 def test_attributes_of_a_part_that_others_read_are_guarded(core, change):

@@ -90,7 +90,7 @@ def trained_late(module: nn.Module, model: Parts, change: str) -> list[torch.Ten
     return [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.usefixtures("settings_as_before")
 @pytest.mark.parametrize("change", ["", *CHANGED.values()], ids=["nothing", *CHANGED])
 def test_a_part_that_runs_again_finds_what_it_found(change: str) -> None:

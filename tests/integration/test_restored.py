@@ -131,7 +131,7 @@ REFUSED = {
 """What no plan can hold, and why."""
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", WRITES)
 def test_what_a_forward_writes_while_it_is_planned_is_put_back(name):
     model, missing = Writes(WRITES[name]), object()

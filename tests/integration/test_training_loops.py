@@ -70,7 +70,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("optimizer", "way"), [(name, way) for name, (*_, ways) in OPTIMIZERS.items() for way in ways])
 def test_optimizers(optimizer, way, name):
@@ -131,7 +131,7 @@ def test_two_batches_in_one_backward(name):
     check(loop, name)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scaler_and_autocast_with_accumulation(dtype, name):
@@ -163,7 +163,7 @@ CLIPS = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("clip", CLIPS)
 def test_clipping(clip, name):

@@ -115,7 +115,7 @@ class Cast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     ("name", "precision"),
     [

@@ -67,7 +67,7 @@ def seeded(seed: int) -> None:
     np.random.seed(seed)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", [Skipping, Conditioned])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_blocks_that_are_called_at_random_are_units(kind, draw):
@@ -159,7 +159,7 @@ OWN = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("kind", [Passes, Branches, Drops])
 @pytest.mark.parametrize("own", OWN)
 def test_the_budget_holds_for_other_draws(kind, own):

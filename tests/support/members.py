@@ -78,8 +78,8 @@ def ids(members: list[Member]) -> list[str]:
     return names
 
 
-def sampled(members: list[Member], every: int = 3) -> list[Any]:
-    """Parameters for pytest: every third member, or as given, in each run; the others behind the marker `zoo`."""
+def sampled(members: list[Member], every: int = 6) -> list[Any]:
+    """Parameters for pytest: every sixth member, or as given, in each run; the others behind the marker `zoo`."""
     assert ids(members)
     marks = [() if i % every == 0 else (pytest.mark.zoo,) for i in range(len(members))]
     return [pytest.param(of, id=of.name, marks=marks[i]) for i, of in enumerate(members)]

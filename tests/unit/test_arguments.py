@@ -406,7 +406,7 @@ def named_budgets(error):
     return rounded, int(exact), rounded.replace(" ", "")
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("width", [60, 61, 62, 63])
 @pytest.mark.parametrize("options", [{}, {"reserve": "10kB"}, {"optimizer": "adamw"}], ids=str)
 def test_the_budget_named_is_enough(width, options):

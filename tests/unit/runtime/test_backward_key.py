@@ -149,7 +149,7 @@ def step(module, args, backward, seed=3):
     return [*(o.detach().clone() for o in outs), *grads, *(b.clone() for b in module.buffers()), state]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layout_of_a_gradient_trains_as_eager_does(name):
     module, twin, x = planned_and_twin(name)
@@ -316,7 +316,7 @@ class Losses(nn.Module):
         return logits, F.cross_entropy(logits, y)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("loss", [None, 1])
 @pytest.mark.parametrize(
     "backward",

@@ -63,7 +63,7 @@ def gradients(net):
     return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.filterwarnings("ignore::planner.MismatchWarning")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("installed", [False, True], ids=["planned", "installed"])

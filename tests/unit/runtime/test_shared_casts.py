@@ -101,7 +101,7 @@ def test_a_call_after_a_planned_one_in_a_region_is_an_error(loop, prepared):
     assert "cache_enabled=False" in str(caught.value) and "bfloat16" in str(caught.value)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("prepared", [planned, installed, planned_for_two_sizes])
 @pytest.mark.parametrize(
     ("loop", "cached"),

@@ -143,7 +143,7 @@ def test_no_schedule_at_all_beats_the_bound(data: st.DataObject) -> None:
     event(f"equal to the true optimum: {found.time_ns == optimum.time_ns}")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("graph", SMALL)
 def test_every_budget_of_the_small_graphs(graph: Graph) -> None:
     plain = simulate(graph, keep_all(graph))

@@ -51,7 +51,7 @@ def test_a_trap_gives_the_graph_of_whole_capture(name: str, autocast: bool) -> N
         assert tuple(len(names) for names in once.repeats.values()) == units
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @autocast
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_give_the_graph_of_whole_capture(name: str, autocast: bool) -> None:
@@ -95,7 +95,7 @@ def exact(model: nn.Module, args: Any, kwargs: Any, autocast: bool) -> dict[str,
     return dict(repeats)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @autocast
 @pytest.mark.parametrize("name", [*EXAMPLES, "hand-written", "running_statistics"])
 def test_three_steps_have_the_bits_of_the_model(name: str, autocast: bool) -> None:

@@ -48,7 +48,7 @@ def with_results(monkeypatch, changed):
     monkeypatch.setattr(home, "make_executable", compiled)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["attention", "convolution", "tied", "skips"])
 def test_a_plan_says_what_its_step_was_measured_to_need(name):
     model, args, kwargs = models.build(name)

@@ -96,7 +96,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", CHANGES)
 def test_what_only_one_side_leaves_behind_is_named(unguarded, kind):
     change, attributes, name = CHANGES[kind]
