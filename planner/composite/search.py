@@ -174,7 +174,7 @@ class UnitSearch:
         """The measured peak of a choice; None: out of memory. Each choice is run once."""
         key = frozenset(choice.items())
         if key not in self._peaks:
-            self._peaks[key] = self.trial.peak(self.made(choice))
+            self._peaks[key] = self.trial.peak(self.made(choice), varies=self.outer.is_measured)
         return self._peaks[key]
 
 

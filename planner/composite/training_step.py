@@ -17,6 +17,7 @@ from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.restorers import restorer
 from planner.tracer.loss import Loss, loss_leaves
+from planner.tracer.opaque.resample import resampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,13 @@ class TrainingStep:
         """
         held = [restore for generator in own if (restore := restorer(generator, None)) is not None]
         self.random_state = [*Generators(self.device).restorers(), *held]
+
+    def draw_inputs(self, draw: int) -> None:
+        """Write into the call's tensors what `resampled` draws from them; 0 leaves them as they are."""
+        if draw:
+            with torch.no_grad():
+                for tensor, drawn in zip(self.inputs, resampled(self.inputs, draw), strict=True):
+                    tensor.copy_(drawn)
 
     def restore_random_state(self) -> None:
         """Set the random generators to the fixed state; nothing where none is fixed."""

@@ -20,6 +20,7 @@ from planner.composite.training_step import Autocast, TrainingStep
 from planner.composite.uses import Uses
 from planner.errors import CaptureError, InputError, MismatchError, PlannerError
 from planner.graph.outer import MeasuredSection
+from planner.log import PLANNER
 from planner.profiler.marks import Mark, marked_sections
 from planner.results.plan import Plan
 from planner.runtime.executable import Executable
@@ -39,6 +40,7 @@ from planner.tracer.host.observe import Observer
 from planner.tracer.host.preserve import Preserved, keep_model, model_preserved
 from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
+from planner.tracer.opaque.measure import FIRST_DRAWS, MOST_DRAWS, upper_bound
 from planner.tracer.refusal import own_words
 from planner.tracer.replay import Strides
 from planner.tracer.results import OutputIdentity
@@ -142,12 +144,29 @@ class Trial:
             for module in modules.values():
                 uninstall(module.original)
 
-    def peak(self, made: Mapping[str, Made]) -> int | None:
-        """The measured peak of a step with these units planned, everything resident included; None: out of memory."""
-        with self._planned(made), _none_without_memory():
-            self.step.run()  # what a first call allocates for good is no part of a step
-            return self.step.peak()
-        return None
+    def peak(self, made: Mapping[str, Made], *, varies: bool = False) -> int | None:
+        """The measured peak of a step with these units planned, everything resident included; None: out of memory.
+
+        Args:
+            varies: it may depend on the data. An upper bound then, from steps with data drawn from the example's, too.
+        """
+        found: list[int] = []
+        for draw in range(MOST_DRAWS if varies else 1):
+            if draw >= FIRST_DRAWS and len({*found}) == 1:
+                break
+            fits = [True]
+            try:
+                with self._planned(made), _none_without_memory() as fits:
+                    self.step.run()  # what a first call allocates for good is no part of a step
+                    self.step.draw_inputs(draw)
+                    found.append(self.step.peak())
+            except PlannerError as error:
+                if draw == 0:
+                    raise
+                PLANNER.debug("a step does not run on other data: %s", error)
+            if not fits:
+                return None
+        return upper_bound(found)
 
     def sections(self, made: Mapping[str, Made]) -> list[MeasuredSection] | None:
         """What a step with these units planned holds, in order of time; None: out of memory.

@@ -21,6 +21,7 @@ from planner.composite.trial import Made, Trial
 from planner.composite.unit_names import Largest, Units, largest, named_units, repeated
 from planner.errors import CaptureError, CompileError, InputError, MeasuredPeakError, PlanFileError
 from planner.graph.graph import Graph
+from planner.graph.outer import OuterGraph
 from planner.graph.planned_units import PlannedKind
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule, keep_all
@@ -119,19 +120,20 @@ def planned_units(
             plain = trial.peak({})
         if plain is None and units.is_fraction(budget):
             raise InputError("the plain step does not fit on the device, so a fraction of it is unknown: give bytes")
-        budget_bytes = units.parse_budget(budget, plain or 0)
         with stage("capture", options.progress):
             kinds, left = _kinds(trial, names, options, takes_blocks=wanted is None)
             whole = _whole(trial, options) if is_whole_captured else None
         with stage("solve", options.progress):
             search = UnitSearch(trial, kinds, options.limits, whole)
         with stage("measure steps", options.progress):
+            plain = trial.peak({}, varies=True) if search.outer.is_measured and plain is not None else plain
+            budget_bytes = units.parse_budget(budget, plain or 0)
             found = search.within(budget_bytes)
         made = search.made(found.points)
         if options.compile:
             with stage("compile", options.progress):
                 made = search.made(found.points, is_compiled=True)
-            found = replace(found, peak_bytes=_measured_within(budget_bytes, trial, made))
+            found = replace(found, peak_bytes=_measured_within(budget_bytes, trial, made, search.outer))
     plan = _plan(search, kinds, left, budget_bytes, plain, found)
     return PlannedUnits(model, plan, made, options.loss, trial.autocast)
 
@@ -224,7 +226,7 @@ def apply_units(
                     schedules = {name: own.schedules[at[name]] for name in kind.members}
                     made |= {name: kind.made(schedule, is_compiled=compile) for name, schedule in schedules.items()}
         with stage("measure steps", progress):
-            peak = _measured_within(plan.budget_bytes, trial, made)
+            peak = _measured_within(plan.budget_bytes, trial, made, plan.outer)
     fields = {name: getattr(plan, name) for name in ("kinds", "units", "outer", "budget_bytes", "plain_bytes")}
     here = UnitPlan(**fields, measured_bytes=peak, bound_ns=plan.bound_ns, left=plan.left)
     applied = PlannedUnits(model, here, made, loss, trial.autocast)
@@ -244,13 +246,13 @@ def _recorded_costs(kind: PlannedKind, step: CapturedStep) -> tuple[Graph, Prove
     return step.recognized(Plan(kind.graph, peak, 0, plain, kind.provenance)).graph, kind.provenance
 
 
-def _measured_within(budget_bytes: int, trial: Trial, made: Mapping[str, Made]) -> int:
+def _measured_within(budget_bytes: int, trial: Trial, made: Mapping[str, Made], outer: OuterGraph) -> int:
     """The measured peak of a step with these units planned.
 
     Raises:
         MeasuredPeakError, CompileError: it is above the budget; CompileError where they are compiled.
     """
-    peak = trial.peak(made)
+    peak = trial.peak(made, varies=outer.is_measured)
     if peak is None or peak > budget_bytes:
         needs = "does not fit on the device" if peak is None else f"peaks at {units.format_bytes(peak)} ({peak} bytes)"
         if any(step.is_compiled for step, _, _ in made.values()):

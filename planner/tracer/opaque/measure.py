@@ -30,10 +30,10 @@ from planner.tracer.storage import Storages
 
 _LONG_NS = 500_000_000
 """A module that takes this long is timed once."""
-_FIRST_DRAWS, _FIRST_RANDOM_DRAWS = 3, 5
+FIRST_DRAWS, _FIRST_RANDOM_DRAWS = 3, 5
 """Measurements, each with other data and other random numbers; they are all if they agree. Of a module that draws random
 numbers some more: a layer that is dropped in one call of ten seldom shows so soon."""
-_DRAWS = 12
+MOST_DRAWS = 12
 """Measurements of a module of which those do not agree."""
 _SPREADS = 3
 """Standard deviations of the measured bytes by which other data may need more than the most that was measured.
@@ -183,13 +183,13 @@ class _Run:
         while draw < self._num_draws(found):
             with self._as_it_was():
                 draw = self._run_from(draw, found)
-        return _Bytes(*map(_upper_bound, zip(*found, strict=True)))
+        return _Bytes(*map(upper_bound, zip(*found, strict=True)))
 
     def _num_draws(self, found: Sequence[_Bytes]) -> int:
         """How many draws are to be measured, after these measurements."""
-        enough = _FIRST_RANDOM_DRAWS if self.call.is_random else _FIRST_DRAWS
+        enough = _FIRST_RANDOM_DRAWS if self.call.is_random else FIRST_DRAWS
         if len({*found[1:]}) > 1:
-            return _DRAWS
+            return MOST_DRAWS
         return enough + (len({*found}) > 1)  # the first run may fill a cache
 
     def _run_from(self, first: int, found: list[_Bytes]) -> int:
@@ -290,7 +290,7 @@ class _Run:
         return time.perf_counter_ns()
 
 
-def _upper_bound(measured: Sequence[int]) -> int:
+def upper_bound(measured: Sequence[int]) -> int:
     """Bytes that another run is unlikely to exceed; the most, if several runs agree that there is no more."""
     most = max(measured)
     return most if measured.count(most) > 1 else most + math.ceil(_SPREADS * statistics.pstdev(measured))

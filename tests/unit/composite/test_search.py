@@ -23,7 +23,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(nn.Identity() for _ in NAMES)
 
 
-def search(peak=lambda made: 0, limits=LIMITS):
+def search(peak=lambda made, varies=False: 0, limits=LIMITS):
     """Of hand-drawn blocks; `peak(schedules)` is what a step measures."""
     kind = SimpleNamespace(graph=block(), members=NAMES, made=lambda schedule, is_compiled: schedule)
     return UnitSearch(SimpleNamespace(model=Model(), peak=peak, calls=Counter(NAMES)), [kind], limits, whole(3))
@@ -53,7 +53,7 @@ def test_all_calls_of_the_solver_spend_the_limits_together(monkeypatch):
     for name, at in (("front", 1), ("choose", 4), ("lowest", 2)):
         monkeypatch.setattr(under_test, name, recording(getattr(under_test, name), at))
     monkeypatch.setattr(Spending, "give_back", lambda *_: None)  # as if each had spent what it could
-    found = search(lambda made: None, limits)
+    found = search(lambda made, varies=False: None, limits)
     with pytest.raises(NoScheduleFoundError):
         found.within(found.predicted_bytes(dict.fromkeys(NAMES, 0)))
     assert len(taken) > 3
@@ -64,7 +64,7 @@ def test_all_calls_of_the_solver_spend_the_limits_together(monkeypatch):
 def test_no_step_runs_twice(measured):
     steps = []
 
-    def peak(made):
+    def peak(made, varies=False):
         steps.append(tuple(made.items()))
         return measured
 

@@ -85,3 +85,35 @@ def test_steps_leave_no_trace_in_what_a_copy_shares_with_the_model():
     with pytest.raises(InputError, match="on purpose"):
         Trial(SharesState(held, fails=True).train(), (x,), {}, None)
     assert (COUNT, RUNS, LAST.get()) == (0, [], None) and not TOTAL.any() and not held.any()
+
+
+class Picks(nn.Module):
+    """What it holds depends on how many rows of the data are positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x):
+        picked = x[x.sum(1) > 0]
+        return self.layer((picked * 2).cos()).square().sum()
+
+
+def test_a_peak_that_depends_on_the_data_is_bounded_for_data_of_the_kind():
+    torch.manual_seed(1)
+    model, x = Picks().train(), torch.randn(64, 16)
+    kept = x.clone()
+    trial = Trial(model, (x,), {}, None)
+    of_the_example, bound = trial.peak({}), trial.peak({}, varies=True)
+    others = [Trial(model, (torch.randn(64, 16),), {}, None).peak({}) for _ in range(20)]
+    assert max(others) > of_the_example and bound > of_the_example
+    assert sum(other > bound for other in others) <= 1
+    assert trial.peak({}) == of_the_example and torch.equal(x, kept)  # the call's data are as they were
+
+
+def test_a_peak_that_does_not_is_measured_three_times(monkeypatch):
+    trial, draws = Trial(Doubles().train(), (torch.randn(64, 16),), {}, None), []
+    draw = trial.step.draw_inputs
+    monkeypatch.setattr(trial.step, "draw_inputs", lambda number: (draws.append(number), draw(number)))
+    assert trial.peak({}, varies=True) == trial.peak({})
+    assert draws == [0, 1, 2, 0]
