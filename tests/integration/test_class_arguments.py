@@ -277,3 +277,27 @@ def test_a_submodule_that_writes_into_what_it_is_given(of):
             init=program.init,
         )
     )
+
+
+class Sized(nn.Module):
+    """Takes a torch.Size, by its methods, and returns one, in a tuple or alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x, size, also=()):
+        h = torch.tanh(self.up(x)) * size.numel()
+        return h.sum(), h.shape, {"size": size, "also": also}
+
+
+def test_a_torch_size_stays_one():
+    model, x, size = Sized(), torch.randn(16, 8), torch.Size([2, 3])
+    planned = plan(model, 1.0, (x, size), {"also": (size, 1)}, loss=0, progress=False)
+    loss, shape, rest = planned(x, size, also=(size, 1))
+    loss.backward()
+    assert planned.num_planned_calls == 1
+    assert all(type(found) is torch.Size for found in (shape, rest["size"], rest["also"][0])) and shape.numel() == 128
+    with pytest.warns(MismatchWarning, match=r"Size\(\[3, 3\]\)|size"):
+        other = planned(x, torch.Size([3, 3]), also=(size, 1))
+    assert torch.equal(other[0], model(x, torch.Size([3, 3]), also=(size, 1))[0])
