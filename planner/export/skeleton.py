@@ -274,7 +274,8 @@ def output_text(step: RewrittenStep, results: Sequence[str], paths: Sequence[str
     leaves = []
     for out in step.joint.outputs:
         text = paths[out.input] if out.input is not None else literal(out.constant, step.joint.device)
-        leaves.append(_Text(results[out.result] if out.result is not None else text))
+        text = results[out.result] if out.result is not None else text
+        leaves.append(_Text(f"{text}.requires_grad_()" if out.is_leaf else text))
     definitions: dict[str, None] = {}
     replaced: dict[str, None] = {}
 

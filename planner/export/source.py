@@ -296,7 +296,7 @@ It trains bit for bit like the original within this plan:
             "call": f"{{\n{arguments}    }}",
             "results": literal(tuple(leaf[i].name for i in order)),
             "differentiated": literal(self._partitioned.output_gradients),
-            "requires_grad": literal(tuple(leaf[i].requires_grad for i in order)),
+            "requires_grad": literal(tuple(leaf[i].requires_grad and not leaf[i].is_leaf for i in order)),
             "inner": literal(tuple(i for i in order if leaf[i].requires_grad and leaf[i].is_inner)),
             "aliased": literal(self._partitioned.aliased),
             "autocast": literal((False, "") if autocast is None else (True, str(autocast))),

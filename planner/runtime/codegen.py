@@ -43,7 +43,8 @@ def make_executable(step: RewrittenStep, model: nn.Module, forward: fx.Graph, ba
     stages = cut_stages(terms.graph, step.num_stages, owner_names, terms.ends)
     nodes = {node.name: node for node in joint.graph.nodes}
     output_of_result = {out.result: out for out in reversed((*joint.outputs, *joint.left)) if out.result is not None}
-    differentiable = tuple(output_of_result[i].requires_grad for i in range(len(joint.results)))
+    found = [output_of_result[i] for i in range(len(joint.results))]
+    differentiable = tuple(out.requires_grad and not out.is_leaf for out in found)
     return Executable(
         forward=boxed(forward, opaque, compiled_for),
         stages=tuple(boxed(stage.graph, opaque, compiled_for) for stage in stages),

@@ -26,6 +26,9 @@ def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tenso
         results[out.result] if out.result is not None else tensors[out.input] if out.input is not None else out.constant
         for out in joint.outputs
     ]
+    for out, leaf in zip(joint.outputs, leaves, strict=True):
+        if out.is_leaf:
+            leaf.requires_grad_()  # from here on autograd fills its `.grad`, as that of eager's
     out = pytree.tree_unflatten(leaves, joint.call.out_spec)
     with bound(call.args, call.kwargs):
         containers = [path.get(model) for _, path in joint.call.returned]

@@ -54,6 +54,7 @@ class Output:
         input: position among the call's tensor leaves, then `Joint.host.state`, where it is an input that is returned.
         left_out: None takes the place of what eager returns (a key-value cache).
         is_inner: autograd reaches it from another result, too.
+        is_leaf: eager's has no history and requires grad; no result depends on it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Output:
     input: int | None = None
     left_out: bool = False
     is_inner: bool = False
+    is_leaf: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ class Results:
         self._replay, self._given = replay, frozenset(map(id, given))
         self._tensors: dict[int, torch.Tensor] = {}
         self._edges: list[tuple[Any, int]] = []
+        self._leaves: dict[int, torch.Tensor] = {}
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -58,35 +59,48 @@ class Results:
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._tensors
 
+    def is_leaf(self, tensor: torch.Tensor) -> bool:
+        """It is returned, has no history, and requires grad."""
+        return any(tensor is leaf for leaf in self._leaves.values())
+
     def position(self, tensor: torch.Tensor) -> int:
         """Of a tensor that was added."""
         return list(self._tensors).index(id(tensor))
 
-    def add(self, tensor: torch.Tensor, name: str, is_start: bool, strides: Strides | None = None) -> Output:
+    def add(
+        self, tensor: torch.Tensor, name: str, is_start: bool, strides: Strides | None = None, *, is_returned: bool = False
+    ) -> Output:
         """Add a tensor, unless it was added before.
 
         Args:
             name: for messages.
             is_start: backward starts from it; not used with a replay.
             strides: of its gradient then; None: its own.
+            is_returned: by the model's forward; else it is left in Python state.
 
         Raises:
-            CaptureError: the forward made it, and autograd would fill its `.grad`: no gradient leaves a plan there.
+            CaptureError: the forward made it without history, and left it.
         """
-        if tensor.is_leaf and tensor.requires_grad and id(tensor) not in self._given:
+        is_leaf = tensor.is_leaf and tensor.requires_grad and id(tensor) not in self._given
+        if is_leaf and not is_returned:
             raise leaf_left(f"as {name}")
         position = self.position(tensor) if tensor in self else len(self._tensors)
-        differentiated = is_start
+        differentiated = is_start and not is_leaf  # a backward from that one reaches nothing of the model
         if self._replay is not None:
             strides = self._replay.strides[position]
             differentiated = strides is not None
         if position == len(self._tensors):
             self._edges.append((tensor.grad_fn, tensor.output_nr))
+            self._leaves |= {position: tensor} if is_leaf else {}
             self._tensors[id(tensor)] = OutputIdentity.apply(tensor, strides) if differentiated else tensor.detach()
-        return Output(name, position, differentiated, tensor.requires_grad)
+        return Output(name, position, differentiated, tensor.requires_grad, is_leaf=is_leaf)
 
-    def marked(self, outputs: Iterable[Output]) -> tuple[Output, ...]:
-        """These, of which some are `is_inner`."""
+    def marked(self, outputs: Sequence[Output]) -> tuple[Output, ...]:
+        """These, of which some are `is_inner`.
+
+        Raises:
+            CaptureError: another result is computed from one without history: autograd would fill its `.grad`, a plan does not.
+        """
         inside, todo = set[Any](), [node for node, _ in self._edges if node is not None]
         seen = set(todo)
         while todo:
@@ -94,6 +108,10 @@ class Results:
             inside |= following
             todo += {node for node, _ in following} - seen
             seen |= {node for node, _ in following}
+        used = {id(getattr(node, "variable", None)) for node in seen}
+        for out in outputs:
+            if out.result in self._leaves and id(self._leaves[out.result]) in used:
+                raise leaf_left(f"as {out.name}")
         is_inner = [edge in inside for edge in self._edges]
         return tuple(out if out.result is None else replace(out, is_inner=is_inner[out.result]) for out in outputs)
 
@@ -131,7 +149,7 @@ def add_outputs(
         elif any(leaf is tensor for tensor in inputs):
             outputs.append(Output(name, None, input=next(i for i, tensor in enumerate(inputs) if leaf is tensor)))
         else:
-            outputs.append(results.add(leaf, name, id(leaf) in starts, starts.get(id(leaf))))
+            outputs.append(results.add(leaf, name, id(leaf) in starts, starts.get(id(leaf)), is_returned=True))
     return tuple(outputs)
 
 
@@ -173,6 +191,8 @@ def add_left(
                 )
             return leaf
         if id(leaf) not in sources:
+            if results.is_leaf(leaf):
+                raise leaf_left(f"as {path}")
             if leaf not in results:
                 # the loop may add it to its loss; if it does not, that backward is captured when it first runs
                 left.append(results.add(leaf, str(path), leaf.requires_grad, usual_strides(leaf)))

@@ -4,8 +4,11 @@ Autograd fills their `.grad`, which nobody sees unless the tensor is returned or
 """
 
 import pytest
+import torch
+from torch import nn
 
-from tests.support.members import GUARDED, check, inside, member, sampled
+from planner import plan
+from tests.support.members import GUARDED, check, ids, inside, member, sampled
 
 REFUSED = frozenset({"refused"})
 OUT = "self.c(self.b(h))"
@@ -39,6 +42,43 @@ MADE = [
 @pytest.mark.parametrize("of", sampled(MADE))
 def test_inside_of_the_forward_it_is_planned(of):
     check(of)
+
+
+RETURNED = [
+    member("alone", out=f"({OUT}, torch.zeros(1, requires_grad=True))"),
+    member("twice in a list", "leaf = torch.zeros(1, requires_grad=True)", out=f"({OUT}, [leaf, leaf])"),
+    member("an activation", "leaf = h.detach().requires_grad_()", out=f"({OUT}, leaf)"),
+    member("of Python's numbers", out=f"({OUT}, torch.tensor([0.5, 1.0], requires_grad=True))"),
+]
+
+
+@pytest.mark.parametrize("of", RETURNED, ids=ids(RETURNED))
+def test_returned_and_used_nowhere_else_it_is_planned(of):
+    check(of)
+
+
+class Placeholder(nn.Module):
+    """Returns a loss, and a second one that is nothing yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(x).square().sum(), torch.zeros(1, requires_grad=True)
+
+
+def test_the_gradient_of_a_returned_one_is_filled():
+    model, x = Placeholder(), torch.randn(4, 8)
+    planned = plan(model, 1.0, (x,), loss=0, progress=False)
+    found = []
+    for module in (model, planned):
+        module.zero_grad()
+        loss, other = module(x)
+        (loss + 3 * other.sum()).backward()
+        found.append((module.up.weight.grad.clone(), other.grad, torch.tensor(other.is_leaf)))
+    assert planned.num_planned_calls == 1
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def left(name, place="", value=LEAF, init="", **fields):

@@ -173,6 +173,8 @@ class RecordKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = _leaves(args, kwargs or {})
+        if self._paused and func is torch.ops.aten.lift_fresh.default and leaves[0].untyped_storage().resizable():
+            self._made[id(leaves[0])] = leaves[0]  # memory of its own: not numpy's
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
                 self._meet(leaf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -142,7 +143,7 @@ class _CallRecorder:
             found = self._differentiate(handle, results, slots)
             after = _generators(self.device)
             del handle, results, slots
-            if _any_alive(leaves):
+            if _any_held(leaves):
                 raise leaf_left("in Python state", spec.module)
             written = [tensor._version != version for tensor, version in zip(given, versions, strict=True)]
             held = dict((*self.module.named_parameters(), *self.module.named_buffers()))
@@ -227,11 +228,16 @@ class _CallRecorder:
         return tuple(specs)
 
 
-def _any_alive(tensors: Sequence[weakref.ref[torch.Tensor]]) -> bool:
-    """One of them is still held, though its graph is gone."""
-    if any(tensor() is not None for tensor in tensors):
-        gc.collect()
-    return any(tensor() is not None for tensor in tensors)
+def _any_held(tensors: Sequence[weakref.ref[torch.Tensor]]) -> bool:
+    """Something of Python's holds one of them, now that its graph is no longer held here; another graph is no matter."""
+    if all(tensor() is None for tensor in tensors):
+        return False
+    gc.collect()
+    for reference in tensors:
+        tensor = reference()
+        if tensor is not None and any(not isinstance(holder, types.FrameType) for holder in gc.get_referrers(tensor)):
+            return True
+    return False
 
 
 def _generators(device: torch.device) -> list[bytes]:
