@@ -53,7 +53,8 @@ def check_inner_outputs(
             continue
         hooks = list((output._backward_hooks or {}).values())
         # those of torch's wrappers ask when a gradient comes, and not for its values
-        if output.retains_grad or any(not str(hook.__module__).startswith("torch.distributed") for hook in hooks):
+        modules = [str(getattr(hook, "__module__", "")) for hook in hooks]
+        if output.retains_grad or not all(module.startswith("torch.distributed") for module in modules):
             raise BackwardError(
                 f"output {names[i]!r} has a hook, or retain_grad(), and other outputs are computed from it: in eager its "
                 "gradient has a part from inside of the model, which a plan does not return. Use the original model for this "

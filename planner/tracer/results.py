@@ -59,10 +59,6 @@ class Results:
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._tensors
 
-    def is_leaf(self, tensor: torch.Tensor) -> bool:
-        """It is returned, has no history, and requires grad."""
-        return any(tensor is leaf for leaf in self._leaves.values())
-
     def position(self, tensor: torch.Tensor) -> int:
         """Of a tensor that was added."""
         return list(self._tensors).index(id(tensor))
@@ -183,19 +179,13 @@ def add_left(
 
     def ref(path: Path, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or type(leaf) in (torch.Tensor, nn.Parameter):
-            if not isinstance(leaf, nn.Module) and any(map(is_traced, hidden_in(leaf))):
-                raise CaptureError(
-                    f"the model's forward leaves in {path} a {type(leaf).__name__} that holds tensors which it computed, and a "
-                    "plan cannot make one. Leave the tensors, in lists, dictionaries or plain objects",
-                    module=path.module,
-                )
+            _check_holds_none(leaf, path)
             return leaf
         if id(leaf) not in sources:
-            if results.is_leaf(leaf):
-                raise leaf_left(f"as {path}")
-            if leaf not in results:
-                # the loop may add it to its loss; if it does not, that backward is captured when it first runs
-                left.append(results.add(leaf, str(path), leaf.requires_grad, usual_strides(leaf)))
+            is_returned = leaf in results
+            # the loop may add it to its loss; if it does not, that backward is captured when it first runs
+            found = results.add(leaf, str(path), leaf.requires_grad, usual_strides(leaf))
+            left.extend([] if is_returned else [found])
             sources[id(leaf)] = Ref("result", results.position(leaf))
         return sources[id(leaf)]
 
@@ -205,9 +195,7 @@ def add_left(
         if effect.path.scope is ARGUMENTS:
             live = of_arguments.pop(0).template if of_arguments and of_arguments[0].path == effect.path else ABSENT
         else:
-            live = effect.path.get(model)
-            if effect.appends or effect.replaces:
-                live = list(live)[-len(effect.template) :] if effect.template else []
+            live = effect.live(model)
         template = rebuilt(arguments.marked(live), partial(ref, effect.path))
         if not same_build(template, effect.template):
             raise CaptureError(
@@ -221,6 +209,16 @@ def add_left(
         path = Path(module, attribute)
         effects.append(Effect(path, ref(path, new)))
     return tuple(left), tuple(effects)
+
+
+def _check_holds_none(value: Any, path: Path) -> None:
+    """Raise CaptureError where what is left at a place, and is not built again, holds tensors of the trace."""
+    if not isinstance(value, nn.Module) and any(map(is_traced, hidden_in(value))):
+        raise CaptureError(
+            f"the model's forward leaves in {path} a {type(value).__name__} that holds tensors which it computed, and a plan "
+            "cannot make one. Leave the tensors, in lists, dictionaries or plain objects",
+            module=path.module,
+        )
 
 
 def _is_buffer(path: Path, weights: Mapping[str, torch.Tensor]) -> bool:

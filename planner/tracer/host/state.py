@@ -86,6 +86,13 @@ class Effect:
         else:
             self.path.set(model, new)
 
+    def live(self, model: nn.Module) -> Any:
+        """What a forward left there; of a list or deque that it fills or extends, the items that are its own."""
+        live = self.path.get(model)
+        if self.appends or self.replaces:
+            return list(live)[-len(self.template) :] if self.template and isinstance(live, (list, deque)) else []
+        return live
+
 
 def written_containers(effects: Sequence[Effect], model: nn.Module) -> tuple[tuple[Path, type], ...]:
     """The containers and objects that effects write into, with their classes; not modules."""
@@ -96,10 +103,7 @@ def written_containers(effects: Sequence[Effect], model: nn.Module) -> tuple[tup
 
 def written(effect: Effect, model: nn.Module) -> Iterator[tuple[Ref, Any]]:
     """The tensors that a forward left at an effect's place, each with its Ref in the template."""
-    live = effect.path.get(model)
-    if effect.appends or effect.replaces:
-        live = list(live)[-len(effect.template) :] if isinstance(live, (list, deque)) else []
-    todo = [(effect.template, live)]
+    todo = [(effect.template, effect.live(model))]
     while todo:
         template, value = todo.pop()
         if isinstance(template, Ref):
