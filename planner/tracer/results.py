@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 
 from planner._compat.dispatch import is_traced
 from planner.errors import CaptureError
@@ -213,7 +214,7 @@ def add_left(
 
 def _check_holds_none(value: Any, path: Path) -> None:
     """Raise CaptureError where what is left at a place, and is not built again, holds tensors of the trace."""
-    if not isinstance(value, nn.Module) and any(map(is_traced, hidden_in(value))):
+    if any(is_traced(one) or isinstance(one, Node) for one in hidden_in(value)):
         raise CaptureError(
             f"the model's forward leaves in {path} a {type(value).__name__} that holds tensors which it computed, and a plan "
             "cannot make one. Leave the tensors, in lists, dictionaries or plain objects",

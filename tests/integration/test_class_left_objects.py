@@ -42,6 +42,12 @@ HIDDEN = {
     "iterator of a map": "map(torch.neg, [h.detach()])",
     "generator": "later(h.detach())",
     "named tuple of a new class": "collections.namedtuple('Pair', 't')(h.detach())",
+    "view of a dictionary": "{'k': h.detach()}.values()",
+    "items of a dictionary": "{'k': h.detach()}.items()",
+    "method of an object": "Plain(h.detach()).__getattribute__",
+    "exception": "ValueError(h.detach())",
+    "default of a context variable": "contextvars.ContextVar('kept', default=h.detach())",
+    "node of autograd's graph": "h.grad_fn",
     "optimizer": "torch.optim.SGD([nn.Parameter(h.detach())], 0.1)",
 }
 PLACES = {

@@ -109,6 +109,8 @@ class Finder:
         self._lists: set[int] = set()
         self._num_members = Counter(_parent(path) for path in before if path.steps)
         self._modules = {id(module) for module in model.modules()}
+        there = (*before.values(), *model.parameters(), *model.buffers())
+        self._known = {id(value) for value in there if isinstance(value, torch.Tensor)}
         self._prints = Fingerprints(named(model), lambda _, name: not name.startswith("__"))
 
     def find(self) -> Iterator[Effect]:
@@ -200,7 +202,7 @@ class Finder:
             return False
         if _holds_tensors(now) or type(was) is not type(now):
             return False
-        if isinstance(now, Iterator) and any(isinstance(inner, torch.Tensor) for inner in hidden_in(now)):
+        if not is_plain(now) and any(isinstance(one, torch.Tensor) and id(one) not in self._known for one in hidden_in(now)):
             return False
         return self._prints.equal(was, now)
 

@@ -267,15 +267,26 @@ def reachable(values: Iterable[Any], ends: Collection[int] = ()) -> Iterator[Any
             todo += attributes(value).values()
 
 
+_NOT_ENTERED = (nn.Module, type, types.ModuleType, types.CodeType)
+
+
 def hidden_in(value: Any) -> Iterator[Any]:
-    """What a value leads to, as `reachable`, and what the iterators among this hold: only Python's collector can see that."""
+    """A value and all that it leads to but modules and classes, as Python's collector sees it; not endlessly.
+
+    Unlike `members` and `reachable`, it looks into everything: iterators, views of dictionaries, bound methods. Of a function
+    it follows what that holds, and not its global variables.
+    """
     todo, seen = [value], dict[int, Any]()
-    while todo:
-        for one in reachable([todo.pop()]):
-            if id(one) not in seen:
-                seen[id(one)] = one
-                yield one
-                todo += [inner for inner in gc.get_referents(one) if isinstance(one, Iterator) and not isinstance(inner, type)]
+    while todo and len(seen) < _MOST:
+        one = todo.pop()
+        if id(one) in seen or type(one) in _PLAIN or isinstance(one, _NOT_ENTERED):
+            continue
+        seen[id(one)] = one
+        yield one
+        if isinstance(one, types.FunctionType):
+            todo += [inner for _, inner in members(one, lambda _, name: True)]
+        elif not isinstance(one, torch.Tensor):
+            todo += gc.get_referents(one)
 
 
 def is_foreign_namespace(value: type | types.ModuleType) -> bool:
