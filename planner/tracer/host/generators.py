@@ -6,12 +6,16 @@ import contextlib
 import copy
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from planner.profiler.python_events import python_events_off
+from planner.tracer.faults import calls_users_code
 from planner.tracer.host.values import is_array
 
 
@@ -37,6 +41,44 @@ def _comparable(state: Any) -> Any:
     return state.tobytes() if is_array(state) else state
 
 
+@contextlib.contextmanager
+def control_of_numpy_noted(note: Callable[[types.FrameType], None]) -> Iterator[None]:
+    """While entered, `note` gets the frame of whoever controls numpy's global generator: that is no event for a profiler."""
+    numpy = sys.modules.get("numpy")
+    found = {name: getattr(numpy.random, name) for name in ("get_state", "set_state", "seed")} if numpy is not None else {}
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @calls_users_code
+        def control(*args: Any, **kwargs: Any) -> Any:
+            note(sys._getframe(1))
+            return function(*args, **kwargs)
+
+        return control
+
+    try:
+        for name, function in found.items():
+            setattr(numpy.random, name, noted(function))  # type: ignore[union-attr]
+        yield
+    finally:
+        for name, function in found.items():
+            setattr(numpy.random, name, function)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorCall:
+    """A call that controls torch's generator.
+
+    Attributes:
+        module: the submodule whose forward makes it, "" for the model's own.
+        function: the method of torch.Generator.
+        is_checkpoint: torch.utils.checkpoint makes it, to recompute in the backward with the same random numbers.
+    """
+
+    module: str
+    function: str
+    is_checkpoint: bool
+
+
 class Generators:
     """States of the random generators that a forward can draw from beside those it holds itself."""
 
@@ -50,7 +92,8 @@ class Generators:
 
     def host(self) -> tuple[Any, ...]:
         """Python's and numpy's global states, which can be compared; numpy only where it is imported."""
-        return (random.getstate(), _comparable(_numpy_state()))
+        with python_events_off():
+            return (random.getstate(), _comparable(_numpy_state()))
 
     def remembered(self) -> Callable[[], None]:
         """A function that restores the present global states of Python's and numpy's generators."""

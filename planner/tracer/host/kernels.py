@@ -25,6 +25,9 @@ from planner.tracer.host.state import Effect
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that return a tensor's value to Python: host reads."""
 
+_PLAIN = frozenset({int, float, bool, str, torch.dtype, torch.device, torch.layout, type(None)})
+"""Classes of most arguments of kernels that are no tensors."""
+
 RecordedRead = tuple[str, bool | int | float | complex]
 """(kernel, value) of one host read."""
 
@@ -172,16 +175,16 @@ class RecordKernels(TorchDispatchMode):
                 self._shared_unrecorded.append((base, content))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = _leaves(args, kwargs or {})
+        leaves = _leaves((*args, *(kwargs or {}).values()))
         if self._paused and func is torch.ops.aten.lift_fresh.default and leaves[0].untyped_storage().resizable():
             self._made[id(leaves[0])] = leaves[0]  # memory of its own: not numpy's
         for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and id(leaf) not in self._made and id(leaf) not in self.run.outside:
-                self._meet(leaf)
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in self._made and id(leaf) not in self.run.outside:
+                    self._meet(leaf)
+            elif type(leaf) not in _PLAIN and isinstance(leaf, torch.Generator) and not self.paused:
+                self.generator_at = self._where() if self.generator_at is None else self.generator_at
         if not self.paused:
-            for leaf in leaves:
-                if isinstance(leaf, torch.Generator):
-                    self.generator_at = self._where() if self.generator_at is None else self.generator_at
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
         if func is torch.ops.aten.lift_fresh.default and not self._paused:  # that is its argument
             self._lifted |= {id(leaf): leaf for leaf in leaves}
@@ -192,7 +195,7 @@ class RecordKernels(TorchDispatchMode):
                 result = _without_communication(func, args, kwargs or {})
         else:
             result = func(*args, **(kwargs or {}))
-        for made in (result,) if isinstance(result, torch.Tensor) else pytree.tree_leaves(result):
+        for made in _leaves((result,)):
             if isinstance(made, torch.Tensor) and id(made) not in self.run.outside:
                 self._made[id(made)] = made
         if func in HOST_READS and not self.paused:
@@ -223,10 +226,17 @@ class RecordKernels(TorchDispatchMode):
                     self._flags += [(base, base.requires_grad)] if base.is_leaf else []
 
 
-def _leaves(args: Any, kwargs: Any) -> list[Any]:
-    """The leaves of a kernel's arguments; of most kernels these are the arguments themselves."""
-    flat = [*args, *kwargs.values()]
-    return pytree.tree_leaves(flat) if any(isinstance(arg, (tuple, list, dict)) for arg in flat) else flat
+def _leaves(values: Sequence[Any]) -> list[Any]:
+    """The leaves of a kernel's arguments or results, most of which are tensors."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            found += _leaves(value)
+        else:
+            found += [value] if type(value) in _PLAIN else pytree.tree_leaves(value)
+    return found
 
 
 def graph_from_outside(name: str) -> CaptureError:

@@ -9,18 +9,18 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from planner.profiler.python_events import set_profiler
+from planner.profiler.python_events import python_events_off, set_profiler
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.backward_code import BackwardCode, LeftOut, given_to
+from planner.tracer.host.backward_code import GIVEN, BackwardCode, LeftOut, given_to
 from planner.tracer.host.backward_reads import ReadsOfBackward
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.generators import GeneratorCall, control_of_numpy_noted
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
@@ -38,25 +38,8 @@ _CONTROL = frozenset(
 """Methods of torch.Generator that control it, instead of drawing from it."""
 
 
-_NEITHER = frozenset({types.ModuleType, types.NoneType, type, dict, list, tuple, set, str})
-"""Classes whose built-in methods neither hand a tensor to numpy nor draw random numbers."""
 _SMALL = 64
 """Items of a container that is looked through at every read."""
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratorCall:
-    """A call that controls torch's generator.
-
-    Attributes:
-        module: the submodule whose forward makes it, "" for the model's own.
-        function: the method of torch.Generator.
-        is_checkpoint: torch.utils.checkpoint makes it, to recompute in the backward with the same random numbers.
-    """
-
-    module: str
-    function: str
-    is_checkpoint: bool
 
 
 class ReadRecorder:
@@ -93,12 +76,14 @@ class ReadRecorder:
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
+        self._neither: set[type] = {types.NoneType}  # classes of no tensors, nodes of autograd's graph or random generators
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self.of_backward = ReadsOfBackward()
         self._classes: frozenset[type] = frozenset()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self._met: set[int] = set()  # objects that were there; these, or `preserved`, keep them alive
+        self._functions: dict[int, types.FunctionType] = {}  # of methods that were read
         self._built: set[int] = set()  # objects that the forward made
         self._sizes: dict[int, int] = {}
         self.controlled: GeneratorCall | None = None
@@ -174,78 +159,71 @@ class ReadRecorder:
                 self._environment[key] = None
             return read_variable(this, key)
 
-        numpys: dict[str, Any] = {}
-        try:
-            numpys = self._numpys_patched()
-            gc.disable()  # callbacks and finalizers that a collection runs are not the forward's code
-            self._patch(nn.Module)
-            environ.__getitem__ = look_up  # type: ignore[method-assign]
-            sys.setprofile(self._on_event)
-            yield
-        finally:
-            set_profiler(profile)
-            for name, function in numpys.items():
-                setattr(sys.modules["numpy"].random, name, function)
-            if collects:
-                gc.enable()
-            environ.__getitem__ = read_variable  # type: ignore[method-assign]
-            for kind, own in self._patched.items():
-                for name, held in zip(("__getattribute__", "__setattr__"), own, strict=True):
-                    if held is None:
-                        delattr(kind, name)
-                    else:
-                        setattr(kind, name, held)
-            self._patched.clear()
+        with control_of_numpy_noted(self._on_control_of_numpy):
+            try:
+                gc.disable()  # callbacks and finalizers that a collection runs are not the forward's code
+                self._patch(nn.Module)
+                environ.__getitem__ = look_up  # type: ignore[method-assign]
+                sys.setprofile(self._on_event)
+                yield
+            finally:
+                set_profiler(profile)
+                if collects:
+                    gc.enable()
+                environ.__getitem__ = read_variable  # type: ignore[method-assign]
+                for kind, own in self._patched.items():
+                    for name, held in zip(("__getattribute__", "__setattr__"), own, strict=True):
+                        if held is None:
+                            delattr(kind, name)
+                        else:
+                            setattr(kind, name, held)
+                self._patched.clear()
 
-    def _numpys_patched(self) -> dict[str, Any]:
-        """Note who controls numpy's global generator: its functions are no events for a profiler. Returns what stood there."""
-        numpy = sys.modules.get("numpy")
-        found = {name: getattr(numpy.random, name) for name in ("get_state", "set_state", "seed")} if numpy is not None else {}
-        for name, function in found.items():
-
-            @calls_users_code
-            def noted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
-                if (
-                    self.drew is None
-                    and not self.paused
-                    and not is_ours(caller := sys._getframe(1))
-                    and not is_compilers(caller)
-                ):
-                    self.drew = self._where()
-                return function(*args, **kwargs)
-
-            setattr(numpy.random, name, noted)  # type: ignore[union-attr]
-        return found
+    def _on_control_of_numpy(self, caller: types.FrameType) -> None:
+        if self.drew is None and not self.paused and not is_ours(caller) and not is_compilers(caller):
+            self.drew = self._where()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        # millions of events in a capture: most of them are of code that is known, and of methods that are none of these
         if event == "call":
-            code = frame.f_code
-            given = None if self.paused else given_to(frame)
-            if given is not None:
-                self._on_backward_code(given)
-            if id(code) in self._known or (self.paused and code in self._opaque_codes):
-                return
-            is_library = is_library_code(code)
-            self.compares_identities = self.compares_identities or compares_identities(code)
-            if is_library or not self.paused:
-                self._known[id(code)] = code
-            if not is_library:
-                (self._opaque_codes if self.paused else self._codes)[code] = (frame.f_globals, self._where())
-                is_opaque = self.paused
-                with self._not_noting():
-                    self._see_variables(code, frame, is_opaque)
-        elif event == "c_call":
-            owner = getattr(arg, "__self__", None)
-            if type(owner) in _NEITHER:
-                return
-            if isinstance(owner, torch.Tensor) and arg.__name__ == "numpy":
+            if (key := id(frame.f_code)) not in self._known or key in GIVEN:
+                self._on_call(frame)
+        elif event == "c_call" and type(owner := getattr(arg, "__self__", None)) not in self._neither:
+            self._on_builtin(frame, arg, owner)
+
+    def _on_call(self, frame: types.FrameType) -> None:
+        code = frame.f_code
+        given = None if self.paused else given_to(frame)
+        if given is not None:
+            self._on_backward_code(given)
+        if id(code) in self._known or (self.paused and code in self._opaque_codes):
+            return
+        is_library = is_library_code(code)
+        self.compares_identities = self.compares_identities or compares_identities(code)
+        if is_library or not self.paused:
+            self._known[id(code)] = code
+        if not is_library:
+            (self._opaque_codes if self.paused else self._codes)[code] = (frame.f_globals, self._where())
+            is_opaque = self.paused
+            with self._not_noting():
+                self._see_variables(code, frame, is_opaque)
+
+    def _on_builtin(self, frame: types.FrameType, function: Any, owner: Any) -> None:
+        """A built-in method of this object is called."""
+        if isinstance(owner, torch.Tensor):
+            name = function.__name__
+            if name == "numpy":
                 self._share(owner)
-            elif arg.__name__ in _NODE_HOOKS and isinstance(owner, torch.autograd.graph.Node) and is_users(frame):
-                self._note_left_out(LeftOut.NODE_HOOK)
-            elif arg.__name__ == "retain_grad" and isinstance(owner, torch.Tensor) and is_users(frame):
+            elif name == "retain_grad" and is_users(frame):
                 self._note_left_out(LeftOut.RETAINED_GRADIENT)
-            elif owner is not None and not self.paused and is_generator(owner):
-                self._on_generator(frame, arg, owner)
+        elif isinstance(owner, torch.autograd.graph.Node):
+            if function.__name__ in _NODE_HOOKS and is_users(frame):
+                self._note_left_out(LeftOut.NODE_HOOK)
+        elif is_generator(owner):
+            if not self.paused:
+                self._on_generator(frame, function, owner)
+        else:
+            self._neither.add(type(owner))
 
     def _on_backward_code(self, given: BackwardCode) -> None:
         """Note what code reads that will run in the backward."""
@@ -326,13 +304,17 @@ class ReadRecorder:
 
         @calls_users_code
         def recorded_get(this: Any, name: str) -> Any:
+            if name in _INTERNAL and isinstance(this, nn.Module):  # most reads there are
+                return getter(this, name)
             try:
                 value = getter(this, name)
             except AttributeError:
                 noted(this, name, None)
                 raise
             noted(this, name, value)
-            if is_used_up(value):  # its guard is in its place now, where it is the object's own
+            if hasattr(type(value), "__next__") and is_used_up(
+                value
+            ):  # its guard is in its place now, where it is the object's own
                 return (own_dict(this) or {}).get(name, value)
             return value
 
@@ -355,38 +337,52 @@ class ReadRecorder:
             return
         if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
             return
-        if (id(this), name) in self._first and (value is None or type(value) in _PLAIN):
+        is_seen = self._is_seen(value)
+        if is_seen and (id(this), name) in self._first:
             return
-        with self._not_noting():
-            self._keep_object(this)
-            if self._first.setdefault((id(this), name), "read") == "read":
-                self._read.setdefault(type(this), set()).add(name)
-                if isinstance(this, nn.Module):
-                    self.read_at.setdefault(id(this), set()).add(name)
-            if isinstance(value, nn.Module):
-                if id(value) not in self._names:
-                    self._preserved.keep(value, name)
-            elif value is not None and type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
-                self.see(value, name)
+        self._keep_object(this)
+        if self._first.setdefault((id(this), name), "read") == "read":
+            self._read.setdefault(type(this), set()).add(name)
+            if isinstance(this, nn.Module):
+                self.read_at.setdefault(id(this), set()).add(name)
+        if not is_seen:
+            with self._not_noting(), python_events_off():  # of looking through it, many more than of these calls
+                keep = self._preserved.keep if isinstance(value, nn.Module) else self.see
+                keep(value, name)
+
+    def _is_seen(self, value: Any) -> bool:
+        """What a read returns needs no look: a number, a tensor, a module of the model, a method of one that was looked at."""
+        if value is None or type(value) in _PLAIN or isinstance(value, torch.Tensor) or id(value) in self._names:
+            return True
+        if type(value) is not types.MethodType or id(value.__self__) not in self._names:
+            return False
+        function = value.__func__
+        if type(function) is not types.FunctionType or function.__closure__ or function.__kwdefaults__ or function.__dict__:
+            return False
+        if any(held is not None and type(held) not in _PLAIN for held in function.__defaults__ or ()):
+            return False
+        is_seen = id(function) in self._functions
+        self._functions[id(function)] = function
+        return is_seen
 
     def _keep_object(self, this: Any) -> None:
         """Remember the attributes of an object, but for one that is being built: a cache outside of the model may keep it."""
         if isinstance(this, nn.Module) or id(this) in self._built:
             return
-        if id(this) in self._met or attributes(this):
-            self._met.add(id(this))
-            self._preserved.keep(this, type(this).__qualname__)
-        else:
-            self._built.add(id(this))
+        with self._not_noting():
+            if id(this) in self._met or attributes(this):
+                self._met.add(id(this))
+                self._preserved.keep(this, type(this).__qualname__)
+            else:
+                self._built.add(id(this))
 
     def _note_write(self, this: Any, name: str) -> None:
         if self.paused or threading.get_ident() != self._thread:
             return
-        with self._not_noting():
-            self._keep_object(this)
-            self._first.setdefault((id(this), name), "write")
-            self._written.setdefault(type(this), set()).add(name)
-            self.written_at.setdefault(id(this), set()).add(name)
+        self._keep_object(this)
+        self._first.setdefault((id(this), name), "write")
+        self._written.setdefault(type(this), set()).add(name)
+        self.written_at.setdefault(id(this), set()).add(name)
 
     @contextlib.contextmanager
     def _not_noting(self) -> Iterator[None]:
