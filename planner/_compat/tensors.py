@@ -12,6 +12,23 @@ def storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+_INDICES = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+
+
+def dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that a tensor is made of: itself, or the indices and values of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in _INDICES:
+        return [*(getattr(tensor, name)() for name in _INDICES[tensor.layout]), tensor.values()]
+    return [tensor] if tensor.layout is torch.strided else []
+
+
 def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], bool]:
     """A quick check whether other tensors are of the same type, shape, strides, dtype, device and requires_grad as these.
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
+from planner._compat.tensors import dense_parts
 from planner.profiler.memory import logical_peak
 from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.generators import Generators
@@ -117,7 +118,7 @@ class TrainingStep:
     def resident_bytes(self) -> int:
         """Bytes of parameters, buffers and inputs, each storage once."""
         tensors = (*self.model.parameters(), *self.model.buffers(), *self.inputs)
-        storages = [tensor.untyped_storage() for tensor in tensors]
+        storages = [part.untyped_storage() for tensor in tensors for part in dense_parts(tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property

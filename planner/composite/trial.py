@@ -86,6 +86,7 @@ class Trial:
         self.calls: Counter[str] = Counter()
         self.is_random = False
         self.used: dict[str, list[dict[int, Strides]]] = {}
+        self.refused: dict[str, str] = {}
         self.weight_users: Mapping[str, set[str]] = {}
         self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
@@ -248,12 +249,20 @@ class Trial:
         uses, generators = Uses(self.model), Generators(self.device)
         self.calls.clear()
         self.used.clear()
+        self.refused.clear()
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return uses.enter(name, args, kwargs)
 
         def left(_module: nn.Module, _args: Any, _out: Any) -> None:
             uses.leave()
+
+        def arrives(name: str, used: dict[int, Strides], i: int, gradient: torch.Tensor) -> None:
+            used[i] = gradient.stride()
+            if torch.is_grad_enabled():
+                self.refused[name] = "its backward runs with create_graph=True, and a planned module has no second derivative"
+            elif torch.is_autocast_enabled(self.device.type):
+                self.refused[name] = "its backward runs under autocast, which casts eager's kernels there, and not a plan's"
 
         def after(name: str, _module: nn.Module, args: Any, out: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -267,7 +276,7 @@ class Trial:
                     # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
                     is_own = not leaf._is_view() and not any(leaf is given for given in pytree.tree_leaves(args))
                     leaves[i] = OutputIdentity.apply(leaf, None) if is_own else leaf.view_as(leaf)
-                    leaves[i].register_hook(lambda gradient, i=i: used.__setitem__(i, gradient.stride()))
+                    leaves[i].register_hook(partial(arrives, name, used, i))
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]

@@ -66,11 +66,11 @@ class Uses(TorchDispatchMode):
     def _watched(self, tensor: torch.Tensor, name: str, i: int) -> torch.Tensor:
         """A view for the submodule alone. Autograd adds in place: the first gradient's memory holds the sum."""
         view = tensor.view_as(tensor)
-        first: list[int] = []
-        self._hooks.append(view.register_hook(lambda gradient: first.append(gradient.data_ptr())))
+        first: list[int | None] = []
+        self._hooks.append(view.register_hook(lambda gradient: first.append(_address(gradient))))
 
         def all_of_it(gradient: torch.Tensor) -> None:
-            if first and gradient.data_ptr() != first[0]:
+            if first and (first[0] is None or _address(gradient) != first[0]):
                 self.inputs_used_after[name].add(i)
 
         self._hooks.append(tensor.register_hook(all_of_it))
@@ -92,3 +92,11 @@ class Uses(TorchDispatchMode):
         if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad or tensor.layout is not torch.strided:
             return None
         return self._weights.get(storage_id(tensor))
+
+
+def _address(gradient: torch.Tensor) -> int | None:
+    """Where a gradient lies in memory; None for one without memory of its own: sparse, or of many backwards at once (vmap)."""
+    try:
+        return gradient.data_ptr()
+    except RuntimeError:
+        return None

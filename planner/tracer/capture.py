@@ -24,6 +24,7 @@ from planner.tracer.faults import concerns_model, note, noting
 from planner.tracer.graph_checks import (
     check_aliases,
     check_constants,
+    check_dense,
     check_no_iterators,
     check_no_weights,
     check_tensors_in_objects,
@@ -190,6 +191,8 @@ def _capture(
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))
     check_no_weights(model, given)
+    check_dense({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    check_dense({f"input {i}": tensor for i, tensor in enumerate(given)})
     check_no_iterators(leaves)
     device = _device(model, given, target)
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
@@ -210,6 +213,7 @@ def _capture(
                 known = (tuple(opaque), device, modules, originals)
                 recording = inside(record, model, call, tensors, *known, as_found=as_found)
                 check_tensors_in_objects(call.leaves, recording.written)
+                check_dense({str(path): path.get(model) for path in recording.host.state})
         try:
             with _explained(model, modules):
                 options = TraceOptions(model, call, loss, gradients, recording, modules, target, replay, caches_casts)

@@ -12,7 +12,7 @@ from torch import nn
 def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     """Extend a deep copy's memo: tensors that a forward left on modules are copied without their autograd graphs.
 
-    copy.deepcopy refuses tensors that are not leaves of autograd.
+    copy.deepcopy refuses tensors that are not leaves of autograd, and most sparse ones.
     """
     todo = [value for module in model.modules() for value in vars(module).values()]
     seen: set[int] = set()
@@ -24,6 +24,8 @@ def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
         if isinstance(held, torch.Tensor):
             if held.grad_fn is not None:
                 memo[id(held)] = held.detach().clone().requires_grad_()
+            elif held.layout is not torch.strided and not isinstance(held, nn.Parameter):  # deepcopy knows few of these
+                memo[id(held)] = held.detach().clone().requires_grad_(held.requires_grad)
         elif isinstance(held, (list, tuple, deque)):
             todo += held
         elif isinstance(held, dict):

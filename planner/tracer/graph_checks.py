@@ -1,4 +1,4 @@
-"""What a captured graph may not do with the model's weights, and with tensors in Python state and in objects of the call."""
+"""What cannot be planned of a model's weights, of the call's tensors, and of those in Python state and in objects."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
             raise CaptureError(
                 f"input {i} is the model's own parameter {names[id(tensor)]}: let the forward read it from the module, or pass "
                 "a tensor computed from it"
+            )
+
+
+def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CaptureError where a tensor is sparse; `tensors`: by what messages call them."""
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise CaptureError(
+                f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor: only dense tensors can be planned"
             )
 
 

@@ -1,0 +1,106 @@
+"""Sparse matrices in models, as of graphs: refused by name in a whole plan, trained exactly around planned units."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from planner import CaptureError, plan, plan_units
+from planner.composite.trial import Trial
+from tests.support.training import assert_same
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|invariant)")  # torch's, where it makes the first one
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "coo": torch.Tensor.to_sparse,
+    "csr": torch.Tensor.to_sparse_csr,
+    "csc": torch.Tensor.to_sparse_csc,
+}
+
+
+class Mixing(nn.Module):
+    """Mixes rows by a sparse matrix that it holds, or gets."""
+
+    def __init__(self, held: torch.Tensor | None, *, is_buffer: bool = False) -> None:
+        super().__init__()
+        if is_buffer:
+            self.register_buffer("matrix", held)
+        else:
+            self.matrix = held
+
+    def forward(self, x: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
+        matrix = self.matrix if given is None else given
+        return matrix @ x
+
+
+class Net(nn.Module):
+    def __init__(self, mixing: Mixing) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.mixing = mixing
+        self.last = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        return self.last(self.mixing(self.first(x), *given)).square().sum()
+
+
+def made(layout: str, where: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A model with its matrix in this place, and a call; twice the same (torch copies few sparse tensors)."""
+    torch.manual_seed(0)
+    matrix = LAYOUTS[layout]((torch.rand(8, 8) > 0.6).float())
+    held = None if where == "input" else matrix
+    model = Net(Mixing(held, is_buffer=where == "buffer"))
+    return model, (torch.randn(8, 16), *([matrix] if where == "input" else []))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("where", "name"), [("buffer", "mixing.matrix"), ("attribute", "mixing.matrix"), ("input", "input 1")])
+def test_units_are_planned_around_it(layout: str, where: str, name: str) -> None:
+    model, args = made(layout, where)
+    with pytest.raises(CaptureError, match=rf"^{name} is a sparse_{layout} tensor: .*planner\.plan_units plans"):
+        plan(model, 0.9, args, progress=False)
+    units = plan_units(model, 1.0, args, progress=False)
+    assert units.planned
+    model(*args).backward()
+    assert not sum(unit.num_unplanned_calls for unit in units.planned.values())
+    eager, again = made(layout, where)
+    eager(*again).backward()
+    assert_same([p.grad for p in eager.parameters()], [p.grad for p in model.parameters()])
+
+
+def test_resident_bytes_count_indices_and_values() -> None:
+    model, args = made("coo", "input")
+    without = Trial(model, args, {}, None).resident_bytes
+    model.register_buffer("more", torch.sparse_coo_tensor(torch.arange(3).repeat(2, 1), torch.ones(3), (8, 8)))
+    assert Trial(model, args, {}, None).resident_bytes - without == 3 * (2 * 8 + 4)  # two indices and a value per entry
+
+
+class Divergence(nn.Module):
+    """Takes a Jacobian of its inner net in the forward, all rows at once, as continuous flows do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.last = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Linear(64, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        y = self.inner(x)
+        rows = torch.eye(4).unsqueeze(1).expand(4, *y.shape)
+        (jacobian,) = torch.autograd.grad(y, x, rows, create_graph=True, is_grads_batched=True)
+        return self.last(y).square().sum() + torch.einsum("i...i->", jacobian)
+
+
+def test_many_backwards_at_once_in_the_forward() -> None:
+    """Gradients have no memory of their own there."""
+    torch.manual_seed(0)
+    model, eager = Divergence(), Divergence()
+    eager.load_state_dict(model.state_dict())
+    x = torch.randn(8, 4)
+    units = plan_units(model, 1.0, (x,), progress=False)
+    assert list(units.planned) == ["last"]
+    assert units.left.keys() >= {"inner.0", "inner.2"}
+    assert "create_graph=True" in units.left["inner.0"]
+    model(x).backward()
+    eager(x.detach().clone()).backward()
+    assert_same([p.grad for p in eager.parameters()], [p.grad for p in model.parameters()])
