@@ -21,12 +21,20 @@ _INDICES = {
 
 
 def dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The dense tensors that a tensor is made of: itself, or the indices and values of a sparse one."""
+    """The dense tensors that a tensor is made of: itself, or the indices and values of a sparse one; no other layout's."""
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in _INDICES:
         return [*(getattr(tensor, name)() for name in _INDICES[tensor.layout]), tensor.values()]
     return [tensor] if tensor.layout is torch.strided else []
+
+
+def address_of(tensor: torch.Tensor) -> int | None:
+    """Where a tensor lies in memory; None for one without memory of its own: sparse, or of many calls at once (vmap)."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], bool]:

@@ -71,10 +71,11 @@ class TrainingStep:
         self.random_state = [*Generators(self.device).restorers(), *held]
 
     def draw_inputs(self, draw: int) -> None:
-        """Write into the call's tensors what `resampled` draws from them; 0 leaves them as they are."""
+        """Write into the call's dense tensors what `resampled` draws from them; 0 leaves them as they are."""
         if draw:
+            dense = [tensor for tensor in self.inputs if tensor.layout is torch.strided]
             with torch.no_grad():
-                for tensor, drawn in zip(self.inputs, resampled(self.inputs, draw), strict=True):
+                for tensor, drawn in zip(dense, resampled(dense, draw), strict=True):
                     tensor.copy_(drawn)
 
     def restore_random_state(self) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
+from planner._compat.tensors import address_of
 from planner.composite.marked import joined, mark_module
 from planner.composite.training_step import Autocast, TrainingStep
 from planner.composite.uses import Uses
@@ -258,11 +259,14 @@ class Trial:
             uses.leave()
 
         def arrives(name: str, used: dict[int, Strides], i: int, gradient: torch.Tensor) -> None:
-            used[i] = gradient.stride()
             if torch.is_grad_enabled():
                 self.refused[name] = "its backward runs with create_graph=True, and a planned module has no second derivative"
             elif torch.is_autocast_enabled(self.device.type):
-                self.refused[name] = "its backward runs under autocast, which casts eager's kernels there, and not a plan's"
+                self.refused[name] = "its backward runs under autocast: eager casts the kernels there, a plan does not"
+            elif address_of(gradient) is None:
+                self.refused[name] = "it gets a sparse gradient, or those of many backwards at once (is_grads_batched=True)"
+            else:
+                used[i] = gradient.stride()
 
         def after(name: str, _module: nn.Module, args: Any, out: Any) -> Any:
             if not torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from planner._compat import pytree
 from planner._compat.backward_state import in_backward
 from planner._compat.dispatch import TorchDispatchMode
-from planner._compat.tensors import storage_id
+from planner._compat.tensors import address_of, storage_id
 
 
 class Uses(TorchDispatchMode):
@@ -67,10 +67,10 @@ class Uses(TorchDispatchMode):
         """A view for the submodule alone. Autograd adds in place: the first gradient's memory holds the sum."""
         view = tensor.view_as(tensor)
         first: list[int | None] = []
-        self._hooks.append(view.register_hook(lambda gradient: first.append(_address(gradient))))
+        self._hooks.append(view.register_hook(lambda gradient: first.append(address_of(gradient))))
 
         def all_of_it(gradient: torch.Tensor) -> None:
-            if first and (first[0] is None or _address(gradient) != first[0]):
+            if first and (first[0] is None or address_of(gradient) != first[0]):  # unknown counts as used again
                 self.inputs_used_after[name].add(i)
 
         self._hooks.append(tensor.register_hook(all_of_it))
@@ -92,11 +92,3 @@ class Uses(TorchDispatchMode):
         if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad or tensor.layout is not torch.strided:
             return None
         return self._weights.get(storage_id(tensor))
-
-
-def _address(gradient: torch.Tensor) -> int | None:
-    """Where a gradient lies in memory; None for one without memory of its own: sparse, or of many backwards at once (vmap)."""
-    try:
-        return gradient.data_ptr()
-    except RuntimeError:
-        return None

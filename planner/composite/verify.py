@@ -121,5 +121,7 @@ class _Side:
 def _copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     """A leaf of its own; one for all places that hold the tensor."""
     if id(tensor) not in memo:
-        memo[id(tensor)] = copy.deepcopy(tensor.detach()).requires_grad_(tensor.requires_grad)
+        plain = tensor.detach()
+        copied = copy.deepcopy(plain) if tensor.layout is torch.strided else plain.clone()
+        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
     return memo[id(tensor)]  # type: ignore[no-any-return]

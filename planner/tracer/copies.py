@@ -25,7 +25,7 @@ def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
             if held.grad_fn is not None:
                 memo[id(held)] = held.detach().clone().requires_grad_()
             elif held.layout is not torch.strided and not isinstance(held, nn.Parameter):  # deepcopy knows few of these
-                memo[id(held)] = held.detach().clone().requires_grad_(held.requires_grad)
+                memo.setdefault(id(held), held.detach().clone().requires_grad_(held.requires_grad))
         elif isinstance(held, (list, tuple, deque)):
             todo += held
         elif isinstance(held, dict):

@@ -28,7 +28,7 @@ def check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
 
 
 def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise CaptureError where a tensor is sparse; `tensors`: by what messages call them."""
+    """Raise CaptureError where a tensor is not dense (sparse, nested); `tensors`: by what messages call them."""
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise CaptureError(

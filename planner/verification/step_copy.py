@@ -22,6 +22,7 @@ from planner.runtime.install import uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import unplanned_forward
 from planner.tracer.call import without_history
+from planner.tracer.copies import with_left_tensors
 from planner.tracer.faults import is_out_of_memory
 from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.preserve import Preserved
@@ -52,7 +53,8 @@ def copy_of(module: nn.Module, *, sharing: bool = False) -> Any:
     """
     model = module.original if isinstance(module, CheckpointedModule) else module
     left = [t for t in state_of(model).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
-    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in left}
+    memo = with_left_tensors(model, {})
+    memo |= {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in left}
     if sharing:
         memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     try:

@@ -29,6 +29,10 @@ TABLE = {'f': scaled}
 @dataclasses.dataclass
 class D:
     s: float = 2.0
+class Proxy:
+    def __init__(self, inner): self._inner = inner
+    __class__ = property(lambda self: type(self._inner))
+    def __getattr__(self, name): return getattr(self._inner, name)
 class Holds:
     class In: s = 2.0
     @staticmethod
@@ -57,6 +61,7 @@ def holding(name, value, use, change, word, **more):
 SGD = "torch.optim.SGD([torch.zeros(1)], lr=2.0)"
 SETTINGS = [
     holding("an attribute of the class", "C()", "h = h * self.o.s", "C.s = 3.0", r"o\.s is 3\.0, planned for 2\.0"),
+    holding("behind a proxy that answers for its class", "Proxy(C())", "h = h * self.o.s", "C.s = 3.0", r"o.* is 3\.0"),
     holding("of a base class", "C()", "h = h * self.o.low", "Base.low = 3.0", r"o\.low is 3\.0"),
     holding("a dictionary of the class", "C()", "h = h * self.o.d['k']", "C.d['k'] = 3.0", r"o\.d\['k'\] is 3\.0"),
     holding("read by a method", "C()", "h = self.o.g(h)", "C.s = 3.0", r"o\.s is 3\.0"),

@@ -76,14 +76,14 @@ class ReadRecorder:
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
-        self._neither: set[type] = {types.NoneType}  # classes of no tensors, nodes of autograd's graph or random generators
+        self._ignored: set[type] = {types.NoneType}  # classes whose built-in methods `_on_builtin` need not hear of
         self._opaque_codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self.of_backward = ReadsOfBackward()
         self._classes: frozenset[type] = frozenset()
         self._environment: dict[str, None] = {}
         self._objects: list[Any] = []  # so that no identity is used twice
         self._met: set[int] = set()  # objects that were there; these, or `preserved`, keep them alive
-        self._functions: dict[int, types.FunctionType] = {}  # of methods that were read
+        self._functions: dict[int, Any] = {}  # of methods that were looked at
         self._built: set[int] = set()  # objects that the forward made
         self._sizes: dict[int, int] = {}
         self.controlled: GeneratorCall | None = None
@@ -184,11 +184,11 @@ class ReadRecorder:
             self.drew = self._where()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        # millions of events in a capture: most of them are of code that is known, and of methods that are none of these
+        # a million events in a capture: most are of code that is known, and of built-in methods of classes without interest
         if event == "call":
             if (key := id(frame.f_code)) not in self._known or key in GIVEN:
                 self._on_call(frame)
-        elif event == "c_call" and type(owner := getattr(arg, "__self__", None)) not in self._neither:
+        elif event == "c_call" and type(owner := getattr(arg, "__self__", None)) not in self._ignored:
             self._on_builtin(frame, arg, owner)
 
     def _on_call(self, frame: types.FrameType) -> None:
@@ -223,7 +223,7 @@ class ReadRecorder:
             if not self.paused:
                 self._on_generator(frame, function, owner)
         else:
-            self._neither.add(type(owner))
+            self._ignored.add(type(owner))
 
     def _on_backward_code(self, given: BackwardCode) -> None:
         """Note what code reads that will run in the backward."""
@@ -304,7 +304,7 @@ class ReadRecorder:
 
         @calls_users_code
         def recorded_get(this: Any, name: str) -> Any:
-            if name in _INTERNAL and isinstance(this, nn.Module):  # most reads there are
+            if kind is nn.Module and name in _INTERNAL:  # most reads there are
                 return getter(this, name)
             try:
                 value = getter(this, name)
@@ -312,9 +312,7 @@ class ReadRecorder:
                 noted(this, name, None)
                 raise
             noted(this, name, value)
-            if hasattr(type(value), "__next__") and is_used_up(
-                value
-            ):  # its guard is in its place now, where it is the object's own
+            if is_used_up(value):  # its guard is in its place now, where it is the object's own
                 return (own_dict(this) or {}).get(name, value)
             return value
 
@@ -337,37 +335,41 @@ class ReadRecorder:
             return
         if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
             return
-        is_seen = self._is_seen(value)
-        if is_seen and (id(this), name) in self._first:
+        needs_look = self._needs_look(value)
+        if not needs_look and (id(this), name) in self._first:
             return
         self._keep_object(this)
         if self._first.setdefault((id(this), name), "read") == "read":
             self._read.setdefault(type(this), set()).add(name)
-            if isinstance(this, nn.Module):
+            if issubclass(type(this), nn.Module):
                 self.read_at.setdefault(id(this), set()).add(name)
-        if not is_seen:
-            with self._not_noting(), python_events_off():  # of looking through it, many more than of these calls
+        if needs_look:
+            with self._not_noting(), python_events_off():  # looking through a value makes many calls, none of them the model's
                 keep = self._preserved.keep if isinstance(value, nn.Module) else self.see
                 keep(value, name)
+                if type(value) is types.MethodType:
+                    self._functions[id(value.__func__)] = value.__func__
 
-    def _is_seen(self, value: Any) -> bool:
-        """What a read returns needs no look: a number, a tensor, a module of the model, a method of one that was looked at."""
-        if value is None or type(value) in _PLAIN or isinstance(value, torch.Tensor) or id(value) in self._names:
-            return True
+    def _needs_look(self, value: Any) -> bool:
+        """What a read returns may lead to Python state: it is no number, tensor, module of the model, or plain method of one.
+
+        A method is plain that was looked at before and whose function holds nothing. By `type`: the class that an object names
+        itself may be computed by the user's code.
+        """
+        if value is None or type(value) in _PLAIN or issubclass(type(value), torch.Tensor) or id(value) in self._names:
+            return False
         if type(value) is not types.MethodType or id(value.__self__) not in self._names:
-            return False
+            return True
         function = value.__func__
-        if type(function) is not types.FunctionType or function.__closure__ or function.__kwdefaults__ or function.__dict__:
-            return False
-        if any(held is not None and type(held) not in _PLAIN for held in function.__defaults__ or ()):
-            return False
-        is_seen = id(function) in self._functions
-        self._functions[id(function)] = function
-        return is_seen
+        if type(function) is not types.FunctionType or id(function) not in self._functions:
+            return True
+        if function.__closure__ or function.__kwdefaults__ or function.__dict__:
+            return True
+        return any(held is not None and type(held) not in _PLAIN for held in function.__defaults__ or ())
 
     def _keep_object(self, this: Any) -> None:
         """Remember the attributes of an object, but for one that is being built: a cache outside of the model may keep it."""
-        if isinstance(this, nn.Module) or id(this) in self._built:
+        if issubclass(type(this), nn.Module) or id(this) in self._built:
             return
         with self._not_noting():
             if id(this) in self._met or attributes(this):
