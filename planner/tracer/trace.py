@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -261,8 +262,8 @@ def _traced_forward(
         modules.following(),
         casts.counting(),
         mode,
+        _state_placed(options, tensors, given),
     ):
-        _place_state(options, tensors, given)
         check_traced(recording.host.key.libraries)
         with answered(
             recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.seen_by_line, lambda: str(modules)
@@ -299,17 +300,29 @@ def _traced_tensors(
     return at
 
 
-def _place_state(options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
-    """Put traced tensors where Python state holds tensors, and other values where the recorded call found them."""
+@contextmanager
+def _state_placed(
+    options: TraceOptions, tensors: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Put traced tensors where Python state holds tensors, and other values where the recorded call found them.
+
+    At exit the traced ones that are still there are taken back, wherever that is.
+    """
     host, model, state = options.recording.host, options.model, tensors[len(options.call.tensors) :]
     for path, found in (*host.found, *zip(host.counts.places, host.counts.captured, strict=True)):
         path.set(model, rebuilt(found, lambda leaf: leaf))
-    for path, traced in zip(host.state, state, strict=True):
+    placed = [
+        *zip(host.state, state, strict=True),
+        *((path, state[number]) for path, number in host.shared),
+        *((path, weights[name]) for path, name in host.aliases),
+        *((path, tensors[i]) for path, i in host.key.inputs_at if i is not None),
+    ]
+    before = [path.get(model) for path, _ in placed]
+    for path, traced in placed:
         path.replace(model, traced)
-    for path, number in host.shared:
-        path.replace(model, state[number])
-    for path, name in host.aliases:
-        path.replace(model, weights[name])
-    for path, i in host.key.inputs_at:
-        if i is not None:
-            path.replace(model, tensors[i])
+    try:
+        yield
+    finally:
+        for (path, traced), own in zip(placed, before, strict=True):
+            if path.get(model) is traced:
+                path.replace(model, own)

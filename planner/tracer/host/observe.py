@@ -30,7 +30,7 @@ from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.model_keys import weight_places
 from planner.tracer.host.one_call import OneCall
 from planner.tracer.host.path import Path, named, submodule
-from planner.tracer.host.preserve import Preserved, containers_of, keep_deep, keep_model, plain_tensors
+from planner.tracer.host.preserve import Preserved, containers_of, keep_deep, keep_model, keep_module, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, roots, skipped_places, walk, written_containers
@@ -99,10 +99,7 @@ class Observer:
         self._names = {id(module): name for name, module in model.named_modules()}
         self.preserved = Preserved(guards_iterators=guards_iterators)
         for module in model.modules():
-            self.preserved.keep(module, self._names[id(module)])
-            for held in list(vars(module).values()):
-                if isinstance(held, (dict, set)):
-                    self.preserved.keep(held)
+            keep_module(self.preserved, module, self._names[id(module)])
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
                 for name, held in containers_of(kind):

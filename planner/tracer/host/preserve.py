@@ -184,6 +184,14 @@ def plain_tensors(model: nn.Module) -> list[torch.Tensor]:
     return found
 
 
+def keep_module(preserved: Preserved, module: nn.Module, where: str = "") -> None:
+    """Remember a module's attributes, and the dictionaries of its weights, submodules and hooks; not what these hold."""
+    preserved.keep(module, where)
+    for held in list(vars(module).values()):
+        if isinstance(held, (dict, set)):
+            preserved.keep(held)
+
+
 def keep_model(model: nn.Module, preserved: Preserved, objects: Sequence[Any] = ()) -> Preserved:
     """Remember a model's attributes, and the containers and objects that they, or `objects`, lead to."""
     names = {id(module): "" for module in model.modules()}

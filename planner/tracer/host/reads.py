@@ -23,7 +23,7 @@ from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import GeneratorCall, control_of_numpy_noted
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
-from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
+from planner.tracer.host.preserve import Preserved, keep_deep, keep_module, keep_reachable
 from planner.tracer.host.scopes import Reads, attribute_names, compares_identities, each_named, is_library_code, scopes_of
 from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict, reachable
 
@@ -132,7 +132,7 @@ class ReadRecorder:
             self._objects.append(item)
             self._met.add(id(item))
             if isinstance(item, nn.Module):  # one that is in a container, not among the model's own
-                self._preserved.keep(item, where)
+                self._keep_modules(item, where)
             elif not self._patch(type(item)) and self._preserved.keep(item, where):
                 for held in list(attributes(item).values()):  # a class that cannot be patched: a namespace
                     self.see(held, where)
@@ -345,10 +345,14 @@ class ReadRecorder:
                 self.read_at.setdefault(id(this), set()).add(name)
         if needs_look:
             with self._not_noting(), python_events_off():  # looking through a value makes many calls, none of them the model's
-                keep = self._preserved.keep if isinstance(value, nn.Module) else self.see
+                keep = self._keep_modules if isinstance(value, nn.Module) else self.see
                 keep(value, name)
                 if type(value) is types.MethodType:
                     self._functions[id(value.__func__)] = value.__func__
+
+    def _keep_modules(self, root: nn.Module, where: str) -> None:
+        for module in root.modules():
+            keep_module(self._preserved, module, where)
 
     def _needs_look(self, value: Any) -> bool:
         """What a read returns may lead to Python state: it is no number, tensor, module of the model, or plain method of one.
