@@ -229,12 +229,16 @@ class _Head(Fingerprints):
         return ("member",)
 
 
+_OF_NUMPY = ("Generator", "RandomState", "BitGenerator")
+"""Names of numpy's sources of random numbers."""
+
+
 def is_generator(value: Any) -> bool:
     """A source of random numbers."""
     kind = type(value)
     if issubclass(kind, (random.Random, torch.Generator)):
         return True
-    return kind.__module__.partition(".")[0] == "numpy" and kind.__name__ in ("Generator", "RandomState")
+    return any(base.__module__.partition(".")[0] == "numpy" and base.__name__ in _OF_NUMPY for base in kind.__mro__)
 
 
 _VALUES = (str, bytes, int, float, complex)

@@ -25,7 +25,9 @@ def generator_state(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
-    return copy.deepcopy(value.bit_generator.state) if hasattr(value, "bit_generator") else value.get_state(legacy=False)
+    if hasattr(value, "get_state"):
+        return value.get_state(legacy=False)
+    return copy.deepcopy(getattr(value, "bit_generator", value).state)
 
 
 def _numpy_state() -> Any:
@@ -139,10 +141,11 @@ def seed_own(generator: Any, seed: int) -> None:
     """Seed a generator that code holds itself: Python's, numpy's of both kinds, or torch's."""
     if isinstance(generator, torch.Generator):
         generator.manual_seed(seed)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = type(generator.bit_generator)(seed).state
-    else:
+    elif hasattr(generator, "seed"):
         generator.seed(seed)
+    else:
+        bits = getattr(generator, "bit_generator", generator)
+        bits.state = type(bits)(seed).state
 
 
 def _bytes_of_state(index: int | None = None) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import types
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -49,6 +50,10 @@ class GuardedIterator:
             "each call; a plan would repeat one for ever. Pass the item to the model as an argument"
         )
 
+    def send(self, _value: Any) -> Any:
+        """As a generator's: refused as `next` is; a generator cannot be copied."""
+        return next(self)
+
     def _copied(self) -> Any:
         try:
             with warnings.catch_warnings():
@@ -62,9 +67,11 @@ class GuardedIterator:
 
 
 def guarded(value: Any, where: str) -> Any:
-    """A guard in the place of an iterator; a tuple with guards in the place of its iterators; any other value itself."""
+    """A guard in the place of an iterator or of its method; a tuple with guards in their places; any other value itself."""
     if is_used_up(value):
         return GuardedIterator(value, where)
+    if isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)) and is_used_up(value.__self__):
+        return getattr(GuardedIterator(value.__self__, where), value.__name__, value)
     if isinstance(value, tuple):
         items = [guarded(item, f"{where}[{i}]") for i, item in enumerate(value)]
         if any(item is not own for item, own in zip(items, value, strict=True)):

@@ -247,9 +247,12 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
             todo += [(inner, f"{place}[{key!r}]") for key, inner in items_of(item)]
         elif isinstance(item, types.FunctionType):
             todo += [(content_of(cell), place) for cell in item.__closure__ or ()]
-            todo += [(held, place) for held in (item.__defaults__, item.__kwdefaults__, vars(item)) if held]
+            todo += [(held, place) for held in (item.__defaults__, item.__kwdefaults__) if held]
+            todo.append((vars(item), place))  # also while it is empty: to be empty again
         elif isinstance(item, types.MethodType):
             todo += [(item.__self__, place), (item.__func__, place)]
+        elif isinstance(item, (types.BuiltinMethodType, types.MethodWrapperType)):
+            todo += [] if isinstance(item.__self__, (types.ModuleType, type)) else [(item.__self__, place)]
         elif isinstance(item, functools.partial):
             todo += [(held, place) for held in (item.func, item.args, item.keywords)]
         elif isinstance(item, (staticmethod, classmethod, functools._lru_cache_wrapper)):

@@ -262,10 +262,10 @@ def _restorer_of_generator(value: Any) -> Callable[[], bool]:
 
     def restore() -> bool:
         changed = repr(generator_state(value)) != repr(content)
-        if hasattr(value, "bit_generator"):
-            value.bit_generator.state = content
-        else:
+        if hasattr(value, "set_state"):
             value.set_state(content)
+        else:
+            getattr(value, "bit_generator", value).state = content
         return changed
 
     return restore

@@ -104,7 +104,7 @@ def is_plain(value: Any) -> bool:
 
 def is_iterator(value: Any) -> bool:
     """The value is used up as it is read: a generator, itertools.cycle, a file."""
-    return hasattr(type(value), "__next__")
+    return hasattr(type(value), "__next__") and type(value) not in weakref.ProxyTypes  # which have all methods there are
 
 
 @calls_users_code
