@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import BackwardError, plan
+from planner import BackwardError, MismatchWarning, plan
 from tests.support.members import check, ids, member
 from tests.support.source import Step
 
@@ -311,3 +311,27 @@ def test_without_a_recorded_write_outputs_that_are_there_train_as_in_eager():
         found.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert planned.num_planned_calls == 1
+
+
+def test_a_class_that_the_models_class_holds() -> None:
+    """It has no code that runs, and the model reads it by its own class."""
+
+    class Scale:
+        factor = 2.0
+
+    class Net(nn.Module):
+        scale = Scale
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.first(x) * type(self).scale().factor).sum()
+
+    model, x = Net(), torch.randn(4, 8)
+    planned = plan(model, 1.0, (x,), progress=False)
+    assert planned(x).item() == model(x).item()
+    Scale.factor = 3.0
+    with pytest.warns(MismatchWarning, match=r"factor is 3\.0"):
+        assert planned(x).item() == model(x).item()

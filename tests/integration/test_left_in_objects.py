@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import PlannerError, plan, plan_units
+from planner import CaptureError, PlannerError, plan, plan_units
 
 
 class Holder:
@@ -63,10 +63,37 @@ def referred(net: Net) -> None:
     net.held = weakref.proxy(net.holder)
 
 
+class Counting:
+    """A descriptor that counts its reads."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __get__(self, _net: Net | None, _kind: type) -> float:
+        self.n += 1
+        return float(self.n)
+
+
+class Counted(Net):
+    number_of_reads = Counting()
+
+
+def memory(net: Net) -> None:
+    net.tensor = torch.ones(4)
+    net.held = net.tensor.numpy
+
+
+def written_by_numpy(net: Net) -> float:
+    array = net.held()
+    array += 1
+    return float(array.sum())
+
+
 CASES = {
     "bound method of a random generator": (held(lambda: random.Random(3).random), lambda net: net.held()),
     "bound method of a list": (held(lambda: [*items()].pop), lambda net: net.held()),
     "bound method of an iterator": (held(lambda: iter([*items()]).__next__), lambda net: net.held()),
+    "bound method of a tensor": (memory, written_by_numpy),
     "bit generator": (held(lambda: np.random.PCG64(3)), lambda net: float(net.held.random_raw() % 7)),
     "what is sent to a generator": (held(items), lambda net: net.held.send(None)),
     "attribute that a function gets": (new_function, counted),
@@ -91,6 +118,15 @@ def test_the_model_computes_what_eager_does(prepare, number, in_units: bool) -> 
         assert "fault of the planner" not in str(error) and "GuardedIterator" not in str(error)
         run = model
     assert [run(x).item() for _ in range(3)] == [eager(x).item() for _ in range(3)]
+
+
+def test_a_descriptor_that_counts() -> None:
+    x = torch.randn(64, 16)
+    use = lambda net: net.number_of_reads
+    model = Counted(lambda _: None, use)
+    with pytest.raises(CaptureError, match=r"changes its attribute .*n "):
+        plan(model, 0.99, (x,), progress=False)
+    assert vars(Counted)["number_of_reads"].n == 0
 
 
 def test_a_tensor_of_a_module_in_a_list_is_an_input() -> None:

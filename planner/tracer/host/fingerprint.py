@@ -193,7 +193,7 @@ class Fingerprints:
             return (Same(value.__code__, value.__qualname__, True), (*found, scope))
         if isinstance(value, _ATOMIC):
             return (Same(value, kind.__qualname__, True), found)
-        base = next((base for base in _VALUES if isinstance(value, base)), None)
+        base = next((base for base in _VALUES if issubclass(kind, base)), None)
         if base is not None:  # of a class derived from Python's
             return (head, base.__repr__(value), found)
         if not found and not isinstance(value, (list, tuple, dict)) and not (is_object(value) and not is_foreign_class(kind)):

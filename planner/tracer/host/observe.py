@@ -30,7 +30,7 @@ from planner.tracer.host.kernels import RecordKernels, Run
 from planner.tracer.host.model_keys import weight_places
 from planner.tracer.host.one_call import OneCall
 from planner.tracer.host.path import Path, named, submodule
-from planner.tracer.host.preserve import Preserved, containers_of, keep_deep, keep_model, keep_module, plain_tensors
+from planner.tracer.host.preserve import Preserved, keep_deep, keep_model, keep_module, plain_tensors
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.state import HostKey, HostState, roots, skipped_places, walk, written_containers
@@ -102,8 +102,10 @@ class Observer:
             keep_module(self.preserved, module, self._names[id(module)])
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
-                for name, held in containers_of(kind):
-                    keep_deep(self.preserved, held, self._names, f"{kind.__name__}.{name}")
+                for name, held in list(vars(kind).items()):
+                    if not name.startswith("__") and not is_code(held):
+                        for item in keep_deep(self.preserved, held, self._names, f"{kind.__name__}.{name}"):
+                            self.preserved.keep(item)  # a descriptor is read by way of the module alone
         if opaque:  # what runs in there is not followed: everything reachable from the model is remembered
             keep_model(model, self.preserved)
         for tensor in model.parameters():
@@ -268,7 +270,7 @@ class Observer:
         """What the classes of the model's modules hold, but for their code."""
         kinds = {base for module in self.model.modules() for base in class_homes(type(module))}
         return {
-            (kind, name): ABSENT if is_code(value) else value
+            (kind, name): ABSENT if is_code(value) and (not isinstance(value, type) or is_foreign_class(value)) else value
             for kind in kinds
             if not is_foreign_class(kind)
             for name, value in vars(kind).items()

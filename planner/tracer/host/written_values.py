@@ -49,6 +49,10 @@ def with_member(value: Any, step: PathStep, new: Any) -> Any:
         parts = {"func": value.func, "args": value.args, "keywords": value.keywords, key: new}
         value.__setstate__((*parts.values(), vars(value)))  # type: ignore[attr-defined]  # its attributes are read-only
         return value
+    if kind == "attr" and key == "__self__" and isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, new)
+    if kind == "attr" and key == "__self__" and isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+        return getattr(new, value.__name__)
     if kind == "attr":
         inner = own_dict(value)
         if inner is not None:
