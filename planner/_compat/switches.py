@@ -48,13 +48,18 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("autocast cache", torch.is_autocast_cache_enabled()),
         ("inference mode", torch.is_inference_mode_enabled()),
         ("forward-mode AD", torch.autograd.forward_ad._current_level),
-        ("torch.func transforms", torch._C._functorch.maybe_current_level() or 0),
+        ("torch.func transforms", transform_level()),
         ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
         ("dispatch modes", torch._C._len_torch_dispatch_stack()),
         ("global module hooks", _num_global_hooks()),
         ("tracing", torch.jit.is_tracing() or torch.compiler.is_exporting()),
         ("tracing by fx", getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)),
     )
+
+
+def transform_level() -> int:
+    """How many transforms of torch.func (vmap, grad, jvp) the code that runs now is in."""
+    return torch._C._functorch.maybe_current_level() or 0
 
 
 _SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (

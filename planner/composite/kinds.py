@@ -207,12 +207,12 @@ def _add(
 
 def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
+    if name in trial.refused:
+        raise CaptureError(trial.refused[name])
     if not trial.calls[name] and trial.is_random:
         raise CaptureError("the measured step, of those tried the one that saves most, does not call it with gradients")
     if not trial.calls[name]:
         raise CaptureError("it is called 0 times in a step with gradients")
-    if name in trial.refused:
-        raise CaptureError(trial.refused[name])
     mine = {id(inner) for inner in module.modules()}
     others = {id(p) for m in trial.original.modules() if id(m) not in mine for p in m._parameters.values() if p is not None}
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in others]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
+from planner._compat.switches import transform_level
 from planner._compat.tensors import address_of
 from planner.composite.marked import joined, mark_module
 from planner.composite.training_step import Autocast, TrainingStep
@@ -88,21 +89,31 @@ class Trial:
         self.is_random = False
         self.used: dict[str, list[dict[int, Strides]]] = {}
         self.refused: dict[str, str] = {}
+        self._spilled: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
         self.weight_users: Mapping[str, set[str]] = {}
         self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
             self.step.fix_random_state()
-            self.is_random = self._observe() or bool(self._own_generators())
-            if self.is_random and self._choose_random_state():
-                self._observe()
+            self._observe_step()
         except PlannerError:
             raise
         except Exception as error:
             if not concerns_model(error):
                 raise
             raise InputError(f"correct the model or the example call: a step of the model {own_words(error)}") from error
+
+    def _observe_step(self) -> None:
+        try:
+            self.is_random = self._observe() or bool(self._own_generators())
+        except RuntimeError as error:
+            if isinstance(error, PlannerError) or is_out_of_memory(error):
+                raise
+            self._spilled = contextlib.nullcontext  # torch.func allows no hooks on saved tensors
+            self.is_random = self._observe() or bool(self._own_generators())
+        if self.is_random and self._spilled is torch.autograd.graph.save_on_cpu and self._choose_random_state():
+            self._observe()
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -253,7 +264,11 @@ class Trial:
         self.refused.clear()
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            return uses.enter(name, args, kwargs)
+            if not transform_level():
+                return uses.enter(name, args, kwargs)
+            self.refused[name] = "it is called under a transform of torch.func (vmap, grad, jvp)"
+            uses.pass_by(name)
+            return args, kwargs
 
         def left(_module: nn.Module, _args: Any, _out: Any) -> None:
             uses.leave()
@@ -272,6 +287,8 @@ class Trial:
             if not torch.is_grad_enabled():
                 return out
             self.calls[name] += 1
+            if transform_level():
+                return out
             used: dict[int, Strides] = {}
             self.used.setdefault(name, []).append(used)
             leaves, spec = pytree.tree_flatten(out)
@@ -284,7 +301,7 @@ class Trial:
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
-        with self.untouched(), torch.autograd.graph.save_on_cpu():
+        with self.untouched(), self._spilled():
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             hooks += [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in named]
@@ -306,11 +323,11 @@ class Trial:
         found: dict[str, list[Call]] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not transform_level():
                 found.setdefault(name, []).append(Call(*_own_tensors(args, kwargs), Autocast.of(self.device)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
-        with self.untouched(), torch.autograd.graph.save_on_cpu():
+        with self.untouched(), self._spilled():
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
                 self.step.restore_random_state()
@@ -339,7 +356,7 @@ class Trial:
             if isinstance(match, Mismatch):
                 found.setdefault(name, match)
 
-        with self.untouched(), torch.autograd.graph.save_on_cpu():
+        with self.untouched(), self._spilled():
             for _ in range(2):
                 for name, module in modules.items():
                     hooks[name] = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)

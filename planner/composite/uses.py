@@ -59,6 +59,10 @@ class Uses(TorchDispatchMode):
         found: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
         return found
 
+    def pass_by(self, name: str) -> None:
+        """A submodule is called that is not watched."""
+        self._inside.append(name)
+
     def leave(self) -> None:
         """It returned."""
         self._inside.pop()

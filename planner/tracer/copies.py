@@ -24,8 +24,11 @@ def with_left_tensors(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
         if isinstance(held, torch.Tensor):
             if held.grad_fn is not None:
                 memo[id(held)] = held.detach().clone().requires_grad_()
-            elif held.layout is not torch.strided and not isinstance(held, nn.Parameter):  # deepcopy knows few of these
-                memo.setdefault(id(held), held.detach().clone().requires_grad_(held.requires_grad))
+            elif held.layout is not torch.strided:  # deepcopy knows few of these
+                copied = held.detach().clone().requires_grad_(held.requires_grad)
+                memo.setdefault(
+                    id(held), nn.Parameter(copied, held.requires_grad) if isinstance(held, nn.Parameter) else copied
+                )
         elif isinstance(held, (list, tuple, deque)):
             todo += held
         elif isinstance(held, dict):

@@ -83,6 +83,10 @@ def memory(net: Net) -> None:
     net.held = net.tensor.numpy
 
 
+def written_by_a_kernel(array: np.ndarray) -> float:
+    return float(torch.from_numpy(array).add_(1).sum())
+
+
 def written_by_numpy(net: Net) -> float:
     array = net.held()
     array += 1
@@ -94,6 +98,7 @@ CASES = {
     "bound method of a list": (held(lambda: [*items()].pop), lambda net: net.held()),
     "bound method of an iterator": (held(lambda: iter([*items()]).__next__), lambda net: net.held()),
     "bound method of a tensor": (memory, written_by_numpy),
+    "array that a tensor's kernel writes": (held(lambda: np.ones(4, "f4")), lambda net: written_by_a_kernel(net.held)),
     "bit generator": (held(lambda: np.random.PCG64(3)), lambda net: float(net.held.random_raw() % 7)),
     "what is sent to a generator": (held(items), lambda net: net.held.send(None)),
     "attribute that a function gets": (new_function, counted),

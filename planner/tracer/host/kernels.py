@@ -124,7 +124,8 @@ class RecordKernels(TorchDispatchMode):
                     tensor.detach_()
                 if tensor.requires_grad != required:
                     tensor.requires_grad_(required)
-            restore_tensors(self._contents.values())
+            # the last one first: tensors that runs make of one numpy array share its memory
+            restore_tensors(reversed(self._contents.values()))
 
     @property
     def written(self) -> tuple[torch.Tensor, ...]:

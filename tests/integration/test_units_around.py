@@ -1,4 +1,4 @@
-"""Sparse matrices in models, as of graphs: refused by name in a whole plan, trained exactly around planned units."""
+"""Units planned around what no whole plan holds: sparse tensors, backwards in the forward, transforms of torch.func."""
 
 from collections.abc import Callable
 
@@ -121,3 +121,63 @@ def test_units_are_planned_around_backwards_in_the_forward(is_twice: bool, reaso
     model(x).backward()
     eager(x.detach().clone()).backward()
     assert_same([p.grad for p in eager.parameters()], [p.grad for p in model.parameters()])
+
+
+class Words(nn.Module):
+    """Looks words up several times; the gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16, sparse=True)
+        self.last = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(self.words(ids) + self.words(ids.flip(0)) * self.words(ids.flip(1))).square().sum()
+
+
+@pytest.mark.parametrize("how", [plan, plan_units])
+def test_gradients_that_are_sparse_sums(how: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    model, eager, ids = Words(), Words(), torch.randint(50, (32, 8))
+    eager.load_state_dict(model.state_dict())
+    planned = how(model, 0.99, (ids,), progress=False)
+    run = planned if how is plan else model
+    run(ids).backward()
+    eager(ids).backward()
+    assert model.words.weight.grad.layout is torch.sparse_coo
+    pairs = zip(eager.parameters(), model.parameters(), strict=True)
+    assert_same(*zip(*((a.grad.to_dense(), b.grad.to_dense()) for a, b in pairs), strict=True))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    "vmap": lambda block, x: torch.vmap(block)(x),
+    "jvp": lambda block, x: torch.func.jvp(block, (x,), (x,))[1],
+    "jacrev": lambda block, x: torch.vmap(torch.func.jacrev(block))(x).sum(1),
+    "grad": lambda block, x: torch.vmap(torch.func.grad(lambda row: block(row).sum()))(x),
+}
+
+
+class Transformed(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(3))
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[2](TRANSFORMS[self.name](self.blocks[0], x) + self.blocks[1](x)).sum()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, of jvp
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_units_are_planned_around_transforms_of_torch_func(name: str) -> None:
+    torch.manual_seed(0)
+    model, eager, x = Transformed(name), Transformed(name), torch.randn(64, 16)
+    eager.load_state_dict(model.state_dict())
+    units = plan_units(model, 1.0, (x,), progress=False)
+    assert sorted(units.planned) == ["blocks.1", "blocks.2"]
+    assert "torch.func" in units.left["blocks.0.0"]
+    model(x).backward()
+    eager(x).backward()
+    trained = [name for name, p in eager.named_parameters() if p.grad is not None]
+    assert trained == [name for name, p in model.named_parameters() if p.grad is not None]
+    assert_same(*([run.get_parameter(name).grad for name in trained] for run in (eager, model)))
