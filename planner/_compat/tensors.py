@@ -30,9 +30,13 @@ def dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def address_of(tensor: torch.Tensor) -> int | None:
-    """Where a tensor lies in memory; None for one without memory of its own: sparse, or of many calls at once (vmap)."""
+    """Where a tensor's values lie in memory; None where they lie in no memory of its own, as under vmap.
+
+    Autograd adds to dense gradients in place, and makes new values for a sum of sparse ones.
+    """
+    parts = dense_parts(tensor)
     try:
-        return tensor.data_ptr()
+        return parts[-1].data_ptr() if parts else None
     except RuntimeError:
         return None
 

@@ -31,7 +31,7 @@ from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.install import install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.step import RewrittenStep
-from planner.tracer.call import without_history
+from planner.tracer.call import own_tensors
 from planner.tracer.capture import running_steps
 from planner.tracer.checks import check_gradients_recorded, check_trains
 from planner.tracer.copies import with_left_tensors
@@ -63,7 +63,13 @@ class Call:
 
 
 class Trial:
-    """A copy of the model, to run real steps on."""
+    """A copy of the model, to run real steps on.
+
+    Attributes:
+        calls: per submodule, its calls in a step with gradients.
+        used: per submodule and call, the strides of its outputs' gradients, by position of the output.
+        refused: submodules that cannot be units by what the step does with them, and why.
+    """
 
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss, *, accumulates: bool = False
@@ -81,7 +87,7 @@ class Trial:
         for module in self.model.modules():
             uninstall(module)
         self._call = args, kwargs
-        self.step = TrainingStep(self.model, *_own_tensors(args, kwargs), loss, accumulates=accumulates)
+        self.step = TrainingStep(self.model, *own_tensors(args, kwargs), loss, accumulates=accumulates)
         self.held_bytes = 0
         self.device = self.step.device
         self.autocast = Autocast.of(self.device)
@@ -89,7 +95,7 @@ class Trial:
         self.is_random = False
         self.used: dict[str, list[dict[int, Strides]]] = {}
         self.refused: dict[str, str] = {}
-        self._spilled: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
+        self._saved_on_host: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
         self.weight_users: Mapping[str, set[str]] = {}
         self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
@@ -105,14 +111,22 @@ class Trial:
             raise InputError(f"correct the model or the example call: a step of the model {own_words(error)}") from error
 
     def _observe_step(self) -> None:
+        """Observe the step, of those with other random numbers the one that saves most.
+
+        Where a forward takes derivatives by torch.func, which allows no hooks on saved tensors, these stay on the device, and
+        the random state is the present one.
+        """
         try:
-            self.is_random = self._observe() or bool(self._own_generators())
+            draws = self._observe()
         except RuntimeError as error:
             if isinstance(error, PlannerError) or is_out_of_memory(error):
                 raise
-            self._spilled = contextlib.nullcontext  # torch.func allows no hooks on saved tensors
-            self.is_random = self._observe() or bool(self._own_generators())
-        if self.is_random and self._spilled is torch.autograd.graph.save_on_cpu and self._choose_random_state():
+            PLANNER.debug("a step with saved tensors in the host's memory fails; once more without", exc_info=True)
+            self._saved_on_host = contextlib.nullcontext
+            draws = self._observe()
+        self.is_random = draws or bool(self._own_generators())
+        allows_hooks = self._saved_on_host is not contextlib.nullcontext
+        if self.is_random and allows_hooks and self._choose_random_state():
             self._observe()
 
     @property
@@ -273,16 +287,6 @@ class Trial:
         def left(_module: nn.Module, _args: Any, _out: Any) -> None:
             uses.leave()
 
-        def arrives(name: str, used: dict[int, Strides], i: int, gradient: torch.Tensor) -> None:
-            if torch.is_grad_enabled():
-                self.refused[name] = "its backward runs with create_graph=True, and a planned module has no second derivative"
-            elif torch.is_autocast_enabled(self.device.type):
-                self.refused[name] = "its backward runs under autocast: eager casts the kernels there, a plan does not"
-            elif address_of(gradient) is None:
-                self.refused[name] = "it gets a sparse gradient, or those of many backwards at once (is_grads_batched=True)"
-            else:
-                used[i] = gradient.stride()
-
         def after(name: str, _module: nn.Module, args: Any, out: Any) -> Any:
             if not torch.is_grad_enabled():
                 return out
@@ -297,11 +301,11 @@ class Trial:
                     # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
                     is_own = not leaf._is_view() and not any(leaf is given for given in pytree.tree_leaves(args))
                     leaves[i] = OutputIdentity.apply(leaf, None) if is_own else leaf.view_as(leaf)
-                    leaves[i].register_hook(partial(arrives, name, used, i))
+                    leaves[i].register_hook(partial(self._note_gradient, name, used, i))
             return pytree.tree_unflatten(leaves, spec)
 
         named = [(name, module) for name, module in self.model.named_modules() if name]
-        with self.untouched(), self._spilled():
+        with self.untouched(), self._saved_on_host():
             # from here on: what hooks write to before is put back
             hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
             hooks += [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in named]
@@ -318,16 +322,27 @@ class Trial:
         self.weight_users, self.inputs_used_after = uses.weight_users, uses.inputs_used_after
         return draws
 
+    def _note_gradient(self, name: str, used: dict[int, Strides], i: int, gradient: torch.Tensor) -> None:
+        """The gradient of output i of a submodule's call arrives: note its strides, or why the submodule cannot be a unit."""
+        if torch.is_grad_enabled():
+            self.refused[name] = "its backward runs with create_graph=True, and a planned module has no second derivative"
+        elif torch.is_autocast_enabled(self.device.type):
+            self.refused[name] = "its backward runs under autocast: eager casts the kernels there, a plan does not"
+        elif gradient.layout is not torch.strided or address_of(gradient) is None:
+            self.refused[name] = "it gets a sparse gradient, or those of many backwards at once (is_grads_batched=True)"
+        else:
+            used[i] = gradient.stride()
+
     def record(self, names: Sequence[str]) -> dict[str, list[Call]]:
         """Run a forward, and keep the arguments of each call of these submodules; what it saves lies in the host's memory."""
         found: dict[str, list[Call]] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.is_grad_enabled() and not transform_level():
-                found.setdefault(name, []).append(Call(*_own_tensors(args, kwargs), Autocast.of(self.device)))
+                found.setdefault(name, []).append(Call(*own_tensors(args, kwargs), Autocast.of(self.device)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]
-        with self.untouched(), self._spilled():
+        with self.untouched(), self._saved_on_host():
             hooks = [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in modules]
             try:
                 self.step.restore_random_state()
@@ -356,7 +371,7 @@ class Trial:
             if isinstance(match, Mismatch):
                 found.setdefault(name, match)
 
-        with self.untouched(), self._spilled():
+        with self.untouched(), self._saved_on_host():
             for _ in range(2):
                 for name, module in modules.items():
                     hooks[name] = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
@@ -366,19 +381,6 @@ class Trial:
                     while hooks:
                         hooks.popitem()[1].remove()
         return found
-
-
-def _own_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with other tensors in the same memory: those given get no gradients by steps. The same ones stay the same."""
-    memo: dict[int, torch.Tensor] = {}
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in memo:
-            memo[id(tensor)] = without_history(tensor)
-        return memo[id(tensor)]
-
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
-    return found
 
 
 @contextlib.contextmanager

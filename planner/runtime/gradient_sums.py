@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from planner._compat.backward_state import backward_id
-from planner._compat.tensors import dense_parts
+from planner._compat.tensors import address_of
 from planner.errors import BackwardError
 from planner.runtime.executable import Executable
 
@@ -45,21 +45,16 @@ def watch_sums(
         if position in summed and gradient is not None and node is not None:
             given = inputs[position]()
             if given is None or not given._backward_hooks:  # which may return another tensor
-                _watch_sum(node, i, _address(gradient), executable.inputs[position])
+                _watch_sum(node, i, address_of(gradient), executable.inputs[position])
 
 
-def _address(gradient: torch.Tensor) -> int:
-    """Where a gradient's values lie: autograd adds to dense ones in place, and makes new values for a sum of sparse ones."""
-    return dense_parts(gradient)[-1].data_ptr()
-
-
-def _watch_sum(node: Any, i: int, address: int, name: str) -> None:
+def _watch_sum(node: Any, i: int, address: int | None, name: str) -> None:
     this = backward_id()
 
     def check(gradients: Sequence[torch.Tensor | None]) -> None:
         handle.remove()
         found = gradients[i] if backward_id() == this else None  # this one may have ended before it came here
-        if found is not None and _address(found) != address:
+        if found is not None and (address is None or address_of(found) != address):  # unknown counts as used again
             raise BackwardError(
                 f"call backward() once for each call, or plan one module whose forward does all of it: {name} is used several "
                 "times in a planned call, and used again after it (by another call, or by the loss) within one backward. Eager "

@@ -99,3 +99,16 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _gradient: torch.Tensor) -> None:
         return None
+
+
+def own_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with other tensors in the same memory: those given get no gradients by steps. The same ones stay the same."""
+    memo: dict[int, torch.Tensor] = {}
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = without_history(tensor)
+        return memo[id(tensor)]
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
+    return found

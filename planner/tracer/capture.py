@@ -25,8 +25,7 @@ from planner.tracer.graph_checks import (
     check_aliases,
     check_constants,
     check_dense,
-    check_no_iterators,
-    check_no_weights,
+    check_given,
     check_tensors_in_objects,
     check_weights,
 )
@@ -190,10 +189,7 @@ def _capture(
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     given = [leaves[i] for i in positions]
     check_trainable(model, len(given))
-    check_no_weights(model, given)
-    check_dense({**dict(model.named_parameters()), **dict(model.named_buffers())})
-    check_dense({f"input {i}": tensor for i, tensor in enumerate(given)})
-    check_no_iterators(leaves)
+    check_given(model, leaves, given)
     device = _device(model, given, target)
     call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
     tensors = _as_leaves(given)

@@ -16,7 +16,20 @@ from planner.tracer.joint import Joint
 from planner.tracer.recording import Recording
 
 
-def check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
+def check_given(model: nn.Module, leaves: Sequence[Any], given: Sequence[torch.Tensor]) -> None:
+    """Raise CaptureError where the model's weights or the call's arguments are none that a plan can hold.
+
+    Args:
+        leaves: of the call's arguments.
+        given: the tensors among them.
+    """
+    _check_no_weights(model, given)
+    check_dense({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    check_dense({f"input {i}": tensor for i, tensor in enumerate(given)})
+    _check_no_iterators(leaves)
+
+
+def _check_no_weights(model: nn.Module, given: Sequence[torch.Tensor]) -> None:
     """Raise CaptureError where an argument is a parameter of the model: its gradients are a sum over both ways to it."""
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for i, tensor in enumerate(given):
@@ -66,7 +79,7 @@ def check_constants(joint: Joint, recording: Recording) -> None:
         )
 
 
-def check_no_iterators(leaves: Sequence[Any]) -> None:
+def _check_no_iterators(leaves: Sequence[Any]) -> None:
     """Raise CaptureError where an argument is an iterator, or leads to one: no plan advances it."""
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor) and any(is_iterator(value) for value in reachable([leaf])):

@@ -26,7 +26,7 @@ from planner.tracer.host.values import ABSENT, find_in_class, is_foreign_class, 
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _APPLY = id(torch.autograd.Function.apply.__func__.__code__)  # type: ignore[attr-defined]
-GIVEN = {
+TAKE_CODE = {
     _APPLY: ("cls",),
     id(torch.Tensor.register_hook.__code__): ("hook",),
     id(torch.Tensor.register_post_accumulate_grad_hook.__code__): ("hook",),
@@ -324,7 +324,7 @@ def _is_of_library(value: type | types.ModuleType, home: str) -> bool:
 
 def given_to(frame: types.FrameType) -> BackwardCode | None:
     """The model's own code that a function of torch's, whose call begins, is given to run in the backward; None: no such."""
-    names = GIVEN.get(id(frame.f_code))
+    names = TAKE_CODE.get(id(frame.f_code))
     if names is None:
         return None
     found = BackwardCode({LeftOut.SAVED_TENSORS} if id(frame.f_code) == _SAVED_TENSORS else set())

@@ -25,8 +25,8 @@ from planner.tracer.host.state import Effect
 HOST_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Kernels that return a tensor's value to Python: host reads."""
 
-_PLAIN = frozenset({int, float, bool, str, torch.dtype, torch.device, torch.layout, type(None)})
-"""Classes of most arguments of kernels that are no tensors."""
+_NO_TENSORS = frozenset({int, float, bool, str, torch.dtype, torch.device, torch.layout, type(None)})
+"""Classes of arguments of kernels that neither are nor hold tensors or generators: most of those that are no tensors."""
 
 RecordedRead = tuple[str, bool | int | float | complex]
 """(kernel, value) of one host read."""
@@ -183,7 +183,7 @@ class RecordKernels(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 if id(leaf) not in self._made and id(leaf) not in self.run.outside:
                     self._meet(leaf)
-            elif type(leaf) not in _PLAIN and isinstance(leaf, torch.Generator) and not self.paused:
+            elif type(leaf) not in _NO_TENSORS and isinstance(leaf, torch.Generator) and not self.paused:
                 self.generator_at = self._where() if self.generator_at is None else self.generator_at
         if not self.paused:
             self.run.kernels.append((str(func), self._where(), *map(_described, leaves)))
@@ -236,7 +236,7 @@ def _leaves(values: Sequence[Any]) -> list[Any]:
         elif type(value) in (list, tuple):
             found += _leaves(value)
         else:
-            found += [value] if type(value) in _PLAIN else pytree.tree_leaves(value)
+            found += [value] if type(value) in _NO_TENSORS else pytree.tree_leaves(value)
     return found
 
 

@@ -267,7 +267,7 @@ class Observer:
                 )
 
     def _class_data(self) -> dict[tuple[type, str], Any]:
-        """What the classes of the model's modules hold, but for their code."""
+        """What the classes of the model's modules hold, but for their code; a class of the user's may have none, and counts."""
         kinds = {base for module in self.model.modules() for base in class_homes(type(module))}
         return {
             (kind, name): ABSENT if is_code(value) and (not isinstance(value, type) or is_foreign_class(value)) else value

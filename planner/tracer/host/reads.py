@@ -16,7 +16,7 @@ from torch import nn
 
 from planner.profiler.python_events import python_events_off, set_profiler
 from planner.tracer.faults import calls_users_code
-from planner.tracer.host.backward_code import GIVEN, BackwardCode, LeftOut, given_to
+from planner.tracer.host.backward_code import TAKE_CODE, BackwardCode, LeftOut, given_to
 from planner.tracer.host.backward_reads import ReadsOfBackward
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
@@ -186,7 +186,7 @@ class ReadRecorder:
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         # a million events in a capture: most are of code that is known, and of built-in methods of classes without interest
         if event == "call":
-            if (key := id(frame.f_code)) not in self._known or key in GIVEN:
+            if (key := id(frame.f_code)) not in self._known or key in TAKE_CODE:
                 self._on_call(frame)
         elif event == "c_call" and type(owner := getattr(arg, "__self__", None)) not in self._ignored:
             self._on_builtin(frame, arg, owner)
