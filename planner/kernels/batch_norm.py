@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class BatchNorm:
 
 KERNELS: dict[Any, BatchNorm] = {
     aten._native_batch_norm_legit_functional.default: BatchNorm(training=5, returns_statistics=True),
+    aten.native_batch_norm.default: BatchNorm(training=5, writes_in_place=True),
     aten.cudnn_batch_norm.default: BatchNorm(training=5, writes_in_place=True),
     aten.miopen_batch_norm.default: BatchNorm(training=5, writes_in_place=True),
     aten.native_batch_norm_backward.default: BatchNorm(training=7, is_backward=True),
@@ -54,6 +56,14 @@ def updates_statistics(node: fx.Node) -> bool:
     """A forward kernel that writes into its running statistics without saying so in its schema."""
     kernel = training_kernel(node)
     return kernel is not None and kernel.writes_in_place
+
+
+def written_statistics(func: Any, args: Sequence[Any]) -> list[torch.Tensor]:
+    """Of a kernel's call, the running statistics that it writes without saying so in its schema."""
+    kernel = KERNELS.get(func)
+    if kernel is None or not kernel.writes_in_place or args[kernel.training] is not True:
+        return []
+    return [arg for arg in args[_STATISTICS] if isinstance(arg, torch.Tensor)]
 
 
 def unread_in_recompute(node: fx.Node) -> tuple[fx.Node, ...]:

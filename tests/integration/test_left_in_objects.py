@@ -1,5 +1,6 @@
 """Python state that a forward reaches in its own way: after planning, or a refusal, the model computes what eager does."""
 
+import functools
 import random
 import weakref
 from collections.abc import Callable, Iterator
@@ -58,6 +59,31 @@ def counted_inside(net: Net) -> float:
     return float(inner.n)
 
 
+def normalizing(net: Net) -> None:
+    net.others = [nn.Sequential(nn.BatchNorm1d(16))]
+
+
+def normalized(net: Net) -> torch.Tensor:
+    """By running statistics that the forward updates, and reads."""
+    norm = net.others[0][0]
+    return norm(torch.ones(4, 16) + norm.running_mean).detach().sum() + norm.running_mean.sum() + 1
+
+
+def counted_behind_a_reference(net: Net) -> float:
+    held = net.reference()
+    held.n = getattr(held, "n", 0) + 1
+    return float(held.n)
+
+
+def with_reference(net: Net) -> None:
+    net.holder = Holder()
+    net.reference = weakref.ref(net.holder)
+
+
+def new_partial(net: Net) -> None:
+    net.function = functools.partial(int)
+
+
 def referred(net: Net) -> None:
     net.holder = Holder()
     net.held = weakref.proxy(net.holder)
@@ -104,7 +130,10 @@ CASES = {
     "attribute that a function gets": (new_function, counted),
     "attribute in a module in a module in a list": (in_list, counted_inside),
     "weight of a module in a module in a list": (in_list, lambda net: float(net.others[0][0].weight.detach().sum().abs() > 9)),
-    "weak reference": (referred, lambda net: net.held.v),
+    "attribute that a partial gets": (new_partial, counted),
+    "running statistics of a module in a module in a list": (normalizing, normalized),
+    "weak proxy": (referred, lambda net: net.held.v),
+    "attribute of an object behind a weak reference": (with_reference, counted_behind_a_reference),
 }
 
 

@@ -16,6 +16,7 @@ from planner._compat.collectives import collectives_forbidden
 from planner._compat.dispatch import OpOverload, TorchDispatchMode, untraced, written
 from planner._compat.tensors import storage_id
 from planner.errors import CaptureError
+from planner.kernels.batch_norm import written_statistics
 from planner.kernels.observed import is_foreign
 from planner.tracer.collectives import alone
 from planner.tracer.host.arguments import WrittenArguments
@@ -215,7 +216,7 @@ class RecordKernels(TorchDispatchMode):
             raise graph_from_outside(self._graphs_refused[0])
 
     def _keep_written(self, func: OpOverload, args: Any, kwargs: Any) -> None:
-        for tensor in written(func, args, kwargs):
+        for tensor in (*written(func, args, kwargs), *written_statistics(func, args)):
             base = None
             if tensor.layout is torch.strided:
                 base = self._storages.get(storage_id(tensor))  # it may be a view that is written through

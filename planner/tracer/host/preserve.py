@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -254,7 +255,9 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
         elif isinstance(item, (types.BuiltinMethodType, types.MethodWrapperType)):
             todo += [] if isinstance(item.__self__, (types.ModuleType, type)) else [(item.__self__, place)]
         elif isinstance(item, functools.partial):
-            todo += [(held, place) for held in (item.func, item.args, item.keywords)]
+            todo += [(held, place) for held in (item.func, item.args, item.keywords, vars(item))]
+        elif isinstance(item, weakref.ref):
+            todo.append((item(), place))
         elif isinstance(item, (staticmethod, classmethod, functools._lru_cache_wrapper)):
             todo.append((item.__wrapped__, place))
         elif isinstance(item, property):
