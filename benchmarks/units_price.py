@@ -49,7 +49,7 @@ def measure(name: str, effort: float) -> list[Record]:
     begun = time.process_time()
     whole = profiled(model, args, kwargs, options)
     whole_s, begun = time.process_time() - begun, time.process_time()
-    trial = Trial(model, tuple(args), dict(kwargs), None, "the benchmark")
+    trial = Trial(model, tuple(args), dict(kwargs), None)
     kinds, _ = kinds_of(trial, choose.repeated(model), options, descends=True)
     search = UnitSearch(trial, kinds, Limits(effort), whole.graph)
     units_s = time.process_time() - begun

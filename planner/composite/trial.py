@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
 from planner._compat.switches import transform_level
-from planner._compat.tensors import address_of
 from planner.composite.marked import joined, mark_module
+from planner.composite.submodule_calls import SubmoduleCalls
 from planner.composite.training_step import Autocast, TrainingStep
-from planner.composite.uses import Uses
 from planner.errors import CaptureError, InputError, MismatchError, PlannerError
 from planner.graph.outer import MeasuredSection
 from planner.log import PLANNER
@@ -44,8 +42,6 @@ from planner.tracer.loss import Loss
 from planner.tracer.module_stack import ModuleStack
 from planner.tracer.opaque.measure import FIRST_DRAWS, MOST_DRAWS, upper_bound
 from planner.tracer.refusal import own_words
-from planner.tracer.replay import Strides
-from planner.tracer.results import OutputIdentity
 
 _FIRST_SEEDS, _SEEDS = 4, 32
 """Seeds that are tried for the step that saves most; the first ones are all if they make no difference."""
@@ -66,9 +62,7 @@ class Trial:
     """A copy of the model, to run real steps on.
 
     Attributes:
-        calls: per submodule, its calls in a step with gradients.
-        used: per submodule and call, the strides of its outputs' gradients, by position of the output.
-        refused: submodules that cannot be units by what the step does with them, and why.
+        calls: what the step does with submodules.
     """
 
     def __init__(
@@ -91,13 +85,9 @@ class Trial:
         self.held_bytes = 0
         self.device = self.step.device
         self.autocast = Autocast.of(self.device)
-        self.calls: Counter[str] = Counter()
+        self.calls = SubmoduleCalls(self.model)
         self.is_random = False
-        self.used: dict[str, list[dict[int, Strides]]] = {}
-        self.refused: dict[str, str] = {}
         self._saved_on_host: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
-        self.weight_users: Mapping[str, set[str]] = {}
-        self.inputs_used_after: Mapping[str, set[int]] = {}
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
         try:
@@ -108,6 +98,11 @@ class Trial:
         except Exception as error:
             if not concerns_model(error):
                 raise
+            if self.calls.follows_nodes:
+                raise CaptureError(
+                    "the forward follows autograd's graph (grad_fn.next_functions), which is another one around units: a step "
+                    f"of the model {own_words(error)}. Plan with planner.plan, or train the model as it is"
+                ) from error
             raise InputError(f"correct the model or the example call: a step of the model {own_words(error)}") from error
 
     def _observe_step(self) -> None:
@@ -268,70 +263,12 @@ class Trial:
         return nbytes
 
     def _observe(self) -> bool:
-        """Run a step: how often submodules are called, strides of their outputs' gradients, others' uses of their tensors.
-
-        Calls without gradients do not count: they run as they are. Returns whether the step draws from the default generators.
-        """
-        uses, generators = Uses(self.model), Generators(self.device)
-        self.calls.clear()
-        self.used.clear()
-        self.refused.clear()
-
-        def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            if not transform_level():
-                return uses.enter(name, args, kwargs)
-            self.refused[name] = "it is called under a transform of torch.func (vmap, grad, jvp)"
-            uses.pass_by(name)
-            return args, kwargs
-
-        def left(_module: nn.Module, _args: Any, _out: Any) -> None:
-            uses.leave()
-
-        def after(name: str, _module: nn.Module, args: Any, out: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return out
-            self.calls[name] += 1
-            if transform_level():
-                return out
-            used: dict[int, Strides] = {}
-            self.used.setdefault(name, []).append(used)
-            leaves, spec = pytree.tree_flatten(out)
-            for i, leaf in enumerate(leaves):
-                if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                    # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
-                    is_own = not leaf._is_view() and not any(leaf is given for given in pytree.tree_leaves(args))
-                    leaves[i] = OutputIdentity.apply(leaf, None) if is_own else leaf.view_as(leaf)
-                    leaves[i].register_hook(partial(self._note_gradient, name, used, i))
-            return pytree.tree_unflatten(leaves, spec)
-
-        named = [(name, module) for name, module in self.model.named_modules() if name]
-        with self.untouched(), self._saved_on_host():
-            # from here on: what hooks write to before is put back
-            hooks = [module.register_forward_hook(partial(after, name)) for name, module in named]
-            hooks += [module.register_forward_pre_hook(partial(before, name), with_kwargs=True) for name, module in named]
-            hooks += [module.register_forward_hook(left, always_call=True) for _, module in named]
-            try:
-                with self._observer.remembering(), uses:
-                    before_step = generators.of_torch(), generators.host()
-                    self.step.run()
-                    draws = before_step != (generators.of_torch(), generators.host())
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                uses.close()
-        self.weight_users, self.inputs_used_after = uses.weight_users, uses.inputs_used_after
-        return draws
-
-    def _note_gradient(self, name: str, used: dict[int, Strides], i: int, gradient: torch.Tensor) -> None:
-        """The gradient of output i of a submodule's call arrives: note its strides, or why the submodule cannot be a unit."""
-        if torch.is_grad_enabled():
-            self.refused[name] = "its backward runs with create_graph=True, and a planned module has no second derivative"
-        elif torch.is_autocast_enabled(self.device.type):
-            self.refused[name] = "its backward runs under autocast: eager casts the kernels there, a plan does not"
-        elif gradient.layout is not torch.strided or address_of(gradient) is None:
-            self.refused[name] = "it gets a sparse gradient, or those of many backwards at once (is_grads_batched=True)"
-        else:
-            used[i] = gradient.stride()
+        """Run a step, and note what it does with submodules. Returns whether it draws from the default generators."""
+        self.calls, generators = SubmoduleCalls(self.model), Generators(self.device)
+        with self.untouched(), self._saved_on_host(), self.calls.noted(self._observer):
+            before = generators.of_torch(), generators.host()
+            self.step.run()
+            return before != (generators.of_torch(), generators.host())
 
     def record(self, names: Sequence[str]) -> dict[str, list[Call]]:
         """Run a forward, and keep the arguments of each call of these submodules; what it saves lies in the host's memory."""

@@ -36,8 +36,6 @@ _CONTROL = frozenset(
     {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
 )
 """Methods of torch.Generator that control it, instead of drawing from it."""
-
-
 _SMALL = 64
 """Items of a container that is looked through at every read."""
 
@@ -51,6 +49,7 @@ class ReadRecorder:
         compares_identities: code asked whether two objects are the same one.
         has_backward_code: code of the model's own will run in the backward.
         left_out: what no plan repeats of the backward, each with the submodule that first prepared it.
+        on_hooked_node: called with each node of autograd's graph that code registers a hook on.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
     """
 
@@ -91,6 +90,7 @@ class ReadRecorder:
         self.compares_identities = False
         self.has_backward_code = False
         self.left_out: dict[LeftOut, str] = {}
+        self.on_hooked_node: Callable[[torch.autograd.graph.Node], None] = lambda node: None
         self.paused = False
 
     def new_run(self) -> None:
@@ -219,6 +219,7 @@ class ReadRecorder:
         elif isinstance(owner, torch.autograd.graph.Node):
             if function.__name__ in _NODE_HOOKS and is_users(frame):
                 self._note_left_out(LeftOut.NODE_HOOK)
+                self.on_hooked_node(owner)
         elif is_generator(owner):
             if not self.paused:
                 self._on_generator(frame, function, owner)
@@ -267,8 +268,7 @@ class ReadRecorder:
                 if self.drew is None and not is_compilers(frame):
                     self.drew = self._where()
             elif function.__name__ in _CONTROL:
-                is_checkpoint = is_checkpoints(frame)
-                self.controlled = GeneratorCall(self._where(), function.__name__, is_checkpoint)
+                self.controlled = GeneratorCall(self._where(), function.__name__, is_checkpoints(frame))
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:
         """Remember the variables that code names; where it is an opaque module's, everything that these lead to, too."""
