@@ -48,7 +48,7 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
         ("autocast cache", torch.is_autocast_cache_enabled()),
         ("inference mode", torch.is_inference_mode_enabled()),
         ("forward-mode AD", torch.autograd.forward_ad._current_level),
-        ("torch.func transforms", transform_level()),
+        ("torch.func transforms", _transform_level()),
         ("function modes", torch._C._len_torch_function_stack() - _device_modes()),
         ("dispatch modes", torch._C._len_torch_dispatch_stack()),
         ("global module hooks", _num_global_hooks()),
@@ -57,9 +57,14 @@ def global_switches() -> tuple[tuple[str, Any], ...]:
     )
 
 
-def transform_level() -> int:
+def _transform_level() -> int:
     """How many transforms of torch.func (vmap, grad, jvp) the code that runs now is in."""
     return torch._C._functorch.maybe_current_level() or 0
+
+
+def in_transform() -> bool:
+    """The code that runs now is in a transform of torch.func, or differentiated in forward mode."""
+    return _transform_level() > 0 or torch.autograd.forward_ad._current_level >= 0
 
 
 _SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from planner._compat import pytree
+from planner.tracer.host.callers import is_users
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.tensor_patches import get_attribute, patched
 
@@ -38,8 +39,8 @@ class NodeReads:
     def noted(self, reads: ReadRecorder) -> Iterator[None]:
         """While entered, what users' code reads as `grad_fn`, and the nodes that it hooks, are noted."""
 
-        def read(this: torch.Tensor, name: str, _frame: types.FrameType) -> Any:
-            node = get_attribute(this, "grad_fn") if name in _OF_GRAPH else None
+        def read(this: torch.Tensor, name: str, frame: types.FrameType) -> Any:
+            node = get_attribute(this, "grad_fn") if name in _OF_GRAPH and is_users(frame) else None
             if node is not None:
                 self._see(node, name)
             return get_attribute(this, name)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from planner._compat import pytree
-from planner._compat.switches import transform_level
+from planner._compat.backward_state import in_backward
+from planner._compat.switches import in_transform
 from planner._compat.tensors import address_of
 from planner.composite.node_reads import NodeReads
 from planner.composite.uses import Uses
@@ -80,8 +81,9 @@ class SubmoduleCalls:
             self._nodes.close()
 
     def _before(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if transform_level():
-            self.refused[name] = "it is called under a transform of torch.func (vmap, grad, jvp)"
+        reason = _why_not_planned()
+        if reason:
+            self.refused[name] = reason
             self._uses.pass_by(name)
         else:
             args, kwargs = self._uses.enter(name, args, kwargs)
@@ -96,7 +98,7 @@ class SubmoduleCalls:
         if not torch.is_grad_enabled():
             return out
         self.counts[name] += 1
-        if transform_level():
+        if in_transform():
             return out
         used: dict[int, Strides] = {}
         self.used.setdefault(name, []).append(used)
@@ -118,5 +120,16 @@ class SubmoduleCalls:
             self.refused[name] = "its backward runs under autocast: eager casts the kernels there, a plan does not"
         elif gradient.layout is not torch.strided or address_of(gradient) is None:
             self.refused[name] = "it gets a sparse gradient, or those of many backwards at once (is_grads_batched=True)"
+        elif i in used:
+            self.refused[name] = "the step runs its backward more than once (retain_graph=True)"
         else:
             used[i] = gradient.stride()
+
+
+def _why_not_planned() -> str:
+    """Why no planned module can take the call of a submodule that is made now; "" if one can."""
+    if in_transform():
+        return "it is called under a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation"
+    if in_backward():
+        return "the backward runs it again (torch.utils.checkpoint): plan it without, a plan chooses what is recomputed"
+    return ""

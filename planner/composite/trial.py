@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from planner._compat import pytree
-from planner._compat.switches import transform_level
+from planner._compat.switches import in_transform
 from planner.composite.marked import joined, mark_module
 from planner.composite.submodule_calls import SubmoduleCalls
 from planner.composite.training_step import Autocast, TrainingStep
@@ -275,7 +275,7 @@ class Trial:
         found: dict[str, list[Call]] = {}
 
         def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled() and not transform_level():
+            if torch.is_grad_enabled() and not in_transform():
                 found.setdefault(name, []).append(Call(*own_tensors(args, kwargs), Autocast.of(self.device)))
 
         modules = [(name, self.model.get_submodule(name)) for name in names]

@@ -47,6 +47,8 @@ class Uses(TorchDispatchMode):
         self._inside.append(name)
         if torch.is_grad_enabled() or name not in self.inputs_used_after:
             self.inputs_used_after[name] = set()
+        if not torch.is_grad_enabled():
+            return args, kwargs
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         views: dict[int, torch.Tensor] = {}
         i = -1
