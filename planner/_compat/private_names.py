@@ -87,6 +87,13 @@ HOOK_FLAGS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
 }
 """Attributes that hold, by the same numbers, how some of these hooks are called."""
+HOOK_ATTRIBUTES = frozenset(
+    (
+        *(*MODULE_HOOKS, *(flag for flags in HOOK_FLAGS.values() for flag in flags), "_is_full_backward_hook"),
+        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    )
+)
+"""All attributes by which a module holds hooks."""
 MODULE_STATE = ("_parameters", "_buffers", "_modules")
 """Attributes of every module that hold its tensors and children by name; a planned module shares these dictionaries."""
 
@@ -173,7 +180,7 @@ ATTRIBUTES = (
     Names("torch.autograd.Function", ("maybe_clear_saved_tensors",)),
     Names(
         "torch.nn.Module",
-        (*MODULE_STATE, *MODULE_HOOKS, "_apply", "_compiled_call_impl", "_non_persistent_buffers_set"),
+        (*MODULE_STATE, *sorted(HOOK_ATTRIBUTES), "_apply", "_compiled_call_impl", "_non_persistent_buffers_set"),
         nn.Module,
     ),
     Names("torch.fx.GraphModule", ("_graph",), lambda: fx.GraphModule({}, fx.Graph())),

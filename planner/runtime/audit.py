@@ -32,6 +32,7 @@ from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.preserve import contents_preserved, plain_tensors
 from planner.tracer.host.state import HostKey, HostState, remembered
+from planner.tracer.host.values import is_special
 from planner.tracer.joint import Joint
 from planner.tracer.opaque.measure import written_weights
 from planner.tracer.outputs import without_caches
@@ -185,7 +186,7 @@ class _Contents(Fingerprints):
     """Fingerprints that include every bit of a tensor."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__(names, lambda _, name: not name.startswith("__"))
+        super().__init__(names, lambda _, name: not is_special(name))
 
     def of(self, value: Any) -> Fingerprint:
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:

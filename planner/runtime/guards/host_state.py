@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner._compat.private_names import MODULE_HOOKS, MODULE_STATE
+from planner._compat.private_names import HOOK_ATTRIBUTES, MODULE_STATE
 from planner.runtime.guards.mismatch import Mismatch
 from planner.tracer.host.fingerprint import Difference, Fingerprint, Fingerprints, alike, first_difference
 from planner.tracer.host.path import Path
@@ -210,8 +210,8 @@ class HostStateGuard:
                 found = first_difference(expected, now, str(path))
                 if path.name == "training" and path.scope is None:
                     yield Mismatch("mode", f"training mode of {path.module or 'the model'}", found.now, found.planned)
-                elif path.name in MODULE_HOOKS and path.scope is None:
-                    yield replace(_mismatch(found), where=f"hooks of {path.module} ({path.name})")
+                elif path.name in HOOK_ATTRIBUTES and path.scope is None:
+                    yield replace(_mismatch(found), where=f"hooks of {path.module or 'the model'} ({path.name})")
                 else:
                     yield _mismatch(found)
 

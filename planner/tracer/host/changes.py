@@ -16,7 +16,17 @@ from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_g
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.path import Path, named
 from planner.tracer.host.state import Effect
-from planner.tracer.host.values import ABSENT, attributes, hidden_in, is_array, is_object, is_plain, items_of, reachable
+from planner.tracer.host.values import (
+    ABSENT,
+    attributes,
+    hidden_in,
+    is_array,
+    is_object,
+    is_plain,
+    is_special,
+    items_of,
+    reachable,
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Finder:
         self._modules = {id(module) for module in model.modules()}
         there = (*before.values(), *model.parameters(), *model.buffers())
         self._known = {id(value) for value in there if isinstance(value, torch.Tensor)}
-        self._prints = Fingerprints(named(model), lambda _, name: not name.startswith("__"))
+        self._prints = Fingerprints(named(model), lambda _, name: not is_special(name))
 
     def find(self) -> Iterator[Effect]:
         """The effects; `found` and `replaced` are filled."""

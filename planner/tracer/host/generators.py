@@ -66,6 +66,12 @@ def control_of_numpy_noted(note: Callable[[types.FrameType], None]) -> Iterator[
             setattr(numpy.random, name, function)  # type: ignore[union-attr]
 
 
+CONTROL = frozenset(
+    {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
+)
+"""Methods of torch.Generator that control it, instead of drawing from it."""
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratorCall:
     """A call that controls torch's generator.

@@ -39,7 +39,7 @@ from planner.tracer.host.tensor_identity import inputs_at, places, weight_classe
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
 from planner.tracer.host.tracked import note_returned
-from planner.tracer.host.values import ABSENT, class_homes, is_code, is_foreign_class
+from planner.tracer.host.values import ABSENT, class_homes, is_code, is_foreign_class, is_special
 from planner.tracer.model_call import Called
 
 NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
@@ -103,7 +103,7 @@ class Observer:
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 self.preserved.keep(kind)
                 for name, held in list(vars(kind).items()):
-                    if not name.startswith("__") and not is_code(held):
+                    if not is_special(name) and not is_code(held):
                         for item in keep_deep(self.preserved, held, self._names, f"{kind.__name__}.{name}"):
                             self.preserved.keep(item)  # a descriptor is read by way of the module alone
         if opaque:  # what runs in there is not followed: everything reachable from the model is remembered
@@ -274,7 +274,7 @@ class Observer:
             for kind in kinds
             if not is_foreign_class(kind)
             for name, value in vars(kind).items()
-            if not name.startswith("__")
+            if not is_special(name)
         }
 
     def _class_attributes(self, names: Collection[str]) -> dict[type, set[str]]:

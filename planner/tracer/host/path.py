@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from planner._compat.private_names import HOOK_FLAGS, MODULE_HOOKS
+from planner._compat.private_names import HOOK_ATTRIBUTES, HOOK_FLAGS
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints
 from planner.tracer.host.scopes import ArgumentsScope, Scope
 from planner.tracer.host.values import ABSENT, MODULE_STATE, PathStep, attributes, class_homes, find_in_class, member, text_of
@@ -66,7 +66,7 @@ class Path:
         Hooks are compared in their order: the numbers that torch registers them under differ from one time to the next.
         """
         root = self.root(model)
-        if self.scope is None and self.name in MODULE_HOOKS and isinstance(root, dict):
+        if self.scope is None and self.name in HOOK_ATTRIBUTES and isinstance(root, dict):
             flags = [vars(model.get_submodule(self.module)).get(kind, {}) for kind in HOOK_FLAGS.get(self.name, ())]
             return prints.of([(hook, *(number in flag for flag in flags)) for number, hook in root.items()])
         return prints.of(root)

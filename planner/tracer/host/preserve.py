@@ -30,6 +30,7 @@ from planner.tracer.host.values import (
     is_foreign_class,
     is_foreign_namespace,
     is_object,
+    is_special,
     items_of,
     members,
     namespaces,
@@ -275,7 +276,7 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
 def containers_of(namespace: type | types.ModuleType) -> list[tuple[str, Any]]:
     """The containers among what a class or a Python module itself holds, by name."""
     held = list(vars(namespace).items())
-    return [(name, value) for name, value in held if isinstance(value, (dict, list, set, deque)) and not name.startswith("__")]
+    return [(name, value) for name, value in held if isinstance(value, (dict, list, set, deque)) and not is_special(name)]
 
 
 @contextlib.contextmanager

@@ -14,28 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner._compat.private_names import HOOK_ATTRIBUTES
 from planner.profiler.python_events import python_events_off, set_profiler
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.backward_code import TAKE_CODE, BackwardCode, LeftOut, given_to
 from planner.tracer.host.backward_reads import ReadsOfBackward
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.fingerprint import is_generator
-from planner.tracer.host.generators import GeneratorCall, control_of_numpy_noted
+from planner.tracer.host.generators import CONTROL, GeneratorCall, control_of_numpy_noted
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_module, keep_reachable
 from planner.tracer.host.scopes import Reads, attribute_names, compares_identities, each_named, is_library_code, scopes_of
-from planner.tracer.host.values import attributes, is_foreign_class, own_class, own_dict, reachable
+from planner.tracer.host.values import attributes, is_foreign_class, is_special, own_class, own_dict, reachable
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
 _PLAIN = (int, float, str, bool)
 _NODE_HOOKS = ("register_hook", "register_prehook")
 """Methods of a node of autograd's graph that take code which runs in the backward."""
-_CONTROL = frozenset(
-    {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
-)
-"""Methods of torch.Generator that control it, instead of drawing from it."""
 _SMALL = 64
 """Items of a container that is looked through at every read."""
 
@@ -103,12 +100,15 @@ class ReadRecorder:
         """What was read so far."""
         for this in self._opened.values():
             held = object.__getattribute__(this, "__dict__")
-            opened = {name for name in held if name not in _INTERNAL and name[:2] != "__"}
+            opened = {name for name in held if name not in _INTERNAL and not is_special(name)}
             self._read.setdefault(type(this), set()).update(opened)
             self._written.setdefault(type(this), set()).update(opened)
+        named = attribute_names(self._codes)
+        for module in self._model.modules() if named & HOOK_ATTRIBUTES else ():
+            self._read.setdefault(type(module), set()).update(named & HOOK_ATTRIBUTES)
         return Reads(
             {kind: frozenset(names) for kind, names in self._read.items()},
-            attribute_names(self._codes),
+            named,
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
@@ -267,7 +267,7 @@ class ReadRecorder:
             if not isinstance(owner, torch.Generator):
                 if self.drew is None and not is_compilers(frame):
                     self.drew = self._where()
-            elif function.__name__ in _CONTROL:
+            elif function.__name__ in CONTROL:
                 self.controlled = GeneratorCall(self._where(), function.__name__, is_checkpoints(frame))
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:
@@ -333,7 +333,7 @@ class ReadRecorder:
         if name == "__dict__" and not self.paused and is_users(sys._getframe(2)):
             self._opened[id(this)] = this  # vars(module): anything in it may be read or written
             return
-        if name in _INTERNAL or self.paused or name[:2] == "__" or threading.get_ident() != self._thread:
+        if name in _INTERNAL or self.paused or is_special(name) or threading.get_ident() != self._thread:
             return
         needs_look = self._needs_look(value)
         if not needs_look and (id(this), name) in self._first:

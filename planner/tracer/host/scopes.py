@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from planner.tracer.host.values import is_foreign_namespace
+from planner.tracer.host.values import is_foreign_namespace, is_special
 
 PACKAGE = str(Path(__file__).parents[2])
 _STDLIB = sysconfig.get_paths()["stdlib"]
@@ -237,7 +237,7 @@ def named_variables(
         if isinstance(module, types.ModuleType) and not is_foreign_namespace(module) and id(module) not in seen:
             seen.add(id(module))
             held = vars(module)
-            mine = frozenset(name for name in names & held.keys() if not name.startswith("__"))
+            mine = frozenset(name for name in names & held.keys() if not is_special(name))
             found[id(held)] = (held, found.get(id(held), (held, frozenset()))[1] | mine)
             todo += [held[name] for name in mine]
     return list(found.values())

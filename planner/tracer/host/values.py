@@ -62,6 +62,21 @@ _HOLD_SETTINGS = (
 """Classes of these packages whose objects are compared by their attributes."""
 
 
+_SPECIAL = frozenset(
+    name
+    for kind in (nn.Module, torch.Tensor, type, types.FunctionType, types.ModuleType, dict, list, set, str, int, float, complex)
+    for name in dir(kind)
+    if name[:2] == "__"
+) | {"__abstractmethods__", "__builtins__", "__cached__", "__constants__", "__file__", "__jit_unused_properties__", "__path__"}
+_GENERATED = ("__attrs_", "__dataclass_", "__orig_", "__parameters__", "__pydantic_", "__torch_", "__warningregistry__")
+"""How names begin that decorators, base classes and Python itself write."""
+
+
+def is_special(name: str) -> bool:
+    """A name that Python, torch or a decorator gives a meaning: no state of the user's, unlike others with two underscores."""
+    return name[:2] == "__" and (name in _SPECIAL or name.startswith(_GENERATED))
+
+
 def is_foreign_class(kind: type) -> bool:
     """Objects of this class are compared as a whole: torch's, numpy's, Python's own, but for those that hold settings."""
     return str(kind.__module__).partition(".")[0] in _FOREIGN and not issubclass(kind, _HOLD_SETTINGS)
@@ -232,7 +247,7 @@ def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
             continue
         for name, item in list(vars(base).items()):
             is_slot = isinstance(item, types.MemberDescriptorType)
-            if name[:2] != "__" and name not in found and not is_slot and wanted(value, name):
+            if not is_special(name) and name not in found and not is_slot and wanted(value, name):
                 found.add(name)
                 yield ("class", name), item
 
@@ -309,7 +324,7 @@ def _members_of_namespace(value: type | types.ModuleType, wanted: Wanted) -> Ite
     found: set[str] = set()
     for home in namespaces(value):
         for name, item in list(vars(home).items()):
-            if not name.startswith("__") and name not in found and wanted(value, name):
+            if not is_special(name) and name not in found and wanted(value, name):
                 found.add(name)
                 yield ("attr", name), item
 
