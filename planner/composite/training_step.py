@@ -16,6 +16,7 @@ from planner._compat.tensors import dense_parts
 from planner.profiler.memory import logical_peak
 from planner.tracer.host.arguments import bound_and_restored
 from planner.tracer.host.generators import Generators
+from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.restorers import restorer
 from planner.tracer.loss import Loss, loss_leaves
 from planner.tracer.opaque.resample import resampled
@@ -90,8 +91,12 @@ class TrainingStep:
             tensor.grad = None
 
     def forward(self) -> Any:
-        """Run the model's forward."""
-        return self._inside(self.model, *self.args, **self.kwargs)
+        """Run the model's forward. Of guarded iterators it reads copies."""
+        return self._inside(self._forward)
+
+    def _forward(self) -> Any:
+        with iterators_copied():
+            return self.model(*self.args, **self.kwargs)
 
     def run(self, autocast: Autocast | None = None, *, is_first: bool = True) -> list[Any]:
         """Run the step as if it were the first in its autocast region; returns the leaves of the output.

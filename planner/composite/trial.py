@@ -36,6 +36,7 @@ from planner.tracer.copies import with_left_tensors
 from planner.tracer.faults import concerns_model, is_out_of_memory
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import Generators, seed_own
+from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.observe import Observer
 from planner.tracer.host.preserve import Preserved, keep_model, model_preserved
 from planner.tracer.loss import Loss
@@ -89,7 +90,7 @@ class Trial:
         self.is_random = False
         self._saved_on_host: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
         buffers = list(self.model.buffers())
-        self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers, guards_iterators=False)
+        self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers)
         try:
             self.step.fix_random_state()
             self._observe_step()
@@ -132,12 +133,12 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors, the random state, or what code shares with the model itself."""
-        try:
-            with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs], guards_iterators=False):
+        with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs]), iterators_copied():
+            try:
                 yield
-        finally:
-            self._observer.preserved.restore()
-            self.step.clear_gradients()
+            finally:
+                self._observer.preserved.restore()
+                self.step.clear_gradients()
 
     @contextlib.contextmanager
     def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:

@@ -1,7 +1,10 @@
 """What a forward reads of tensors beside data and form: gradients, versions, flags, attributes that a user set."""
 
 import pytest
+import torch
+from torch import nn
 
+from planner import CaptureError, plan
 from tests.support.members import ANY, GUARDED, Member, check, ids, inside, member, sampled
 from tests.support.source import Step
 
@@ -267,3 +270,34 @@ def test_code_that_asks_for_the_class_of_a_weight_is_refused():
         **fields,
     )
     assert check(of, audit=False).verdict == "refused"
+
+
+RETAINS = {
+    "by map": "list(map(torch.Tensor.retain_grad, [h]))",
+    "by methodcaller": "__import__('operator').methodcaller('retain_grad')(h)",
+    "directly": "h.retain_grad()",
+}
+
+
+@pytest.mark.parametrize("left", ["self.h = h", "self.held.append(h)"])
+@pytest.mark.parametrize("how", RETAINS)
+def test_a_gradient_that_is_kept_is_named_however_it_is_asked_for(how, left):
+    init, call = "self.h = None\nself.held = []", f"h = h * 2\n{RETAINS[how]}\n{left}"
+    found = check(member(how, call, init=init, allowed=ANY, word="retain_grad"), audit=False)
+    assert found.verdict == "refused"
+
+
+@pytest.mark.parametrize("how", RETAINS)
+def test_an_output_whose_gradient_is_kept_is_named(how):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.layer(x)
+            eval(RETAINS[how], {"torch": torch, "h": h})
+            return h
+
+    with pytest.raises(CaptureError, match="retain_grad"):
+        plan(Net(), 1.0, (torch.randn(4, 8),), loss=0, progress=False)

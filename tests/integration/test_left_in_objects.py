@@ -49,6 +49,10 @@ def counted(net: Net) -> float:
     return float(net.function.n)
 
 
+def drawn(seeds: np.random.SeedSequence) -> float:
+    return float(seeds.generate_state(1)[0] % 97)
+
+
 def in_list(net: Net) -> None:
     net.others = [nn.Sequential(nn.Linear(16, 16))]
 
@@ -125,6 +129,12 @@ CASES = {
     "bound method of an iterator": (held(lambda: iter([*items()]).__next__), lambda net: net.held()),
     "bound method of a tensor": (memory, written_by_numpy),
     "array that a tensor's kernel writes": (held(lambda: np.ones(4, "f4")), lambda net: written_by_a_kernel(net.held)),
+    "seeds that others are made of": (held(lambda: np.random.SeedSequence(3)), lambda net: drawn(net.held.spawn(1)[0])),
+    "a generator that makes others": (held(lambda: np.random.default_rng(3)), lambda net: net.held.spawn(1)[0].random()),
+    "the seeds of a generator": (
+        held(lambda: np.random.default_rng(3)),
+        lambda net: drawn(net.held.bit_generator.seed_seq.spawn(1)[0]),
+    ),
     "bit generator": (held(lambda: np.random.PCG64(3)), lambda net: float(net.held.random_raw() % 7)),
     "what is sent to a generator": (held(items), lambda net: net.held.send(None)),
     "attribute that a function gets": (new_function, counted),

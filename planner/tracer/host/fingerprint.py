@@ -229,7 +229,7 @@ class _Head(Fingerprints):
         return ("member",)
 
 
-_OF_NUMPY = ("Generator", "RandomState", "BitGenerator")
+_OF_NUMPY = ("Generator", "RandomState", "BitGenerator", "SeedSequence")
 """Names of numpy's sources of random numbers."""
 
 

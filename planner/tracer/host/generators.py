@@ -25,9 +25,33 @@ def generator_state(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
-    if hasattr(value, "get_state"):
-        return value.get_state(legacy=False)
-    return copy.deepcopy(getattr(value, "bit_generator", value).state)
+    own = value.get_state(legacy=False) if hasattr(value, "get_state") else _bits(value).state
+    seeds = seed_sequence_of(value)
+    return copy.deepcopy(own), None if seeds is None else seeds.__reduce__()[2]
+
+
+def set_numpy_state(value: Any, state: Any) -> None:
+    """Put a generator of numpy's into a state that `generator_state` returned."""
+    own, of_seeds = state
+    seeds = seed_sequence_of(value)
+    if seeds is not None:
+        seeds.__setstate__(of_seeds)
+    if hasattr(value, "set_state"):
+        value.set_state(own)
+    elif seeds is not value:
+        _bits(value).state = own
+
+
+def _bits(value: Any) -> Any:
+    """The source of bits of a generator of numpy's."""
+    return getattr(value, "bit_generator", getattr(value, "_bit_generator", value))
+
+
+def seed_sequence_of(value: Any) -> Any:
+    """What a generator of numpy's makes further ones of (`spawn`) and counts them by; itself, if it is one; or None."""
+    bits = _bits(value)
+    seeds = getattr(bits, "seed_seq", bits)
+    return seeds if hasattr(seeds, "n_children_spawned") and hasattr(seeds, "__setstate__") else None
 
 
 def _numpy_state() -> Any:
@@ -149,8 +173,8 @@ def seed_own(generator: Any, seed: int) -> None:
         generator.manual_seed(seed)
     elif hasattr(generator, "seed"):
         generator.seed(seed)
-    else:
-        bits = getattr(generator, "bit_generator", generator)
+    elif seed_sequence_of(generator) is not generator:
+        bits = _bits(generator)
         bits.state = type(bits)(seed).state
 
 

@@ -37,7 +37,7 @@ from planner.tracer.host.state import HostKey, HostState, roots, skipped_places,
 from planner.tracer.host.steady import Runs, left_to_next_call, run_as_found, run_until_steady
 from planner.tracer.host.tensor_identity import inputs_at, places, weight_classes
 from planner.tracer.host.tensor_places import TensorRead
-from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked
+from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked, refuse_retained
 from planner.tracer.host.tracked import note_returned
 from planner.tracer.host.values import ABSENT, class_homes, is_code, is_foreign_class, is_special
 from planner.tracer.model_call import Called
@@ -80,7 +80,6 @@ class Observer:
         opaque: names of opaque modules, whose inner state is left out.
         written: weights and buffers that kernels may write into.
         originals: by identity of a tensor that takes the place of one of the call's, that one.
-        guards_iterators: refuse a forward that reads an iterator: a plan would repeat one item for ever.
     """
 
     def __init__(
@@ -91,13 +90,11 @@ class Observer:
         device: torch.device,
         written: Sequence[torch.Tensor],
         originals: Mapping[int, torch.Tensor] = NO_ORIGINALS,
-        *,
-        guards_iterators: bool = True,
     ) -> None:
         self.model, self._modules, self._opaque = model, modules, tuple(opaque)
         self._weights: frozenset[tuple[str, str]] | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
-        self.preserved = Preserved(guards_iterators=guards_iterators)
+        self.preserved = Preserved()
         for module in model.modules():
             keep_module(self.preserved, module, self._names[id(module)])
             for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
@@ -208,7 +205,9 @@ class Observer:
         given = {id(tensor) for tensor in inputs}
         finder = OneCall if as_found else None
         stored = [effect.template for effect in runs.runs[-1].written]
-        return find_changes(self.model, runs.before, self.snapshot(), outside, known, given, only_written, finder, stored)
+        after = self.snapshot()
+        refuse_retained(value for path, value in after.items() if runs.before.get(path) is not value)
+        return find_changes(self.model, runs.before, after, outside, known, given, only_written, finder, stored)
 
     def run_once(self, call: Callable[[], Called], *, may_initialize: bool = False) -> Run:
         """Run the forward; `may_initialize`: it may give weights other memory, as a first call does."""
@@ -309,7 +308,9 @@ class Observer:
         note_returned(called.output)
         refuse_generators(self.reads, self.kernels, self._modules)
         refuse_left_out(self.reads.left_out, self.reads.of_backward, called.arguments.places)
-        refuse_marked(pytree.tree_leaves(called.output), self.kernels.has_made)
+        leaves = pytree.tree_leaves(called.output)
+        refuse_marked(leaves, self.kernels.has_made)
+        refuse_retained(leaves)
         run.written, run.arguments = called.written, called.arguments
         return run
 

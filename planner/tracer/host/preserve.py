@@ -84,7 +84,8 @@ class Preserved:
             if scope.get(name, ABSENT) is not value:
                 _put_variable(scope, name, value)
                 changed = True
-        restored = [restore() for _, restore, _ in self._kept.values()]  # every one of them
+        # every one, the last first: of two functions that share a variable, the second found the guard of the first there
+        restored = [restore() for _, restore, _ in reversed(self._kept.values())]
         for act in self._at_end:
             act()
         return any(restored) or changed

@@ -22,7 +22,7 @@ from planner._compat.fake_tensors import FakeTensor
 from planner._compat.tensors import storage_id
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
-from planner.tracer.host.generators import generator_state
+from planner.tracer.host.generators import generator_state, set_numpy_state
 from planner.tracer.host.iterators import guarded
 from planner.tracer.host.values import (
     ABSENT,
@@ -212,6 +212,8 @@ def _restorer_of_function(value: types.FunctionType, where: str | None) -> Calla
         place = f"a closure variable of {value.__qualname__}"
         if where is not None and (replaced := guarded(content, place)) is not content:
             cell.cell_contents = replaced
+    if where is not None and (replaced := guarded(defaults[0], f"a default of {value.__qualname__}")) is not defaults[0]:
+        value.__defaults__ = replaced
 
     def restore() -> bool:
         changed = False
@@ -262,10 +264,8 @@ def _restorer_of_generator(value: Any) -> Callable[[], bool]:
 
     def restore() -> bool:
         changed = repr(generator_state(value)) != repr(content)
-        if hasattr(value, "set_state"):
-            value.set_state(content)
-        else:
-            getattr(value, "bit_generator", value).state = content
+        if changed:
+            set_numpy_state(value, content)
         return changed
 
     return restore

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from planner._compat.fake_tensors import FakeTensor
 from planner.errors import CaptureError
 from planner.tracer.faults import calls_users_code
+from planner.tracer.host.backward_code import LeftOut
 from planner.tracer.host.fingerprint import Fingerprint, alike, everything
 from planner.tracer.host.scopes import is_library_code
 from planner.tracer.host.tensor_patches import METHODS, get_attribute, patched
@@ -232,6 +233,13 @@ def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool
                 f"the model's forward sets the attribute {next(iter(vars(leaf)))} of its output {i}, which a plan would not "
                 "do: return the value beside the tensor"
             )
+
+
+def refuse_retained(values: Iterable[Any]) -> None:
+    """Raise CaptureError where a tensor that outlives the forward keeps its gradient: however it was asked to (`map`)."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None and value.retains_grad:
+            raise CaptureError(LeftOut.RETAINED_GRADIENT.value.format("the model"))
 
 
 def _is_among(found: Fingerprint, seen: Sequence[Fingerprint]) -> bool:
