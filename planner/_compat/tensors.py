@@ -54,6 +54,11 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
     return lambda others: bool(check(*others))
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """The tensor has a shape and strides: it is no sparse and no nested one."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def storage_of(tensor: torch.Tensor) -> int | None:
     """Which storage a tensor is in; None where it is not strided."""
     return storage_id(tensor) if tensor.layout is torch.strided else None

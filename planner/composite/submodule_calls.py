@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,7 @@ class SubmoduleCalls:
             self._nodes.close()
 
     def _before(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        reason = _why_not_planned()
+        reason = _why_not_planned(pytree.tree_leaves((args, kwargs)))
         if reason:
             self.refused[name] = reason
             self._uses.pass_by(name)
@@ -98,11 +98,13 @@ class SubmoduleCalls:
         if not torch.is_grad_enabled():
             return out
         self.counts[name] += 1
-        if in_transform():
+        leaves, spec = pytree.tree_flatten(out)
+        if any(map(_is_nested, leaves)):
+            self.refused[name] = _NESTED
+        if in_transform() or any(map(_is_nested, leaves)):
             return out
         used: dict[int, Strides] = {}
         self.used.setdefault(name, []).append(used)
-        leaves, spec = pytree.tree_flatten(out)
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
@@ -126,8 +128,17 @@ class SubmoduleCalls:
             used[i] = gradient.stride()
 
 
-def _why_not_planned() -> str:
-    """Why no planned module can take the call of a submodule that is made now; "" if one can."""
+_NESTED = "it takes or returns a nested tensor"
+
+
+def _is_nested(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_nested
+
+
+def _why_not_planned(leaves: Sequence[Any]) -> str:
+    """Why no planned module can take the call of a submodule that is made now, with these arguments; "" if one can."""
+    if any(map(_is_nested, leaves)):
+        return _NESTED
     if in_transform():
         return "it is called under a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation"
     if in_backward():

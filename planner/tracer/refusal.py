@@ -15,7 +15,7 @@ from planner.tracer.user_code import CALLER, is_users
 _INTERNAL = re.compile(
     r"fake ?tensor|functional ?tensor|proxy|\baot|functionaliz|functorch|dispatch|tensor subclass|dynamo|torch\._"
     r"|\btrac(e|ing)\b|symint|symbool|symbolic|HigherOrderOperator|graph module|\bfx\b|saved tensor hooks"
-    r"|<[\w.]+ object at 0x|please (open|file|report)",
+    r"|<[\w.]+ object at 0x|please (open|file|report)|layout_impl|shape_env|Sparse\w+Backward|\w+TensorImpl\b",
     re.IGNORECASE,
 )
 """Words of the machinery that traces, in messages of torch's."""
@@ -34,6 +34,12 @@ _MEANINGS = (
         r"mutation on a view chain",
         "writes into a tensor by way of as_strided (fill_diagonal_ does so, too), which no trace can follow where that tensor "
         "is a view: write into a copy (clone())",
+    ),
+    (r"shape_env", "makes a tensor whose shape depends on the data, as nested tensors do; a plan needs fixed shapes"),
+    (
+        r"layout_impl|Sparse|OpaqueTensorImpl|NestedTensorImpl",
+        "uses a tensor that is not dense (sparse, nested, mkldnn's), which a plan cannot hold: put what uses it into a "
+        "submodule of its own, which then runs as it is",
     ),
     (r"dynamo-optimized|torch\.compile", "runs what torch.compile made: plan the module that was given to torch.compile"),
     (r"HigherOrderOperator", "uses a control-flow operator (torch.cond, while_loop, ...), which cannot be planned"),

@@ -1,5 +1,6 @@
 """Units planned around what no whole plan holds: sparse tensors, backwards in the forward, transforms of torch.func."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from planner.composite.trial import Trial
 from tests.support.training import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|invariant)")  # torch's, where it makes the first one
+INTERNALS = re.compile(r"TensorImpl|layout_impl|shape_env|Backward0")
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "coo": torch.Tensor.to_sparse,
     "csr": torch.Tensor.to_sparse_csr,
@@ -180,4 +182,58 @@ def test_units_are_planned_around_transforms_of_torch_func(name: str) -> None:
     eager(x).backward()
     trained = [name for name, p in eager.named_parameters() if p.grad is not None]
     assert trained == [name for name, p in model.named_parameters() if p.grad is not None]
+    assert_same(*([run.get_parameter(name).grad for name in trained] for run in (eager, model)))
+
+
+def by_a_sparse_matrix(net: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    return (net.first[0].weight.detach().to_sparse() @ y.T).T[:, :16]
+
+
+def by_compressed_rows(net: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    return (net.first[0].weight.detach().to_sparse_csr() @ y.T).T[:, :16]
+
+
+def by_sparse_values(net: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    matrix = torch.sparse_coo_tensor(torch.arange(16).expand(2, 16), net.last[2].bias, (16, 16))
+    return (matrix @ y.T).T
+
+
+def by_nested_rows(net: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    rows = torch.nested.nested_tensor([torch.ones(3, 16), torch.ones(5, 16)], layout=torch.jagged)
+    return y + net.first(rows).values().sum()
+
+
+def by_nested_rows_with_strides(net: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    return y + net.first[0](torch.nested.nested_tensor([torch.ones(3, 16), torch.ones(5, 16)])).to_padded_tensor(0.0).sum()
+
+
+class MakesOthers(nn.Module):
+    """Makes tensors of another layout in its forward."""
+
+    def __init__(self, way: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        self.last = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.way(self, x)).square().sum()
+
+
+WAYS = [by_a_sparse_matrix, by_compressed_rows, by_sparse_values, by_nested_rows, by_nested_rows_with_strides]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_tensors_of_other_layouts_in_the_forward(way: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    model, eager, x = MakesOthers(way), MakesOthers(way), torch.randn(64, 16)
+    eager.load_state_dict(model.state_dict())
+    with pytest.raises(CaptureError) as refused:
+        plan(model, 1.0, (x,), progress=False)
+    assert not INTERNALS.search(str(refused.value)), refused.value
+    plan_units(model, "1MiB", (x,), progress=False)
+    model(x).backward()
+    eager(x).backward()
+    trained = [name for name, p in eager.named_parameters() if p.grad is not None]
     assert_same(*([run.get_parameter(name).grad for name in trained] for run in (eager, model)))

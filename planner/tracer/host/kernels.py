@@ -14,7 +14,7 @@ from torch import nn
 from planner._compat import pytree
 from planner._compat.collectives import collectives_forbidden
 from planner._compat.dispatch import OpOverload, TorchDispatchMode, untraced, written
-from planner._compat.tensors import storage_id
+from planner._compat.tensors import is_dense, storage_id
 from planner.errors import CaptureError
 from planner.kernels.batch_norm import written_statistics
 from planner.kernels.observed import is_foreign
@@ -98,7 +98,7 @@ class RecordKernels(TorchDispatchMode):
         with untraced():
             self._contents |= {id(tensor): (tensor, tensor.detach().clone()) for tensor in written}
         self._flags += [(tensor, tensor.requires_grad) for tensor in weights if tensor.is_leaf]
-        self._data |= {id(t): (t, t.detach()) for t in (*weights, *others) if t.layout is torch.strided}
+        self._data |= {id(t): (t, t.detach()) for t in (*weights, *others) if is_dense(t)}
 
     @property
     def has_swapped_data(self) -> bool:
@@ -167,7 +167,7 @@ class RecordKernels(TorchDispatchMode):
 
     def share(self, tensor: torch.Tensor) -> None:
         """Note that numpy gets a tensor's memory: writes by numpy are not recorded."""
-        base = self._storages.get(storage_id(tensor)) if tensor.layout is torch.strided else None
+        base = self._storages.get(storage_id(tensor)) if is_dense(tensor) else None
         if base is None and id(tensor) not in self._made:
             base = tensor
         if base is not None:
@@ -206,11 +206,11 @@ class RecordKernels(TorchDispatchMode):
 
     def _meet(self, tensor: torch.Tensor) -> None:
         """Note a tensor that the forward has not made."""
-        if tensor.layout is torch.strided:
+        if is_dense(tensor):
             self._storages.setdefault(storage_id(tensor), tensor)
         if not self._paused:
             self.run.outside[id(tensor)] = tensor
-            if tensor.layout is torch.strided:
+            if is_dense(tensor):
                 self._data.setdefault(id(tensor), (tensor, tensor.detach()))
         elif self._graphs_refused is not None and tensor.grad_fn is not None and id(tensor) not in self._graphs_refused[1]:
             raise graph_from_outside(self._graphs_refused[0])
@@ -218,7 +218,7 @@ class RecordKernels(TorchDispatchMode):
     def _keep_written(self, func: OpOverload, args: Any, kwargs: Any) -> None:
         for tensor in (*written(func, args, kwargs), *written_statistics(func, args)):
             base = None
-            if tensor.layout is torch.strided:
+            if is_dense(tensor):
                 base = self._storages.get(storage_id(tensor))  # it may be a view that is written through
             if base is not None:
                 if self._paused:
@@ -264,5 +264,5 @@ def _without_communication(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.dtype, leaf.requires_grad)
+        return (None if leaf.is_nested else leaf.shape, leaf.dtype, leaf.requires_grad)
     return repr(leaf) if not callable(leaf) else ""
