@@ -1,4 +1,4 @@
-"""Whether a capture that traces equal blocks once gives the graph of whole capture, node for node, and how many models it is for.
+"""Whether a capture that traces equal blocks once gives the graph of whole capture, node for node; for how many models.
 
     python -m benchmarks.equal_blocks [--corpus zoo field] [--only NAME ...] [--precision fp32] --out FILE.jsonl
     python -m benchmarks.equal_blocks --table FILE.jsonl
