@@ -117,7 +117,13 @@ IMPORTED = (
             "_set_sdp_priority_order",
         ),
     ),
-    Names("torch._C._autograd", ("_get_current_graph_task_keep_graph", "_top_saved_tensors_default_hooks")),
+    Names(
+        "torch._C._autograd",
+        (
+            *("_get_current_graph_task_keep_graph", "_get_sequence_nr"),
+            *("_saved_tensors_hooks_is_enabled", "_top_saved_tensors_default_hooks"),
+        ),
+    ),
     Names("torch._C._functorch", ("maybe_current_level",)),
     Names("torch._functorch.config", ("backward_pass_autocast", "patch")),
     Names("torch._functorch.aot_autograd", ("JointWithDescriptors", "aot_export_joint_with_descriptors")),

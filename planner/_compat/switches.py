@@ -67,6 +67,12 @@ def in_transform() -> bool:
     return _transform_level() > 0 or torch.autograd.forward_ad._current_level >= 0
 
 
+def saved_tensors_hooks() -> tuple[bool, Any]:
+    """(whether hooks on saved tensors are allowed, those that would pack a tensor now; None if there are none)."""
+    is_allowed = bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+    return is_allowed, torch._C._autograd._top_saved_tensors_default_hooks(True) if is_allowed else None
+
+
 _SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),

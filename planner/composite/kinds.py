@@ -128,13 +128,13 @@ def kinds_of(
     left: dict[str, str] = {}
     frontier = list(names)
     while frontier:
-        calls = trial.record([name for name in frontier if trial.calls.counts[name]])
+        calls = trial.record([name for name in frontier if trial.submodules.counts[name]])
         below = []
         for name in frontier:
             module = trial.original.get_submodule(name)
             try:
                 _check_alone(trial, name, module)
-                if len(calls.get(name, ())) != trial.calls.counts[name]:
+                if len(calls.get(name, ())) != trial.submodules.counts[name]:
                     raise CaptureError("a second forward with the same random numbers calls it another number of times")
                 with noting(f"capturing the submodule {name}"):
                     _add(kinds, name, module, calls.pop(name), trial, options, costs)
@@ -147,8 +147,8 @@ def kinds_of(
                     raise InputError(f"units: {name} cannot be a unit: {error}") from error
                 children = [f"{name}.{child}" for child, _ in module.named_children()]
                 below += children
-                is_skipped = trial.is_random and not trial.calls.counts[name] and name in names
-                if is_skipped or (trial.calls.counts[name] and not children):
+                is_skipped = trial.is_random and not trial.submodules.counts[name] and name in names
+                if is_skipped or (trial.submodules.counts[name] and not children):
                     left[name] = str(error)
                     PLANNER.warning("%s: left as it is, unplanned: %s", name, error)
                 else:
@@ -186,7 +186,7 @@ def _add(
     costs: CostsOf,
 ) -> None:
     """Count a unit among the kind that it is of, or capture it as the first of a new one."""
-    call, used = calls[0], trial.calls.used[name][0]
+    call, used = calls[0], trial.submodules.gradient_strides[name][0]
     for kind in kinds:
         different = kind.difference(module, call, used) if type(module) is type(kind.captured.model) else "another class"
         if not different:
@@ -207,18 +207,18 @@ def _add(
 
 def _check_alone(trial: Trial, name: str, module: nn.Module) -> None:
     """Raise CaptureError where a plan of this submodule could change the model's results, or there is nothing to plan."""
-    if name in trial.calls.refused:
-        raise CaptureError(trial.calls.refused[name])
-    if not trial.calls.counts[name] and trial.is_random:
+    if name in trial.submodules.refused:
+        raise CaptureError(trial.submodules.refused[name])
+    if not trial.submodules.counts[name] and trial.is_random:
         raise CaptureError("the measured step, of those tried the one that saves most, does not call it with gradients")
-    if not trial.calls.counts[name]:
+    if not trial.submodules.counts[name]:
         raise CaptureError("it is called 0 times in a step with gradients")
     mine = {id(inner) for inner in module.modules()}
     others = {id(p) for m in trial.original.modules() if id(m) not in mine for p in m._parameters.values() if p is not None}
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in others]
     if shared:
         raise CaptureError(f"its {shared[0]} is also another module's, and the order in which gradients add up would change")
-    for weight, users in trial.calls.weight_users.items():
+    for weight, users in trial.submodules.weight_users.items():
         outside = [user for user in users if not is_inside(user, name)]
         if is_inside(weight.rpartition(".")[0], name) and outside:
             raise CaptureError(
@@ -236,7 +236,7 @@ def _check_calls(trial: Trial, name: str, calls: Sequence[Call], kind: UnitKind)
         return
     times = f"it is called {len(calls)} times in a step"
     module = trial.original.get_submodule(name)
-    for call, used in zip(calls[1:], trial.calls.used[name][1:], strict=True):
+    for call, used in zip(calls[1:], trial.submodules.gradient_strides[name][1:], strict=True):
         different = kind.difference(module, call, used)
         if different:
             raise CaptureError(f"{times}, and not alike: {different}")
@@ -258,7 +258,7 @@ def _check_inputs(trial: Trial, name: str, kind: UnitKind) -> None:
     executable = kind.made(keep_all(kind.graph))[2]
     if executable is None:
         return
-    for i in sorted(trial.calls.inputs_used_after[name]):
+    for i in sorted(trial.submodules.inputs_used_after[name]):
         if any(executable.inputs[k] == f"input {i}" for k in executable.summed - executable.separated):
             raise CaptureError(
                 f"it uses its input {i} several times, which is used again after it, and the order in which gradients add up "

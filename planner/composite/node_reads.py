@@ -1,48 +1,53 @@
-"""Which nodes of autograd's graph code looks at (`tensor.grad_fn`), and which submodules' they are.
+"""Which submodules' parts of autograd's graph code looks at (`tensor.grad_fn`).
 
 A planned unit is one node where eager has one for each operation. Code that hooks, names or follows those would get others.
+Autograd numbers nodes as they are made, so that the nodes of a submodule's call are those with the numbers of its time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._C._autograd import _get_sequence_nr as next_number
 
-from planner._compat import pytree
+from planner._compat.tensors import is_dense, storage_id
 from planner.tracer.host.callers import is_users
 from planner.tracer.host.reads import ReadRecorder
 from planner.tracer.host.tensor_patches import get_attribute, patched
 
-Node = torch.autograd.graph.Node
-_OF_GRAPH = frozenset({"grad_fn", "output_nr", "_version", "_base", "_is_view"})
-"""Attributes of tensors that depend on the operations which made them, not on the result alone."""
+_OF_NODE, _OF_STORAGE = frozenset({"grad_fn", "output_nr"}), frozenset({"_version", "_base", "_is_view"})
+"""Attributes of tensors that depend on the operations which made them, or wrote into their memory."""
 
 
 class NodeReads:
-    """Notes, while entered, the nodes that code looks at, and for each call of a submodule where its part of the graph is.
+    """Notes, while entered, the nodes that code looks at, and for each call of a submodule the numbers of its nodes.
 
     Attributes:
-        has_seen: code looked at one.
+        found: per submodule whose nodes code outside of it looks at, the attribute by which it does.
+        follows: per submodule whose nodes code outside of it may come to from a node that it looks at (`next_functions`).
     """
 
     def __init__(self) -> None:
-        self._running: list[tuple[str, frozenset[Node]]] = []
-        self._calls: list[tuple[str, frozenset[Node], frozenset[Node]]] = []
-        self._seen: list[tuple[Node, str, frozenset[str]]] = []
-        self.has_seen = False
+        self.found: dict[str, str] = {}
+        self.follows: dict[str, str] = {}
+        self._running: list[tuple[str, int]] = []
+        self._calls: list[tuple[str, int, int]] = []
+        self._own: set[int] = set()
+        self._storages: dict[int, set[str]] = {}
 
     @contextlib.contextmanager
     def noted(self, reads: ReadRecorder) -> Iterator[None]:
-        """While entered, what users' code reads as `grad_fn`, and the nodes that it hooks, are noted."""
+        """While entered, what users' code reads of tensors, and the nodes that it hooks, are noted."""
 
         def read(this: torch.Tensor, name: str, frame: types.FrameType) -> Any:
-            node = get_attribute(this, "grad_fn") if name in _OF_GRAPH and is_users(frame) else None
-            if node is not None:
-                self._see(node, name)
+            if name in _OF_NODE and is_users(frame):
+                self._see(get_attribute(this, "grad_fn"), name)
+            elif name in _OF_STORAGE and is_users(frame) and is_dense(this):
+                self._note(self._storages.get(storage_id(this), set()), self.found, name)
             return get_attribute(this, name)
 
         before, reads.on_hooked_node = reads.on_hooked_node, lambda node: self._see(node, "grad_fn")
@@ -52,53 +57,35 @@ class NodeReads:
         finally:
             reads.on_hooked_node = before
 
-    def enter(self, name: str, given: Any) -> None:
-        """A submodule is called with these arguments."""
-        self._running.append((name, _nodes_of(pytree.tree_leaves(given))))
+    def enter(self, name: str) -> None:
+        """A submodule is called."""
+        self._running.append((name, next_number()))
 
-    def returned(self, name: str, leaves: Iterable[Any]) -> None:
-        """The submodule that was entered last returns these."""
-        self._calls.append((name, _nodes_of(leaves), self._running[-1][1]))
+    def made(self, tensor: torch.Tensor) -> None:
+        """The tensor's node is not the model's: it stands for the one behind it."""
+        if tensor.grad_fn is not None:
+            self._own.add(tensor.grad_fn._sequence_nr())
+
+    def returned(self, given: Iterable[Any], leaves: Iterable[Any]) -> None:
+        """The submodule that was entered last, with these arguments, returns these."""
+        name, first = self._running[-1]
+        self._calls.append((name, first, next_number()))
+        for leaf in (*given, *leaves):
+            if isinstance(leaf, torch.Tensor) and is_dense(leaf):
+                self._storages.setdefault(storage_id(leaf), set()).add(name)
 
     def leave(self) -> None:
         """It is left."""
         self._running.pop()
 
-    def close(self) -> None:
-        """The step is over: graphs are not kept alive."""
-        self._calls.clear()
-        self._seen.clear()
+    def _see(self, node: Any, attribute: str) -> None:
+        """Code looks at a node; None: at a tensor that has none."""
+        while node is not None:
+            number = node._sequence_nr()
+            self._note((name for name, first, end in self._calls if first <= number < end), self.found, attribute)
+            self._note((name for name, first, _ in self._calls if first <= number), self.follows, attribute)
+            node = node.next_functions[0][0] if number in self._own else None
 
-    def inside_of(self, *, follows: bool) -> dict[str, str]:
-        """The submodules whose nodes code outside of them looks at, and by which attribute of a tensor.
-
-        Args:
-            follows: code goes from a node to those behind it (`next_functions`).
-        """
-        found: dict[str, str] = {}
-        for node, attribute, running in self._seen:
-            looked_at = _behind([node]) if follows else {node}
-            for name, last, first in self._calls:
-                if name not in running and looked_at & _behind(last, stops_at=first):
-                    found[name] = attribute
-        return found
-
-    def _see(self, node: Node, attribute: str) -> None:
-        self.has_seen = True
-        self._seen.append((node, attribute, frozenset(name for name, _ in self._running)))
-
-
-def _nodes_of(leaves: Iterable[Any]) -> frozenset[Node]:
-    return frozenset(leaf.grad_fn for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
-
-
-def _behind(nodes: Iterable[Node], stops_at: Collection[Node] = ()) -> set[Node]:
-    """These nodes, and all that lead to them in the forward, up to and without some."""
-    found: set[Node] = set()
-    todo = [node for node in nodes if node not in stops_at]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += [following for following, _ in node.next_functions if following is not None and following not in stops_at]
-    return found
+    def _note(self, names: Iterable[str], where: dict[str, str], attribute: str) -> None:
+        running = {name for name, _ in self._running}
+        where |= {name: attribute for name in names if name not in running}

@@ -69,7 +69,7 @@ class UnitSearch:
         self.outer = self._outer(whole)
 
     def _outer(self, whole: Graph | None) -> OuterGraph:
-        if whole is not None and all(self.trial.calls.counts[unit] == 1 for unit in self.kinds):
+        if whole is not None and all(self.trial.submodules.counts[unit] == 1 for unit in self.kinds):
             try:
                 outer = contracted(whole, list(self.kinds))
                 compose(outer, self._graphs)
@@ -84,7 +84,7 @@ class UnitSearch:
             )
         saved = {unit: self.fronts[unit][at].saved_bytes for unit, at in least.items()}
         try:
-            calls = [UnitCall(unit, k) for unit in self.kinds for k in range(self.trial.calls.counts[unit])]
+            calls = [UnitCall(unit, k) for unit in self.kinds for k in range(self.trial.submodules.counts[unit])]
             return from_measured(self.trial.resident_bytes, measured, saved, calls, self.trial.held_bytes)
         except OuterCodeError as error:
             raise CaptureError(

@@ -63,7 +63,7 @@ class Trial:
     """A copy of the model, to run real steps on.
 
     Attributes:
-        calls: what the step does with submodules.
+        submodules: what the step does with submodules.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Trial:
         self.held_bytes = 0
         self.device = self.step.device
         self.autocast = Autocast.of(self.device)
-        self.calls = SubmoduleCalls(self.model)
+        self.submodules = SubmoduleCalls(self.model)
         self.is_random = False
         self._saved_on_host: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
         buffers = list(self.model.buffers())
@@ -99,7 +99,7 @@ class Trial:
         except Exception as error:
             if not concerns_model(error):
                 raise
-            if self.calls.follows_nodes:
+            if self.submodules.follows_nodes:
                 raise CaptureError(
                     "the forward follows autograd's graph (grad_fn.next_functions), which is another one around units: a step "
                     f"of the model {own_words(error)}. Plan with planner.plan, or train the model as it is"
@@ -265,8 +265,8 @@ class Trial:
 
     def _observe(self) -> bool:
         """Run a step, and note what it does with submodules. Returns whether it draws from the default generators."""
-        self.calls, generators = SubmoduleCalls(self.model), Generators(self.device)
-        with self.untouched(), self._saved_on_host(), self.calls.noted(self._observer):
+        self.submodules, generators = SubmoduleCalls(self.model), Generators(self.device)
+        with self.untouched(), self._saved_on_host(), self.submodules.noted(self._observer):
             before = generators.of_torch(), generators.host()
             self.step.run()
             return before != (generators.of_torch(), generators.host())

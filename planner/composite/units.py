@@ -145,7 +145,7 @@ def _kinds(
     if names is not None:
         return kinds_of(trial, names, options, descends=False)
     blocks = repeated(trial.original) if takes_blocks else ()
-    if not any(trial.calls.counts[name] for name in blocks):  # another branch ran
+    if not any(trial.submodules.counts[name] for name in blocks):  # another branch ran
         blocks = ()
     return kinds_of(trial, blocks or largest(trial.original), options, descends=True)
 

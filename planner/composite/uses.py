@@ -6,7 +6,7 @@ so that a sum over others' uses as well may have other bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ class Uses(TorchDispatchMode):
         inputs_used_after: by a submodule's name, positions of those among the tensors of its call that are used again after it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, made: Callable[[torch.Tensor], None]) -> None:
+        """`made`: called with each view that takes the place of a tensor of the model's."""
         super().__init__()
+        self._made = made
         self.weight_users: dict[str, set[str]] = {}
         self.inputs_used_after: dict[str, set[int]] = {}
         self._weights = {storage_id(p): name for name, p in model.named_parameters() if p.layout is torch.strided}
@@ -45,10 +47,7 @@ class Uses(TorchDispatchMode):
     def enter(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """A submodule is called: what to call it with instead."""
         self._inside.append(name)
-        if torch.is_grad_enabled() or name not in self.inputs_used_after:
-            self.inputs_used_after[name] = set()
-        if not torch.is_grad_enabled():
-            return args, kwargs
+        self.inputs_used_after.setdefault(name, set())
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         views: dict[int, torch.Tensor] = {}
         i = -1
@@ -72,6 +71,7 @@ class Uses(TorchDispatchMode):
     def _watched(self, tensor: torch.Tensor, name: str, i: int) -> torch.Tensor:
         """A view for the submodule alone. Autograd adds in place: the first gradient's memory holds the sum."""
         view = tensor.view_as(tensor)
+        self._made(view)
         first: list[int | None] = []
         self._hooks.append(view.register_hook(lambda gradient: first.append(address_of(gradient))))
 

@@ -82,11 +82,30 @@ class Block(nn.Module):
         return y if self.looks is None else self.looks(y)
 
 
-class Net(nn.Module):
-    def __init__(self, looks: Callable[[torch.Tensor], torch.Tensor], *, inside: bool = False) -> None:
+class Looks(nn.Module):
+    """Code around a unit that is a module itself."""
+
+    def __init__(self, looks: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.first, self.last = Block(looks if inside else None), Block()
-        self.looks = (lambda y: y) if inside else looks
+        self.looks = looks
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.looks(y)
+
+
+class Net(nn.Module):
+    """`kind`: of the first unit and of what looks at its result."""
+
+    def __init__(self, looks: Callable[[torch.Tensor], torch.Tensor], *, inside: bool = False, kind: str = "function") -> None:
+        super().__init__()
+        self.first: nn.Module = Block(looks if inside else None)
+        if kind == "children":  # whose last one makes the tensor that the first unit returns
+            self.first = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+        self.last = Block()
+        self.looks = (lambda y: y) if inside else Looks(looks) if kind == "module" else looks
+        if kind == "hook":
+            self.first.register_forward_hook(lambda _module, _args, out: looks(out))
+            self.looks = lambda y: y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.looks(self.first(x))).square().sum()
@@ -108,15 +127,17 @@ def trained(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("kind", ["function", "module", "children", "hook"])
 @pytest.mark.parametrize("looks", LOOKS, ids=lambda looks: looks.__name__)
-def test_a_unit_is_left_whose_graph_is_looked_at(looks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_a_unit_is_left_whose_graph_is_looked_at(looks: Callable[[torch.Tensor], torch.Tensor], kind: str) -> None:
     torch.manual_seed(0)
-    model, eager, x = Net(looks), Net(looks), torch.randn(64, 16)
+    model, eager, x = Net(looks, kind=kind), Net(looks, kind=kind), torch.randn(64, 16)
     eager.load_state_dict(model.state_dict())
-    units = plan_units(model, BUDGET, (x,), units=["last"], progress=False)
     with pytest.raises(InputError, match=r"first.*shows autograd's graph"):
         plan_units(eager, BUDGET, (x,), units=["first", "last"], progress=False)
-    assert list(units.planned) == ["last"]
+    units = plan_units(model, BUDGET, (x,), progress=False)
+    assert "last" in units.planned and "first" not in units.planned
     assert_same(trained(eager, x), trained(model, x))
 
 
@@ -151,3 +172,108 @@ def test_code_that_fails_on_further_nodes_is_named() -> None:
     model(x)
     with pytest.raises(CaptureError, match=r"next_functions.* raises \w+: .*planner\.plan"):
         plan_units(model, BUDGET, (x,), progress=False)
+
+
+class UnderHooks(nn.Module):
+    """Calls its second block under hooks on saved tensors."""
+
+    def __init__(self, context: Callable[[], Any]) -> None:
+        super().__init__()
+        self.blocks, self.context = nn.ModuleList(Block() for _ in range(3)), context
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](x)
+        with self.context():
+            x = self.blocks[1](x)
+        return self.blocks[2](x).square().sum()
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "rounded": lambda: torch.autograd.graph.saved_tensors_hooks(torch.Tensor.half, torch.Tensor.float),
+    "on the host": torch.autograd.graph.save_on_cpu,
+    "not allowed": lambda: torch.autograd.graph.disable_saved_tensors_hooks("none, please"),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_units_are_planned_around_hooks_on_saved_tensors(name: str) -> None:
+    torch.manual_seed(0)
+    model, eager, x = UnderHooks(CONTEXTS[name]), UnderHooks(CONTEXTS[name]), torch.randn(64, 16)
+    eager.load_state_dict(model.state_dict())
+    units = plan_units(model, BUDGET, (x,), progress=False)
+    assert sorted(name for name in units.planned if not name.startswith("blocks.1")) == ["blocks.0", "blocks.2"]
+    assert "saved_tensors_hooks" in units.left["blocks.1.up"]
+    assert_same(trained(eager, x), trained(model, x))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = torch.tanh(self.first(x))
+        return h, self.second(h)
+
+
+class ByTwo(nn.Module):
+    """Differentiates one result of a block in the forward, the other in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.last = Two(), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        a, b = self.two(x)
+        (gradient,) = torch.autograd.grad(a.sum(), x, retain_graph=True)
+        return self.last(b + gradient).square().sum()
+
+
+def test_a_unit_is_left_whose_results_get_gradients_in_two_backwards() -> None:
+    torch.manual_seed(0)
+    model, eager, x = ByTwo(), ByTwo(), torch.randn(64, 16)
+    eager.load_state_dict(model.state_dict())
+    units = plan_units(model, BUDGET, (x,), progress=False)
+    assert "last" in units.planned and "two" not in units.planned
+    assert_same(trained(eager, x), trained(model, x))
+
+
+class Gated(nn.Module):
+    """A block that the backward runs, too, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.last = Block(), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.gate(x)
+        h.register_hook(lambda gradient: gradient * self.gate(gradient))
+        return self.last(h).square().sum()
+
+
+def test_a_block_that_the_backward_runs_without_gradients_is_a_unit() -> None:
+    torch.manual_seed(0)
+    model, eager, x = Gated(), Gated(), torch.randn(64, 16)
+    eager.load_state_dict(model.state_dict())
+    units = plan_units(model, BUDGET, (x,), progress=False)
+    assert sorted(units.planned) == ["gate", "last"]
+    assert_same(trained(eager, x), trained(model, x))
+
+
+class Wrong(nn.Module):
+    """Asks whether there is a node, and fails by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        assert y.grad_fn is not None
+        return (y @ torch.ones(3, 3)).sum()
+
+
+def test_an_error_of_the_models_own_is_told_as_such() -> None:
+    with pytest.raises(InputError, match="correct the model or the example call"):
+        plan_units(Wrong(), BUDGET, (torch.randn(64, 16),), progress=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import sys
 import threading
 import types
@@ -20,6 +19,7 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.backward_code import TAKE_CODE, BackwardCode, LeftOut, given_to
 from planner.tracer.host.backward_reads import ReadsOfBackward
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
+from planner.tracer.host.environment import environment_noted
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import CONTROL, GeneratorCall, control_of_numpy_noted
 from planner.tracer.host.iterators import is_used_up
@@ -103,17 +103,22 @@ class ReadRecorder:
             opened = {name for name in held if name not in _INTERNAL and not is_special(name)}
             self._read.setdefault(type(this), set()).update(opened)
             self._written.setdefault(type(this), set()).update(opened)
-        named = attribute_names(self._codes)
-        for module in self._model.modules() if named & HOOK_ATTRIBUTES else ():
-            self._read.setdefault(type(module), set()).update(named & HOOK_ATTRIBUTES)
+        hooks = self.names & HOOK_ATTRIBUTES
+        for module in self._model.modules() if hooks else ():
+            self._read.setdefault(type(module), set()).update(hooks)
         return Reads(
             {kind: frozenset(names) for kind, names in self._read.items()},
-            named,
+            self.names,
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
             self.of_backward.names,
         )
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every attribute name in the code that ran."""
+        return attribute_names(self._codes)
 
     def libraries(self) -> tuple[LibraryRead, ...]:
         """What the code that ran reads of libraries."""
@@ -151,26 +156,16 @@ class ReadRecorder:
     def recording(self) -> Iterator[None]:
         """While entered, reads and writes of this thread are noted."""
         profile, collects = sys.getprofile(), gc.isenabled()
-        environ = type(os.environ)
-        read_variable = environ.__getitem__
-
-        def look_up(this: Any, key: str) -> str:
-            if threading.get_ident() == self._thread and not self.paused:
-                self._environment[key] = None
-            return read_variable(this, key)
-
-        with control_of_numpy_noted(self._on_control_of_numpy):
+        with control_of_numpy_noted(self._on_control_of_numpy), environment_noted(self._on_variable):
             try:
                 gc.disable()  # callbacks and finalizers that a collection runs are not the forward's code
                 self._patch(nn.Module)
-                environ.__getitem__ = look_up  # type: ignore[method-assign]
                 sys.setprofile(self._on_event)
                 yield
             finally:
                 set_profiler(profile)
                 if collects:
                     gc.enable()
-                environ.__getitem__ = read_variable  # type: ignore[method-assign]
                 for kind, own in self._patched.items():
                     for name, held in zip(("__getattribute__", "__setattr__"), own, strict=True):
                         if held is None:
@@ -178,6 +173,10 @@ class ReadRecorder:
                         else:
                             setattr(kind, name, held)
                 self._patched.clear()
+
+    def _on_variable(self, name: str) -> None:
+        if threading.get_ident() == self._thread and not self.paused:
+            self._environment[name] = None
 
     def _on_control_of_numpy(self, caller: types.FrameType) -> None:
         if self.drew is None and not self.paused and not is_ours(caller) and not is_compilers(caller):
