@@ -82,6 +82,8 @@ def _fake_mode() -> Any:
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of every module that hold its hooks by number."""
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Attributes of every tensor that hold its hooks by number; None where it had none."""
 HOOK_FLAGS = {
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
@@ -177,9 +179,7 @@ IMPORTED = (
 """Names that are imported."""
 
 ATTRIBUTES = (
-    Names(
-        "torch.Tensor", ("_backward_hooks", "_base", "_is_view", "_make_wrapper_subclass", "_version"), lambda: torch.zeros(1)
-    ),
+    Names("torch.Tensor", (*TENSOR_HOOKS, "_base", "_is_view", "_make_wrapper_subclass", "_version"), lambda: torch.zeros(1)),
     Names("torch.Tensor", ("_indices", "_values")),
     Names("torch.UntypedStorage", ("_cdata",), lambda: torch.zeros(1).untyped_storage()),
     Names("torch._subclasses.fake_tensor.FakeTensorMode", ("cache_enabled", "dispatch"), _fake_mode),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ _SETTABLE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    *((partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device)) for device in ("cpu", "cuda")),
 )
 """(how it stands, how to set it) of the switches that forwards set for a part of their code."""
 
@@ -129,13 +132,15 @@ def kernel_switches() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def switches_preserved() -> Iterator[None]:
-    """At exit, put back what code that did not come to its end left in another state."""
+def switches_preserved(*, after_success: bool = True) -> Iterator[None]:
+    """At exit, put back what code left in another state; `after_success` False: only where it raised."""
     before = [(get, put, _legacy(get)) for get, put in _SETTABLE]
+    puts_back = True
     try:
         yield
+        puts_back = after_success
     finally:
-        for get, put, state in before:
+        for get, put, state in before if puts_back else ():
             if _legacy(get) != state:
                 put(state)
 

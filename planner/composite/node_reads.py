@@ -45,12 +45,12 @@ class NodeReads:
 
         def read(this: torch.Tensor, name: str, frame: types.FrameType) -> Any:
             if name in _OF_NODE and is_users(frame):
-                self._see(get_attribute(this, "grad_fn"), name)
+                self.see(get_attribute(this, "grad_fn"), name)
             elif name in _OF_STORAGE and is_users(frame) and is_dense(this):
                 self._note(self._storages.get(storage_id(this), set()), self.found, name)
             return get_attribute(this, name)
 
-        before, reads.on_hooked_node = reads.on_hooked_node, lambda node: self._see(node, "grad_fn")
+        before, reads.on_hooked_node = reads.on_hooked_node, lambda node: self.see(node, "grad_fn")
         try:
             with patched(read, lambda this, name, frame: None):
                 yield
@@ -74,17 +74,17 @@ class NodeReads:
             if isinstance(leaf, torch.Tensor) and is_dense(leaf):
                 self._storages.setdefault(storage_id(leaf), set()).add(name)
 
-    def leave(self) -> None:
-        """It is left."""
-        self._running.pop()
-
-    def _see(self, node: Any, attribute: str) -> None:
+    def see(self, node: Any, attribute: str) -> None:
         """Code looks at a node; None: at a tensor that has none."""
         while node is not None:
             number = node._sequence_nr()
             self._note((name for name, first, end in self._calls if first <= number < end), self.found, attribute)
             self._note((name for name, first, _ in self._calls if first <= number), self.follows, attribute)
             node = node.next_functions[0][0] if number in self._own else None
+
+    def leave(self) -> None:
+        """It is left."""
+        self._running.pop()
 
     def _note(self, names: Iterable[str], where: dict[str, str], attribute: str) -> None:
         running = {name for name, _ in self._running}

@@ -17,6 +17,7 @@ from planner._compat.switches import in_transform, saved_tensors_hooks
 from planner._compat.tensors import address_of
 from planner.composite.node_reads import NodeReads
 from planner.composite.uses import Uses
+from planner.tracer.checks import hooks_last_node
 from planner.tracer.host.observe import Observer
 from planner.tracer.replay import Strides
 from planner.tracer.results import OutputIdentity
@@ -97,9 +98,13 @@ class SubmoduleCalls:
         self._nodes.enter(name)
         return args, kwargs
 
-    def _left(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+    def _left(self, module: nn.Module, _args: Any, out: Any) -> None:
         self._uses.leave()
         self._nodes.leave()
+        if hooks_last_node(module):
+            for leaf in pytree.tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._nodes.see(leaf.grad_fn, "by register_backward_hook")
 
     def _after(self, name: str, _module: nn.Module, args: Any, out: Any) -> Any:
         if not torch.is_grad_enabled():

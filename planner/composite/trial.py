@@ -91,6 +91,7 @@ class Trial:
         self._saved_on_host: Callable[[], contextlib.AbstractContextManager[Any]] = torch.autograd.graph.save_on_cpu
         buffers = list(self.model.buffers())
         self._observer = Observer(self.model, ModuleStack(self.model), (), self.device, buffers)
+        self._observer.preserved.restore()  # its guards of iterators; `untouched` puts others in their places
         try:
             self.step.fix_random_state()
             self._observe_step()
@@ -133,11 +134,12 @@ class Trial:
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Steps leave no trace in the copy, the call's tensors, the random state, or what code shares with the model itself."""
-        with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs]), iterators_copied():
-            try:
+        seen = self._observer.preserved
+        with model_preserved(self.model, [*self.model.buffers(), *self.step.inputs]), seen.checkpoint(), iterators_copied():
+            try:  # what was first seen inside is restored first: it was found with the guards of the others in place
                 yield
             finally:
-                self._observer.preserved.restore()
+                seen.restore()
                 self.step.clear_gradients()
 
     @contextlib.contextmanager

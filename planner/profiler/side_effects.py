@@ -75,7 +75,7 @@ def _state(value: Any, depth: int, names: frozenset[str]) -> Any:
         return value.getstate()
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
-    kind = type(value).__module__.partition(".")[0]
+    kind = str(getattr(type(value), "__module__", "")).partition(".")[0]
     if kind == "numpy":
         return _of_numpy(value)
     if isinstance(value, Mapping):
@@ -84,7 +84,7 @@ def _state(value: Any, depth: int, names: frozenset[str]) -> Any:
         return (len(value), *(_state(item, depth - 1, names) for item in [*value][:_MOST]))
     if isinstance(value, (set, frozenset)):
         return frozenset(_state(item, depth - 1, names) for item in value)
-    if kind == "torch" or (isinstance(value, type) and value.__module__.partition(".")[0] in ("builtins", "torch")):
+    if kind == "torch" or (isinstance(value, type) and str(getattr(value, "__module__", "")).startswith(("builtins", "torch"))):
         return type(value).__qualname__
     held = getattr(value, "__dict__", {})
     if isinstance(value, types.ModuleType):  # of a module, what the code names
@@ -117,5 +117,5 @@ def _of_numpy(value: Any) -> Any:
 
 def _of_iterator(value: Any) -> Any:
     """An iterator's position, by itertools' repr and by length hints; it is not advanced."""
-    text = repr(value) if type(value).__module__ == "itertools" else ""
+    text = repr(value) if getattr(type(value), "__module__", "") == "itertools" else ""
     return (type(value).__qualname__, text, operator.length_hint(value, -1) if hasattr(type(value), "__next__") else -1)

@@ -18,6 +18,7 @@ from torch import nn
 
 from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
+from planner._compat.switches import saved_tensors_hooks
 from planner.graph.graph import Kind
 from planner.results.plan import Plan
 from planner.runtime.autograd import run_without_backward
@@ -72,6 +73,8 @@ def compare_forwards(
 ) -> tuple[str, ...] | None:
     """Run both forwards; names of what they leave different, or None where the budget has no place for it.
 
+    None, too, where hooks on saved tensors are not allowed: by these the original forward saves nothing.
+
     Args:
         original: the model's own forward.
         call: what both are called with; what it holds and writes is restored.
@@ -79,7 +82,8 @@ def compare_forwards(
     joint, args, kwargs = step.joint, call.args, call.kwargs
     plain = [given for given in joint.inputs if given.kind is not Kind.TANGENT]
     written = [tensor for given, tensor in zip(plain, call.inputs, strict=True) if given.mutated]
-    if not audit_fits(plan, sum(tensor.nbytes for tensor in written)):
+    are_hooks_allowed, _ = saved_tensors_hooks()
+    if not are_hooks_allowed or not audit_fits(plan, sum(tensor.nbytes for tensor in written)):
         return None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 

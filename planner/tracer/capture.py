@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from planner._compat.fake_tensors import InPlaceCollectiveError, forget_real_tensors
-from planner._compat.switches import autocast_key, global_switches
+from planner._compat.switches import autocast_key, global_switches, switches_preserved
 from planner.errors import CaptureError, InputError, PlannerError
 from planner.log import TRACER
 from planner.tracer.call import CallSpec, flatten_example
@@ -200,6 +200,7 @@ def _capture(
         collections_paused(),
         Generators(device).preserved(),
         _gradients_kept(model),
+        switches_preserved(after_success=False),
         _capturing() as inside,
     ):
         with _explained(model, modules):

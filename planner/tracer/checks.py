@@ -32,6 +32,11 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
             "remove the hooks of all modules (torch.nn.modules.module.register_module_forward_hook and its like) and register "
             "hooks on single modules: a plan calls none of the model's submodules, and would leave these hooks out"
         )
+    if hooks_last_node(model):
+        raise CaptureError(
+            "the model has a hook by register_backward_hook, which gets the gradients of the last operation of its forward; a "
+            "planned forward is one operation. Use register_full_backward_hook"
+        )
     on = {name: value for name, value in switches.items() if name in _MODES and value}
     if on:
         raise InputError(
@@ -40,6 +45,11 @@ def check_trainable(model: nn.Module, num_tensors: int) -> None:
         )
     if isinstance(model, nn.RNNBase):  # a submodule of this kind runs as it is
         raise CaptureError(f"the model is a {type(model).__name__}: its fused kernel cannot be captured exactly")
+
+
+def hooks_last_node(model: nn.Module) -> bool:
+    """The model has backward hooks of the older kind: torch hangs them on the node of autograd's graph that made its output."""
+    return bool(model._backward_hooks) and model._is_full_backward_hook is False
 
 
 def check_trains(model: nn.Module, num_tensors: int) -> None:

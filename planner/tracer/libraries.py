@@ -58,7 +58,7 @@ def is_users_hook(hook: Any) -> bool:
 def is_cache(value: Any) -> bool:
     """The value is a key-value cache."""
     return any(
-        base.__module__.startswith(prefix) and base.__name__.endswith(suffix)
+        str(getattr(base, "__module__", "")).startswith(prefix) and base.__name__.endswith(suffix)
         for base in type(value).__mro__
         for prefix, suffix in CACHES
     )

@@ -84,7 +84,8 @@ def _objects_unchanged(leaves: Sequence[Any]) -> Iterator[None]:
         CaptureError: it did write.
     """
     kept = Preserved(guards_iterators=False)
-    keep_reachable(kept, [item for leaf in leaves if not is_generator(leaf) for item in keep_deep(kept, leaf, {})], {})
+    given = [leaf for leaf in leaves if not is_generator(leaf) and not isinstance(leaf, torch.Tensor)]
+    keep_reachable(kept, [item for leaf in given for item in keep_deep(kept, leaf, {})], {})
     try:
         yield
     finally:

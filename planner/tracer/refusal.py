@@ -37,7 +37,7 @@ _MEANINGS = (
     ),
     (r"shape_env", "makes a tensor whose shape depends on the data, as nested tensors do; a plan needs fixed shapes"),
     (
-        r"layout_impl|Sparse|OpaqueTensorImpl|NestedTensorImpl",
+        r"layout_impl|Sparse\w+Backward|\w+TensorImpl\b",
         "uses a tensor that is not dense (sparse, nested, mkldnn's), which a plan cannot hold: put what uses it into a "
         "submodule of its own, which then runs as it is",
     ),

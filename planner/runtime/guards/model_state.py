@@ -18,6 +18,7 @@ from planner._compat.tensors import tensors_alike
 from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.guards.library import LibraryGuard
 from planner.runtime.guards.mismatch import Mismatch
+from planner.tracer.checks import hooks_last_node
 from planner.tracer.host.path import named
 from planner.tracer.host.values import find_in_class
 from planner.tracer.joint import Joint
@@ -101,6 +102,9 @@ class ModelStateGuard:
                 if not isinstance(module, kind) or self._overrides(type(module), kind):  # fully_shard derives a class
                     return Mismatch("module", f"the class of {name}", type(module).__name__, kind.__name__)
             self._kinds = [type(module) for module in self.modules]
+        if hooks_last_node(self._model):
+            text = "it has a hook by register_backward_hook, which gets the gradients of the forward's last operation"
+            return Mismatch("module", "the model's hooks", text=f"{text}; use register_full_backward_hook")
         if self._submodules() != self._children:
             return Mismatch("module", "the model's submodules", text="a submodule was replaced, added or removed")
         if any(self._without_hooks):

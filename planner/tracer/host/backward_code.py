@@ -22,7 +22,16 @@ import torch
 from torch import nn
 
 from planner.tracer.host.scopes import each_named, is_library_code
-from planner.tracer.host.values import ABSENT, find_in_class, is_foreign_class, is_object, own_class, own_dict, reachable
+from planner.tracer.host.values import (
+    ABSENT,
+    find_in_class,
+    is_foreign_class,
+    is_object,
+    module_of,
+    own_class,
+    own_dict,
+    reachable,
+)
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _APPLY = id(torch.autograd.Function.apply.__func__.__code__)  # type: ignore[attr-defined]
@@ -72,6 +81,10 @@ class LeftOut(Enum):
     NODE_HOOK = (
         "the forward of {0} registers a hook on a node of autograd's graph (grad_fn.register_hook), whose code a plan cannot "
         "know. Register it on the tensor: tensor.register_hook"
+    )
+    LEAF_HOOK = (
+        "the forward of {0} registers a hook on a weight, or on another tensor without history, where it stays: each eager "
+        "call adds one more, a planned call none. Register it once, outside of the forward"
     )
     RETAINED_GRADIENT = (
         "the forward of {0} keeps the gradient of an activation (retain_grad), which a plan returns to no one. Return the "
@@ -246,7 +259,7 @@ class BackwardCode:
         for space in list(self.namespaces.values()):
             bases = (*space.__mro__, *inspect.getmro(type(space))) if isinstance(space, type) else ()
             held = {name for base in bases for name in vars(base)} if bases else vars(space).keys()
-            home = space.__module__ if isinstance(space, type) else space.__name__
+            home = module_of(space) if isinstance(space, type) else space.__name__
             for name in names & held:
                 self.add_named(_member_of(space, name), home)
         return classes
@@ -314,7 +327,7 @@ def _top_package(value: Any) -> str:
 
 def _is_of_library(value: type | types.ModuleType, home: str) -> bool:
     """Whether a class or Python module belongs to Python, torch, or an installed package that is not the code's own."""
-    name = value.__name__ if isinstance(value, types.ModuleType) else str(value.__module__)
+    name = value.__name__ if isinstance(value, types.ModuleType) else module_of(value)
     package = name.partition(".")[0]
     if package in _LIBRARIES:
         return True
@@ -328,6 +341,9 @@ def given_to(frame: types.FrameType) -> BackwardCode | None:
     if names is None:
         return None
     found = BackwardCode({LeftOut.SAVED_TENSORS} if id(frame.f_code) == _SAVED_TENSORS else set())
+    this = frame.f_locals.get("self")
+    if isinstance(this, torch.Tensor) and this.is_leaf and this.requires_grad:
+        found.left_out.add(LeftOut.LEAF_HOOK)
     for name in names:
         value = frame.f_locals.get(name)
         if isinstance(value, type):  # of a custom operator torch derives a class, whose forward runs the operator as a kernel

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from planner._compat.private_names import HOOK_ATTRIBUTES, MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.host.backward_code import BackwardCode, LeftOut
 from planner.tracer.host.path import Path
 from planner.tracer.host.state import HostKey
 from planner.tracer.host.values import is_object, own_class, reachable
+from planner.tracer.libraries import is_users_hook
 
 
 class ReadsOfBackward:
@@ -74,6 +76,20 @@ def refuse_left_out(found: Mapping[LeftOut, str], reads: ReadsOfBackward, argume
     kind, where = next(iter(found.items()), (None, ""))
     if kind is not None:
         raise CaptureError(kind.value.format(where or "the model"), module=where)
+
+
+def refuse_reads_of_own_hooks(model: nn.Module, names: Collection[str]) -> None:
+    """Raise CaptureError where the forward reads lists of hooks, and the model has hooks: in the recorded call it has none.
+
+    Args:
+        names: attributes that the code which ran may read.
+    """
+    read = sorted(HOOK_ATTRIBUTES.intersection(names))
+    if read and any(is_users_hook(hook) for kind in MODULE_HOOKS for hook in vars(model)[kind].values()):
+        raise CaptureError(
+            f"the model's forward reads its list of hooks ({read[0]}), which a plan finds empty: its hooks run around the "
+            "planned call. Remove the hooks, or ask for something else"
+        )
 
 
 def refuse_reads_of_written(key: HostKey) -> None:

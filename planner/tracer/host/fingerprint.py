@@ -29,6 +29,7 @@ from planner.tracer.host.values import (
     is_iterator,
     is_object,
     members,
+    package_of,
 )
 
 Fingerprint = Any
@@ -238,7 +239,7 @@ def is_generator(value: Any) -> bool:
     kind = type(value)
     if issubclass(kind, (random.Random, torch.Generator)):
         return True
-    return any(base.__module__.partition(".")[0] == "numpy" and base.__name__ in _OF_NUMPY for base in kind.__mro__)
+    return any(package_of(base) == "numpy" and base.__name__ in _OF_NUMPY for base in kind.__mro__)
 
 
 _VALUES = (str, bytes, int, float, complex)

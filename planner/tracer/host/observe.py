@@ -20,7 +20,7 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner._compat.tensors import shared_storages
 from planner.errors import CaptureError
-from planner.tracer.host.backward_reads import refuse_left_out
+from planner.tracer.host.backward_reads import refuse_left_out, refuse_reads_of_own_hooks
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
 from planner.tracer.host.generator_calls import refuse_generators
@@ -152,6 +152,8 @@ class Observer:
         Raises:
             CaptureError: it does something that a plan cannot repeat; names it, and the submodule.
         """
+        for tensor in inputs:
+            self.preserved.keep(tensor)
         changes_of = lambda runs: self._changes(runs, inputs, as_found=as_found)
         if as_found:
             self._weights = weight_places(self.model)
@@ -206,7 +208,8 @@ class Observer:
         finder = OneCall if as_found else None
         stored = [effect.template for effect in runs.runs[-1].written]
         after = self.snapshot()
-        refuse_retained(value for path, value in after.items() if runs.before.get(path) is not value)
+        there = {id(value) for value in runs.before.values()}
+        refuse_retained((path.module, value) for path, value in after.items() if id(value) not in there and path.scope is None)
         return find_changes(self.model, runs.before, after, outside, known, given, only_written, finder, stored)
 
     def run_once(self, call: Callable[[], Called], *, may_initialize: bool = False) -> Run:
@@ -308,9 +311,8 @@ class Observer:
         note_returned(called.output)
         refuse_generators(self.reads, self.kernels, self._modules)
         refuse_left_out(self.reads.left_out, self.reads.of_backward, called.arguments.places)
-        leaves = pytree.tree_leaves(called.output)
-        refuse_marked(leaves, self.kernels.has_made)
-        refuse_retained(leaves)
+        refuse_reads_of_own_hooks(self.model, self.reads.names)
+        refuse_marked(pytree.tree_leaves(called.output), self.kernels.has_made)
         run.written, run.arguments = called.written, called.arguments
         return run
 

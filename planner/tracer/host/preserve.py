@@ -18,6 +18,7 @@ from torch import nn
 from planner._compat.dispatch import untraced
 from planner._compat.switches import switches_preserved
 from planner.tracer.faults import calls_users_code
+from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, guarded
 from planner.tracer.host.restorers import content_of, memory_of, restore_tensors, restorer
@@ -117,9 +118,9 @@ class Preserved:
         return changed
 
     def _as_it_is_now(self) -> Preserved:
-        now = Preserved()
-        for value in self.held:
-            now.keep(value)
+        now = Preserved(guards_iterators=self._guards_iterators)
+        for value, _, where in list(self._kept.values()):
+            now.keep(value, where)
         for scope, name, _ in self._variables.values():
             now.keep_variable(scope, name)
         return now
@@ -243,9 +244,10 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
         seen.add(id(item))
         if isinstance(item, nn.Module) or is_object(item):
             objects.append(item)
+            todo += [(kind, kind.__name__) for kind in class_homes(type(item)) if not is_foreign_class(kind)]
             if own_class(item) is None:  # else it has items, too
                 continue
-        preserved.keep(item, place)
+        is_new = preserved.keep(item, place)
         if own_class(item) is not None and not isinstance(item, (torch.Size, bytearray)):
             todo += [(inner, f"{place}[{key!r}]") for key, inner in items_of(item)]
         elif isinstance(item, types.FunctionType):
@@ -270,6 +272,7 @@ def keep_deep(preserved: Preserved, value: Any, names: Mapping[int, str], where:
             todo += [] if is_foreign_namespace(item) else [(held, f"{place}.{name}") for name, held in containers_of(item)]
         elif isinstance(item, type) and not is_foreign_class(item):
             todo += [(held, f"{place}.{name}") for name, held in containers_of(item)]
+            todo += [(held, f"{place}.{name}") for name, held in list(vars(item).items()) if is_new and _may_change(held)]
             todo += [(base, place) for base in namespaces(item)[1:]]
     return objects
 
@@ -280,16 +283,22 @@ def containers_of(namespace: type | types.ModuleType) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in held if isinstance(value, (dict, list, set, deque)) and not is_special(name)]
 
 
+def _may_change(value: Any) -> bool:
+    """Of what a class holds: a random generator, or a method with variables of its own, which `obj[0]` may call."""
+    if is_generator(value):
+        return True
+    function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    return isinstance(function, types.FunctionType) and bool(function.__closure__ or function.__defaults__)
+
+
 @contextlib.contextmanager
-def model_preserved(
-    model: nn.Module, tensors: Sequence[torch.Tensor] = (), *, guards_iterators: bool = True
-) -> Iterator[Preserved]:
+def model_preserved(model: nn.Module, tensors: Sequence[torch.Tensor] = ()) -> Iterator[Preserved]:
     """At exit, restore what running a model may change: attributes, containers, objects, generators, switches, variables.
 
     Tensors of the model get back the memory and form that they had. What is yielded says with `restore()` whether something
     of it was changed so far.
     """
-    preserved = keep_model(model, Preserved(guards_iterators=guards_iterators))
+    preserved = keep_model(model, Preserved())
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with (
         Generators(device).preserved(),

@@ -26,7 +26,7 @@ from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_module, keep_reachable
 from planner.tracer.host.scopes import Reads, attribute_names, compares_identities, each_named, is_library_code, scopes_of
-from planner.tracer.host.values import attributes, is_foreign_class, is_special, own_class, own_dict, reachable
+from planner.tracer.host.values import attributes, is_foreign_class, is_special, own_class, reachable
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
@@ -311,9 +311,7 @@ class ReadRecorder:
                 noted(this, name, None)
                 raise
             noted(this, name, value)
-            if is_used_up(value):  # its guard is in its place now, where it is the object's own
-                return (own_dict(this) or {}).get(name, value)
-            return value
+            return getter(this, name) if is_used_up(value) else value  # its guard is in its place now
 
         @calls_users_code
         def recorded_set(this: Any, name: str, value: Any) -> None:

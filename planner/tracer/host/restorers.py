@@ -19,6 +19,7 @@ from torch import nn
 
 from planner._compat.dispatch import untraced
 from planner._compat.fake_tensors import FakeTensor
+from planner._compat.private_names import TENSOR_HOOKS
 from planner._compat.tensors import storage_id
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
@@ -92,14 +93,17 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
         return _restorer_of_generator(value)
     if isinstance(value, ContextVar):
         held = value.get(ABSENT)  # one without a value cannot be put back: whoever runs a forward does so in a copied context
+        if where is not None and (replaced := guarded(held, f"the context variable {value.name}")) is not held:
+            value.set(replaced)
         return lambda: held is not ABSENT and value.get(ABSENT) is not held and bool(value.set(held))
     if is_array(value) and hasattr(type(value), "__setitem__"):
         return _restorer_of_array(value)
     if isinstance(value, type):
-        return _restorer_of_class(value)
+        return _restorer_of_class(value, where)
     if isinstance(value, types.ModuleType) and not is_foreign_namespace(value):
-        return _restorer_of_python_module(value)
-    if isinstance(value, (nn.Module, nn.Parameter)) or is_object(value):
+        return _restorer_of_python_module(value, where)
+    is_leaf = isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
+    if is_leaf or isinstance(value, (nn.Module, nn.Parameter)) or is_object(value):
         return _restorer_of_object(value, where)
     return None
 
@@ -271,8 +275,12 @@ def _restorer_of_generator(value: Any) -> Callable[[], bool]:
     return restore
 
 
-def _restorer_of_class(value: type) -> Callable[[], bool]:
+def _restorer_of_class(value: type, where: str | None) -> Callable[[], bool]:
     held = dict(vars(value))
+    for name, item in held.items() if where is not None else ():
+        if (replaced := guarded(item, f"{value.__name__}.{name}")) is not item:
+            with contextlib.suppress(TypeError, AttributeError):
+                setattr(value, name, replaced)
 
     def restore() -> bool:
         now, changed = dict(vars(value)), False
@@ -286,11 +294,13 @@ def _restorer_of_class(value: type) -> Callable[[], bool]:
     return restore
 
 
-def _restorer_of_python_module(value: types.ModuleType) -> Callable[[], bool]:
+def _restorer_of_python_module(value: types.ModuleType, where: str | None) -> Callable[[], bool]:
     """Of its variables but modules inside of it: these stay imported."""
     variables = vars(value)
     data = lambda: {name: item for name, item in variables.items() if not isinstance(item, types.ModuleType)}
     held = data()
+    if where is not None:
+        variables.update({name: guarded(item, f"{value.__name__}.{name}") for name, item in held.items()})
 
     def restore() -> bool:
         now = data()
@@ -307,6 +317,23 @@ _PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakre
 
 
 @calls_users_code
+def _restorer_of_hooks(tensor: torch.Tensor, kind: str) -> Callable[[], bool]:
+    held = getattr(tensor, kind)
+    content = dict(held or {})
+
+    def restore() -> bool:
+        now = getattr(tensor, kind)
+        if now is held and dict(now or {}) == content:
+            return False
+        if held is not None:
+            held.clear()
+            held.update(content)
+        setattr(tensor, kind, held)
+        return True
+
+    return restore
+
+
 def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     inner = own_dict(value)
     held = dict(inner or {})
@@ -314,8 +341,12 @@ def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     for name, item in held.items():
         if inner is not None and where is not None:
             inner[name] = guarded(item, f"{where}.{name}".lstrip("."))
+    for name, item in slots.items() if where is not None else ():
+        if (replaced := guarded(item, f"{where}.{name}".lstrip("."))) is not item:
+            object.__setattr__(value, name, replaced)
 
     state = [_restorer_of_container(held[kind], None) for kind in MODULE_STATE] if isinstance(value, nn.Module) else []
+    state += [_restorer_of_hooks(value, kind) for kind in TENSOR_HOOKS] if isinstance(value, torch.Tensor) else []
 
     def restore() -> bool:
         restored = [restore_container() for restore_container in state]  # every one of them

@@ -11,6 +11,7 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.tracer.host.path import Path
 from planner.tracer.host.tensor_places import TensorPlace
+from planner.tracer.host.values import package_of
 
 
 def places(model: nn.Module, inputs: Sequence[torch.Tensor], before: Mapping[Path, Any]) -> dict[int, TensorPlace]:
@@ -69,10 +70,10 @@ def weight_classes(model: nn.Module, inputs: Sequence[torch.Tensor], names: Coll
 
 def _own_bases(kind: type) -> list[type]:
     """The class and those it is derived from, down to torch's."""
-    return [base for base in kind.__mro__ if issubclass(base, torch.Tensor) and base.__module__.partition(".")[0] != "torch"]
+    return [base for base in kind.__mro__ if issubclass(base, torch.Tensor) and package_of(base) != "torch"]
 
 
 def own_tensor_class(tensor: torch.Tensor) -> type | None:
     """A tensor's class where it is not torch's own."""
     kind = type(tensor)
-    return None if kind is torch.Tensor or kind is nn.Parameter or kind.__module__.partition(".")[0] == "torch" else kind
+    return None if kind is torch.Tensor or kind is nn.Parameter or package_of(kind) == "torch" else kind

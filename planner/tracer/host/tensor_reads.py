@@ -224,7 +224,11 @@ def _without_memory(value: Any) -> Any:
 
 
 def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool]) -> None:
-    """Raise CaptureError where a tensor that the forward made and returns has attributes: those of a plan have none."""
+    """Raise CaptureError where a tensor that the forward made and returns has attributes, or keeps its gradient.
+
+    Those of a plan have none, and keep none.
+    """
+    refuse_retained(("", leaf) for leaf in outputs)
     for i, leaf in enumerate(outputs):
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, FakeTensor):  # a fake one has attributes of torch's own
             continue
@@ -235,11 +239,15 @@ def refuse_marked(outputs: Sequence[Any], is_made: Callable[[torch.Tensor], bool
             )
 
 
-def refuse_retained(values: Iterable[Any]) -> None:
-    """Raise CaptureError where a tensor that outlives the forward keeps its gradient: however it was asked to (`map`)."""
-    for value in values:
+def refuse_retained(values: Iterable[tuple[str, Any]]) -> None:
+    """Raise CaptureError where a tensor that outlives the forward keeps its gradient, however it was asked to (`map`).
+
+    Args:
+        values: what the forward returns or leaves, each with the submodule where it is.
+    """
+    for module, value in values:
         if isinstance(value, torch.Tensor) and value.grad_fn is not None and value.retains_grad:
-            raise CaptureError(LeftOut.RETAINED_GRADIENT.value.format("the model"))
+            raise CaptureError(LeftOut.RETAINED_GRADIENT.value.format(module or "the model"), module=module)
 
 
 def _is_among(found: Fingerprint, seen: Sequence[Fingerprint]) -> bool:

@@ -62,14 +62,14 @@ _HOLD_SETTINGS = (
 """Classes of these packages whose objects are compared by their attributes."""
 
 
-_SPECIAL = frozenset(
-    name
-    for kind in (nn.Module, torch.Tensor, type, types.FunctionType, types.ModuleType, dict, list, set, str, int, float, complex)
-    for name in dir(kind)
-    if name[:2] == "__"
-) | {"__abstractmethods__", "__builtins__", "__cached__", "__constants__", "__file__", "__jit_unused_properties__", "__path__"}
-_GENERATED = ("__attrs_", "__dataclass_", "__orig_", "__parameters__", "__pydantic_", "__torch_", "__warningregistry__")
-"""How names begin that decorators, base classes and Python itself write."""
+_OF_PYTHON: tuple[Any, ...] = (nn.Module, torch.Tensor, type, len, lambda: 0, types.ModuleType(""), {}, [], set(), "", 0j)
+_SPECIAL = frozenset(name for value in _OF_PYTHON for name in dir(value) if name[:2] == "__") | {
+    *("__abstractmethods__", "__all__", "__builtins__", "__cached__", "__constants__", "__file__", "__jit_unused_properties__"),
+    *("__match_args__", "__path__", "__slots__", "__static_attributes__", "__firstlineno__"),
+}
+"""Names with two underscores of Python's and torch's own classes, and those that Python itself writes."""
+_GENERATED = ("__annot", "__attrs_", "__class", "__dataclass_", "__orig_", "__param", "__pydantic_", "__warningreg")
+"""How further names begin that decorators, base classes and Python itself write."""
 
 
 def is_special(name: str) -> bool:
@@ -77,9 +77,22 @@ def is_special(name: str) -> bool:
     return name[:2] == "__" and (name in _SPECIAL or name.startswith(_GENERATED))
 
 
+def module_of(kind: type) -> str:
+    """The Python module that a class is from, past a metaclass of the user's; "" for one made where there is none (`exec`)."""
+    try:
+        return str(type.__getattribute__(kind, "__module__"))
+    except AttributeError:
+        return ""
+
+
+def package_of(kind: type) -> str:
+    """The top package of the Python module that a class is from."""
+    return module_of(kind).partition(".")[0]
+
+
 def is_foreign_class(kind: type) -> bool:
     """Objects of this class are compared as a whole: torch's, numpy's, Python's own, but for those that hold settings."""
-    return str(kind.__module__).partition(".")[0] in _FOREIGN and not issubclass(kind, _HOLD_SETTINGS)
+    return package_of(kind) in _FOREIGN and not issubclass(kind, _HOLD_SETTINGS)
 
 
 @calls_users_code
@@ -306,8 +319,8 @@ def hidden_in(value: Any) -> Iterator[Any]:
 
 def is_foreign_namespace(value: type | types.ModuleType) -> bool:
     """A class or a Python module of torch, numpy, this package or Python's own library."""
-    name = type.__getattribute__(value, "__module__") if isinstance(value, type) else vars(value).get("__name__", "")
-    package = str(name).partition(".")[0]  # looked up past a `__getattr__` of the user's
+    name = module_of(value) if isinstance(value, type) else str(vars(value).get("__name__", ""))
+    package = name.partition(".")[0]  # looked up past a `__getattr__` of the user's
     return package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__")
 
 

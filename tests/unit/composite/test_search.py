@@ -26,7 +26,9 @@ class Model(nn.Module):
 def search(peak=lambda made, varies=False: 0, limits=LIMITS):
     """Of hand-drawn blocks; `peak(schedules)` is what a step measures."""
     kind = SimpleNamespace(graph=block(), members=NAMES, made=lambda schedule, is_compiled: schedule)
-    return UnitSearch(SimpleNamespace(model=Model(), peak=peak, calls=Counter(NAMES)), [kind], limits, whole(3))
+    return UnitSearch(
+        SimpleNamespace(model=Model(), peak=peak, submodules=SimpleNamespace(counts=Counter(NAMES))), [kind], limits, whole(3)
+    )
 
 
 def test_the_bound_is_that_of_the_budget_even_where_a_choice_for_less_is_taken(monkeypatch):
