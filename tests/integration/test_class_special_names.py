@@ -14,6 +14,21 @@ class Has:
 class Settings: pass
 Settings.__scale__ = 2.0
 def hook(*args): return None
+def made(k):
+    class Takes:
+        k = 2.0
+        def __call__(self, h): return h * k
+        def __getitem__(self, i): return k
+        def __len__(self): return int(k)
+        def __float__(self): return k
+        def __iter__(self): return iter([k])
+        def __contains__(self, i): return k == 2.0
+        def __enter__(self): return k
+        def __exit__(self, *args): return None
+        def read(self): return self.k
+    return Takes
+Takes, Other = made(2.0), made(3.0)
+Other.k = 3.0
 """
 
 
@@ -70,7 +85,39 @@ HOOKS.append(
 )
 
 
-@pytest.mark.parametrize("of", [*NAMES, *HOOKS], ids=ids([*NAMES, *HOOKS]))
+USES = {
+    "__call__": "h = self.o(h)",
+    "__getitem__": "h = h * self.o[0]",
+    "__len__": "h = h * len(self.o)",
+    "__float__": "h = h * float(self.o)",
+    "__iter__": "h = h * [*self.o][0]",
+    "__contains__": "h = h * (2 if 1 in self.o else 3)",
+    "__enter__": "with self.o as k:\n    h = h * k",
+}
+METHODS = [
+    *(
+        changed(f"{name}, replaced", "self.o = Takes()", use, f"Takes.{name} = Other.{name}", rf"o\.{name}")
+        for name, use in USES.items()
+    ),
+    changed(
+        "a variable of __call__",
+        "self.o = Takes()",
+        USES["__call__"],
+        "Takes.__call__.__closure__[0].cell_contents = 3.0",
+        r"o\.__call__",
+    ),
+    changed("the class of an object", "self.o = Takes()", "h = h * self.o.read()", "part.o.__class__ = Other", "o "),
+    changed(
+        "the dictionary of an object",
+        "self.o = Has()",
+        "h = h * self.o.__own__",
+        "part.o.__dict__ = {'__own__': 3.0}",
+        r"__own__ is 3\.0",
+    ),
+]
+
+
+@pytest.mark.parametrize("of", [*NAMES, *HOOKS, *METHODS], ids=ids([*NAMES, *HOOKS, *METHODS]))
 def test_a_change_is_named(of):
     check(of)
 

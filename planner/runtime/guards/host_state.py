@@ -349,6 +349,8 @@ def _note_attributes(group: _Group, value: Any) -> None:
     held = own or {}
     if own is not None:  # an empty one, too: it may hide attributes of the class later
         group.dicts.append((own, list(own.values())))
+        read_form: Reader = lambda: [type(value), getattr(value, "__dict__", None)]  # both can be assigned
+        group.others.append((read_form, [type(value), own]))
     if isinstance(value, nn.Module):  # not registered in the model
         group.dicts += [(held[kind], list(held[kind].values())) for kind in MODULE_STATE]
     if attributes(value).keys() - held.keys():

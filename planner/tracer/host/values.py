@@ -247,10 +247,20 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
         yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
 
 
+_BY_EXPRESSIONS = frozenset(
+    f"__{name}__"
+    for name in (
+        *("call", "getitem", "missing", "len", "iter", "next", "contains", "bool", "float", "int", "index", "enter", "exit"),
+        *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "pow", "neg", "lt", "le", "gt", "ge"),
+    )
+)
+"""Methods that `value(x)`, `value[0]`, `len(value)` and the like call."""
+
+
 def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     """What an object has by its class, data and code, each with its step; of a library's classes nothing.
 
-    Also what its own attributes hide: code may ask the class.
+    Also what its own attributes hide: code may ask the class; and methods that expressions call without naming them.
     """
     if not is_object(value):
         return
@@ -260,7 +270,8 @@ def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
             continue
         for name, item in list(vars(base).items()):
             is_slot = isinstance(item, types.MemberDescriptorType)
-            if not is_special(name) and name not in found and not is_slot and wanted(value, name):
+            is_read = name in _BY_EXPRESSIONS or (not is_special(name) and wanted(value, name))
+            if is_read and name not in found and not is_slot:
                 found.add(name)
                 yield ("class", name), item
 
