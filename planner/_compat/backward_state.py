@@ -1,11 +1,11 @@
-"""What autograd's engine says about the backward that runs now."""
+"""What autograd's engine says about the backward that runs now, and about the order in which nodes were made."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._C._autograd import _get_current_graph_task_keep_graph, _get_sequence_nr
 
 
 def backward_id() -> int:
@@ -16,6 +16,16 @@ def backward_id() -> int:
 def in_backward() -> bool:
     """Autograd's engine is running a backward in this thread."""
     return backward_id() != -1
+
+
+def number_of_node(node: Any) -> int:
+    """The number that autograd gave a node of its graph when it was made; of nodes of leaves, one above all others."""
+    return int(node._sequence_nr())
+
+
+def next_node_number() -> int:
+    """The number of the node that this thread makes next."""
+    return int(_get_sequence_nr())
 
 
 KEEPS_GRAPH_IMPORT = "from torch._C._autograd import _get_current_graph_task_keep_graph"

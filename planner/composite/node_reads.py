@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch._C._autograd import _get_sequence_nr as next_number
 
+from planner._compat.backward_state import next_node_number, number_of_node
 from planner._compat.tensors import is_dense, storage_id
 from planner.tracer.host.callers import is_users
 from planner.tracer.host.reads import ReadRecorder
@@ -59,17 +59,17 @@ class NodeReads:
 
     def enter(self, name: str) -> None:
         """A submodule is called."""
-        self._running.append((name, next_number()))
+        self._running.append((name, next_node_number()))
 
     def made(self, tensor: torch.Tensor) -> None:
         """The tensor's node is not the model's: it stands for the one behind it."""
         if tensor.grad_fn is not None:
-            self._own.add(tensor.grad_fn._sequence_nr())
+            self._own.add(number_of_node(tensor.grad_fn))
 
     def returned(self, given: Iterable[Any], leaves: Iterable[Any]) -> None:
         """The submodule that was entered last, with these arguments, returns these."""
         name, first = self._running[-1]
-        self._calls.append((name, first, next_number()))
+        self._calls.append((name, first, next_node_number()))
         for leaf in (*given, *leaves):
             if isinstance(leaf, torch.Tensor) and is_dense(leaf):
                 self._storages.setdefault(storage_id(leaf), set()).add(name)
@@ -77,7 +77,7 @@ class NodeReads:
     def see(self, node: Any, attribute: str) -> None:
         """Code looks at a node; None: at a tensor that has none."""
         while node is not None:
-            number = node._sequence_nr()
+            number = number_of_node(node)
             self._note((name for name, first, end in self._calls if first <= number < end), self.found, attribute)
             self._note((name for name, first, _ in self._calls if first <= number), self.follows, attribute)
             node = node.next_functions[0][0] if number in self._own else None
