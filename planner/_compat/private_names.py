@@ -181,6 +181,7 @@ IMPORTED = (
 ATTRIBUTES = (
     Names("torch.Tensor", (*TENSOR_HOOKS, "_base", "_is_view", "_make_wrapper_subclass", "_version"), lambda: torch.zeros(1)),
     Names("torch.Tensor", ("_indices", "_values")),
+    Names("torch.autograd.graph.Node", ("_sequence_nr",), lambda: torch.zeros(1, requires_grad=True).exp().grad_fn),
     Names("torch.UntypedStorage", ("_cdata",), lambda: torch.zeros(1).untyped_storage()),
     Names("torch._subclasses.fake_tensor.FakeTensorMode", ("cache_enabled", "dispatch"), _fake_mode),
     Names("torch.autograd.Function", ("maybe_clear_saved_tensors",)),
