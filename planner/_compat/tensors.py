@@ -55,7 +55,7 @@ def tensors_alike(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.T
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """The tensor has a shape and strides: it is no sparse and no nested one."""
+    """The tensor has a shape and strides: it is neither sparse nor nested."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 

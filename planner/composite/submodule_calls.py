@@ -83,8 +83,7 @@ class SubmoduleCalls:
         found = self._nodes.found | (self._nodes.follows if self.follows_nodes else {})
         for name, attribute in found.items():
             self.refused[name] = (
-                f"code around it reads {attribute} of a tensor that it computes, which shows autograd's graph; a planned unit "
-                "is a single node there"
+                f"code around it looks at its part of autograd's graph (by {attribute}); a planned unit is a single node there"
             )
 
     def _before(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -104,7 +103,7 @@ class SubmoduleCalls:
         if hooks_last_node(module):
             for leaf in pytree.tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
-                    self._nodes.see(leaf.grad_fn, "by register_backward_hook")
+                    self._nodes.see(leaf.grad_fn, "register_backward_hook")
 
     def _after(self, name: str, _module: nn.Module, args: Any, out: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -29,11 +29,11 @@ from planner.runtime.ranks import communicates
 from planner.runtime.step import RewrittenStep
 from planner.tracer.host.arguments import argument_effects, bound_and_restored
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, alike, tensor_key
+from planner.tracer.host.foreign import is_special
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
 from planner.tracer.host.preserve import contents_preserved, plain_tensors
 from planner.tracer.host.state import HostKey, HostState, remembered
-from planner.tracer.host.values import is_special
 from planner.tracer.joint import Joint
 from planner.tracer.opaque.measure import written_weights
 from planner.tracer.outputs import without_caches

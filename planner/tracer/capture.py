@@ -186,12 +186,11 @@ def _capture(
 ) -> Joint:
     """One capture with these opaque modules: check, record, trace, bring into normal form, check."""
     leaves, in_spec = flatten_example(args, kwargs)
-    positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    given = [leaves[i] for i in positions]
+    call = _specified(leaves, in_spec)
+    given = [leaves[i] for i in call.tensors]
     check_trainable(model, len(given))
     check_given(model, leaves, given)
     device = _device(model, given, target)
-    call = CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
     tensors = _as_leaves(given)
     caches_casts = torch.is_autocast_cache_enabled()
     modules = ModuleStack(model)
@@ -234,6 +233,12 @@ def _capture(
         autocast=autocast_key(device),
         switches=global_switches(),
     )
+
+
+def _specified(leaves: Sequence[Any], in_spec: Any) -> CallSpec:
+    """The form of a call, without its tensors."""
+    positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    return CallSpec(in_spec, tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves), positions, None)
 
 
 def _traced(options: TraceOptions, tensors: Sequence[torch.Tensor], inside: Callable[..., Any]) -> Trace:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from planner.tracer.host.foreign import python_module_of
+
 TRACED_HOOKS = ("torch.nn.utils", "transformers.")
 """Prefixes of the modules whose hooks compute (weight_norm, spectral_norm, recorded outputs): a trace includes them."""
 
@@ -58,7 +60,7 @@ def is_users_hook(hook: Any) -> bool:
 def is_cache(value: Any) -> bool:
     """The value is a key-value cache."""
     return any(
-        str(getattr(base, "__module__", "")).startswith(prefix) and base.__name__.endswith(suffix)
+        python_module_of(base).startswith(prefix) and base.__name__.endswith(suffix)
         for base in type(value).__mro__
         for prefix, suffix in CACHES
     )

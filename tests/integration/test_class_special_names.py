@@ -25,6 +25,11 @@ def made(k):
         def __contains__(self, i): return k == 2.0
         def __enter__(self): return k
         def __exit__(self, *args): return None
+        def __eq__(self, other): return k == 2.0
+        def __abs__(self): return k
+        def __floordiv__(self, other): return k
+        def __getattr__(self, name): return k
+        def __hash__(self): return 0
         def read(self): return self.k
     return Takes
 Takes, Other = made(2.0), made(3.0)
@@ -92,6 +97,10 @@ USES = {
     "__float__": "h = h * float(self.o)",
     "__iter__": "h = h * [*self.o][0]",
     "__contains__": "h = h * (2 if 1 in self.o else 3)",
+    "__eq__": "h = h * (2 if self.o == 1 else 3)",
+    "__abs__": "h = h * abs(self.o)",
+    "__floordiv__": "h = h * (self.o // 1)",
+    "__getattr__": "h = h * self.o.made_up",
     "__enter__": "with self.o as k:\n    h = h * k",
 }
 METHODS = [

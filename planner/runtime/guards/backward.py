@@ -28,10 +28,11 @@ from planner.kernels import custom
 from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.step import RewrittenStep
 from planner.tracer.host.fingerprint import Fingerprint, Fingerprints, Same, alike, first_difference
+from planner.tracer.host.foreign import is_foreign_class
 from planner.tracer.host.path import Path, named
 from planner.tracer.host.scopes import Reads, is_library_code
 from planner.tracer.host.state import walk
-from planner.tracer.host.values import class_homes, is_foreign_class, is_plain
+from planner.tracer.host.values import class_homes, is_plain
 
 Tensors = tuple[tuple[weakref.ref[torch.Tensor], int], ...]
 

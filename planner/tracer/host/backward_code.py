@@ -21,17 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.tracer.host.foreign import is_called_by_expressions, is_foreign_class, python_module_of
 from planner.tracer.host.scopes import each_named, is_library_code
-from planner.tracer.host.values import (
-    ABSENT,
-    find_in_class,
-    is_foreign_class,
-    is_object,
-    module_of,
-    own_class,
-    own_dict,
-    reachable,
-)
+from planner.tracer.host.values import ABSENT, find_in_class, is_object, own_class, own_dict, reachable
 
 _SAVED_TENSORS = id(torch.autograd.graph.saved_tensors_hooks.__init__.__code__)
 _APPLY = id(torch.autograd.Function.apply.__func__.__code__)  # type: ignore[attr-defined]
@@ -63,14 +55,6 @@ _THAT_STORE = ("forward", "setup_context")
 """Those that give its backward what it holds."""
 _OVER_MODULES = frozenset(("children", "modules", "named_children", "named_modules", "_modules"))
 """With these, code may call any submodule."""
-_NOT_CALLED = frozenset(
-    f"__{name}__"
-    for name in (
-        *("init", "new", "del", "init_subclass", "class_getitem", "subclasshook", "repr", "reduce", "reduce_ex", "getstate"),
-        *("setstate", "deepcopy", "copy", "setattr", "sizeof", "dir", "module", "dict", "weakref", "doc", "annotations"),
-    )
-)
-"""Of an object's special methods, those that no expression calls."""
 _CLOCKS = frozenset(("time", "uuid", "secrets", "datetime"))
 """Python modules of clocks and unique numbers."""
 
@@ -191,7 +175,7 @@ class BackwardCode:
         """Add the methods by which expressions use an object: `value[0]`, `value + 1`, `len(value)`, `value.made_up`."""
         for kind in type(value).__mro__ if is_object(value) else ():
             for name, method in [] if is_foreign_class(kind) else list(vars(kind).items()):
-                if name[:2] == "__" and name not in _NOT_CALLED:
+                if is_called_by_expressions(name):
                     self._add_code(method)
 
     def _add_function(self, function: types.FunctionType) -> None:
@@ -259,7 +243,7 @@ class BackwardCode:
         for space in list(self.namespaces.values()):
             bases = (*space.__mro__, *inspect.getmro(type(space))) if isinstance(space, type) else ()
             held = {name for base in bases for name in vars(base)} if bases else vars(space).keys()
-            home = module_of(space) if isinstance(space, type) else space.__name__
+            home = python_module_of(space) if isinstance(space, type) else space.__name__
             for name in names & held:
                 self.add_named(_member_of(space, name), home)
         return classes
@@ -327,7 +311,7 @@ def _top_package(value: Any) -> str:
 
 def _is_of_library(value: type | types.ModuleType, home: str) -> bool:
     """Whether a class or Python module belongs to Python, torch, or an installed package that is not the code's own."""
-    name = value.__name__ if isinstance(value, types.ModuleType) else module_of(value)
+    name = value.__name__ if isinstance(value, types.ModuleType) else python_module_of(value)
     package = name.partition(".")[0]
     if package in _LIBRARIES:
         return True

@@ -13,20 +13,11 @@ from torch import nn
 from planner.errors import CaptureError
 from planner.tracer.host.counts import is_number
 from planner.tracer.host.fingerprint import Fingerprints, alike, described, is_generator
+from planner.tracer.host.foreign import is_special
 from planner.tracer.host.generators import generator_state
 from planner.tracer.host.path import Path, named
 from planner.tracer.host.state import Effect
-from planner.tracer.host.values import (
-    ABSENT,
-    attributes,
-    hidden_in,
-    is_array,
-    is_object,
-    is_plain,
-    is_special,
-    items_of,
-    reachable,
-)
+from planner.tracer.host.values import ABSENT, attributes, hidden_in, is_array, is_object, is_plain, items_of, reachable
 
 
 @dataclass(frozen=True)

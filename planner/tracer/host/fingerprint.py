@@ -20,17 +20,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from planner.tracer.host.values import (
-    ABSENT,
-    Wanted,
-    class_members,
-    is_array,
-    is_foreign_class,
-    is_iterator,
-    is_object,
-    members,
-    package_of,
-)
+from planner.tracer.host.foreign import is_foreign_class, package_of
+from planner.tracer.host.values import ABSENT, Wanted, class_members, is_array, is_iterator, is_object, members
 
 Fingerprint = Any
 TensorKey = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]

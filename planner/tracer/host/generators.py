@@ -27,7 +27,7 @@ def generator_state(value: Any) -> Any:
         return value.get_state().numpy().tobytes()
     own = value.get_state(legacy=False) if hasattr(value, "get_state") else _bits(value).state
     seeds = seed_sequence_of(value)
-    return copy.deepcopy(own), None if seeds is None else seeds.__reduce__()[2]
+    return copy.deepcopy(own), None if seeds is None else seeds.__reduce__()[2]  # its count itself cannot be written
 
 
 def set_numpy_state(value: Any, state: Any) -> None:
@@ -48,7 +48,7 @@ def _bits(value: Any) -> Any:
 
 
 def seed_sequence_of(value: Any) -> Any:
-    """What a generator of numpy's makes further ones of (`spawn`) and counts them by; itself, if it is one; or None."""
+    """The SeedSequence of a generator of numpy's, which counts what `spawn` makes; the value itself if it is one; or None."""
     bits = _bits(value)
     seeds = getattr(bits, "seed_seq", bits)
     return seeds if hasattr(seeds, "n_children_spawned") and hasattr(seeds, "__setstate__") else None
@@ -90,7 +90,7 @@ def control_of_numpy_noted(note: Callable[[types.FrameType], None]) -> Iterator[
             setattr(numpy.random, name, function)  # type: ignore[union-attr]
 
 
-CONTROL = frozenset(
+GENERATOR_CONTROLS = frozenset(
     {"manual_seed", "seed", "set_state", "get_state", "initial_seed", "graphsafe_set_state", "graphsafe_get_state"}
 )
 """Methods of torch.Generator that control it, instead of drawing from it."""

@@ -21,8 +21,9 @@ import torch
 
 from planner.errors import CaptureError
 from planner.tracer.host.fingerprint import Fingerprint, alike, everything
+from planner.tracer.host.foreign import is_foreign_class
 from planner.tracer.host.scopes import imported_modules, texts_of
-from planner.tracer.host.values import ABSENT, is_foreign_class
+from planner.tracer.host.values import ABSENT
 
 _ASKS = re.compile(r"_?(get|is|are|has)(_|[a-z]+$)|\w*_(enabled|available|allowed|initialized)$")
 """Names of functions that return a state and change none."""

@@ -23,6 +23,7 @@ from planner.errors import CaptureError
 from planner.tracer.host.backward_reads import refuse_left_out, refuse_reads_of_own_hooks
 from planner.tracer.host.changes import Changes, find_changes, frozen
 from planner.tracer.host.fingerprint import Fingerprints, tensor_key
+from planner.tracer.host.foreign import is_foreign_class, is_special
 from planner.tracer.host.generator_calls import refuse_generators
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import iterators_copied
@@ -39,7 +40,7 @@ from planner.tracer.host.tensor_identity import inputs_at, places, weight_classe
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.tensor_reads import SeenByLine, TensorReads, refuse_marked, refuse_retained
 from planner.tracer.host.tracked import note_returned
-from planner.tracer.host.values import ABSENT, class_homes, is_code, is_foreign_class, is_special
+from planner.tracer.host.values import ABSENT, class_homes, is_code
 from planner.tracer.model_call import Called
 
 NO_ORIGINALS: Mapping[int, torch.Tensor] = MappingProxyType({})
@@ -209,7 +210,7 @@ class Observer:
         stored = [effect.template for effect in runs.runs[-1].written]
         after = self.snapshot()
         there = {id(value) for value in runs.before.values()}
-        refuse_retained((path.module, value) for path, value in after.items() if id(value) not in there and path.scope is None)
+        refuse_retained((path.module, value) for path, value in after.items() if id(value) not in there)
         return find_changes(self.model, runs.before, after, outside, known, given, only_written, finder, stored)
 
     def run_once(self, call: Callable[[], Called], *, may_initialize: bool = False) -> Run:

@@ -19,6 +19,7 @@ from planner._compat.dispatch import untraced
 from planner._compat.switches import switches_preserved
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.foreign import is_foreign_class, is_foreign_namespace, is_special
 from planner.tracer.host.generators import Generators
 from planner.tracer.host.iterators import GuardedIterator, guarded
 from planner.tracer.host.restorers import content_of, memory_of, restore_tensors, restorer
@@ -28,10 +29,7 @@ from planner.tracer.host.values import (
     attributes,
     class_homes,
     is_code,
-    is_foreign_class,
-    is_foreign_namespace,
     is_object,
-    is_special,
     items_of,
     members,
     namespaces,

@@ -21,12 +21,13 @@ from planner.tracer.host.backward_reads import ReadsOfBackward
 from planner.tracer.host.callers import is_checkpoints, is_compilers, is_ours, is_users
 from planner.tracer.host.environment import environment_noted
 from planner.tracer.host.fingerprint import is_generator
-from planner.tracer.host.generators import CONTROL, GeneratorCall, control_of_numpy_noted
+from planner.tracer.host.foreign import is_foreign_class, is_special
+from planner.tracer.host.generators import GENERATOR_CONTROLS, GeneratorCall, control_of_numpy_noted
 from planner.tracer.host.iterators import is_used_up
 from planner.tracer.host.library_reads import LibraryRead, library_reads
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_module, keep_reachable
 from planner.tracer.host.scopes import Reads, attribute_names, compares_identities, each_named, is_library_code, scopes_of
-from planner.tracer.host.values import attributes, is_foreign_class, is_special, own_class, reachable
+from planner.tracer.host.values import attributes, own_class, reachable
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 """Attributes by which nn.Module does its work: its weights, submodules and hooks are compared by themselves."""
@@ -103,12 +104,13 @@ class ReadRecorder:
             opened = {name for name in held if name not in _INTERNAL and not is_special(name)}
             self._read.setdefault(type(this), set()).update(opened)
             self._written.setdefault(type(this), set()).update(opened)
-        hooks = self.names & HOOK_ATTRIBUTES
+        named = self.names
+        hooks = named & HOOK_ATTRIBUTES
         for module in self._model.modules() if hooks else ():
             self._read.setdefault(type(module), set()).update(hooks)
         return Reads(
             {kind: frozenset(names) for kind, names in self._read.items()},
-            self.names,
+            named,
             scopes_of(self._codes),
             tuple(self._environment),
             scopes_of(self._opaque_codes),
@@ -266,7 +268,7 @@ class ReadRecorder:
             if not isinstance(owner, torch.Generator):
                 if self.drew is None and not is_compilers(frame):
                     self.drew = self._where()
-            elif function.__name__ in CONTROL:
+            elif function.__name__ in GENERATOR_CONTROLS:
                 self.controlled = GeneratorCall(self._where(), function.__name__, is_checkpoints(frame))
 
     def _see_variables(self, code: types.CodeType, frame: types.FrameType, is_opaque: bool) -> None:

@@ -23,19 +23,10 @@ from planner._compat.private_names import TENSOR_HOOKS
 from planner._compat.tensors import storage_id
 from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
+from planner.tracer.host.foreign import is_foreign_namespace
 from planner.tracer.host.generators import generator_state, set_numpy_state
 from planner.tracer.host.iterators import guarded
-from planner.tracer.host.values import (
-    ABSENT,
-    MODULE_STATE,
-    attributes,
-    is_array,
-    is_foreign_namespace,
-    is_object,
-    items_of,
-    own_class,
-    own_dict,
-)
+from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, own_dict
 
 _COPIED_BYTES = 2**26
 """Larger numpy arrays are not copied; a forward that writes into one is seen by its fingerprint."""
@@ -316,7 +307,6 @@ _PATCHED = ("__getattribute__", "__setattr__", "__call__", "__dict__", "__weakre
 """What recording itself changes on classes, and undoes."""
 
 
-@calls_users_code
 def _restorer_of_hooks(tensor: torch.Tensor, kind: str) -> Callable[[], bool]:
     held = getattr(tensor, kind)
     content = dict(held or {})
@@ -334,6 +324,7 @@ def _restorer_of_hooks(tensor: torch.Tensor, kind: str) -> Callable[[], bool]:
     return restore
 
 
+@calls_users_code
 def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
     inner = own_dict(value)
     held = dict(inner or {})

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from planner.tracer.host.values import is_foreign_namespace, is_special
+from planner.tracer.host.foreign import is_foreign_namespace, is_special
 
 PACKAGE = str(Path(__file__).parents[2])
 _STDLIB = sysconfig.get_paths()["stdlib"]

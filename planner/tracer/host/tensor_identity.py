@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from planner.errors import CaptureError
+from planner.tracer.host.foreign import package_of
 from planner.tracer.host.path import Path
 from planner.tracer.host.tensor_places import TensorPlace
-from planner.tracer.host.values import package_of
 
 
 def places(model: nn.Module, inputs: Sequence[torch.Tensor], before: Mapping[Path, Any]) -> dict[int, TensorPlace]:

@@ -12,7 +12,7 @@ import threading
 import types
 import weakref
 from array import array
-from collections import ChainMap, OrderedDict, UserDict, UserList, deque
+from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from enum import Enum
@@ -24,6 +24,7 @@ from torch import nn
 
 from planner._compat.private_names import MODULE_STATE
 from planner.tracer.faults import calls_users_code
+from planner.tracer.host.foreign import is_called_by_expressions, is_foreign_class, is_foreign_namespace, is_special
 
 PathStep = tuple[str, Any]
 Wanted = Callable[[Any, str], bool]
@@ -33,66 +34,6 @@ ABSENT = type("Absent", (), {"__repr__": lambda self: "absent", "__reduce__": la
 """Stands for an attribute or variable that does not exist."""
 
 _TORCH = str(Path(torch.__file__).parent)
-_FOREIGN = (
-    "random",
-    "torch",
-    "numpy",
-    "builtins",
-    "collections",
-    "functools",
-    "logging",
-    "threading",
-    "re",
-    "enum",
-    "abc",
-    "typing",
-    "planner",
-)
-"""Packages whose objects are leaves."""
-
-
-_HOLD_SETTINGS = (
-    UserDict,
-    UserList,
-    torch.amp.GradScaler,
-    torch.distributions.Distribution,
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-)
-"""Classes of these packages whose objects are compared by their attributes."""
-
-
-_OF_PYTHON: tuple[Any, ...] = (nn.Module, torch.Tensor, type, len, lambda: 0, types.ModuleType(""), {}, [], set(), "", 0j)
-_SPECIAL = frozenset(name for value in _OF_PYTHON for name in dir(value) if name[:2] == "__") | {
-    *("__abstractmethods__", "__all__", "__builtins__", "__cached__", "__constants__", "__file__", "__jit_unused_properties__"),
-    *("__match_args__", "__path__", "__slots__", "__static_attributes__", "__firstlineno__"),
-}
-"""Names with two underscores of Python's and torch's own classes, and those that Python itself writes."""
-_GENERATED = ("__annot", "__attrs_", "__class", "__dataclass_", "__orig_", "__param", "__pydantic_", "__warningreg")
-"""How further names begin that decorators, base classes and Python itself write."""
-
-
-def is_special(name: str) -> bool:
-    """A name that Python, torch or a decorator gives a meaning: no state of the user's, unlike others with two underscores."""
-    return name[:2] == "__" and (name in _SPECIAL or name.startswith(_GENERATED))
-
-
-def module_of(kind: type) -> str:
-    """The Python module that a class is from, past a metaclass of the user's; "" for one made where there is none (`exec`)."""
-    try:
-        return str(type.__getattribute__(kind, "__module__"))
-    except AttributeError:
-        return ""
-
-
-def package_of(kind: type) -> str:
-    """The top package of the Python module that a class is from."""
-    return module_of(kind).partition(".")[0]
-
-
-def is_foreign_class(kind: type) -> bool:
-    """Objects of this class are compared as a whole: torch's, numpy's, Python's own, but for those that hold settings."""
-    return package_of(kind) in _FOREIGN and not issubclass(kind, _HOLD_SETTINGS)
 
 
 @calls_users_code
@@ -247,16 +188,6 @@ def members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
         yield from ((("attr", name), item) for name, item in attributes(value).items() if wanted(value, name))
 
 
-_BY_EXPRESSIONS = frozenset(
-    f"__{name}__"
-    for name in (
-        *("call", "getitem", "missing", "len", "iter", "next", "contains", "bool", "float", "int", "index", "enter", "exit"),
-        *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "pow", "neg", "lt", "le", "gt", "ge"),
-    )
-)
-"""Methods that `value(x)`, `value[0]`, `len(value)` and the like call."""
-
-
 def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
     """What an object has by its class, data and code, each with its step; of a library's classes nothing.
 
@@ -270,7 +201,8 @@ def class_members(value: Any, wanted: Wanted) -> Iterator[tuple[PathStep, Any]]:
             continue
         for name, item in list(vars(base).items()):
             is_slot = isinstance(item, types.MemberDescriptorType)
-            is_read = name in _BY_EXPRESSIONS or (not is_special(name) and wanted(value, name))
+            is_method = isinstance(item, types.FunctionType) and is_called_by_expressions(name)
+            is_read = is_method or (not is_special(name) and wanted(value, name))
             if is_read and name not in found and not is_slot:
                 found.add(name)
                 yield ("class", name), item
@@ -326,13 +258,6 @@ def hidden_in(value: Any) -> Iterator[Any]:
             todo += [inner for _, inner in members(one, lambda _, name: True)]
         elif not isinstance(one, torch.Tensor):
             todo += gc.get_referents(one)
-
-
-def is_foreign_namespace(value: type | types.ModuleType) -> bool:
-    """A class or a Python module of torch, numpy, this package or Python's own library."""
-    name = module_of(value) if isinstance(value, type) else str(vars(value).get("__name__", ""))
-    package = name.partition(".")[0]  # looked up past a `__getattr__` of the user's
-    return package in _FOREIGN or (package in sys.stdlib_module_names and package != "__main__")
 
 
 def namespaces(value: type | types.ModuleType) -> list[type | types.ModuleType]:
