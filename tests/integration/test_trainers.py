@@ -56,7 +56,7 @@ class Generates(TrainerCallback):
             self.texts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False))
 
 
-def train(folder, callbacks=(), resume=None, **arguments):
+def train(folder, callbacks=(), resume=None, prepare=lambda trainer: None, **arguments):
     """A Trainer with batches of several sizes, and evaluation, generation and a checkpoint after each epoch."""
     model, generated = gpt2(), Generates()
     given = TrainingArguments(
@@ -80,6 +80,7 @@ def train(folder, callbacks=(), resume=None, **arguments):
     trainer = Trainer(
         model, given, data_collator=padded, train_dataset=texts(), eval_dataset=texts()[:4], callbacks=[generated, *callbacks]
     )
+    prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, generated.texts
 
@@ -144,6 +145,30 @@ def test_what_the_hugging_face_trainer_cannot_plan_trains_as_before(tmp_path):
     assert losses(other) == losses(trainer)
     (error,) = [entry["planner/error"] for entry in other.state.log_history if "planner/error" in entry]
     assert error.startswith("InfeasibleBudgetError: Raise the budget")
+
+
+class Reporter(TrainerCallback):
+    """What a tracker is given; a Trainer puts those of `report_to` before the callbacks that it is given."""
+
+    def __init__(self):
+        self.names = set()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.names |= logs.keys()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["as given", "moved to the front"])
+def test_trackers_see_what_a_callback_before_them_adds(first, tmp_path):
+    reporter, callback = Reporter(), transformers.PlannerCallback(0.95, **QUICK)
+
+    def to_the_front(trainer):
+        trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(transformers.PlannerCallback))
+
+    short = {"num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    train(tmp_path, [reporter, callback], prepare=to_the_front if first else lambda trainer: None, **short)
+    assert callback.planned.stats().planned > 0
+    assert ("planner/peak_bytes" in reporter.names) is first
+    assert "loss" in reporter.names
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")
