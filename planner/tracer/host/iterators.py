@@ -7,7 +7,7 @@ import copy
 import io
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -77,6 +77,12 @@ def guarded(value: Any, where: str) -> Any:
         if any(item is not own for item, own in zip(items, value, strict=True)):
             return like(value, items)
     return value
+
+
+def guard_in_place(value: Any, where: str, put: Callable[[Any], object]) -> None:
+    """Give `put` a guard for a value that is, or holds, an iterator: it writes the guard to where the value is held."""
+    if (guard := guarded(value, where)) is not value:
+        put(guard)
 
 
 def is_used_up(value: Any) -> bool:

@@ -21,7 +21,7 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.foreign import is_foreign_class, is_foreign_namespace, is_special
 from planner.tracer.host.generators import Generators
-from planner.tracer.host.iterators import GuardedIterator, guarded
+from planner.tracer.host.iterators import GuardedIterator, guard_in_place
 from planner.tracer.host.restorers import content_of, memory_of, restore_tensors, restorer
 from planner.tracer.host.values import (
     ABSENT,
@@ -68,8 +68,8 @@ class Preserved:
         """Remember a global variable."""
         value = scope.get(name, ABSENT)
         self._variables.setdefault((id(scope), name), (scope, name, value))
-        if self._guards_iterators and (replaced := guarded(value, f"the global variable {name}")) is not value:
-            scope[name] = replaced
+        if self._guards_iterators:
+            guard_in_place(value, f"the global variable {name}", functools.partial(scope.__setitem__, name))
 
     @property
     def held(self) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from planner.tracer.faults import calls_users_code
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.foreign import is_foreign_namespace
 from planner.tracer.host.generators import generator_state, set_numpy_state
-from planner.tracer.host.iterators import guarded
+from planner.tracer.host.iterators import guard_in_place
 from planner.tracer.host.values import ABSENT, MODULE_STATE, attributes, is_array, is_object, items_of, own_class, own_dict
 
 _COPIED_BYTES = 2**26
@@ -84,8 +84,8 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
         return _restorer_of_generator(value)
     if isinstance(value, ContextVar):
         held = value.get(ABSENT)  # one without a value cannot be put back: whoever runs a forward does so in a copied context
-        if where is not None and (replaced := guarded(held, f"the context variable {value.name}")) is not held:
-            value.set(replaced)
+        if where is not None:
+            guard_in_place(held, f"the context variable {value.name}", value.set)
         return lambda: held is not ABSENT and value.get(ABSENT) is not held and bool(value.set(held))
     if is_array(value) and hasattr(type(value), "__setitem__"):
         return _restorer_of_array(value)
@@ -102,9 +102,8 @@ def restorer(value: Any, where: str | None) -> Callable[[], bool] | None:
 def _restorer_of_container(value: Any, where: str | None) -> Callable[[], bool]:
     content = _shallow(value)
     kept = dict(own_dict(value) or {})
-    for key, item in _items(value):
-        if where is not None and (replaced := guarded(item, f"{where}[{key!r}]")) is not item:
-            value[key] = replaced
+    for key, item in _items(value) if where is not None else ():
+        guard_in_place(item, f"{where}[{key!r}]", functools.partial(value.__setitem__, key))
 
     def restore() -> bool:
         changed = not _same_items(value, content)
@@ -188,8 +187,9 @@ def _same_items(value: Any, content: Any) -> bool:
 
 def _restorer_of_partial(value: functools.partial[Any], where: str | None) -> Callable[[], bool]:
     parts = (value.func, value.args, value.keywords)
-    if where is not None and (args := guarded(value.args, f"{where}.args")) is not value.args:
-        value.__setstate__((value.func, args, value.keywords, vars(value)))  # type: ignore[attr-defined]
+    put = lambda args: value.__setstate__((value.func, args, value.keywords, vars(value)))  # type: ignore[attr-defined]
+    if where is not None:
+        guard_in_place(value.args, f"{where}.args", put)
 
     def restore() -> bool:
         changed = value.func is not parts[0] or value.args is not parts[1]
@@ -203,12 +203,11 @@ def _restorer_of_partial(value: functools.partial[Any], where: str | None) -> Ca
 def _restorer_of_function(value: types.FunctionType, where: str | None) -> Callable[[], bool]:
     cells = [(cell, content_of(cell)) for cell in value.__closure__ or ()]
     held, defaults = dict(vars(value)), (value.__defaults__, value.__kwdefaults__)
-    for cell, content in cells:
-        place = f"a closure variable of {value.__qualname__}"
-        if where is not None and (replaced := guarded(content, place)) is not content:
-            cell.cell_contents = replaced
-    if where is not None and (replaced := guarded(defaults[0], f"a default of {value.__qualname__}")) is not defaults[0]:
-        value.__defaults__ = replaced
+    if where is not None:
+        for cell, content in cells:
+            place = f"a closure variable of {value.__qualname__}"
+            guard_in_place(content, place, functools.partial(setattr, cell, "cell_contents"))
+        guard_in_place(defaults[0], f"a default of {value.__qualname__}", functools.partial(setattr, value, "__defaults__"))
 
     def restore() -> bool:
         changed = False
@@ -269,9 +268,8 @@ def _restorer_of_generator(value: Any) -> Callable[[], bool]:
 def _restorer_of_class(value: type, where: str | None) -> Callable[[], bool]:
     held = dict(vars(value))
     for name, item in held.items() if where is not None else ():
-        if (replaced := guarded(item, f"{value.__name__}.{name}")) is not item:
-            with contextlib.suppress(TypeError, AttributeError):
-                setattr(value, name, replaced)
+        with contextlib.suppress(TypeError, AttributeError):
+            guard_in_place(item, f"{value.__name__}.{name}", functools.partial(setattr, value, name))
 
     def restore() -> bool:
         now, changed = dict(vars(value)), False
@@ -291,7 +289,8 @@ def _restorer_of_python_module(value: types.ModuleType, where: str | None) -> Ca
     data = lambda: {name: item for name, item in variables.items() if not isinstance(item, types.ModuleType)}
     held = data()
     if where is not None:
-        variables.update({name: guarded(item, f"{value.__name__}.{name}") for name, item in held.items()})
+        for name, item in held.items():
+            guard_in_place(item, f"{value.__name__}.{name}", functools.partial(variables.__setitem__, name))
 
     def restore() -> bool:
         now = data()
@@ -326,15 +325,14 @@ def _restorer_of_hooks(tensor: torch.Tensor, kind: str) -> Callable[[], bool]:
 
 @calls_users_code
 def _restorer_of_object(value: Any, where: str | None) -> Callable[[], bool]:
-    inner = own_dict(value)
-    held = dict(inner or {})
+    inner = own_dict(value) or {}
+    held = dict(inner)
     slots = {name: item for name, item in attributes(value).items() if name not in held}
-    for name, item in held.items():
-        if inner is not None and where is not None:
-            inner[name] = guarded(item, f"{where}.{name}".lstrip("."))
-    for name, item in slots.items() if where is not None else ():
-        if (replaced := guarded(item, f"{where}.{name}".lstrip("."))) is not item:
-            object.__setattr__(value, name, replaced)
+    if where is not None:
+        for name, item in held.items():
+            guard_in_place(item, f"{where}.{name}".lstrip("."), functools.partial(inner.__setitem__, name))
+        for name, item in slots.items():
+            guard_in_place(item, f"{where}.{name}".lstrip("."), functools.partial(object.__setattr__, value, name))
 
     state = [_restorer_of_container(held[kind], None) for kind in MODULE_STATE] if isinstance(value, nn.Module) else []
     state += [_restorer_of_hooks(value, kind) for kind in TENSOR_HOOKS] if isinstance(value, torch.Tensor) else []
