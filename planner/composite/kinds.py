@@ -270,10 +270,14 @@ def _captured(
     module: nn.Module, call: Call, used: Mapping[int, Strides], device: torch.device, options: PlanOptions
 ) -> CapturedStep:
     if not used:
-        raise CaptureError("nothing it returns gets a gradient")
+        raise CaptureError("nothing it returns gets a gradient; what it writes into its arguments is not returned")
 
     def loss(out: Any) -> list[torch.Tensor]:
         leaves = pytree.tree_leaves(out)
+        if len(leaves) <= max(used):
+            raise CaptureError(
+                "called by itself, it returns fewer values than in a step of the model, which changes what it reads"
+            )
         return [leaves[i] for i in sorted(used)]
 
     with call.autocast.on(device):

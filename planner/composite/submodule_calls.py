@@ -15,6 +15,7 @@ from planner._compat import pytree
 from planner._compat.backward_state import backward_id, in_backward
 from planner._compat.switches import in_transform, saved_tensors_hooks
 from planner._compat.tensors import address_of
+from planner.composite.in_place import replaced
 from planner.composite.node_reads import NodeReads
 from planner.composite.uses import Uses
 from planner.tracer.checks import hooks_last_node
@@ -109,7 +110,7 @@ class SubmoduleCalls:
         if not torch.is_grad_enabled():
             return out
         self.counts[name] += 1
-        leaves, spec = pytree.tree_flatten(out)
+        leaves = pytree.tree_leaves(out)
         has_nested = any(map(_is_nested, leaves))
         if has_nested:
             self.refused[name] = _NESTED
@@ -119,6 +120,7 @@ class SubmoduleCalls:
         backwards: set[int] = set()
         self.gradient_strides.setdefault(name, []).append(used)
         given = pytree.tree_leaves(args)
+        handed: dict[int, list[torch.Tensor]] = {}  # one for each place
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 # what the submodule itself does with the leaf goes past this one; a view, or an input, is written as such
@@ -126,8 +128,9 @@ class SubmoduleCalls:
                 leaves[i] = OutputIdentity.apply(leaf, None) if is_own else leaf.view_as(leaf)
                 leaves[i].register_hook(partial(self._note_gradient, name, used, backwards, i))
                 self._nodes.made(leaves[i])
+                handed.setdefault(id(leaf), []).append(leaves[i])
         self._nodes.returned(given, leaves)
-        return pytree.tree_unflatten(leaves, spec)
+        return replaced(out, lambda tensor: handed[id(tensor)].pop(0) if handed.get(id(tensor)) else tensor, [])
 
     def _note_gradient(self, name: str, used: dict[int, Strides], backwards: set[int], i: int, gradient: torch.Tensor) -> None:
         """The gradient of output i of a submodule's call arrives: note its strides, or why the submodule cannot be a unit."""

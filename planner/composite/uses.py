@@ -17,6 +17,7 @@ from planner._compat import pytree
 from planner._compat.backward_state import in_backward
 from planner._compat.dispatch import TorchDispatchMode
 from planner._compat.tensors import address_of, storage_id
+from planner.composite.in_place import put_into, replaced
 
 
 class Uses(TorchDispatchMode):
@@ -36,6 +37,7 @@ class Uses(TorchDispatchMode):
         self._weights = {storage_id(p): name for name, p in model.named_parameters() if p.layout is torch.strided}
         self._casts: list[torch.Tensor] = []  # alive, so that no other tensor gets their memory
         self._inside = [""]
+        self._replaced: list[tuple[list[Any], dict[int, torch.Tensor]]] = []
         self._hooks: list[RemovableHandle] = []
 
     def close(self) -> None:
@@ -48,25 +50,35 @@ class Uses(TorchDispatchMode):
         """A submodule is called: what to call it with instead."""
         self._inside.append(name)
         self.inputs_used_after.setdefault(name, set())
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         views: dict[int, torch.Tensor] = {}
-        i = -1
-        for k, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                i += 1
-                if leaf.requires_grad and id(leaf) not in views:
-                    views[id(leaf)] = self._watched(leaf, name, i)
-                leaves[k] = views.get(id(leaf), leaf)
-        found: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
+        for i, tensor in enumerate(tensors):
+            if tensor.requires_grad and id(tensor) not in views:
+                views[id(tensor)] = self._watched(tensor, name, i)
+        changed: list[Any] = []
+
+        def view(tensor: torch.Tensor) -> torch.Tensor:
+            return views.get(id(tensor), tensor)
+
+        found = (
+            tuple(replaced(arg, view, changed) for arg in args),
+            {k: replaced(arg, view, changed) for k, arg in kwargs.items()},
+        )
+        self._replaced.append((changed, {id(views[id(tensor)]): tensor for tensor in tensors if id(tensor) in views}))
         return found
 
     def pass_by(self, name: str) -> None:
         """A submodule is called that is not watched."""
         self._inside.append(name)
+        self._replaced.append(([], {}))
 
     def leave(self) -> None:
-        """It returned."""
+        """It returned: lists and dictionaries that it was given hold again what they did, but for what it wrote there."""
         self._inside.pop()
+        containers, own = self._replaced.pop()
+        for container in containers:
+            put_into(container, lambda tensor: own.get(id(tensor), tensor), [])
 
     def _watched(self, tensor: torch.Tensor, name: str, i: int) -> torch.Tensor:
         """A view for the submodule alone. Autograd adds in place: the first gradient's memory holds the sum."""

@@ -22,8 +22,9 @@ from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, 
 from planner.tracer.host.values import ABSENT, PathStep, is_object, is_plain, items_of, member, own_class
 from planner.tracer.host.written_values import rebuilt, with_member
 
-_WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
-_CONTAINERS = (*_WRITTEN, tuple)
+WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
+"""Containers that a plan can write into; `type` is one of these."""
+_CONTAINERS = (*WRITTEN, tuple)
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def bound(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
 @contextmanager
 def bound_and_restored(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """As `bound`; at exit, the lists and dictionaries hold again what they did. For calls on the side."""
-    held = [(container, copy.copy(container)) for _, container in _containers(args, kwargs) if type(container) in _WRITTEN]
+    held = [(container, copy.copy(container)) for _, container in _containers(args, kwargs) if type(container) in WRITTEN]
     with bound(args, kwargs):
         try:
             yield
@@ -71,7 +72,7 @@ class Aliases:
             names, seen = dict.fromkeys(map(id, model.modules()), ""), set[int]()
             roots = (path for path, _ in host.key.expected)
             read = (place for root in roots for place in walk(root, root.root(model), host.key.reads, names, seen))
-            inner += [path for path, value in read if type(value) in _WRITTEN]
+            inner += [path for path, value in read if type(value) in WRITTEN]
         self.compares_identities = host.key.compares_identities
         self._model, self._inner = model, tuple(dict.fromkeys(inner)) if host.effects else ()
 
@@ -80,7 +81,7 @@ class Aliases:
         if not (self._are_written or self._inner or self.compares_identities):
             return False
         containers = [container for _, container in _containers(args, kwargs)]
-        given = [id(container) for container in containers if type(container) in _WRITTEN]
+        given = [id(container) for container in containers if type(container) in WRITTEN]
         if self.compares_identities:
             given += [id(item) for container in containers for _, item in items_of(container) if is_object(item)]
         is_shared = (self._are_written or self.compares_identities) and len(given) > len({*given})
@@ -128,7 +129,7 @@ class WrittenArguments:
         self._known = None if known is None else set(map(id, known))
         self._made: set[int] = set()
         self._kept = [(path, container, items_of(container)) for path, container in _containers(args, kwargs)]
-        self.places = {id(container): path for path, container, _ in self._kept if type(container) in _WRITTEN}
+        self.places = {id(container): path for path, container, _ in self._kept if type(container) in WRITTEN}
         self.places |= {
             id(item): path.inside(("item", key))
             for path, _, items in self._kept
@@ -218,7 +219,7 @@ class WrittenArguments:
                 raise _refusal(f"{path.place}, where it puts, or moves, another of the call's own containers")
             if id(value) in self._made:
                 raise _refusal(f"{path.place}, where it puts a list or dictionary that it puts elsewhere, too")
-            if type(value) in _WRITTEN:
+            if type(value) in WRITTEN:
                 self._made.add(id(value))
             for _, item in items_of(value):
                 self._check(path, item)

@@ -118,3 +118,14 @@ def structure(module: nn.Module) -> Hashable | None:
 def is_plain(value: Any) -> bool:
     """The value is compared by value."""
     return isinstance(value, PLAIN)
+
+
+def changeable(value: Any) -> str:
+    """The type of what is neither a tensor nor a plain value nor a tuple of such: a list, say; '' if there is nothing else.
+
+    A unit is called with a copy of its arguments' tree, and a copy of its output's is returned: who writes into a container,
+    or asks whether it is the same one, would find another than in the whole model.
+    """
+    if isinstance(value, tuple) and not getattr(value, "__dict__", None):
+        return next(filter(None, map(changeable, value)), "")
+    return "" if isinstance(value, torch.Tensor) or is_plain(value) else type(value).__name__

@@ -14,7 +14,7 @@ from planner._compat.dispatch import untraced
 from planner._compat.joint_export import ExportedJoint
 from planner._compat.module_calls import calls_intercepted
 from planner._compat.units import BlankTensor, has_attributes, has_saved_tensor_hooks, is_tracing_graph
-from planner.tracer.units.choice import Form, candidates, is_plain, structure
+from planner.tracer.units.choice import Form, candidates, changeable, is_plain, structure
 from planner.tracer.units.kernels import Place, Recording, compared, held_tensors, watched
 from planner.tracer.units.refused import Refused
 from planner.tracer.units.splice import splice
@@ -199,7 +199,7 @@ class Units:
         with watched(mode):
             out = arguments.call(module, given)
         leaves, kind.out_spec = pytree.tree_flatten(out)
-        reason = mode.refused or _complaint(leaves, mode)
+        reason = mode.refused or _complaint(out, leaves, mode)
         if held != held_tensors(module):
             reason = reason or "it replaces a tensor that it holds"
         if reason:
@@ -241,15 +241,17 @@ class _Arguments:
     """A unit's arguments, as a tree."""
 
     def __init__(self, args: Any, kwargs: Any) -> None:
+        self._changeable = changeable((*args, *kwargs.values()))
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._at = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, torch.Tensor)]
         self.tensors: list[torch.Tensor] = [self._leaves[i] for i in self._at]
 
     def complaint(self) -> str:
         """Why a call with these arguments is not traced once; '' if nothing."""
-        other = next((leaf for leaf in self._leaves if not isinstance(leaf, torch.Tensor) and not is_plain(leaf)), None)
-        if other is not None:
-            return f"it is given a {type(other).__name__}"
+        if self._changeable:
+            return f"it is given a {self._changeable}"
+        if not _are_plain(self._leaves):
+            return "it is given a tuple of a class of its own"
         if len({id(tensor) for tensor in self.tensors}) < len(self.tensors):
             return "it is given a tensor twice"
         if any(map(has_attributes, self.tensors)):
@@ -273,11 +275,15 @@ class _Arguments:
         return nn.Module.__call__(module, *args, **kwargs)
 
 
-def _complaint(leaves: Sequence[Any], mode: Recording) -> str:
+def _are_plain(leaves: Sequence[Any]) -> bool:
+    return all(isinstance(leaf, torch.Tensor) or is_plain(leaf) for leaf in leaves)
+
+
+def _complaint(out: Any, leaves: Sequence[Any], mode: Recording) -> str:
     """Why a unit with such an output is no template; '' if nothing."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(not isinstance(leaf, torch.Tensor) and not is_plain(leaf) for leaf in leaves):
-        return "it returns an object"
+    if changeable(out) or not _are_plain(leaves):
+        return f"it returns a {changeable(out) or 'tuple of a class of its own'}"
     if any(tensor not in mode.places or isinstance(mode.places.of(tensor).source, str) for tensor in tensors):
         return "it returns a tensor that it is given"
     if len({id(tensor) for tensor in tensors}) < len(tensors):
