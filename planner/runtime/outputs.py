@@ -11,6 +11,7 @@ from torch import nn
 from planner._compat import pytree
 from planner.runtime.guards.call import MatchedCall
 from planner.tracer.host.arguments import bound, with_returned
+from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import written
 from planner.tracer.joint import Joint
 
@@ -31,12 +32,13 @@ def rebuild_output(joint: Joint, model: nn.Module, results: Sequence[torch.Tenso
             leaf.requires_grad_()  # from here on autograd fills its `.grad`, as that of eager's
     out = pytree.tree_unflatten(leaves, joint.call.out_spec)
     with bound(call.args, call.kwargs):
-        containers = [path.get(model) for _, path in joint.call.returned]
+        given = {path: path.get(model) for _, path in joint.call.returned if path.scope is ARGUMENTS}
         write_state(joint, model, results, tensors)
         for path, number in zip(joint.host.counts.places, call.counts, strict=True):
             path.set(model, number)
         if call.state is not None:
             call.state.note()
+        containers = [given[path] if path in given else path.get(model) for _, path in joint.call.returned]
         return with_returned(out, joint.call.returned, containers)
 
 

@@ -38,7 +38,7 @@ class CallSpec:
         in_spec, out_spec: pytree specs of (args, kwargs) and of the output.
         leaves: the call's leaves; None where a tensor stood, which `tensors` lists.
         tensors: positions of the tensor leaves.
-        returned: containers among the arguments that the output holds; see `WrittenArguments.returned`.
+        returned: containers in the output that are among the arguments, or in Python state; see `Returned`.
         keywords: the call's keywords, in order.
         is_flat: every argument is a leaf.
     """

@@ -21,6 +21,7 @@ from planner.tracer.constants import Constants
 from planner.tracer.host.arguments import Returned
 from planner.tracer.host.library_reads import check_traced
 from planner.tracer.host.preserve import contents_preserved, model_preserved
+from planner.tracer.host.shared_containers import returned_state
 from planner.tracer.host.state import Effect
 from planner.tracer.host.tensor_places import TensorPlace
 from planner.tracer.host.tensor_reads import answered
@@ -269,6 +270,8 @@ def _traced_forward(
             recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.seen_by_line, lambda: str(modules)
         ):
             out, written, returned, arguments = run_call(model, options.call, tensors, weights)
+        kept_too = returned_state(out, model, recording.host, recording.preserved)
+        returned = (*returned, *(one for one in kept_too if one[0] not in dict(returned)))
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)
         for name, leaf in zip(names, leaves, strict=True):

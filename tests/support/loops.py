@@ -230,3 +230,19 @@ def frozen_update(run: Any) -> None:
     """A training step with gradients set to zero in place, not to None."""
     run.backward(run.loss(run.call(*run.inputs())))
     run.update(set_to_none=False)
+
+
+def written_output(run: Any) -> None:
+    """A training step whose caller then writes into the lists and dictionaries of the output."""
+    out = run.call(*run.inputs())
+    run.backward(run.loss(out))
+    run.update()
+    todo = [out]
+    while todo:
+        value = todo.pop()
+        inner = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else []
+        todo += inner
+        if isinstance(value, dict):
+            value["k"] = value.get("k", 1.0) + 0.5
+        elif isinstance(value, list):
+            value.append(0.5)

@@ -24,7 +24,7 @@ from planner.tracer.host.written_values import rebuilt, with_member
 
 WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
 """Containers that a plan can write into; `type` is one of these."""
-_CONTAINERS = (*WRITTEN, tuple)
+CONTAINERS = (*WRITTEN, tuple)
 
 
 @contextmanager
@@ -96,18 +96,19 @@ def _containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Pa
 
 def _containers_in(path: Path, value: Any, outer: tuple[int, ...]) -> Iterator[tuple[Path, Any]]:
     """`outer`: identities of those that this value is inside of; a list may hold itself."""
-    if type(value) in _CONTAINERS and id(value) not in outer:
+    if type(value) in CONTAINERS and id(value) not in outer:
         yield path, value
         for key, item in items_of(value):
             yield from _containers_in(path.inside(("item", key)), item, (*outer, id(value)))
 
 
 Returned = tuple[tuple[PathStep, ...], Path]
-"""A container of the call's that the forward returns: steps to it from the output, and its place among the arguments."""
+"""A container that the forward returns and others hold: steps to it from the output, and its place among the arguments or in
+Python state."""
 
 
 def with_returned(output: Any, returned: Sequence[Returned], containers: Sequence[Any]) -> Any:
-    """An output that holds the call's own containers where the forward returns these."""
+    """An output that holds these containers where the forward returns them."""
     for (steps, _), container in zip(returned, containers, strict=True):
         output = _put(output, steps, container)
     return output
@@ -137,7 +138,7 @@ class WrittenArguments:
             if is_object(item) or isinstance(item, nn.Module)
         }
         inner = [(value, pytree.tree_flatten(value)) for _, _, items in self._kept for _, value in items]
-        self._others = [(value, *flat) for value, flat in inner if type(value) not in _CONTAINERS]
+        self._others = [(value, *flat) for value, flat in inner if type(value) not in CONTAINERS]
 
     def found(self) -> tuple[Effect, ...]:
         """How it has written, after the call; the templates hold the tensors of that call.
@@ -173,7 +174,7 @@ class WrittenArguments:
                 raise _refusal("a list or dictionary that it returns, too")
             if id(value) in self.places:
                 found.append((steps, self.places[id(value)]))
-            elif own_class(value) in _CONTAINERS and not isinstance(value, torch.Size):
+            elif own_class(value) in CONTAINERS and not isinstance(value, torch.Size):
                 todo += [((*steps, ("item", key)), item) for key, item in items_of(value)]
         return tuple(found)
 
@@ -181,7 +182,7 @@ class WrittenArguments:
         """What a forward leaves in Python state, with Refs in place of the call's own containers."""
         if id(template) in self.places:
             return Ref("argument", self.places[id(template)])
-        if type(template) not in _CONTAINERS:
+        if type(template) not in CONTAINERS:
             return template
         steps = [("item", key) for key, _ in items_of(template)]
         marks = {step: self.marked(member(template, step)) for step in steps}
@@ -214,7 +215,7 @@ class WrittenArguments:
 
     def _check(self, path: Path, value: Any) -> None:
         """Raise CaptureError unless a plan can make this value at each call."""
-        if type(value) in _CONTAINERS:
+        if type(value) in CONTAINERS:
             if id(value) in self.places:
                 raise _refusal(f"{path.place}, where it puts, or moves, another of the call's own containers")
             if id(value) in self._made:

@@ -1,0 +1,90 @@
+"""Lists and dictionaries that a call leaves in two places: in its output and in Python state, or twice in Python state."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.errors import CaptureError
+from planner.tracer.host.arguments import CONTAINERS, WRITTEN, Returned
+from planner.tracer.host.path import Path
+from planner.tracer.host.preserve import Preserved
+from planner.tracer.host.state import HostState, walk
+from planner.tracer.host.values import PathStep, items_of
+
+
+def returned_state(output: Any, model: nn.Module, host: HostState, preserved: Preserved | None) -> tuple[Returned, ...]:
+    """The containers in an output that the model's Python state holds as well, as the call leaves it.
+
+    A planned call returns those, and no copies, so that what the caller writes into them is seen in both places.
+
+    Args:
+        host: what Python does beside the kernels.
+        preserved: Python state as it was before the call; None where no forward was recorded.
+
+    Raises:
+        CaptureError: a container is held elsewhere, and what the forward reads does not lead to it; or the forward leaves a new
+            one twice in Python state.
+    """
+    before = _held_before(preserved)
+    _check_left_once(model, host, before)
+    inside = [(steps, value) for steps, value in _containers_of(output)]
+    if not inside:
+        return ()
+    places: dict[int, Path] = {}
+    roots = (*(path for path, _ in host.key.expected), *(effect.path for effect in host.effects))
+    for place, value in _walked(roots, model, host):
+        places.setdefault(id(value), place)
+    found: list[Returned] = []
+    for steps, value in inside:
+        if any(steps[: len(outer)] == outer for outer, _ in found):
+            continue
+        if id(value) in places:
+            found.append((steps, places[id(value)]))
+        elif id(value) in before:
+            raise CaptureError(
+                f"the model's forward returns a {type(value).__name__} that is kept elsewhere, too. A plan would return "
+                "another one, and what the caller writes there would be lost. Return a copy: dict(...), list(...)"
+            )
+    return tuple(found)
+
+
+def _held_before(preserved: Preserved | None) -> set[int]:
+    """Identities of what Python state held before the call, and of what functions have cached."""
+    held = preserved.held if preserved is not None else ()
+    caches = [value for value in held if isinstance(value, functools._lru_cache_wrapper)]
+    cached = gc.get_referents(*caches)
+    return {id(value) for value in (*held, *cached, *gc.get_referents(*(one for one in cached if type(one) is dict)))}
+
+
+def _check_left_once(model: nn.Module, host: HostState, before: set[int]) -> None:
+    """Raise CaptureError where the call leaves one new container at two places, of which a plan would make two."""
+    first: dict[int, Path] = {}
+    for place, value in _walked([effect.path for effect in host.effects], model, host):
+        if type(value) in WRITTEN and id(value) not in before and first.setdefault(id(value), place) != place:
+            raise CaptureError(
+                f"the model's forward leaves one new {type(value).__name__} at {first[id(value)].place} and at {place.place}, "
+                "where a plan would leave two. Leave it at one place, and a copy at the other"
+            )
+
+
+def _walked(roots: Iterable[Path], model: nn.Module, host: HostState) -> Iterator[tuple[Path, Any]]:
+    names, seen = dict.fromkeys(map(id, model.modules()), ""), set[int]()
+    for root in roots:
+        yield from walk(root, root.get(model), host.key.reads, names, seen)
+
+
+def _containers_of(output: Any) -> Iterator[tuple[tuple[PathStep, ...], Any]]:
+    """The lists and dictionaries in an output, outer ones first, with the steps that lead there."""
+    todo: list[tuple[tuple[PathStep, ...], Any]] = [((), output)]
+    while todo:
+        steps, value = todo.pop(0)
+        if type(value) in WRITTEN:
+            yield steps, value
+        if type(value) in CONTAINERS and not isinstance(value, torch.Size):
+            todo += [((*steps, ("item", key)), item) for key, item in items_of(value)]

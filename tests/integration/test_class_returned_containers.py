@@ -1,0 +1,79 @@
+"""Lists and dictionaries that a forward returns and keeps: what the caller writes into them is there at the next call."""
+
+import pytest
+
+from tests.support.members import ANY, GUARDED, REFUSABLE, check, member, sampled
+from tests.support.source import Step
+
+HEAD = """
+TABLE = {'k': 1.0}
+class Plain:
+    def __init__(self): self.l = []
+@functools.lru_cache
+def cached(): return {'k': 1.0}
+def holder(kept):
+    return lambda: kept
+"""
+INIT = """
+self.l, self.d, self.queue, self.o = [], {'k': 1.0}, collections.deque([1.0]), Plain()
+self.counts, self.inner, self.held = collections.defaultdict(float), {'l': [1.0]}, holder([])
+self.last, self.history = None, []
+"""
+STEPS = tuple(Step("written_output") for _ in range(3))
+OUT = "self.c(torch.tanh(self.b(torch.sigmoid(h) * 2)))"
+READ = {
+    "list": ("len(self.l)", "self.l"),
+    "dictionary": ("self.d['k']", "self.d"),
+    "default dictionary": ("len(self.counts)", "self.counts"),
+    "deque": ("len(self.queue)", "self.queue"),
+    "inner list": ("len(self.inner['l'])", "self.inner['l']"),
+    "of an object": ("len(self.o.l)", "self.o.l"),
+    "global variable": ("TABLE['k']", "TABLE"),
+    "closure": ("len(self.held())", "self.held()"),
+    "cache": ("cached()['k']", "cached()"),
+    "twice": ("len(self.l)", "{'a': self.l, 'b': (self.l, self.d)}"),
+    "not read": ("0", "self.l"),
+}
+LEFT = {
+    "new list": ("self.last = [h.mean()]", "self.last"),
+    "new dictionary": ("self.last = {'m': h.mean().detach()}", "self.last"),
+    "list in a new dictionary": ("self.last = {'m': [h.mean()]}", "self.last['m']"),
+    "local name": ("made = [h.mean()]\nself.last = made", "made"),
+    "put into another": ("made = {'m': h.mean()}\nself.d['made'] = made", "made"),
+}
+
+
+def read():
+    for name, (value, returned) in READ.items():
+        allowed, out = ANY if name == "cache" else GUARDED, f"({OUT}, {returned})"
+        fields = {"head": HEAD, "init": INIT, "out": out, "steps": STEPS, "planned_from": None}
+        yield member(name, f"h = h * (1 + {value})", allowed=allowed, **fields)
+
+
+def left():
+    for name, (text, returned) in LEFT.items():
+        out = f"({OUT}, {returned})"
+        yield member(name, text, head=HEAD, init=INIT, out=out, steps=STEPS, allowed=REFUSABLE)
+
+
+@pytest.mark.parametrize("of", sampled([*read()], every=2))
+def test_what_the_caller_writes_into_state_that_is_returned(of):
+    check(of)
+
+
+@pytest.mark.parametrize("of", sampled([*left()], every=1))
+def test_a_new_container_is_the_same_one_in_the_output_and_in_state(of):
+    assert check(of).verdict == "same"
+
+
+def test_a_new_container_that_is_left_twice_is_refused():
+    of = member(
+        "twice",
+        "self.last = [h.mean()]\nself.history = [self.last]",
+        head=HEAD,
+        init=INIT,
+        steps=(*[Step(before="part.last and part.last.append(1.0)")] * 3,),
+        allowed=frozenset({"refused"}),
+        word=r"one new list at .* and at .*, where a plan would leave two",
+    )
+    check(of)
