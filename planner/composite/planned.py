@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,15 @@ from planner.results.plan import Plan
 from planner.results.unit_plan import UnitPlan
 from planner.results.verify_report import VerifyReport
 from planner.runtime.found_gradients import FoundGradients
+from planner.runtime.in_flight import InFlight
 from planner.runtime.install import install, uninstall, unplan
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.loss import Loss
 
 
-def _within(plan: Plan, spare_bytes: int) -> Plan:
+def _within(plan: Plan, spare_bytes: int, num_calls: int) -> Plan:
     """A unit's plan that may take what the step leaves: for gradients in other layouts, or an audit."""
-    return replace(plan, budget_bytes=plan.budget_bytes + spare_bytes)
+    return replace(plan, budget_bytes=plan.budget_bytes + spare_bytes, num_calls=num_calls)
 
 
 class PlannedUnits:
@@ -40,15 +42,17 @@ class PlannedUnits:
         """`loss`, `autocast`: the output that backward starts from, and the autocast of the step, as it was planned."""
         self.model, self.plan, self._loss = model, plan, loss
         self._cast = autocast
+        counts = Counter(call.unit for call in plan.outer.calls)
         self.planned: dict[str, CheckpointedModule] = {
             name: CheckpointedModule(
-                model.get_submodule(name), step, _within(own, plan.spare_bytes[name]), executable=executable
+                model.get_submodule(name), step, _within(own, plan.spare_bytes[name], counts[name]), executable=executable
             )
             for name, (step, own, executable) in made.items()
         }
         found = FoundGradients(plan.whole, type(model).__name__, list(model.parameters()))
-        for module in self.planned.values():
+        for name, module in self.planned.items():
             module.__dict__["_found_gradients"] = found  # which speaks once for all units
+            module.__dict__["_in_flight"] = InFlight(module.original, f"{name} of {type(model).__name__}")
 
     @property
     def budget_bytes(self) -> int:

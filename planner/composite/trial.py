@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -146,7 +146,13 @@ class Trial:
     def _planned(self, made: Mapping[str, Made]) -> Iterator[dict[str, CheckpointedModule]]:
         """While entered, the copy's units run planned, and steps leave no trace."""
         modules = {
-            name: CheckpointedModule(self.model.get_submodule(name), step, plan, executable=executable, audits=False)
+            name: CheckpointedModule(
+                self.model.get_submodule(name),
+                step,
+                replace(plan, num_calls=self.submodules.counts[name]),
+                executable=executable,
+                audits=False,
+            )
             for name, (step, plan, executable) in made.items()
         }
         try:

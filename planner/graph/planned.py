@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from planner.graph.graph import Graph
+from planner.graph.graph import Graph, reserved_name
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import keep_all
 from planner.graph.simulate import Timeline, simulate
@@ -26,6 +26,7 @@ class PlannedGraph:
         provenance: how the graph's costs were found; None where that is not known (a bare graph).
         measured_bytes: measured peak of one planned step, everything resident included; None where none was run.
         check: "run" where one planned step was run, else "not run", with the reason after a colon.
+        num_calls: of a unit of a larger step, how often that step calls it; 0: the plan is of a whole step.
     """
 
     graph: Graph
@@ -35,6 +36,7 @@ class PlannedGraph:
     provenance: Provenance | None = None
     measured_bytes: int | None = field(default=None, compare=False)
     check: str = field(default=NOT_RUN, compare=False)
+    num_calls: int = field(default=0, compare=False)
 
     @property
     def timeline(self) -> Timeline:
@@ -57,11 +59,21 @@ class PlannedGraph:
         return self.timeline.peak_bytes
 
     @property
+    def saved_bytes(self) -> int:
+        """Bytes that a forward leaves for its backward."""
+        return sum(self.graph.value[name].nbytes for name in self.timeline.saved)
+
+    @property
     def in_flight_bytes(self) -> int:
         """Bytes that the other forwards in flight saved: held during the whole step."""
-        if self.graph.in_flight == 1:
-            return 0
-        return (self.graph.in_flight - 1) * sum(self.graph.value[name].nbytes for name in self.timeline.saved)
+        return 0 if self.graph.in_flight == 1 else (self.graph.in_flight - 1) * self.saved_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What the budget leaves beside the step: what was set aside by `reserve=`, and what the plan does not use."""
+        reserved = self.graph.value.get(reserved_name("reserved"))
+        free = self.budget_bytes - self.peak_bytes
+        return free if reserved is None else free + reserved.nbytes
 
     @property
     def overhead(self) -> float:

@@ -55,7 +55,7 @@ class BackwardFinder(Protocol):
         """The name of the first tensor whose version has changed; "" if there is none."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class StepRun:
     """State of one forward and its backward, shared by `_Forward` and the taps.
 
@@ -67,6 +67,7 @@ class StepRun:
         state: what the model's own code in the backward reads; None where there is no such code.
         complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
             tuple instead of running its stage.
+        waits: for its backward; what the forward saved is there.
     """
 
     executable: Executable
@@ -76,13 +77,12 @@ class StepRun:
     alive: list[torch.Tensor] = field(default_factory=list)
     summed: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
     complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
+    waits: bool = True
 
 
-def run(
-    executable: Executable, inputs: Sequence[torch.Tensor], backwards: BackwardFinder, state: StateAtForward | None
-) -> tuple[torch.Tensor, ...]:
-    """Results of the forward on `inputs`, with the planned backward attached."""
-    this = StepRun(executable, list(inputs), backwards, state)
+def run(this: StepRun) -> tuple[torch.Tensor, ...]:
+    """Results of the forward, with the planned backward attached."""
+    executable, inputs = this.executable, list(this.inputs)
     token: torch.Tensor | None = None
     for k in range(len(executable.owners) - 1, 0, -1):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in executable.owners[k]))
@@ -167,6 +167,7 @@ class _Forward(torch.autograd.Function):
             alive = [alive[i] for i in other.takes]
         if not keeps_graph():
             ctx.kept_on_ctx, ctx.version_checked, ctx.spare = {}, [], []
+            this.waits = False
         taken = executable.output_gradients if other is None else other.output_gradients
         alive += [gradient for gradient in (gradients[i] for i in taken) if gradient is not None]
         del held, checked, gradients

@@ -9,7 +9,6 @@ import torch
 
 from planner.errors import warn
 from planner.graph.accumulation import HELD
-from planner.graph.graph import reserved_name
 from planner.results.plan import Plan
 from planner.runtime.executable import Executable
 from planner.units import format_bytes
@@ -25,10 +24,7 @@ class FoundGradients:
 
     @cached_property
     def _fitting_bytes(self) -> int:
-        """Gradients of so many bytes fit beside the planned step: in what the plan leaves free, and in `reserve=`."""
-        reserved = self._plan.graph.value.get(reserved_name("reserved"))
-        free = self._plan.budget_bytes - self._plan.peak_bytes
-        return free if reserved is None else free + reserved.nbytes
+        return self._plan.free_bytes
 
     def look(self, executable: Executable, inputs: Sequence[torch.Tensor]) -> None:
         """Look at the parameters of a planned call; sparse gradients, whose size says nothing of the next, are left out.

@@ -18,7 +18,7 @@ from planner.results.call_stats import CallStats
 from planner.results.plan import Plan
 from planner.runtime.audit import can_audit, compare_forwards, is_due
 from planner.runtime.autocast_regions import enter_planned, note_unplanned
-from planner.runtime.autograd import run
+from planner.runtime.autograd import StepRun, run
 from planner.runtime.codegen import backward_compiler, make_executable
 from planner.runtime.criterion import WithCriterion, planned_model
 from planner.runtime.executable import Executable
@@ -26,6 +26,7 @@ from planner.runtime.former_names import FormerNames
 from planner.runtime.found_gradients import FoundGradients
 from planner.runtime.guards.call import CallGuard, MatchedCall
 from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.in_flight import InFlight
 from planner.runtime.other_backwards import OtherBackwards
 from planner.runtime.other_sizes import OtherSizes, larger_than_all, shapes_text
 from planner.runtime.outputs import backward_starts, rebuild_output
@@ -74,12 +75,10 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
                 self.__dict__[name] = held  # shared, so that both modules always hold the same tensors and hooks
         self.__dict__.update(plan=plan, backward_graph=step.partitioned.backward, strict=strict, audits=audits)
         self.__dict__.update(alternatives=[], num_planned_calls=0, num_unplanned_calls=0)
-        self.__dict__.update(_step=step, _given_executable=executable, _warned=set())
-        self.__dict__.update(_other_sizes=OtherSizes(self._of_other_size), _reasons=Counter())
-        self.__dict__["_found_gradients"] = FoundGradients(plan, type(model).__name__)
-        self.__dict__.update(
-            _refused=None, num_runs=0, num_audits=0, num_skipped_audits=0, _compares_ranks=communicates(step.joint)
-        )
+        self.__dict__.update(_step=step, _given_executable=executable, _warned=set(), _reasons=Counter())
+        self.__dict__.update(_other_sizes=OtherSizes(self._of_other_size), _compares_ranks=communicates(step.joint))
+        self.__dict__.update(_found_gradients=FoundGradients(plan, type(model).__name__), _in_flight=InFlight(model))
+        self.__dict__.update(_refused=None, num_runs=0, num_audits=0, num_skipped_audits=0)
         resemble(type(self), model)
         self.graph = step.partitioned.forward  # compiles the code: see `recompile`
 
@@ -161,6 +160,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         others = self._other_sizes.of_size(self, args, kwargs) if is_other_size else []
         mismatches = []
         for other in (*self.alternatives, *others):
+            other.__dict__["_in_flight"] = self._in_flight  # their forwards wait beside this one's
             out, other_mismatch = other.attempt(args, kwargs, unplanned=unplanned, captures=False)
             if other_mismatch is None:
                 self._let_go(other)
@@ -188,8 +188,8 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
 
     def _of_other_size(self, step: RewrittenStep, plan: Plan) -> CheckpointedModule:
         made = CheckpointedModule(self._original, step, plan, self.strict, audits=self.audits)
-        made.__dict__["_compares_ranks"] = False  # the ranks have compared this plan
-        made.__dict__["_found_gradients"] = self._found_gradients  # which speaks once, not once per size
+        # the ranks have compared this plan; what speaks once speaks once for all sizes
+        made.__dict__.update(_compares_ranks=False, _found_gradients=self._found_gradients, _in_flight=self._in_flight)
         return made
 
     def prepare(self, args: Any, kwargs: Any) -> None:
@@ -248,7 +248,8 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         """The planned forward, with the planned backward attached to its output."""
         self._found_gradients.look(self._executable, call.inputs)
         with torch.autocast(self.device.type, enabled=False):  # every cast is a node of the graph
-            results = run(self._executable, call.inputs, self._other_backwards, call.state)
+            this = StepRun(self._executable, list(call.inputs), self._other_backwards, call.state)
+            results = run(self._in_flight.begun(this, self.plan))
         return rebuild_output(self._step.joint, self._original, results, call)
 
     def recompile(self) -> Any:

@@ -1,0 +1,146 @@
+"""Forwards that wait for their backwards, more of them than a plan counts: said once, where the budget may not hold them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from planner import CheckpointedModule, apply_units, plan, plan_units
+from planner.profiler.memory import logical_peak
+
+QUICK = {"costs": "estimate", "effort": 0.5, "progress": False}
+WORDS = r"{} forwards wait for their backwards, and its plan counts {}\. This step may need .* more than its budget"
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide, self.narrow, self.drop = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16), nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(self.narrow(F.gelu(self.wide(self.norm(x)))))
+
+
+class Looped(nn.Module):
+    """One block, called again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.last, self.times = nn.Linear(8, 16), Block(), nn.Linear(16, 1), 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        for _ in range(self.times):
+            h = self.block(h)
+        return self.last(h).sum()
+
+
+def net() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), Block(), Block(), nn.Linear(16, 1), nn.Flatten(0)), torch.randn(64, 8)
+
+
+def loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x).square().sum()
+
+
+def step(module: nn.Module, x: torch.Tensor, count: int) -> None:
+    losses = [loss(module, x) for _ in range(count)]
+    for one in losses:
+        one.backward()
+    module.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("counted", [1, 2])
+def test_one_more_than_counted_is_said_once_and_the_number_that_helps_is_right(counted: int) -> None:
+    model, x = net()
+    planned = plan(model, 1.0, (x,), in_flight=counted, **QUICK)
+    step(planned, x, counted)
+    with pytest.warns(UserWarning, match=rf"in_flight={counted + 1}\): " + WORDS.format(counted + 1, counted)):
+        step(planned, x, counted + 1)
+    step(planned, x, counted + 2)  # warnings are errors
+
+    enough = plan(model, 1.0, (x,), in_flight=counted + 1, **QUICK)
+    step(enough, x, counted + 1)
+    peak = logical_peak(lambda: step(enough, x, counted + 1), x.device) + enough.plan.graph.resident_bytes
+    assert peak <= enough.plan.budget_bytes
+
+
+def test_what_the_budget_holds_beside_the_step_is_no_matter() -> None:
+    model, x = net()
+    made = plan(model, 1.0, (x,), **QUICK).plan
+    step(plan(model, made.peak_bytes + made.saved_bytes, (x,), **QUICK), x, 2)
+    step(plan(model, made.peak_bytes + made.saved_bytes, (x,), reserve=made.saved_bytes, **QUICK), x, 2)
+    with pytest.warns(UserWarning, match=WORDS.format(3, 1)):
+        step(plan(model, made.peak_bytes + made.saved_bytes, (x,), **QUICK), x, 3)
+
+
+def test_a_loss_that_is_kept_after_its_backward_holds_nothing() -> None:
+    model, x = net()
+    planned, kept = plan(model, 1.0, (x,), **QUICK), []
+    for _ in range(3):
+        kept.append(loss(planned, x))
+        kept[-1].backward()
+        planned.zero_grad(set_to_none=True)
+    loss(planned, x)  # and one that nobody keeps
+    step(planned, x, 1)
+
+
+def test_a_graph_that_is_retained_still_waits() -> None:
+    model, x = net()
+    planned = plan(model, 1.0, (x,), **QUICK)
+    first = loss(planned, x)
+    first.backward(retain_graph=True)
+    planned.zero_grad(set_to_none=True)
+    with pytest.warns(UserWarning, match=WORDS.format(2, 1)):
+        second = loss(planned, x)
+    for one in (first, second):
+        one.backward()
+
+
+def _other_size(planned: CheckpointedModule, x: torch.Tensor) -> torch.Tensor:
+    return loss(planned, x[:48])
+
+
+def _other_kind(planned: CheckpointedModule, x: torch.Tensor) -> torch.Tensor:
+    return loss(planned, x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("other", [_other_size, _other_kind])
+def test_forwards_of_other_sizes_and_kinds_wait_beside_it(other) -> None:
+    model, x = net()
+    also = [((x.clone().requires_grad_(),), {})] if other is _other_kind else []
+    planned = plan(model, 1.0, (x,), dynamic=not also, also=also, **QUICK)
+    other(planned, x).backward()  # captured
+    planned.zero_grad(set_to_none=True)
+    first = other(planned, x)
+    with pytest.warns(UserWarning, match=WORDS.format(2, 1)):
+        second = loss(planned, x)
+    first.backward()
+    second.backward()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_unit_that_is_called_more_often_than_planned(applied: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Looped(), torch.randn(64, 8)
+    units = plan_units(model, 0.8, (x,), units="block", **QUICK)
+    if applied:
+        units = apply_units(units.plan, model, (x,), progress=False)
+    copied = copy.deepcopy(model)
+    for times in (3, 1, 3):
+        for one in (model, copied):
+            one.times = times
+            one(x).backward()
+            one.zero_grad(set_to_none=True)
+    for one in (model, copied):
+        one.times = 4
+        with pytest.warns(UserWarning, match="plan the units again, .*: " + WORDS.format(4, 3)):
+            one(x).backward()
+        one.zero_grad(set_to_none=True)
+        one(x).backward()  # warnings are errors
+    assert not units.planned["block"].num_unplanned_calls
