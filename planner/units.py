@@ -63,7 +63,7 @@ def parse_bytes(text: Any, what: str = "size", *, least: int = 1, how: str = _EX
     if nbytes is None:
         raise BudgetError(f"write the {what} as {how}: {shown(text)} cannot be read")
     if nbytes < least:
-        raise BudgetError(f"write the {what} as {how}: {shown(text)} is not positive")
+        raise BudgetError(f"write the {what} as {how}: {shown(text)} is {'not positive' if least else 'negative'}")
     if nbytes > MOST_BYTES:
         raise BudgetError(f"write the {what} as {how}: {shown(text)} is more than any device has")
     return nbytes

@@ -54,7 +54,8 @@ def restated(
     free = margin(budget_bytes)
     needed = error.floor_bytes if isinstance(error, InfeasibleBudgetError) else error.lowest_bytes or 0
     if free and budget_bytes >= needed:
-        budget = f"{budget}, of which {format_bytes(free)} are left free for the allocator,"
+        part = "of which" if free < budget_bytes else "of which it would take more, as"
+        budget = f"{budget}, {part} {format_bytes(free)} are left free for the allocator,"
     if isinstance(error, InfeasibleBudgetError):
         enough = smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin)
         cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes){_as_fraction(enough, plain_bytes)}"

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.cli.arguments import add_budget, add_json, add_options, check_saved, say, tell
+from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.options import PlanOptions
-from planner.units import parse_budget
+from planner.units import format_bytes, fraction_of, parse_budget
 
 if TYPE_CHECKING:
     from planner.results.plan import Plan
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0."""
     limits = PlanOptions(effort=arguments.effort, time_limit_s=arguments.time_limit_s).limits
     check_saved(arguments.graph)
+    from planner.analysis.budgets import restated
     from planner.analysis.sweep import sweep_graph
     from planner.graph.schedule import keep_all
     from planner.graph.simulate import simulate
@@ -54,7 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         budget_bytes = parse_budget(arguments.budget, plain_bytes)
         left = margin(budget_bytes)
-        result = Plan(graph, budget_bytes, left, Solver(graph).solve(budget_bytes - left, limits), provenance)
+        fraction_of_bytes = plain_bytes if fraction_of(arguments.budget) is not None else None
+        try:
+            solution = Solver(graph).solve(budget_bytes - left, limits)
+        except (InfeasibleBudgetError, NoScheduleFoundError) as error:
+            raise restated(error, format_bytes(budget_bytes), budget_bytes, margin, plain_bytes=fraction_of_bytes) from error
+        result = Plan(graph, budget_bytes, left, solution, provenance)
     say(arguments, result, sweep_file.summary(result) if isinstance(result, Sweep) else figures.plan_figures(result))
     if arguments.save:
         result.save(arguments.save)

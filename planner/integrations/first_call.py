@@ -100,6 +100,11 @@ class FirstCall:
         return before if before is not None else type(self._model).forward.__get__(self._model)
 
     @property
+    def planned(self) -> CheckpointedModule | None:
+        """The planned module; None before it is planned, and where it cannot be."""
+        return None if self._installed is None else self._installed.planned[0]
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.unplanned)
 

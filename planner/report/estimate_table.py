@@ -61,7 +61,8 @@ def verdict(estimate: Estimated) -> str:
         asked = "".join(f", {_ARGUMENTS[purpose]}" for purpose in purposes if purpose in _ARGUMENTS)
         return f"{missing}; fits planned, {plan.overhead:+.1%} time: plan(model, {memory}, args{asked})"
     if estimate.floor_bytes + estimate.margin_bytes > memory:
-        return f"{missing}, and no plan can help: every schedule needs {enough_text(estimate.floor_bytes)}"
+        free = f", and {format_bytes(estimate.margin_bytes)} stay free for the allocator" if estimate.margin_bytes else ""
+        return f"{missing}, and no plan can help: every schedule needs {enough_text(estimate.floor_bytes)}{free}"
     return f"{missing}, and no plan was found"
 
 

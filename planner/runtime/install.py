@@ -88,7 +88,15 @@ class PlannedForward:
             module.count_unplanned(mismatch)
         steps = [one.step for module in self.planned for one in (module, *module.alternatives)]
         larger = larger_than_all(steps, args, kwargs)
-        report_mismatch(self._model, mismatches[0], self._warned, self._strict, num_plans=len(mismatches), larger=larger)
+        report_mismatch(
+            self._model,
+            mismatches[0],
+            self._warned,
+            self._strict,
+            num_plans=len(mismatches),
+            larger=larger,
+            is_unit=bool(self.planned[0].plan.num_calls),
+        )
         note_unplanned([*self._model.parameters()], self.planned[0].device)
         return self.unplanned(*args, **kwargs)
 

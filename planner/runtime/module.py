@@ -106,7 +106,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
         """
         self.count_unplanned(mismatch)
         larger = larger_than_all([module.step for module in (self, *self.alternatives)], args, kwargs)
-        report_mismatch(self._original, mismatch, self._warned, self.strict, larger=larger)
+        report_mismatch(self._original, mismatch, self._warned, self.strict, larger=larger, is_unit=bool(self.plan.num_calls))
         note_unplanned([*self._original.parameters()], self.device)
 
     def attempt(

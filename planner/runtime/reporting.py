@@ -27,7 +27,14 @@ def trains(model: nn.Module) -> bool:
 
 
 def report_mismatch(
-    model: nn.Module, mismatch: Mismatch, warned: set[str], strict: bool, num_plans: int = 1, larger: str = ""
+    model: nn.Module,
+    mismatch: Mismatch,
+    warned: set[str],
+    strict: bool,
+    *,
+    num_plans: int = 1,
+    larger: str = "",
+    is_unit: bool = False,
 ) -> None:
     """Warn that a training call runs unplanned, once per reason and input size; evaluation (eval, no_grad) is not warned about.
 
@@ -37,13 +44,14 @@ def report_mismatch(
         warned: what was warned about before; extended here.
         num_plans: number of plans that the call was compared with.
         larger: which input is larger than planned, "" if none is.
+        is_unit: the model is a unit of a larger one, planned by `plan_units`.
 
     Raises:
         MismatchError, PlanAuditError: `strict`, and the call trains.
     """
     if not trains(model):
         return
-    name, text = type(model).__name__, f"{mismatch.explained}{_cure(mismatch)}"
+    name, text = type(model).__name__, f"{mismatch.explained}{_cure(mismatch, is_unit)}"
     if num_plans > 1:
         text = f"none of its {num_plans} plans is for this call: {text}"
     if strict:
@@ -58,11 +66,13 @@ def report_mismatch(
         warn(f"{name} runs unplanned: {text}", MismatchWarning)
 
 
-def _cure(mismatch: Mismatch) -> str:
+def _cure(mismatch: Mismatch, is_unit: bool) -> str:
     """What to do about a mismatch of this kind, as a further sentence; "" where it depends."""
     if mismatch.cure:
         return ""
     if mismatch.kind in ("input", "argument") and not mismatch.text:
+        if is_unit:
+            return ". A unit runs planned for the calls of the step that plan_units was given: give it the usual one"
         sizes = ", or for sizes as they come dynamic=True" if mismatch.kind == "input" else ""
         return f". To plan both: plan(..., also=[(args, kwargs)]){sizes}"
     if mismatch.kind == "host" and mismatch.is_absent:

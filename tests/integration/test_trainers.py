@@ -356,7 +356,8 @@ def test_accelerate(is_before):
         loader = DataLoader(texts()[:6], 4, collate_fn=padded)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         if is_planned and not is_before:
-            plan_at_first_call(model, 0.95, log=tables.append, accumulate=True, optimizer=optimizer, **QUICK)
+            first = plan_at_first_call(model, 0.95, log=tables.append, accumulate=True, optimizer=optimizer, **QUICK)
+            assert first.planned is None
         seen = []
         torch.manual_seed(3)
         for _ in range(2):
@@ -375,6 +376,7 @@ def test_accelerate(is_before):
     AcceleratorState._reset_state(reset_partial_state=True)
     assert_equal(*found)
     assert len(tables) == 1 and "optimizer state" in tables[0]
+    assert is_before or first.planned.stats().planned == 4
 
 
 def test_mistakes_are_told_where_the_callback_is_made():

@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import planner
-from planner import InputError, NoScheduleFoundError, PlanFileError, UnitPlan, apply_units, plan_units, uninstall, unplan
+from planner import (
+    InputError,
+    MismatchWarning,
+    NoScheduleFoundError,
+    PlanFileError,
+    UnitPlan,
+    apply_units,
+    plan_units,
+    uninstall,
+    unplan,
+)
 from planner.profiler.memory import logical_peak
 from tests.support.paths import ROOT
 from tests.support.training import assert_same, trajectory
@@ -198,6 +208,15 @@ def test_accumulated_gradients_are_told_of_once():
         model(*args).backward()
     model(*args).backward()
     assert len(heard) == 1
+    found.uninstall()
+
+
+def test_a_call_of_another_size_names_a_cure_that_units_have():
+    model, args = net()
+    found = plan_units(model, 0.8, args, **QUICK)
+    with pytest.warns(MismatchWarning, match="of the step that plan_units was given") as heard:
+        model(*(arg[:-1] for arg in args)).backward()
+    assert not any("also=" in str(one.message) for one in heard)
     found.uninstall()
 
 

@@ -9,7 +9,10 @@ import pytest
 
 from planner import Plan, Sweep
 from planner.cli import main
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
 from planner.results import plan_file
+from planner.solver.solve import Solver
 from tests.support import graphs
 from tests.support.models import MODEL_FILE
 from tests.support.paths import ROOT
@@ -55,6 +58,18 @@ def test_solve_errors_are_one_line_and_exit_1(blocks, arguments, message, capsys
     assert main(["solve", blocks, *arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and message in only_error(captured.err)
+
+
+def test_the_number_that_solve_names_works(tmp_path, capsys):
+    graph, path = graphs.blocks(8), str(tmp_path / "plan.json")
+    peak_bytes = simulate(graph, keep_all(graph)).peak_bytes
+    Plan(graph, peak_bytes, 5, Solver(graph).solve(peak_bytes - 5)).save(path)  # 5 bytes are left to the allocator
+    capsys.readouterr()
+    assert main(["solve", path, "--budget", "1"]) == 1
+    error = only_error(capsys.readouterr().err)
+    enough = int(re.search(r"Raise the budget to .*? \((\d+) bytes\): budget 1 B is below", error)[1])
+    assert main(["solve", path, "--budget", str(enough)]) == 0
+    assert main(["solve", path, "--budget", str(enough - 1)]) == 1
 
 
 def test_a_missing_graph_file_is_named(tmp_path, capsys):
