@@ -348,6 +348,11 @@ def reassigned_lines(step: RewrittenStep, results: Sequence[str]) -> list[str]:
                 "keeps parameters and buffers alone. Return it from the forward, or train with the planned module"
             )
         lines.append(f"self.get_submodule({quoted(path.module)})._buffers[{quoted(path.name)}] = {results[ref.key]}")
+    for _, path in step.joint.call.returned:
+        raise ExportError(
+            f"the model returns the list or dictionary at {path.place} itself, and an exported file would return another one: "
+            "return a copy, or train with the planned module"
+        )
     return lines
 
 

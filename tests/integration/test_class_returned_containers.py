@@ -1,7 +1,10 @@
 """Lists and dictionaries that a forward returns and keeps: what the caller writes into them is there at the next call."""
 
 import pytest
+import torch
+from torch import nn
 
+from planner import ExportError, export_source, plan
 from tests.support.members import ANY, GUARDED, REFUSABLE, check, member, sampled
 from tests.support.source import Step
 
@@ -77,3 +80,21 @@ def test_a_new_container_that_is_left_twice_is_refused():
         word=r"one new list at .* and at .*, where a plan would leave two",
     )
     check(of)
+
+
+class Keeps(nn.Module):
+    """Returns a list that it keeps, or one that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.kept = nn.Linear(8, 8), [1.0]
+
+    def forward(self, x, given=None):
+        return self.linear(x).sum() * 2, self.kept if given is None else given
+
+
+@pytest.mark.parametrize(("given", "place"), [((), "kept"), (([1.0],), r"args\[1\]")])
+def test_an_exported_file_has_no_such_container(given, place, tmp_path):
+    planned = plan(Keeps(), 1.0, (torch.randn(16, 8), *given), costs="estimate", progress=False)
+    with pytest.raises(ExportError, match=f"list or dictionary at {place} itself"):
+        export_source(planned, tmp_path / "step.py")
