@@ -164,6 +164,7 @@ def test_an_audited_call_is_as_any_other():
     assert module.num_planned_calls == 11
 
 
+@pytest.mark.filterwarnings("ignore:.*forwards wait")  # what a call leaves on the model holds its graph
 def test_audits_can_be_switched_off(monkeypatch):
     model = Left().train()
     module = plan(model, 1.0, (X,), costs="estimate", progress=False, audit=False)

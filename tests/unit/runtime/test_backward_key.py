@@ -433,6 +433,7 @@ def test_a_model_changed_between_forward_and_backward_is_refused():
     model.scale = 3.0
     with pytest.raises(BackwardError, match="changed between"):
         out.sum().backward()
+    del out
     model.scale = 2.0
     module(x).sum().backward()  # this one is as planned
 
