@@ -146,6 +146,7 @@ def test_retain_graph_twice_equals_eager_and_a_third_backward_is_an_error(made):
         loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*forwards wait")
 def test_two_forwards_before_their_backwards():
     module, model, args, kwargs = planned("attention", 0.8)
     twin = copy.deepcopy(model)

@@ -135,7 +135,8 @@ def test_a_size_at_which_the_graph_is_another_one_is_planned_anew(capsys):
     module = plan(model, 1.0, (torch.randn(4, 8),), costs="estimate", dynamic=True)
     expected = trajectory(copy.deepcopy(model), (x,), {})
     assert_same(expected, trajectory(copy.deepcopy(module), (x,), {}))
-    module(x), module(x), module(x[:1]), module(torch.randn(3, 8))
+    for rows in (x, x, x[:1], torch.randn(3, 8)):
+        module(rows)
     said = capsys.readouterr().err.splitlines()[-4:]
     assert said[0] == "planner: Alternates: planning (2, 8) while training waits"
     assert [line.rpartition(" in ")[0] for line in said[1:]] == [
