@@ -20,6 +20,7 @@ from planner.errors import InputError, warn
 from planner.options import PlanKeywords, read_options, with_options
 from planner.profiler.optimizer import state_bytes
 from planner.report.progress import in_lines
+from planner.runtime.garbage import collected
 from planner.runtime.install import PlannedForward, install, uninstall
 from planner.runtime.module import CheckpointedModule
 from planner.runtime.planned_call import runs_as_planned
@@ -123,7 +124,7 @@ class FirstCall:
         begun = time.monotonic()
         _set_forward(self._model, self._before)
         try:
-            with _lines_on_first_rank():
+            with _lines_on_first_rank(), collected():
                 module = make(args, kwargs)
             install(self._model, module, strict=self._strict)
             self._installed = own["forward"]

@@ -32,6 +32,7 @@ from planner.rewriter.partition import partition
 from planner.rewriter.reschedule import Candidate, MissingValueError, reschedule
 from planner.runtime.backward_key import BackwardKey, normal
 from planner.runtime.executable import Boxed, OtherBackward
+from planner.runtime.garbage import collected
 from planner.runtime.guards.call_key import autocast_of
 from planner.runtime.step import RewrittenStep
 from planner.tracer.graft import graft
@@ -80,7 +81,8 @@ class OtherBackwards:
             known = self._known.get((key, written, leaves))
         if known is None:
             try:
-                known = self._capture(gradients, written, leaves)
+                with collected():
+                    known = self._capture(gradients, written, leaves)
             except BackwardError:
                 raise
             except PlannerError as error:

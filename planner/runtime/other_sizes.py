@@ -22,6 +22,7 @@ from planner.graph.structure import first_difference, places, renamed, wiring
 from planner.log import RUNTIME
 from planner.report.progress import say, stage
 from planner.results.plan import Plan
+from planner.runtime.garbage import collected
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.step import RewrittenStep, make_step
 from planner.tracer.faults import is_fault
@@ -101,7 +102,8 @@ class OtherSizes(Generic[Planned]):
             )
             return Mismatch("value", "a value that Python reads", text=text)
         try:
-            made = self._captured(base, args, kwargs)
+            with collected():
+                made = self._captured(base, args, kwargs)
         except PlannerError as error:
             if is_fault(error):
                 raise

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import CheckpointedModule, apply_units, plan, plan_units
+from planner import CheckpointedModule, apply_units, plan, plan_at_first_call, plan_units
 from planner.profiler.memory import logical_peak
 
 QUICK = {"costs": "estimate", "effort": 0.5, "progress": False}
@@ -144,3 +147,60 @@ def test_a_unit_that_is_called_more_often_than_planned(applied: bool) -> None:
         one.zero_grad(set_to_none=True)
         one(x).backward()  # warnings are errors
     assert not units.planned["block"].num_unplanned_calls
+
+
+class Alternates(nn.Module):
+    """A small batch goes another way, so that it has a plan of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        return h.tanh().sum() if len(x) > 2 else h.square().sum()
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Python's own garbage collection is off: what is gone now was held by nothing."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def is_held(module: nn.Module, x: torch.Tensor) -> bool:
+    """A call's output, which nobody keeps, is still there, and with it its graph."""
+    out = weakref.ref(module(x))
+    return out() is not None
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_call_that_is_planned_as_it_comes_is_not_held(rows: int, no_collection: None) -> None:
+    planned = plan(Alternates(), 1.0, (torch.randn(4, 8),), dynamic=True, **QUICK)
+    for _ in range(2):
+        assert not is_held(planned, torch.randn(rows, 8))
+
+
+@pytest.mark.parametrize("budget", [1.0, "1KiB"])
+@pytest.mark.filterwarnings("ignore:.*trains unplanned")
+def test_a_first_call_is_not_held(budget: float | str, no_collection: None) -> None:
+    model, x = net()
+    plan_at_first_call(model, budget, log=lambda table: None, **QUICK)
+    for _ in range(2):
+        assert not is_held(model, x)
+
+
+def test_a_backward_that_is_captured_as_it_comes_is_not_held(no_collection: None) -> None:
+    model, x = net()
+    planned = plan(model, 1.0, (x,), **QUICK)
+    for _ in range(2):
+        gradient = torch.ones(128)[::2]  # of another layout than planned
+        held = weakref.ref(gradient)
+        out = planned(x)
+        out.backward(gradient)
+        del gradient, out
+        assert held() is None
