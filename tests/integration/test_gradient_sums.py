@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from planner import BackwardError, CaptureError, MismatchWarning, plan, plan_units
 from planner.profiler.memory import logical_peak
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*forwards wait")  # two calls, one backward
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
 
 

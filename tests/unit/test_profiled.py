@@ -67,6 +67,7 @@ def test_one_capture_serves_plans_sweeps_and_explanations(captures):
     assert all(module.plan.check == "run" for module in applied)
 
 
+@pytest.mark.filterwarnings("ignore:.*forwards wait")
 def test_bits_equal_those_of_plan_and_of_the_model():
     plain, one, other, third = net(), net(), net(), net()
     step = profile(other, (X,), **QUICK)
