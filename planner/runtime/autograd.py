@@ -86,7 +86,11 @@ def run(this: StepRun) -> tuple[torch.Tensor, ...]:
     token: torch.Tensor | None = None
     for k in range(len(executable.owners) - 1, 0, -1):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in executable.owners[k]))
-    return _Forward.apply(this, token, *(inputs[i] for i in executable.owners[0]))  # type: ignore[no-any-return]
+    try:
+        return _Forward.apply(this, token, *(inputs[i] for i in executable.owners[0]))  # type: ignore[no-any-return]
+    except BaseException:
+        this.waits = False  # it has no backward
+        raise
 
 
 def run_without_backward(executable: Executable, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -204,3 +204,20 @@ def test_a_backward_that_is_captured_as_it_comes_is_not_held(no_collection: None
         out.backward(gradient)
         del gradient, out
         assert held() is None
+
+
+def test_a_forward_that_fails_does_not_wait() -> None:
+    class Inverts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.inv(x * self.scale).square().sum()
+
+    x = torch.eye(8) + 0.1
+    planned = plan(Inverts(), 1.0, (x,), **QUICK)
+    with pytest.raises(torch.linalg.LinAlgError) as failed:  # holds the frames of the call
+        planned(torch.zeros(8, 8))
+    planned(x).backward()
+    assert failed.value is not None

@@ -295,6 +295,7 @@ def test_caches_are_left_out_and_said_once(nest):
     assert len(said) == 1 and said[0].filename == __file__
     out = module(x)
     assert (out["past"] if isinstance(out, dict) else out[1][0]) is None
+    del out
     assert verify(module, (x,), rounds=1).exact
     _trains_on(module, x)
     plan(net, 1.0, (x,), **QUICK)  # a second warning would be an error

@@ -68,6 +68,7 @@ def test_planning_between_a_forward_and_its_backward(name):
     assert_same([p.grad for p in eager.parameters()], [p.grad for p in model.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:.*forwards wait")
 def test_a_size_that_is_captured_between_a_forward_and_its_backward():
     model = net(nn.BatchNorm1d(8))
     eager = copy.deepcopy(model)
