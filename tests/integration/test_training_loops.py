@@ -119,6 +119,7 @@ def test_accumulation(set_to_none, name):
     check(loop, name)
 
 
+@pytest.mark.filterwarnings("ignore:.*forwards wait")
 @pytest.mark.parametrize("name", ["attention", "convolution"])  # a tied weight's gradients are summed in another order
 def test_two_batches_in_one_backward(name):
     def loop(model, step, seen):
