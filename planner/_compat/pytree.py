@@ -15,6 +15,7 @@ from torch.utils._pytree import MappingKey, SequenceKey, keystr, register_pytree
 __all__ = [
     "MappingKey",
     "SequenceKey",
+    "children",
     "keystr",
     "register_pytree_node",
     "tree_flatten",
@@ -37,3 +38,9 @@ tree_leaves = partial(_pytree.tree_leaves, is_leaf=_is_size)
 tree_map = partial(_pytree.tree_map, is_leaf=_is_size)
 tree_map_only = partial(_pytree.tree_map_only, is_leaf=_is_size)
 tree_structure = partial(_pytree.tree_structure, is_leaf=_is_size)
+
+
+def children(value: Any) -> list[Any] | None:
+    """What a container directly holds; None of a leaf."""
+    found: list[Any] = _pytree.tree_leaves(value, is_leaf=lambda part: part is not value or _is_size(part))
+    return None if len(found) == 1 and found[0] is value else found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 
 from planner._compat import pytree
 from planner.kernels.calls import like
-from planner.tracer.host.arguments import WRITTEN
 from planner.tracer.host.values import items_of
 
 
@@ -22,7 +22,7 @@ def replaced(value: Any, other: Callable[[torch.Tensor], torch.Tensor], changed:
     """
     if isinstance(value, torch.Tensor):
         return other(value)
-    if type(value) in WRITTEN:
+    if isinstance(value, (dict, list, deque)) and pytree.children(value) is not None:
         if put_into(value, other, changed):
             changed.append(value)
         return value

@@ -13,7 +13,7 @@ from planner._compat import pytree
 from planner._compat.private_names import MODULE_HOOKS
 from planner.errors import CaptureError
 from planner.tracer.call import CallSpec
-from planner.tracer.host.arguments import Returned, WrittenArguments
+from planner.tracer.host.arguments import WrittenArguments
 from planner.tracer.host.fingerprint import is_generator
 from planner.tracer.host.preserve import Preserved, keep_deep, keep_reachable
 from planner.tracer.host.state import Effect
@@ -26,13 +26,11 @@ class Called(NamedTuple):
     Attributes:
         output: what it returned.
         written: what it wrote into lists and dictionaries among its arguments.
-        returned: which of these it returned.
         arguments: knows these.
     """
 
     output: Any
     written: tuple[Effect, ...]
-    returned: tuple[Returned, ...]
     arguments: WrittenArguments
 
 
@@ -60,7 +58,7 @@ def run_call(
             out = model(*args, **kwargs)
         else:
             out = torch.func.functional_call(model, weights, args, kwargs, tie_weights=True)
-    return Called(out, arguments.found(), arguments.returned(out), arguments)
+    return Called(out, arguments.found(), arguments)
 
 
 @contextmanager

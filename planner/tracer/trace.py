@@ -269,9 +269,8 @@ def _traced_forward(
         with answered(
             recording.host.key.tensors, _traced_tensors(options, tensors, given), recording.seen_by_line, lambda: str(modules)
         ):
-            out, written, returned, arguments = run_call(model, options.call, tensors, weights)
-        kept_too = returned_state(out, model, recording.host, recording.preserved)
-        returned = (*returned, *(one for one in kept_too if one[0] not in dict(returned)))
+            out, written, arguments = run_call(model, options.call, tensors, weights)
+        returned = returned_state(out, model, recording.host, recording.preserved, arguments)
         reassigned = reassigned_buffers(given, weights)
         leaves, names, out_spec = flatten_output(out)
         for name, leaf in zip(names, leaves, strict=True):

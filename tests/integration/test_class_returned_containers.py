@@ -16,11 +16,20 @@ class Plain:
 def cached(): return {'k': 1.0}
 def holder(kept):
     return lambda: kept
+class Derived(collections.OrderedDict): pass
+@dataclasses.dataclass
+class Data:
+    t: object
+    l: list
+class Pair(collections.namedtuple('Pair', 't l')): pass
+register = torch.utils._pytree.register_pytree_node
+register(Derived, lambda d: (list(d.values()), list(d)), lambda items, keys: Derived(zip(keys, items)))
+register(Data, lambda d: ([d.t, d.l], None), lambda items, _: Data(*items))
 """
 INIT = """
 self.l, self.d, self.queue, self.o = [], {'k': 1.0}, collections.deque([1.0]), Plain()
 self.counts, self.inner, self.held = collections.defaultdict(float), {'l': [1.0]}, holder([])
-self.last, self.history = None, []
+self.last, self.history, self.derived, self.data = None, [], Derived(k=1.0), Data(1.0, [1.0])
 """
 STEPS = tuple(Step("written_output") for _ in range(3))
 OUT = "self.c(torch.tanh(self.b(torch.sigmoid(h) * 2)))"
@@ -36,12 +45,20 @@ READ = {
     "cache": ("cached()['k']", "cached()"),
     "twice": ("len(self.l)", "{'a': self.l, 'b': (self.l, self.d)}"),
     "not read": ("0", "self.l"),
+    "derived dictionary": ("self.derived['k']", "self.derived"),
+    "registered object": ("len(self.data.l)", "self.data"),
+    "list of a registered object": ("len(self.data.l)", "self.data.l"),
+    "list in a new registered object": ("len(self.l)", "Data(2.0, self.l)"),
+    "list in a new derived dictionary": ("len(self.l)", "Derived(l=self.l)"),
+    "list in a named tuple": ("len(self.l)", "Pair(h.mean(), self.l)"),
 }
 LEFT = {
     "new list": ("self.last = [h.mean()]", "self.last"),
     "new dictionary": ("self.last = {'m': h.mean().detach()}", "self.last"),
     "list in a new dictionary": ("self.last = {'m': [h.mean()]}", "self.last['m']"),
     "local name": ("made = [h.mean()]\nself.last = made", "made"),
+    "new derived dictionary": ("self.last = Derived(m=h.mean())", "self.last"),
+    "new registered object": ("self.last = Data(h.mean(), [1.0])", "self.last"),
     "put into another": ("made = {'m': h.mean()}\nself.d['made'] = made", "made"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from planner import CheckpointedModule, apply_units, plan, plan_at_first_call, plan_units
+from planner import CheckpointedModule, apply_units, install, plan, plan_at_first_call, plan_units
 from planner.profiler.memory import logical_peak
 
 QUICK = {"costs": "estimate", "effort": 0.5, "progress": False}
@@ -123,6 +123,17 @@ def test_forwards_of_other_sizes_and_kinds_wait_beside_it(other) -> None:
     first = other(planned, x)
     with pytest.warns(UserWarning, match=WORDS.format(2, 1)):
         second = loss(planned, x)
+    first.backward()
+    second.backward()
+
+
+def test_forwards_of_plans_that_are_installed_together_wait_beside_each_other() -> None:
+    model, x = net()
+    plans = [plan(model, 1.0, (rows,), **QUICK) for rows in (x, x.clone().requires_grad_())]
+    install(model, *plans)
+    first = loss(model, x)
+    with pytest.warns(UserWarning, match=WORDS.format(2, 1)):
+        second = loss(model, x.clone().requires_grad_())
     first.backward()
     second.backward()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -240,8 +241,8 @@ def written_output(run: Any) -> None:
     todo = [out]
     while todo:
         value = todo.pop()
-        inner = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else []
-        todo += inner
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        todo += [*inner, *(vars(value).values() if dataclasses.is_dataclass(value) else ())]
         if isinstance(value, dict):
             value["k"] = value.get("k", 1.0) + 0.5
         elif isinstance(value, list):

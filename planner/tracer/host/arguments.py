@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
@@ -19,7 +19,7 @@ from planner.tracer.host.fingerprint import Fingerprint, alike
 from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, bare_fingerprint, same_build, walk
-from planner.tracer.host.values import ABSENT, PathStep, is_object, is_plain, items_of, member, own_class
+from planner.tracer.host.values import ABSENT, PathStep, is_object, is_plain, items_of, member, members
 from planner.tracer.host.written_values import rebuilt, with_member
 
 WRITTEN = (dict, OrderedDict, defaultdict, list, deque)
@@ -107,6 +107,34 @@ Returned = tuple[tuple[PathStep, ...], Path]
 Python state."""
 
 
+def nodes_of(tree: Any) -> Iterator[tuple[tuple[PathStep, ...], Any]]:
+    """Everything in an output, or in a call, but tensors and tuples, with the steps that lead there; outer ones first."""
+    todo: list[tuple[tuple[PathStep, ...], Any]] = [((), tree)]
+    while todo:
+        steps, value = todo.pop(0)
+        if isinstance(value, torch.Tensor):
+            continue
+        if not isinstance(value, tuple):
+            yield steps, value
+        held = pytree.children(value)
+        if held is not None:
+            direct = set(map(id, held))
+            todo += [((*steps, step), item) for step, item in members(value, lambda _, __: True) if id(item) in direct]
+
+
+def outermost(found: Iterable[Returned]) -> tuple[Returned, ...]:
+    """Those that are not inside of others before them."""
+    kept: list[Returned] = []
+    for steps, path in found:
+        if not any(steps[: len(outer)] == outer for outer, _ in kept):
+            kept.append((steps, path))
+    return tuple(kept)
+
+
+def _is_container(value: Any) -> bool:
+    return not isinstance(value, (tuple, torch.Tensor)) and pytree.children(value) is not None
+
+
 def with_returned(output: Any, returned: Sequence[Returned], containers: Sequence[Any]) -> Any:
     """An output that holds these containers where the forward returns them."""
     for (steps, _), container in zip(returned, containers, strict=True):
@@ -123,6 +151,7 @@ class WrittenArguments:
 
     Attributes:
         places: of the call's lists, dictionaries and objects, by identity.
+        nodes: identities of everything that it is given but tensors and tuples, inside of other containers too.
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[torch.Tensor] | None = None) -> None:
@@ -135,8 +164,9 @@ class WrittenArguments:
             id(item): path.inside(("item", key))
             for path, _, items in self._kept
             for key, item in items
-            if is_object(item) or isinstance(item, nn.Module)
+            if is_object(item) or isinstance(item, nn.Module) or _is_container(item)
         }
+        self.nodes = {id(node) for _, node in nodes_of((args, kwargs))}
         inner = [(value, pytree.tree_flatten(value)) for _, _, items in self._kept for _, value in items]
         self._others = [(value, *flat) for value, flat in inner if type(value) not in CONTAINERS]
 
@@ -166,17 +196,10 @@ class WrittenArguments:
 
     def returned(self, output: Any) -> tuple[Returned, ...]:
         """The call's own containers in an output."""
-        found: list[Returned] = []
-        todo: list[tuple[tuple[PathStep, ...], Any]] = [((), output)]
-        while todo:
-            steps, value = todo.pop(0)
-            if id(value) in self._made:
-                raise _refusal("a list or dictionary that it returns, too")
-            if id(value) in self.places:
-                found.append((steps, self.places[id(value)]))
-            elif own_class(value) in CONTAINERS and not isinstance(value, torch.Size):
-                todo += [((*steps, ("item", key)), item) for key, item in items_of(value)]
-        return tuple(found)
+        inside = list(nodes_of(output))
+        if any(id(value) in self._made for _, value in inside):
+            raise _refusal("a list or dictionary that it returns, too")
+        return outermost((steps, self.places[id(value)]) for steps, value in inside if id(value) in self.places)
 
     def marked(self, template: Any) -> Any:
         """What a forward leaves in Python state, with Refs in place of the call's own containers."""

@@ -7,51 +7,51 @@ import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
+from planner._compat import pytree
 from planner.errors import CaptureError
-from planner.tracer.host.arguments import CONTAINERS, WRITTEN, Returned
+from planner.tracer.host.arguments import WRITTEN, Returned, WrittenArguments, nodes_of, outermost
 from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.state import HostState, walk
-from planner.tracer.host.values import PathStep, items_of
 
 
-def returned_state(output: Any, model: nn.Module, host: HostState, preserved: Preserved | None) -> tuple[Returned, ...]:
-    """The containers in an output that the model's Python state holds as well, as the call leaves it.
+def returned_state(
+    output: Any, model: nn.Module, host: HostState, preserved: Preserved | None, arguments: WrittenArguments
+) -> tuple[Returned, ...]:
+    """The containers in an output that the call is given, or that the model's Python state holds as the call leaves it.
 
     A planned call returns those, and no copies, so that what the caller writes into them is seen in both places.
 
     Args:
         host: what Python does beside the kernels.
         preserved: Python state as it was before the call; None where no forward was recorded.
+        arguments: of the call.
 
     Raises:
         CaptureError: a container is held elsewhere, and what the forward reads does not lead to it; or the forward leaves a new
             one twice in Python state.
     """
+    given = arguments.returned(output)
+    inside = [(steps, value) for steps, value in nodes_of(output) if pytree.children(value) is not None]
+    if not inside and not host.effects:
+        return given
     before = _held_before(preserved)
     _check_left_once(model, host, before)
-    inside = [(steps, value) for steps, value in _containers_of(output)]
-    if not inside:
-        return ()
     places: dict[int, Path] = {}
     roots = (*(path for path, _ in host.key.expected), *(effect.path for effect in host.effects))
-    for place, value in _walked(roots, model, host):
+    for place, value in _walked(roots, model, host) if inside else ():
         places.setdefault(id(value), place)
-    found: list[Returned] = []
+    found = outermost((*given, *((steps, places[id(value)]) for steps, value in inside if id(value) in places)))
     for steps, value in inside:
-        if any(steps[: len(outer)] == outer for outer, _ in found):
-            continue
-        if id(value) in places:
-            found.append((steps, places[id(value)]))
-        elif id(value) in before:
+        is_elsewhere = id(value) in before or id(value) in arguments.nodes
+        if is_elsewhere and not any(steps[: len(outer)] == outer for outer, _ in found):
             raise CaptureError(
-                f"the model's forward returns a {type(value).__name__} that is kept elsewhere, too. A plan would return "
-                "another one, and what the caller writes there would be lost. Return a copy: dict(...), list(...)"
+                f"the model's forward returns a {type(value).__name__} that is kept elsewhere, too. A plan would return a new "
+                "one, and what the caller writes there would be lost. Return a copy: dict(...), list(...), copy.copy(...)"
             )
-    return tuple(found)
+    return found
 
 
 def _held_before(preserved: Preserved | None) -> set[int]:
@@ -77,14 +77,3 @@ def _walked(roots: Iterable[Path], model: nn.Module, host: HostState) -> Iterato
     names, seen = dict.fromkeys(map(id, model.modules()), ""), set[int]()
     for root in roots:
         yield from walk(root, root.get(model), host.key.reads, names, seen)
-
-
-def _containers_of(output: Any) -> Iterator[tuple[tuple[PathStep, ...], Any]]:
-    """The lists and dictionaries in an output, outer ones first, with the steps that lead there."""
-    todo: list[tuple[tuple[PathStep, ...], Any]] = [((), output)]
-    while todo:
-        steps, value = todo.pop(0)
-        if type(value) in WRITTEN:
-            yield steps, value
-        if type(value) in CONTAINERS and not isinstance(value, torch.Size):
-            todo += [((*steps, ("item", key)), item) for key, item in items_of(value)]
