@@ -69,7 +69,9 @@ class PlannedForward:
                 for step, plan, executable, audits in self._plans
             ]
         for other in self._planned[1:]:
-            other.__dict__["_in_flight"] = self._planned[0]._in_flight  # their forwards wait beside those of the first
+            other.__dict__["_in_flight"] = self._planned[0].__dict__[
+                "_in_flight"
+            ]  # their forwards wait beside those of the first
         return self._planned
 
     @runs_as_planned
