@@ -68,10 +68,9 @@ class PlannedForward:
                 CheckpointedModule(self._model, step, plan, strict, executable=executable, audits=audits)
                 for step, plan, executable, audits in self._plans
             ]
-        for other in self._planned[1:]:
-            other.__dict__["_in_flight"] = self._planned[0].__dict__[
-                "_in_flight"
-            ]  # their forwards wait beside those of the first
+        first, *others = self._planned
+        for other in others:  # their forwards wait beside those of the first
+            other.__dict__["_in_flight"] = first.__dict__["_in_flight"]
         return self._planned
 
     @runs_as_planned
