@@ -131,10 +131,12 @@ class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(50, 16, sparse=True)
+        self.first = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
         self.last = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.last(self.words(ids) + self.words(ids.flip(0)) * self.words(ids.flip(1))).square().sum()
+        words = self.words(ids) + self.words(ids.flip(0)) * self.words(ids.flip(1))
+        return self.last(self.first(words)).square().sum()
 
 
 @pytest.mark.parametrize("how", [plan, plan_units])
@@ -142,7 +144,7 @@ def test_gradients_that_are_sparse_sums(how: Callable[..., object]) -> None:
     torch.manual_seed(0)
     model, eager, ids = Words(), Words(), torch.randint(50, (32, 8))
     eager.load_state_dict(model.state_dict())
-    planned = how(model, 0.99, (ids,), progress=False)
+    planned = how(model, 0.85, (ids,), progress=False)  # what the first block saves is alive in the backward of the last
     run = planned if how is plan else model
     run(ids).backward()
     eager(ids).backward()
