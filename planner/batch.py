@@ -89,7 +89,7 @@ def max_batch(make_inputs: MakeInputs, model: nn.Module, budget: int | str, **op
         try:
             tried = search(batches.attempt, batches.plain_probably_fits, batches.predicted, batches.budget_bytes, first)
         except (InfeasibleBudgetError, NoScheduleFoundError) as error:
-            refusal = batches.step(first).refusal(error, budget, batches.budget_bytes)
+            refusal = batches.step(first).refusal(error, budget, batches.budget_bytes, is_least_batch=True)
             refusal.args = (_smallest_does_not_fit(first, refusal),)
             raise refusal from None
     return MaxBatch(batches.budget_bytes, tried, batches.measure if checked.device is None else None, smaller)

@@ -16,6 +16,7 @@ from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlanCheckError, PlannerError
 from planner.graph.accumulation import values_set_aside
+from planner.graph.floor import floor_advice
 from planner.graph.graph import Graph
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
@@ -154,15 +155,24 @@ class ProfiledStep(CapturedStep):
         PLANNER.info(text, budget, peak, 100 * made.overhead, solution.status, solution.solve_s)
         return made
 
-    def refusal(self, error: Refusal, budget: Budget, budget_bytes: int) -> Refusal:
+    def refusal(self, error: Refusal, budget: Budget, budget_bytes: int, *, is_least_batch: bool = False) -> Refusal:
         """What `solved` raised for `budget_bytes`, with the budget as the user gave it and one for which there is a plan.
 
         That one is searched for: the lowest peak found with half of the effort, where the proven floor is not reached.
+
+        Args:
+            is_least_batch: the model runs no smaller one.
         """
+        if is_least_batch and isinstance(error, InfeasibleBudgetError):
+            error.advice = floor_advice(self.graph, is_least_batch=True)
         lowest = Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2))
         margin = _margin_of(self.graph)
-        plain_bytes = self.plain_bytes if units.is_fraction(budget) else None
-        return restated(error, units.budget_text(budget, budget_bytes), budget_bytes, margin, lowest, plain_bytes)
+        fraction, plain_bytes = units.fraction_of(budget), None
+        if fraction is not None:  # of another call's plain peak, where that one's budget is this one's, too
+            is_own = budget_bytes == self.budget_bytes(budget)
+            plain_bytes = self.plain_bytes if is_own else round(budget_bytes / fraction)
+        asked = units.budget_text(budget, budget_bytes)
+        return restated(error, asked, budget_bytes, margin, lowest, plain_bytes, is_least_batch=is_least_batch)
 
     def _planned(self, budget: Budget, budget_bytes: int | None = None) -> CheckpointedModule:
         """The planned module for this call alone.

@@ -41,6 +41,8 @@ def restated(
     margin: Callable[[int], int],
     lowest_bytes: int | None = None,
     plain_bytes: int | None = None,
+    *,
+    is_least_batch: bool = False,
 ) -> Refusal:
     """A solver's refusal in the user's terms: the budget as it was given, and one that can be met, margin included.
 
@@ -50,6 +52,7 @@ def restated(
         margin: see `smallest_budget`.
         lowest_bytes: the lowest peak that is known to be reached.
         plain_bytes: of which the budget was given as a fraction; None where it was given in bytes.
+        is_least_batch: the model runs no smaller one.
     """
     free = margin(budget_bytes)
     needed = error.floor_bytes if isinstance(error, InfeasibleBudgetError) else error.lowest_bytes or 0
@@ -68,7 +71,8 @@ def restated(
             advice=error.advice,
         )
     lowest = min(known for known in (error.lowest_bytes, lowest_bytes, MOST_BYTES) if known is not None)
-    message = not_found_text(budget, lowest, error.floor_bytes, error.solve_s, smallest_budget(lowest, margin))
+    enough = smallest_budget(lowest, margin)
+    message = not_found_text(budget, lowest, error.floor_bytes, error.solve_s, enough, is_least_batch=is_least_batch)
     return NoScheduleFoundError(message, lowest_bytes=lowest, floor_bytes=error.floor_bytes, solve_s=error.solve_s)
 
 

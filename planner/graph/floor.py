@@ -85,10 +85,14 @@ def floor_parts(graph: Graph) -> tuple[tuple[str, int], ...]:
     return tuple((what, size) for what, size in parts if size)
 
 
-def floor_advice(graph: Graph) -> str:
-    """What would lower the floor, in words."""
+def floor_advice(graph: Graph, *, is_least_batch: bool = False) -> str:
+    """What would lower the floor, in words.
+
+    Args:
+        is_least_batch: the model runs no smaller one.
+    """
     nbytes, i = floor(graph)
-    return _advice(graph, i, nbytes)
+    return _advice(graph, i, nbytes, is_least_batch=is_least_batch)
 
 
 _GIVEN = {
@@ -154,7 +158,7 @@ def _culprit(graph: Graph, i: int, least: int) -> str:
     return f"op {op.name}{where}, holds {format_bytes(least)} while it runs: {', '.join(listed)}"
 
 
-def _advice(graph: Graph, i: int, least: int) -> str:
+def _advice(graph: Graph, i: int, least: int, *, is_least_batch: bool = False) -> str:
     """What would lower the floor: the batch, another kernel for the op that holds it, or what is resident."""
     reserves = any(graph.value[name].kind is Kind.RESERVED for name in graph.inputs)
     less = ", or reserve less" if reserves else ""
@@ -163,7 +167,7 @@ def _advice(graph: Graph, i: int, least: int) -> str:
     op = graph.ops[i]
     own = sum(_own(graph, op).values())
     # Activations grow with the batch; parameters, gradients and what is reserved do not.
-    advice = f"reduce the batch (half of it needs about {format_bytes(least - own // 2)})"
+    ways = [] if is_least_batch else [f"reduce the batch (half of it needs about {format_bytes(least - own // 2)})"]
     remedy = next((text for parts, text in _REMEDIES if any(part in op.name for part in parts)), None)
     if remedy and own > least // 4:
         needs = least_bytes(graph)
@@ -172,7 +176,8 @@ def _advice(graph: Graph, i: int, least: int) -> str:
         following = int(needs.argmax())
         if needs[following] < least:
             after = f"{graph.ops[following].name}, needs {format_bytes(int(needs[following]))}"
-            advice += f", or {remedy} (the next to hold most, {after})"
+            ways.append(f"{remedy} (the next to hold most, {after})")
+    advice = ", or ".join(ways or ["use a smaller model"])
     if least - own > least // 2:
         rest = format_bytes(least - own)
         advice += f"; {rest} of it do not depend on the batch: use fewer bytes a parameter{less}"

@@ -28,7 +28,7 @@ from planner.runtime.guards.call import CallGuard, MatchedCall
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.in_flight import InFlight
 from planner.runtime.other_backwards import OtherBackwards
-from planner.runtime.other_sizes import OtherSizes, larger_than_all, shapes_text
+from planner.runtime.other_sizes import OtherSizes, larger_than_all, sizes_texts
 from planner.runtime.outputs import backward_starts, rebuild_output
 from planner.runtime.planned_call import HooksOfModel, resemble, runs_as_planned, unplanned_forward
 from planner.runtime.ranks import communicates, compare_plans
@@ -214,7 +214,7 @@ class CheckpointedModule(HooksOfModel, FormerNames, fx.GraphModule):
             unplanned=self.num_unplanned_calls - self._reasons[EVALUATION],
             evaluations=self._reasons[EVALUATION],
             reasons=tuple((*reason, count) for reason, count in self._reasons.most_common() if reason != EVALUATION),
-            sizes=tuple((shapes_text(module.step.key.inputs), module.num_runs) for module in modules),
+            sizes=tuple(zip(sizes_texts(modules), (module.num_runs for module in modules), strict=True)),
             audits=sum(module.num_audits for module in modules),
             skipped_audits=sum(module.num_skipped_audits for module in modules),
             pauses=self.pauses,

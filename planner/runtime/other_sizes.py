@@ -26,7 +26,7 @@ from planner.runtime.garbage import collected
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.step import RewrittenStep, make_step
 from planner.tracer.faults import is_fault
-from planner.tracer.host.fingerprint import tensor_key
+from planner.tracer.host.fingerprint import describe_tensor, tensor_key
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
@@ -164,6 +164,18 @@ def shapes_text(size: Size) -> str:
     """The different shapes of a call's tensors: '(8, 50)'; those of scalars are left out beside others."""
     shapes = dict.fromkeys(tuple(shape) for shape, *_ in size)
     return ", ".join(str(shape) for shape in shapes if shape or len(shapes) == 1)
+
+
+def sizes_texts(planned: Sequence[PlannedModule]) -> list[str]:
+    """The shapes of each one's call; of calls with the same shapes, also the tensors that tell them apart."""
+    sizes = [one.step.key.inputs for one in planned]
+    texts = [shapes_text(size) for size in sizes]
+    found = []
+    for text, size in zip(texts, sizes, strict=True):
+        alike = [other for other, shapes in zip(sizes, texts, strict=True) if shapes == text and len(other) == len(size)]
+        apart = [i for i, key in enumerate(size) if any(other[i] != key for other in alike)]
+        found.append(text + (": " if apart else "") + "; ".join(f"input {i} {describe_tensor(size[i])}" for i in apart))
+    return found
 
 
 def larger_than_all(steps: Sequence[RewrittenStep], args: Any, kwargs: Any) -> str:

@@ -200,10 +200,19 @@ def not_found(budget_bytes: int, lowest_bytes: int, floor_bytes: int, seconds: f
     return NoScheduleFoundError(message, lowest_bytes=lowest_bytes, floor_bytes=floor_bytes, solve_s=seconds)
 
 
-def not_found_text(budget: str, lowest_bytes: int, floor_bytes: int, seconds: float, enough_bytes: int) -> str:
-    """The message of a NoScheduleFoundError. `budget`: what was asked for, in words; `enough_bytes`: what can be met."""
+def not_found_text(
+    budget: str, lowest_bytes: int, floor_bytes: int, seconds: float, enough_bytes: int, *, is_least_batch: bool = False
+) -> str:
+    """The message of a NoScheduleFoundError.
+
+    Args:
+        budget: what was asked for, in words.
+        enough_bytes: what can be met.
+        is_least_batch: the model runs no smaller one.
+    """
+    others = "or give more effort" if is_least_batch else "give more effort, or reduce the batch"
     return (
-        f"Raise the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), give more effort, or reduce the batch: no "
-        f"schedule within {budget} was found in {seconds:.1f} s. That none exists was not proven (the proven floor is "
-        f"{format_bytes(floor_bytes)}). The lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
+        f"Raise the budget to {enough_text(enough_bytes)} ({enough_bytes} bytes), {others}: no schedule within {budget} was "
+        f"found in {seconds:.1f} s. That none exists was not proven (the proven floor is {format_bytes(floor_bytes)}). The "
+        f"lowest peak found is {format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
     )

@@ -122,6 +122,7 @@ def test_one_sample_that_does_not_fit_is_an_error_with_its_floor():
     with pytest.raises(InfeasibleBudgetError, match="one sample does not fit: Raise the budget to") as caught:
         max_batch(rows, tanh_blocks(), "20KiB", costs="estimate", progress=False)
     assert caught.value.floor_bytes > 20 * 2**10
+    assert "reduce the batch" not in str(caught.value) and caught.value.advice in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from planner.runtime.guards.call_key import (
     CallKey,
     are_same,
 )
-from planner.runtime.guards.mismatch import Mismatch
+from planner.runtime.guards.mismatch import Mismatch, MismatchKind
 from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.guards.tensor_reads import TensorReadGuard
 from planner.runtime.step import RewrittenStep
@@ -32,6 +32,7 @@ from planner.tracer.host.counts import Number
 from planner.tracer.host.fingerprint import (
     Difference,
     Fingerprint,
+    TensorKey,
     alike,
     describe_tensor,
     first_difference,
@@ -241,7 +242,7 @@ def difference(
         return Mismatch("argument", f"the class of input {i}", kinds[i].__qualname__, key.kinds[i].__qualname__)
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
         if tensor_key(tensor) != expected:
-            return Mismatch("input", f"input {i}", describe_tensor(tensor_key(tensor)), describe_tensor(expected))
+            return _other_tensor("input", f"input {i}", tensor_key(tensor), expected)
     if key.shared and shared_storages(tensors) != key.shared:
         text = "other inputs share their memory than in the planned call, and the forward writes into one"
         return Mismatch("argument", "which inputs share their memory", text=text)
@@ -251,7 +252,7 @@ def difference(
     if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:
-                return Mismatch("weight", name, describe_tensor(tensor_key(tensor)), describe_tensor(expected))
+                return _other_tensor("weight", name, tensor_key(tensor), expected)
         classes = dict(model_state.weight_classes)
         for (name, _), tensor in zip(key.weights, held, strict=True):
             now, planned = own_tensor_class(tensor), classes.get(name)
@@ -268,6 +269,13 @@ def difference(
     if autocast_key(device) != key.autocast:
         return Mismatch("mode", "autocast", _autocast_text(autocast_key(device)), _autocast_text(key.autocast))
     return None
+
+
+def _other_tensor(kind: MismatchKind, where: str, now: TensorKey, planned: TensorKey) -> Mismatch:
+    """A tensor that is not as planned; where only `requires_grad` differs, that alone is named."""
+    if now[:-1] == planned[:-1]:
+        return Mismatch(kind, f"{where}.requires_grad", str(now[-1]), str(planned[-1]))
+    return Mismatch(kind, where, describe_tensor(now), describe_tensor(planned))
 
 
 def _other_identities(key: CallKey, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Mismatch | None:
