@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from planner import arguments
+from planner.analysis.budgets import allocator_margin
 from planner.captured import captured
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.floor import floor
@@ -24,7 +25,7 @@ from planner.graph.structure import renamed, wiring
 from planner.limits import Spending
 from planner.log import PLANNER
 from planner.options import MaxBatchKeywords, PlanOptions, read_options, with_options
-from planner.profiled import ProfiledStep, allocator_margin, budget_bytes, profiled
+from planner.profiled import ProfiledStep, budget_bytes, profiled
 from planner.report.progress import say, stage
 from planner.results.max_batch import MaxBatch, MeasuredBatch, Tried
 from planner.results.plan import Plan

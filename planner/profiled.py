@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from planner import arguments, units
-from planner.analysis.budgets import Budget, Refusal, check_budgets, restated
+from planner.analysis.budgets import Budget, Refusal, allocator_margin, check_budgets, margin_of, restated, smallest_budget
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlanCheckError, PlannerError
@@ -108,7 +108,7 @@ class ProfiledStep(CapturedStep):
                 points=points,
                 low=low,
                 high=high,
-                margin=_margin_of(self.graph),
+                margin=margin_of(self.graph),
                 limits=self.options.limits,
                 provenance=self.provenance,
             )
@@ -166,13 +166,21 @@ class ProfiledStep(CapturedStep):
         if is_least_batch and isinstance(error, InfeasibleBudgetError):
             error.advice = floor_advice(self.graph, is_least_batch=True)
         lowest = Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2))
-        margin = _margin_of(self.graph)
+        margin = margin_of(self.graph)
         fraction, plain_bytes = units.fraction_of(budget), None
         if fraction is not None:  # of another call's plain peak, where that one's budget is this one's, too
             is_own = budget_bytes == self.budget_bytes(budget)
             plain_bytes = self.plain_bytes if is_own else round(budget_bytes / fraction)
         asked = units.budget_text(budget, budget_bytes)
-        return restated(error, asked, budget_bytes, margin, lowest, plain_bytes, is_least_batch=is_least_batch)
+        others = [profiled(self.model, *call, self.options) for call in self.options.also if call[0] is not self.args]
+        need = max((one._least_budget() for one in others), default=0)
+        return restated(
+            error, asked, budget_bytes, margin, lowest, plain_bytes, is_least_batch=is_least_batch, others_need=need
+        )
+
+    def _least_budget(self) -> int:
+        """Bytes of the smallest budget for which a plan of this call is found with half of the effort."""
+        return smallest_budget(Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2)), margin_of(self.graph))
 
     def _planned(self, budget: Budget, budget_bytes: int | None = None) -> CheckpointedModule:
         """The planned module for this call alone.
@@ -342,22 +350,6 @@ def budget_bytes(budget: Budget, plain_bytes: int, options: PlanOptions) -> int:
         has = units.format_bytes(target.memory_bytes)
         raise BudgetError(f"budget {units.format_bytes(nbytes)} is more than the {has} that {target.name} has")
     return nbytes
-
-
-def allocator_margin(graph: Graph, budget_bytes: int) -> int:
-    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
-
-    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
-    step itself fits, so that a full budget never forces a recompute.
-    """
-    return _margin_of(graph)(budget_bytes)
-
-
-def _margin_of(graph: Graph) -> Callable[[int], int]:
-    """The margin by budget; what is left of a budget never falls as it grows."""
-    plain = simulate(graph, keep_all(graph)).peak_bytes
-    resident = sum(graph.value[name].nbytes for name in graph.inputs)
-    return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
 def set_aside(model: nn.Module, options: PlanOptions, target: DeviceModel | None) -> dict[str, int]:

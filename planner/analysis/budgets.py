@@ -1,4 +1,4 @@
-"""Which budgets a sweep looks at, and which budget to name where one has no plan."""
+"""Which budgets a sweep looks at, what is left free of one, and which one to name where a budget has no plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 from planner.errors import BudgetError, InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import infeasible_text
+from planner.graph.graph import Graph
+from planner.graph.schedule import keep_all
+from planner.graph.simulate import simulate
 from planner.solver.solve import not_found_text
 from planner.units import MOST_BYTES, check_budget, enough_text, format_bytes, kind, parse_budget, shown
 
@@ -17,6 +20,22 @@ _MOST_POINTS = 10_000
 
 Refusal = InfeasibleBudgetError | NoScheduleFoundError
 """Why a budget has no plan."""
+
+
+def allocator_margin(graph: Graph, budget_bytes: int) -> int:
+    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
+
+    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
+    step itself fits, so that a full budget never forces a recompute.
+    """
+    return margin_of(graph)(budget_bytes)
+
+
+def margin_of(graph: Graph) -> Callable[[int], int]:
+    """The margin by budget; what is left of a budget never falls as it grows."""
+    plain = simulate(graph, keep_all(graph)).peak_bytes
+    resident = sum(graph.value[name].nbytes for name in graph.inputs)
+    return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
 
 
 def smallest_budget(needed_bytes: int, margin: Callable[[int], int]) -> int:
@@ -43,6 +62,7 @@ def restated(
     plain_bytes: int | None = None,
     *,
     is_least_batch: bool = False,
+    others_need: int = 0,
 ) -> Refusal:
     """A solver's refusal in the user's terms: the budget as it was given, and one that can be met, margin included.
 
@@ -53,6 +73,7 @@ def restated(
         lowest_bytes: the lowest peak that is known to be reached.
         plain_bytes: of which the budget was given as a fraction; None where it was given in bytes.
         is_least_batch: the model runs no smaller one.
+        others_need: bytes of a budget that holds the other calls that are planned together with this one.
     """
     free = margin(budget_bytes)
     needed = error.floor_bytes if isinstance(error, InfeasibleBudgetError) else error.lowest_bytes or 0
@@ -60,8 +81,9 @@ def restated(
         part = "of which" if free < budget_bytes else "of which it would take more, as"
         budget = f"{budget}, {part} {format_bytes(free)} are left free for the allocator,"
     if isinstance(error, InfeasibleBudgetError):
-        enough = smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin)
-        cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes){_as_fraction(enough, plain_bytes)}"
+        enough = max(smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin), others_need)
+        why = ", which another call of also= needs" if enough == others_need else ""
+        cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes){_as_fraction(enough, plain_bytes)}{why}"
         message = infeasible_text(f"budget {budget}", error.floor_bytes, error.culprit, cure, error.advice)
         return InfeasibleBudgetError(
             message,
@@ -71,7 +93,7 @@ def restated(
             advice=error.advice,
         )
     lowest = min(known for known in (error.lowest_bytes, lowest_bytes, MOST_BYTES) if known is not None)
-    enough = smallest_budget(lowest, margin)
+    enough = max(smallest_budget(lowest, margin), others_need)
     message = not_found_text(budget, lowest, error.floor_bytes, error.solve_s, enough, is_least_batch=is_least_batch)
     return NoScheduleFoundError(message, lowest_bytes=lowest, floor_bytes=error.floor_bytes, solve_s=error.solve_s)
 

@@ -18,7 +18,7 @@ class CallStats:
         reasons: why training calls ran unplanned, as (kind, what was not as planned, calls), the most frequent first; the kinds
             are those of `Mismatch`: "input", "argument", "value", "weight", "host", "mode", "module", "device", "audit".
         sizes: (shapes of the call's tensors, planned calls), the planned call's own first. Calls of the same shapes name the
-            tensors in which they differ; those that differ in a value that Python reads have a row each.
+            arguments in which they differ; those that differ in a value that Python reads have a row each.
         audits: calls at which the original forward ran beside the planned one and gave the same.
         skipped_audits: calls at which the budget had no place for that.
         pauses: (what was captured or planned, seconds of wall clock that its first call waited), in order.

@@ -23,10 +23,11 @@ from planner.log import RUNTIME
 from planner.report.progress import say, stage
 from planner.results.plan import Plan
 from planner.runtime.garbage import collected
+from planner.runtime.guards.call_key import CallKey
 from planner.runtime.guards.mismatch import Mismatch
 from planner.runtime.step import RewrittenStep, make_step
 from planner.tracer.faults import is_fault
-from planner.tracer.host.fingerprint import describe_tensor, tensor_key
+from planner.tracer.host.fingerprint import describe_tensor, described, tensor_key
 from planner.tracer.joint import Joint
 from planner.tracer.lower import lower_like
 from planner.tracer.real_layouts import capture
@@ -167,15 +168,23 @@ def shapes_text(size: Size) -> str:
 
 
 def sizes_texts(planned: Sequence[PlannedModule]) -> list[str]:
-    """The shapes of each one's call; of calls with the same shapes, also the tensors that tell them apart."""
-    sizes = [one.step.key.inputs for one in planned]
-    texts = [shapes_text(size) for size in sizes]
+    """The shapes of each one's call; of calls with the same shapes, also the arguments that tell them apart."""
+    keys = [one.step.key for one in planned]
+    shapes = [shapes_text(key.inputs) for key in keys]
+    arguments = [_arguments(key) for key in keys]
     found = []
-    for text, size in zip(texts, sizes, strict=True):
-        alike = [other for other, shapes in zip(sizes, texts, strict=True) if shapes == text and len(other) == len(size)]
-        apart = [i for i, key in enumerate(size) if any(other[i] != key for other in alike)]
-        found.append(text + (": " if apart else "") + "; ".join(f"input {i} {describe_tensor(size[i])}" for i in apart))
+    for text, own in zip(shapes, arguments, strict=True):
+        alike = [other for other, its in zip(arguments, shapes, strict=True) if its == text]
+        apart = [argument for argument in own if not all(argument in other for other in alike)]
+        found.append(text + (": " if apart else "") + "; ".join(apart))
     return found
+
+
+def _arguments(key: CallKey) -> list[str]:
+    """What a call was planned for, an argument each: 'input 0 is float32[4, 8] ...', 'argument leaf 1 is True'."""
+    tensors = [f"input {i} is {describe_tensor(one)}" for i, one in enumerate(key.inputs)]
+    others = [f"argument leaf {i} is {described(one)}" for i, one in enumerate(key.arguments) if one is not None]
+    return tensors + others
 
 
 def larger_than_all(steps: Sequence[RewrittenStep], args: Any, kwargs: Any) -> str:

@@ -32,11 +32,10 @@ from planner.tracer.host.counts import Number
 from planner.tracer.host.fingerprint import (
     Difference,
     Fingerprint,
-    TensorKey,
     alike,
-    describe_tensor,
     first_difference,
     of_argument,
+    tensor_difference,
     tensor_key,
 )
 from planner.tracer.host.lazy_values import values_set
@@ -242,7 +241,7 @@ def difference(
         return Mismatch("argument", f"the class of input {i}", kinds[i].__qualname__, key.kinds[i].__qualname__)
     for i, (tensor, expected) in enumerate(zip(tensors, key.inputs, strict=True)):
         if tensor_key(tensor) != expected:
-            return _other_tensor("input", f"input {i}", tensor_key(tensor), expected)
+            return _mismatch("input", tensor_difference(expected, tensor_key(tensor), f"input {i}"))
     if key.shared and shared_storages(tensors) != key.shared:
         text = "other inputs share their memory than in the planned call, and the forward writes into one"
         return Mismatch("argument", "which inputs share their memory", text=text)
@@ -252,7 +251,7 @@ def difference(
     if not model_state.alike(held):
         for (name, expected), tensor in zip(key.weights, held, strict=True):
             if tensor_key(tensor) != expected:
-                return _other_tensor("weight", name, tensor_key(tensor), expected)
+                return _mismatch("weight", tensor_difference(expected, tensor_key(tensor), name))
         classes = dict(model_state.weight_classes)
         for (name, _), tensor in zip(key.weights, held, strict=True):
             now, planned = own_tensor_class(tensor), classes.get(name)
@@ -271,11 +270,8 @@ def difference(
     return None
 
 
-def _other_tensor(kind: MismatchKind, where: str, now: TensorKey, planned: TensorKey) -> Mismatch:
-    """A tensor that is not as planned; where only `requires_grad` differs, that alone is named."""
-    if now[:-1] == planned[:-1]:
-        return Mismatch(kind, f"{where}.requires_grad", str(now[-1]), str(planned[-1]))
-    return Mismatch(kind, where, describe_tensor(now), describe_tensor(planned))
+def _mismatch(kind: MismatchKind, found: Difference) -> Mismatch:
+    return Mismatch(kind, found.where, found.now, found.planned)
 
 
 def _other_identities(key: CallKey, held: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Mismatch | None:

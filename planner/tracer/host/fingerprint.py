@@ -294,6 +294,13 @@ class Difference:
     is_tensor: bool = False
 
 
+def tensor_difference(expected: TensorKey, now: TensorKey, path: str) -> Difference:
+    """How a tensor differs from the expected one; where only `requires_grad` does, that alone is named."""
+    if expected[:-1] == now[:-1]:
+        return Difference(f"{path}.requires_grad", str(expected[-1]), str(now[-1]), is_tensor=True)
+    return Difference(path, describe_tensor(expected), describe_tensor(now), is_tensor=True)
+
+
 def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Difference:
     """Where two fingerprints of the value at `path` differ first."""
     pair = (expected, now)
@@ -312,4 +319,8 @@ def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Diff
                     inner = f"{path}[{name}]" if kind == "item" else f"{path}.{name.strip(chr(39))}"
                     return first_difference(one, other, inner)
     is_tensor = isinstance(now, tuple) and now[:1] == ("tensor",)
+    if is_tensor and isinstance(expected, tuple) and expected[:1] == ("tensor",):
+        if expected[2:] == now[2:]:
+            return Difference(f"the class of {path}", expected[1], now[1], is_tensor=True)
+        return tensor_difference(expected[2:], now[2:], path)
     return Difference(path, described(expected), described(now), is_absent=now == _NOTHING, is_tensor=is_tensor)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from examples import gpt2
-from planner import CaptureError, InfeasibleBudgetError, MismatchError, MismatchWarning, apply, install, plan
+from planner import CaptureError, MismatchError, MismatchWarning, apply, install, plan
 from planner.graph.graph import Kind
 from planner.profiler.memory import logical_peak
 from planner.runtime.other_sizes import _ordinal, larger_than_all
@@ -229,36 +229,6 @@ def test_calls_are_counted():
     assert stats.planning_s > 0
     text = str(stats)
     assert "4 planned, 1 unplanned, 1 in evaluation" in text and "(2, 8)" in text and "a submodule's hooks" in text
-
-
-def test_calls_of_the_same_shapes_are_told_apart():
-    """A discriminator's calls: on data, and on samples whose gradient goes on to the generator."""
-    x = torch.randn(4, 8)
-    sampled = x.clone().requires_grad_()
-    module = plan(Alternates(), "1MiB", (x,), costs="estimate", progress=False, also=[((sampled,), {}), ((x[:2],), {})])
-    for call in (x, sampled, sampled, x[:2]):
-        module(call).sum().backward()
-    on_data = ": input 0 float32[4, 8] strides (8, 1) on cpu"
-    assert module.stats().sizes == ((f"(4, 8){on_data}", 1), (f"(4, 8){on_data}, requires_grad", 2), ("(2, 8)", 1))
-
-
-def test_a_fraction_is_of_the_first_calls_peak_also_where_another_call_does_not_fit():
-    x = torch.randn(4, 8)
-    larger = [((x.clone().requires_grad_(),), {})]
-    with pytest.raises(InfeasibleBudgetError, match=r"^Raise the budget to (\d+) B \(\1 bytes\): budget 1 of") as caught:
-        plan(Alternates(), 1.0, (x,), costs="estimate", progress=False, also=larger)
-    enough = int(str(caught.value).split()[4])
-    assert plan(Alternates(), enough, (x,), costs="estimate", progress=False, also=larger).alternatives
-
-
-def test_a_call_that_differs_in_requires_grad_alone_is_named_by_it():
-    x = torch.randn(4, 8)
-    module = plan(Alternates(), 1.0, (x,), costs="estimate", progress=False)
-    with pytest.warns(MismatchWarning, match=r"unplanned: input 0\.requires_grad is True, planned for False\. To plan both"):
-        module(x.clone().requires_grad_())
-    module.layer.weight.requires_grad_(False)
-    with pytest.warns(MismatchWarning, match=r"unplanned: layer\.weight\.requires_grad is False, planned for True"):
-        module(x)
 
 
 def captures(module):
