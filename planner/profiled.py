@@ -172,7 +172,7 @@ class ProfiledStep(CapturedStep):
             is_own = budget_bytes == self.budget_bytes(budget)
             plain_bytes = self.plain_bytes if is_own else round(budget_bytes / fraction)
         asked = units.budget_text(budget, budget_bytes)
-        others = [profiled(self.model, *call, self.options) for call in self.options.also if call[0] is not self.args]
+        others = [profiled(self.model, *call, self.options) for call in self.options.also]
         need = max((one._least_budget() for one in others), default=0)
         return restated(
             error, asked, budget_bytes, margin, lowest, plain_bytes, is_least_batch=is_least_batch, others_need=need

@@ -81,8 +81,8 @@ def restated(
         part = "of which" if free < budget_bytes else "of which it would take more, as"
         budget = f"{budget}, {part} {format_bytes(free)} are left free for the allocator,"
     if isinstance(error, InfeasibleBudgetError):
-        enough = max(smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin), others_need)
-        why = ", which another call of also= needs" if enough == others_need else ""
+        own = smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin)
+        enough, why = max(own, others_need), ", which another call of also= needs" if others_need > own else ""
         cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes){_as_fraction(enough, plain_bytes)}{why}"
         message = infeasible_text(f"budget {budget}", error.floor_bytes, error.culprit, cure, error.advice)
         return InfeasibleBudgetError(

@@ -68,6 +68,16 @@ def test_a_budget_that_is_named_holds_all_calls(budget, rows):
         assert plan(model, enough, (torch.randn(4, 8),), **options).alternatives
 
 
+def test_a_budget_that_is_named_holds_calls_that_share_their_arguments():
+    """The same tuple with another keyword."""
+    args = (torch.randn(64, 8),)
+    options = {"costs": "estimate", "progress": False, "also": [(args, {"is_signed": False})]}
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan(Scaled(), "1KB", args, {"is_signed": True}, **options)
+    enough = int(re.findall(r"\((\d+) bytes\)", str(caught.value))[0])
+    assert plan(Scaled(), enough, args, {"is_signed": True}, **options).alternatives
+
+
 def test_a_fraction_is_of_the_first_calls_peak_also_where_another_call_does_not_fit():
     x = torch.randn(4, 8)
     larger = [((x.clone().requires_grad_(),), {})]
