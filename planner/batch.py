@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from planner import arguments
-from planner.analysis.budgets import allocator_margin
+from planner.analysis.margin import allocator_margin
 from planner.captured import captured
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, InputError, NoScheduleFoundError, PlannerError
 from planner.graph.floor import floor

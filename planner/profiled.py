@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from planner import arguments, units
-from planner.analysis.budgets import Budget, Refusal, allocator_margin, check_budgets, margin_of, restated, smallest_budget
+from planner.analysis.budgets import Budget, Refusal, check_budgets, restated, size_refused
+from planner.analysis.margin import allocator_margin, margin_of, smallest_budget
 from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlanCheckError, PlannerError
@@ -76,8 +78,11 @@ class ProfiledStep(CapturedStep):
             for args, kwargs in self.options.also:
                 other = profiled(self.model, args, kwargs, self.options)
                 planned.alternatives.append(other._planned(budget, planned.plan.budget_bytes))
-            for args, kwargs in self.options.sizes:
-                planned.prepare(args, kwargs)
+            try:
+                for args, kwargs in self.options.sizes:
+                    planned.prepare(args, kwargs)
+            except CaptureError as error:
+                raise size_refused(error, planned.plan.budget_bytes, self._others_need) from None
         return planned
 
     @property
@@ -171,16 +176,20 @@ class ProfiledStep(CapturedStep):
         if fraction is not None:  # of another call's plain peak, where that one's budget is this one's, too
             is_own = budget_bytes == self.budget_bytes(budget)
             plain_bytes = self.plain_bytes if is_own else round(budget_bytes / fraction)
-        asked = units.budget_text(budget, budget_bytes)
-        others = [profiled(self.model, *call, self.options) for call in self.options.also]
-        need = max((one._least_budget() for one in others), default=0)
+        asked, need = units.budget_text(budget, budget_bytes), self._others_need
         return restated(
             error, asked, budget_bytes, margin, lowest, plain_bytes, is_least_batch=is_least_batch, others_need=need
         )
 
-    def _least_budget(self) -> int:
-        """Bytes of the smallest budget for which a plan of this call is found with half of the effort."""
-        return smallest_budget(Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2)), margin_of(self.graph))
+    @property
+    def _others_need(self) -> int:
+        """Bytes of a budget for which plans of all further calls are found; one that cannot be captured has its own error."""
+        found, limits = [0], self.options.limits.share(1 / 2)
+        for args, kwargs in (*self.options.also, *self.options.sizes):
+            with contextlib.suppress(PlannerError):
+                graph = profiled(self.model, args, kwargs, self.options).graph
+                found.append(smallest_budget(Solver(graph).lowest_peak(limits), margin_of(graph)))
+        return max(found)
 
     def _planned(self, budget: Budget, budget_bytes: int | None = None) -> CheckpointedModule:
         """The planned module for this call alone.

@@ -1,14 +1,12 @@
-"""Which budgets a sweep looks at, what is left free of one, and which one to name where a budget has no plan."""
+"""Which budgets a sweep looks at, and which budget to name where one has no plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from planner.errors import BudgetError, InfeasibleBudgetError, NoScheduleFoundError
+from planner.analysis.margin import smallest_budget
+from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.floor import infeasible_text
-from planner.graph.graph import Graph
-from planner.graph.schedule import keep_all
-from planner.graph.simulate import simulate
 from planner.solver.solve import not_found_text
 from planner.units import MOST_BYTES, check_budget, enough_text, format_bytes, kind, parse_budget, shown
 
@@ -20,37 +18,6 @@ _MOST_POINTS = 10_000
 
 Refusal = InfeasibleBudgetError | NoScheduleFoundError
 """Why a budget has no plan."""
-
-
-def allocator_margin(graph: Graph, budget_bytes: int) -> int:
-    """Part of the budget left free for what no graph shows: allocator rounding, host-side tensors, the engine.
-
-    A thousandth of what the plain step allocates, at most a hundredth of the budget; none when the plain
-    step itself fits, so that a full budget never forces a recompute.
-    """
-    return margin_of(graph)(budget_bytes)
-
-
-def margin_of(graph: Graph) -> Callable[[int], int]:
-    """The margin by budget; what is left of a budget never falls as it grows."""
-    plain = simulate(graph, keep_all(graph)).peak_bytes
-    resident = sum(graph.value[name].nbytes for name in graph.inputs)
-    return lambda budget_bytes: 0 if plain <= budget_bytes else min((plain - resident) // 1000, budget_bytes // 100)
-
-
-def smallest_budget(needed_bytes: int, margin: Callable[[int], int]) -> int:
-    """The smallest budget that leaves `needed_bytes` when its margin is taken off.
-
-    Args:
-        margin: bytes of a budget that are left free; `budget - margin(budget)` never falls as the budget grows.
-    """
-    low, high = needed_bytes - 1, needed_bytes
-    while high - margin(high) < needed_bytes and high < MOST_BYTES:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if middle - margin(middle) < needed_bytes else (low, middle)
-    return high
 
 
 def restated(
@@ -82,7 +49,7 @@ def restated(
         budget = f"{budget}, {part} {format_bytes(free)} are left free for the allocator,"
     if isinstance(error, InfeasibleBudgetError):
         own = smallest_budget(max(error.floor_bytes, lowest_bytes or 0), margin)
-        enough, why = max(own, others_need), ", which another call of also= needs" if others_need > own else ""
+        enough, why = max(own, others_need), ", which another call of also= or sizes= needs" if others_need > own else ""
         cure = f"Raise the budget to {enough_text(enough)} ({enough} bytes){_as_fraction(enough, plain_bytes)}{why}"
         message = infeasible_text(f"budget {budget}", error.floor_bytes, error.culprit, cure, error.advice)
         return InfeasibleBudgetError(
@@ -96,6 +63,16 @@ def restated(
     enough = max(smallest_budget(lowest, margin), others_need)
     message = not_found_text(budget, lowest, error.floor_bytes, error.solve_s, enough, is_least_batch=is_least_batch)
     return NoScheduleFoundError(message, lowest_bytes=lowest, floor_bytes=error.floor_bytes, solve_s=error.solve_s)
+
+
+def size_refused(error: CaptureError, budget_bytes: int, need_bytes: int) -> CaptureError:
+    """The error for a call of `sizes=`; where the budget is too small for some of them, with one that holds them all."""
+    if need_bytes <= budget_bytes:
+        return error
+    return CaptureError(
+        f"Raise the budget to {enough_text(need_bytes)} ({need_bytes} bytes), which the calls of also= and sizes= need: in "
+        f"{format_bytes(budget_bytes)} a call of sizes= cannot be planned"
+    )
 
 
 def _as_fraction(nbytes: int, plain_bytes: int | None) -> str:

@@ -35,7 +35,7 @@ from planner import (
     uninstall,
     verify,
 )
-from planner.analysis.budgets import smallest_budget
+from planner.analysis.margin import smallest_budget
 from planner.cli import main
 from planner.units import enough_text, parse_bytes, shown
 from tests.support.text import without_stages

@@ -1,4 +1,4 @@
-"""Several calls planned together, by also=: told apart in statistics and warnings, and one budget that holds them all."""
+"""Several calls planned together, by also= and sizes=: told apart in statistics and warnings; one budget holds them all."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import InfeasibleBudgetError, MismatchWarning, plan
+from planner import CaptureError, InfeasibleBudgetError, MismatchWarning, plan
 
 
 class Scaled(nn.Module):
@@ -66,6 +66,28 @@ def test_a_budget_that_is_named_holds_all_calls(budget, rows):
     for enough in filter(None, named.groups()):
         enough = float(enough) if "." in enough else int(enough)
         assert plan(model, enough, (torch.randn(4, 8),), **options).alternatives
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.8, 1.0])
+def test_a_budget_that_is_named_holds_all_sizes(budget):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(4)])
+    args = torch.randn(4, 8)
+    sizes = [((torch.randn(rows, 8),), {}) for rows in (12, 40, 20)]
+    options = {"costs": "estimate", "progress": False, "dynamic": True, "sizes": sizes}
+    with pytest.raises((InfeasibleBudgetError, CaptureError), match=r"^Raise the budget to [^(]* \(\d+ bytes\)") as caught:
+        plan(model, budget, (args,), **options)
+    enough = int(re.findall(r"\((\d+) bytes\)", str(caught.value))[0])
+    assert len(plan(model, enough, (args,), **options).stats().sizes) == 4
+
+
+@pytest.mark.parametrize(("budget", "error"), [(1.0, CaptureError), ("300B", InfeasibleBudgetError)])
+@pytest.mark.parametrize("where", ["also", "sizes"])
+def test_a_call_that_cannot_be_captured_keeps_its_own_error(budget, error, where):
+    x, wrong = torch.randn(4, 8), torch.randn(4, 7)
+    message = {CaptureError: "correct the model or the example call", InfeasibleBudgetError: "^Raise the budget to"}[error]
+    with pytest.raises(error, match="cannot be planned: correct" if (where, budget) == ("sizes", 1.0) else message):
+        plan(Scaled(), budget, (x,), costs="estimate", progress=False, dynamic=True, **{where: [((wrong,), {})]})
 
 
 def test_a_budget_that_is_named_holds_calls_that_share_their_arguments():
