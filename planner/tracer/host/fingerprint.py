@@ -259,13 +259,18 @@ def described(found: Fingerprint) -> str:
         return "absent"
     head = found[0]
     if head == "tensor":
-        return describe_tensor(found[2 : 2 + len(get_args(TensorKey))])
+        return describe_tensor(_tensor_key_in(found))
     if head == "the model's":
         return f"the model's {found[1]}"
     if isinstance(head, str) and len(found) == 2:
         text = found[1] if head not in ("str", "int", "bool", "bytes", "NoneType") else repr(found[1])
         return str(text)[:80]
     return repr(head)[:80]
+
+
+def _tensor_key_in(found: Fingerprint) -> TensorKey:
+    """The `tensor_key` in a tensor's fingerprint, in which its class comes before, and may be which one it is behind."""
+    return found[2 : 2 + len(get_args(TensorKey))]  # type: ignore[no-any-return]
 
 
 def describe_tensor(key: Any) -> str:
@@ -320,7 +325,9 @@ def first_difference(expected: Fingerprint, now: Fingerprint, path: str) -> Diff
                     return first_difference(one, other, inner)
     is_tensor = isinstance(now, tuple) and now[:1] == ("tensor",)
     if is_tensor and isinstance(expected, tuple) and expected[:1] == ("tensor",):
-        if expected[2:] == now[2:]:
+        old, new = _tensor_key_in(expected), _tensor_key_in(now)
+        if old != new:
+            return tensor_difference(old, new, path)
+        if expected[1] != now[1]:
             return Difference(f"the class of {path}", expected[1], now[1], is_tensor=True)
-        return tensor_difference(expected[2:], now[2:], path)
     return Difference(path, described(expected), described(now), is_absent=now == _NOTHING, is_tensor=is_tensor)
