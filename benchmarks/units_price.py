@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases
-from planner.composite import choose
+from planner.composite import unit_names
 from planner.composite.kinds import kinds_of
 from planner.composite.search import UnitSearch
 from planner.composite.trial import Trial
@@ -50,7 +50,7 @@ def measure(name: str, effort: float) -> list[Record]:
     whole = profiled(model, args, kwargs, options)
     whole_s, begun = time.process_time() - begun, time.process_time()
     trial = Trial(model, tuple(args), dict(kwargs), None)
-    kinds, _ = kinds_of(trial, choose.repeated(model), options, descends=True)
+    kinds, _ = kinds_of(trial, unit_names.repeated(model), options, descends=True)
     search = UnitSearch(trial, kinds, Limits(effort), whole.graph)
     units_s = time.process_time() - begun
     plain = simulate(whole.graph, keep_all(whole.graph))

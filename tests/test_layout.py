@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,28 @@ def rooms(folder: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=[module_name(path) for path in FILES])
 def test_tests_share_what_lies_in_support(path: Path) -> None:
     assert breaches(module_name(path), ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=[module_name(path) for path in FILES])
+def test_what_is_imported_of_the_project_is_there(path: Path) -> None:
+    """Also in files that no test runs: benchmarks of what is renamed would fail when they are needed."""
+    for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if name.split(".")[0] in ("planner", "benchmarks", "tests"):
+            assert _is_there(name), f"{path.name} imports {name}"
+
+
+def _is_there(name: str) -> bool:
+    """A module, or an attribute of one."""
+    with contextlib.suppress(ModuleNotFoundError):  # it is no module's, where what stands before the dot is no package
+        if importlib.util.find_spec(name) is not None:
+            return True
+    module, _, attribute = name.rpartition(".")
+    return hasattr(importlib.import_module(module), attribute)
+
+
+def test_a_name_that_is_gone_is_found() -> None:
+    assert _is_there("planner.composite.kinds.kinds_of") and _is_there("planner.composite")
+    assert not _is_there("planner.composite.choose") and not _is_there("planner.composite.kinds.choose")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from planner.tracer.loss import Loss
 
 
 def _within(plan: Plan, spare_bytes: int, num_calls: int) -> Plan:
-    """A unit's plan that may take what the step leaves: for gradients in other layouts, or an audit."""
+    """A unit's plan, whose budget is its own peak, with what the step leaves: for gradients in other layouts, or an audit."""
     return replace(plan, budget_bytes=plan.budget_bytes + spare_bytes, num_calls=num_calls)
 
 

@@ -71,7 +71,7 @@ class UnitSearch:
     def _outer(self, whole: Graph | None) -> OuterGraph:
         if whole is not None and all(self.trial.submodules.counts[unit] == 1 for unit in self.kinds):
             try:
-                outer = contracted(whole, list(self.kinds))
+                outer = contracted(whole, self._graphs)
                 compose(outer, self._graphs)
                 return outer
             except OuterCodeError as error:
@@ -102,8 +102,8 @@ class UnitSearch:
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
-        """What the outer code holds in each section of the step, and whose saved bytes are alive in it."""
-        return sections(self.composed, {unit: own[0] for unit, own in self.fronts.items()})
+        """What the outer code holds in each section of the step, what a unit adds, and whose saved bytes are alive in it."""
+        return sections(self.composed, self.fronts)
 
     def made(self, choice: Choice, *, is_compiled: bool = False) -> dict[str, Made]:
         """What the planned modules of a choice are made of; one code for all units of a kind at one point.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planner.errors import GraphError
-from planner.graph.graph import Graph, Op
+from planner.graph.graph import Graph, Kind, Op
 from planner.graph.outer import OuterCodeError, OuterGraph, UnitCall
 from planner.graph.schedule import Schedule, keep_all
 
@@ -16,7 +16,8 @@ class Composed:
     """The graph of a step with the ops of its units in it.
 
     A unit's section is an op that enters it, its own ops, and an op that leaves it, in the forward and in the backward. While
-    it runs, what it was given is alive; what it saved is alive in between.
+    its forward runs, what it was given is alive. Its backward frees what it was given and what it returned after the last read,
+    where that can be told from the graphs and nobody else reads it later; what it saved is alive in between.
 
     Attributes:
         graph: all ops.
@@ -53,8 +54,8 @@ def compose(outer: OuterGraph, units: Mapping[str, Graph]) -> Composed:
     """Put each unit's ops in the place of the two ops of each of its calls.
 
     What a unit is given (parameters, buffers, inputs, gradients of its outputs) is the outer graph's. What it returns is its
-    own value, under the outer graph's name where the two have equal bytes; the outer graph's others exist from the beginning
-    of the section.
+    own value. Both are known under the outer graph's name where the two have equal bytes, in order of the reads and writes. Of
+    the others, the outer graph's exist from the beginning of the section to its end.
 
     Raises:
         OuterCodeError: the units' graphs are other ones than their parts of the whole step.
@@ -92,7 +93,8 @@ class _Builder:
         own = range(graph.num_forward_ops) if is_forward else graph.backward_ops
         results = [name for name in (graph.forward_outputs if is_forward else graph.backward_outputs) if name in graph.producer]
         names = self.names.setdefault(call, dict.fromkeys(graph.inputs))  # None: what the outer graph holds
-        matched = _matched(results, graph, op.writes, self.outer.graph)
+        names.update(self._given(graph, op, is_forward))
+        matched = _matched(sorted(results, key=lambda name: graph.producer[name]), graph, op.writes, self.outer.graph)
         for j in own:
             for name in graph.ops[j].writes:
                 names[name] = matched.get(name) or f"{call}: {name}"
@@ -104,10 +106,22 @@ class _Builder:
             self.places[call][j] = len(self.ops)
             self.ops.append(self._renamed(call, graph.ops[j], names))
         returned = tuple(named for name in results if (named := names[name]) is not None)
-        self._boundary(f"leave {op.name}", op, tuple(dict.fromkeys((*op.reads, *returned))), ())
+        freed = set() if is_forward or self.outer.is_measured else {*names.values()}
+        held = tuple(name for name in op.reads if name not in freed)
+        self._boundary(f"leave {op.name}", op, tuple(dict.fromkeys((*held, *returned))), ())
         self.bounds[call] += [self.places[call][own[0]] - 1 if len(own) else len(self.ops) - 2, len(self.ops) - 1]
         if is_forward:
             names.update((name, None) for name in results if name not in matched)
+
+    def _given(self, graph: Graph, op: Op, is_forward: bool) -> dict[str, str]:
+        """Per activation, or gradient of an output, that a unit is given: the outer graph's value, where it is known."""
+        outer, first = self.outer.graph, 0 if is_forward else self.outer.graph.num_forward_ops
+        if self.outer.is_measured:
+            return {}
+        kind, own = (Kind.INPUT, graph.ops[: graph.num_forward_ops]) if is_forward else (Kind.TANGENT, graph.ops)
+        reads = dict.fromkeys(name for own_op in own for name in own_op.reads if graph.value[name].kind is kind)
+        theirs = [name for name in op.reads if outer.producer.get(name, -1) >= first]
+        return _matched(list(reads), graph, theirs, outer)
 
     def _boundary(self, name: str, op: Op, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
         self.ops.append(replace(op, name=name, reads=reads, writes=writes))
@@ -142,13 +156,13 @@ class _Builder:
         )
 
 
-def _matched(results: Sequence[str], graph: Graph, writes: Sequence[str], outer: Graph) -> dict[str, str]:
-    """Per result of a unit, the outer graph's value that it is: of equal bytes, in order of production."""
+def _matched(names: Sequence[str], graph: Graph, theirs: Sequence[str], outer: Graph) -> dict[str, str]:
+    """Per value of a unit that the outer code sees, the outer graph's value that it is: of equal bytes, in this order."""
     left: dict[int, list[str]] = {}
-    for name in writes:
+    for name in theirs:
         left.setdefault(outer.value[name].nbytes, []).append(name)
     found: dict[str, str] = {}
-    for name in sorted(results, key=lambda name: graph.producer[name]):
+    for name in names:
         alike = left.get(graph.value[name].nbytes)
         if alike:
             found[name] = alike.pop(0)

@@ -70,12 +70,12 @@ class MeasuredSection:
     peak_bytes: int
 
 
-def contracted(graph: Graph, units: Collection[str]) -> OuterGraph:
+def contracted(graph: Graph, units: Mapping[str, Graph]) -> OuterGraph:
     """The graph of a whole step with the ops of each unit, which is called once, merged into two.
 
     Args:
         graph: of one step; if it accumulates gradients, with each added once it is there.
-        units: qualified names; none inside another one.
+        units: the graph of each, by qualified name; none inside another one.
 
     Raises:
         OuterCodeError: other ops run between a unit's, so that it cannot be told apart.
@@ -86,7 +86,7 @@ def contracted(graph: Graph, units: Collection[str]) -> OuterGraph:
 class _Contraction:
     """The ops of each unit, forward and backward, and who reads which value."""
 
-    def __init__(self, graph: Graph, units: Collection[str]) -> None:
+    def __init__(self, graph: Graph, units: Mapping[str, Graph]) -> None:
         self.graph, self.units, self.owners = graph, units, _owners(graph, units)
         self.spans: dict[tuple[str, bool], list[int]] = {}
         self.readers: dict[str, set[str]] = {}
@@ -142,13 +142,14 @@ class _Contraction:
         return name in self.graph.pinned or bool(self.readers.get(name, set()) - {unit})
 
 
-def _owners(graph: Graph, units: Collection[str]) -> list[str]:
+def _owners(graph: Graph, units: Mapping[str, Graph]) -> list[str]:
     """Per op, the unit that it belongs to; "" for outer ops.
 
     The end of a stage belongs to the unit that made its gradients. Any other op that no line of the user's code runs belongs to
     the unit around it. After a unit's backward these are sums of gradients of what it was given: its own, where it knows all
-    terms.
+    terms and has such an op alone, too (a residual connection inside of the unit, not one around it).
     """
+    left = {unit: sum(alone.ops[i].kernel != STAGE_END for i in alone.backward_ops) for unit, alone in units.items()}
     prefixes = sorted(units, key=len, reverse=True)
     found = [
         next((u for u in prefixes if op.source.module == u or op.source.module.startswith(f"{u}.")), "") for op in graph.ops
@@ -160,19 +161,18 @@ def _owners(graph: Graph, units: Collection[str]) -> list[str]:
         is_forward = i < graph.num_forward_ops
         if op.kernel == STAGE_END:
             found[i] = found[graph.producer[op.reads[0]]]
+        is_sum = not is_forward and left.get(inside, 0) > 0 and len(op.reads) > 1 and set(op.reads) <= known.get(inside, set())
         if found[i]:
             inside = found[i]
-        elif inside and not op.source and (i < last.get((inside, is_forward), -1) or _knows(known, inside, op, is_forward)):
+        elif inside and not op.source and (i < last.get((inside, is_forward), -1) or is_sum):
             found[i] = inside
         else:
             inside = ""
+        if not is_forward and inside and op.kernel != STAGE_END:
+            left[inside] -= 1
         if found[i] and not is_forward:
             known.setdefault(found[i], set()).update((*op.reads, *op.writes))
     return found
-
-
-def _knows(known: Mapping[str, set[str]], unit: str, op: Op, is_forward: bool) -> bool:
-    return not is_forward and len(op.reads) > 1 and set(op.reads) <= known.get(unit, set())
 
 
 def from_measured(

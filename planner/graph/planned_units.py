@@ -13,7 +13,9 @@ from planner.graph.outer import OuterGraph
 from planner.graph.planned import NOT_RUN, RUN, PlannedGraph
 from planner.graph.provenance import Provenance
 from planner.graph.schedule import Schedule
+from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
+from planner.graph.unit_frame import Frame
 from planner.graph.unit_point import Point, point
 
 
@@ -34,9 +36,19 @@ class PlannedKind:
     provenance: Provenance | None = None
 
     @cached_property
+    def frame(self) -> Frame:
+        """The graph as it runs in a step."""
+        return Frame(self.graph)
+
+    @cached_property
     def points(self) -> tuple[Point, ...]:
         """What each schedule saves, needs and recomputes."""
-        return tuple(point(self.graph, schedule) for schedule in self.schedules)
+        return tuple(point(self.graph, schedule, frame=self.frame) for schedule in self.schedules)
+
+    @cached_property
+    def peaks(self) -> tuple[int, ...]:
+        """The peak of each schedule, of the graph alone."""
+        return tuple(simulate(self.graph, schedule).peak_bytes for schedule in self.schedules)
 
 
 @dataclass(frozen=True)
@@ -81,15 +93,21 @@ class PlannedUnitGraphs:
 
     @cached_property
     def spare_bytes(self) -> Mapping[str, int]:
-        """Per unit, what the budget leaves beside the step while the unit runs; the least of its calls."""
+        """Per unit, what the budget leaves above its own peak, of its graph alone, while it runs; the least of its calls.
+
+        In the step the unit takes as much more than alone as is live beside it where its forward, or its backward, begins. It
+        may take less: alone, it frees nothing of what it is given.
+        """
         planned = self.planned
         at = {op: i for i, op in enumerate(planned.solution.schedule.steps)}
         unforeseen = max(0, (self.measured_bytes or 0) - self.peak_bytes)
         found: dict[str, int] = {}
-        for call, (enter, leave, enter_again, leave_again) in self.composed.bounds.items():
-            inside = (*range(at[enter], at[leave] + 1), *range(at[enter_again], at[leave_again] + 1))
-            live = max(planned.timeline.live_bytes[i] for i in inside)
-            spare = max(0, self.budget_bytes - live - unforeseen)
+        for call, (enter, _, enter_again, _) in self.composed.bounds.items():
+            kind, number = self.units[call.unit]
+            own, saved_bytes = self.kinds[kind], self.kinds[kind].points[number].saved_bytes
+            forward = planned.timeline.live_bytes[at[enter]] - own.frame.given_bytes
+            backward = planned.timeline.live_bytes[at[enter_again]] - saved_bytes - own.frame.around_bytes
+            spare = max(0, self.budget_bytes - unforeseen - max(forward, backward) - own.peaks[number])
             found[call.unit] = min(spare, found.get(call.unit, spare))
         return found
 

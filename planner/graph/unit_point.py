@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.graph.graph import Graph
-from planner.graph.schedule import Schedule
-from planner.graph.simulate import Simulator, simulate
+from planner.graph.schedule import Schedule, check
+from planner.graph.simulate import simulate
+from planner.graph.unit_frame import Frame
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """One way to run a unit, as `simulate` sees it. What the unit is given and what it returns counts where it is made alone.
+
+    Bytes are those of a step in which nobody else needs, once the unit's backward has begun, what the unit was given, its
+    outputs and their gradients: each is freed after its last read.
 
     Attributes:
         schedule: of the unit's own graph.
@@ -40,18 +44,22 @@ class Point:
         return self.saved_bytes, self.forward_bytes, self.backward_bytes, self.time_ns
 
 
-def point(graph: Graph, schedule: Schedule, source: str = "", simulator: Simulator | None = None) -> Point:
-    """A schedule of a unit as a point."""
-    timeline = simulate(graph, schedule, simulator)
-    given = graph.resident_bytes
-    outputs = sum(graph.value[name].nbytes for name in dict.fromkeys(graph.forward_outputs))
-    saved = sum(graph.value[name].nbytes for name in timeline.saved) - outputs
-    forward, backward = timeline.live_bytes[: timeline.boundary], timeline.live_bytes[timeline.boundary :]
+def point(graph: Graph, schedule: Schedule, source: str = "", frame: Frame | None = None) -> Point:
+    """A schedule of a unit as a point. `frame`: the graph's, if it was made before.
+
+    Raises:
+        ScheduleError: the schedule is not a valid way to run the graph.
+    """
+    check(graph, schedule)  # whose errors name the graph's own ops
+    frame = frame or Frame(graph)
+    timeline = simulate(frame.graph, frame.schedule(schedule), frame.simulator)
+    saved = sum(graph.value[name].nbytes for name in timeline.saved if name not in frame.others)
+    forward, backward = timeline.live_bytes[: timeline.boundary - 1], timeline.live_bytes[timeline.boundary :]
     return Point(
         schedule,
         saved,
-        max(forward, default=given) - given,
-        max(saved, max(backward, default=0) - given - graph.tangent_bytes - outputs),
+        max(forward) - frame.given_bytes,
+        max(saved, max(backward, default=0) - frame.around_bytes),
         timeline.time_ns - graph.plain_ns,
         source,
     )

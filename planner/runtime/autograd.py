@@ -1,10 +1,11 @@
-"""The autograd Functions that run a planned step: `_Forward` runs the forward, taps return gradients in stages.
+"""The autograd Functions that run a planned step: `_Forward` runs the forward, taps run the backward in stages.
 
-    token <- Tap(last stage's inputs) <- ... <- Tap(second stage's inputs)      forward order
-    outputs <- Forward(token, first stage's inputs)
+    token <- Tap(last stage's inputs) <- ... <- Tap(first stage's inputs)      forward order
+    outputs <- Forward(token)
 
-The backward visits them in reverse: Forward's backward runs the first stage, each tap the next one. Tensors that one stage
-passes to the next travel in the run's list `alive`, which each stage empties.
+The backward visits them in reverse: Forward's backward checks what has arrived, each tap runs a stage. Tensors that one passes
+to the next travel in the run's list `alive`, which each stage empties. So the gradients of outputs are freed after their last
+read: autograd holds what it hands to a node until that node has run, and Forward's, which gets them, runs no stage.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class StepRun:
         alive: tensors passed from one backward stage to the next.
         summed: the inputs whose gradients are sums, by position.
         state: what the model's own code in the backward reads; None where there is no such code.
-        complete: gradients per later stage, where an OtherBackward computed all of them at once; each tap then returns its
-            tuple instead of running its stage.
+        other: runs in the place of the stages, once it is found.
+        complete: gradients per later stage, where `other` computed all of them at once; each tap then returns its tuple instead
+            of running its stage.
         waits: for its backward; what the forward saved is there.
     """
 
@@ -76,6 +78,7 @@ class StepRun:
     state: StateAtForward | None = None
     alive: list[torch.Tensor] = field(default_factory=list)
     summed: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
+    other: OtherBackward | None = None
     complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
     waits: bool = True
 
@@ -84,10 +87,10 @@ def run(this: StepRun) -> tuple[torch.Tensor, ...]:
     """Results of the forward, with the planned backward attached."""
     executable, inputs = this.executable, list(this.inputs)
     token: torch.Tensor | None = None
-    for k in range(len(executable.owners) - 1, 0, -1):
+    for k in reversed(range(len(executable.owners))):
         token = _Tap.apply(this, k, token, *(inputs[i] for i in executable.owners[k]))
     try:
-        return _Forward.apply(this, token, *(inputs[i] for i in executable.owners[0]))  # type: ignore[no-any-return]
+        return _Forward.apply(this, token)  # type: ignore[no-any-return]
     except BaseException:
         this.waits = False  # it has no backward
         raise
@@ -107,9 +110,9 @@ def run_without_backward(executable: Executable, inputs: Sequence[torch.Tensor])
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, this: StepRun, token: torch.Tensor | None, *_owned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, this: StepRun, _token: torch.Tensor) -> tuple[torch.Tensor, ...]:
         executable, inputs = this.executable, this.inputs
-        ctx.run, ctx.has_token = this, token is not None
+        ctx.run = this
         ctx.switches = kernel_switches() if executable.recomputes else None
         checked = [inputs[i] for i in executable.checked_inputs]
         ctx.unchecked = [inputs[i] for i in executable.unchecked_inputs]
@@ -174,13 +177,8 @@ class _Forward(torch.autograd.Function):
             this.waits = False
         taken = executable.output_gradients if other is None else other.output_gradients
         alive += [gradient for gradient in (gradients[i] for i in taken) if gradient is not None]
-        del held, checked, gradients
-        this.complete = []
-        grads = _run_stage(this, 0, alive) if other is None else _run_other(this, other, alive)
-        check_visited(ctx, executable, 0, grads)
-        watch_sums(ctx, this.summed, executable, 0, grads, is_other=other is not None)
-        token = torch.empty(0, device=executable.device) if ctx.has_token else None
-        return (None, token, *grads)
+        this.alive, this.other, this.complete = alive, other, []
+        return None, torch.empty(0, device=executable.device)
 
 
 class _Tap(torch.autograd.Function):
@@ -192,11 +190,10 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
         this: StepRun = ctx.run
-        alive, this.alive = this.alive, []
-        is_other = bool(this.complete)
-        grads = this.complete.pop(0) if is_other else _run_stage(this, ctx.stage, alive)
+        other = this.other
+        grads = _run_stage(this, ctx.stage) if other is None else _run_other(this, other, ctx.stage)
         check_visited(ctx, this.executable, ctx.stage, grads)
-        watch_sums(ctx, this.summed, this.executable, ctx.stage, grads, is_other=is_other)
+        watch_sums(ctx, this.summed, this.executable, ctx.stage, grads, is_other=other is not None)
         return (None, None, torch.empty(0, device=this.executable.device) if ctx.has_token else None, *grads)
 
 
@@ -204,7 +201,7 @@ def _find(
     ctx: Any, this: StepRun, key: BackwardKey, gradients: Sequence[torch.Tensor | None], written: tuple[int, ...]
 ) -> OtherBackward | None:
     leaves: dict[int, bool] = {}
-    node = ctx
+    node = ctx.next_functions[0][0]
     for positions in this.executable.stage_gradients:
         later = node.next_functions[0][0] if node.has_token else None
         edges = [edge for edge, _ in node.next_functions][int(node.has_token) :]
@@ -231,8 +228,9 @@ def _saved(ctx: Any, executable: Executable, backwards: BackwardFinder) -> list[
     raise BackwardError(modified_in_place(name or f"an output ({', '.join(executable.names)})"))
 
 
-def _run_stage(this: StepRun, stage: int, alive: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _run_stage(this: StepRun, stage: int) -> tuple[torch.Tensor, ...]:
     executable = this.executable
+    alive, this.alive = this.alive, []
     with rng_put_back_on_error(executable.device) if executable.swaps[stage] else contextlib.nullcontext():
         results = executable.stages[stage](alive)
     num_gradients = len(executable.owners[stage])
@@ -240,13 +238,14 @@ def _run_stage(this: StepRun, stage: int, alive: list[torch.Tensor]) -> tuple[to
     return results[:num_gradients]
 
 
-def _run_other(this: StepRun, other: OtherBackward, alive: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    """Run another backward as a whole; returns the gradients of the first stage's inputs, and leaves the rest to the taps."""
+def _run_other(this: StepRun, other: OtherBackward, stage: int) -> tuple[torch.Tensor | None, ...]:
+    """Run another backward as a whole in the first stage; returns the gradients of this stage's inputs."""
     executable = this.executable
-    with rng_put_back_on_error(executable.device) if other.swaps else contextlib.nullcontext():
-        results = other.run(alive)
-    this.alive = []
-    this.complete = [
-        tuple(None if (at := other.position(i)) is None else results[at] for i in stage) for stage in executable.stage_gradients
-    ]
+    if stage == 0:
+        alive, this.alive = this.alive, []
+        with rng_put_back_on_error(executable.device) if other.swaps else contextlib.nullcontext():
+            results = other.run(alive)
+        this.complete = [
+            tuple(None if (at := other.position(i)) is None else results[at] for i in own) for own in executable.stage_gradients
+        ]
     return this.complete.pop(0)

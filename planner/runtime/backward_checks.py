@@ -224,10 +224,10 @@ def check_unreached_inputs(ctx: Any, executable: Executable, other: OtherBackwar
     """Refuse another backward that computes no gradient for an input that autograd would visibly visit; see `check_visited`."""
     if None not in other.gradients:
         return
+    node = ctx
     for stage, positions in enumerate(executable.stage_gradients):
-        later = ctx.next_functions[0][0] if ctx.has_token else None
-        check_visited(ctx, executable, stage, [other.position(i) for i in positions])
-        ctx = later
+        node = node.next_functions[0][0]
+        check_visited(node, executable, stage, [other.position(i) for i in positions])
 
 
 def check_visited(ctx: Any, executable: Executable, stage: int, gradients: Sequence[object | None]) -> None:

@@ -1,7 +1,7 @@
 """Which point of its front each unit takes: a program with one binary column for each.
 
 A step holds, besides what the outer code o holds, what units keep from their forward to their backward (s) and what the unit
-that runs adds (in its forward f, in its backward t, its own s included):
+that runs adds (in its forward f, in its backward t, its own s included, less what it frees of what it was given):
 
     minimise    sum of calls[u] time[u, p] x[u, p]
     for each u:                 sum over p of x[u, p] = 1
@@ -10,7 +10,8 @@ that runs adds (in its forward f, in its backward t, its own s included):
     in a unit v's backward:     o + sum over other units kept of s[u, p] x[u, p] + sum of t[v, p] x[v, p] <= budget
 
 A unit that is called several times takes one point for all calls; the sums are over calls, then, with the column of their unit.
-The o are read off a simulated step, in which they are what is left of the live bytes.
+The o, f and t are read off simulated steps, one for each point; what a unit frees depends on what the outer code around it
+still needs. In each of them the o are what is left of the live bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 
 from planner.graph.compose import Composed
 from planner.graph.outer import UnitCall
-from planner.graph.simulate import simulate
+from planner.graph.schedule import Schedule
+from planner.graph.simulate import Simulator, simulate
 from planner.graph.unit_point import Point
 from planner.limits import Limits
 from planner.solver.backend import SCALE, Model, Program
@@ -43,56 +45,73 @@ class Section:
         outer_bytes: the most that the outer code holds in it, everything resident included.
         kept: calls of units whose forward has run and whose backward has not begun.
         call: whose forward or backward it is; None for outer code.
-        is_forward: of a call's, that it is its forward.
+        own_bytes: for each point of the call's unit, the most that it adds.
     """
 
     outer_bytes: int
     kept: frozenset[UnitCall]
     call: UnitCall | None = None
-    is_forward: bool = False
+    own_bytes: tuple[int, ...] = ()
 
 
-def sections(composed: Composed, points: Mapping[str, Point]) -> tuple[Section, ...]:
-    """The sections of a step with units, what the outer code holds read off a simulated step.
+def sections(composed: Composed, fronts: Fronts) -> tuple[Section, ...]:
+    """The sections of a step with units, read off a simulated step for each point."""
+    simulator = Simulator(composed.graph)
+    outer: dict[_Key, int] = {}
+    own: dict[_Key, list[int]] = defaultdict(list)
+    for at in range(max(map(len, fronts.values()), default=0)):
+        points = {unit: front[min(at, len(front) - 1)] for unit, front in fronts.items()}
+        schedule = composed.schedule({unit: one.schedule for unit, one in points.items()})
+        found = _walk(composed, schedule, simulate(composed.graph, schedule, simulator).live_bytes, points)
+        for key, (outer_bytes, most) in found.items():
+            outer[key] = outer_bytes
+            call = key[1]
+            if call is not None and at < len(fronts[call.unit]):
+                own[key].append(most)
+    return tuple(Section(nbytes, key[0], key[1], tuple(own[key])) for key, nbytes in outer.items())
 
-    Args:
-        composed: outer code and units.
-        points: a point for each unit; which does not matter.
-    """
-    schedule = composed.schedule({unit: one.schedule for unit, one in points.items()})
-    live = simulate(composed.graph, schedule).live_bytes
-    begins = {bounds[2 * k]: (call, k == 0) for call, bounds in composed.bounds.items() for k in range(2)}
-    ends = {bounds[2 * k + 1] for bounds in composed.bounds.values() for k in range(2)}
+
+_Key = tuple[frozenset[UnitCall], UnitCall | None, bool]
+"""Calls whose saved bytes are alive, whose section it is, and whether it is its forward."""
+
+
+def _walk(
+    composed: Composed, schedule: Schedule, live: Sequence[int], points: Mapping[str, Point]
+) -> dict[_Key, tuple[int, int]]:
+    """Per section of a simulated step, what the outer code holds in it and the most that the unit adds."""
+    at = {i: step for step, i in enumerate(schedule.steps)}  # ops that enter and leave run once
+    inside = [
+        (at[bounds[2 * k]], at[bounds[2 * k + 1]] + 1, call, k == 0)
+        for call, bounds in composed.bounds.items()
+        for k in range(2)
+    ]
     kept: dict[UnitCall, int] = {}
-    outer: dict[tuple[frozenset[UnitCall], UnitCall | None, bool], int] = {}
-    inside: tuple[UnitCall, bool] | None = None
-    for step, i in enumerate(schedule.steps):
-        if i in begins:
-            call, is_forward = inside = begins[i]
-            outer[frozenset(kept.keys() - {call}), call, is_forward] = live[step] - sum(kept.values())
-            if not is_forward:
-                del kept[call]
-        if inside is None:
-            key = frozenset(kept), None, False
-            outer[key] = max(outer.get(key, 0), live[step] - sum(kept.values()))
-        if i in ends and inside is not None:
-            if inside[1]:
-                kept[inside[0]] = points[inside[0].unit].saved_bytes
-            inside = None
-    return tuple(Section(nbytes, *key) for key, nbytes in outer.items())
+    found: dict[_Key, tuple[int, int]] = {}
+
+    def outer_code(start: int, end: int) -> None:
+        key = frozenset(kept), None, False
+        if start < end:
+            found[key] = max(max(live[start:end]) - sum(kept.values()), found.get(key, (0, 0))[0]), 0
+
+    last = 0
+    for start, end, call, is_forward in sorted(inside):
+        outer_code(last, start)
+        outer_bytes = live[start] - sum(kept.values())
+        kept.pop(call, None)
+        own_bytes = max(live[start:end]) - outer_bytes - sum(kept.values())
+        found[frozenset(kept), call, is_forward] = outer_bytes, own_bytes
+        if is_forward:
+            kept[call] = points[call.unit].saved_bytes
+        last = end
+    outer_code(last, len(live))
+    return found
 
 
-def peak_bytes(section: Section, points: Mapping[str, Point]) -> int:
-    """The most that is live in a section of the step; the largest of all sections is what `simulate` finds.
-
-    Args:
-        points: one for each unit.
-    """
-    own = 0
-    if section.call is not None:
-        one = points[section.call.unit]
-        own = one.forward_bytes if section.is_forward else one.backward_bytes
-    return section.outer_bytes + own + sum(points[call.unit].saved_bytes for call in section.kept)
+def peak_bytes(section: Section, fronts: Fronts, choice: Choice) -> int:
+    """The most that is live in a section of the step; the largest of all sections is what `simulate` finds."""
+    own = 0 if section.call is None else section.own_bytes[choice[section.call.unit]]
+    kept = sum(fronts[call.unit][choice[call.unit]].saved_bytes for call in section.kept)
+    return section.outer_bytes + own + kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +164,7 @@ def choose(
 def lowest(sections: Sequence[Section], fronts: Fronts, limits: Limits | None = None) -> Choice:
     """The choice with the lowest peak."""
     program, columns = _program(fronts)
-    scale = max(peak_bytes(section, {unit: front[0] for unit, front in fronts.items()}) for section in sections)
+    scale = max(peak_bytes(section, fronts, dict.fromkeys(fronts, 0)) for section in sections)
     peak = program.column(1.0, upper=SCALE)
     for section in sections:
         # the same sums - peak <= -o, where the peak is minimised
@@ -175,8 +194,8 @@ def _row(section: Section, fronts: Fronts, columns: Mapping[str, Sequence[int]],
             nbytes[column] += one.saved_bytes
     if section.call is not None:
         unit = section.call.unit
-        for column, one in zip(columns[unit], fronts[unit], strict=True):
-            nbytes[column] += one.forward_bytes if section.is_forward else one.backward_bytes
+        for column, own_bytes in zip(columns[unit], section.own_bytes, strict=True):
+            nbytes[column] += own_bytes
     return [(column, SCALE * nbytes[column] / max(1, scale)) for column in sorted(nbytes)]
 
 

@@ -1,8 +1,8 @@
 """The Pareto front of a unit: what it can save for its backward, what it needs beyond that, and what that costs.
 
 A step with units holds, during the backward of one, what all earlier ones saved: a unit's own peak does not limit that. So
-each point has both terms. They are found with an op at the end of the forward (`planner.solver.forward_end`) whose workspace is
-w bytes: a budget of resident + saved + w then bounds the saved bytes, and the peak by saved + w.
+each point has both terms. They are found with an op at the end of the forward (`planner.graph.unit_frame`) whose workspace is w
+bytes: a budget of what is held around the unit + saved + w then bounds the saved bytes, and the peak by saved + w.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.schedule import Schedule, keep_all
-from planner.graph.simulate import Simulator, simulate
+from planner.graph.simulate import simulate
 from planner.graph.solution import Solution
+from planner.graph.unit_frame import Frame
 from planner.graph.unit_point import Point, point
 from planner.limits import Limits
 from planner.solver.baselines import fixed_baselines
-from planner.solver.forward_end import with_forward_end, without_forward_end
 from planner.solver.solve import Solver
 from planner.solver.tuning import GAP
 
@@ -37,34 +37,34 @@ def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tu
         limits: for all searches together.
         gap: of each search; see `planner.solver.solve.solve`.
     """
-    simulator = Simulator(graph)
-    plain = point(graph, keep_all(graph), "keep all", simulator)
+    frame = Frame(graph)
+    plain = point(graph, keep_all(graph), "keep all", frame)
     found = [plain]
-    found += [point(graph, schedule, name, simulator) for name, schedule in fixed_baselines(graph)]
-    found += [point(graph, s, name, simulator) for name, s in _searched(graph, plain, found, limits or Limits(), gap)]
+    found += [point(graph, schedule, name, frame) for name, schedule in fixed_baselines(graph)]
+    found += [point(graph, s, name, frame) for name, s in _searched(frame, plain, found, limits or Limits(), gap)]
     return pareto(found)
 
 
-def _needs(graph: Graph) -> tuple[int, ...]:
-    """Bytes needed beyond the saved ones, to try, up to what the plain step takes above its resident bytes."""
-    most = max(1, simulate(graph, keep_all(graph)).peak_bytes - graph.resident_bytes)
-    least = max(1, (floor(graph)[0] - graph.resident_bytes) // 2)
+def _needs(frame: Frame) -> tuple[int, ...]:
+    """Bytes needed beyond the saved ones, to try, up to what the plain step takes above what is held around the unit."""
+    most = max(1, simulate(frame.graph, keep_all(frame.graph)).peak_bytes - frame.around_bytes)
+    least = min(most, max(1, (floor(frame.graph)[0] - frame.around_bytes) // 2))
     ratio = max(1.0, most / least) ** (1 / _NUM_NEEDS)
     return tuple(sorted({most, *(round(least * ratio**k) for k in range(_NUM_NEEDS))}))
 
 
-def _searched(graph: Graph, plain: Point, found: Sequence[Point], limits: Limits, gap: float) -> Iterator[tuple[str, Schedule]]:
+def _searched(frame: Frame, plain: Point, found: Sequence[Point], limits: Limits, gap: float) -> Iterator[tuple[str, Schedule]]:
     """The cheapest schedules within limits of the saved bytes, for each of a few needs beyond them."""
-    outputs = sum(graph.value[name].nbytes for name in dict.fromkeys(graph.forward_outputs))
     least = min(one.saved_bytes for one in found)
     kept = sorted({least + (plain.saved_bytes - least) * k // _NUM_SAVED for k in range(_NUM_SAVED + 1)})
-    tried = _needs(graph)
+    tried = _needs(frame)
     for need in tried:
-        budgets = [graph.resident_bytes + outputs + saved + need for saved in kept]
-        outcomes = Solver(with_forward_end(graph, need)).sweep(budgets, limits.share(1 / len(tried)), gap=gap)
+        marked = Frame(frame.alone, need)
+        budgets = [frame.around_bytes + saved + need for saved in kept]
+        outcomes = Solver(marked.graph).sweep(budgets, limits.share(1 / len(tried)), gap=gap)
         for outcome in outcomes.values():
             if isinstance(outcome, Solution):
-                yield outcome.solver, without_forward_end(outcome.schedule, graph)
+                yield outcome.solver, marked.without(outcome.schedule)
 
 
 def pareto(points: Iterable[Point]) -> tuple[Point, ...]:

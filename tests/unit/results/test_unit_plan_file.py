@@ -20,7 +20,9 @@ def made():
     own = block()
     kind = PlannedKind("Block", own, (keep_all(own), recompute_all(own)))
     units = {"blocks.0": (0, 1), "blocks.1": (0, 0)}
-    return UnitPlan((kind,), units, contracted(whole(2), NAMES), 100, 120, 90, 3, {"odd": "it is called twice"})
+    return UnitPlan(
+        (kind,), units, contracted(whole(2), dict.fromkeys(NAMES, block())), 100, 120, 90, 3, {"odd": "it is called twice"}
+    )
 
 
 def test_what_is_written_is_read():

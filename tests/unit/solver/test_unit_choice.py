@@ -18,6 +18,7 @@ from tests.support.strategies import training_graphs
 from tests.support.unit_graphs import block, whole
 
 NAMES = [f"blocks.{k}" for k in range(3)]
+BLOCKS = dict.fromkeys(NAMES, block())
 
 
 def dominates(one: Point, other: Point) -> bool:
@@ -31,8 +32,12 @@ def test_a_point_says_what_simulate_says():
         saved = sum(graph.value[name].nbytes for name in timeline.saved) - 2  # the block returns 2 bytes
         assert one.saved_bytes == saved and one.time_ns == timeline.time_ns - graph.plain_ns
         assert one.forward_bytes == max(timeline.live_bytes[: timeline.boundary]) - graph.resident_bytes
-        backward = max(timeline.live_bytes[timeline.boundary :]) - graph.resident_bytes - graph.tangent_bytes - 2
-        assert one.backward_bytes == backward and one.beyond_bytes == backward - saved
+        live, steps = timeline.live_bytes[timeline.boundary :], one.schedule.steps[timeline.boundary :]
+        # x, dy and what the block returns, 2 bytes each, are freed after their last reads
+        reads = {name: [t for t, i in enumerate(steps) if name in graph.ops[i].reads] for name in ("x", "dy", "a3")}
+        freed = [sum(2 for own in reads.values() if all(read < t for read in own)) for t in range(len(steps))]
+        backward = max(a - b for a, b in zip(live, freed, strict=True)) - graph.resident_bytes - graph.tangent_bytes - 2
+        assert one.backward_bytes == max(saved, backward) and one.beyond_bytes == one.backward_bytes - saved
 
 
 def test_a_front_is_a_front():
@@ -62,13 +67,14 @@ def test_the_first_of_equal_points_stays():
 
 def test_what_a_choice_holds_is_what_simulate_finds():
     graph, own = whole(3), block()
-    made = compose(contracted(graph, NAMES), dict.fromkeys(NAMES, own))
+    made = compose(contracted(graph, BLOCKS), dict.fromkeys(NAMES, own))
     points = front(own, Limits(1.0))
-    places = sections(made, dict.fromkeys(NAMES, points[-1]))
-    for taken in itertools.product(points[:: max(1, len(points) // 4)], repeat=3):
+    fronts = dict.fromkeys(NAMES, points)
+    places = sections(made, fronts)
+    for taken in itertools.product(range(0, len(points), max(1, len(points) // 4)), repeat=3):
         choice = dict(zip(NAMES, taken, strict=True))
-        schedule = made.schedule({name: one.schedule for name, one in choice.items()})
-        assert max(peak_bytes(section, choice) for section in places) == simulate(made.graph, schedule).peak_bytes
+        schedule = made.schedule({name: points[at].schedule for name, at in choice.items()})
+        assert max(peak_bytes(section, fronts, choice) for section in places) == simulate(made.graph, schedule).peak_bytes
 
 
 @st.composite
@@ -87,9 +93,10 @@ def problems(draw):
     places = []
     calls = [UnitCall(name, k) for k in range(2) for name in names if k == 0 or seeded.random() < 0.5]
     for i, call in enumerate(calls):
-        places.append(Section(seeded.randint(0, 5), frozenset(calls[:i]), call, True))
+        own = fronts[call.unit]
+        places.append(Section(seeded.randint(0, 5), frozenset(calls[:i]), call, tuple(one.forward_bytes for one in own)))
         places.append(Section(seeded.randint(0, 5), frozenset(calls[: i + 1])))
-        places.append(Section(seeded.randint(0, 5), frozenset(calls[:i]), call, False))
+        places.append(Section(seeded.randint(0, 5), frozenset(calls[:i]), call, tuple(one.backward_bytes for one in own)))
     return fronts, places, seeded.randint(5, 40)
 
 
@@ -99,15 +106,12 @@ def test_the_choice_is_the_best_of_all(problem):
     fronts, places, budget = problem
     choices = [dict(zip(fronts, at, strict=True)) for at in itertools.product(*(range(len(own)) for own in fronts.values()))]
 
-    def taken(choice):
-        return {unit: fronts[unit][at] for unit, at in choice.items()}
-
     def peak(choice):
-        return max(peak_bytes(section, taken(choice)) for section in places)
+        return max(peak_bytes(section, fronts, choice) for section in places)
 
     def spent(choice):
         calls = {section.call for section in places if section.call is not None}
-        return sum(taken(choice)[call.unit].time_ns for call in calls)
+        return sum(fronts[call.unit][choice[call.unit]].time_ns for call in calls)
 
     fitting = [spent(choice) for choice in choices if peak(choice) <= budget]
     found = choose(places, fronts, budget, plain_ns=1)
