@@ -37,8 +37,11 @@ def of_zoo() -> Iterator[tuple[str, Callable[[], Built]]]:
 
 def of_field() -> Iterator[tuple[str, Callable[[], Built]]]:
     """Models of public packages, by name, with their first batch."""
+    from benchmarks.field import stubs
     from benchmarks.field.case import load
     from benchmarks.field.models import HOMES
+
+    stubs.install()
 
     def built(case: Any) -> Built:
         setup = case.build()
