@@ -13,6 +13,7 @@ from planner.runtime.guards.call import MatchedCall
 from planner.tracer.host.arguments import bound, with_returned
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import written
+from planner.tracer.host.written_values import Built
 from planner.tracer.joint import Joint
 
 
@@ -57,8 +58,9 @@ def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor],
             "weight": weights.__getitem__,
             "argument": lambda path: path.get(model),
         }
+        built: Built = {}
         for effect in joint.host.effects:
-            effect.write(model, lambda ref: of_source[ref.source](ref.key))
+            effect.write(model, lambda ref: of_source[ref.source](ref.key), built)
 
 
 def backward_starts(joint: Joint, model: nn.Module, leaves: Sequence[Any]) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from planner.tracer.host.path import Path
 from planner.tracer.host.scopes import ARGUMENTS
 from planner.tracer.host.state import Effect, HostState, Ref, same_build
 from planner.tracer.host.values import ABSENT, hidden_in
-from planner.tracer.host.written_values import rebuilt
+from planner.tracer.host.written_values import Built, rebuilt
 from planner.tracer.joint import Output
 from planner.tracer.libraries import is_cache
 from planner.tracer.replay import Replay, Strides, usual_strides, with_strides
@@ -191,13 +191,14 @@ def add_left(
         return sources[id(leaf)]
 
     effects = []
+    built: Built = {}
     of_arguments = list(written)
     for effect in (effect for effect in host.effects if not _is_buffer(effect.path, weights)):
         if effect.path.scope is ARGUMENTS:
             live = of_arguments.pop(0).template if of_arguments and of_arguments[0].path == effect.path else ABSENT
         else:
             live = effect.live(model)
-        template = rebuilt(arguments.marked(live), partial(ref, effect.path))
+        template = rebuilt(arguments.marked(live), partial(ref, effect.path), built)
         if not same_build(template, effect.template):
             raise CaptureError(
                 f"{effect.path} has another structure after the traced forward than after a real one", module=effect.path.module

@@ -86,15 +86,39 @@ def test_a_new_container_is_the_same_one_in_the_output_and_in_state(of):
     assert check(of).verdict == "same"
 
 
-def test_a_new_container_that_is_left_twice_is_refused():
+TWICE = {
+    "inside of a list": "self.last = [h.mean()]\nself.history = [self.last]",
+    "inside of a tuple": "self.last = [h.mean()]\nself.history = (self.last, 1)",
+    "the list itself": "self.last = self.history = [h.mean()]",
+    "twice in one": "self.last = [h.mean()]\nself.history = [self.last, self.last]",
+    "a dictionary": "self.last = {'m': h.mean()}\nself.history = [[self.last]]",
+    "inside of one that is kept": "self.last = [h.mean()]\nself.kept['now'] = self.last\nself.history = [self.last]",
+    "as an item of the other": "self.history = [[h.mean()], 2]\nself.last = self.history[0]",
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_new_container_that_is_left_twice_is_one(name):
+    grow = "part.last.update({len(part.last): 1.0})" if "dict" in name else "part.last.append(1.0)"
     of = member(
-        "twice",
-        "self.last = [h.mean()]\nself.history = [self.last]",
+        name,
+        TWICE[name],
+        head=HEAD,
+        init=f"{INIT}\nself.kept = {{}}",
+        steps=(*[Step(before=f"part.last and {grow}")] * 3,),
+        allowed=frozenset({"same"}),
+    )
+    check(of)
+
+
+def test_a_container_that_is_left_twice_where_one_cannot_be_built_is_refused():
+    of = member(
+        "in a function",
+        "last = self.last = [h.mean()]\nself.history = lambda: last",
         head=HEAD,
         init=INIT,
-        steps=(*[Step(before="part.last and part.last.append(1.0)")] * 3,),
+        steps=(Step(), Step()),
         allowed=frozenset({"refused"}),
-        word=r"one new list at .* and at .*, where a plan would leave two",
     )
     check(of)
 
@@ -115,3 +139,59 @@ def test_an_exported_file_has_no_such_container(given, place, tmp_path):
     planned = plan(Keeps(), 1.0, (torch.randn(16, 8), *given), costs="estimate", progress=False)
     with pytest.raises(ExportError, match=f"list or dictionary at {place} itself"):
         export_source(planned, tmp_path / "step.py")
+
+
+class LeavesTwice(nn.Module):
+    """Leaves one new container at two places."""
+
+    def __init__(self, leave):
+        super().__init__()
+        self.linear, self.leave, self.kept, self.one, self.other = nn.Linear(8, 8), leave, {}, None, None
+
+    def forward(self, x):
+        h = torch.tanh(self.linear(x))
+        self.leave(self, h)
+        return h.sum()
+
+
+class Plain:
+    pass
+
+
+def in_a_list(module, h):
+    module.one = [h.mean()]
+    module.other = [0, module.one]
+
+
+def in_a_tuple(module, h):
+    module.one = {"m": h.mean()}
+    module.other = (0, module.one)
+
+
+def as_an_item_of_the_first(module, h):
+    module.other = [0, [h.mean()]]
+    module.one = module.other[1]
+
+
+def in_one_that_is_kept(module, h):
+    module.one = module.kept["now"] = [h.mean()]
+    module.other = (0, module.kept["now"])
+
+
+def an_object(module, h):
+    module.one = Plain()
+    module.one.m = h.mean()
+    module.other = [0, module.one]
+
+
+@pytest.mark.parametrize("leave", [in_a_list, in_a_tuple, as_an_item_of_the_first, in_one_that_is_kept, an_object])
+def test_a_planned_call_leaves_one_container_at_both_places(leave):
+    x, model = torch.randn(4, 8), LeavesTwice(leave)
+    planned = plan(model, 1.0, (x,), progress=False)
+    seen = []
+    for _ in range(2):
+        planned(x).backward()
+        assert model.one is model.other[1]
+        seen.append(model.one)
+    assert planned.num_unplanned_calls == 0 and seen[0] is not seen[1]
+    assert "now" not in model.kept or model.kept["now"] is model.one

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from planner._compat import pytree
@@ -14,7 +16,9 @@ from planner.errors import CaptureError
 from planner.tracer.host.arguments import WRITTEN, Returned, WrittenArguments, nodes_of, outermost
 from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved
-from planner.tracer.host.state import HostState, walk
+from planner.tracer.host.state import HostState, Ref, walk
+from planner.tracer.host.values import members
+from planner.tracer.host.written_values import is_built
 
 
 def returned_state(
@@ -38,7 +42,7 @@ def returned_state(
     if not inside and not host.effects:
         return given
     before = _held_before(preserved)
-    _check_left_once(model, host, before)
+    _check_left_once(model, host, before, arguments)
     places: dict[int, Path] = {}
     roots = (*(path for path, _ in host.key.expected), *(effect.path for effect in host.effects))
     for place, value in _walked(roots, model, host) if inside else ():
@@ -62,15 +66,35 @@ def _held_before(preserved: Preserved | None) -> set[int]:
     return {id(value) for value in (*held, *cached, *gc.get_referents(*(one for one in cached if type(one) is dict)))}
 
 
-def _check_left_once(model: nn.Module, host: HostState, before: set[int]) -> None:
-    """Raise CaptureError where the call leaves one new container at two places, of which a plan would make two."""
-    first: dict[int, Path] = {}
+def _check_left_once(model: nn.Module, host: HostState, before: set[int], arguments: WrittenArguments) -> None:
+    """Raise CaptureError where the call leaves one new container at two places, one of which a plan does not build with it."""
+    found: dict[int, list[Path]] = {}
     for place, value in _walked([effect.path for effect in host.effects], model, host):
-        if type(value) in WRITTEN and id(value) not in before and first.setdefault(id(value), place) != place:
+        if type(value) in WRITTEN and id(value) not in before:
+            found.setdefault(id(value), []).append(place)
+    several = {key: places for key, places in found.items() if len({*places}) > 1}
+    built = _built([effect.live(model) for effect in host.effects], arguments) if several else {}
+    for key, places in several.items():
+        if built[key] < len({*places}):
+            kind = type(places[0].get(model)).__name__
             raise CaptureError(
-                f"the model's forward leaves one new {type(value).__name__} at {first[id(value)].place} and at {place.place}, "
+                f"the model's forward leaves one new {kind} at {places[0].place} and at {places[1].place}, "
                 "where a plan would leave two. Leave it at one place, and a copy at the other"
             )
+
+
+def _built(left: Iterable[Any], arguments: WrittenArguments) -> Counter[int]:
+    """In how many places of what is left each container stands that a plan builds once for all of them, by identity."""
+    found: Counter[int] = Counter()
+    todo = [arguments.marked(value) for value in left]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (Ref, torch.Tensor)) or not is_built(value):
+            continue
+        found[id(value)] += 1
+        if found[id(value)] == 1 or isinstance(value, tuple):
+            todo += [item for _, item in members(value, lambda _, __: True)]
+    return found
 
 
 def _walked(roots: Iterable[Path], model: nn.Module, host: HostState) -> Iterator[tuple[Path, Any]]:

@@ -18,7 +18,7 @@ from planner.tracer.host.preserve import Preserved, keep_deep, keep_model
 from planner.tracer.host.scopes import Reads
 from planner.tracer.host.tensor_places import TensorRead
 from planner.tracer.host.values import class_members, member, members
-from planner.tracer.host.written_values import rebuilt
+from planner.tracer.host.written_values import Built, rebuilt
 
 
 def roots(
@@ -72,13 +72,14 @@ class Effect:
     appends: bool = False
     replaces: bool = False
 
-    def write(self, model: nn.Module, value_of: Callable[[Ref], Any]) -> None:
+    def write(self, model: nn.Module, value_of: Callable[[Ref], Any], built: Built) -> None:
         """Write it.
 
         Args:
             value_of: the tensor, or the container among the arguments, that a Ref stands for.
+            built: by the effects of this call before, and by this one: a container in several templates is one.
         """
-        new = rebuilt(self.template, lambda leaf: value_of(leaf) if isinstance(leaf, Ref) else leaf)
+        new = rebuilt(self.template, lambda leaf: value_of(leaf) if isinstance(leaf, Ref) else leaf, built)
         if self.replaces:
             self.path.get(model).clear()
         if self.appends or self.replaces:

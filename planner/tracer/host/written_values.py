@@ -65,34 +65,46 @@ def with_member(value: Any, step: PathStep, new: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written at {key!r}")
 
 
-def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
+Built = dict[int, tuple[Any, Any]]
+"""Containers and objects that were built again, by identity: the old one and the new one."""
+
+
+def rebuilt(value: Any, leaf: Callable[[Any], Any], built: Built | None = None) -> Any:
     """A new value of the same build, its leaves replaced by `leaf(old)`.
+
+    Args:
+        built: what was built before, and is now: what stands in several places is built once. By default, of this value alone.
 
     Raises:
         TypeError: it holds something that cannot be built again.
     """
-    if isinstance(value, torch.Tensor) or not _is_built(value):
+    if isinstance(value, torch.Tensor) or not is_built(value):
         return leaf(value)
+    built = {} if built is None else built
     if isinstance(value, tuple):
-        items = [rebuilt(item, leaf) for item in value]
+        items = [rebuilt(item, leaf, built) for item in value]
         return like(value, items)
+    if id(value) in built:
+        return built[id(value)][1]
     made = copy.copy(value)
+    built[id(value)] = value, made
     if isinstance(value, (list, deque)):
         for i, item in items_of(value):
-            made[i] = rebuilt(item, leaf)
+            made[i] = rebuilt(item, leaf, built)
     elif isinstance(value, dict):
         for key, item in items_of(value):
-            made[key] = rebuilt(item, leaf)
+            made[key] = rebuilt(item, leaf, built)
     inner = own_dict(made)
     if inner is not None:
-        inner.update({name: rebuilt(item, leaf) for name, item in vars(value).items()})
+        inner.update({name: rebuilt(item, leaf, built) for name, item in vars(value).items()})
     for name, item in attributes(value).items() if is_object(value) else ():
         if inner is None or name not in inner:  # a slot
-            object.__setattr__(made, name, rebuilt(item, leaf))
+            object.__setattr__(made, name, rebuilt(item, leaf, built))
     return made
 
 
-def _is_built(value: Any) -> bool:
+def is_built(value: Any) -> bool:
+    """Whether `rebuilt` makes another one; a leaf stays."""
     if isinstance(value, (list, tuple, deque, dict)) and not isinstance(value, torch.Size):
         return True
     return is_object(value) and not isinstance(value, nn.Module) and not callable(value)
