@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,24 +53,29 @@ def of_field() -> Iterator[tuple[str, Callable[[], Built]]]:
 
 
 def compare(make: Callable[[], Built], precision: str) -> dict[str, Any]:
-    """The outcome for one model: "same" or "different" where blocks were traced once, "none" where none were, "refused"."""
-    found = []
+    """The outcome for one model: "same" or "different" where blocks were traced once, "none" where none were, "refused".
+
+    With the CPU seconds of the whole capture, and of the other one, which runs second.
+    """
+    found, seconds = [], []
     for whole in (True, False):
         model, args, kwargs = make()
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
             units_off() if whole else nullcontext(),
         ):
+            begun = time.process_time()
             try:
                 found.append(capture(model, args, kwargs))
             except PlannerError as error:
                 return {"outcome": "refused", "reason": " ".join(str(error).split())[:200]}
+            seconds.append(round(time.process_time() - begun, 2))
     whole_joint, once = found
     blocks = {kind: len(names) for kind, names in once.repeats.items()}
     if not blocks:
         return {"outcome": "none", "blocks": {}}
     reason = difference(whole_joint, once)
-    return {"outcome": "different" if reason else "same", "blocks": blocks, "reason": reason[:400]}
+    return {"outcome": "different" if reason else "same", "blocks": blocks, "seconds": seconds, "reason": reason[:400]}
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -82,10 +88,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {corpus} | {precision} | " + " | ".join(map(str, counts)) + " |")
     bad = [r for r in records if r["outcome"] in ("different", "crashed")]
     lines += ["", *(f"- {r['corpus']}/{r['name']} {r['precision']}: {r['outcome']}: {r['reason']}" for r in bad)]
-    lines += ["", "| model | blocks |", "| --- | --- |"]
+    lines += ["", "| model | blocks | CPU s, whole, then with blocks traced once |", "| --- | --- | --- |"]
     for r in records:
         if r["outcome"] == "same" and r["precision"] == PRECISIONS[0]:
-            lines.append(f"| {r['name']} | " + ", ".join(f"{count} {kind}" for kind, count in r["blocks"].items()) + " |")
+            blocks = ", ".join(f"{count} {kind}" for kind, count in r["blocks"].items())
+            lines.append(f"| {r['name']} | {blocks} | {', '.join(map(str, r['seconds']))} |")
     return "\n".join(lines) + "\n"
 
 

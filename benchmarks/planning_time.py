@@ -1,6 +1,8 @@
 """CPU seconds of capture, planning, a new size, `apply` and `max_batch` of a GPT-2, stage by stage, medians of a few rounds.
 
-    python -m benchmarks.planning_time [--rounds 3] [--only capture plan max_batch] [--layers 12 48]
+    python -m benchmarks.planning_time [--rounds 3] [--only capture plan max_batch large] [--layers 12 48]
+
+`large`: capture and planning of models of several sizes for an H100 that is not here, with estimated costs.
 
 One thread. The model is narrow, so that planning is measured and not its kernels: width 64, 64 tokens, batch 2. Children's time
 counts. Each round also runs a fixed piece of work as a reference: compare its time where the machine was busy.
@@ -19,11 +21,15 @@ from typing import Any
 import torch
 
 import planner
+from examples import llama_7b, unet
 from examples.gpt2 import build
 from planner.captured import captured
+from planner.graph.floor import floor
+from planner.limits import Limits
 from planner.options import PlanOptions
 from planner.profiled import with_costs
 
+Built = tuple[torch.nn.Module, Sequence[Any], dict[str, Any]]
 NARROW = {"width": 64, "heads": 4, "length": 64, "batch": 2, "vocabulary": 256}
 
 
@@ -82,12 +88,38 @@ def largest_batch(seconds: Seconds, layers: int) -> None:
     print(found, flush=True)
 
 
+def swin() -> Built:
+    """Swin-T's blocks, with 96 channels, for images of 224 pixels."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    model = SwinForImageClassification(SwinConfig(num_labels=10)).train()
+    return model, (), {"pixel_values": torch.randn(4, 3, 224, 224), "labels": torch.zeros(4, dtype=torch.long)}
+
+
+LARGE: dict[str, Callable[[], Built]] = {
+    "Llama, 7 billion parameters": llama_7b.build,
+    "Llama, 70 billion parameters": lambda: llama_7b.build(80, 8192, 28672, 64, batch=8),
+    "diffusion UNet": unet.build,
+    "Swin-T": swin,
+}
+
+
+def large(seconds: Seconds, name: str) -> None:
+    """A model planned for half way between the floor and the plain peak, on a device that is not here."""
+    model, args, kwargs = LARGE[name]()
+    options = {"device": "H100-80GB", "progress": False}
+    profiled = seconds.of(f"{name}: capture", lambda: planner.profile(model, args, kwargs, **options))
+    budget = (floor(profiled.graph)[0] + profiled.plain_bytes) // 2
+    plan = seconds.of(f"{name}: solve", lambda: profiled.solved(budget, Limits()))
+    print(f"{name}: {len(plan.graph.ops)} ops, overhead {plan.overhead:.2%}, gap {plan.gap:.2%}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, nargs="*", default=[12, 48])
-    parser.add_argument("--only", nargs="*", default=["plan", "max_batch"], choices=["capture", "plan", "max_batch"])
+    parser.add_argument("--only", nargs="*", default=["plan", "max_batch"], choices=["capture", "plan", "max_batch", "large"])
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -102,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "plan" in options.only:
                 stages(seconds, layers)
         loads.append(os.getloadavg()[0])
+    if "large" in options.only:
+        for name in LARGE:
+            large(seconds, name)
     if "max_batch" in options.only:
         largest_batch(seconds, options.layers[0])
     print(f"{date.today()}, torch {torch.__version__}, one thread, load {min(loads):.1f} to {max(loads):.1f}\n\n{seconds}")
