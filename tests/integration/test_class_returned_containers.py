@@ -184,6 +184,27 @@ def an_object(module, h):
     module.other = [0, module.one]
 
 
+def once(leave):
+    """The first call alone leaves it."""
+
+    def run(module, h):
+        if module.one is None:
+            leave(module, h.detach())
+
+    return run
+
+
+@pytest.mark.parametrize("leave", [in_a_list, in_a_tuple, as_an_item_of_the_first, in_one_that_is_kept])
+def test_a_first_call_leaves_one_container_at_both_places(leave):
+    x, model = torch.randn(4, 8), LeavesTwice(once(leave))
+    planned = plan(model, "1MiB", (x,), progress=False)
+    for _ in range(2):
+        planned(x).backward()
+        model.zero_grad()
+        assert model.one is model.other[1]
+    assert planned.num_unplanned_calls == 0
+
+
 @pytest.mark.parametrize("leave", [in_a_list, in_a_tuple, as_an_item_of_the_first, in_one_that_is_kept, an_object])
 def test_a_planned_call_leaves_one_container_at_both_places(leave):
     x, model = torch.randn(4, 8), LeavesTwice(leave)

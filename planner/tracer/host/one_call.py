@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,8 +77,7 @@ class OneCall(Finder):
             raise refusal(path, was, now)
         made = {id(part) for part in parts(now) if type(part) in _CONTAINERS and type(part) is not tuple}
         known = {id(value) for value in self._before.values()}
-        held = Counter(id(value) for value in self._after.values() if id(value) in made)
-        if made & known or max(held.values(), default=0) > 1:  # a plan would put another container into each place
+        if made & known:  # a plan would put another container into this place
             raise refusal(path, was, now)
 
     def _writable(self, path: Path) -> Path:
