@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from planner._compat.backward_state import in_backward
 from planner.errors import warn
 from planner.graph.accumulation import HELD
 from planner.results.plan import Plan
@@ -32,7 +33,7 @@ class FoundGradients:
         Args:
             inputs: of the forward graph.
         """
-        if not self._looks:
+        if not self._looks or in_backward():  # a forward that checkpointing runs again finds what this backward has made
             return
         if self._parameters:
             gradients = [parameter.grad for parameter in self._parameters]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from planner import Plan, apply, apply_units, plan, plan_units, sweep, unplan, verify
 from planner.graph.graph import Kind
@@ -196,6 +197,36 @@ def test_gradients_are_found_wherever_they_are():
         parameter.grad = None
     with pytest.warns(UserWarning, match="this step finds .* of gradients"):
         backward(planned, x)
+
+
+class Wrapped(nn.Module):
+    """Blocks that the training loop may put into `torch.utils.checkpoint`."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.is_wrapped = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(3)), False
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.is_wrapped else block(x)
+        return x.sum()
+
+
+def test_a_forward_that_runs_again_in_the_backward_finds_what_is_counted():
+    """The gradients of later blocks, of this very step."""
+    model, x = Wrapped(), torch.randn(32, 64)
+    units = plan_units(model, 1.0, (x,), **QUICK)
+    model.is_wrapped = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*forwards wait")
+        for _ in range(2):
+            model(x).backward()
+            model.zero_grad()
+    assert not any(module.num_unplanned_calls for module in units.planned.values())
+    model(x).backward()
+    with pytest.warns(UserWarning, match="this step finds .* of gradients"):
+        model(x).backward()
 
 
 def test_other_sizes_do_not_say_it_again():
