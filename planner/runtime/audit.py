@@ -187,12 +187,20 @@ def digest_of(values: Mapping[str, Any]) -> Digest:
 
 
 class _Contents(Fingerprints):
-    """Fingerprints that include every bit of a tensor."""
+    """Fingerprints that include every bit of a tensor; of one moment: what many modules hold is looked at once."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__(names, lambda _, name: not is_special(name))
+        self._known: dict[int, tuple[Any, Fingerprint]] = {}
 
     def of(self, value: Any) -> Fingerprint:
+        if self._open:  # inside of another value: what leads back to that is told by its place there
+            return self._anew(value)
+        if id(value) not in self._known:
+            self._known[id(value)] = value, self._anew(value)
+        return self._known[id(value)][1]
+
+    def _anew(self, value: Any) -> Fingerprint:
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
             content = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             data = content.view(torch.uint8).cpu().numpy() if content.numel() else b""
@@ -204,4 +212,15 @@ class _Contents(Fingerprints):
 def difference(expected: Digest, found: Digest) -> tuple[str, ...]:
     """Names of unequal entries."""
     names = dict.fromkeys((*expected, *found))
-    return tuple(n for n in names if n not in expected or n not in found or not alike(expected[n], found[n], copied=True))
+    known: dict[tuple[int, int], bool] = {}  # by identity of the fingerprints, of which many entries are one
+
+    def differs(name: str) -> bool:
+        if name not in expected or name not in found:
+            return True
+        pair = expected[name], found[name]
+        key = id(pair[0]), id(pair[1])
+        if key not in known:
+            known[key] = alike(*pair, copied=True)
+        return not known[key]
+
+    return tuple(filter(differs, names))

@@ -9,13 +9,14 @@ from torch import nn
 
 from planner import CaptureError, MismatchWarning, PlanAuditError, plan
 from planner.profiler.memory import logical_peak
-from planner.runtime.audit import is_due
+from planner.runtime.audit import difference, digest, is_due
 from planner.runtime.guards import call
 from planner.runtime.guards.host_state import HostStateGuard
 from planner.runtime.guards.library import LibraryGuard
 from planner.runtime.guards.model_state import ModelStateGuard
 from planner.runtime.module import CheckpointedModule
 from planner.tracer.host.fingerprint import Fingerprints
+from planner.tracer.host.state import HostState
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 GLOBAL = 1.0
@@ -222,3 +223,24 @@ def test_an_audited_call_under_autocast_keeps_the_budget():
     peak = planned.plan.graph.resident_bytes + logical_peak(step, torch.device("cpu"))
     assert planned.num_planned_calls == 2, "the audited one"
     assert peak <= planned.plan.budget_bytes
+
+
+class Settings:
+    def __init__(self):
+        self.values = [1.0, {"k": 2.0}]
+
+
+def test_what_many_modules_hold_is_looked_at_once(monkeypatch):
+    """And a change in it is told at each of them."""
+    model, settings = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5))), Settings()
+    for module in model:
+        module.settings = settings
+    looked = []
+    of_object = Fingerprints._of_object
+    monkeypatch.setattr(Fingerprints, "_of_object", lambda self, value: looked.append(value) or of_object(self, value))
+    before = digest(model, (), (), torch.device("cpu"), HostState())
+    assert sum(value is settings for value in looked) == 1
+    settings.values[1]["k"] = 3.0
+    after = digest(model, (), (), torch.device("cpu"), HostState())
+    assert difference(before, after) == tuple(f"{i}.settings" for i in range(5))
+    assert difference(after, digest(model, (), (), torch.device("cpu"), HostState())) == ()
