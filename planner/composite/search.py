@@ -15,6 +15,7 @@ from planner.composite.kinds import UnitKind
 from planner.composite.trial import Made, Trial
 from planner.errors import CaptureError, NoScheduleFoundError
 from planner.graph.compose import Composed, compose
+from planner.graph.floor import floor
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterCodeError, OuterGraph, UnitCall, contracted, from_measured
 from planner.graph.simulate import simulate
@@ -58,7 +59,7 @@ class UnitSearch:
         Raises:
             NoScheduleFoundError: a step that has to be measured does not fit on the device.
         """
-        self.trial, self._spending = trial, Spending(limits)
+        self.trial, self._spending, self._whole = trial, Spending(limits), whole
         self._peaks: dict[frozenset[tuple[str, int]], int | None] = {}
         share = min(_FRONT_SHARE, _FRONTS_SHARE / len(kinds))
         fronts = [front(kind.graph, self._spending.take(share / self._spending.left)) for kind in kinds]
@@ -167,7 +168,8 @@ class UnitSearch:
             )
         peak = self._measured(self.lowest)
         if peak is None or peak > budget_bytes:
-            raise _not_found(budget_bytes, peak)
+            is_within_reach = self._whole is not None and floor(self._whole)[0] <= budget_bytes
+            raise _not_found(budget_bytes, peak, is_within_reach=is_within_reach)
         return Found(self.lowest, peak, bound_ns or 0)
 
     def _measured(self, choice: Choice) -> int | None:
@@ -182,12 +184,16 @@ def _texts(*sizes: int | None) -> list[str]:
     return ["out of memory" if size is None else units.format_bytes(size) for size in sizes]
 
 
-def _not_found(budget_bytes: int, lowest_bytes: int | None) -> NoScheduleFoundError:
+def _not_found(budget_bytes: int, lowest_bytes: int | None, *, is_within_reach: bool) -> NoScheduleFoundError:
+    """The error; `is_within_reach`: a schedule of the whole graph, which recomputes what units hand on, may fit."""
     if lowest_bytes is None:
-        found, cure = "did not fit on the device", "Reduce the batch."
+        found, cure = "did not fit on the device", "Reduce the batch"
     else:
         found = f"peaks at {units.format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
-        cure = f"Raise it to {units.enough_text(lowest_bytes)} ({lowest_bytes} bytes), or reduce the batch."
+        cure = f"Raise it to {units.enough_text(lowest_bytes)} ({lowest_bytes} bytes), or reduce the batch"
+    cure += (
+        ". Or plan the whole model by planner.plan, which recomputes what submodules hand on, too." if is_within_reach else "."
+    )
     return NoScheduleFoundError(
         f"with every submodule at the lowest peak that was found for it, a measured step {found}; the budget is "
         f"{units.format_bytes(budget_bytes)}. {cure}",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from planner import plan_units
+from planner import NoScheduleFoundError, plan, plan_units
 from planner.composite.kinds import kinds_of
 from planner.composite.search import UnitSearch
 from planner.composite.trial import Trial
@@ -115,3 +115,14 @@ def test_the_gradient_of_a_unit_is_freed_after_its_last_read():
     torch.manual_seed(0)
     units = plan_units(Stack(Activated), 0.8, (torch.randn(ROWS, WIDTH),), progress=False)
     assert units.plan.measured_bytes == units.plan.peak_bytes <= units.plan.budget_bytes
+
+
+def test_where_units_hand_on_most_of_it_the_whole_model_is_the_cure():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(12)]
+    model, x = nn.Sequential(*blocks, nn.Linear(32, 1)), torch.randn(4096, 32)
+    with pytest.raises(NoScheduleFoundError, match=r"bytes\), or reduce the batch\. Or plan the whole model by planner\.plan"):
+        plan_units(model, 0.5, (x,), progress=False)
+    assert plan(model, 0.5, (x,), progress=False).plan.measured_bytes is not None
+    with pytest.raises(NoScheduleFoundError, match=r"bytes\), or reduce the batch\.$"):
+        plan_units(model, 0.05, (x,), progress=False)
