@@ -18,7 +18,7 @@ from planner.analysis.sweep import MeasuredPoint, sweep_graph
 from planner.captured import CapturedStep, captured, criterion_inside
 from planner.errors import BudgetError, CaptureError, InfeasibleBudgetError, NoScheduleFoundError, PlanCheckError, PlannerError
 from planner.graph.accumulation import values_set_aside
-from planner.graph.floor import floor_advice
+from planner.graph.floor import floor_advice, has_one_sample
 from planner.graph.graph import Graph
 from planner.graph.planned import NOT_RUN
 from planner.graph.provenance import Provenance
@@ -168,6 +168,7 @@ class ProfiledStep(CapturedStep):
         Args:
             is_least_batch: the model runs no smaller one.
         """
+        is_least_batch = is_least_batch or has_one_sample(self.graph)
         if is_least_batch and isinstance(error, InfeasibleBudgetError):
             error.advice = floor_advice(self.graph, is_least_batch=True)
         lowest = Solver(self.graph).lowest_peak(self.options.limits.share(1 / 2))

@@ -10,6 +10,7 @@ from planner.analysis.explain import ModuleRow, rows_of
 from planner.analysis.sweep import proven_floor
 from planner.errors import InfeasibleBudgetError, NoScheduleFoundError
 from planner.graph.accumulation import values_set_aside
+from planner.graph.floor import has_one_sample
 from planner.graph.graph import Graph, Kind, reserved_name
 from planner.graph.live import MemoryKind, Span, spans
 from planner.graph.planned import PlannedGraph
@@ -182,7 +183,7 @@ def estimate_graph(
         plan, why = _plan(graph, solver, memory_bytes, margin, provenance, limits.share(1 - _LOWEST_SHARE))
     floor_bytes, floor_at = proven_floor(graph, solver)
     half = simulate(smaller_batch(graph), keep_all(graph)).peak_bytes
-    found = [*remedies, Remedy("half the batch", plain.peak_bytes - half)]
+    found = [*remedies, *([] if has_one_sample(graph) else [Remedy("half the batch", plain.peak_bytes - half)])]
     return Estimated(
         device=device,
         memory_bytes=memory_bytes,

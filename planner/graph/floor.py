@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -95,6 +96,15 @@ def floor_advice(graph: Graph, *, is_least_batch: bool = False) -> str:
     return _advice(graph, i, nbytes, is_least_batch=is_least_batch)
 
 
+def has_one_sample(graph: Graph) -> bool:
+    """Whether every tensor of the call has one row, so that there is no smaller batch; False where that is not known."""
+    shapes = [_SHAPE.search(value.form) for value in graph.values if value.kind is Kind.INPUT]
+    rows = [shape.group(1) for shape in shapes if shape]
+    return len(rows) == len(shapes) and "1" in rows and {*rows} <= {"", "1"}
+
+
+_SHAPE = re.compile(r"\[(\d*)")
+"""Of a value's form, its first size; none of a scalar."""
 _GIVEN = {
     Kind.PARAM: "parameters",
     Kind.BUFFER: "buffers",
@@ -167,7 +177,11 @@ def _advice(graph: Graph, i: int, least: int, *, is_least_batch: bool = False) -
     op = graph.ops[i]
     own = sum(_own(graph, op).values())
     # Activations grow with the batch; parameters, gradients and what is reserved do not.
-    ways = [] if is_least_batch else [f"reduce the batch (half of it needs about {format_bytes(least - own // 2)})"]
+    ways = (
+        []
+        if is_least_batch or has_one_sample(graph)
+        else [f"reduce the batch (half of it needs about {format_bytes(least - own // 2)})"]
+    )
     remedy = next((text for parts, text in _REMEDIES if any(part in op.name for part in parts)), None)
     if remedy and own > least // 4:
         needs = least_bytes(graph)

@@ -148,6 +148,8 @@ def test_half_the_batch_saves_what_half_the_batch_needs():
     half = estimate(model, (x[:256].clone(),), costs="estimate", **QUICK)
     saved = {each.what: each.saved_bytes for each in whole.remedies}
     assert saved["half the batch"] == whole.peak_bytes - half.peak_bytes
+    one = estimate(model, (x[:1].clone(),), costs="estimate", **QUICK)
+    assert "half the batch" not in {each.what for each in one.remedies}
     narrow = estimate(model.to(torch.bfloat16), (x.to(torch.bfloat16),), costs="estimate", **QUICK)
     assert saved["parameters and inputs in bfloat16"] == whole.peak_bytes - narrow.peak_bytes
     assert 0 < saved["bfloat16 autocast"] < saved["parameters and inputs in bfloat16"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from planner.graph.floor import floor, floor_advice, floor_parts
+from planner.graph.floor import floor, floor_advice, floor_parts, has_one_sample
 from planner.graph.graph import Graph, Kind, Value, reserved_name
 from tests.support import graphs
 from tests.support.strategies import training_graphs
@@ -48,3 +48,16 @@ def test_each_part_of_a_chain() -> None:
     }
     assert dict(floor_parts(graph)) == expected
     assert "reserve less" in floor_advice(graph)
+
+
+@pytest.mark.parametrize(
+    ("form", "is_one"),
+    [("float32[1, 4]", True), ("float32[1]", True), ("float32[]", False), ("float32[2, 4]", False), ("", False)],
+)
+def test_a_batch_of_one_is_not_to_be_reduced(form: str, is_one: bool) -> None:
+    graph = graphs.chain()
+    scalar = Value("scale", 4, Kind.INPUT, form="float32[]")
+    values = [replace(value, form=form) if value.kind is Kind.INPUT else value for value in graph.values]
+    graph = replace(graph, values=(*values, scalar), inputs=(*graph.inputs, scalar.name))
+    assert has_one_sample(graph) is is_one
+    assert ("reduce the batch" in floor_advice(graph)) is not is_one
