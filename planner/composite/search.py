@@ -15,7 +15,7 @@ from planner.composite.kinds import UnitKind
 from planner.composite.trial import Made, Trial
 from planner.errors import CaptureError, NoScheduleFoundError
 from planner.graph.compose import Composed, compose
-from planner.graph.floor import floor
+from planner.graph.floor import floor, has_one_sample
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterCodeError, OuterGraph, UnitCall, contracted, from_measured
 from planner.graph.simulate import simulate
@@ -168,8 +168,7 @@ class UnitSearch:
             )
         peak = self._measured(self.lowest)
         if peak is None or peak > budget_bytes:
-            is_within_reach = self._whole is not None and floor(self._whole)[0] <= budget_bytes
-            raise _not_found(budget_bytes, peak, is_within_reach=is_within_reach)
+            raise _not_found(budget_bytes, peak, self._whole)
         return Found(self.lowest, peak, bound_ns or 0)
 
     def _measured(self, choice: Choice) -> int | None:
@@ -184,16 +183,16 @@ def _texts(*sizes: int | None) -> list[str]:
     return ["out of memory" if size is None else units.format_bytes(size) for size in sizes]
 
 
-def _not_found(budget_bytes: int, lowest_bytes: int | None, *, is_within_reach: bool) -> NoScheduleFoundError:
-    """The error; `is_within_reach`: a schedule of the whole graph, which recomputes what units hand on, may fit."""
+def _not_found(budget_bytes: int, lowest_bytes: int | None, whole: Graph | None) -> NoScheduleFoundError:
+    """The error. `whole`: the captured graph of the whole step, of which a schedule recomputes what units hand on, too."""
     if lowest_bytes is None:
         found, cure = "did not fit on the device", "Reduce the batch"
     else:
         found = f"peaks at {units.format_bytes(lowest_bytes)} ({lowest_bytes} bytes)"
-        cure = f"Raise it to {units.enough_text(lowest_bytes)} ({lowest_bytes} bytes), or reduce the batch"
-    cure += (
-        ". Or plan the whole model by planner.plan, which recomputes what submodules hand on, too." if is_within_reach else "."
-    )
+        cure = f"Raise it to {units.enough_text(lowest_bytes)} ({lowest_bytes} bytes)"
+        cure += ", or reduce the batch" if whole is None or not has_one_sample(whole) else ""
+    may_fit = whole is not None and floor(whole)[0] <= budget_bytes
+    cure += ". Or plan the whole model by planner.plan, which recomputes what submodules hand on, too." if may_fit else "."
     return NoScheduleFoundError(
         f"with every submodule at the lowest peak that was found for it, a measured step {found}; the budget is "
         f"{units.format_bytes(budget_bytes)}. {cure}",

@@ -11,6 +11,7 @@ from planner.analysis.references import references
 from planner.analysis.sweep import InfeasiblePoint, MeasuredPoint, Point, SweptGraph
 from planner.arguments import check_path, count
 from planner.errors import InfeasibleBudgetError, InputError, NoScheduleFoundError, warn
+from planner.graph.floor import has_one_sample
 from planner.report import sweep_plot, sweep_table
 from planner.results import html_report, sweep_file
 from planner.results.plan import Plan
@@ -85,9 +86,10 @@ class Sweep(SweptGraph):
             return min(fitting, key=lambda point: (point.time_ns, point.peak_bytes))
         smallest = self.points[0].budget_bytes
         if budget_bytes < self.floor_bytes:
+            smaller = "" if has_one_sample(self.graph) else ", or reduce the batch"
             raise InfeasibleBudgetError(
-                f"Raise the budget to {enough_text(smallest)} ({smallest} bytes), the smallest that has a plan in this sweep, "
-                f"or reduce the batch: budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least "
+                f"Raise the budget to {enough_text(smallest)} ({smallest} bytes), the smallest that has a plan in this sweep"
+                f"{smaller}: budget {format_bytes(budget_bytes)} is below {enough_text(self.floor_bytes)}, the least "
                 f"any schedule of this graph can reach (op {self.floor_op})",
                 budget_bytes=budget_bytes,
                 floor_bytes=self.floor_bytes,
