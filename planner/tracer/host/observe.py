@@ -203,7 +203,7 @@ class Observer:
     def _changes(self, runs: Runs, inputs: Sequence[torch.Tensor], *, as_found: bool) -> Changes:
         """What the last run has changed in Python state."""
         reads, outside = self.reads.reads(), self._outside(runs.runs[-1], inputs)
-        only_written = lambda path: self._is_only_written(path, reads)
+        only_written = lambda path: self._is_only_written(path, reads, lately=True)
         known = {id(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *inputs)}
         given = {id(tensor) for tensor in inputs}
         finder = OneCall if as_found else None
@@ -377,12 +377,12 @@ class Observer:
                 )
         return tuple(found.values())
 
-    def _is_only_written(self, path: Path, touched: Reads) -> bool:
-        if path.steps or path.scope is not None:
-            return False
-        kind = type(self.model.get_submodule(path.module))
-        reads = touched.attributes.get(kind, frozenset())
-        return path.name in self.reads.written.get(kind, frozenset()) and path.name not in reads and path.name != "training"
+    def _is_only_written(self, path: Path, touched: Reads, *, lately: bool = False) -> bool:
+        """An attribute that runs write and do not read; `lately`: the last one has written it."""
+        module = None if path.steps or path.scope is not None else self.model.get_submodule(path.module)
+        is_written = path.name in self.reads.written.get(type(module), frozenset()) and path.name != "training"
+        is_read = path.name in touched.attributes.get(type(module), frozenset())
+        return is_written and not is_read and not (lately and self.reads.first.get((id(module), path.name)) != "write")
 
     def _key(self, reads: Reads, left: tuple[Path, ...], of_tensors: tuple[TensorRead, ...]) -> HostKey:
         model = self.model

@@ -49,6 +49,7 @@ class ReadRecorder:
         left_out: what no plan repeats of the backward, each with the submodule that first prepared it.
         on_hooked_node: called with each node of autograd's graph that code registers a hook on.
         read_at, written_at: attributes that were read and written, by identity of the object; reads of modules alone.
+        first: what came first in this run, "read" or "write", per (identity of an object, attribute).
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ReadRecorder:
         self.read_at: dict[int, set[str]] = {}
         self.written_at: dict[int, set[str]] = {}
         self._opened: dict[int, Any] = {}
-        self._first: dict[tuple[int, str], str] = {}
+        self.first: dict[tuple[int, str], str] = {}
         self._patched: dict[type, tuple[Any, Any]] = {}
         self._codes: dict[types.CodeType, tuple[dict[str, Any], str]] = {}
         self._known: dict[int, types.CodeType] = {}  # by identity: a code object computes its hash each time
@@ -93,7 +94,7 @@ class ReadRecorder:
 
     def new_run(self) -> None:
         """From now on, an attribute that is written before it is read counts as not read."""
-        self._first.clear()
+        self.first.clear()
         self.of_backward.new_run()
         self._classes = frozenset()
 
@@ -335,10 +336,10 @@ class ReadRecorder:
         if name in _INTERNAL or self.paused or is_special(name) or threading.get_ident() != self._thread:
             return
         needs_look = self._needs_look(value)
-        if not needs_look and (id(this), name) in self._first:
+        if not needs_look and (id(this), name) in self.first:
             return
         self._keep_object(this)
-        if self._first.setdefault((id(this), name), "read") == "read":
+        if self.first.setdefault((id(this), name), "read") == "read":
             self._read.setdefault(type(this), set()).add(name)
             if issubclass(type(this), nn.Module):
                 self.read_at.setdefault(id(this), set()).add(name)
@@ -385,7 +386,7 @@ class ReadRecorder:
         if self.paused or threading.get_ident() != self._thread:
             return
         self._keep_object(this)
-        self._first.setdefault((id(this), name), "write")
+        self.first.setdefault((id(this), name), "write")
         self._written.setdefault(type(this), set()).add(name)
         self.written_at.setdefault(id(this), set()).add(name)
 
