@@ -56,7 +56,7 @@ def write_state(joint: Joint, model: nn.Module, results: Sequence[torch.Tensor],
             "result": results.__getitem__,
             "input": tensors.__getitem__,
             "weight": weights.__getitem__,
-            "argument": lambda path: path.get(model),
+            "container": lambda path: path.get(model),
         }
         built: Built = {}
         for effect in joint.host.effects:

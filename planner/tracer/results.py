@@ -159,6 +159,7 @@ def add_left(
     reassigned: Mapping[str, torch.Tensor],
     written: Sequence[Effect],
     arguments: WrittenArguments,
+    held: Built,
 ) -> tuple[tuple[Output, ...], tuple[Effect, ...]]:
     """What the traced forward left in Python state: (one Output per tensor, how a planned call writes them there).
 
@@ -170,6 +171,7 @@ def add_left(
         reassigned: tensors that the forward assigned to buffers, by the buffer's name.
         written: what it wrote into its arguments.
         arguments: knows the call's own containers.
+        held: those of Python state.
 
     Raises:
         CaptureError: a place has another structure than after a real forward.
@@ -190,16 +192,16 @@ def add_left(
             sources[id(leaf)] = Ref("result", results.position(leaf))
         return sources[id(leaf)]
 
-    effects = []
-    built: Built = {}
+    effects, built = [], dict(held)
     of_arguments = list(written)
     for effect in (effect for effect in host.effects if not _is_buffer(effect.path, weights)):
         if effect.path.scope is ARGUMENTS:
             live = of_arguments.pop(0).template if of_arguments and of_arguments[0].path == effect.path else ABSENT
         else:
             live = effect.live(model)
-        template = rebuilt(arguments.marked(live), partial(ref, effect.path), built)
-        if not same_build(template, effect.template):
+        marked = arguments.marked(live)
+        template = rebuilt(marked, partial(ref, effect.path), built)
+        if not same_build(rebuilt(marked, partial(ref, effect.path)), effect.template):
             raise CaptureError(
                 f"{effect.path} has another structure after the traced forward than after a real one", module=effect.path.module
             )

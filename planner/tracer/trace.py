@@ -21,7 +21,7 @@ from planner.tracer.constants import Constants
 from planner.tracer.host.arguments import Returned
 from planner.tracer.host.library_reads import check_traced
 from planner.tracer.host.preserve import contents_preserved, model_preserved
-from planner.tracer.host.shared_containers import returned_state
+from planner.tracer.host.shared_containers import held_containers, returned_state
 from planner.tracer.host.state import Effect
 from planner.tracer.host.tensor_places import TensorPlace
 from planner.tracer.host.tensor_reads import answered
@@ -280,7 +280,8 @@ def _traced_forward(
         strides = [usual_strides(leaf) for leaf in starts] if options.gradients is None else options.gradients
         outputs = add_outputs(results, leaves, names, dict(zip(map(id, starts), strides, strict=True)), tensors)
         host = recording.host if recording.reads is not None else replace(recording.host, effects=written)
-        left, effects = add_left(results, model, host, tensors, given, reassigned, written, arguments)
+        held = held_containers(model, host, recording.preserved)
+        left, effects = add_left(results, model, host, tensors, given, reassigned, written, arguments, held)
     reads = tuple(read for _, read in mode.read)
     later = arguments.written_since(written)
     outputs, left = results.marked(outputs), results.marked(left)

@@ -204,7 +204,7 @@ class WrittenArguments:
     def marked(self, template: Any) -> Any:
         """What a forward leaves in Python state, with Refs in place of the call's own containers."""
         if id(template) in self.places:
-            return Ref("argument", self.places[id(template)])
+            return Ref("container", self.places[id(template)])
         if type(template) not in CONTAINERS:
             return template
         steps = [("item", key) for key, _ in items_of(template)]

@@ -108,7 +108,13 @@ class Finder:
         self.counted: list[Path] = []
         self._done: list[Path] = []
         self._lists: set[int] = set()
-        self._num_members = Counter(_parent(path) for path in before if path.steps)
+        held = {(_root(path), path.steps): id(value) for path, value in before.items()}
+        self._members = {  # by identity of what holds them: a snapshot lists the items of a list at one of its places
+            (held[_parent(path)], path.steps[-1]): value
+            for path, value in before.items()
+            if path.steps and _parent(path) in held
+        }
+        self._num_members = Counter(holder for holder, _ in self._members)
         self._modules = {id(module) for module in model.modules()}
         there = (*before.values(), *model.parameters(), *model.buffers())
         self._known = {id(value) for value in there if isinstance(value, torch.Tensor)}
@@ -116,6 +122,17 @@ class Finder:
 
     def find(self) -> Iterator[Effect]:
         """The effects; `found` and `replaced` are filled."""
+        left: set[int] = set()
+        for effect in self._changed():
+            left.update(_container_ids(effect.template))
+            yield effect
+        for path, now in self._after.items():  # a new container of equal content, which is one that an effect leaves
+            is_left = id(now) in left and self._before.get(path, ABSENT) is not now
+            if is_left and not any(path.is_inside(done) for done in self._done):
+                self._done.append(path)
+                yield Effect(self._writable(path), now)
+
+    def _changed(self) -> Iterator[Effect]:
         for path, now in self._after.items():
             if any(path.is_inside(done) for done in self._done):
                 continue
@@ -153,11 +170,11 @@ class Finder:
         if not isinstance(now, (list, deque)) or id(now) in self._lists:
             return  # a list in several places is compared in the first: a snapshot lists its items there
         self._lists.add(id(now))
-        old = self._num_members[_root(path), path.steps]
+        old = self._num_members[id(now)]
         new = [item for _, item in items_of(now)]
         if len(new) <= old:
             return
-        kept = [self._before.get(path.inside(("item", i)), ABSENT) for i in range(old)]
+        kept = [self._members.get((id(now), ("item", i)), ABSENT) for i in range(old)]
         grown = new[old:]
         read = any(id(item) in self._outside for item in new)
         if read or any(a is not b for a, b in zip(kept, new, strict=False)):
@@ -268,6 +285,17 @@ def _holds_tensors(value: Any) -> bool:
 
 def _tensor_ids(template: Any) -> Iterator[int]:
     yield from (id(leaf) for leaf in _leaves(template) if isinstance(leaf, torch.Tensor))
+
+
+def _container_ids(template: Any) -> Iterator[int]:
+    """Of the containers and objects in it; a tuple is the same as an equal one."""
+    if isinstance(template, torch.Tensor) or not _is_container(template):
+        return
+    if not isinstance(template, tuple):
+        yield id(template)
+    items = template.values() if isinstance(template, dict) else template if isinstance(template, (list, tuple, deque)) else ()
+    for item in (*items, *(attributes(template).values() if is_object(template) else ())):
+        yield from _container_ids(item)
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,7 @@ from planner.tracer.host.values import ABSENT, is_plain
 
 
 def lazy_values(model: nn.Module, settled: Mapping[Path, Any], written: Sequence[Path]) -> tuple[LazyValue, ...]:
-    """What a first call sets.
+    """What a first call sets; nothing where it also sets what is not plain: setting the rest would make it no first call.
 
     Args:
         model: in the state that a first call finds.
@@ -34,9 +34,11 @@ def lazy_values(model: nn.Module, settled: Mapping[Path, Any], written: Sequence
         if any(path.is_inside(other) for other in (*written, *(value.path for value in found))):
             continue
         before = path.get(model)
-        if before is after or not (is_plain(after) and (before is ABSENT or is_plain(before))):
+        if before is after or alike(bare_fingerprint(before), bare_fingerprint(after)):
             continue
-        if not alike(bare_fingerprint(before), bare_fingerprint(after)) and _is_held_in_place(model, path):
+        if not (is_plain(after) and (before is ABSENT or is_plain(before))):
+            return ()
+        if _is_held_in_place(model, path):
             found.append(LazyValue(path, bare_fingerprint(before), after))
     return tuple(found)
 

@@ -18,7 +18,7 @@ from planner.tracer.host.path import Path
 from planner.tracer.host.preserve import Preserved
 from planner.tracer.host.state import HostState, Ref, walk
 from planner.tracer.host.values import members
-from planner.tracer.host.written_values import is_built
+from planner.tracer.host.written_values import Built, is_built
 
 
 def returned_state(
@@ -55,6 +55,23 @@ def returned_state(
                 f"the model's forward returns a {type(value).__name__} that is kept elsewhere, too. A plan would return a new "
                 "one, and what the caller writes there would be lost. Return a copy: dict(...), list(...), copy.copy(...)"
             )
+    return found
+
+
+def held_containers(model: nn.Module, host: HostState, preserved: Preserved | None) -> Built:
+    """Containers and objects that Python state held before the call and holds still, each with a Ref to its place.
+
+    Where a call leaves one of them at another place, too, a planned call leaves that one, and no copy.
+    """
+    set_anew = [effect.path for effect in host.effects if not (effect.appends or effect.replaces)]
+    if not host.effects:
+        return {}
+    before, found = _held_before(preserved), Built()
+    roots = (*(path for path, _ in host.key.expected), *(e.path for e in host.effects if e.appends or e.replaces))
+    for place, value in _walked(roots, model, host):
+        is_held = id(value) in before and is_built(value) and not isinstance(value, (tuple, torch.Tensor))
+        if is_held and id(value) not in found and not any(place.is_inside(path) for path in set_anew):
+            found[id(value)] = value, Ref("container", place)
     return found
 
 

@@ -49,7 +49,7 @@ class Ref:
     """Stands for a tensor, or one of the call's own containers, in a template.
 
     ("result", i) of the graph; ("input", i) of the call and, after these, of `HostState.state`; or ("weight", name); of a
-    container: ("argument", its path).
+    container: ("container", its path).
     """
 
     source: str
