@@ -185,7 +185,7 @@ def test_what_the_first_call_alone_writes_stays_as_the_loop_left_it():
     assert planned.num_unplanned_calls == 0 and planned.original.other == [1, 2, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("value", [[1, 2], (1, [2]), {"k": 1}, torch.ones(2), 2.0])
+@pytest.mark.parametrize("value", [[1, 2], (1, [2]), {"k": 1}, torch.tensor(2.0), 2.0])
 def test_the_first_call_sets_what_nobody_reads(value):
     """Beside a flag by which later calls know that it has been."""
 
