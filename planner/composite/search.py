@@ -18,8 +18,9 @@ from planner.graph.compose import Composed, compose
 from planner.graph.floor import floor, has_one_sample
 from planner.graph.graph import Graph
 from planner.graph.outer import OuterCodeError, OuterGraph, UnitCall, contracted, from_measured
+from planner.graph.schedule import keep_all
 from planner.graph.simulate import simulate
-from planner.graph.unit_point import Point
+from planner.graph.unit_point import Point, point
 from planner.limits import Limits, Spending
 from planner.log import PLANNER
 from planner.solver.unit_choice import Choice, Chosen, Section, choose, lowest, sections
@@ -61,22 +62,33 @@ class UnitSearch:
         """
         self.trial, self._spending, self._whole = trial, Spending(limits), whole
         self._peaks: dict[frozenset[tuple[str, int]], int | None] = {}
+        of = {name: kind for kind in kinds for name in kind.members}
+        self.kinds: Mapping[str, UnitKind] = {name: of[name] for name, _ in trial.model.named_modules() if name in of}
+        outer = self._contracted()
+        held = self.kinds.keys() if outer is None else outer.held
         share = min(_FRONT_SHARE, _FRONTS_SHARE / len(kinds))
-        fronts = [front(kind.graph, self._spending.take(share / self._spending.left)) for kind in kinds]
-        order = [name for name, _ in trial.model.named_modules()]
-        of = {name: (kind, own) for kind, own in zip(kinds, fronts, strict=True) for name in kind.members}
-        self.kinds: Mapping[str, UnitKind] = {name: of[name][0] for name in order if name in of}
-        self.fronts: Mapping[str, Sequence[Point]] = {name: of[name][1] for name in self.kinds}
-        self.outer = self._outer(whole)
+        fronts: dict[int, Sequence[Point]] = {}
+        for kind in kinds:
+            limits = self._spending.take(share / self._spending.left)
+            points = front(kind.graph, limits, holds=not held.isdisjoint(kind.members))
+            is_called_again = any(trial.submodules.counts[name] > 1 for name in kind.members)
+            fronts[id(kind)] = _summed_as_by_eager(kind, points) if is_called_again else points
+        self.fronts: Mapping[str, Sequence[Point]] = {name: fronts[id(kind)] for name, kind in self.kinds.items()}
+        self.outer = outer or self._measured_outer()
 
-    def _outer(self, whole: Graph | None) -> OuterGraph:
-        if whole is not None and all(self.trial.submodules.counts[unit] == 1 for unit in self.kinds):
-            try:
-                outer = contracted(whole, self._graphs)
-                compose(outer, self._graphs)
-                return outer
-            except OuterCodeError as error:
-                PLANNER.info("outer code is measured: %s", error)
+    def _contracted(self) -> OuterGraph | None:
+        """The outer code of the captured step; None where it cannot be told from that."""
+        if self._whole is None or any(self.trial.submodules.counts[unit] != 1 for unit in self.kinds):
+            return None
+        try:
+            outer = contracted(self._whole, self._graphs)
+            compose(outer, self._graphs)
+        except OuterCodeError as error:
+            PLANNER.info("outer code is measured: %s", error)
+            return None
+        return outer
+
+    def _measured_outer(self) -> OuterGraph:
         least = {unit: min(range(len(own)), key=lambda at: own[at].figures) for unit, own in self.fronts.items()}
         measured = self.trial.sections(self.made(least))
         if measured is None:
@@ -177,6 +189,19 @@ class UnitSearch:
         if key not in self._peaks:
             self._peaks[key] = self.trial.peak(self.made(choice), varies=self.outer.is_measured)
         return self._peaks[key]
+
+
+def _summed_as_by_eager(kind: UnitKind, points: Sequence[Point]) -> Sequence[Point]:
+    """The points whose backward hands on each term of a gradient, as eager's does: other calls add theirs.
+
+    Others have no memory for the terms; see `planner.rewriter.sums`.
+    """
+    plain = kind.made(keep_all(kind.graph))[2]
+    if plain is None or not plain.separated:
+        return points
+    made = [(one, kind.made(one.schedule)[2]) for one in points]
+    kept = [one for one, code in made if code is not None and not code.summed - code.separated]
+    return kept or [point(kind.graph, keep_all(kind.graph))]
 
 
 def _texts(*sizes: int | None) -> list[str]:

@@ -15,6 +15,9 @@ from planner.graph.graph import Graph, Kind, Op, Value, reserved_name
 
 FORWARD, BACKWARD = "(forward of a unit)", "(backward of a unit)"
 """Kernels of the ops that stand for units."""
+HOLDS = "(what a unit was given is needed)"
+"""Kernel of an op after the backward of a unit that has other ops in the whole graph than in its own graph, such as sums of
+gradients of an input that it returns. What these read is not known to be free before they all have run."""
 _RESIDENT = reserved_name("model and inputs")
 
 
@@ -51,6 +54,12 @@ class OuterGraph:
     graph: Graph
     calls: Mapping[UnitCall, tuple[int, int]]
     is_measured: bool = False
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Units of which it is not known when their backwards free what they were given."""
+        around = {op.name for op in self.graph.ops if op.kernel == HOLDS}
+        return frozenset(call.unit for call in self.calls if self.is_measured or f"{call} {HOLDS}" in around)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +128,16 @@ class _Contraction:
             if unit:
                 calls[unit].append(len(ops))
             ops.append(self._merged(unit, is_forward) if unit else op)
+            if unit and not is_forward and self._has_others(unit):
+                ops.append(Op(f"{UnitCall(unit)} {HOLDS}", (), ops[-1].reads, (), 0, recomputable=False, kernel=HOLDS))
         found = {UnitCall(unit): (at[0], at[1]) for unit, at in calls.items()}
         return OuterGraph(_with_ops(self.graph, ops, num_forward_ops), found)
+
+    def _has_others(self, unit: str) -> bool:
+        """Its backward has other ops than its own graph."""
+        own, alone = self.spans[unit, False], self.units[unit]
+        kernels = [self.graph.ops[i].kernel for i in own if self.graph.ops[i].kernel != STAGE_END]
+        return sorted(kernels) != sorted(alone.ops[i].kernel for i in alone.backward_ops if alone.ops[i].kernel != STAGE_END)
 
     def _merged(self, unit: str, is_forward: bool) -> Op:
         """A unit's forward or backward as one op. Its backward reads what its forward was given, which it may need again."""

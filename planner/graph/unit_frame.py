@@ -25,6 +25,8 @@ class Frame:
 
     Attributes:
         alone: the unit's graph.
+        holds: others may need what the unit is given, its outputs and their gradients until its backward ends. Then a third op,
+            at the end, reads all of them.
         workspace_bytes: of the op between forward and backward: a budget of `around_bytes` + s + w, where w is this, bounds the
             saved bytes by s.
         graph: with these ops; that between forward and backward is the last of the forward.
@@ -35,6 +37,7 @@ class Frame:
 
     alone: Graph
     workspace_bytes: int = 0
+    holds: bool = False
     graph: Graph = field(init=False)
     simulator: Simulator = field(init=False)
     others: frozenset[str] = field(init=False)
@@ -57,9 +60,11 @@ class Frame:
         alone, boundary = self.alone, self.alone.num_forward_ops
         begin = Op("(the forward begins)", (), (), tuple(inputs), 0, recomputable=False)
         between = Op("(between)", (), (*inputs, *outputs), tuple(tangents), 0, self.workspace_bytes, recomputable=False)
+        given = (*inputs, *outputs, *tangents)
+        end = [Op("(the backward ends)", (), given, (), 0, recomputable=False)] if self.holds else []
         return replace(
             alone,
-            ops=(begin, *alone.ops[:boundary], between, *alone.ops[boundary:]),
+            ops=(begin, *alone.ops[:boundary], between, *alone.ops[boundary:], *end),
             values=tuple(replace(value, kind=_KINDS.get(value.kind, value.kind)) for value in alone.values),
             inputs=tuple(name for name in alone.inputs if alone.value[name].kind not in _KINDS),
             forward_outputs=(),
@@ -70,9 +75,9 @@ class Frame:
         """A schedule of the unit's graph as one of `graph`."""
         between, first = self.graph.num_forward_ops - 1, alone.boundary(self.alone)
         forward, backward = ([i + 1 + (i + 1 >= between) for i in own] for own in (alone.steps[:first], alone.steps[first:]))
-        return Schedule((0, *forward, between, *backward))
+        return Schedule((0, *forward, between, *backward, *([len(self.graph.ops) - 1] if self.holds else [])))
 
     def without(self, framed: Schedule) -> Schedule:
         """A schedule of `graph` as one of the unit's graph."""
-        between = self.graph.num_forward_ops - 1
-        return Schedule(tuple(i - 1 - (i > between) for i in framed.steps if i not in (0, between)))
+        between, end = self.graph.num_forward_ops - 1, len(self.graph.ops) - 1 if self.holds else -1
+        return Schedule(tuple(i - 1 - (i > between) for i in framed.steps if i not in (0, between, end)))

@@ -29,15 +29,16 @@ _NUM_NEEDS = 5
 """Values that are tried for what is needed beyond the saved bytes, beside what the plain step needs."""
 
 
-def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP) -> tuple[Point, ...]:
+def front(graph: Graph, limits: Limits | None = None, *, gap: float = GAP, holds: bool = False) -> tuple[Point, ...]:
     """The Pareto front of a unit's schedules that are found, the fastest first. It holds the plain step, or one as good.
 
     Args:
         graph: of the unit alone, one forward in flight.
         limits: for all searches together.
         gap: of each search; see `planner.solver.solve.solve`.
+        holds: others may need what the unit is given until its backward ends.
     """
-    frame = Frame(graph)
+    frame = Frame(graph, holds=holds)
     plain = point(graph, keep_all(graph), "keep all", frame)
     found = [plain]
     found += [point(graph, schedule, name, frame) for name, schedule in fixed_baselines(graph)]
@@ -59,7 +60,7 @@ def _searched(frame: Frame, plain: Point, found: Sequence[Point], limits: Limits
     kept = sorted({least + (plain.saved_bytes - least) * k // _NUM_SAVED for k in range(_NUM_SAVED + 1)})
     tried = _needs(frame)
     for need in tried:
-        marked = Frame(frame.alone, need)
+        marked = Frame(frame.alone, need, frame.holds)
         budgets = [frame.around_bytes + saved + need for saved in kept]
         outcomes = Solver(marked.graph).sweep(budgets, limits.share(1 / len(tried)), gap=gap)
         for outcome in outcomes.values():

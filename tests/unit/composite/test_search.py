@@ -46,9 +46,9 @@ def test_all_calls_of_the_solver_spend_the_limits_together(monkeypatch):
     taken, limits = [], Limits(2.0, 40.0)
 
     def recording(function, at):
-        def run(*args):
+        def run(*args, **options):
             taken.append(args[at])
-            return function(*args)
+            return function(*args, **options)
 
         return run
 
