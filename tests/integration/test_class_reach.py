@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import copy
 import functools
 import operator
 import types
@@ -279,3 +280,28 @@ PAIRS = {
 @pytest.mark.parametrize(("one", "other", "expected"), PAIRS.values(), ids=PAIRS.keys())
 def test_values_are_compared_pair_by_pair(one, other, expected):
     assert Fingerprints({}, lambda _, __: True).equal(one, other) is expected
+
+
+def test_code_with_more_names_than_a_byte_counts():
+    """Python then puts another instruction before an import's own."""
+    lines = [f"    h = h * settings.scale_{i}" for i in range(300)]
+    source = "\n".join(["def run(h):", *lines, "    from math import tau as turn", "    import os.path", "    return h * turn"])
+    variables = {"settings": types.SimpleNamespace(**{f"scale_{i}": 1.0 for i in range(300)})}
+    exec(source, variables)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return variables["run"](torch.tanh(self.linear(x))).sum()
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(8, 4)
+    expected = copy.deepcopy(model)(x)
+    planned = plan(model, 1.0, (x,), progress=False)
+    assert torch.equal(planned(x), expected) and planned.num_unplanned_calls == 0
+    variables["settings"].scale_299 = 2.0
+    with pytest.warns(MismatchWarning, match="scale_299"):
+        assert torch.equal(planned(x), 2 * expected)

@@ -198,7 +198,7 @@ def attribute_names(codes: Iterable[types.CodeType]) -> frozenset[str]:
 @functools.lru_cache(maxsize=4096)
 def _imports(code: types.CodeType) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
     """(level, module, names) of each import statement in the code."""
-    steps = list(dis.get_instructions(code))
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]  # before numbers above 255
     at = [i for i, step in enumerate(steps) if step.opname == "IMPORT_NAME"]
     return tuple((steps[i - 2].argval, str(steps[i].argval), tuple(steps[i - 1].argval or ())) for i in at)
 
