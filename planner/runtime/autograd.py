@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from planner._compat.backward_state import keeps_graph, release_saved
+from planner._compat.backward_state import backward_id, keeps_graph, release_saved
 from planner._compat.switches import kernel_switches
 from planner.errors import BackwardError
 from planner.kernels.custom import rng_put_back_on_error
@@ -70,6 +70,7 @@ class StepRun:
         complete: gradients per later stage, where `other` computed all of them at once; each tap then returns its tuple instead
             of running its stage.
         waits: for its backward; what the forward saved is there.
+        backward: the number of the one that runs its stages.
     """
 
     executable: Executable
@@ -81,6 +82,7 @@ class StepRun:
     other: OtherBackward | None = None
     complete: list[tuple[torch.Tensor | None, ...]] = field(default_factory=list)
     waits: bool = True
+    backward: int = -1
 
 
 def run(this: StepRun) -> tuple[torch.Tensor, ...]:
@@ -177,7 +179,7 @@ class _Forward(torch.autograd.Function):
             this.waits = False
         taken = executable.output_gradients if other is None else other.output_gradients
         alive += [gradient for gradient in (gradients[i] for i in taken) if gradient is not None]
-        this.alive, this.other, this.complete = alive, other, []
+        this.alive, this.other, this.complete, this.backward = alive, other, [], backward_id()
         return None, torch.empty(0, device=executable.device)
 
 
@@ -190,6 +192,12 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _token: torch.Tensor) -> tuple[Any, ...]:
         this: StepRun = ctx.run
+        if this.backward != backward_id():
+            raise BackwardError(
+                "use the original model for this step: a planned step was differentiated again inside of its own backward "
+                "(torch.autograd.grad in a hook), and both run the same stages. Gradients that were accumulated so far are "
+                "incomplete: clear them"
+            )
         other = this.other
         grads = _run_stage(this, ctx.stage) if other is None else _run_other(this, other, ctx.stage)
         check_visited(ctx, this.executable, ctx.stage, grads)

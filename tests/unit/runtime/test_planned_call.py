@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
-from planner import CheckpointedModule, plan
+from planner import BackwardError, CheckpointedModule, plan
 
 QUICK = {"costs": "estimate", "progress": False, "check": False}
 X = torch.randn(4, 8)
@@ -112,3 +112,19 @@ def test_hooks_of_all_modules_are_given_the_model(register, hook):
         handle.remove()
     assert len(said) == 1 and "global module hooks" in str(said[0].message)
     assert all(map(torch.equal, *results))
+
+
+def test_a_step_that_is_differentiated_again_in_its_own_backward_is_an_error():
+    """By a hook; afterwards the model trains as before."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), torch.randn(4, 8)
+    planned = plan(model, 1.0, (x,), progress=False, num_stages=6)
+    loss = planned(x).sum()
+    handle = model[3].weight.register_hook(lambda _: torch.autograd.grad(loss, model[0].weight, retain_graph=True) and None)
+    with pytest.raises(BackwardError, match="differentiated again inside of its own backward"):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    model.zero_grad()
+    planned(x).sum().backward()
+    expected = torch.autograd.grad(planned.original(x).sum(), list(model.parameters()))
+    assert all(torch.equal(one.grad, other) for one, other in zip(model.parameters(), expected, strict=True))
