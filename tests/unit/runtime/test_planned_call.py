@@ -114,6 +114,7 @@ def test_hooks_of_all_modules_are_given_the_model(register, hook):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.filterwarnings("ignore:.*forwards wait")
 def test_a_step_that_is_differentiated_again_in_its_own_backward_is_an_error():
     """By a hook; afterwards the model trains as before."""
     torch.manual_seed(0)
